@@ -1,0 +1,158 @@
+"""Every option of ``python -m training.train``: one dataclass, read from YAML and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from argparse import ArgumentError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from inspo_kernels.objectives import OBJECTIVES, Objective, make_objective
+
+OBJECTIVE_PARAMETERS = ("beta", "label_smoothing", "tau", "gamma", "alpha", "lam", "sft")
+
+
+class InputError(ValueError):
+    """Bad input from the user: the message names the file, line or option and says what to change."""
+
+
+def _opt(default: Any, help: str, section: str = "") -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "section": section})
+
+
+@dataclass
+class TrainConfig:
+    """Options of a training run. Relative paths, also those in a YAML file, are relative to the working directory."""
+
+    model: str | dict[str, Any] = _opt("", "hub id, local folder, or a section of LlamaConfig fields", "Model and data")
+    train_data: str | None = _opt(None, "local .jsonl, or hub dataset NAME[:SPLIT]: prompt, chosen, rejected")
+    eval_data: str | None = _opt(None, "held-out pairs, same formats; keep its prompts out of train_data")
+    output_dir: str | None = _opt(None, "folder for everything a run writes")
+    max_length: int = _opt(2048, "most tokens of prompt + chosen + rejected together")
+    truncation: Literal["error", "prompt_left", "drop"] = _opt("error", "error|prompt_left|drop: what happens to a longer pair")
+    invalid_pairs: Literal["drop", "error"] = _opt("drop", "drop|error: what happens to a pair with empty or identical responses")
+
+    objective: str = _opt("dpo", ", ".join(OBJECTIVES), "Objective (a parameter left out has the objective's default)")
+    conditioned: bool = _opt(True, "score each response given the other one; false: the plain twin")
+    marginal_weight: float = _opt(0.0, "adds this times the same objective given the prompt alone")
+    reference_conditioned: bool = _opt(False, "condition the reference, too (not the paper's method)")
+    beta: float | None = _opt(None, "dpo, one_sided, simpo, rdpo, hinge: scale of the rewards")
+    label_smoothing: float | None = _opt(None, "dpo: share of labels assumed to be flipped")
+    tau: float | None = _opt(None, "ipo: regularisation; the margin aimed at is 1/(2 tau)")
+    gamma: float | None = _opt(None, "simpo: margin aimed at")
+    alpha: float | None = _opt(None, "rdpo: weight of the length difference")
+    lam: float | None = _opt(None, "orpo: weight of the odds ratio")
+    sft: Literal["marginal", "chosen"] | None = _opt(None, "orpo: log-prob of the chosen response that is fitted, marginal|chosen")
+
+    num_epochs: int = _opt(1, "passes over train_data", "Optimisation")
+    max_steps: int | None = _opt(None, "optimizer steps; overrides num_epochs")
+    per_device_batch_size: int = _opt(4, "pairs in one forward pass")
+    gradient_accumulation_steps: int = _opt(1, "forward passes in one step")
+    learning_rate: float = _opt(5e-7, "peak learning rate of AdamW")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = _opt("cosine", "cosine|linear|constant: shape after the warm-up")
+    warmup: float = _opt(0.1, "steps of linear warm-up, as a share of all steps")
+    weight_decay: float = _opt(0.0, "decoupled weight decay")
+    max_grad_norm: float = _opt(1.0, "gradients are clipped to this norm")
+    mixed_precision: Literal["no", "bf16"] = _opt("no", "no|bf16: autocast; parameters keep the dtype they load in")
+    seed: int = _opt(0, "of the order of the pairs and of a model built here")
+
+    log_every: int = _opt(10, "steps between logged lines", "Run")
+    eval_every: int | None = _opt(None, "steps between evaluations; always before step 1 and at the end")
+    save_every: int | None = _opt(None, "steps between checkpoints")
+    resume: str | None = _opt(None, '"auto" (newest checkpoint in output_dir, if any) or a checkpoint folder')
+    reference_cache: str | None = _opt(None, "folder for reference log-probs that runs share; default output_dir")
+
+    def __post_init__(self) -> None:
+        """Raises InputError for values that no run could use; types are checked where the options are read."""
+        least = {"max_length": 3, "num_epochs": 1, "max_steps": 1, "per_device_batch_size": 1,
+                 "gradient_accumulation_steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "seed": 0,
+                 "learning_rate": 0, "weight_decay": 0, "marginal_weight": 0, "warmup": 0}  # fmt: skip
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= minimum:
+                raise InputError(f"{name}={value}: must be at least {minimum}")
+        if not self.max_grad_norm > 0:
+            raise InputError(f"max_grad_norm={self.max_grad_norm}: must be above 0")
+        if self.warmup >= 1:
+            raise InputError(f"warmup={self.warmup}: is a share of all steps, below 1")
+        if self.marginal_weight and not self.conditioned:
+            raise InputError("marginal_weight needs conditioned=true: the plain twin already trains the marginals")
+        if self.reference_conditioned and (self.marginal_weight or not self.conditioned):
+            raise InputError("reference_conditioned needs conditioned=true and marginal_weight=0")
+        if self.output_dir is None and (self.save_every or self.resume):
+            raise InputError("save_every and resume need an output_dir")
+        self.make_objective()
+
+    def make_objective(self) -> Objective:
+        """The objective with its parameters. The plain twin of ORPO fits the chosen response: it has no marginals."""
+        given = {name: getattr(self, name) for name in OBJECTIVE_PARAMETERS if getattr(self, name) is not None}
+        if self.objective == "orpo" and not self.conditioned:
+            if given.setdefault("sft", "chosen") != "chosen":
+                raise InputError('sft="marginal" needs conditioned=true; the plain twin has sft="chosen"')
+        try:
+            return make_objective(self.objective, **given)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    def to_yaml(self) -> str:
+        """A file that ``--config`` reads back."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def parse_config(arguments: Sequence[str]) -> TrainConfig:
+    """Reads ``--config FILE`` and ``--option value`` (which wins). Raises InputError."""
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    check_names((w[2:].split(".")[0] for w in words if w.startswith("--")), [*names, "config"], "--")
+    for flag, value in zip(words, words[1:], strict=False):
+        if flag == "--config":
+            check_names(_read_yaml(value), names, f"in {value}: ")
+    parser = ArgumentParser(prog="training.train", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(TrainConfig)
+    try:
+        options = parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise InputError(" ".join(str(error).split())) from None
+    options.pop("config")
+    config = TrainConfig(**options.as_dict())
+    for name in ("model", "train_data", "output_dir"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is missing; give it on the command line or in the --config file")
+    return config
+
+
+def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Raises InputError for the first name that is not known, with the nearest one."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            raise InputError(f"unknown option {where}{name}{hint}")
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config {file}: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {file}: must hold lines of the form 'option: value'")
+    return content
+
+
+def help_text() -> str:
+    """One line per option, with its default, on one screen."""
+    lines = ["python -m training.train --config FILE.yaml [--option value ...]   (paths are relative to the working directory)"]
+    for f in dataclasses.fields(TrainConfig):
+        if f.metadata["section"]:
+            lines.append(f.metadata["section"])
+        default = "" if f.default in (None, "") else f" [{str(f.default).lower()}]"
+        lines.append(f"  --{f.name:<28}{f.metadata['help']}{default}")
+    return "\n".join(lines)
