@@ -1,0 +1,237 @@
+"""Preference pairs to token batches in which each response is scored given the other one (InSPO, arXiv 2512.23126).
+
+The policy of InSPO scores the chosen response ``y_w`` in ``x + y_l + y_w`` and the rejected response ``y_l`` in
+``x + y_w + y_l``, where ``x`` is the prompt. Attention is causal, so the alternative's own positions in the same two
+sequences hold its log-probability given the prompt alone: ``labels`` score the last response of each sequence and
+``marginal_labels`` the one before it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORE_INDEX = -100
+_FIELDS = ("prompt", "chosen response", "rejected response")
+_LAYOUTS = ("rows", "packed", "tree")
+_TRUNCATIONS = ("error", "prompt_left", "drop")
+
+
+class _Pair(NamedTuple):
+    prompt: Tensor
+    chosen: Tensor
+    rejected: Tensor
+
+
+class _Sequence(NamedTuple):
+    """One token sequence and what is scored in it; all three tensors are int64 of the same length."""
+
+    ids: Tensor
+    labels: Tensor
+    marginal_labels: Tensor
+
+
+def condition_pairs(
+    pairs: Iterable[Sequence[Any]],
+    *,
+    pad_token_id: int,
+    conditioned: bool = True,
+    separator_ids: Sequence[int] | Tensor = (),
+    max_length: int | None = None,
+    truncation: str = "error",
+    layout: str = "rows",
+) -> dict[str, Any]:
+    """Build the batch of 2B sequences that scores B preference pairs.
+
+    Sequence ``b`` scores the chosen response of pair ``b`` and sequence ``B + b`` the rejected one::
+
+        conditioned=True    x + y_l + separator + y_w    then    x + y_w + separator + y_l
+        conditioned=False   x + y_w                      then    x + y_l
+
+    Labels are aligned with ``input_ids`` (they are not shifted), as ``fused_inspo_loss`` expects with ``shift=True``.
+    Nothing is added to the ids: a beginning-of-sequence token belongs to the prompt, an end-of-sequence token to the
+    end of each response. Padding is found by length, so a ``pad_token_id`` equal to the end-of-sequence id is safe.
+
+    Args:
+        pairs: ``(prompt_ids, chosen_ids, rejected_ids)`` per pair; each a non-empty list, tuple or 1-D integer tensor.
+            Identical responses are accepted.
+        pad_token_id: fills the right end of the shorter rows; it is never scored and never attended to.
+        conditioned: False leaves the alternative out, which gives the reference and the plain twins.
+        separator_ids: ids put between the two responses (a turn boundary, say). They are never scored.
+        max_length: upper bound on ``|x| + |y_w| + |y_l| + |separator|``, in tokens. It is the same bound with
+            ``conditioned=False``, so that policy, reference and plain twin keep the same pairs and prompts.
+        truncation: what happens to a pair above ``max_length``: ``"error"`` raises; ``"prompt_left"`` removes ids from
+            the left of the prompt, keeping at least one, and raises if that is not enough; ``"drop"`` leaves the pair
+            out. Responses are never cut.
+        layout: ``"rows"`` (padded) or ``"packed"`` (concatenated, no padding).
+
+    Returns:
+        A dict of CPU tensors and two counts. With T the longest sequence and N the number of tokens:
+
+        =================  ====================  ==============  =====================================================
+        key                rows                  packed          meaning
+        =================  ====================  ==============  =====================================================
+        input_ids          (2B, T) int64         (1, N) int64    token ids
+        attention_mask     (2B, T) int64         None            1 on tokens, 0 on padding
+        position_ids       (2B, T) int64         (1, N) int64    0, 1, ... within each sequence; 0 on padding
+        labels             (2B, T) int64         (N,) int64      id of each token of the scored response, else -100
+        marginal_labels    (2B, T) int64         (N,) int64      the same for the alternative; None if not conditioned
+        cu_seqlens         absent                (2B+1,) int32   sequence s is ``[cu_seqlens[s], cu_seqlens[s + 1])``
+        dropped            list of int           list of int     positions in ``pairs`` left out by ``"drop"``
+        truncated          int                   int             number of prompts cut by ``"prompt_left"``
+        =================  ====================  ==============  =====================================================
+
+        ``input_ids``, ``attention_mask`` and ``position_ids`` can be handed to a transformers causal LM as they are;
+        for a packed batch transformers keeps sequences apart by the restarts of ``position_ids``, which it reads only
+        when ``attention_mask`` is None.
+
+    Raises:
+        ValueError: the ids or options are unusable, a pair does not fit, or no pair is left; the message names the
+            pair's position in ``pairs`` and what to change.
+        NotImplementedError: ``layout="tree"``.
+    """
+    _check_choice("truncation", truncation, _TRUNCATIONS)
+    _check_choice("layout", layout, _LAYOUTS)
+    if layout == "tree":
+        raise NotImplementedError("layout='tree' does not exist yet; use layout='rows' or layout='packed'")
+    pad_token_id = _integer("pad_token_id", pad_token_id, minimum=0, hint="without one, use eos_token_id")
+    separator = _ids(separator_ids, "separator_ids")
+    if max_length is not None:
+        shortest = len(_FIELDS) + len(separator)
+        hint = "one token each of prompt and both responses, and the separator, must fit"
+        max_length = _integer("max_length", max_length, minimum=shortest, hint=hint)
+
+    kept: list[_Pair] = []
+    dropped: list[int] = []
+    truncated = 0
+    for index, raw in enumerate(pairs):
+        pair = _read_pair(index, raw)
+        excess = 0 if max_length is None else sum(map(len, pair)) + len(separator) - max_length
+        if excess > 0 and truncation == "drop":
+            dropped.append(index)
+            continue
+        if excess > 0:
+            pair = _cut_prompt(index, pair, excess, max_length, truncation)
+            truncated += 1
+        kept.append(pair)
+    if not kept:
+        cause = f"all {len(dropped)} are longer than max_length={max_length}" if dropped else "pairs is empty"
+        raise ValueError(f"no pair left to score: {cause}")
+
+    sequences = [_sequence(x, y_w, y_l if conditioned else None, separator) for x, y_w, y_l in kept]
+    sequences += [_sequence(x, y_l, y_w if conditioned else None, separator) for x, y_w, y_l in kept]
+    batch = _rows(sequences, pad_token_id) if layout == "rows" else _packed(sequences)
+    if not conditioned:
+        batch["marginal_labels"] = None
+    return batch | {"dropped": dropped, "truncated": truncated}
+
+
+def _sequence(prompt: Tensor, scored: Tensor, alternative: Tensor | None, separator: Tensor) -> _Sequence:
+    between = [] if alternative is None else [alternative, separator]
+    ids = torch.cat([prompt, *between, scored])
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    labels[-len(scored) :] = scored
+    marginal_labels = torch.full_like(ids, IGNORE_INDEX)
+    if alternative is not None:
+        marginal_labels[len(prompt) : len(prompt) + len(alternative)] = alternative
+    return _Sequence(ids, labels, marginal_labels)
+
+
+def _rows(sequences: list[_Sequence], pad_token_id: int) -> dict[str, Any]:
+    ids, labels, marginal_labels = zip(*sequences, strict=True)
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "position_ids": pad_sequence([torch.arange(len(row)) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        "marginal_labels": pad_sequence(marginal_labels, batch_first=True, padding_value=IGNORE_INDEX),
+    }
+
+
+def _packed(sequences: list[_Sequence]) -> dict[str, Any]:
+    ids, labels, marginal_labels = zip(*sequences, strict=True)
+    ends = torch.tensor([0, *map(len, ids)]).cumsum(0)
+    return {
+        "input_ids": torch.cat(ids)[None],
+        "attention_mask": None,
+        "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
+        "labels": torch.cat(labels),
+        "marginal_labels": torch.cat(marginal_labels),
+        "cu_seqlens": ends.to(torch.int32),
+    }
+
+
+def _cut_prompt(index: int, pair: _Pair, excess: int, max_length: int, truncation: str) -> _Pair:
+    length = max_length + excess
+    without_prompt = length - len(pair.prompt)
+    if truncation == "error":
+        raise ValueError(
+            f"pair {index}: prompt, both responses and separator take {length} tokens, above max_length={max_length}; "
+            "raise max_length, or use truncation='prompt_left' or truncation='drop'"
+        )
+    if excess >= len(pair.prompt):
+        raise ValueError(
+            f"pair {index}: both responses, separator and one prompt token take {without_prompt + 1} tokens, "
+            f"above max_length={max_length}, and responses are never cut; raise max_length or use truncation='drop'"
+        )
+    return pair._replace(prompt=pair.prompt[excess:])
+
+
+def _read_pair(index: int, raw: Any) -> _Pair:
+    expected = f"pair {index}: expected (prompt_ids, chosen_ids, rejected_ids)"
+    if isinstance(raw, Mapping):
+        raise ValueError(f"{expected}, got a mapping with keys {list(raw)}; pass its three id lists as a tuple")
+    try:
+        fields = tuple(raw)
+    except TypeError:
+        raise ValueError(f"{expected}, got {type(raw).__name__}") from None
+    if len(fields) != len(_FIELDS):
+        raise ValueError(f"{expected}, got {len(fields)} elements")
+    ids = [_ids(field, f"pair {index}: {name}") for field, name in zip(fields, _FIELDS, strict=True)]
+    for tensor, name in zip(ids, _FIELDS, strict=True):
+        if len(tensor) == 0:
+            raise ValueError(f"pair {index}: {name} is empty; give it at least one token or leave the pair out")
+    return _Pair(*ids)
+
+
+def _ids(values: Any, where: str) -> Tensor:
+    """Token ids as a 1-D int64 CPU tensor; `where` begins the message of the error for anything else."""
+    if isinstance(values, (str, bytes)):
+        raise ValueError(f"{where} is text; tokenize it first and pass the ids")
+    if not isinstance(values, Tensor) and hasattr(values, "__len__") and len(values) == 0:
+        return torch.empty(0, dtype=torch.int64)
+    try:
+        ids = values if isinstance(values, Tensor) else torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{where} must be a flat list or 1-D tensor of integer ids: {error}") from None
+    if ids.ndim != 1:
+        raise ValueError(f"{where} must be a flat list or 1-D tensor of integer ids, got shape {tuple(ids.shape)}")
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"{where} must hold integer ids, got {ids.dtype}")
+    ids = ids.to(device="cpu", dtype=torch.int64)
+    if len(ids) and (lowest := ids.min().item()) < 0:
+        raise ValueError(f"{where} holds the negative id {lowest}; remove masking or padding marks before conditioning")
+    return ids
+
+
+def _integer(name: str, value: Any, *, minimum: int, hint: str) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r} ({hint})") from None
+    if isinstance(value, bool) or number < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r} ({hint})")
+    return number
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        nearest = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(map(repr, choices))}{nearest}")
