@@ -1,0 +1,286 @@
+"""hidden_and_head on tiny random models: its parts must give each architecture's own logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from inspo_kernels.conditioning import condition_pairs
+from inspo_kernels.models import _CANNOT_PACK, _TAILS, hidden_and_head
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 83
+SIZE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT_SIZE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MOE |= {"experts_implementation": "eager"}  # the grouped product does not take float64
+SHARED_EXPERT = {"shared_expert_intermediate_size": 24}
+GEMMA = {"head_dim": 8, "sliding_window": 4}
+# Every option that shapes the logits is away from the value at which ignoring it would go unnoticed.
+OPTIONS = {
+    "cohere": {"logit_scale": 0.37},
+    "cohere2": {"logit_scale": 0.37, "sliding_window": 4},
+    "gemma": {"head_dim": 8},
+    # In float64 eager attention is NaN in a padded row with more padding than its window, hence the wide one.
+    "gemma2": GEMMA | {"final_logit_softcapping": 0.6, "sliding_window": 16},
+    "gemma3_text": GEMMA | {"final_logit_softcapping": 0.6},
+    "gpt2": GPT_SIZE,
+    "gpt_neox": {"num_key_value_heads": None},
+    "gptj": GPT_SIZE,
+    "granite": {"logits_scaling": 3.7},
+    "granitemoe": MOE | {"logits_scaling": 3.7},
+    "mistral": {"sliding_window": 4},
+    "mixtral": MOE,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24, "num_key_value_heads": None},
+    "qwen2_moe": MOE | SHARED_EXPERT,
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": MOE | {"head_dim": 8},
+}
+MODEL_TYPES = sorted(_TAILS)
+
+
+def make_model(model_type, dtype=torch.float32, *, tied=False):
+    torch.manual_seed(0)
+    options = SIZE | OPTIONS.get(model_type, {})
+    if model_type == "gemma3":
+        options = {
+            "text_config": SIZE | OPTIONS["gemma3_text"],
+            "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+            | {"num_attention_heads": 2, "image_size": 8, "patch_size": 4},
+            "mm_tokens_per_image": 4,
+            "image_token_index": VOCAB - 1,
+        }
+    config = transformers.AutoConfig.for_model(model_type, tie_word_embeddings=tied, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # so that a forgotten bias or norm shows and logits are large enough for soft-caps to bend
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.to(dtype).eval()
+
+
+def compose(hidden, head):
+    """Logits from the two results of hidden_and_head, by their documented formula."""
+    logits = hidden @ head["weight"].T
+    if head["bias"] is not None:
+        logits = logits + head["bias"]
+    logits = logits * head["logit_scale"]
+    return logits if head["softcap"] is None else head["softcap"] * torch.tanh(logits / head["softcap"])
+
+
+def model_inputs(batch):
+    return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    generator = torch.Generator().manual_seed(1)
+    lengths = [(5, 3, 7), (2, 6, 1), (1, 1, 4)]
+    return [tuple(torch.randint(3, 79, (n,), generator=generator) for n in pair) for pair in lengths]
+
+
+@pytest.fixture(scope="module")
+def rows(pairs):
+    batch = condition_pairs(pairs, pad_token_id=2)
+    assert (batch["attention_mask"] == 0).any()
+    return batch
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_hidden_and_head_give_the_models_own_logits(model_type, rows):
+    model = make_model(model_type)
+    real = rows["attention_mask"].bool()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        model = model.to(dtype)
+        with torch.no_grad():
+            own = model(**model_inputs(rows)).logits
+            hidden, head = hidden_and_head(model, **model_inputs(rows))
+        assert hidden.shape == (*rows["input_ids"].shape, head["weight"].shape[1])
+        assert head["weight"] is model.get_output_embeddings().weight
+        error = (compose(hidden, head) - own).abs()[real].max() / own.abs()[real].max()
+        assert own.dtype == hidden.dtype == dtype
+        assert error <= tolerance
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_option_that_shapes_the_logits_matters_here(model_type, rows):
+    model = make_model(model_type)
+    hidden, head = hidden_and_head(model, **model_inputs(rows))
+    neutral = {"bias": None, "softcap": None, "logit_scale": 1.0}
+    expected = {
+        "cohere": {"logit_scale"},
+        "cohere2": {"logit_scale"},
+        "gemma2": {"softcap"},
+        "gemma3_text": {"softcap"},
+        "gptj": {"bias"},
+        "granite": {"logit_scale"},
+        "granitemoe": {"logit_scale"},
+        "phi": {"bias"},
+    }.get(model_type, set())
+    assert {key for key, value in neutral.items() if head[key] is not value and head[key] != value} == expected
+    for key in expected:
+        change = compose(hidden, head) - compose(hidden, head | {key: neutral[key]})
+        assert change.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_packed_sequences_give_the_hidden_states_of_rows(model_type, pairs, rows):
+    model = make_model(model_type, torch.float64)
+    packed = condition_pairs(pairs, pad_token_id=2, layout="packed")
+    if model_type in _CANNOT_PACK:
+        with pytest.raises(ValueError, match=f"{model_type!r} lets packed sequences attend to each other"):
+            hidden_and_head(model, **model_inputs(packed))
+        return
+    with torch.no_grad():
+        by_row, _ = hidden_and_head(model, **model_inputs(rows))
+        together, _ = hidden_and_head(model, **model_inputs(packed))
+    torch.testing.assert_close(together[0], by_row[rows["attention_mask"].bool()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_equal_those_through_the_models_own_logits(model_type, tied, rows):
+    model = make_model(model_type, torch.float64, tied=tied)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
+    probe = torch.randn(*rows["input_ids"].shape, VOCAB, dtype=torch.float64) * rows["attention_mask"][..., None]
+    trainable = [p for name, p in model.named_parameters() if "vision" not in name and "multi_modal" not in name]
+
+    def gradients(logits):
+        return torch.autograd.grad((logits * probe).sum(), trainable, allow_unused=True)
+
+    own = gradients(model(**model_inputs(rows)).logits)
+    composed = gradients(compose(*hidden_and_head(model, **model_inputs(rows))))
+    scale = max(gradient.abs().max() for gradient in own if gradient is not None)
+    for mine, theirs in zip(composed, own, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=float(1e-6 * scale))
+    assert sum(mine is not None and bool(mine.abs().max() > 0) for mine in composed) >= 0.9 * len(trainable)
+
+
+def test_the_models_own_mode_decides_about_dropout(rows):
+    model = make_model("gpt2")
+    first, second = (hidden_and_head(model, **model_inputs(rows))[0] for _ in range(2))
+    assert torch.equal(first, second)
+    model.train()
+    first, second = (hidden_and_head(model, **model_inputs(rows))[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    assert model.training
+
+
+def test_the_trunk_runs_once_without_cache_and_the_head_never(rows):
+    model = make_model("llama")
+    calls = []
+    model.model.register_forward_hook(lambda _, args, kwargs, out: calls.append(out), with_kwargs=True)
+    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head was run"))
+    hidden_and_head(model, **model_inputs(rows))
+    assert len(calls) == 1
+    assert calls[0].past_key_values is None
+
+
+def test_masks_and_positions_and_further_arguments_reach_the_trunk(rows):
+    model = make_model("llama")
+    inputs = model_inputs(rows)
+    real = rows["attention_mask"].bool()
+    expected, _ = hidden_and_head(model, **inputs)
+    left = {key: value.flip(1) for key, value in inputs.items()}
+    length = rows["attention_mask"].sum(1, keepdim=True)
+    ids = torch.where(left["attention_mask"] == 1, left["input_ids"], 0)
+    for row, n in enumerate(length.flatten().tolist()):
+        ids[row, -n:] = inputs["input_ids"][row, :n]
+        left["position_ids"][row, -n:] = inputs["position_ids"][row, :n]
+    hidden, _ = hidden_and_head(model, ids, left["attention_mask"], left["position_ids"])
+    torch.testing.assert_close(hidden[left["attention_mask"].bool()], expected[real])
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    hidden, _ = hidden_and_head(
+        model, attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"], inputs_embeds=embeds
+    )
+    assert torch.equal(hidden, expected)
+
+
+@pytest.mark.parametrize("name", ["labels", "logits_to_keep"])
+def test_arguments_about_logits_are_refused(name, rows):
+    with pytest.raises(TypeError, match=f"so {name} would have no effect"):
+        hidden_and_head(make_model("llama"), rows["input_ids"], **{name: rows["labels"]})
+
+
+def test_an_unknown_architecture_says_what_to_pass_by_hand(rows):
+    model = make_model("llama")
+    model.config.model_type = "lama"
+    with pytest.raises(ValueError, match=r"model_type 'lama'.*get_output_embeddings\(\)\.weight.*softcap"):
+        hidden_and_head(model, **model_inputs(rows))
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+@pytest.mark.parametrize("head", [nn.Sequential(nn.Linear(32, VOCAB)), ScaledLinear(32, VOCAB), None])
+def test_a_head_that_is_not_a_plain_linear_is_refused(head, rows):
+    model = make_model("llama")
+    model.lm_head = head
+    with pytest.raises(ValueError, match=r"output head of this 'llama' model is .*, not nn\.Linear.*fused_inspo_loss"):
+        hidden_and_head(model, **model_inputs(rows))
+
+
+def test_a_parametrized_head_is_refused(rows):
+    model = make_model("llama")
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+    with pytest.raises(ValueError, match=r"not nn\.Linear"):
+        hidden_and_head(model, **model_inputs(rows))
+
+
+def test_a_model_without_a_head_is_refused(rows):
+    with pytest.raises(ValueError, match=r"not nn\.Linear"):
+        hidden_and_head(make_model("llama").model, **model_inputs(rows))
+
+
+class Engine(nn.Module):
+    """Forwards attributes to the module it wraps, as DeepSpeed's engine does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+@pytest.mark.parametrize("wrap", [Engine, nn.DataParallel, torch.compile])
+def test_a_wrapper_is_refused_with_the_way_to_wrap_the_loss(wrap, rows):
+    with pytest.raises(TypeError, match=r"is a wrapper.*one nn\.Module whose forward calls hidden_and_head"):
+        hidden_and_head(wrap(make_model("llama")), **model_inputs(rows))
+
+
+def test_a_sharded_model_is_refused(rows, tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fully_shard(make_model("llama"), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(TypeError, match="is a wrapper"):
+            hidden_and_head(model, **model_inputs(rows))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_something_else_is_refused(rows):
+    with pytest.raises(TypeError, match="expected a transformers causal LM, got torch"):
+        hidden_and_head(nn.Linear(2, 2), **model_inputs(rows))
