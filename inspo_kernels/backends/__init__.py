@@ -1,0 +1,34 @@
+"""Backends by name. ``"reference"`` is not listed: it is ``inspo_kernels.reference``, which has no passes to drive."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+
+from ..head import LMHead
+from .base import Backend, HeadTile
+from .torch_backend import TorchBackend
+
+__all__ = ["Backend", "HeadTile", "resolve_backend"]
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TorchBackend(),)}
+
+
+def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | None:
+    """The backend called ``name``, or the device's default for "auto"; None for "reference".
+
+    Raises ``ValueError`` for an unknown name, or one that cannot run this head here.
+    """
+    if name == "reference":
+        return None
+    if name == "auto":
+        name = "torch"
+    known = [*BACKENDS, "auto", "reference"]
+    if name not in BACKENDS:
+        close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown backend {name!r}{hint} (known: {', '.join(known)})")
+    if reason := BACKENDS[name].unsupported(head, device):
+        raise ValueError(f"backend {name!r}: {reason}")
+    return BACKENDS[name]

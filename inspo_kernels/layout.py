@@ -1,0 +1,225 @@
+"""From rows, packed or compact input to the scored rows, pair by pair: only these ever meet the LM head.
+
+Every form first becomes ``Candidates``: for each label position the row of the flattened hidden states that predicts
+it, its target and its segment, numbered kind * B + pair (kinds as in ``pair_loss.KINDS``). ``plan`` then counts, checks
+and sorts them. Where the labels live on an accelerator one host read serves all of that; on the CPU none is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Label positions before anything is dropped: (K,) tensors on the labels' device.
+
+    ``valid`` is a 0-d bool tensor, checked with the rest: whether cu_seqlens or segment_ids made sense.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    segments: Tensor
+    scored: Tensor
+    num_pairs: int
+    valid: Tensor
+    invalid_message: str
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """The rows to score: those that need gradients first, pair by pair, then the forward-only ones.
+
+    - ``rows``, ``targets``: (N,) int64 on the compute device: row of the flattened hidden states, label.
+    - ``lengths``: (kinds, B) int64 on the compute device: scored tokens of each segment.
+    - ``order``: (kinds * B,) int64 on the compute device: the segments in the order in which their rows come.
+    - ``counts``: rows of each segment, in that order; on the host.
+    - ``gradient_kinds``: how many segments of each pair need gradients, so that pair p owns the segments
+      ``order[p * gradient_kinds : (p + 1) * gradient_kinds]``.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    lengths: Tensor
+    order: Tensor
+    counts: list[int]
+    gradient_kinds: int
+
+    @property
+    def num_pairs(self) -> int:
+        return self.lengths.shape[1]
+
+    @property
+    def pair_rows(self) -> list[int]:
+        """Rows of each pair that need gradients."""
+        k = self.gradient_kinds
+        return [sum(self.counts[p * k : (p + 1) * k]) for p in range(self.num_pairs)]
+
+
+def from_rows(labels: Tensor, marginal_labels: Tensor | None, *, shift: bool, ignore_index: int) -> Candidates:
+    """Rows form, labels (2B, T): sequence b scores y_w of pair b and y_l as a marginal; sequence B + b the reverse."""
+    num_rows, length = labels.shape
+    positions = torch.arange(labels.numel(), device=labels.device)
+    sequence = positions // length
+    marginals = None if marginal_labels is None else marginal_labels.flatten()
+    return _from_sequences(
+        labels.flatten(), marginals, sequence, positions % length == 0, num_rows // 2, shift, ignore_index
+    )
+
+
+def from_packed(
+    labels: Tensor, marginal_labels: Tensor | None, cu_seqlens: Tensor, *, shift: bool, ignore_index: int
+) -> Candidates:
+    """Packed form, labels (N,): sequence s is positions cu_seqlens[s] to cu_seqlens[s + 1], as in the rows form."""
+    positions = torch.arange(len(labels), device=labels.device)
+    cu_seqlens = cu_seqlens.to(labels.device, torch.int64)
+    num_sequences = len(cu_seqlens) - 1
+    # A malformed cu_seqlens is only noticed after the host read, so it must not index out of bounds before.
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True).clamp(max=num_sequences - 1)
+    valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(labels)) & (cu_seqlens.diff() >= 0).all()
+    return _from_sequences(
+        labels,
+        marginal_labels,
+        sequence,
+        positions == cu_seqlens[sequence],
+        num_sequences // 2,
+        shift,
+        ignore_index,
+        valid,
+        f"cu_seqlens must start at 0, never decrease and end at the number of positions, {len(labels)}",
+    )
+
+
+def from_compact(labels: Tensor, segment_ids: Tensor, num_pairs: int, *, ignore_index: int) -> Candidates:
+    """Compact form: row i of hidden predicts labels[i] for segment segment_ids[i]."""
+    limit = 4 * num_pairs
+    return Candidates(
+        rows=torch.arange(len(labels), device=labels.device),
+        targets=labels,
+        segments=segment_ids.to(torch.int64).clamp(0, limit - 1),
+        scored=labels != ignore_index,
+        num_pairs=num_pairs,
+        valid=((segment_ids >= 0) & (segment_ids < limit)).all(),
+        invalid_message=f"segment_ids must be in 0..{limit - 1}, four segments for each of {num_pairs} pairs",
+    )
+
+
+def _from_sequences(
+    labels: Tensor,
+    marginal_labels: Tensor | None,
+    sequence: Tensor,
+    is_first: Tensor,
+    num_pairs: int,
+    shift: bool,
+    ignore_index: int,
+    valid: Tensor | None = None,
+    invalid_message: str = "",
+) -> Candidates:
+    rows = torch.arange(len(labels), device=labels.device) - int(shift)
+    targets, segments = labels, sequence
+    if marginal_labels is not None:
+        # Sequence b < B holds y_l as its alternative, so its marginal segment is 3B + b; sequence B + b gives 2B + b.
+        marginal_segments = 2 * num_pairs + (sequence + num_pairs) % (2 * num_pairs)
+        rows, is_first = rows.repeat(2), is_first.repeat(2)
+        targets = torch.cat([labels, marginal_labels])
+        segments = torch.cat([sequence, marginal_segments])
+    scored = targets != ignore_index
+    if shift:
+        scored &= ~is_first
+    valid = torch.ones((), dtype=torch.bool, device=labels.device) if valid is None else valid
+    return Candidates(rows, targets, segments, scored, num_pairs, valid, invalid_message)
+
+
+def plan(
+    candidates: Candidates,
+    *,
+    vocab_size: int,
+    gradient_kinds: tuple[int, ...],
+    require_marginals: bool,
+    device: torch.device,
+) -> ScoredRows:
+    """Count, check and sort the candidates.
+
+    Raises ``ValueError`` for labels outside the vocabulary, malformed cu_seqlens or segment_ids, and pairs with a
+    response that the loss needs but no label scores.
+    """
+    c, num_pairs = candidates, candidates.num_pairs
+    counts_device = torch.zeros(4 * num_pairs, dtype=torch.int64, device=c.targets.device)
+    counts_device.scatter_add_(0, c.segments, c.scored.long())
+    scored_targets = c.targets.masked_fill(~c.scored, 0)
+    lowest, highest = scored_targets.aminmax()
+    # The one host read: everything the plan and the checks need.
+    valid, lowest, highest, *counts = torch.stack([c.valid.long(), lowest, highest, *counts_device]).tolist()
+    if not valid:
+        raise ValueError(c.invalid_message)
+    _check_range("labels", lowest, highest, vocab_size)
+    num_kinds = 4 if any(counts[2 * num_pairs :]) else 2
+    _check_scored(counts, num_pairs, require_marginals)
+
+    gradient_kinds = tuple(kind for kind in gradient_kinds if kind < num_kinds)
+    forward_kinds = tuple(kind for kind in range(num_kinds) if kind not in gradient_kinds)
+    order = torch.tensor(
+        [
+            kind * num_pairs + pair
+            for kinds in (gradient_kinds, forward_kinds)
+            for pair in range(num_pairs)
+            for kind in kinds
+        ]
+    )
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    index = torch.nonzero_static(c.scored, size=sum(counts)).squeeze(1)
+    index = index[rank.to(index.device)[c.segments[index]].argsort(stable=True)]
+    return ScoredRows(
+        rows=c.rows[index].to(device),
+        targets=c.targets[index].to(device),
+        lengths=counts_device[: num_kinds * num_pairs].view(num_kinds, num_pairs).to(device),
+        order=order.to(device),
+        counts=[counts[segment] for segment in order.tolist()],
+        gradient_kinds=len(gradient_kinds),
+    )
+
+
+def scored_positions(targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
+    """Positions (N,) of flat ``targets`` that are scored, checked to be in the vocabulary, with one host read."""
+    scored = targets != ignore_index
+    lowest, highest = torch.cat([targets.masked_fill(~scored, 0), targets.new_zeros(1)]).aminmax()
+    count, low, high = torch.stack([scored.sum(), lowest, highest]).tolist()
+    _check_range("targets", low, high, vocab_size)
+    return torch.nonzero_static(scored, size=count).squeeze(1)
+
+
+def checked_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """``labels`` as int64; an error unless it is an integer tensor of that shape on the CPU or on ``device``."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{name} must be int64, got {labels.dtype}")
+    if labels.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if labels.device.type != "cpu" and labels.device != device:
+        raise ValueError(f"{name} is on {labels.device}: move it to the CPU or to hidden's device, {device}")
+    return labels.to(torch.int64)
+
+
+def _check_range(name: str, lowest: int, highest: int, vocab_size: int) -> None:
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"{name} contain {lowest if lowest < 0 else highest}, outside 0..{vocab_size - 1} (the rows of weight); "
+            "positions that are not scored must hold ignore_index"
+        )
+
+
+def _check_scored(counts: list[int], num_pairs: int, require_marginals: bool) -> None:
+    names = ("chosen", "rejected", "marginal chosen", "marginal rejected")
+    for kind, name in enumerate(names if require_marginals else names[:2]):
+        empty = [p for p in range(num_pairs) if counts[kind * num_pairs + p] == 0]
+        if empty:
+            shown = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
+            raise ValueError(
+                f"the {name} response of pair(s) {shown} has no scored token; its loss would be a constant: drop these "
+                "pairs or mend their labels (with shift=True the label at a sequence's first position is not scored)"
+            )

@@ -1,0 +1,193 @@
+"""Where a pair becomes a loss: per-segment sums -> objective -> losses, coefficients and everything that is reported.
+
+A segment is one response of one pair, scored in one context. Tables over segments have shape (kinds, pairs), their rows
+in the order of ``KINDS``: two, or four where marginals are scored. All arithmetic is float64: the vectors are tiny, and
+margins are small differences of long sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .objectives import Objective, PairSums
+
+KINDS = ("chosen", "rejected", "marginal_chosen", "marginal_rejected")
+
+
+@dataclass(frozen=True)
+class PairTerms:
+    """What turns sums into losses besides the sums: the objective, its reference and the weights.
+
+    ``ref_logps`` (2B,) and ``pair_weights`` (B,) are float64 or None; ``marginal_weight`` scales the same objective
+    evaluated on the marginals; ``mean`` divides the total by B.
+    """
+
+    objective: Objective
+    ref_logps: Tensor | None
+    pair_weights: Tensor | None
+    marginal_weight: float
+    mean: bool
+
+    @property
+    def uses_marginals(self) -> bool:
+        """Whether the loss, not only the report, depends on marginal log-probs."""
+        return self.objective.needs_marginals or self.marginal_weight != 0.0
+
+    @property
+    def gradient_kinds(self) -> tuple[int, ...]:
+        """The kinds of segments that the loss is differentiated in; all others are forward-only."""
+        fields = set(self.objective.gradient_fields)
+        if not self.objective.needs_marginals:
+            fields -= {"marginal_chosen", "marginal_rejected"}
+        if self.marginal_weight != 0.0:
+            fields |= {f"marginal_{name}" for name in ("chosen", "rejected") if name in fields}
+        return tuple(kind for kind, name in enumerate(KINDS) if name in fields)
+
+    def sums(self, logps: Sequence[Tensor], lengths: Sequence[Tensor], first: int = 0) -> PairSums:
+        """``PairSums`` of consecutive pairs, beginning with pair ``first`` of the batch; both tables float64."""
+        pairs = slice(first, first + len(logps[0]))
+        fields = dict(zip(KINDS, logps))
+        fields |= {f"{name}_len": row for name, row in zip(KINDS, lengths)}
+        if self.ref_logps is not None:
+            fields["ref_chosen"], fields["ref_rejected"] = (row[pairs] for row in self.ref_logps.view(2, -1))
+        fields["index"] = torch.arange(pairs.start, pairs.stop, device=logps[0].device)
+        return PairSums(**fields)
+
+    def losses(self, s: PairSums) -> Tensor:
+        """Loss of each pair, (pairs,) float64, its weight and its marginal term included, before the reduction."""
+        losses = self._evaluate(s)
+        if self.marginal_weight != 0.0:
+            losses = losses + self.marginal_weight * self._evaluate(s.on_marginals())
+        if self.pair_weights is not None:
+            losses = losses * self.pair_weights[s.index]
+        return losses
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """Mean or sum over all pairs of the batch."""
+        return losses.mean() if self.mean else losses.sum()
+
+    def coefficients(self, logps: Tensor, lengths: Tensor, first: int, num_pairs: int) -> tuple[Tensor, Tensor]:
+        """Losses (pairs,) and c = d loss / d logps (kinds, pairs), for a loss reduced over ``num_pairs`` pairs.
+
+        Runs torch autograd on the (kinds, pairs) table alone, which is how any objective gets the fused path.
+        """
+        coefficients = torch.zeros_like(logps)
+        with torch.enable_grad():
+            leaves = [row.detach().requires_grad_() for row in logps]
+            losses = self.losses(self.sums(leaves, lengths, first))
+            if not losses.requires_grad:
+                return losses, coefficients
+            self._reject_parameters(losses, leaves)
+            total = losses.sum() / num_pairs if self.mean else losses.sum()
+            gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        for kind, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            if kind not in self.gradient_kinds:
+                raise ValueError(
+                    f"objective {type(self.objective).__name__} depends on {KINDS[kind]!r} without declaring it: "
+                    "list it in gradient_fields" + (" and set needs_marginals = True" if kind >= 2 else "")
+                )
+            coefficients[kind] = gradient
+        return losses.detach(), coefficients
+
+    def _evaluate(self, s: PairSums) -> Tensor:
+        losses = self.objective(s)
+        if not isinstance(losses, Tensor) or losses.shape != s.chosen.shape:
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"objective {type(self.objective).__name__} must return one loss per pair, a tensor of shape "
+                f"{tuple(s.chosen.shape)}; got {got}"
+            )
+        return losses.to(s.chosen.dtype)
+
+    def _reject_parameters(self, losses: Tensor, leaves: list[Tensor]) -> None:
+        nodes, seen = [losses.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and not any(variable is leaf for leaf in leaves):
+                raise ValueError(
+                    f"objective {type(self.objective).__name__} uses a tensor of shape {tuple(variable.shape)} that "
+                    "requires grad; it would get no gradient here: detach it, or train it outside the objective"
+                )
+            nodes.extend(parent for parent, _ in node.next_functions)
+
+
+@dataclass(frozen=True)
+class InSPOOutput:
+    """What ``fused_inspo_loss`` returns, B pairs. Everything but ``loss`` is detached.
+
+    - ``loss``: scalar, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias.
+    - ``losses``: (B,), dtype of ``loss``: the terms whose mean or sum ``loss`` is, pair weights and marginals included.
+    - ``logps``: (2B,) float64, summed log-probs in nats: chosen responses, then rejected ones.
+    - ``lengths``: (2B,) int64, scored tokens after the shift.
+    - ``marginal_logps``: (2B,) float64 or None: log pi(y_w | x) of each pair, then log pi(y_l | x).
+    - ``chosen_rewards``, ``rejected_rewards``, ``margins``: (B,) float64, see each objective's ``rewards``.
+    - ``marginal_chosen_rewards``, ``marginal_rejected_rewards``: (B,) float64 or None, the same from the marginals.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    logps: Tensor
+    lengths: Tensor
+    marginal_logps: Tensor | None
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    marginal_chosen_rewards: Tensor | None
+    marginal_rejected_rewards: Tensor | None
+
+    @property
+    def margins(self) -> Tensor:
+        """chosen_rewards - rejected_rewards, (B,) float64."""
+        return self.chosen_rewards - self.rejected_rewards
+
+    @classmethod
+    def build(cls, loss: Tensor, losses: Tensor, logps: Tensor, lengths: Tensor, terms: PairTerms) -> InSPOOutput:
+        """From the differentiable ``loss``, detached ``losses`` and the (kinds, B) tables of sums and lengths."""
+        with torch.no_grad():
+            s = terms.sums(logps, lengths.to(logps.dtype))
+            chosen, rejected = terms.objective.rewards(s)
+            marginals = terms.objective.rewards(s.on_marginals()) if len(logps) == 4 else (None, None)
+        return cls(
+            loss=loss,
+            losses=losses.to(loss.dtype),
+            logps=logps[:2].flatten(),
+            lengths=lengths[:2].flatten(),
+            marginal_logps=logps[2:].flatten() if len(logps) == 4 else None,
+            chosen_rewards=chosen,
+            rejected_rewards=rejected,
+            marginal_chosen_rewards=marginals[0],
+            marginal_rejected_rewards=marginals[1],
+        )
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Batch means as 0-d float64 tensors on the device (no synchronisation), under TRL's names.
+
+        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+        and the same behind "marginal/" where marginals were scored.
+        """
+        metrics = _report(self.chosen_rewards, self.rejected_rewards, self.logps)
+        if self.marginal_logps is not None:
+            marginal = _report(self.marginal_chosen_rewards, self.marginal_rejected_rewards, self.marginal_logps)
+            metrics |= {f"marginal/{name}": value for name, value in marginal.items()}
+        return metrics
+
+
+def _report(chosen: Tensor, rejected: Tensor, logps: Tensor) -> dict[str, Tensor]:
+    logps_chosen, logps_rejected = logps.view(2, -1)
+    return {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/accuracies": (chosen > rejected).double().mean(),
+        "rewards/margins": (chosen - rejected).mean(),
+        "logps/chosen": logps_chosen.mean(),
+        "logps/rejected": logps_rejected.mean(),
+    }

@@ -1,0 +1,251 @@
+"""The passes over the head that the public functions are made of, on any backend.
+
+Cost in floating point operations, for N scored rows, hidden size H, vocabulary V:
+
+    score           2NHV   log-probs alone
+    unit_gradients  4NHV   log-probs and d logp_t / d x_t, one H-vector a row, from which any upstream gradient follows
+    regradients     6NHV   gradients for given per-token coefficients, recomputing the logits (8NHV with ``score``)
+    pair_losses     6NHV   log-probs, pair losses and their gradients at once (2NHV without gradients, 4NHV frozen head)
+
+``pair_losses`` is the heart. dloss/dlogp_t is the same c for all tokens of a segment and depends on a pair's sums
+alone, so whole pairs are taken in groups that fit the workspace: score the group, sum per segment, evaluate and
+differentiate the objective on those few sums, and turn the logits, still in the workspace, into gradients. Nothing is
+recomputed and no logits outlive their group. Of a pair longer than the workspace C, all but the last C rows are scored
+first and staged again once c is known: 2HV more per such row, and never more memory. dW is written by the first tile
+and added to by the others, in the accumulate dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import Backend
+from .head import LMHead
+from .layout import ScoredRows
+from .pair_loss import PairTerms
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are asked for; exactly those are computed."""
+
+    x: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias
+
+    @property
+    def any(self) -> bool:
+        return self.x or self.head
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: LMHead) -> Needs:
+        """What autograd will ask for. Inside an op grad mode is invisible, so the public functions read it here."""
+        enabled = torch.is_grad_enabled()
+        bias = head.bias is not None and head.bias.requires_grad
+        return cls(enabled and hidden.requires_grad, enabled and head.weight.requires_grad, enabled and bias)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients in the accumulate dtype: x (N, H), weight (V, H), bias (V,); None where not needed."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def empty(cls, head: LMHead, num_rows: int, needs: Needs) -> Gradients:
+        def new(needed: bool, *shape: int) -> Tensor | None:
+            return torch.empty(shape, dtype=head.accumulate_dtype, device=head.weight.device) if needed else None
+
+        return cls(
+            new(needs.x, num_rows, head.hidden_size),
+            new(needs.weight, head.vocab_size, head.hidden_size),
+            new(needs.bias, head.vocab_size),
+        )
+
+    def scaled(self, scale: Tensor | float, *likes: Tensor | None) -> tuple[Tensor | None, ...]:
+        """(x, weight, bias) times ``scale`` in the dtypes of ``likes``: new tensors, rounded once."""
+        return tuple(
+            None if g is None or like is None else torch.mul(g, scale, out=torch.empty_like(g, dtype=like.dtype))
+            for g, like in zip((self.x, self.weight, self.bias), likes)
+        )
+
+
+def score(backend: Backend, head: LMHead, x: Tensor, targets: Tensor, capacity: int) -> Tensor:
+    """Log-probs (N,) in the accumulate dtype."""
+    logps = torch.empty(len(x), dtype=head.accumulate_dtype, device=x.device)
+    if len(x):
+        tile = backend.open_tile(head, min(capacity, len(x)))
+        for rows in _chunks(0, len(x), capacity):
+            logps[rows] = tile.score(x[rows], targets[rows])
+    return logps
+
+
+def unit_gradients(
+    backend: Backend, head: LMHead, x: Tensor, targets: Tensor, num_rows: int, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probs (num_rows,) of the first rows of x and the gradient of each with respect to its own row.
+
+    The gradients come in a tensor as large as x, (N, H), whose other rows are left to the caller.
+    """
+    logps = torch.empty(num_rows, dtype=head.accumulate_dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=head.accumulate_dtype, device=x.device)
+    if num_rows:
+        tile = backend.open_tile(head, min(capacity, num_rows))
+        ones = torch.ones(tile.capacity, dtype=head.accumulate_dtype, device=x.device)
+        for rows in _chunks(0, num_rows, capacity):
+            logps[rows] = tile.stage(x[rows], targets[rows])
+            tile.gradients(ones[: rows.stop - rows.start], dx=dx[rows])
+    return logps, dx
+
+
+def regradients(
+    backend: Backend, head: LMHead, x: Tensor, targets: Tensor, coefficients: Tensor, capacity: int, needs: Needs
+) -> Gradients:
+    """Gradients of sum(coefficients * log-probs), the logits computed anew tile by tile."""
+    gradients = Gradients.empty(head, len(x), needs)
+    if len(x):
+        tile = _GradientTile(backend, head, min(capacity, len(x)), gradients)
+        for rows in _chunks(0, len(x), capacity):
+            tile.stage(x[rows], targets[rows])
+            tile.add(rows, coefficients[rows])
+    else:
+        for tensor in (gradients.weight, gradients.bias):
+            if tensor is not None:
+                tensor.zero_()
+    return gradients
+
+
+def pair_losses(
+    backend: Backend, head: LMHead, x: Tensor, plan: ScoredRows, terms: PairTerms, capacity: int, needs: Needs
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Losses (B,), sums (kinds, B), both float64, and the gradients of the reduced loss that ``needs`` asks for.
+
+    ``x`` (N, H) are the planned rows, gathered; rows that the loss does not depend on get zero gradient.
+    """
+    sums = _Sums(plan, terms, x.device)
+    graded = sum(plan.pair_rows) if needs.any else 0
+    # Forward-only segments first, so that an objective may look at them when its pair's turn comes.
+    rest = slice(graded, len(x))
+    rest_logps = score(backend, head, x[rest], plan.targets[rest], capacity)
+    if not needs.any:
+        sums.fill(slice(0, len(plan.counts)), rest_logps)
+        return terms.losses(terms.sums(sums.table, sums.lengths)), sums.table, Gradients(None, None, None)
+    sums.fill(slice(plan.gradient_kinds * plan.num_pairs, len(plan.counts)), rest_logps)
+
+    if needs.head:
+        gradients = Gradients.empty(head, len(x), needs)
+        losses = _one_pass(backend, head, x, plan, sums, capacity, gradients)
+    else:
+        # A frozen head: per-token gradients are stored unscaled and meet their coefficients afterwards.
+        logps, dx = unit_gradients(backend, head, x, plan.targets, graded, capacity)
+        losses, by_row = sums.differentiate(slice(0, plan.num_pairs), logps)
+        dx[:graded].mul_(by_row.unsqueeze(1))
+        gradients = Gradients(dx, None, None)
+    if gradients.x is not None:
+        gradients.x[rest] = 0.0
+    return losses, sums.table, gradients
+
+
+def _one_pass(
+    backend: Backend,
+    head: LMHead,
+    x: Tensor,
+    plan: ScoredRows,
+    sums: _Sums,
+    capacity: int,
+    gradients: Gradients,
+) -> Tensor:
+    """Losses (B,); fills ``gradients`` group by group."""
+    together = plan.num_pairs if sums.terms.objective.batch_coupled else 1
+    groups = list(_groups(plan.pair_rows, together, capacity))
+    tile = _GradientTile(backend, head, min(capacity, max(rows.stop - rows.start for _, rows in groups)), gradients)
+    losses = []
+    for pairs, rows in groups:
+        resident = slice(max(rows.start, rows.stop - capacity), rows.stop)
+        too_many = list(_chunks(rows.start, resident.start, capacity))
+        logps = [tile.stage(x[part], plan.targets[part]) for part in (*too_many, resident)]
+        group_losses, by_row = sums.differentiate(pairs, torch.cat(logps))
+        losses.append(group_losses)
+        tile.add(resident, by_row[resident.start - rows.start :])
+        for part in too_many:
+            tile.stage(x[part], plan.targets[part])
+            tile.add(part, by_row[part.start - rows.start : part.stop - rows.start])
+    return torch.cat(losses)
+
+
+class _Sums:
+    """The (kinds, B) table of summed log-probs as it fills up, and what follows from its complete columns."""
+
+    def __init__(self, plan: ScoredRows, terms: PairTerms, device: torch.device) -> None:
+        self.plan, self.terms = plan, terms
+        self.lengths = plan.lengths.double()
+        self.table = torch.zeros_like(self.lengths)
+
+    def fill(self, segments: slice, logps: Tensor) -> None:
+        """Enter the sums of ``plan.order[segments]``, whose rows' log-probs these are.
+
+        Sums of consecutive runs, in float64, in an order that does not vary: deterministic on every device.
+        """
+        counts = torch.tensor(self.plan.counts[segments], dtype=torch.int64, device=logps.device)
+        sums = torch.segment_reduce(logps.double(), "sum", lengths=counts, unsafe=True)
+        self.table.view(-1)[self.plan.order[segments]] = sums
+
+    def differentiate(self, pairs: slice, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of ``pairs`` and dloss/dlogp of each of their gradient rows, whose log-probs are given."""
+        k, num_pairs = self.plan.gradient_kinds, self.plan.num_pairs
+        segments = slice(k * pairs.start, k * pairs.stop)
+        self.fill(segments, logps)
+        losses, coefficients = self.terms.coefficients(
+            self.table[:, pairs], self.lengths[:, pairs], pairs.start, num_pairs
+        )
+        order = self.plan.order[segments]
+        by_segment = coefficients[order // num_pairs, order % num_pairs - pairs.start]
+        counts = torch.tensor(self.plan.counts[segments], dtype=torch.int64, device=logps.device)
+        return losses, by_segment.to(logps.dtype).repeat_interleave(counts, output_size=len(logps))
+
+
+class _GradientTile:
+    """A tile, its gradients' destination, and whether dW and db have been written yet."""
+
+    def __init__(self, backend: Backend, head: LMHead, capacity: int, gradients: Gradients) -> None:
+        self.tile = backend.open_tile(head, capacity)
+        self.gradients = gradients
+        self.stage = self.tile.stage
+        self.accumulate = False
+
+    def add(self, rows: slice, coefficients: Tensor) -> None:
+        g = self.gradients
+        dx = None if g.x is None else g.x[rows]
+        self.tile.gradients(coefficients, dx=dx, dweight=g.weight, dbias=g.bias, accumulate=self.accumulate)
+        self.accumulate = True
+
+
+def plain_arithmetic(device: torch.device) -> torch.autocast:
+    """Autocast off: operand dtypes are the head's own decision, and statistics must never be rounded."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def _groups(pair_rows: list[int], pairs_together: int, capacity: int) -> Iterator[tuple[slice, slice]]:
+    """(pairs, rows) of each group: as many whole pairs as fit, and always at least ``pairs_together``."""
+    pair = row = 0
+    while pair < len(pair_rows):
+        end, rows = pair + pairs_together, sum(pair_rows[pair : pair + pairs_together])
+        while end < len(pair_rows) and rows + pair_rows[end] <= capacity:
+            rows += pair_rows[end]
+            end += 1
+        yield slice(pair, end), slice(row, row + rows)
+        pair, row = end, row + rows

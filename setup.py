@@ -1,0 +1,42 @@
+"""Packaging: the wheel ships ``inspo_kernels`` alone; training/ and benchmarks/ run from the repository root."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (root / "inspo_kernels" / "__init__.py").read_text()).group(1)
+
+training = [
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "jsonargparse>=4.40",
+    "matplotlib>=3.9",
+    "pyyaml>=6",
+    "safetensors>=0.5",
+    "tokenizers>=0.22",
+    "tqdm>=4.66",
+    "transformers>=5.17,<6",
+]
+test = [*training, "hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3"]
+
+setup(
+    name="inspo-kernels",
+    version=version,
+    description="Fused log-probs and pairwise preference losses conditioned on the other response (InSPO)",
+    long_description=(root / "README.md").read_text() if (root / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["inspo_kernels", "inspo_kernels.*"]),
+    package_data={"inspo_kernels": ["py.typed"]},
+    install_requires=["torch>=2.11,<3"],
+    extras_require={"models": ["transformers>=5.17,<6"], "training": training, "test": test},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
