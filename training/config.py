@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+import itertools
 from argparse import ArgumentError
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -22,51 +23,65 @@ class InputError(ValueError):
     """Bad input from the user: the message names the file, line or option and says what to change."""
 
 
-def _opt(default: Any, help: str, section: str = "") -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "section": section})
+class Section(str):
+    """Heading in ``--help``, put above the option that carries it."""
 
 
 @dataclass
 class TrainConfig:
     """Options of a training run. Relative paths, also those in a YAML file, are relative to the working directory."""
 
-    model: str | dict[str, Any] = _opt("", "hub id, local folder, or a section of LlamaConfig fields", "Model and data")
-    train_data: str | None = _opt(None, "local .jsonl, or hub dataset NAME[:SPLIT]: prompt, chosen, rejected")
-    eval_data: str | None = _opt(None, "held-out pairs, same formats; keep its prompts out of train_data")
-    output_dir: str | None = _opt(None, "folder for everything a run writes")
-    max_length: int = _opt(2048, "most tokens of prompt + chosen + rejected together")
-    truncation: Literal["error", "prompt_left", "drop"] = _opt("error", "error|prompt_left|drop: what happens to a longer pair")
-    invalid_pairs: Literal["drop", "error"] = _opt("drop", "drop|error: what happens to a pair with empty or identical responses")
+    model: Annotated[
+        str | dict[str, Any], "hub id, local folder, or a section of LlamaConfig fields", Section("Model and data")
+    ] = ""
+    train_data: Annotated[str | None, "local .jsonl, or hub dataset NAME[:SPLIT]: prompt, chosen, rejected"] = None
+    eval_data: Annotated[str | None, "held-out pairs, same formats; keep its prompts out of train_data"] = None
+    output_dir: Annotated[str | None, "folder for everything a run writes"] = None
+    max_length: Annotated[int, "most tokens of prompt + chosen + rejected together"] = 2048
+    truncation: Annotated[
+        Literal["error", "prompt_left", "drop"], "error|prompt_left|drop: what happens to a longer pair"
+    ] = "error"
+    invalid_pairs: Annotated[
+        Literal["drop", "error"], "drop|error: what happens to a pair with empty or identical responses"
+    ] = "drop"
 
-    objective: str = _opt("dpo", ", ".join(OBJECTIVES), "Objective (a parameter left out has the objective's default)")
-    conditioned: bool = _opt(True, "score each response given the other one; false: the plain twin")
-    marginal_weight: float = _opt(0.0, "adds this times the same objective given the prompt alone")
-    reference_conditioned: bool = _opt(False, "condition the reference, too (not the paper's method)")
-    beta: float | None = _opt(None, "dpo, one_sided, simpo, rdpo, hinge: scale of the rewards")
-    label_smoothing: float | None = _opt(None, "dpo: share of labels assumed to be flipped")
-    tau: float | None = _opt(None, "ipo: regularisation; the margin aimed at is 1/(2 tau)")
-    gamma: float | None = _opt(None, "simpo: margin aimed at")
-    alpha: float | None = _opt(None, "rdpo: weight of the length difference")
-    lam: float | None = _opt(None, "orpo: weight of the odds ratio")
-    sft: Literal["marginal", "chosen"] | None = _opt(None, "orpo: log-prob of the chosen response that is fitted, marginal|chosen")
+    objective: Annotated[
+        str, ", ".join(OBJECTIVES), Section("Objective (a parameter left out has the objective's default)")
+    ] = "dpo"
+    conditioned: Annotated[bool, "score each response given the other one; false: the plain twin"] = True
+    marginal_weight: Annotated[float, "adds this times the same objective given the prompt alone"] = 0.0
+    reference_conditioned: Annotated[bool, "condition the reference, too (not the paper's method)"] = False
+    beta: Annotated[float | None, "dpo, one_sided, simpo, rdpo, hinge: scale of the rewards"] = None
+    label_smoothing: Annotated[float | None, "dpo: share of labels assumed to be flipped"] = None
+    tau: Annotated[float | None, "ipo: regularisation; the margin aimed at is 1/(2 tau)"] = None
+    gamma: Annotated[float | None, "simpo: margin aimed at"] = None
+    alpha: Annotated[float | None, "rdpo: weight of the length difference"] = None
+    lam: Annotated[float | None, "orpo: weight of the odds ratio"] = None
+    sft: Annotated[
+        Literal["marginal", "chosen"] | None, "orpo: log-prob of the chosen response that is fitted, marginal|chosen"
+    ] = None
 
-    num_epochs: int = _opt(1, "passes over train_data", "Optimisation")
-    max_steps: int | None = _opt(None, "optimizer steps; overrides num_epochs")
-    per_device_batch_size: int = _opt(4, "pairs in one forward pass")
-    gradient_accumulation_steps: int = _opt(1, "forward passes in one step")
-    learning_rate: float = _opt(5e-7, "peak learning rate of AdamW")
-    lr_scheduler: Literal["cosine", "linear", "constant"] = _opt("cosine", "cosine|linear|constant: shape after the warm-up")
-    warmup: float = _opt(0.1, "steps of linear warm-up, as a share of all steps")
-    weight_decay: float = _opt(0.0, "decoupled weight decay")
-    max_grad_norm: float = _opt(1.0, "gradients are clipped to this norm")
-    mixed_precision: Literal["no", "bf16"] = _opt("no", "no|bf16: autocast; parameters keep the dtype they load in")
-    seed: int = _opt(0, "of the order of the pairs and of a model built here")
+    num_epochs: Annotated[int, "passes over train_data", Section("Optimisation")] = 1
+    max_steps: Annotated[int | None, "optimizer steps; overrides num_epochs"] = None
+    per_device_batch_size: Annotated[int, "pairs in one forward pass"] = 4
+    gradient_accumulation_steps: Annotated[int, "forward passes in one step"] = 1
+    learning_rate: Annotated[float, "peak learning rate of AdamW"] = 5e-7
+    lr_scheduler: Annotated[
+        Literal["cosine", "linear", "constant"], "cosine|linear|constant: shape after the warm-up"
+    ] = "cosine"
+    warmup: Annotated[float, "steps of linear warm-up, as a share of all steps"] = 0.1
+    weight_decay: Annotated[float, "decoupled weight decay"] = 0.0
+    max_grad_norm: Annotated[float, "gradients are clipped to this norm"] = 1.0
+    mixed_precision: Annotated[Literal["no", "bf16"], "no|bf16: autocast; parameters keep the dtype they load in"] = (
+        "no"
+    )
+    seed: Annotated[int, "of the order of the pairs and of a model built here"] = 0
 
-    log_every: int = _opt(10, "steps between logged lines", "Run")
-    eval_every: int | None = _opt(None, "steps between evaluations; always before step 1 and at the end")
-    save_every: int | None = _opt(None, "steps between checkpoints")
-    resume: str | None = _opt(None, '"auto" (newest checkpoint in output_dir, if any) or a checkpoint folder')
-    reference_cache: str | None = _opt(None, "folder for reference log-probs that runs share; default output_dir")
+    log_every: Annotated[int, "steps between logged lines", Section("Run")] = 10
+    eval_every: Annotated[int | None, "steps between evaluations; always before step 1 and at the end"] = None
+    save_every: Annotated[int | None, "steps between checkpoints"] = None
+    resume: Annotated[str | None, "'auto' (newest checkpoint in output_dir, if any) or a checkpoint folder"] = None
+    reference_cache: Annotated[str | None, "folder for reference log-probs that runs share; default output_dir"] = None
 
     def __post_init__(self) -> None:
         """Raises InputError for values that no run could use; types are checked where the options are read."""
@@ -92,9 +107,8 @@ class TrainConfig:
     def make_objective(self) -> Objective:
         """The objective with its parameters. The plain twin of ORPO fits the chosen response: it has no marginals."""
         given = {name: getattr(self, name) for name in OBJECTIVE_PARAMETERS if getattr(self, name) is not None}
-        if self.objective == "orpo" and not self.conditioned:
-            if given.setdefault("sft", "chosen") != "chosen":
-                raise InputError('sft="marginal" needs conditioned=true; the plain twin has sft="chosen"')
+        if self.objective == "orpo" and not self.conditioned and given.setdefault("sft", "chosen") == "marginal":
+            raise InputError('sft="marginal" needs conditioned=true; the plain twin has sft="chosen"')
         try:
             return make_objective(self.objective, **given)
         except ValueError as error:
@@ -110,7 +124,7 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
     names = [f.name for f in dataclasses.fields(TrainConfig)]
     words = [word for argument in arguments for word in argument.split("=", 1)]
     check_names((w[2:].split(".")[0] for w in words if w.startswith("--")), [*names, "config"], "--")
-    for flag, value in zip(words, words[1:], strict=False):
+    for flag, value in itertools.pairwise(words):
         if flag == "--config":
             check_names(_read_yaml(value), names, f"in {value}: ")
     parser = ArgumentParser(prog="training.train", exit_on_error=False, allow_abbrev=False)
@@ -149,10 +163,11 @@ def _read_yaml(file: str) -> dict[str, Any]:
 
 def help_text() -> str:
     """One line per option, with its default, on one screen."""
-    lines = ["python -m training.train --config FILE.yaml [--option value ...]   (paths are relative to the working directory)"]
-    for f in dataclasses.fields(TrainConfig):
-        if f.metadata["section"]:
-            lines.append(f.metadata["section"])
-        default = "" if f.default in (None, "") else f" [{str(f.default).lower()}]"
-        lines.append(f"  --{f.name:<28}{f.metadata['help']}{default}")
+    lines = ["python -m training.train --config FILE.yaml [--option value ...]"]
+    lines.append("Relative paths, also those in FILE.yaml, start at the working directory.")
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+    for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
+        described, *section = hint.__metadata__
+        default = "" if defaults[name] in (None, "") else f" [{str(defaults[name]).lower()}]"
+        lines += [*section, f"  --{name:<28}{described}{default}"]
     return "\n".join(lines)

@@ -1,0 +1,226 @@
+"""Preference pairs from a file or the hub to token ids, with every pair that is left out or cut counted and named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from .config import InputError, TrainConfig
+
+Messages = list[dict[str, Any]]
+
+
+class Pair(NamedTuple):
+    """Token ids of one pair. The prompt carries the BOS, each response its EOS. ``origin`` is what messages call it."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    origin: str = ""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+def load_pairs(source: str, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+    """Reads and tokenises ``source``: a local JSONL file, or ``NAME[:SPLIT]`` of a dataset that ``datasets`` loads.
+
+    Records hold ``prompt``, ``chosen`` and ``rejected`` as strings or as lists of messages ``{"role", "content"}``.
+    Without ``prompt``, it is what ``chosen`` and ``rejected`` have in common at their beginning. An empty response
+    gives an empty list of ids. Raises InputError, naming file and line, for anything that is not such a record.
+    """
+    return [tokenize_record(record, tokenizer, origin) for origin, record in read_records(source)]
+
+
+def read_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (origin, record); origin is "FILE:LINE" for a local file."""
+    path = Path(source)
+    if not path.is_file():
+        if path.suffix in (".jsonl", ".json"):
+            raise InputError(f"{source}: no such file (working directory: {Path.cwd()})")
+        yield from _read_dataset(source)
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{source}:{number}: not a line of JSON ({error}); one JSON object per line") from None
+            if not isinstance(record, dict):
+                raise InputError(f"{source}:{number}: must be a JSON object with prompt, chosen and rejected")
+            yield f"{source}:{number}", record
+
+
+def _read_dataset(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets  # slow to import, and local files do without
+
+    name, _, split = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # each way to fail has a class of its own: network, missing, gated, split, format
+        raise InputError(
+            f"{source}: neither a local file nor a dataset that could be loaded ({type(error).__name__}: {error}); "
+            "offline, give a local .jsonl file"
+        ) from None
+    for row, record in enumerate(rows):
+        yield f"{source} row {row}", record
+
+
+def tokenize_record(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, origin: str) -> Pair:
+    """Prompt and responses are tokenised apart, so that the prompt's ids are the same in front of either response."""
+    prompt, chosen, rejected = (_field(record, name, origin) for name in ("prompt", "chosen", "rejected"))
+    if type(chosen) is not type(rejected):
+        raise InputError(f"{origin}: 'chosen' and 'rejected' must both be strings or both be lists of messages")
+    if isinstance(chosen, str):
+        if isinstance(prompt, list):
+            raise InputError(f"{origin}: 'prompt' is a list of messages, so 'chosen' and 'rejected' must be, too")
+        if prompt is None:
+            prompt, chosen, rejected = _split_strings(chosen, rejected, origin)
+        responses = (_encode_response(text, tokenizer, set()) for text in (chosen, rejected))
+        return Pair(encode_prompt(prompt, tokenizer), *responses, origin)
+
+    if not isinstance(prompt, list):
+        shared = _shared(chosen[:-1], rejected[:-1])
+        if not shared and prompt is None:
+            raise InputError(f"{origin}: no 'prompt', and 'chosen' and 'rejected' do not begin with the same messages")
+        # A string beside whole conversations repeats what they begin with; otherwise it is the user's message.
+        prompt = chosen[:shared] or [{"role": "user", "content": prompt}]
+        chosen, rejected = chosen[shared:], rejected[shared:]
+    opening, *responses = _render(prompt, chosen, rejected, tokenizer, origin)
+    ends = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return Pair(encode_prompt(opening, tokenizer), *(_encode_response(r, tokenizer, ends) for r in responses), origin)
+
+
+def _field(record: dict[str, Any], name: str, origin: str) -> str | Messages | None:
+    value = record.get(name)
+    if value is None:
+        if name == "prompt" and name not in record:
+            return None
+        found = ", ".join(map(repr, record)) or "none"
+        problem = "is null" if name in record else f"is missing (keys found: {found})"
+        raise InputError(f"{origin}: {name!r} {problem}; a pair has prompt, chosen and rejected")
+    is_messages = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    )
+    if not isinstance(value, str) and not (is_messages and value):
+        raise InputError(
+            f'{origin}: {name!r} must be a string or a list of messages {{"role": ..., "content": ...}} with string '
+            f"values, got {json.dumps(value, default=str)[:80]}"
+        )
+    return value
+
+
+def _split_strings(chosen: str, rejected: str, origin: str) -> tuple[str, str, str]:
+    shared = chosen[: _shared(chosen, rejected)]
+    shared = shared[: max(shared.rfind(" "), shared.rfind("\n"), 0)]  # neither all of a response nor half a word
+    if not shared:
+        raise InputError(f"{origin}: no 'prompt', and 'chosen' and 'rejected' do not begin with the same words")
+    return shared, chosen[len(shared) :], rejected[len(shared) :]
+
+
+def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _render(
+    prompt: Messages, chosen: Messages, rejected: Messages, tokenizer: PreTrainedTokenizerBase, origin: str
+) -> list[str]:
+    """Prompt text, and each response as what the chat template adds to it; "" for a response without content."""
+    if not tokenizer.chat_template:
+        raise InputError(f"{origin}: holds messages, but the tokenizer has no chat template; use strings")
+    opening = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    texts = [opening]
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        whole = tokenizer.apply_chat_template(prompt + response, tokenize=False)
+        if not whole.startswith(opening):
+            raise InputError(
+                f"{origin}: with the {name!r} messages the chat template changes the text of the prompt; "
+                "use a template that only appends"
+            )
+        empty = not any(message["content"].strip() for message in response)
+        # What a template puts after its end-of-turn token belongs to the next turn.
+        texts.append("" if empty else whole[len(opening) :].rstrip("\n"))
+    return texts
+
+
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of ``text`` with exactly one BOS in front, if the tokenizer uses one (a chat template may have put it)."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
+        ids = [bos, *ids]
+    return ids
+
+
+def _encode_response(text: str, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> list[int]:
+    if not text.strip():
+        return []
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if ids[-1] in {tokenizer.eos_token_id, *ends} else [*ids, tokenizer.eos_token_id]
+
+
+def select_pairs(
+    pairs: Iterable[Sequence[Any]], name: str, config: TrainConfig, *, vocab_size: int, bos_token_id: int | None,
+    log: Callable[[str], None],
+) -> list[Pair]:  # fmt: skip
+    """The pairs that can be trained on; says how many were left out or cut, why, and where the first ones are.
+
+    ``name`` is what messages call the collection. Raises InputError where ``config.truncation`` or
+    ``config.invalid_pairs`` is "error", for a token id outside the vocabulary, and if nothing is left.
+    """
+    kept: list[Pair] = []
+    reasons: dict[str, list[str]] = {
+        key: [] for key in ("empty prompt", "empty response", "identical responses", "too long", "truncated")
+    }
+    for number, item in enumerate(pairs):
+        pair = item
+        if not isinstance(pair, Pair):
+            pair = Pair(*([int(token) for token in ids] for ids in item), f"{name} pair {number}")
+        if not pair.prompt:
+            reasons["empty prompt"].append(pair.origin)
+        elif not pair.chosen or not pair.rejected:
+            reasons["empty response"].append(pair.origin)
+        elif pair.chosen == pair.rejected:
+            reasons["identical responses"].append(pair.origin)
+        elif (excess := pair.tokens - config.max_length) > 0:
+            head = 1 if pair.prompt[0] == bos_token_id else 0
+            if config.truncation == "prompt_left" and excess < len(pair.prompt) - head:
+                reasons["truncated"].append(pair.origin)
+                kept.append(pair._replace(prompt=pair.prompt[:head] + pair.prompt[head + excess :]))
+            else:
+                reasons["too long"].append(pair.origin)
+        else:
+            kept.append(pair)
+        if (top := max(max(ids, default=0) for ids in pair[:3])) >= vocab_size:
+            raise InputError(f"{pair.origin}: token id {top}, but the model's vocabulary ends at {vocab_size - 1}")
+
+    def named(keys: Iterable[str]) -> str:
+        return ", ".join(f"{len(reasons[k])} {k} ({_first(reasons[k])})" for k in keys if reasons[k])
+
+    if config.truncation == "error" and reasons["too long"]:
+        raise InputError(
+            f"{named(['too long'])}: more than max_length={config.max_length} tokens of prompt, chosen and rejected; "
+            "raise max_length, or set truncation to prompt_left or drop"
+        )
+    invalid = named(["empty prompt", "empty response", "identical responses"])
+    if config.invalid_pairs == "error" and invalid:
+        raise InputError(f"{name}: {invalid}; remove these pairs or set invalid_pairs=drop")
+    read = len(kept) - len(reasons["truncated"]) + sum(map(len, reasons.values()))
+    dropped = ", ".join(filter(None, [invalid, named(["too long"])]))
+    log(f"{name}: {read} pairs read, {len(kept)} kept; dropped: {dropped or 'none'}"
+        + (f"; {named(['truncated'])}" if reasons["truncated"] else ""))  # fmt: skip
+    if not kept:
+        raise InputError(f"{name}: no pair is left to use")
+    return kept
+
+
+def _first(origins: list[str], most: int = 3) -> str:
+    return ", ".join(origins[:most]) + (", ..." if len(origins) > most else "")
