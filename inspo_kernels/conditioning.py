@@ -89,7 +89,7 @@ def condition_pairs(
 
         ``input_ids``, ``attention_mask`` and ``position_ids`` can be handed to a transformers causal LM as they are;
         for a packed batch transformers keeps sequences apart by the restarts of ``position_ids``, which it reads only
-        when ``attention_mask`` is None.
+        when ``attention_mask`` is None and no key-value cache is made, so pass ``use_cache=False`` as well.
 
     Raises:
         ValueError: the ids or options are unusable, a pair does not fit, or no pair is left; the message names the

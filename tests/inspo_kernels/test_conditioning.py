@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inspo_kernels.conditioning import condition_pairs
+from inspo_kernels import condition_pairs
 
 PAD = 2  # also the end-of-sequence id of the generated pairs
 token_ids = st.lists(st.integers(0, 9), min_size=1, max_size=6)

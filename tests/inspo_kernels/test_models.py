@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from inspo_kernels.conditioning import condition_pairs
-from inspo_kernels.models import _CANNOT_PACK, _TAILS, hidden_and_head
+from inspo_kernels import condition_pairs, fused_inspo_loss, hidden_and_head
+from inspo_kernels.models import _CANNOT_PACK, _TAILS
 
 transformers = pytest.importorskip("transformers")
 
@@ -170,6 +170,27 @@ def test_gradients_equal_those_through_the_models_own_logits(model_type, tied, r
     assert sum(mine is not None and bool(mine.abs().max() > 0) for mine in composed) >= 0.9 * len(trainable)
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "granite", "phi"])
+def test_the_fused_loss_sees_the_models_own_logps_in_rows_and_packed(model_type, pairs, rows):
+    model = make_model(model_type, torch.float64)
+    with torch.no_grad():
+        logps = model(**model_inputs(rows)).logits[:, :-1].log_softmax(-1)
+    expected = []
+    for key in ("labels", "marginal_labels"):
+        labels = rows[key][:, 1:]
+        picked = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        expected.append(picked.where(labels != -100, 0).sum(1))
+    expected[1] = expected[1].roll(len(pairs))  # chosen first: the first rows hold the rejected responses' marginals
+    ref_logps = torch.zeros(2 * len(pairs))
+    packed = condition_pairs(pairs, pad_token_id=2, layout="packed")
+    for batch in (rows, packed):
+        hidden, head = hidden_and_head(model, **model_inputs(batch))
+        scored = {key: batch[key] for key in ("labels", "marginal_labels", "cu_seqlens") if key in batch}
+        out = fused_inspo_loss(hidden[0] if batch is packed else hidden, ref_logps=ref_logps, **scored, **head)
+        torch.testing.assert_close(out.logps, expected[0], rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(out.marginal_logps, expected[1], rtol=1e-6, atol=1e-5)
+
+
 def test_the_models_own_mode_decides_about_dropout(rows):
     model = make_model("gpt2")
     first, second = (hidden_and_head(model, **model_inputs(rows))[0] for _ in range(2))
@@ -190,24 +211,25 @@ def test_the_trunk_runs_once_without_cache_and_the_head_never(rows):
     assert calls[0].past_key_values is None
 
 
-def test_masks_and_positions_and_further_arguments_reach_the_trunk(rows):
+def test_mask_and_positions_reach_the_trunk(rows):
+    model = make_model("llama")
+    holed = rows["attention_mask"].clone()
+    holed[:, 0] = 0
+    plain = hidden_and_head(model, **model_inputs(rows))[0]
+    for change in ({"attention_mask": holed}, {"position_ids": 3 * rows["position_ids"]}):
+        inputs = model_inputs(rows) | change
+        real = inputs["attention_mask"].bool()
+        hidden, head = hidden_and_head(model, inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"])
+        torch.testing.assert_close(compose(hidden, head)[real], model(**inputs).logits[real])
+        assert (hidden - plain)[real].abs().max() > 1e-2
+
+
+def test_further_arguments_reach_the_trunk(rows):
     model = make_model("llama")
     inputs = model_inputs(rows)
-    real = rows["attention_mask"].bool()
     expected, _ = hidden_and_head(model, **inputs)
-    left = {key: value.flip(1) for key, value in inputs.items()}
-    length = rows["attention_mask"].sum(1, keepdim=True)
-    ids = torch.where(left["attention_mask"] == 1, left["input_ids"], 0)
-    for row, n in enumerate(length.flatten().tolist()):
-        ids[row, -n:] = inputs["input_ids"][row, :n]
-        left["position_ids"][row, -n:] = inputs["position_ids"][row, :n]
-    hidden, _ = hidden_and_head(model, ids, left["attention_mask"], left["position_ids"])
-    torch.testing.assert_close(hidden[left["attention_mask"].bool()], expected[real])
-    embeds = model.get_input_embeddings()(inputs["input_ids"])
-    hidden, _ = hidden_and_head(
-        model, attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"], inputs_embeds=embeds
-    )
-    assert torch.equal(hidden, expected)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(hidden_and_head(model, **inputs, inputs_embeds=embeds)[0], expected)
 
 
 @pytest.mark.parametrize("name", ["labels", "logits_to_keep"])
