@@ -112,14 +112,14 @@ def condition_pairs(
     truncated = 0
     for index, raw in enumerate(pairs):
         pair = _read_pair(index, raw)
-        excess = 0 if max_length is None else sum(map(len, pair)) + len(separator) - max_length
-        if excess > 0 and truncation == "drop":
+        length = sum(map(len, pair)) + len(separator)
+        if max_length is None or length <= max_length:
+            kept.append(pair)
+        elif truncation == "drop":
             dropped.append(index)
-            continue
-        if excess > 0:
-            pair = _cut_prompt(index, pair, excess, max_length, truncation)
+        else:
+            kept.append(_cut_prompt(index, pair, length, max_length, truncation))
             truncated += 1
-        kept.append(pair)
     if not kept:
         cause = f"all {len(dropped)} are longer than max_length={max_length}" if dropped else "pairs is empty"
         raise ValueError(f"no pair left to score: {cause}")
@@ -144,7 +144,7 @@ def _sequence(prompt: Tensor, scored: Tensor, alternative: Tensor | None, separa
 
 
 def _rows(sequences: list[_Sequence], pad_token_id: int) -> dict[str, Any]:
-    ids, labels, marginal_labels = zip(*sequences, strict=True)
+    ids, labels, marginal_labels = map(list, zip(*sequences, strict=True))
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
@@ -155,7 +155,7 @@ def _rows(sequences: list[_Sequence], pad_token_id: int) -> dict[str, Any]:
 
 
 def _packed(sequences: list[_Sequence]) -> dict[str, Any]:
-    ids, labels, marginal_labels = zip(*sequences, strict=True)
+    ids, labels, marginal_labels = map(list, zip(*sequences, strict=True))
     ends = torch.tensor([0, *map(len, ids)]).cumsum(0)
     return {
         "input_ids": torch.cat(ids)[None],
@@ -167,8 +167,8 @@ def _packed(sequences: list[_Sequence]) -> dict[str, Any]:
     }
 
 
-def _cut_prompt(index: int, pair: _Pair, excess: int, max_length: int, truncation: str) -> _Pair:
-    length = max_length + excess
+def _cut_prompt(index: int, pair: _Pair, length: int, max_length: int, truncation: str) -> _Pair:
+    excess = length - max_length
     without_prompt = length - len(pair.prompt)
     if truncation == "error":
         raise ValueError(

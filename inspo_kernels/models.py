@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Tail(NamedTuple):
@@ -73,7 +76,7 @@ _HEAD_ARGUMENTS = frozenset({"labels", "logits_to_keep", "num_logits_to_keep", "
 
 
 def hidden_and_head(
-    model: nn.Module,
+    model: PreTrainedModel,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
