@@ -235,8 +235,12 @@ def plain_arithmetic(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+def _chunks(start: int, stop: int, capacity: int) -> Iterator[slice]:
+    """As few chunks as possible, of nearly equal size: a last chunk of a few rows would waste a product."""
+    if start < stop:
+        count = -(-(stop - start) // capacity)
+        size = -(-(stop - start) // count)
+        yield from (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
 
 def _groups(pair_rows: list[int], pairs_together: int, capacity: int) -> Iterator[tuple[slice, slice]]:

@@ -54,6 +54,21 @@ class TorchBackend(Backend):
         return TorchTile(head, capacity)
 
 
+def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out = a @ b, or out += a @ b.
+
+    CPU libraries sum a product of fewer than four rows one term after another. At K = 32000 that is ten times the error
+    of their blocked kernels (3.1e-6 against 3.3e-7 in float32), so such products are summed in blocks of K here.
+    """
+    if a.shape[0] >= 4 or a.device.type != "cpu":
+        torch.addmm(out, a, b, beta=int(accumulate), out=out)
+        return
+    if not accumulate:
+        out.zero_()
+    for k in range(0, a.shape[1], 256):
+        out += a[:, k : k + 256] @ b[k : k + 256]
+
+
 class TorchTile(HeadTile):
     """The workspace is one (capacity, V) tensor: logits, then D * E in place."""
 
@@ -82,7 +97,7 @@ class TorchTile(HeadTile):
         self.x = self._widen(x)
         self.e = self.workspace[: len(x)]
         for part, weight in self._weight_slices():
-            torch.mm(self.x, weight.t(), out=self.e[:, part])
+            _product(self.x, weight.t(), self.e[:, part])
         logps = torch.empty(len(x), dtype=head.accumulate_dtype, device=x.device)
         self.sums = torch.empty_like(logps)
         step = max(1, self.block)
@@ -126,7 +141,7 @@ class TorchTile(HeadTile):
         scale = (coefficients * (-self.head.logit_scale) / self.sums).unsqueeze(1)
         if dx is not None:
             for part, weight in self._weight_slices():
-                torch.addmm(dx, self.e[:, part], weight, beta=int(part.start > 0), out=dx)
+                _product(self.e[:, part], weight, dx, accumulate=part.start > 0)
             dx.mul_(scale)
         beta = int(accumulate)
         if dweight is not None:

@@ -1,0 +1,522 @@
+"""``fused_inspo_loss`` against the plain-torch reference in float64: forms, objectives, workspaces, dtypes, autograd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import IGNORE, OBJECTIVES, RAGGED, Case, gradients_of, make_case, relative_error, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+import inspo_kernels as ik
+from inspo_kernels.objectives import make_objective
+
+WORKSPACES = (None, 1, 29 * 8 * 4, 29 * 8 * 9)  # default, one row, smaller than most pairs, larger than some
+OUTPUTS = ("losses", "logps", "lengths", "marginal_logps", "chosen_rewards", "rejected_rewards", "margins")
+
+
+def assert_same(got, expected, tolerance):
+    """Same loss, gradients and reported values; ``got`` and ``expected`` are (output, gradients)."""
+    out, grads = got
+    expected_out, expected_grads = expected
+    assert relative_error(out.loss.detach(), expected_out.loss.detach()) <= tolerance
+    for name in OUTPUTS:
+        a, b = getattr(out, name), getattr(expected_out, name)
+        assert (a is None) == (b is None), name
+        assert a is None or (a.dtype == b.dtype and relative_error(a, b) <= tolerance), name
+    assert out.metrics().keys() == expected_out.metrics().keys()
+    for i, (g, e) in enumerate(zip(grads, expected_grads, strict=True)):
+        assert relative_error(g, e) <= tolerance, f"gradient {i}"
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+@pytest.mark.parametrize("softcap, logit_scale", [(None, 1.0), (1.5, 0.7)])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_equals_reference_in_float64(objective, softcap, logit_scale, workspace):
+    options = {"objective": objective, "softcap": softcap, "logit_scale": logit_scale}
+    expected = run(RAGGED, backend="reference", **options)
+    assert_same(run(RAGGED, backend="torch", max_workspace_bytes=workspace, **options), expected, 1e-11)
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_weights_reduction_and_anchor_equal_reference(objective, workspace):
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.0])
+    options = {"objective": objective, "marginal_weight": 0.25, "pair_weights": weights, "reduction": "sum"}
+    expected = run(RAGGED, backend="reference", **options)
+    got = run(RAGGED, backend="torch", max_workspace_bytes=workspace, **options)
+    assert_same(got, expected, 1e-11)
+    assert got[0].loss.item() == pytest.approx(got[0].losses.sum().item(), rel=1e-12)
+
+
+segment = st.integers(1, 6)
+
+
+@given(
+    lengths=st.lists(st.tuples(segment, segment, segment), min_size=1, max_size=4),
+    vocab=st.sampled_from([1, 2, 7, 33]),
+    workspace_rows=st.integers(0, 30),
+    objective=st.sampled_from(OBJECTIVES),
+    seed=st.integers(0, 3),
+)
+def test_any_ragged_batch_in_every_form_equals_reference(lengths, vocab, workspace_rows, objective, seed):
+    case = make_case(lengths, vocab=vocab, seed=seed)
+    options = {"objective": objective, "ref_logps": case.ref_logps, "marginal_weight": 0.5}
+    expected = ik.reference.fused_inspo_loss(
+        case.hidden,
+        case.weight,
+        case.labels,
+        bias=case.bias,
+        marginal_labels=case.marginal_labels,
+        **options,
+    )
+    rows = {"hidden": case.hidden, "labels": case.labels, "marginal_labels": case.marginal_labels}
+    for backend in ("torch", "reference"):
+        for form in (rows, case.packed(), case.compact(seed)):
+            out = ik.fused_inspo_loss(
+                form["hidden"],
+                case.weight,
+                form["labels"],
+                **{k: v for k, v in form.items() if k not in ("hidden", "labels")},
+                bias=case.bias,
+                max_workspace_bytes=max(1, workspace_rows * vocab * 8),
+                backend=backend,
+                **options,
+            )
+            torch.testing.assert_close(out.loss, expected.loss, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(out.logps, expected.logps, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(out.marginal_logps, expected.marginal_logps, rtol=1e-11, atol=1e-11)
+            assert torch.equal(out.lengths, expected.lengths)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradients_of_packed_and_compact_forms_equal_rows(backend):
+    options = {"ref_logps": RAGGED.ref_logps, "marginal_weight": 0.5, "backend": backend}
+    _, (_, rows_weight, _) = run(RAGGED, **options)
+    for form in (RAGGED.packed(), RAGGED.compact()):
+        hidden = form.pop("hidden").clone().requires_grad_()
+        weight = RAGGED.weight.clone().requires_grad_()
+        out = ik.fused_inspo_loss(hidden, weight, form.pop("labels"), bias=RAGGED.bias, **form, **options)
+        d_hidden, d_weight = gradients_of(out.loss, hidden, weight)
+        assert relative_error(d_weight, rows_weight) < 1e-12
+        assert relative_error(d_hidden.sum(0), run(RAGGED, **options)[1][0].sum((0, 1))) < 1e-11
+
+
+def test_packed_gradient_in_hidden_equals_rows_token_by_token():
+    _, (rows_hidden, *_) = run(RAGGED, backend="torch")
+    packed = RAGGED.packed()
+    hidden = packed["hidden"].clone().requires_grad_()
+    out = ik.fused_inspo_loss(
+        hidden,
+        RAGGED.weight,
+        packed["labels"],
+        cu_seqlens=packed["cu_seqlens"],
+        bias=RAGGED.bias,
+        ref_logps=RAGGED.ref_logps,
+    )
+    (d_hidden,) = gradients_of(out.loss, hidden)
+    unpadded = torch.cat([rows_hidden[i, :n] for i, n in enumerate(RAGGED.lengths)])
+    assert relative_error(d_hidden, unpadded) < 1e-12
+
+
+def test_a_row_scored_for_two_segments_gets_both_gradients():
+    """The last prompt token of a shared prefix predicts the first token of both responses."""
+    g = torch.Generator().manual_seed(1)
+    shared = torch.randn(1, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 4, generator=g, dtype=torch.float64)
+    options = {"segment_ids": torch.tensor([0, 1]), "num_pairs": 1, "ref_logps": torch.tensor([-1.0, -2.0])}
+    results = []
+    for backend in ("torch", "reference"):
+        out = ik.fused_inspo_loss(shared.expand(2, 4), weight, torch.tensor([3, 8]), backend=backend, **options)
+        results.append(gradients_of(out.loss, shared)[0])
+    assert relative_error(*results) < 1e-12
+
+
+def test_overlapping_labels_and_marginal_labels_add_up():
+    """One position may be scored for both; its row of hidden then gets the sum."""
+    case = replace(RAGGED, marginal_labels=torch.where(RAGGED.labels == IGNORE, RAGGED.marginal_labels, RAGGED.labels))
+    options = {"marginal_weight": 1.0}
+    assert_same(run(case, backend="torch", **options), run(case, backend="reference", **options), 1e-11)
+
+
+def test_without_shift_hidden_predicts_its_own_label():
+    case = replace(RAGGED, labels=RAGGED.labels.roll(-1, 1), marginal_labels=RAGGED.marginal_labels.roll(-1, 1))
+    assert_same(run(case, backend="torch", shift=False), run(RAGGED, backend="reference"), 1e-11)
+
+
+def test_label_at_the_first_position_of_a_sequence_is_not_scored():
+    labels = RAGGED.labels.clone()
+    labels[:, 0] = 10**6  # would even be out of range
+    out, _ = run(replace(RAGGED, labels=labels), backend="torch")
+    assert torch.equal(out.logps, run(RAGGED, backend="torch")[0].logps)
+    packed = RAGGED.packed()
+    packed["labels"][packed["cu_seqlens"][:-1].long()] = 5
+    out = ik.fused_inspo_loss(
+        packed.pop("hidden"), RAGGED.weight, packed.pop("labels"), bias=RAGGED.bias, ref_logps=RAGGED.ref_logps, **packed
+    )
+    assert torch.equal(out.lengths, run(RAGGED, backend="torch")[0].lengths)
+
+
+class PlainTorch:
+    """What one writes without this package: logits, log_softmax and autograd, all in the inputs' own dtype."""
+
+    def __init__(self, case: Case):
+        leaves = [t.detach().clone().requires_grad_() for t in (case.hidden, case.weight)]
+        hidden, weight = leaves
+        logps = (hidden[:, :-1] @ weight.T).log_softmax(-1)
+        labels = case.labels[:, 1:]
+        token_logps = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        self.logps = (token_logps * (labels != IGNORE)).sum(-1)
+        chosen, rejected = (self.logps - case.ref_logps.to(hidden.dtype)).chunk(2)
+        self.loss = -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+        self.gradients = gradients_of(self.loss, *leaves)
+
+
+@pytest.mark.parametrize("workspace", [None, 5000])
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_error_at_most_twice_that_of_plain_torch(dtype, scale, workspace):
+    """Truth is float64 on the *rounded* inputs; scale 8 drives most label probabilities to 0 or 1."""
+    lengths = [(9, 30, 22), (3, 14, 41)]
+    case = make_case(lengths, hidden_size=64, vocab=777, bias=False, scale=scale / 8, seed=3).to(dtype)
+    truth = PlainTorch(case.to(torch.float64))
+    plain = PlainTorch(case)
+    out, gradients = run(case, backend="torch", max_workspace_bytes=workspace)
+    assert out.loss.dtype == torch.float32 and out.logps.dtype == torch.float64
+    # One rounding of the result to its dtype is not an error that any implementation could avoid.
+    floor = torch.finfo(dtype).eps / 2
+    for got, base, true in zip(
+        (out.loss.detach(), out.logps, *gradients),
+        (plain.loss.detach(), plain.logps.detach(), *plain.gradients),
+        (truth.loss.detach(), truth.logps.detach(), *truth.gradients),
+        strict=True,
+    ):
+        assert relative_error(got, true) <= 2 * max(relative_error(base, true), floor)
+
+
+def test_gradient_is_exact_where_the_label_is_almost_certain():
+    """E_y - S would cancel completely at p = 1 - 1e-9; the complement keeps every digit."""
+    hidden = torch.tensor([[1.0], [1.0]], requires_grad=True)
+    weight = torch.tensor([[20.0], [0.0], [-1.0]])
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        w = weight.to(dtype).requires_grad_()
+        out = ik.fused_inspo_loss(
+            hidden.to(dtype),
+            w,
+            torch.tensor([0, 0]),
+            segment_ids=torch.tensor([0, 1]),
+            ref_logps=torch.tensor([0.0, 30.0]),
+        )
+        results.append(gradients_of(out.loss, w)[0])
+    expected, got = results[1], results[0]
+    assert expected.abs().max() < 1e-9
+    # chosen and rejected have equal and opposite coefficients on the same row here, so compare per-token gradients
+    logp = ik.linear_logps(hidden, weight.requires_grad_(), torch.tensor([0, 0]))
+    (d32,) = gradients_of(logp[0], weight)
+    w64 = weight.detach().double().requires_grad_()
+    (d64,) = gradients_of(ik.linear_logps(hidden.double(), w64, torch.tensor([0, 0]))[0], w64)
+    assert got.abs().max() < 1e-9
+    assert relative_error(d32, d64) < 1e-5
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradcheck(objective):
+    case = make_case([(2, 3, 2), (1, 2, 4)], hidden_size=3, vocab=5)
+
+    def loss(hidden, weight, bias):
+        return ik.fused_inspo_loss(
+            hidden,
+            weight,
+            case.labels,
+            bias=bias,
+            objective=objective,
+            ref_logps=case.ref_logps,
+            marginal_labels=case.marginal_labels,
+            marginal_weight=0.5,
+            softcap=4.0,
+            logit_scale=0.8,
+            max_workspace_bytes=4 * 5 * 8,
+        ).loss
+
+    leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+def test_exactly_the_needed_gradients(needed):
+    """Any subset of hidden, weight and bias; a frozen head (hidden alone) takes its own path."""
+    full = run(RAGGED, backend="reference", marginal_weight=0.5)[1]
+    leaves = [RAGGED.hidden.clone(), RAGGED.weight.clone(), RAGGED.bias.clone()]
+    for i in needed:
+        leaves[i].requires_grad_()
+    out = ik.fused_inspo_loss(
+        leaves[0],
+        leaves[1],
+        RAGGED.labels,
+        bias=leaves[2],
+        ref_logps=RAGGED.ref_logps,
+        marginal_labels=RAGGED.marginal_labels,
+        marginal_weight=0.5,
+    )
+    out.loss.backward()
+    for i, leaf in enumerate(leaves):
+        assert (leaf.grad is not None) == (i in needed)
+        assert leaf.grad is None or relative_error(leaf.grad, full[i]) < 1e-11
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_gives_the_same_values_and_no_graph(mode):
+    expected, _ = run(RAGGED, backend="torch")
+    weight = RAGGED.weight.clone().requires_grad_()
+    with mode():
+        out = ik.fused_inspo_loss(
+            RAGGED.hidden,
+            weight,
+            RAGGED.labels,
+            bias=RAGGED.bias,
+            ref_logps=RAGGED.ref_logps,
+            marginal_labels=RAGGED.marginal_labels,
+        )
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(out.loss, expected.loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(out.logps, expected.logps, rtol=1e-12, atol=0)
+
+
+def test_upstream_gradient_retain_graph_and_double_backward():
+    hidden, weight = RAGGED.hidden.clone().requires_grad_(), RAGGED.weight.clone().requires_grad_()
+    out = ik.fused_inspo_loss(hidden, weight, RAGGED.labels, ref_logps=RAGGED.ref_logps)
+    first = torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)
+    tripled = torch.autograd.grad(3 * out.loss, (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)
+    for a, b, c in zip(first, tripled, again):
+        torch.testing.assert_close(3 * a, b)
+        assert torch.equal(a, c)
+    (d_weight,) = torch.autograd.grad(out.loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        d_weight.sum().backward()
+
+
+def test_same_input_same_bits():
+    case = RAGGED.to(torch.float32)
+    first, second = (run(case, backend="torch", marginal_weight=0.5) for _ in range(2))
+    assert torch.equal(first[0].loss, second[0].loss)
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
+
+
+def test_non_contiguous_inputs():
+    wide = torch.randn(len(RAGGED.labels), RAGGED.labels.shape[1], 12, dtype=torch.float64)
+    wide[..., ::2] = RAGGED.hidden
+    strided = replace(
+        RAGGED,
+        labels=RAGGED.labels.t().contiguous().t(),
+        weight=RAGGED.weight.t().contiguous().t(),
+        marginal_labels=RAGGED.marginal_labels.t().contiguous().t(),
+    )
+    hidden = wide[..., ::2].detach().requires_grad_()
+    assert not hidden.is_contiguous() and not strided.weight.is_contiguous()
+    weight = strided.weight.requires_grad_()
+    out = ik.fused_inspo_loss(hidden, weight, strided.labels, bias=RAGGED.bias, ref_logps=RAGGED.ref_logps)
+    expected, (d_hidden, d_weight, _) = run(RAGGED, backend="reference")
+    assert relative_error(out.loss.detach(), expected.loss.detach()) < 1e-12
+    for got, want in zip(gradients_of(out.loss, hidden, weight), (d_hidden, d_weight)):
+        assert relative_error(got, want) < 1e-11
+
+
+def test_autocast_computes_in_its_dtype_and_returns_unrounded_gradients():
+    case = make_case([(4, 9, 7), (2, 5, 12)], hidden_size=32, vocab=101, bias=True).to(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, gradients = run(case, backend="torch")
+    rounded = replace(case.to(torch.bfloat16).to(torch.float64))
+    truth, true_gradients = run(rounded, backend="reference")
+    assert out.loss.dtype == torch.float32
+    assert relative_error(out.loss.detach(), truth.loss.detach()) < 1e-5
+    for got, true in zip(gradients, true_gradients):
+        assert got.dtype == torch.float32
+        assert relative_error(got, true) < 1e-5  # rounding through bfloat16 would leave 2e-3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = ik.fused_inspo_loss(
+            case.hidden.bfloat16(), case.weight, case.labels, bias=case.bias, ref_logps=case.ref_logps
+        )
+    torch.testing.assert_close(mixed.loss, out.loss, rtol=1e-6, atol=0)
+
+
+def test_autocast_leaves_float64_alone():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(RAGGED, backend="torch")
+    assert_same(got, run(RAGGED, backend="reference"), 1e-11)
+
+
+def test_long_sequences_keep_their_margin():
+    """Sums of thousands of log-probs in float32 would put 1e-3 into a margin."""
+    case = make_case([(1, 3000, 2900)], hidden_size=4, vocab=11, bias=False).to(torch.float32)
+    out, _ = run(case, backend="torch")
+    truth, _ = run(case.to(torch.float64), backend="reference")
+    assert (out.margins - truth.margins).abs().max() < 1e-4
+
+
+class TestCustomObjectives:
+    class Mine(ik.Objective):
+        needs_reference = False
+
+        def __call__(self, s):
+            return (1 - (s.chosen - s.rejected)).relu() * (1 + s.index) + 0.01 * s.chosen_len
+
+    class Anchored(ik.Objective):
+        needs_marginals = True
+
+        def __call__(self, s):
+            return F.softplus(s.rejected - s.chosen) - s.marginal_chosen / s.marginal_chosen_len
+
+    class Contrast(ik.Objective):
+        """Depends on the whole batch: every chosen response against every rejected one."""
+
+        needs_reference = False
+        batch_coupled = True
+
+        def __call__(self, s):
+            return F.softplus(s.rejected[None, :] - s.chosen[:, None]).mean(1)
+
+    @pytest.mark.parametrize("workspace", WORKSPACES)
+    @pytest.mark.parametrize("cls", [Mine, Anchored, Contrast])
+    def test_equals_reference(self, cls, workspace):
+        options = {"objective": cls()}
+        got = run(RAGGED, backend="torch", max_workspace_bytes=workspace, **options)
+        assert_same(got, run(RAGGED, backend="reference", **options), 1e-11)
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_learnable_parameter_is_an_error(self, backend):
+        scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        class Learnable(ik.Objective):
+            def __call__(self, s):
+                return scale * (s.rejected - s.chosen)
+
+        with pytest.raises(ValueError, match="would get no gradient"):
+            run(RAGGED, backend=backend, objective=Learnable())
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_undeclared_dependence_is_an_error(self, backend):
+        class Sneaky(ik.Objective):
+            gradient_fields = ("rejected",)
+
+            def __call__(self, s):
+                return s.rejected - s.chosen
+
+        class Marginal(ik.Objective):
+            def __call__(self, s):
+                return s.rejected - s.marginal_chosen
+
+        with pytest.raises(ValueError, match="'chosen' without declaring"):
+            run(RAGGED, backend=backend, objective=Sneaky())
+        with pytest.raises(ValueError, match="needs_marginals = True"):
+            run(RAGGED, backend=backend, objective=Marginal())
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_wrong_shape_is_an_error(self, backend):
+        class Scalar(ik.Objective):
+            def __call__(self, s):
+                return (s.rejected - s.chosen).mean()
+
+        with pytest.raises(ValueError, match="one loss per pair"):
+            run(RAGGED, backend=backend, objective=Scalar())
+
+    def test_constant_loss_has_zero_gradients(self):
+        class Constant(ik.Objective):
+            def __call__(self, s):
+                return torch.ones_like(s.chosen)
+
+        _, gradients = run(RAGGED, backend="torch", objective=Constant())
+        assert all(g.eq(0).all() for g in gradients)
+
+
+def test_module_is_the_function_with_fixed_options():
+    module = ik.InSPOLoss("simpo", logit_scale=0.5)
+    out = module(RAGGED.hidden, RAGGED.weight, RAGGED.labels, bias=RAGGED.bias)
+    expected, _ = run(RAGGED, backend="reference", objective="simpo", logit_scale=0.5)
+    torch.testing.assert_close(out.loss, expected.loss.detach())
+    assert "SimPO" in repr(module) and "logit_scale=0.5" in repr(module)
+    with pytest.raises(TypeError, match="no 'logitscale'"):
+        ik.InSPOLoss(logitscale=0.5)
+    assert make_objective("simpo") == module.objective
+
+
+def call(**changes):
+    arguments = {
+        "hidden": RAGGED.hidden,
+        "weight": RAGGED.weight,
+        "labels": RAGGED.labels,
+        "bias": RAGGED.bias,
+        "ref_logps": RAGGED.ref_logps,
+        "marginal_labels": RAGGED.marginal_labels,
+    } | changes
+    return ik.fused_inspo_loss(**arguments)
+
+
+def with_label(value):
+    labels = RAGGED.labels.clone()
+    labels[2, -1] = value
+    return labels
+
+
+PACKED, COMPACT = RAGGED.packed(), RAGGED.compact()
+UNSCORED = RAGGED.labels.clone()
+UNSCORED[1] = IGNORE
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"labels": with_label(29)}, ValueError, r"labels contain 29, outside 0\.\.28"),
+        ({"labels": with_label(-1)}, ValueError, "labels contain -1"),
+        ({"labels": RAGGED.labels.float()}, TypeError, "labels must be int64"),
+        ({"labels": RAGGED.labels[:, 1:]}, ValueError, r"labels must have shape \(8, "),
+        ({"labels": UNSCORED}, ValueError, "chosen response of pair.s. 1 has no scored token"),
+        ({"labels": torch.full_like(RAGGED.labels, IGNORE)}, ValueError, "pair.s. 0, 1, 2, 3 has no scored token"),
+        (
+            {"marginal_labels": UNSCORED, "marginal_weight": 1.0},
+            ValueError,
+            "marginal rejected response of pair.s. 1",
+        ),
+        ({"hidden": RAGGED.hidden[:7], "labels": RAGGED.labels[:7], "marginal_labels": None}, ValueError, "odd number"),
+        ({"hidden": RAGGED.hidden[0]}, ValueError, r"hidden must be \(2B, T, H\)"),
+        ({"hidden": RAGGED.hidden[..., :5]}, ValueError, "must end in H = 6"),
+        ({"hidden": RAGGED.hidden.float()}, TypeError, "share a dtype"),
+        ({"hidden": RAGGED.hidden.long()}, TypeError, "hidden must be float16"),
+        ({"hidden": [1.0]}, TypeError, "hidden must be a tensor"),
+        ({"weight": RAGGED.weight[0]}, ValueError, r"weight must be \(V, H\)"),
+        ({"weight": RAGGED.weight.to("meta")}, ValueError, "weight is on meta"),
+        ({"bias": RAGGED.bias[1:]}, ValueError, r"bias must be \(29,\)"),
+        ({"ref_logps": None}, ValueError, "DPO needs ref_logps"),
+        ({"ref_logps": RAGGED.ref_logps[:4]}, ValueError, r"ref_logps must have shape \(8,\)"),
+        ({"ref_logps": RAGGED.ref_logps.long()}, TypeError, "ref_logps must be a floating-point"),
+        ({"pair_weights": torch.ones(8)}, ValueError, r"pair_weights must have shape \(4,\)"),
+        ({"marginal_labels": None, "marginal_weight": 0.5}, ValueError, "marginal_weight=0.5 needs the marginals"),
+        ({"marginal_labels": None, "objective": "orpo"}, ValueError, "ORPO needs the marginals"),
+        ({"objective": "dop"}, ValueError, "did you mean 'dpo'"),
+        ({"reduction": "none"}, ValueError, "reduction must be"),
+        ({"backend": "tourch"}, ValueError, "did you mean 'torch'"),
+        ({"max_workspace_bytes": 0}, ValueError, "max_workspace_bytes must be"),
+        ({"softcap": -1.0}, ValueError, "softcap must be"),
+        ({"logit_scale": float("inf")}, ValueError, "logit_scale must be"),
+        ({"process_group": object()}, NotImplementedError, "process_group"),
+        ({"num_pairs": 3}, ValueError, "num_pairs=3 does not fit 8 rows"),
+        ({**PACKED, "cu_seqlens": PACKED["cu_seqlens"][:-1]}, ValueError, "odd number"),
+        ({**PACKED, "cu_seqlens": PACKED["cu_seqlens"] + 1}, ValueError, "cu_seqlens must start at 0"),
+        ({**PACKED, "cu_seqlens": PACKED["cu_seqlens"].flip(0)}, ValueError, "cu_seqlens must start at 0"),
+        ({**PACKED, "segment_ids": PACKED["labels"]}, ValueError, "exclude each other"),
+        ({**COMPACT}, ValueError, "omit marginal_labels"),
+        ({**COMPACT, "marginal_labels": None, "ref_logps": None}, ValueError, "needs num_pairs"),
+        ({**COMPACT, "marginal_labels": None, "num_pairs": 3}, ValueError, r"segment_ids must be in 0\.\.11"),
+    ],
+)
+def test_bad_input_is_named_before_any_product(changes, error, message, backend):
+    changes = {"backend": backend} | changes
+    if changes.get("num_pairs") == 3 and "segment_ids" in changes:
+        changes["ref_logps"] = RAGGED.ref_logps[:6]
+    with pytest.raises(error, match=message):
+        call(**changes)
