@@ -133,7 +133,7 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
     try:
         options = parser.parse_args(list(arguments))
     except ArgumentError as error:
-        raise InputError(" ".join(str(error).split())) from None
+        raise InputError(" ".join(str(error).split()).replace("Parser key", "option")) from None
     options.pop("config")
     config = TrainConfig(**options.as_dict())
     for name in ("model", "train_data", "output_dir"):
@@ -155,7 +155,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"--config {file}: {error}") from None
+        raise InputError(f"--config {file}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {file}: must hold lines of the form 'option: value'")
     return content

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.generate", description="Answers from the prompt alone.")
     parser.add_argument("--model", required=True, help="folder (final/ of a run) or hub id")
     parser.add_argument("--prompt", required=True, help="text as in the training data")
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the chat template, as a user's message")
+    parser.add_argument("--chat", action="store_true", help="make the prompt a user's message of the chat template")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer [256]")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy [0]")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")

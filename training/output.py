@@ -135,7 +135,7 @@ def plot_curves(rows: list[dict[str, Any]], title: str, file: Path) -> None:
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     figure.suptitle(title)
     panels = (
-        ("Loss", "nats", "loss", "eval_loss"),
+        ("Loss", "loss", "loss", "eval_loss"),
         ("Reward accuracy", "share of pairs", "rewards/accuracies", "rewards/accuracies"),
         ("Reward margin (chosen - rejected)", "reward", "rewards/margins", "rewards/margins"),
         ("Log-prob of the chosen response", "nats per response", "logps/chosen", "logps/chosen"),

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import inspo_kernels as ik
 
+from .config import InputError
 from .data import Pair
 
 
@@ -110,6 +111,9 @@ def reference_logps(
             return logps
         log(f"reference log-probs: {file} is damaged or lacks rows; computing them again")
     logps = score(module, pairs, batcher, conditioned=conditioned, batch_size=batch_size, progress=progress).logps
+    if not logps.isfinite().all():
+        bad = [pairs[i].origin for i in (~logps.isfinite()).any(0).nonzero().flatten().tolist()]
+        raise InputError(f"the model's own log-probs are not finite on {len(bad)} pairs ({', '.join(bad[:8])})")
     if file:
         cache.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + f".{os.getpid()}.tmp")

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers import PAIRS, write_jsonl
+from tokenizers import processors
+
+from training.config import InputError, TrainConfig
+from training.data import Pair, encode_prompt, load_pairs, select_pairs
+from training.model import byte_tokenizer
+
+BOS, EOS = 1, 2
+TOKENIZER = byte_tokenizer()
+USER = {"role": "user", "content": "Why?"}
+
+
+def says(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def load_one(tmp_path, record, tokenizer=TOKENIZER):
+    return load_pairs(write_jsonl(tmp_path / "d.jsonl", [record]), tokenizer)[0]
+
+
+def select(pairs, said=None, **options):
+    config = TrainConfig(**options)
+    log = (said if said is not None else []).append
+    return select_pairs(pairs, "train_data", config, vocab_size=300, bos_token_id=BOS, log=log)
+
+
+def test_strings_get_one_bos_and_a_scored_eos_each(tmp_path):
+    pair = load_one(tmp_path, {"prompt": "Hi. ", "chosen": "Ja", "rejected": "Nein<eos>"})
+    assert pair.prompt == [BOS, *TOKENIZER("Hi. ", add_special_tokens=False)["input_ids"]]
+    assert pair.prompt.count(BOS) == 1
+    for ids, text in ((pair.chosen, "Ja"), (pair.rejected, "Nein")):
+        assert ids[-1] == EOS and ids.count(EOS) == 1
+        assert BOS not in ids
+        assert TOKENIZER.decode(ids, skip_special_tokens=True) == text
+    assert pair.origin.endswith("d.jsonl:1")
+
+
+def test_bos_is_neither_doubled_nor_invented():
+    assert encode_prompt("<bos>Hi", TOKENIZER) == encode_prompt("Hi", TOKENIZER)
+    without = byte_tokenizer()
+    without.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert BOS not in encode_prompt("Hi", without)
+
+
+def test_text_outside_ascii_survives():
+    pairs = load_pairs(str(PAIRS), TOKENIZER)
+    assert len(pairs) == 24
+    assert "Schreibe einen Satz über Käse." in [TOKENIZER.decode(p.prompt, skip_special_tokens=True) for p in pairs]
+
+
+def test_messages_are_the_chat_templates_continuation_of_the_prompt(tmp_path):
+    pair = load_one(tmp_path, {"prompt": [USER], "chosen": says("Because."), "rejected": says("No idea.")})
+    whole = TOKENIZER.apply_chat_template([USER, *says("Because.")], tokenize=False)
+    assert TOKENIZER.decode(pair.prompt[1:]) + TOKENIZER.decode(pair.chosen) == whole.rstrip("\n")
+    assert pair.chosen[-1] == EOS and pair.chosen.count(EOS) == 1
+
+
+def test_a_template_with_its_own_bos_and_end_of_turn_adds_neither_again(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = (
+        "<bos>{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    pair = load_one(tmp_path, {"prompt": [USER], "chosen": says("A"), "rejected": says("B")}, tokenizer)
+    assert pair.prompt.count(BOS) == 1 and pair.prompt[0] == BOS
+    assert tokenizer.decode(pair.chosen) == "A<end>"
+    assert EOS not in pair.chosen
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"chosen": [USER, *says("A")], "rejected": [USER, *says("B")]},
+        {"prompt": "Why?", "chosen": [USER, *says("A")], "rejected": [USER, *says("B")]},
+        {"prompt": "Why?", "chosen": says("A"), "rejected": says("B")},
+    ],
+    ids=["implicit", "string beside conversations", "string beside answers"],
+)
+def test_ways_to_give_a_conversation_agree(tmp_path, record):
+    explicit = load_one(tmp_path, {"prompt": [USER], "chosen": says("A"), "rejected": says("B")})
+    assert load_one(tmp_path, record)[:3] == explicit[:3]
+
+
+def test_implicit_prompt_of_strings_ends_at_a_word(tmp_path):
+    pair = load_one(tmp_path, {"chosen": "The sky is blue.", "rejected": "The sky is black."})
+    texts = [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in pair[:3]]
+    assert texts == ["The sky is", " blue.", " black."]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "chosen": "b", ', "d.jsonl:2: not a line of JSON"),
+        ('["a", "b", "c"]', "d.jsonl:2: must be a JSON object"),
+        ('{"prompt": "a", "chosen": "b"}', r"d.jsonl:2: 'rejected' is missing \(keys found: 'prompt', 'chosen'\)"),
+        ('{"prompt": "a", "chosen": "b", "rejected": null}', "d.jsonl:2: 'rejected' is null"),
+        ('{"prompt": null, "chosen": "b", "rejected": "c"}', "d.jsonl:2: 'prompt' is null"),
+        ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "d.jsonl:2: 'chosen' must be a string or a list of messages"),
+        ('{"prompt": "a", "chosen": [{"role": "assistant"}], "rejected": "c"}', "d.jsonl:2: 'chosen' must be"),
+        ('{"prompt": "a", "chosen": [], "rejected": []}', "d.jsonl:2: 'chosen' must be"),
+        ('{"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}', "d.jsonl:2: 'prompt' is a "),
+        ('{"chosen": "yes", "rejected": "no"}', "d.jsonl:2: no 'prompt'"),
+        ('{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "d.jsonl:2: not a line of JSON"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(tmp_path, line, message):
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(InputError, match=message):
+        load_pairs(str(file), TOKENIZER)
+
+
+def test_blank_lines_count_as_lines(tmp_path):
+    (tmp_path / "d.jsonl").write_text('\n{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n')
+    assert load_pairs(str(tmp_path / "d.jsonl"), TOKENIZER)[0].origin.endswith(":2")
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
+        load_pairs("nowhere.jsonl", TOKENIZER)
+
+
+def test_other_sources_go_through_datasets(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    assert load_pairs(str(tmp_path), TOKENIZER)[0].origin == f"{tmp_path} row 0"
+    with pytest.raises(InputError, match="neither a local file nor a dataset"):
+        load_pairs(f"{tmp_path}:missing_split", TOKENIZER)
+
+
+def test_messages_without_a_template_and_a_template_that_rewrites_the_prompt_are_errors(tmp_path):
+    record = {"prompt": [USER], "chosen": says("A"), "rejected": says("B")}
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(InputError, match="changes the text of the prompt"):
+        load_one(tmp_path, record, tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        load_one(tmp_path, record, tokenizer)
+
+
+def test_unusable_pairs_are_dropped_counted_and_named(tmp_path):
+    records = [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": " ", "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": ""},
+        {"prompt": "a", "chosen": "same", "rejected": "same"},
+        {"prompt": [USER], "chosen": says("b"), "rejected": says("")},
+        {"prompt": "a" * 50, "chosen": "b", "rejected": "c"},
+    ]
+    file = write_jsonl(tmp_path / "d.jsonl", records)
+    pairs = load_pairs(file, TOKENIZER)
+    said = []
+    assert select(pairs, said, max_length=40, truncation="drop") == pairs[:1]
+    assert said == [
+        f"train_data: 6 pairs read, 1 kept; dropped: 3 empty response ({file}:2, {file}:3, {file}:5), "
+        f"1 identical responses ({file}:4), 1 too long ({file}:6)"
+    ]
+    with pytest.raises(InputError, match=r"3 empty response .*d.jsonl:2.* 1 identical responses .*d.jsonl:4"):
+        select(pairs, truncation="drop", max_length=40, invalid_pairs="error")
+    with pytest.raises(InputError, match=r"1 too long .*d.jsonl:6.*max_length=40.*truncation"):
+        select(pairs, max_length=40, truncation="error")
+    with pytest.raises(InputError, match="no pair is left"):
+        select(pairs[1:], max_length=40, truncation="drop")
+
+
+def test_prompts_are_cut_on_the_left_behind_their_bos():
+    fits, long = Pair([BOS, 5], [6, EOS], [7, EOS], "x:1"), Pair([BOS, 5, 8, 9], [6, EOS], [7, EOS], "x:2")
+    hopeless = Pair([BOS, 5], [6] * 9, [7], "x:3")
+    said = []
+    kept = select([fits, long, hopeless], said, max_length=6, truncation="prompt_left")
+    assert [p.prompt for p in kept] == [[BOS, 5], [BOS, 9]]
+    assert kept[1].chosen == long.chosen and kept[1].rejected == long.rejected
+    assert said == ["train_data: 3 pairs read, 2 kept; dropped: 1 too long (x:3); 1 truncated (x:2)"]
+
+
+def test_token_ids_outside_the_vocabulary_are_an_error():
+    with pytest.raises(InputError, match=r"x:1: token id 300, but the model's vocabulary ends at 299"):
+        select([Pair([BOS], [300, EOS], [4, EOS], "x:1")])
+
+
+def test_pairs_in_memory_need_no_origin():
+    assert select([([1], [2, 3], [4])]) == [Pair([1], [2, 3], [4], "train_data pair 0")]
+    assert json.loads(json.dumps(select([([1], [2, 3], [4])])[0][:3])) == [[1], [2, 3], [4]]

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import token_pairs
+
+import inspo_kernels as ik
+from training.config import InputError, TrainConfig
+from training.data import Pair
+from training.evaluation import evaluate, mean_interval, proportion_interval, starting_report
+from training.scoring import Scores
+
+GENERATOR = torch.Generator().manual_seed(3)
+VALUES = torch.randn(40, generator=GENERATOR, dtype=torch.float64)
+OWN_GROUP = torch.arange(40)
+
+
+def random_scores(count=6):
+    logps, marginals = -20 * torch.rand(2, 2, count, generator=GENERATOR, dtype=torch.float64)
+    lengths = torch.randint(2, 9, (2, count), generator=GENERATOR).double()
+    return Scores(logps, lengths, marginals)
+
+
+def test_interval_of_a_mean_without_groups_is_the_textbook_one():
+    low, high = mean_interval(VALUES, OWN_GROUP)
+    half = 1.959964 * VALUES.std().item() / math.sqrt(40)
+    assert (low, high) == pytest.approx((VALUES.mean().item() - half, VALUES.mean().item() + half))
+
+
+def test_repeating_pairs_of_a_prompt_does_not_narrow_the_intervals():
+    correct = (VALUES > 0).double()
+    for interval, values in ((mean_interval, VALUES), (proportion_interval, correct)):
+        once = interval(values, OWN_GROUP)
+        assert interval(values.repeat(4), OWN_GROUP.repeat(4)) == pytest.approx(once, rel=1e-6)
+        independent = interval(values.repeat(4), torch.arange(160))
+        assert independent[1] - independent[0] < 0.6 * (once[1] - once[0])
+
+
+def test_wilson_interval_of_known_counts():
+    eight_of_ten = torch.tensor([1.0] * 8 + [0.0] * 2, dtype=torch.float64)
+    # Cluster-robust variance has a factor 10/9 here, so 9 observations count: Wilson's formula for 0.8 of 9.
+    z, n, p = 1.959964, 9, 0.8
+    middle, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    expected = [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    assert proportion_interval(eight_of_ten, torch.arange(10)) == pytest.approx(expected)
+    all_right = proportion_interval(torch.ones(10, dtype=torch.float64), torch.arange(10))
+    assert all_right == pytest.approx([10 / (10 + z * z), 1.0])
+
+
+def test_one_group_has_no_interval_of_the_mean():
+    assert mean_interval(VALUES, torch.zeros(40, dtype=torch.int64)) is None
+    low, high = proportion_interval((VALUES > 0).double(), torch.zeros(40, dtype=torch.int64))
+    assert high - low > 0.7
+
+
+@pytest.mark.parametrize("conditioned", [True, False])
+@pytest.mark.parametrize("objective", [ik.DPO(), ik.SimPO(), ik.IPO(), ik.ORPO(sft="chosen")], ids=repr)
+def test_evaluation_reports_both_layouts_and_the_runs_own_loss(objective, conditioned):
+    scores, pairs = random_scores(), [Pair(*ids) for ids in token_pairs(6)]
+    ref = -20 * torch.rand(2, 6, generator=GENERATOR, dtype=torch.float64)
+    result = evaluate(scores, ref, pairs, objective, conditioned=conditioned, marginal_weight=0.0)
+    for layout, logps in (("conditioned", scores.logps), ("marginal", scores.marginal_logps)):
+        fields = dict(chosen_len=scores.lengths[0], rejected_len=scores.lengths[1], index=torch.arange(6))
+        s = ik.PairSums(chosen=logps[0], rejected=logps[1], ref_chosen=ref[0], ref_rejected=ref[1], **fields)
+        chosen, rejected = objective.rewards(s)
+        assert result[f"eval_{layout}/rewards/margins"] == pytest.approx((chosen - rejected).mean().item())
+        assert result[f"eval_{layout}/rewards/accuracies"] == pytest.approx((chosen > rejected).double().mean().item())
+        assert result[f"eval_{layout}/logps/chosen"] == pytest.approx(logps[0].mean().item())
+        low, high = result[f"eval_{layout}/rewards/margins_ci"]
+        assert low < result[f"eval_{layout}/rewards/margins"] < high
+        if conditioned == (layout == "conditioned"):
+            assert result["eval_loss"] == pytest.approx(objective(s).mean().item())
+
+
+def test_equal_rewards_are_neither_right_nor_wrong():
+    scores, pairs = random_scores(), [Pair(*ids) for ids in token_pairs(6)]
+    ref = scores.marginal_logps + 1e-9
+    result = evaluate(scores, ref, pairs, ik.DPO(), conditioned=True, marginal_weight=0.0)
+    assert result["eval_marginal/rewards/accuracies"] == 0.5
+
+
+def test_marginal_weight_enters_the_held_out_loss():
+    scores, pairs = random_scores(), [Pair(*ids) for ids in token_pairs(6)]
+    ref = torch.zeros(2, 6, dtype=torch.float64)
+    alone, given, both = (
+        evaluate(scores, ref, pairs, ik.DPO(), conditioned=c, marginal_weight=w)["eval_loss"]
+        for c, w in ((False, 0.0), (True, 0.0), (True, 0.7))
+    )
+    assert both == pytest.approx(given + 0.7 * alone)
+
+
+@pytest.mark.parametrize(("gap", "warned"), [(-0.1, False), (-2.0, True)])
+def test_a_model_that_cannot_take_the_conditioned_layout_is_warned_about(gap, warned):
+    scores, said = random_scores(), []
+    shifted = Scores(scores.marginal_logps + gap * scores.lengths, scores.lengths, scores.marginal_logps)
+    starting_report(shifted, None, TrainConfig(), said.append)
+    assert f"chosen {gap:+.3f}, rejected {gap:+.3f}" in said[0]
+    assert any("WARNING" in line for line in said) == warned
+
+
+def test_a_reference_of_another_model_is_refused():
+    scores = random_scores()
+    starting_report(scores, scores.marginal_logps + 1e-5, TrainConfig(), [].append)
+    starting_report(scores, scores.logps, TrainConfig(reference_conditioned=True), [].append)
+    for config in (TrainConfig(), TrainConfig(conditioned=False)):
+        with pytest.raises(InputError, match="differ from the model's"):
+            starting_report(scores, scores.marginal_logps + 0.1, config, [].append)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import TINY, tiny_model
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from training.config import InputError, TrainConfig
+from training.model import byte_tokenizer, load_model, padding_id
+
+
+def test_a_section_builds_the_same_model_for_the_same_seed():
+    one, again, other = (load_model(TrainConfig(model=TINY, seed=seed))[0] for seed in (1, 1, 2))
+    weights = [model.lm_head.weight for model in (one, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    gpt2, _ = load_model(TrainConfig(model={"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2}))
+    assert isinstance(gpt2, GPT2LMHeadModel)
+
+
+def test_building_a_model_leaves_the_callers_random_state_alone():
+    before = torch.get_rng_state()
+    load_model(TrainConfig(model=TINY))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"hiden_size": 8}, r"model\.hiden_size; did you mean 'hidden_size'"),
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "multiple of the number of attention heads"),
+        ("./no/such/folder", "'./no/such/folder': could not be loaded"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_named(model, message):
+    with pytest.raises(InputError, match=message):
+        load_model(TrainConfig(model=model))
+
+
+def test_half_precision_weights_are_trained_in_float32(tmp_path):
+    tiny_model().bfloat16().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_model(TrainConfig(model=str(tmp_path)))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_byte_tokenizer_reads_back_any_text_also_after_saving(tmp_path):
+    text = "Käse  , 日本\n\t<tag> don't ."
+    byte_tokenizer().save_pretrained(tmp_path)
+    for tokenizer in (byte_tokenizer(), AutoTokenizer.from_pretrained(tmp_path)):
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id and len(ids) == 1 + len(text.encode())
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_tokenizer_without_pad_or_eos_token():
+    tokenizer, said = byte_tokenizer(), []
+    tokenizer.pad_token = None
+    assert padding_id(tokenizer, said.append) == tokenizer.eos_token_id
+    assert "no padding token" in said[0]
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="no EOS token"):
+        padding_id(tokenizer, said.append)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import tiny_model, token_pairs
+from safetensors.torch import load_file, save_file
+
+import inspo_kernels as ik
+from training.config import InputError
+from training.data import Pair
+from training.scoring import Batcher, PairModel, reference_logps, score
+
+BATCHER = Batcher(pad_token_id=0, device=torch.device("cpu"))
+PAIRS = [Pair(*ids, f"pair {i}") for i, ids in enumerate(token_pairs(5))]
+
+
+def reference(model, cache, said, pairs=PAIRS):
+    return reference_logps(
+        PairModel(model, ik.DPO()), model, pairs, BATCHER, conditioned=False, mixed_precision="no", batch_size=2,
+        cache=cache, progress=None, log=said.append,
+    )  # fmt: skip
+
+
+def test_scores_are_the_models_own_log_probs_in_the_order_of_the_pairs():
+    model = tiny_model()
+    scores = score(PairModel(model, ik.DPO()), PAIRS, BATCHER, conditioned=True, batch_size=2, progress=None)
+    for i, (x, y_w, y_l, _) in enumerate(PAIRS):
+        for row, (y, other) in enumerate(((y_w, y_l), (y_l, y_w))):
+            for table, context in ((scores.logps, x + other), (scores.marginal_logps, x)):
+                logps = model(torch.tensor([context + y])).logits.double().log_softmax(-1)[0, len(context) - 1 : -1]
+                expected = logps[torch.arange(len(y)), y].sum()
+                torch.testing.assert_close(table[row, i], expected, rtol=1e-5, atol=1e-5)
+            assert scores.lengths[row, i] == len(y)
+
+
+def test_reference_is_computed_once_and_follows_weights_and_data(tmp_path):
+    said = []
+    first = reference(tiny_model(), tmp_path, said)
+    assert torch.equal(reference(tiny_model(), tmp_path, said), first)
+    assert "computed" in said[0] and "read from" in said[1]
+    changed = tiny_model()
+    with torch.no_grad():
+        changed.lm_head.weight[7, 3] += 0.5
+    assert not torch.equal(reference(changed, tmp_path, said), first)
+    reference(tiny_model(), tmp_path, said, PAIRS[::-1])
+    reference(tiny_model(rms_norm_eps=1e-3), tmp_path, said)
+    assert all("computed" in line for line in said[2:])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "row missing", "not finite"])
+def test_a_damaged_cache_is_computed_again(tmp_path, damage):
+    said = []
+    expected = reference(tiny_model(), tmp_path, said)
+    (file,) = tmp_path.glob("reference-*")
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-9])
+    else:
+        logps = load_file(file)["logps"]
+        save_file({"logps": logps[:, :-1].contiguous() if damage == "row missing" else logps / 0}, file)
+    assert torch.equal(reference(tiny_model(), tmp_path, said), expected)
+    assert "damaged" in said[1]
+
+
+def test_a_reference_that_is_not_finite_names_the_pairs():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[PAIRS[3].chosen[0]] = float("nan")
+    guilty = [p.origin for p in PAIRS if PAIRS[3].chosen[0] in p.prompt + p.chosen[:-1] + p.rejected[:-1]]
+    with pytest.raises(InputError, match=rf"not finite on {len(guilty)} pairs \({', '.join(guilty)}\)"):
+        reference(model, None, [])

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from helpers import PAIRS, TINY, metrics, options, tiny_model, token_pairs, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training.config import InputError, TrainConfig, parse_config
+from training.output import prepare_folder
+from training.train import NonFiniteError, batch_indices, learning_rate, main, train
+
+OBJECTIVES = ("dpo", "one_sided", "ipo", "simpo", "rdpo", "orpo", "hinge")
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def run(model=None, pairs=None, **given):
+    """A run in memory that writes nothing."""
+    config = TrainConfig(**{"max_steps": 1, "learning_rate": 1e-3, "log_every": 1, **given})
+    return train(config, pairs or token_pairs(), model=model or tiny_model(), quiet=True)
+
+
+def test_the_command_line_leaves_a_model_that_loads_and_generates(tmp_path, capsys):
+    out = tmp_path / "out"
+    main(options(out, "--eval_data", str(PAIRS), "--eval_every", "2", "--log_every", "1"))
+    printed = capsys.readouterr().out
+    assert "24 pairs read, 24 kept" in printed and "objective=dpo" in printed
+    assert "log pi(y|x,other) - log pi(y|x) per token" in printed
+
+    model, tokenizer = (c.from_pretrained(out / "final") for c in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer("Name a fruit.", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+
+    rows = metrics(out)
+    training = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in training] == [1, 2, 3]
+    for kind in ("rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/rejected"):
+        for name in (kind, f"marginal/{kind}", "grad_norm", "num_tokens", "learning_rate", "epoch"):
+            assert all(math.isfinite(row[name]) for row in training), name
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 3]
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert parse_config(["--config", str(out / "config.yaml")]) == parse_config(
+        options(out, "--eval_data", str(PAIRS), "--eval_every", "2", "--log_every", "1")
+    )
+
+
+@pytest.mark.parametrize("conditioned", [True, False], ids=["conditioned", "plain"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_learns_the_fixture(objective, conditioned):
+    config = TrainConfig(
+        model=TINY, train_data=str(PAIRS), objective=objective, conditioned=conditioned, max_steps=6, log_every=1,
+        learning_rate=1e-2, warmup=0.0, lr_scheduler="constant", per_device_batch_size=24,
+    )  # fmt: skip
+    rows = train(config, quiet=True).metrics
+    assert len(rows) == 6
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.01
+    assert ("marginal/rewards/margins" in rows[0]) == conditioned
+
+
+@pytest.mark.parametrize("given", [{"conditioned": False}, {"reference_conditioned": True}])
+def test_the_first_loss_is_ln_2_where_policy_and_reference_see_the_same(given):
+    (row,) = run(**given, per_device_batch_size=2, gradient_accumulation_steps=3).metrics
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert row["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_with_the_unconditioned_reference_the_first_loss_is_another():
+    model = tiny_model(initializer_range=0.5)
+    (row,) = run(model).metrics
+    assert abs(row["loss"] - math.log(2)) > 1e-3
+    assert row["marginal/rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_marginal_weight_adds_the_objective_given_the_prompt_alone():
+    (without,), (with_it,) = (run(marginal_weight=w).metrics for w in (0.0, 0.5))
+    # Given the prompt alone, policy and reference agree before the first update: ln 2.
+    assert with_it["loss"] == pytest.approx(without["loss"] + 0.5 * math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_accumulation_equals_the_large_batch_also_where_the_last_part_is_ragged(conditioned):
+    results = [
+        run(tiny_model(), token_pairs(7), per_device_batch_size=size, gradient_accumulation_steps=parts,
+            conditioned=conditioned, max_grad_norm=1e9)
+        for size, parts in ((7, 1), (3, 3), (1, 7))
+    ]  # fmt: skip
+    for result in results[1:]:
+        for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
+            assert result.metrics[0][name] == pytest.approx(results[0].metrics[0][name], rel=1e-5, abs=1e-6)
+
+
+def test_a_step_is_adamw_on_the_mean_loss_over_its_pairs():
+    pairs, model = token_pairs(5), tiny_model()
+    mine = copy.deepcopy(model)
+    # Plain SimPO by hand, straight from the logits.
+    losses = []
+    for x, y_w, y_l in pairs:
+        means = []
+        for y in (y_w, y_l):
+            logps = mine(torch.tensor([x + y])).logits.log_softmax(-1)[0, len(x) - 1 : -1]
+            means.append(logps[torch.arange(len(y)), y].mean())
+        losses.append(-torch.nn.functional.logsigmoid(2.0 * (means[0] - means[1]) - 1.0))
+    optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-2, weight_decay=0.0)
+    torch.stack(losses).mean().backward()
+    torch.nn.utils.clip_grad_norm_(mine.parameters(), 0.1)
+    optimizer.step()
+    trained = run(
+        model, pairs, objective="simpo", conditioned=False, learning_rate=1e-2, warmup=0.0, max_grad_norm=0.1,
+        per_device_batch_size=2, gradient_accumulation_steps=3,
+    )  # fmt: skip
+    assert trained.metrics[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    for name, tensor in mine.state_dict().items():
+        torch.testing.assert_close(trained.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tied):
+    more = ["--max_steps", "7", "--per_device_batch_size", "5", "--gradient_accumulation_steps", "2",
+            "--eval_data", str(PAIRS), "--save_every", "2", "--eval_every", "2", "--log_every", "3",
+            "--weight_decay", "0.1", "--model.tie_word_embeddings", str(tied).lower()]  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    main(options(whole, *more))
+    assert not list(whole.glob("*.partial"))
+
+    # As if killed in step 6, while saving, with the reference lost, too: it must not become the trained policy.
+    shutil.copytree(whole, broken, ignore=shutil.ignore_patterns("final", "checkpoint-6", "reference-*"))
+    (broken / "checkpoint-6.partial").mkdir()
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    main(options(broken, *more, "--resume", "auto"))
+
+    one, other = (AutoModelForCausalLM.from_pretrained(run / "final").state_dict() for run in (whole, broken))
+    assert same(one, other)
+    rows = [metrics(run) for run in (whole, broken)]
+    for row in rows[0] + rows[1]:
+        row.pop("tokens_per_second", None)
+    assert rows[0] == rows[1]
+
+
+def test_resume_takes_a_named_checkpoint_and_auto_starts_where_there_is_none(tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(options(first, "--save_every", "1", "--resume", "auto"))
+    main(options(second, "--resume", str(first / "checkpoint-2")))
+    assert "after step 2" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(second)] == [3]
+    one, other = (AutoModelForCausalLM.from_pretrained(run / "final").state_dict() for run in (first, second))
+    assert same(one, other)
+
+
+def test_output_folders_of_other_runs_are_refused(tmp_path, capsys):
+    done, unfinished = tmp_path / "done", tmp_path / "unfinished"
+    main(options(done, "--save_every", "2"))
+    shutil.copytree(done, unfinished, ignore=shutil.ignore_patterns("final"))
+    kept = (done / "metrics.jsonl").read_bytes()
+    for out, more, message in (
+        (done, [], "holds a finished run; choose another one"),
+        (done, ["--resume", "auto"], "holds a finished run"),
+        (unfinished, [], "unfinished run with checkpoint-2; continue it with --resume auto"),
+        (unfinished, ["--resume", str(tmp_path / "checkpoint-9")], "no checkpoint there"),
+    ):
+        with pytest.raises(SystemExit):
+            main(options(out, *more))
+        assert message in capsys.readouterr().err
+    assert (done / "metrics.jsonl").read_bytes() == kept
+
+
+def test_newest_checkpoint_is_the_one_with_the_highest_number(tmp_path):
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-11.partial").mkdir()
+    assert prepare_folder(tmp_path, TrainConfig(output_dir=str(tmp_path), resume="auto")).name == "checkpoint-10"
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_pair():
+    pairs, model = token_pairs(6), tiny_model()
+    pairs[4][1].insert(0, 200)  # a token of this pair alone
+    with torch.no_grad():
+        model.model.embed_tokens.weight[200] = float("nan")
+    before = weights(model)
+    with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*before the update.*cause it: train_data pair 4\."):
+        run(model, pairs, objective="simpo", per_device_batch_size=2, gradient_accumulation_steps=3)
+    after = weights(model)
+    assert same({k: v.nan_to_num(7.0) for k, v in after.items()}, {k: v.nan_to_num(7.0) for k, v in before.items()})
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update():
+    model = tiny_model()
+    before = weights(model)
+    model.lm_head.weight.register_hook(lambda grad: grad / 0)
+    with pytest.raises(NonFiniteError, match=r"step 1: loss \d.*gradient norm (nan|inf).*all pairs of the step"):
+        run(model)
+    assert same(weights(model), before)
+
+
+def test_divergence_ends_the_command_with_1_and_leaves_no_final_folder(tmp_path, capsys):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3 + 68] = float("inf")  # some byte of the fixture
+    from training.model import byte_tokenizer
+
+    for part in (model, byte_tokenizer()):
+        part.save_pretrained(tmp_path / "base")
+    with pytest.raises(SystemExit) as stopped:
+        main(options(tmp_path / "out", "--model", str(tmp_path / "base"), "--objective", "simpo", "--max_steps", "9"))
+    assert stopped.value.code == 1
+    assert "pairs.jsonl:" in capsys.readouterr().err
+    assert not (tmp_path / "out/final").exists()
+
+
+def test_bad_data_ends_the_command_with_2(tmp_path, capsys):
+    file = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a"}])
+    with pytest.raises(SystemExit) as stopped:
+        main(options(tmp_path / "out", "--train_data", file))
+    assert stopped.value.code == 2
+    assert "d.jsonl:2: 'chosen' is missing" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_an_error(tmp_path):
+    with pytest.raises(InputError, match=r"pairs\.jsonl:1: token id \d+, but the model's vocabulary ends at 99"):
+        train(parse_config(options(tmp_path / "out", "--model.vocab_size", "100")), quiet=True)
+
+
+def test_dropout_is_off():
+    model = tiny_model(attention_dropout=0.5)
+    (row,) = run(model, conditioned=False).metrics
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_run_without_output_dir_writes_nothing_and_trains_in_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    before = weights(model)
+    result = run(model)
+    assert result.model is model and result.final is None
+    assert not same(weights(model), before)
+    assert not os.listdir(tmp_path)
+
+
+def test_reference_cache_is_shared_between_runs(tmp_path, capsys):
+    cache = ["--reference_cache", str(tmp_path / "cache")]
+    main(options(tmp_path / "one", *cache))
+    main(options(tmp_path / "two", *cache, "--learning_rate", "5e-3", "--beta", "0.7"))
+    printed = capsys.readouterr().out
+    assert printed.count("pairs computed") == 1 and printed.count("pairs read from") == 1
+    assert not list((tmp_path / "one").glob("reference-*"))
+
+
+def test_each_epoch_is_a_permutation_of_its_own():
+    epochs = [[i for step in steps for i in batch_indices(10, 4, step, seed=1)] for steps in ((1, 2, 3), (4, 5, 6))]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
+    assert epochs[0] != epochs[1]
+    assert len(batch_indices(10, 4, 3, seed=1)) == 2
+    assert batch_indices(10, 4, 1, seed=1) != batch_indices(10, 4, 1, seed=2)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_learning_rate_warms_up_from_above_zero_and_follows_its_shape(shape):
+    config = TrainConfig(learning_rate=1.0, lr_scheduler=shape, warmup=0.25)
+    rates = [learning_rate(config, step, 40) for step in range(1, 41)]
+    assert rates[:10] == pytest.approx([i / 11 for i in range(1, 11)])
+    assert rates[10] == 1.0
+    halfway = {"cosine": 0.5, "linear": 0.5, "constant": 1.0}[shape]
+    assert rates[25] == pytest.approx(halfway)
+    assert all(rate > 0 for rate in rates)
+
+
+@pytest.mark.skipif("INSPO_PAIRS" not in os.environ, reason="INSPO_PAIRS=FILE is not set: real pairs are NOT tested")
+@pytest.mark.parametrize("conditioned", ["true", "false"])
+@pytest.mark.parametrize("objective", ["dpo", "simpo", "ipo", "rdpo", "orpo"])
+def test_real_pairs_train_reload_and_generate(tmp_path, objective, conditioned):
+    records = [json.loads(line) for line in open(os.environ["INSPO_PAIRS"], encoding="utf-8")]
+    records = [r for r in records if sum(map(len, r.values())) < 900][:60]
+    prompts = sorted({r["prompt"] for r in records})
+    held_out = set(prompts[::4])
+    data = [
+        write_jsonl(tmp_path / f"{kind}.jsonl", [r for r in records if (r["prompt"] in held_out) == (kind == "eval")])
+        for kind in ("train", "eval")
+    ]
+    out = tmp_path / "out"
+    main(options(out, "--train_data", data[0], "--eval_data", data[1], "--objective", objective,
+                 "--conditioned", conditioned, "--max_length", "1000", "--truncation", "drop"))  # fmt: skip
+    rows = metrics(out)
+    for layout in ("conditioned", "marginal"):
+        low, high = rows[-1][f"eval_{layout}/rewards/accuracies_ci"]
+        assert 0 <= low <= rows[-1][f"eval_{layout}/rewards/accuracies"] <= high <= 1
+    first, last = (row["eval_loss"] for row in rows if "eval_loss" in row)
+    assert first != last and math.isfinite(last)
+    model, tokenizer = (c.from_pretrained(out / "final") for c in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer(records[0]["prompt"], return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=2, do_sample=False).shape[1] > ids["input_ids"].shape[1]
