@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import layout, passes, reference
 from .backends import Backend, resolve_backend
+from .first_order import first_order_only
 from .head import FLOATS, LMHead, checked_head
 from .objectives import Objective, make_objective
 from .pair_loss import InSPOOutput, PairTerms
@@ -188,7 +188,7 @@ class _FusedPairLoss(torch.autograd.Function):
         return terms.reduce(losses).to(head.accumulate_dtype), losses, sums
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return (*passes.Gradients(*ctx.saved_tensors).scaled(upstream, *ctx.likes), *(None,) * 6)
 
@@ -223,9 +223,9 @@ def _candidates(
 
     if segment_ids is not None:
         segment_ids = layout.checked_labels("segment_ids", segment_ids, labels.shape, hidden.device).to(labels.device)
-        if num_pairs is None and ref_logps is None:
-            raise ValueError("the compact form needs num_pairs (or ref_logps, whose length is 2B) to know B")
         if num_pairs is None:
+            if ref_logps is None:
+                raise ValueError("the compact form needs num_pairs (or ref_logps, whose length is 2B) to know B")
             num_pairs = _even("ref_logps", len(ref_logps)) // 2
         if num_pairs < 1:
             raise ValueError(f"num_pairs must be at least 1, got {num_pairs}")

@@ -161,14 +161,13 @@ def plan(
 
     gradient_kinds = tuple(kind for kind in gradient_kinds if kind < num_kinds)
     forward_kinds = tuple(kind for kind in range(num_kinds) if kind not in gradient_kinds)
-    order = torch.tensor(
-        [
-            kind * num_pairs + pair
-            for kinds in (gradient_kinds, forward_kinds)
-            for pair in range(num_pairs)
-            for kind in kinds
-        ]
-    )
+    segments = [
+        kind * num_pairs + pair
+        for kinds in (gradient_kinds, forward_kinds)
+        for pair in range(num_pairs)
+        for kind in kinds
+    ]
+    order = torch.tensor(segments)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
     index = torch.nonzero_static(c.scored, size=sum(counts)).squeeze(1)
@@ -178,7 +177,7 @@ def plan(
         targets=c.targets[index].to(device),
         lengths=counts_device[: num_kinds * num_pairs].view(num_kinds, num_pairs).to(device),
         order=order.to(device),
-        counts=[counts[segment] for segment in order.tolist()],
+        counts=[counts[segment] for segment in segments],
         gradient_kinds=len(gradient_kinds),
     )
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import passes, reference
 from .backends import Backend, resolve_backend
+from .first_order import first_order_only
 from .head import LMHead, checked_head
 from .layout import checked_labels, scored_positions
 
@@ -92,7 +92,7 @@ class _LinearLogps(torch.autograd.Function):
             return passes.score(backend, head, x, targets, ctx.capacity)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs.head:
             (dx,) = ctx.saved_tensors

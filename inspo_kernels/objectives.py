@@ -90,6 +90,7 @@ class Objective:
 
     def _advantages(self, s: PairSums) -> tuple[Tensor, Tensor]:
         """a_chosen and a_rejected, L - R each."""
+        assert s.ref_chosen is not None and s.ref_rejected is not None
         return s.chosen - s.ref_chosen, s.rejected - s.ref_rejected
 
 
@@ -138,7 +139,8 @@ class OneSided(Objective):
         _positive("beta", self.beta)
 
     def __call__(self, s: PairSums) -> Tensor:
-        return -F.logsigmoid(-self.beta * (s.rejected - s.ref_rejected))
+        _, a_rejected = self._advantages(s)
+        return -F.logsigmoid(-self.beta * a_rejected)
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,7 @@ class ORPO(Objective):
     def __call__(self, s: PairSums) -> Tensor:
         sft = s.marginal_chosen if self.sft == "marginal" else s.chosen
         log_odds = self._logit(s.chosen / s.chosen_len) - self._logit(s.rejected / s.rejected_len)
+        assert sft is not None
         return -sft / s.chosen_len - self.lam * F.logsigmoid(log_odds)
 
     def rewards(self, s: PairSums) -> tuple[Tensor, Tensor]:

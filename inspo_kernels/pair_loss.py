@@ -47,7 +47,7 @@ class PairTerms:
             fields |= {f"marginal_{name}" for name in ("chosen", "rejected") if name in fields}
         return tuple(kind for kind, name in enumerate(KINDS) if name in fields)
 
-    def sums(self, logps: Sequence[Tensor], lengths: Sequence[Tensor], first: int = 0) -> PairSums:
+    def sums(self, logps: Tensor | Sequence[Tensor], lengths: Tensor, first: int = 0) -> PairSums:
         """``PairSums`` of consecutive pairs, beginning with pair ``first`` of the batch; both tables float64."""
         pairs = slice(first, first + len(logps[0]))
         fields = dict(zip(KINDS, logps))
@@ -176,6 +176,7 @@ class InSPOOutput:
         """
         metrics = _report(self.chosen_rewards, self.rejected_rewards, self.logps)
         if self.marginal_logps is not None:
+            assert self.marginal_chosen_rewards is not None and self.marginal_rejected_rewards is not None
             marginal = _report(self.marginal_chosen_rewards, self.marginal_rejected_rewards, self.marginal_logps)
             metrics |= {f"marginal/{name}": value for name, value in marginal.items()}
         return metrics

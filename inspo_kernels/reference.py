@@ -79,7 +79,7 @@ def fused_inspo_loss(
             table.append([(logps[m].double().sum(), (labels[m] != ignore_index).sum()) for m in members])
     else:
         if cu_seqlens is None:
-            cut = list(range(len(hidden)))
+            cut: list[int | slice] = list(range(len(hidden)))
         else:
             bounds = cu_seqlens.tolist()
             cut = [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]

@@ -1,4 +1,4 @@
-"""Random batches for the tests: ragged pairs in the rows form, with marginals, and the same batch in the other forms."""
+"""Random batches for the tests: ragged pairs as rows, with marginals, and the same batch in the other forms."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def gradients_of(loss: Tensor, *leaves: Tensor | None) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None]))
 
 
-def run(case: Case, *, backend: str, objective: object = "dpo", **options: object) -> tuple[ik.InSPOOutput, list[Tensor]]:
+def run(
+    case: Case, *, backend: str, objective: object = "dpo", **options: object
+) -> tuple[ik.InSPOOutput, list[Tensor]]:
     """Output and gradients in hidden, weight and (if any) bias."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
     hidden, weight, bias = leaves

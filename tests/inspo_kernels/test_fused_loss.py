@@ -1,4 +1,4 @@
-"""``fused_inspo_loss`` against the plain-torch reference in float64: forms, objectives, workspaces, dtypes, autograd."""
+"""``fused_inspo_loss`` against the reference in float64: forms, objectives, workspaces, dtypes, autograd."""
 
 from __future__ import annotations
 
@@ -155,7 +155,12 @@ def test_label_at_the_first_position_of_a_sequence_is_not_scored():
     packed = RAGGED.packed()
     packed["labels"][packed["cu_seqlens"][:-1].long()] = 5
     out = ik.fused_inspo_loss(
-        packed.pop("hidden"), RAGGED.weight, packed.pop("labels"), bias=RAGGED.bias, ref_logps=RAGGED.ref_logps, **packed
+        packed.pop("hidden"),
+        RAGGED.weight,
+        packed.pop("labels"),
+        bias=RAGGED.bias,
+        ref_logps=RAGGED.ref_logps,
+        **packed,
     )
     assert torch.equal(out.lengths, run(RAGGED, backend="torch")[0].lengths)
 
@@ -296,8 +301,8 @@ def test_upstream_gradient_retain_graph_and_double_backward():
         torch.testing.assert_close(3 * a, b)
         assert torch.equal(a, c)
     (d_weight,) = torch.autograd.grad(out.loss, weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        d_weight.sum().backward()
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        (out.loss + d_weight.square().sum()).backward()
 
 
 def test_same_input_same_bits():

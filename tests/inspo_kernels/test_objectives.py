@@ -57,9 +57,7 @@ FORMULAS = {
     ik.IPO(tau=1.0): lambda w, l, rw, rl, nw, nl, m: (advantage_gap(w, l, rw, rl) - 0.5) ** 2,
     ik.SimPO(): lambda w, l, rw, rl, nw, nl, m: -math.log(sigmoid(2 * w / nw - 2 * l / nl - 1.0)),
     ik.SimPO(beta=10, gamma=0.3): lambda w, l, rw, rl, nw, nl, m: -math.log(sigmoid(10 * (w / nw - l / nl) - 0.3)),
-    ik.RDPO(): lambda w, l, rw, rl, nw, nl, m: (
-        -math.log(sigmoid(0.1 * advantage_gap(w, l, rw, rl) + 0.01 * (nw - nl)))
-    ),
+    ik.RDPO(): lambda w, l, rw, rl, nw, nl, m: -math.log(sigmoid(0.1 * advantage_gap(w, l, rw, rl) + 0.01 * (nw - nl))),
     ik.ORPO(): lambda w, l, rw, rl, nw, nl, m: orpo(w, l, nw, nl, m, 1.0),
     ik.ORPO(lam=0.3, sft="chosen"): lambda w, l, rw, rl, nw, nl, m: orpo(w, l, nw, nl, w, 0.3),
     ik.Hinge(): lambda w, l, rw, rl, nw, nl, m: max(0.0, 1 - 0.1 * advantage_gap(w, l, rw, rl)),

@@ -1,0 +1,42 @@
+"""For autograd functions whose backward is not itself differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Decorate ``backward``: differentiating its results raises instead of treating them as constants.
+
+    torch's ``once_differentiable`` raises only if the upstream gradient requires grad, which that of a plain loss does
+    not; a gradient penalty would then silently lose its gradient.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return gradients
+        anchor = torch.zeros((), requires_grad=True)
+        return tuple(None if g is None else _NoSecondDerivative.apply(g, anchor) for g in gradients)
+
+    return wrapper
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "inspo_kernels computes first derivatives only: a second derivative (create_graph=True and a backward "
+            'through the gradient) needs backend="reference"'
+        )

@@ -1,0 +1,137 @@
+"""What each path costs: floating point operations, memory, and synchronisation-free planning, counted, not timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import RAGGED, make_case
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import inspo_kernels as ik
+
+PAIRS = [(9, 12, 20), (3, 16, 16), (8, 7, 5)]
+N = sum(w + l for _, w, l in PAIRS)
+H, V = 16, 211
+CASE = make_case(PAIRS, hidden_size=H, vocab=V, bias=False).to(torch.float32)
+
+
+def flops(function):
+    """In units of one head product over the scored rows, 2NHV."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / (2 * N * H * V)
+
+
+def pair_loss(hidden=True, weight=True, backward=True, **options):
+    h, w = CASE.hidden.clone().requires_grad_(hidden), CASE.weight.clone().requires_grad_(weight)
+    out = ik.fused_inspo_loss(h, w, CASE.labels, ref_logps=CASE.ref_logps, **options)
+    if backward:
+        out.loss.backward()
+
+
+def per_token(hidden=True, weight=True):
+    h, w = CASE.hidden.clone().requires_grad_(hidden), CASE.weight.clone().requires_grad_(weight)
+    logps = ik.linear_logps(h[:, :-1], w, CASE.labels[:, 1:])
+    if logps.requires_grad:
+        logps.square().sum().backward()
+
+
+ROW = 4 * V
+
+
+@pytest.mark.parametrize(
+    "run, products",
+    [
+        (lambda: pair_loss(), 3),
+        (lambda: pair_loss(weight=False), 2),
+        (lambda: pair_loss(hidden=False), 2),
+        (lambda: pair_loss(hidden=False, weight=False, backward=False), 1),
+        (lambda: per_token(), 4),
+        (lambda: per_token(weight=False), 2),
+        (lambda: per_token(hidden=False, weight=False), 1),
+        # groups of whole pairs recompute nothing
+        (lambda: pair_loss(max_workspace_bytes=32 * ROW), 3),
+        # 4 rows: of each pair all but the last 4 rows are staged twice
+        (lambda: pair_loss(max_workspace_bytes=4 * ROW), 3 + (N - 12) / N),
+        # a frozen head never recomputes
+        (lambda: pair_loss(weight=False, max_workspace_bytes=4 * ROW), 2),
+        # marginals that are only reported cost one product of their rows
+        (lambda: pair_loss(marginal_labels=CASE.marginal_labels), 4),
+        (lambda: pair_loss(marginal_labels=CASE.marginal_labels, marginal_weight=0.1), 6),
+        # OneSided's chosen responses are forward-only
+        (lambda: pair_loss(objective="one_sided"), (3 * 41 + 35) / N),
+        # ORPO: the marginal of the rejected response is forward-only
+        (lambda: pair_loss(objective="orpo", marginal_labels=CASE.marginal_labels), 3 + (3 * 35 + 41) / N),
+    ],
+    ids=lambda v: None if callable(v) else f"{v:.2f}",
+)
+def test_products(run, products):
+    assert flops(run) == pytest.approx(products, rel=1e-3)
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor that any operation returns, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33, 10**6])
+@pytest.mark.parametrize("options", [{}, {"weight": False}, {"hidden": False, "weight": False, "backward": False}])
+def test_no_tensor_exceeds_the_workspace_or_the_inputs(rows, options):
+    largest_input = max(t.numel() * 8 for t in (CASE.hidden, CASE.weight))
+    with Allocations() as seen:
+        pair_loss(max_workspace_bytes=rows * ROW, **options)
+    assert seen.largest <= max(min(rows, N) * ROW, largest_input)
+    assert N * ROW > largest_input  # otherwise this test shows nothing
+
+
+def test_default_workspace_follows_from_shapes_alone(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: pytest.fail("looked at the machine"))
+    from inspo_kernels.backends import BACKENDS
+    from inspo_kernels.head import checked_head
+
+    for backend in BACKENDS.values():
+        head = checked_head(CASE.hidden, CASE.weight, None, None, 1.0)
+        sizes = {backend.default_workspace_bytes(head, torch.device("cpu")) for _ in range(3)}
+        assert len(sizes) == 1 and sizes.pop() >= 64 << 20
+
+
+@pytest.mark.parametrize("form", ["rows", "packed", "compact"])
+def test_planning_reads_the_host_once(form):
+    """Values leave the device once (``tolist`` of one tensor); all else would synchronise an accelerator."""
+    reads = []
+    original = torch.Tensor.tolist
+    inputs = {
+        "rows": {"hidden": RAGGED.hidden, "labels": RAGGED.labels, "marginal_labels": RAGGED.marginal_labels},
+        "packed": RAGGED.packed(),
+        "compact": RAGGED.compact(),
+    }[form]
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                reads.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def tolist(tensor):
+        reads.append("tolist")
+        with torch.utils._python_dispatch._disable_current_modes():
+            return original(tensor)
+
+    torch.Tensor.tolist = tolist
+    try:
+        with Reads():
+            ik.fused_inspo_loss(
+                inputs.pop("hidden"), RAGGED.weight, inputs.pop("labels"), ref_logps=RAGGED.ref_logps, **inputs
+            ).metrics()
+    finally:
+        torch.Tensor.tolist = original
+    assert reads == ["tolist"]
