@@ -19,7 +19,15 @@ training = [
     "tqdm>=4.66",
     "transformers>=5.17,<6",
 ]
-test = [*training, "hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3"]
+test = [
+    *training,
+    "triton>=3.6; platform_system == 'Linux'",
+    "hypothesis>=6.100",
+    "mypy>=1.15",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "ruff>=0.12",
+]
 
 setup(
     name="inspo-kernels",

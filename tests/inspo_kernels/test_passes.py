@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import RAGGED, make_case
+from cases import RAGGED, make_case, relative_error
+from cases import run as run_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import inspo_kernels as ik
+from inspo_kernels.backends import torch_backend
 
 PAIRS = [(9, 12, 20), (3, 16, 16), (8, 7, 5)]
 N = sum(w + l for _, w, l in PAIRS)
@@ -135,3 +137,16 @@ def test_planning_reads_the_host_once(form):
     finally:
         torch.Tensor.tolist = original
     assert reads == ["tolist"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_slices_of_the_weight_and_blocks_of_rows_change_nothing_but_rounding(dtype, monkeypatch):
+    """Reduced-precision weights are widened slice by slice, and logits turned into gradients block by block."""
+    case = CASE.to(dtype)
+    whole = run_case(case, backend="torch")
+    monkeypatch.setattr(torch_backend, "WIDENED_BYTES", 50 * H * 4)
+    monkeypatch.setattr(torch_backend, "BLOCK_BYTES", 3 * ROW)
+    sliced = run_case(case, backend="torch")
+    assert relative_error(sliced[0].loss.detach(), whole[0].loss.detach()) < 1e-6
+    for got, want in zip(sliced[1], whole[1]):
+        assert relative_error(got, want) <= (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)

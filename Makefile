@@ -1,0 +1,39 @@
+# `make test` and `make demo` do their whole set-up themselves, in $(VENV); the pins are in constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install test demo lint benchmark clean
+
+help:
+	@echo "make demo        fit, sample, fine-tune and compare a tiny model (about 3 minutes, no GPU)"
+	@echo "make test        run the tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make benchmark   measure the loss on this machine and regenerate the README's tables"
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $(INSTALLED)
+
+test: install
+	$(BIN)/python -m pytest
+
+demo: install
+	$(BIN)/python -m training.demo
+
+lint: install
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+
+benchmark: install
+	$(BIN)/python -m benchmarks.loss --json benchmarks/results/loss_cpu.json
+	$(BIN)/python -m benchmarks.report
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Benchmarks: run from the repository root, results as files in ``benchmarks/results/``."""
