@@ -1,0 +1,208 @@
+"""The head on CUDA and ROCm: three large library products, and Triton kernels for all that lies between them.
+
+The algorithm is that of ``torch_backend`` in fewer passes over memory. Logits are products accumulated and kept in
+float32 (``out_dtype``), ``STAGE_ROWS`` rows at a time; ``kernels.row_pass`` reads them once and leaves log-probs, S,
+and E in the compute dtype, which is what the two gradient products multiply:
+
+    dX = -(c s / S) * (E W)        dW = -E^T (X * c s / S)        db = -E^T (c s / S)
+
+Per logit that is 4 + 4 + 2 bytes written and read between the products instead of the 16 of float32 in place, E needs
+half the memory, and both products are single calls over all rows of the tile.
+
+Accuracy. Log-probs never see a rounded logit: operands are multiplied exactly, and sums, logits, S and log-probs are
+float32 throughout. The gradients see E rounded to the compute dtype once, and X * c s / S likewise: two independent
+relative errors of half an ulp per factor, where plain torch rounds the logits first (an error of |z| half-ulps in every
+probability) and then dlogits. The label's entry is -S' itself, summed before any rounding, so nothing cancels where the
+label is almost certain. dX, dW and db are accumulated in float32; dW is never rounded between tiles. float32 and
+float64 heads keep E in the logits' own memory, at full precision.
+
+float16 has no room for c s / S, which shrinks like 1 / (V N): the rows of X * c s / S are multiplied by a power of two
+2^k that makes their largest entry about 2^14 (k is found on the device), and dW is carried in units of 2^-k during the
+product: exact, at the price of two passes over dW.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..head import LMHead
+from ..kernels import config
+from .base import Backend, HeadTile
+
+# Logits staged at a time: enough rows for a product at full speed and two waves of row programs on 132
+# multiprocessors, in 0.5 GB at V = 128256.
+STAGE_ROWS = 1024
+# Rows of a tile by default. Each tile but the first reads and writes dW in float32, 245/C of a tile's product time at C
+# rows (measured nowhere yet; from 790 TFLOP/s and 4.3 TB/s): 3% here. Most batches fit one tile and write dW once.
+TILE_ROWS = 8192
+
+
+class TritonBackend(Backend):
+    """``backend="triton"``: the default on CUDA and ROCm."""
+
+    name = "triton"
+
+    def unsupported(self, head: LMHead, device: torch.device) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return 'the triton package is not installed: install it (pip install triton), or use backend="torch"'
+        if device.type == "cpu":
+            if os.environ.get("TRITON_INTERPRET") == "1":
+                return None
+            return 'needs a CUDA or ROCm device, and the tensors are on the CPU: use backend="torch"'
+        if device.type != "cuda":
+            return f'runs on CUDA and ROCm, not on {device.type}: use backend="torch"'
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return f'needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less: use backend="torch"'
+        return None
+
+    def default_workspace_bytes(self, head: LMHead, device: torch.device) -> int:
+        return max(64 << 20, self._bytes(head, TILE_ROWS))
+
+    def bytes_per_row(self, head: LMHead) -> int:
+        return self._bytes(head, 1)
+
+    def capacity(self, head: LMHead, device: torch.device, max_workspace_bytes: int | None) -> int:
+        limit = self.default_workspace_bytes(head, device) if max_workspace_bytes is None else max_workspace_bytes
+        rows = limit // self._bytes(head, 1)
+        if rows >= STAGE_ROWS:
+            rows = STAGE_ROWS + (limit - self._bytes(head, STAGE_ROWS)) // _e_bytes(head)
+        return max(1, rows)
+
+    def _bytes(self, head: LMHead, rows: int) -> int:
+        staged = 0 if _in_place(head) else min(rows, STAGE_ROWS) * _stride(head) * head.accumulate_dtype.itemsize
+        return rows * _e_bytes(head) + staged
+
+    def open_tile(self, head: LMHead, capacity: int) -> HeadTile:
+        return TritonTile(head, capacity)
+
+
+def _in_place(head: LMHead) -> bool:
+    """E has the logits' dtype and takes their place."""
+    return head.compute_dtype == head.accumulate_dtype
+
+
+def _stride(head: LMHead) -> int:
+    return config.padded_vocab(head.vocab_size)
+
+
+def _e_bytes(head: LMHead) -> int:
+    return _stride(head) * head.compute_dtype.itemsize
+
+
+class TritonTile(HeadTile):
+    """Memory is allocated when first needed: log-probs alone need no E."""
+
+    def __init__(self, head: LMHead, capacity: int) -> None:
+        super().__init__(head, capacity)
+        self.device = head.weight.device
+        self.arch = config.architecture(self.device)
+        self.stride = _stride(head)
+        # Under autocast these are the rounded copies that autocast itself would make.
+        self.weight = head.weight.to(head.compute_dtype)
+        self.bias = None
+        if head.bias is not None:
+            self.bias = torch.nn.functional.pad(head.bias.to(head.compute_dtype), (0, self.stride - head.vocab_size))
+
+    @cached_property
+    def e_rows(self) -> Tensor:
+        return self._new(self.capacity, self.stride, dtype=self.head.compute_dtype)
+
+    @cached_property
+    def logits_rows(self) -> Tensor:
+        return self._new(min(self.capacity, STAGE_ROWS), self.stride)
+
+    def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.head.accumulate_dtype, device=self.device)
+
+    def _on_device(self) -> AbstractContextManager:
+        """Triton launches on the current device, which need not be the tensors'."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def stage(self, x: Tensor, targets: Tensor) -> Tensor:
+        from ..kernels.row_pass import row_pass
+
+        head, n = self.head, len(x)
+        self.x = x.to(head.compute_dtype)
+        self.e = self.e_rows[:n]
+        self.sums = self._new(n)
+        logps = self._new(n)
+        with self._on_device():
+            for rows in _stages(n):
+                e = self.e[rows]
+                raw = e if _in_place(head) else self.logits_rows[: len(e)]
+                _product(self.x[rows], self.weight.t(), raw[:, : head.vocab_size])
+                row_pass(
+                    raw,
+                    targets[rows],
+                    logps[rows],
+                    self.sums[rows],
+                    vocab=head.vocab_size,
+                    e=e,
+                    bias=self.bias,
+                    softcap=head.softcap,
+                    logit_scale=head.logit_scale,
+                    arch=self.arch,
+                )
+        return logps
+
+    def gradients(
+        self,
+        coefficients: Tensor,
+        *,
+        dx: Tensor | None = None,
+        dweight: Tensor | None = None,
+        dbias: Tensor | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        head = self.head
+        scale = coefficients * (-head.logit_scale) / self.sums
+        e = self.e[:, : head.vocab_size]
+        if dx is not None:
+            _product(e, self.weight, dx)
+            dx.mul_(scale.unsqueeze(1))
+        if dweight is not None:
+            if head.compute_dtype == torch.float16:
+                self._half_dweight(e, scale, dweight, accumulate)
+            else:
+                scaled = torch.mul(self.x, scale.unsqueeze(1), out=torch.empty_like(self.x))
+                _product(e.t(), scaled, dweight, accumulate)
+        if dbias is not None:
+            from ..kernels.bias_gradient import bias_gradient
+
+            with self._on_device():
+                bias_gradient(self.e, scale, dbias, accumulate=accumulate, arch=self.arch)
+
+    def _half_dweight(self, e: Tensor, scale: Tensor, dweight: Tensor, accumulate: bool) -> None:
+        scaled = self.x * scale.unsqueeze(1)
+        _, exponent = torch.frexp(scaled.abs().amax())
+        unit = torch.ldexp(torch.ones_like(scale[0]), exponent - 14)
+        if accumulate:
+            dweight.div_(unit)
+        _product(e.t(), scaled.div_(unit).to(e.dtype), dweight, accumulate)
+        dweight.mul_(unit)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out = a @ b, or out += a @ b, accumulated and left in out's dtype, to which narrower operands are never rounded.
+
+    CPU tensors, which only the interpreter works on, are widened: torch has no mixed-dtype products there.
+    """
+    if a.dtype == out.dtype or a.device.type == "cpu":
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(accumulate), out=out)
+
+
+def _stages(n: int) -> list[slice]:
+    """Rows in as few stages as possible, of nearly equal size, whole product tiles of 128 rows where there are many."""
+    count = -(-n // STAGE_ROWS)
+    size = -(-n // count)
+    if count > 1:
+        size = min(STAGE_ROWS, -(-size // 128) * 128)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]

@@ -1,0 +1,104 @@
+"""Block sizes, warps and stages of every kernel on every architecture, chosen here and nowhere else.
+
+Nothing is searched for at the first call: a search costs seconds, and its winner, hence the rounding of the result,
+may change from run to run. Architectures are "sm_80", "sm_90", "sm_100", ..., "gfx942", ..., or "interpreter".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Row strides of logits and E are multiples of this many elements: each row then starts on a 128-byte line at two bytes
+# an element and on a 256-byte line at four, whatever V is, so that kernels and products use 16-byte accesses.
+ROW_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class RowPass:
+    """One program per row of logits, ``block`` columns at a time."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class BiasGradient:
+    """One program per ``block_cols`` columns of E, ``block_rows`` rows at a time."""
+
+    block_rows: int
+    block_cols: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class LinearLogps:
+    """Tiles of ``block_rows`` tokens by ``block_vocab`` words, multiplied ``block_hidden`` features at a time."""
+
+    block_rows: int
+    block_vocab: int
+    block_hidden: int
+    num_warps: int
+    num_stages: int
+
+
+def architecture(device: torch.device) -> str:
+    """Name of the device's architecture, "interpreter" for the CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Programs that the device runs side by side at least; two for the interpreter, so that its tests see a split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def padded_vocab(vocab: int) -> int:
+    """Row stride of logits and E over ``vocab`` columns."""
+    return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def row_pass(arch: str, vocab: int, accumulate_dtype: torch.dtype) -> RowPass:
+    if arch == "interpreter":
+        return RowPass(block=128, num_warps=1)
+    # A thread handles 16 float32 columns per step: four 16-byte loads in flight, 64 kB per multiprocessor at four
+    # resident programs, twice what covers an H200's latency at 4.3 TB/s, in under 64 registers. 256 threads on either
+    # vendor (AMD's warps have 64 lanes). A vocabulary shorter than a block gets a shorter block.
+    block = min(4096, max(256, _next_power_of_2(padded_vocab(vocab))))
+    if accumulate_dtype == torch.float64:
+        block = min(block, 2048)
+    return RowPass(block, num_warps=4 if arch.startswith("gfx") else 8)
+
+
+def bias_gradient(arch: str) -> BiasGradient:
+    if arch == "interpreter":
+        return BiasGradient(block_rows=4, block_cols=64, num_warps=1)
+    # 32 lanes of 8 bfloat16 cover a row of the tile, four rows per thread: V=128256 gives 501 programs, about four per
+    # multiprocessor of an H200, with 64 kB in flight each.
+    return BiasGradient(block_rows=32, block_cols=256, num_warps=4 if arch.startswith("gfx") else 8)
+
+
+def linear_logps(arch: str, compute_dtype: torch.dtype) -> LinearLogps:
+    if arch == "interpreter":
+        return LinearLogps(block_rows=16, block_vocab=32, block_hidden=16, num_warps=1, num_stages=1)
+    if compute_dtype == torch.float32:
+        # No tensor cores at full float32: a tile small enough for its accumulator and operands to stay in registers.
+        return LinearLogps(block_rows=64, block_vocab=64, block_hidden=16, num_warps=8, num_stages=2)
+    if arch.startswith("gfx"):
+        # 64 kB of LDS: (128 + 128) * 64 * 2 bytes = 32 kB per stage.
+        return LinearLogps(block_rows=128, block_vocab=128, block_hidden=64, num_warps=8, num_stages=2)
+    if arch.startswith("sm_8"):
+        # 48 kB per stage, three stages: under the 99 kB of sm_86 and sm_89 only with two.
+        return LinearLogps(block_rows=128, block_vocab=128, block_hidden=32, num_warps=8, num_stages=4)
+    # Hopper and Blackwell: the widest tile whose accumulator (128 registers per thread of two warpgroups) leaves room
+    # for the epilogue; (128 + 256) * 64 * 2 bytes = 48 kB per stage.
+    return LinearLogps(block_rows=128, block_vocab=256, block_hidden=64, num_warps=8, num_stages=4)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,42 @@
+"""The triton backend on whatever device there is: a GPU, or Triton's interpreter on CPU tensors.
+
+Import this before anything that imports Triton: the interpreter is chosen when kernels are defined.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton import language as tl  # noqa: E402
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+# numpy warns where a GPU computes inf or nan and a mask then discards it
+quiet = [
+    pytest.mark.filterwarnings(f"ignore:{what} encountered:RuntimeWarning")
+    for what in ("overflow", "invalid value", "divide by zero", "underflow")
+]
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _cast = interpreter.InterpreterBuilder.cast_impl
+
+    def _round_to_nearest(self, src, dst_type):
+        """The interpreter truncates float32 to bfloat16; every GPU rounds to nearest."""
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.uint16)
+            return interpreter.TensorHandle(rounded.numpy(), dst_type.scalar)
+        return _cast(self, src, dst_type)
+
+    interpreter.InterpreterBuilder.cast_impl = _round_to_nearest
