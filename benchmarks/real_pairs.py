@@ -1,0 +1,191 @@
+"""Fine-tunes a small model on real preference pairs with several objectives, each conditioned and plain.
+
+    python -m benchmarks.real_pairs --pairs FILE.jsonl --json benchmarks/results/real_pairs.json
+
+A byte-level model is first fitted to the responses of the training prompts, after the prompt alone and after prompt and
+other response in equal parts, so that it can take the conditioned layout. Each run then starts from that model. Whole
+prompts are held out; their pairs are reported conditioned and given the prompt alone, with 95% intervals that count the
+pairs of a prompt as one cluster. The model is far too small to answer anything: what is shown is that real data goes
+all the way through, and where the rewards of prompts never seen end up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import platform
+import random
+import shlex
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from training.config import TrainConfig
+from training.data import Pair, load_pairs, select_pairs
+from training.generate import generate
+from training.model import load_model
+from training.train import train
+
+MODEL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+OBJECTIVES: dict[str, dict[str, float]] = {
+    "dpo": {"beta": 0.1},
+    "simpo": {"beta": 2.0, "gamma": 0.5},
+    "ipo": {"tau": 0.1},
+    "rdpo": {"beta": 0.1, "alpha": 0.005},
+    "orpo": {"lam": 1.0},
+}
+REPORTED = [
+    f"eval_{layout}/rewards/{what}"
+    for layout in ("conditioned", "marginal")
+    for what in ("accuracies", "accuracies_ci", "margins", "margins_ci")
+]
+
+
+def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out pairs; no prompt is in both."""
+    prompts = sorted({tuple(p.prompt) for p in pairs})
+    held_out = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
+    return [p for p in pairs if tuple(p.prompt) not in held_out], [p for p in pairs if tuple(p.prompt) in held_out]
+
+
+def fit_base(
+    model: PreTrainedModel, pairs: list[Pair], pad: int, *, steps: int, rows: int, lr: float, seed: int
+) -> float:
+    """Next-token fitting of either response, every other row after the other response; returns the last mean loss."""
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
+    recent = []
+    for _ in tqdm(range(steps), desc="fitting the base", disable=None):
+        ids, labels = [], []
+        for row, pair in enumerate(rng.choices(pairs, k=rows)):
+            answer, draft = rng.sample([pair.chosen, pair.rejected], 2)
+            context = pair.prompt + (draft if row % 2 else [])
+            ids.append(torch.tensor(context + answer))
+            labels.append(torch.tensor([-100] * len(context) + answer))
+        inputs = pad_sequence(ids, batch_first=True, padding_value=pad)
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        targets = pad_sequence(labels, batch_first=True, padding_value=-100)
+        loss = model(input_ids=inputs, attention_mask=mask, labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        recent = [*recent[-19:], loss.item()]
+    return sum(recent) / len(recent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_pairs", description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
+    parser.add_argument("--json", required=True, type=Path, help="result file")
+    parser.add_argument("--max_length", type=int, default=640, help="tokens (bytes) of a pair; longer ones are dropped")
+    parser.add_argument("--base_steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=60, help="fine-tuning steps of 8 pairs")
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    began = time.perf_counter()
+
+    common = TrainConfig(
+        model=MODEL, max_length=options.max_length, truncation="drop", max_steps=options.steps,
+        per_device_batch_size=8, learning_rate=options.learning_rate, seed=options.seed,
+    )  # fmt: skip
+    base, tokenizer = load_model(common)
+    said: list[str] = []
+    pairs = select_pairs(
+        load_pairs(options.pairs, tokenizer), "pairs", common, vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id, log=lambda line: said.append(line.split("(")[0].strip()),
+    )  # fmt: skip
+    training, held_out = split_by_prompt(pairs, 0.3, options.seed)
+    base_loss = fit_base(
+        base, training, tokenizer.pad_token_id, steps=options.base_steps, rows=16, lr=3e-3, seed=options.seed
+    )
+    print(f"{said[0]}; {len(training)} pairs to train on, {len(held_out)} held out; base {base_loss:.3f} nats a byte")
+
+    runs = []
+    for objective, parameters in OBJECTIVES.items():
+        for conditioned in (True, False):
+            with tempfile.TemporaryDirectory() as folder:
+                config = dataclasses.replace(
+                    common, objective=objective, conditioned=conditioned, output_dir=f"{folder}/run", **parameters
+                )
+                runs.append(one_run(config, base, tokenizer, training, held_out) | {"parameters": parameters})
+            print(line(runs[-1]), flush=True)
+
+    result = {
+        "command": shlex.join([Path(sys.executable).name, "-m", "benchmarks.real_pairs", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")},
+        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "seconds": round(time.perf_counter() - began),
+        "model": {**MODEL, "parameters": sum(p.numel() for p in base.parameters()), "tokenizer": "bytes"},
+        "data": {
+            "selection": said[0],
+            "train_pairs": len(training),
+            "train_prompts": len({tuple(p.prompt) for p in training}),
+            "held_out_pairs": len(held_out),
+            "held_out_prompts": len({tuple(p.prompt) for p in held_out}),
+            "held_out_share_of_longer_chosen": sum(len(p.chosen) > len(p.rejected) for p in held_out) / len(held_out),
+        },
+        "base": {"steps": options.base_steps, "nats_per_byte": base_loss},
+        "fine_tuning": {"steps": options.steps, "pairs_per_step": 8, "learning_rate": options.learning_rate,
+                        "seed": options.seed},
+        "runs": runs,
+    }  # fmt: skip
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['seconds']} s; results in {options.json}")
+
+
+def one_run(
+    config: TrainConfig, base: PreTrainedModel, tokenizer: Any, training: list[Pair], held_out: list[Pair]
+) -> dict[str, Any]:
+    """Trains a copy of ``base``, reloads what the run has saved and answers a held-out prompt with it."""
+    began = time.perf_counter()
+    result = train(config, training, eval_pairs=held_out, model=copy.deepcopy(base), tokenizer=tokenizer, quiet=True)
+    seconds = time.perf_counter() - began
+    reloaded = AutoModelForCausalLM.from_pretrained(result.final).eval()
+    assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), result.model.parameters(), strict=True))
+    prompt = tokenizer.decode(held_out[0].prompt, skip_special_tokens=True)
+    answer = generate(reloaded, AutoTokenizer.from_pretrained(result.final), prompt, max_new_tokens=100)
+    before, after = (row for row in result.metrics if "eval_loss" in row)
+    return {
+        "objective": config.objective, "conditioned": config.conditioned, "seconds": round(seconds, 1),
+        "reloaded_and_generated_bytes": len(answer.encode()),
+        "before": {name: before[name] for name in ("eval_loss", *REPORTED)},
+        "after": {name: after[name] for name in ("eval_loss", *REPORTED)},
+    }  # fmt: skip
+
+
+def line(run: dict[str, Any]) -> str:
+    parts = [f"{run['objective']:6}{'conditioned' if run['conditioned'] else 'plain':12}{run['seconds']:6.1f} s"]
+    parts.append(f"loss {run['before']['eval_loss']:.3f} -> {run['after']['eval_loss']:.3f}")
+    for layout in ("conditioned", "marginal"):
+        shown = [run["after"][f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "accuracies_ci", "margins")]
+        parts.append(f"{layout}: acc {shown[0]:.3f} [{shown[1][0]:.3f}, {shown[1][1]:.3f}] margin {shown[2]:+.3f}")
+    return " | ".join(parts)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((text.split(":")[1].strip() for text in lines if text.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
