@@ -63,16 +63,16 @@ def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pa
 def fit_base(
     model: PreTrainedModel, pairs: list[Pair], pad: int, *, steps: int, rows: int, lr: float, seed: int
 ) -> float:
-    """Next-token fitting of either response, every other row after the other response; returns the last mean loss."""
+    """Next-token fitting of either response, in every other step after the other response; returns the last mean loss."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     recent = []
-    for _ in tqdm(range(steps), desc="fitting the base", disable=None):
+    for step in tqdm(range(steps), desc="fitting the base", disable=None):
         ids, labels = [], []
-        for row, pair in enumerate(rng.choices(pairs, k=rows)):
+        for pair in rng.choices(pairs, k=rows):
             answer, draft = rng.sample([pair.chosen, pair.rejected], 2)
-            context = pair.prompt + (draft if row % 2 else [])
+            context = pair.prompt + (draft if step % 2 else [])
             ids.append(torch.tensor(context + answer))
             labels.append(torch.tensor([-100] * len(context) + answer))
         inputs = pad_sequence(ids, batch_first=True, padding_value=pad)
@@ -92,9 +92,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_pairs", description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
     parser.add_argument("--json", required=True, type=Path, help="result file")
-    parser.add_argument("--max_length", type=int, default=640, help="tokens (bytes) of a pair; longer ones are dropped")
-    parser.add_argument("--base_steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=60, help="fine-tuning steps of 8 pairs")
+    parser.add_argument("--max_length", type=int, default=512, help="tokens (bytes) of a pair; longer ones are dropped")
+    parser.add_argument("--base_steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=40, help="fine-tuning steps of 8 pairs")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> None:
     )  # fmt: skip
     training, held_out = split_by_prompt(pairs, 0.3, options.seed)
     base_loss = fit_base(
-        base, training, tokenizer.pad_token_id, steps=options.base_steps, rows=16, lr=3e-3, seed=options.seed
+        base, training, tokenizer.pad_token_id, steps=options.base_steps, rows=8, lr=3e-3, seed=options.seed
     )
     print(f"{said[0]}; {len(training)} pairs to train on, {len(held_out)} held out; base {base_loss:.3f} nats a byte")
 

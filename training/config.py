@@ -102,7 +102,8 @@ class TrainConfig:
             raise InputError("reference_conditioned needs conditioned=true and marginal_weight=0")
         if self.output_dir is None and (self.save_every or self.resume):
             raise InputError("save_every and resume need an output_dir")
-        self.make_objective()
+        if not self.make_objective().needs_reference and self.reference_conditioned:
+            raise InputError(f"reference_conditioned: objective {self.objective!r} has no reference")
 
     def make_objective(self) -> Objective:
         """The objective with its parameters. The plain twin of ORPO fits the chosen response: it has no marginals."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import InputError, TrainConfig
 
@@ -220,6 +220,24 @@ def select_pairs(
     if not kept:
         raise InputError(f"{name}: no pair is left to use")
     return kept
+
+
+def check_pairs(
+    pairs: list[Pair], held_out: list[Pair], model: PreTrainedModel, config: TrainConfig, log: Callable[[str], None]
+) -> None:
+    """Raises InputError where model or options do not fit the pairs; says how many held-out prompts are trained on."""
+    if config.eval_every and not held_out:
+        raise InputError("eval_every needs eval_data")
+    longest = max([*pairs, *held_out], key=lambda pair: pair.tokens)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and longest.tokens > positions:
+        raise InputError(
+            f"{longest.origin}: prompt, chosen and rejected have {longest.tokens} tokens, but the model {positions} "
+            f"positions; set max_length={positions} and truncation to prompt_left or drop, or use another model"
+        )
+    known = {tuple(pair.prompt) for pair in pairs}
+    if shared := sum(tuple(pair.prompt) in known for pair in held_out):
+        log(f"note: {shared} of {len(held_out)} eval_data pairs have a prompt of train_data; they are not held out")
 
 
 def _first(origins: list[str], most: int = 3) -> str:

@@ -96,7 +96,9 @@ def reference_logps(
     the precision of the computation, and by nothing else; a file that is damaged or lacks rows is computed anew.
     """
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([[p[:3] for p in pairs], conditioned, mixed_precision]).encode())
+    digest.update(f"{conditioned} {mixed_precision}".encode())
+    for pair in pairs:
+        digest.update(json.dumps(pair[:3]).encode())
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -23,11 +23,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import InputError, TrainConfig, help_text, parse_config
-from .data import Pair, load_pairs, select_pairs
+from .data import Pair, check_pairs, load_pairs, select_pairs
 from .evaluation import evaluate, starting_report
 from .model import load_model, padding_id
 from .output import RunLog, Window, evaluation_line, plot_curves, prepare_folder, training_line, whole_folder
-from .scoring import Batcher, PairModel, reference_logps, score
+from .scoring import Batcher, PairModel, Scores, reference_logps, score
 
 TokenPairs = Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]
 STARTING_SAMPLE = 32  # pairs that the report before step 1 looks at
@@ -91,6 +91,7 @@ def train(
 
     pairs = select(pairs, config.train_data, "train_data")
     held_out = select(eval_pairs, config.eval_data, "eval_data") if eval_pairs or config.eval_data else []
+    check_pairs(pairs, held_out, model, config, log.say)
 
     # Model and loss are one module, in eval mode throughout: dropout would make policy and reference differ at step 1.
     model.eval()
@@ -110,7 +111,7 @@ def train(
     log.say(f"{type(model).__name__}, {size:.2f}M parameters, on {accelerator.device}; {title}")
     log.say(f"{total_steps} steps of {step_pairs} pairs, {steps_per_epoch} an epoch")
 
-    def scores_of(some: Sequence[Pair], progress: str) -> Any:
+    def scores_of(some: Sequence[Pair], progress: str) -> Scores:
         return score(
             module, some, batcher, conditioned=True, batch_size=config.per_device_batch_size,
             progress=None if quiet else progress,
@@ -219,11 +220,11 @@ def train(
     model = accelerator.unwrap_model(module).model
     final = folder / "final" if folder else None
     if folder:
-        plot_curves(log.rows, title, folder / "curves.png")
         with whole_folder(final) as to:
             model.save_pretrained(to)
             if tokenizer is not None:
                 tokenizer.save_pretrained(to)
+        plot_curves(log.rows, title, folder / "curves.png")
         log.say(f"the model is in {final}, the curves in {folder / 'curves.png'}")
     return TrainResult(model, tokenizer, log.rows, final)
 

@@ -64,6 +64,7 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--conditioned", "false", "--marginal_weight", "1"], "marginal_weight needs conditioned=true"),
         (["--conditioned", "false", "--objective", "orpo", "--sft", "marginal"], "needs conditioned=true"),
         (["--reference_conditioned", "true", "--marginal_weight", "1"], "reference_conditioned needs"),
+        (["--reference_conditioned", "true", "--objective", "simpo"], "'simpo' has no reference"),
         (["--output_dir", "null", "--save_every", "3"], "need an output_dir"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from helpers import PAIRS, TINY, metrics, options, tiny_model, token_pairs, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -230,6 +231,32 @@ def test_bad_data_ends_the_command_with_2(tmp_path, capsys):
 def test_a_tokenizer_that_does_not_fit_the_model_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"pairs\.jsonl:1: token id \d+, but the model's vocabulary ends at 99"):
         train(parse_config(options(tmp_path / "out", "--model.vocab_size", "100")), quiet=True)
+
+
+def test_pairs_longer_than_the_models_positions_are_an_error():
+    with pytest.raises(InputError, match=r"pair \d: .* have \d+ tokens, but the model 12 positions"):
+        run(tiny_model(max_position_embeddings=12))
+
+
+def test_evaluation_needs_pairs_and_says_when_they_are_not_held_out(tmp_path, capsys):
+    with pytest.raises(InputError, match="eval_every needs eval_data"):
+        run(eval_every=1)
+    prompts = ("Name a fruit that grows on trees.", "New?")
+    seen = write_jsonl(tmp_path / "e.jsonl", [{"prompt": p, "chosen": "a", "rejected": "b"} for p in prompts])
+    main(options(tmp_path / "out", "--eval_data", seen, "--max_steps", "1"))
+    assert "1 of 2 eval_data pairs have a prompt of train_data" in capsys.readouterr().out
+
+
+def test_bf16_autocast_keeps_float32_parameters():
+    AcceleratorState._reset_state(True)
+    try:
+        result = run(conditioned=False, mixed_precision="bf16")
+    finally:
+        AcceleratorState._reset_state(True)  # accelerate allows one precision in a process
+    assert {p.dtype for p in result.model.parameters()} == {torch.float32}
+    exact = run(conditioned=False).metrics[0]
+    assert 0 < abs(result.metrics[0]["logps/chosen"] - exact["logps/chosen"]) < 0.5
+    assert result.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-2)
 
 
 def test_dropout_is_off():
