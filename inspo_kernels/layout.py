@@ -77,8 +77,8 @@ def from_packed(
     positions = torch.arange(len(labels), device=labels.device)
     cu_seqlens = cu_seqlens.to(labels.device, torch.int64)
     num_sequences = len(cu_seqlens) - 1
-    # A malformed cu_seqlens is only noticed after the host read, so it must not index out of bounds before.
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True).clamp(max=num_sequences - 1)
+    # Positions that a malformed cu_seqlens leaves over get the number 2B: in bounds until the host read reports them.
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
     valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(labels)) & (cu_seqlens.diff() >= 0).all()
     return _from_sequences(
         labels,

@@ -1,0 +1,95 @@
+"""What the demo shows: a table with intervals, examples, what InSPO assumes, and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..evaluation import CONDITIONING_GAP_WARNING
+
+NAMES = {"base": "base", "sft": "SFT on the chosen", "dpo": "DPO", "inspo": "InSPO"}
+COLORS = {"base": "tab:gray", "sft": "tab:green", "dpo": "tab:orange", "inspo": "tab:blue"}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The four models side by side: accuracy and gain over the base with 95% intervals, mean answer length."""
+    lines = []
+    for how, title in (("greedy", "greedy"), ("sampled", f"sampled, {results['settings']['samples']} a prompt")):
+        ends = "95% interval"
+        lines.append(f"{title:<22}{'right':>6}  {ends:<16}{'gain over base':>15}  {ends:<18}{'letters':>8}")
+        for name, row in ((name, models[how]) for name, models in results["models"].items()):
+            gain = f"{row['gain']:>+15.3f}  {_interval(row['gain_ci'], '+'):<18}" if "gain" in row else " " * 35
+            accuracy = f"{row['accuracy']:>6.3f}  {_interval(row['accuracy_ci']):<16}"
+            lines.append(f"  {NAMES[name]:<20}{accuracy}{gain}{row['mean_length']:>8.2f}")
+    return "\n".join(lines)
+
+
+def _interval(ends: list[float], sign: str = "") -> str:
+    return f"[{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]"
+
+
+def examples(results: dict[str, Any]) -> str:
+    """Greedy answers of the four models; what is right has a star."""
+    rows = results["examples"]
+    lines = [f"{'unseen prompt':<16}{'right':<8}" + "".join(f"{name:<19}" for name in NAMES.values())]
+    for row in rows:
+        answers = (row[name] + (" *" if row[name] == row["right"] else "") for name in NAMES)
+        lines.append(f"{row['prompt']:<16}{row['right']:<8}" + "".join(f"{answer:<19}" for answer in answers))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def assumption(results: dict[str, Any]) -> str:
+    """What InSPO needs of a base, and whether this one has it."""
+    gap = results["conditioning_gap"]
+    verdict = (
+        "This base does not: what InSPO teaches it there may not reach the prompt alone."
+        if min(gap.values()) < CONDITIONING_GAP_WARNING
+        else "This base does: half of what it was fitted to had the form prompt + draft + answer."
+    )
+    return (
+        "InSPO trains pi(answer | prompt, other answer) and is used as pi(answer | prompt), so the base must take an\n"
+        "answer after another one about as well as right after the prompt. Before training, its\n"
+        f"log pi(y|x,other) - log pi(y|x) is {gap['chosen']:+.3f} nats a token for the chosen answers and "
+        f"{gap['rejected']:+.3f} for the\nrejected ones. {verdict}"
+    )
+
+
+def draw_picture(results: dict[str, Any], inspo_metrics: list[dict[str, Any]], file: Path) -> None:
+    """Accuracy of the four models, and what InSPO trains beside what inference uses, on pairs of unseen prompts."""
+    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display and no global state
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    bars, margins, logps = figure.subplots(1, 3)
+
+    models = results["models"]
+    for position, (name, how) in enumerate((name, how) for how in ("greedy", "sampled") for name in models):
+        row = models[name][how]
+        low, high = row["accuracy_ci"]
+        x = position + (position >= len(models))
+        error = [[max(row["accuracy"] - low, 0)], [max(high - row["accuracy"], 0)]]
+        label = NAMES[name] if how == "greedy" else None
+        bars.bar(x, row["accuracy"], yerr=error, color=COLORS[name], capsize=3, label=label)
+    bars.set(title="Right on unseen prompts, from the prompt alone", ylabel="share, 95% interval", ylim=(0, 1.05))
+    bars.set_xticks([(len(models) - 1) / 2, len(models) + 1 + (len(models) - 1) / 2], ["greedy", "sampled"])
+    bars.legend(fontsize=8)
+
+    rows = [row for row in inspo_metrics if "eval_loss" in row]
+    steps = [row["step"] for row in rows]
+    for layout, label, color in (
+        ("conditioned", "given the other answer (trained)", "tab:blue"),
+        ("marginal", "prompt alone (used)", "tab:orange"),
+    ):
+        name = f"eval_{layout}/rewards/margins"
+        margins.plot(steps, [row[name] for row in rows], "o-", color=color, label=label, markersize=3)
+        ends = [row[f"{name}_ci"] or [row[name]] * 2 for row in rows]
+        margins.fill_between(steps, *zip(*ends), color=color, alpha=0.15, linewidth=0)
+        for what, style in (("chosen", "o-"), ("rejected", "o--")):
+            values = [row[f"eval_{layout}/logps/{what}"] for row in rows]
+            logps.plot(steps, values, style, color=color, label=f"{what}, {label.split(' (')[0]}", markersize=3)
+    margins.set(title="InSPO, unseen prompts: reward margin (chosen - rejected)", ylabel="reward")
+    logps.set(title="InSPO, unseen prompts: log-probs of the answers", ylabel="nats an answer")
+    for axes in (margins, logps):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
