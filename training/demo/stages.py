@@ -57,7 +57,7 @@ class Settings:
     unseen_per_kind: int = 100
     hidden_size: int = 96
     layers: int = 2
-    fit_steps: int = 600
+    fit_steps: int = 450
     fit_rows: int = 128
     fit_learning_rate: float = 3e-3
     draft_share: float = 0.5
@@ -75,8 +75,8 @@ class Settings:
     def quick(cls, seed: int = 0) -> Settings:
         """The whole path in seconds, with a model too small to learn much."""
         return cls(
-            seed=seed, letters=4, lengths=(3,), unseen_per_kind=12, hidden_size=32, layers=1, fit_steps=60, fit_rows=32,
-            pairs=24, steps=6, step_pairs=8,
+            seed=seed, letters=4, lengths=(3,), unseen_per_kind=12, hidden_size=64, layers=1, fit_steps=150,
+            fit_rows=64, pairs=48, samples=32, steps=6, step_pairs=8,
         )  # fmt: skip
 
 
@@ -271,8 +271,8 @@ def fine_tune_config(name: str, settings: Settings, folder: Path) -> TrainConfig
         output_dir=str(folder / name), reference_cache=str(folder), max_length=64,
         beta=settings.beta if options["objective"] == "dpo" else None, **options,
         max_steps=settings.steps, per_device_batch_size=settings.step_pairs, learning_rate=settings.learning_rate,
-        lr_scheduler="linear", seed=settings.seed, log_every=max(1, settings.steps // 12),
-        eval_every=max(1, settings.steps // 12),
+        lr_scheduler="linear", seed=settings.seed, log_every=max(1, settings.steps // 10),
+        eval_every=max(1, settings.steps // 10),
     )  # fmt: skip
 
 

@@ -1,0 +1,115 @@
+"""The demo on several seeds: does InSPO make the base better on each of them, and by how much beside SFT and DPO?
+
+    python -m benchmarks.demo_seeds --json benchmarks/results/demo_seeds.json
+
+Runs the demo's own function. The file is written after each seed, and a run that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging
+
+from training.demo.report import NAMES, table
+from training.demo.stages import Settings, run_demo
+
+from .harness import provenance, write_json
+
+
+def t_quantile(degrees: int) -> float:
+    """97.5% quantile of Student's t (expansion about the normal, Abramowitz & Stegun 26.7.5; within 0.3% from 4 on)."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return (
+        z
+        + (z**3 + z) / (4 * degrees)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    )
+
+
+def over_seeds(values: list[float]) -> dict[str, Any]:
+    """Mean, range and, from five seeds on, the 95% t interval of the mean: seeds are the observations."""
+    summary: dict[str, Any] = {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
+    if len(values) >= 5:
+        half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        summary["mean_ci"] = [summary["mean"] - half, summary["mean"] + half]
+    return summary
+
+
+def summarize(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies and gains of all models over the seeds, and on how many the gain's own interval is above 0."""
+    summary: dict[str, Any] = {"seeds": len(seeds)}
+    for how in ("greedy", "sampled"):
+        for name in NAMES:
+            rows = [results["models"][name][how] for results in seeds.values()]
+            entry: dict[str, Any] = {"accuracy": over_seeds([row["accuracy"] for row in rows])}
+            if name != "base":
+                entry["gain"] = over_seeds([row["gain"] for row in rows])
+                entry["seeds_with_gain_interval_above_0"] = sum(row["gain_ci"][0] > 0 for row in rows)
+            summary.setdefault(how, {})[name] = entry
+    return summary
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    lines = []
+    for how in ("greedy", "sampled"):
+        lines.append(f"{how:<22}{'right':>6}  {'range over seeds':<18}{'gain over base':>15}  {'gain > 0':>10}")
+        for name, title in NAMES.items():
+            entry = summary[how][name]
+            accuracy = entry["accuracy"]
+            line = f"  {title:<20}{accuracy['mean']:>6.3f}  {accuracy['min']:.3f} to {accuracy['max']:<9.3f}"
+            if name != "base":
+                above = f"{entry['seeds_with_gain_interval_above_0']} of {summary['seeds']}"
+                line += f"{entry['gain']['mean']:>+15.3f}  {above:>10}"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_seeds", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, required=True, help="result file; seeds it already has are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="[0 to 9]")
+    parser.add_argument("--quick", action="store_true", help="the demo's quick sizes")
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+
+    make = Settings.quick if options.quick else Settings
+    torch.set_num_threads(make().threads)  # the demo's own number: the one that the result file names
+    settings = json.loads(json.dumps({k: v for k, v in asdict(make()).items() if k != "seed"}))
+    command = shlex.join(["python", "-m", "benchmarks.demo_seeds", *sys.argv[1:]])
+    result = {**provenance(command), "settings": settings, "summary": {}, "seeds": {}}
+    if options.json.exists():
+        earlier = json.loads(options.json.read_text())
+        same = {key: earlier.get(key) == result[key] for key in ("settings", "versions", "hardware")}
+        if not all(same.values()):
+            other = ", ".join(key for key, is_same in same.items() if not is_same)
+            sys.exit(f"error: --json {options.json}: was made with other {other}; move the file or choose another one")
+        result["seeds"] = earlier["seeds"]
+
+    for seed in tqdm(options.seeds, desc="seeds", unit="seed"):
+        if str(seed) in result["seeds"]:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            results = run_demo(make(seed=seed), Path(folder) / "demo", say=lambda line: None)
+        tqdm.write(f"seed {seed}, {results['seconds']['total']:.0f} s\n{table(results)}")
+        del results["settings"]
+        result["seeds"][str(seed)] = results
+        result["summary"] = summarize(result["seeds"])
+        write_json(options.json, result)
+    print(summary_table(result["summary"]))
+
+
+if __name__ == "__main__":
+    main()
