@@ -69,9 +69,9 @@ def real_pairs(result: dict[str, Any]) -> str:
     data = result["data"]
     lines = [
         f"A byte-level model of {result['model']['parameters'] / 1e6:.2f}M parameters on real preference pairs "
-        f"({data['train_pairs']:,} to train on, {data['held_out_pairs']} held out with prompts of their own): does "
-        "every objective go all the way through, and where does the held-out reward accuracy end up? Such a model is far too "
-        "small to answer anything.",
+        f"({data['train_pairs']:,} to train on, {data['held_out_pairs']} held out with prompts of their own): "
+        "does every objective go all the way through, and where does the held-out reward accuracy end up? Such a model "
+        "is far too small to answer anything.",
         "",
         "| | conditioned accuracy (95%) | marginal accuracy (95%) |",
         "|---|---|---|",

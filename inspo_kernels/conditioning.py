@@ -8,7 +8,6 @@ sequences hold its log-probability given the prompt alone: ``labels`` score the 
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from .naming import nearest
 
 IGNORE_INDEX = -100
 _FIELDS = ("prompt", "chosen response", "rejected response")
@@ -232,6 +233,4 @@ def _integer(name: str, value: Any, *, minimum: int, hint: str) -> int:
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        nearest = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(map(repr, choices))}{nearest}")
+        raise ValueError(f"unknown {name} {value!r}{nearest(value, choices)}")

@@ -11,7 +11,6 @@ a = L - R, and the margin m = beta (a_chosen - a_rejected).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .naming import nearest
 
 
 @dataclass(frozen=True)
@@ -275,15 +276,10 @@ def make_objective(objective: str | Objective, **parameters: Any) -> Objective:
             + (": call the class to make one" if isinstance(objective, type) else "")
         )
     if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}{_nearest(objective, OBJECTIVES)}")
+        raise ValueError(f"unknown objective {objective!r}{nearest(objective, OBJECTIVES)}")
     cls = OBJECTIVES[objective]
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]  # every named one is a dataclass
     for name in parameters:
         if name not in known:
-            raise ValueError(f"objective {objective!r} takes no {name!r}{_nearest(name, known)}")
+            raise ValueError(f"objective {objective!r} takes no {name!r}{nearest(name, known)}")
     return cls(**parameters)
-
-
-def _nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known)})"

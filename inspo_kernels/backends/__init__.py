@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 
 from ..head import LMHead
+from ..naming import nearest
 from .base import Backend, HeadTile
 from .torch_backend import TorchBackend
 
@@ -26,9 +25,7 @@ def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | 
         name = "torch"
     known = [*BACKENDS, "auto", "reference"]
     if name not in BACKENDS:
-        close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown backend {name!r}{hint} (known: {', '.join(known)})")
+        raise ValueError(f"unknown backend {name!r}{nearest(name, known)}")
     if reason := BACKENDS[name].unsupported(head, device):
         raise ValueError(f"backend {name!r}: {reason}")
     return BACKENDS[name]

@@ -216,9 +216,9 @@ def test_a_bad_pair_is_named_with_what_is_wrong(pair, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"truncation": "prompt_lef"}, "unknown truncation 'prompt_lef'.*'drop'; did you mean 'prompt_left'"),
+        ({"truncation": "prompt_lef"}, "unknown truncation 'prompt_lef'; did you mean 'prompt_left'.*drop"),
         ({"layout": "row"}, "unknown layout 'row'.*did you mean 'rows'"),
-        ({"layout": None}, "unknown layout None: choose from 'rows', 'packed', 'tree'"),
+        ({"layout": None}, r"unknown layout None \(known: rows, packed, tree\)"),
         ({"max_length": 2}, "max_length must be an integer of at least 3, got 2"),
         ({"max_length": 4, "separator_ids": [7, 8]}, "max_length must be an integer of at least 5, got 4"),
         ({"max_length": 8.0}, "max_length must be an integer of at least 3, got 8.0"),
