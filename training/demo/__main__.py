@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..config import InputError
-from .report import assumption, examples, table
+from .report import assumption, examples, ranking, table
 from .stages import PICTURE, RESULTS, Settings, run_demo
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     seconds = results["seconds"]["total"]
     print(f"\nOn unseen prompts, from the prompt alone (seed {settings.seed}, {seconds:.0f} s in all):\n")
-    print(table(results))
+    print(f"{table(results)}\n\n{ranking(results)}")
     print(f"\n{examples(results)}\n\n{assumption(results)}\n")
     print(f"picture: {options.output_dir / PICTURE}    numbers: {options.output_dir / RESULTS}")
     model, prompt = options.output_dir / "inspo" / "final", results["examples"][0]["prompt"]

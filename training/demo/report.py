@@ -38,6 +38,19 @@ def examples(results: dict[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def ranking(results: dict[str, Any]) -> str:
+    """Who is first, in words, and what this world has to do with it."""
+    sampled = {name: models["sampled"]["accuracy"] for name, models in results["models"].items()}
+    order = sorted(sampled, key=sampled.__getitem__, reverse=True)
+    text = "Sampled, from best to worst: " + ", ".join(f"{NAMES[name]} {sampled[name]:.3f}" for name in order) + "."
+    if order[0] == "sft":
+        text += (
+            "\nEach prompt here has one right answer, the chosen one: imitating such answers is hard to beat. "
+            "Preferences\nare for data whose chosen answers are only better than the rejected ones."
+        )
+    return text
+
+
 def assumption(results: dict[str, Any]) -> str:
     """What InSPO needs of a base, and whether this one has it."""
     gap = results["conditioning_gap"]
@@ -58,7 +71,7 @@ def draw_picture(results: dict[str, Any], inspo_metrics: list[dict[str, Any]], f
     """Accuracy of the four models, and what InSPO trains beside what inference uses, on pairs of unseen prompts."""
     from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display and no global state
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
     bars, margins, logps = figure.subplots(1, 3)
 
     models = results["models"]
@@ -69,9 +82,8 @@ def draw_picture(results: dict[str, Any], inspo_metrics: list[dict[str, Any]], f
         error = [[max(row["accuracy"] - low, 0)], [max(high - row["accuracy"], 0)]]
         label = NAMES[name] if how == "greedy" else None
         bars.bar(x, row["accuracy"], yerr=error, color=COLORS[name], capsize=3, label=label)
-    bars.set(title="Right on unseen prompts, from the prompt alone", ylabel="share, 95% interval", ylim=(0, 1.05))
+    bars.set(title="Right answers, from the prompt alone", ylabel="share of unseen prompts", ylim=(0, 1.05))
     bars.set_xticks([(len(models) - 1) / 2, len(models) + 1 + (len(models) - 1) / 2], ["greedy", "sampled"])
-    bars.legend(fontsize=8)
 
     rows = [row for row in inspo_metrics if "eval_loss" in row]
     steps = [row["step"] for row in rows]
@@ -85,11 +97,11 @@ def draw_picture(results: dict[str, Any], inspo_metrics: list[dict[str, Any]], f
         margins.fill_between(steps, *zip(*ends), color=color, alpha=0.15, linewidth=0)
         for what, style in (("chosen", "o-"), ("rejected", "o--")):
             values = [row[f"eval_{layout}/logps/{what}"] for row in rows]
-            logps.plot(steps, values, style, color=color, label=f"{what}, {label.split(' (')[0]}", markersize=3)
-    margins.set(title="InSPO, unseen prompts: reward margin (chosen - rejected)", ylabel="reward")
-    logps.set(title="InSPO, unseen prompts: log-probs of the answers", ylabel="nats an answer")
+            logps.plot(steps, values, style, color=color, label=f"{what}, {label.partition(' (')[0]}", markersize=3)
+    margins.set(title="InSPO: reward margin", ylabel="chosen - rejected, pairs of unseen prompts", xlabel="step")
+    logps.set(title="InSPO: log-probs of answers", ylabel="nats, pairs of unseen prompts", xlabel="step")
+    for axes in (bars, margins, logps):
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     for axes in (margins, logps):
-        axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     figure.savefig(file, dpi=110)

@@ -26,7 +26,7 @@ from ..data import load_pairs
 from ..evaluation import mean_interval, proportion_interval
 from ..scoring import Batcher, PairModel, score
 from ..train import train
-from .report import draw_picture
+from .report import NAMES, draw_picture
 from .world import Prompt, World
 
 PICTURE, RESULTS, PAIRS, UNSEEN_PAIRS = "picture.png", "results.json", "pairs.jsonl", "unseen_pairs.jsonl"
@@ -140,7 +140,7 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
     for name in FINE_TUNES:
         result = train(fine_tune_config(name, settings, folder), quiet=True)
         models[name], metrics[name] = result.model, result.metrics
-        done(name, f"3. fine-tuned: {name}, {settings.steps} steps of {settings.step_pairs} pairs")
+        done(name, f"3. fine-tuned: {NAMES[name]}, {settings.steps} steps of {settings.step_pairs} pairs")
 
     answers = {name: answer_unseen(model, tokenizer, world.unseen, settings) for name, model in models.items()}
     results = {
