@@ -14,16 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
-import os
-import platform
 import random
 import shlex
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +32,8 @@ from training.data import Pair, load_pairs, select_pairs
 from training.generate import generate
 from training.model import load_model
 from training.train import train
+
+from .harness import provenance, write_json
 
 MODEL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 OBJECTIVES: dict[str, dict[str, float]] = {
@@ -63,7 +60,7 @@ def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pa
 def fit_base(
     model: PreTrainedModel, pairs: list[Pair], pad: int, *, steps: int, rows: int, lr: float, seed: int
 ) -> float:
-    """Next-token fitting of either response, in every other step after the other response; returns the last mean loss."""
+    """Next-token fitting of either response, every other step after the other one; returns the last mean loss."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
@@ -126,12 +123,9 @@ def main() -> None:
                 runs.append(one_run(config, base, tokenizer, training, held_out) | {"parameters": parameters})
             print(line(runs[-1]), flush=True)
 
+    words = [Path(word).name if word == options.pairs else word for word in sys.argv[1:]]
     result = {
-        "command": shlex.join([Path(sys.executable).name, "-m", "benchmarks.real_pairs", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")},
-        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        **provenance(shlex.join(["python", "-m", "benchmarks.real_pairs", *words])),
         "seconds": round(time.perf_counter() - began),
         "model": {**MODEL, "parameters": sum(p.numel() for p in base.parameters()), "tokenizer": "bytes"},
         "data": {
@@ -147,8 +141,7 @@ def main() -> None:
                         "seed": options.seed},
         "runs": runs,
     }  # fmt: skip
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     print(f"{result['seconds']} s; results in {options.json}")
 
 
@@ -179,12 +172,6 @@ def line(run: dict[str, Any]) -> str:
         shown = [run["after"][f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "accuracies_ci", "margins")]
         parts.append(f"{layout}: acc {shown[0]:.3f} [{shown[1][0]:.3f}, {shown[1][1]:.3f}] margin {shown[2]:+.3f}")
     return " | ".join(parts)
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((text.split(":")[1].strip() for text in lines if text.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

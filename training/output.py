@@ -48,6 +48,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    if folder.exists():  # a checkpoint of this step, from before the run was taken back to an earlier one
+        shutil.rmtree(folder)
     os.replace(partial, folder)
 
 

@@ -160,6 +160,16 @@ def test_resume_takes_a_named_checkpoint_and_auto_starts_where_there_is_none(tmp
     assert same(one, other)
 
 
+def test_a_run_can_be_taken_back_to_an_earlier_checkpoint_of_its_own(tmp_path):
+    out = tmp_path / "out"
+    main(options(out, "--save_every", "1", "--log_every", "1"))
+    first = AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
+    shutil.rmtree(out / "final")
+    main(options(out, "--save_every", "1", "--log_every", "1", "--resume", str(out / "checkpoint-1")))
+    assert same(AutoModelForCausalLM.from_pretrained(out / "final").state_dict(), first)
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3]
+
+
 def test_output_folders_of_other_runs_are_refused(tmp_path, capsys):
     done, unfinished = tmp_path / "done", tmp_path / "unfinished"
     main(options(done, "--save_every", "2"))
