@@ -41,6 +41,9 @@ STAGE_ROWS = 1024
 # Rows of a tile by default. Each tile but the first reads and writes dW in float32, 245/C of a tile's product time at C
 # rows (measured nowhere yet; from 790 TFLOP/s and 4.3 TB/s): 3% here. Most batches fit one tile and write dW once.
 TILE_ROWS = 8192
+# A product of n rows does n operations per byte of the head it reads; an H200 does 184 in that time (790 TFLOP/s and
+# 4.3 TB/s). Below this many rows at a time a product is bound by reading the head.
+FEW_ROWS = 128
 
 
 class TritonBackend(Backend):
@@ -95,6 +98,23 @@ def _e_bytes(head: LMHead) -> int:
     return _stride(head) * head.compute_dtype.itemsize
 
 
+def needs_no_logits(head: LMHead, rows: int, capacity: int) -> tuple[bool, str]:
+    """Whether to score ``rows`` rows by ``kernels.linear_logps`` instead of products and ``row_pass``, and why.
+
+    Products win by default: published Triton forwards reach 26-60% of a Hopper's matrix peak where libraries reach 95%,
+    and this one has not been measured.
+    """
+    if head.compute_dtype == torch.float64:
+        return False, "float64 has no tile product in Triton"
+    if head.weight.stride(1) != 1:
+        return False, "the weight's features are not contiguous"
+    if rows <= capacity:
+        return False, "one product holds all rows, and reads the head once"
+    if capacity >= FEW_ROWS:
+        return False, f"products of {capacity} rows are bound by arithmetic"
+    return True, f"each product of only {capacity} rows, all that the workspace holds, would read the whole head"
+
+
 class TritonTile(HeadTile):
     """Memory is allocated when first needed: log-probs alone need no E."""
 
@@ -125,30 +145,56 @@ class TritonTile(HeadTile):
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def stage(self, x: Tensor, targets: Tensor) -> Tensor:
-        from ..kernels.row_pass import row_pass
-
-        head, n = self.head, len(x)
-        self.x = x.to(head.compute_dtype)
+        n = len(x)
+        self.x = x.to(self.head.compute_dtype)
         self.e = self.e_rows[:n]
         self.sums = self._new(n)
         logps = self._new(n)
+        self._log_probs(self.x, targets, logps, self.sums, self.e)
+        return logps
+
+    def _log_probs(self, x: Tensor, targets: Tensor, logps: Tensor, sums: Tensor, e: Tensor | None) -> None:
+        """Fill ``logps`` (n,), ``sums`` (n,) and, if given, ``e`` (n, stride), one stage of logits after another."""
+        from ..kernels.row_pass import row_pass
+
+        head = self.head
+        in_place = e if _in_place(head) else None
         with self._on_device():
-            for rows in _stages(n):
-                e = self.e[rows]
-                raw = e if _in_place(head) else self.logits_rows[: len(e)]
-                _product(self.x[rows], self.weight.t(), raw[:, : head.vocab_size])
+            for rows in _stages(len(x), min(self.capacity, STAGE_ROWS)):
+                raw = self.logits_rows[: rows.stop - rows.start] if in_place is None else in_place[rows]
+                _product(x[rows], self.weight.t(), raw[:, : head.vocab_size])
                 row_pass(
                     raw,
                     targets[rows],
                     logps[rows],
-                    self.sums[rows],
+                    sums[rows],
                     vocab=head.vocab_size,
-                    e=e,
+                    e=None if e is None else e[rows],
                     bias=self.bias,
                     softcap=head.softcap,
                     logit_scale=head.logit_scale,
                     arch=self.arch,
                 )
+
+    def score(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Log-probs of any number of rows; the logits, if any, never exceed ``capacity`` rows."""
+        head, x = self.head, x.to(self.head.compute_dtype)
+        if needs_no_logits(head, len(x), self.capacity)[0]:
+            from ..kernels.linear_logps import linear_logps
+
+            with self._on_device():
+                return linear_logps(
+                    x,
+                    self.weight,
+                    targets,
+                    bias=self.bias,
+                    softcap=head.softcap,
+                    logit_scale=head.logit_scale,
+                    arch=self.arch,
+                    multiprocessors=config.multiprocessors(self.device),
+                )
+        logps = self._new(len(x))
+        self._log_probs(x, targets, logps, torch.empty_like(logps), e=None)
         return logps
 
     def gradients(
@@ -199,10 +245,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Non
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(accumulate), out=out)
 
 
-def _stages(n: int) -> list[slice]:
-    """Rows in as few stages as possible, of nearly equal size, whole product tiles of 128 rows where there are many."""
-    count = -(-n // STAGE_ROWS)
-    size = -(-n // count)
+def _stages(n: int, most: int) -> list[slice]:
+    """n rows in as few stages of at most ``most`` as possible, nearly equal, of whole product tiles (128) if many."""
+    count = -(-n // most)
+    size = -(-n // max(1, count))
     if count > 1:
-        size = min(STAGE_ROWS, -(-size // 128) * 128)
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+        size = min(most, -(-size // 128) * 128)
+    return [slice(i, min(i + size, n)) for i in range(0, n, max(1, size))]

@@ -6,6 +6,9 @@ summed in an order that never varies: rows in steps of BLOCK_ROWS, then the BLOC
 Launch invariants: E's row stride is a multiple of 64 elements; columns V..stride may hold anything and are not stored.
 """
 
+# Arguments of kernels are typed by Triton at launch.
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

@@ -63,16 +63,17 @@ def padded_vocab(vocab: int) -> int:
     return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def row_pass(arch: str, vocab: int, accumulate_dtype: torch.dtype) -> RowPass:
+def row_pass(arch: str, vocab: int, accumulate_dtype: torch.dtype, softcap: float | None) -> RowPass:
     if arch == "interpreter":
         return RowPass(block=128, num_warps=1)
-    # A thread handles 16 float32 columns per step: four 16-byte loads in flight, 64 kB per multiprocessor at four
-    # resident programs, twice what covers an H200's latency at 4.3 TB/s, in under 64 registers. 256 threads on either
-    # vendor (AMD's warps have 64 lanes). A vocabulary shorter than a block gets a shorter block.
-    block = min(4096, max(256, _next_power_of_2(padded_vocab(vocab))))
-    if accumulate_dtype == torch.float64:
-        block = min(block, 2048)
-    return RowPass(block, num_warps=4 if arch.startswith("gfx") else 8)
+    # 256 threads (AMD's warps have 64 lanes) handle 16 float32 columns each per step: four 16-byte loads in flight, 64
+    # kB per multiprocessor at four resident programs, twice what covers an H200's latency at 4.3 TB/s. A soft-cap and
+    # float64 need the registers for twice as many values per column, so they take half the columns or fewer.
+    block = 1024 if accumulate_dtype == torch.float64 else 4096 if softcap is None else 2048
+    # A short vocabulary: fewer threads, still eight columns each, which is 16 bytes of E.
+    block = min(block, max(256, _next_power_of_2(padded_vocab(vocab))))
+    threads = min(256, block // 8)
+    return RowPass(block, num_warps=max(1, threads // (64 if arch.startswith("gfx") else 32)))
 
 
 def bias_gradient(arch: str) -> BiasGradient:
@@ -88,16 +89,19 @@ def linear_logps(arch: str, compute_dtype: torch.dtype) -> LinearLogps:
         return LinearLogps(block_rows=16, block_vocab=32, block_hidden=16, num_warps=1, num_stages=1)
     if compute_dtype == torch.float32:
         # No tensor cores at full float32: a tile small enough for its accumulator and operands to stay in registers.
-        return LinearLogps(block_rows=64, block_vocab=64, block_hidden=16, num_warps=8, num_stages=2)
+        return LinearLogps(block_rows=64, block_vocab=64, block_hidden=32, num_warps=8, num_stages=2)
     if arch.startswith("gfx"):
         # 64 kB of LDS: (128 + 128) * 64 * 2 bytes = 32 kB per stage.
         return LinearLogps(block_rows=128, block_vocab=128, block_hidden=64, num_warps=8, num_stages=2)
-    if arch.startswith("sm_8"):
-        # 48 kB per stage, three stages: under the 99 kB of sm_86 and sm_89 only with two.
-        return LinearLogps(block_rows=128, block_vocab=128, block_hidden=32, num_warps=8, num_stages=4)
-    # Hopper and Blackwell: the widest tile whose accumulator (128 registers per thread of two warpgroups) leaves room
-    # for the epilogue; (128 + 256) * 64 * 2 bytes = 48 kB per stage.
-    return LinearLogps(block_rows=128, block_vocab=256, block_hidden=64, num_warps=8, num_stages=4)
+    if arch.startswith("sm_9"):
+        # The widest tile whose accumulator (128 registers per thread of two warpgroups) leaves room for the epilogue;
+        # (128 + 256) * 64 * 2 bytes = 48 kB per stage.
+        return LinearLogps(block_rows=128, block_vocab=256, block_hidden=64, num_warps=8, num_stages=4)
+    if arch.startswith("sm_10"):
+        # At 256 words the epilogue, which takes the accumulator out of tensor memory, spills. 32 kB per stage.
+        return LinearLogps(block_rows=128, block_vocab=128, block_hidden=64, num_warps=8, num_stages=4)
+    # Ampere, Ada, consumer Blackwell: 16 kB per stage, under the 99 kB that the smallest of them have.
+    return LinearLogps(block_rows=128, block_vocab=128, block_hidden=32, num_warps=8, num_stages=4)
 
 
 def _next_power_of_2(n: int) -> int:

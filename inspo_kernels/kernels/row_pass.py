@@ -26,6 +26,9 @@ Launch invariants:
 - a label outside 0..V-1 is neither read nor written at, and its log-prob is NaN.
 """
 
+# Arguments of kernels are typed by Triton at launch.
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import math
@@ -175,7 +178,7 @@ def row_pass(
     """
     in_place = e is not None and e.data_ptr() == raw.data_ptr()
     half = e is not None and e.dtype == torch.float16
-    chosen = config.row_pass(arch, vocab, raw.dtype)
+    chosen = config.row_pass(arch, vocab, raw.dtype, softcap)
     _row_pass_kernel[(len(raw),)](
         raw,
         raw if bias is None else bias,

@@ -5,6 +5,9 @@ With u = |z| / cap and a = exp(-2u): tanh u = (1 - a) / (1 + a) and dtanh/du = 4
 in float32 arithmetic); float64 keeps the quotient, whose absolute error there is 1e-16.
 """
 
+# Arguments of kernels are typed by Triton at launch.
+# mypy: allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

@@ -296,12 +296,14 @@ def test_workspace_stays_within_its_bound(dtype, bound, monkeypatch):
         assert workspace + TritonBackend().bytes_per_row(head) > bound
 
 
-def test_stages_cover_all_rows_in_whole_tiles():
-    for n in (1, 7, 1024, 1025, 2100, 8192, 8200):
-        stages = triton_backend._stages(n)
-        assert [s.start for s in stages] == [0, *(s.stop for s in stages[:-1])] and stages[-1].stop == n
-        assert max(s.stop - s.start for s in stages) <= triton_backend.STAGE_ROWS
-        assert len(stages) == -(-n // triton_backend.STAGE_ROWS)
+@pytest.mark.parametrize("most", [3, 100, 1024])
+def test_stages_cover_all_rows_in_whole_tiles(most):
+    for n in (0, 1, 7, 1024, 1025, 2100, 8192, 8200):
+        stages = triton_backend._stages(n, most)
+        assert [i for s in stages for i in range(s.start, s.stop)] == list(range(n))
+        assert all(s.stop - s.start <= most for s in stages)
+        if most == 1024:
+            assert len(stages) == -(-n // most) and all(s.start % 128 == 0 for s in stages)
 
 
 def test_many_stages_equal_one(monkeypatch):
@@ -309,6 +311,46 @@ def test_many_stages_equal_one(monkeypatch):
     expected = run(case, backend="triton")
     monkeypatch.setattr(triton_backend, "STAGE_ROWS", 4)
     assert_same(run(case, backend="triton"), expected, 1e-6)
+
+
+class TestScoring:
+    """Log-probs alone: products with row statistics, or no logits at all where the workspace holds few rows."""
+
+    @pytest.mark.parametrize(
+        "rows, capacity, dtype, without, why",
+        [
+            (8192, 8192, torch.bfloat16, False, "reads the head once"),
+            (50, 50, torch.bfloat16, False, "reads the head once"),
+            (8192, 128, torch.bfloat16, False, "bound by arithmetic"),
+            (8192, 127, torch.bfloat16, True, "only 127 rows"),
+            (2, 1, torch.float32, True, "only 1 rows"),
+            (8192, 1, torch.float64, False, "float64"),
+        ],
+    )
+    def test_which_path_and_why(self, rows, capacity, dtype, without, why):
+        got = triton_backend.needs_no_logits(head_of(SMALL, dtype), rows, capacity)
+        assert got[0] == without and why in got[1]
+        transposed = replace(head_of(SMALL, dtype), weight=SMALL.weight.to(dtype).t().contiguous().t())
+        assert not triton_backend.needs_no_logits(transposed, rows, capacity)[0]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("capacity", [1, 5, 24])
+    def test_values_allocations_and_path(self, capacity, dtype, monkeypatch):
+        hidden, weight, bias, targets = inputs((24,), hidden_size=20, vocab=301, dtype=dtype, ignored=0.0)
+        head = checked_head(hidden, weight, bias, 20.0, 0.9)
+        tile = TritonBackend().open_tile(head, capacity)
+        logps = tile.score(hidden, targets)
+        truth = plain(hidden.double(), weight.double(), targets, bias.double(), 20.0, 0.9)
+        torch.testing.assert_close(logps.double(), truth, rtol=1e-6, atol=1e-6)
+        assert logps.dtype == head.accumulate_dtype
+        assert "e_rows" not in vars(tile)  # no gradient buffers
+        no_logits = "logits_rows" not in vars(tile)
+        assert no_logits == (capacity < 24 and dtype != torch.float64)
+        assert torch.equal(logps, tile.score(hidden, targets))
+
+    def test_nothing_to_score(self):
+        tile = TritonBackend().open_tile(head_of(SMALL), 1)
+        assert tile.score(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
 class TestUnsupported:

@@ -6,9 +6,12 @@ import pytest
 import torch
 import triton_setup
 from cases import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from inspo_kernels.kernels import config
 from inspo_kernels.kernels.bias_gradient import bias_gradient
+from inspo_kernels.kernels.linear_logps import linear_logps
 from inspo_kernels.kernels.row_pass import row_pass
 from inspo_kernels.kernels.softcap import softcap
 
@@ -77,7 +80,7 @@ def test_offset_of_the_first_block_is_replaced_when_it_is_too_low():
     raw[0, 300] = 35.0  # near enough to stay
     raw[1, 300] = 60.0  # exp fits float32, not the bound
     raw[2, 300] = 200.0  # exp overflows
-    raw[3, : config.row_pass(ARCH, 500, raw.dtype).block] = -torch.inf
+    raw[3, : config.row_pass(ARCH, 500, raw.dtype, None).block] = -torch.inf
     if ARCH != "interpreter":
         raw[3, 400:] = 0.5
     targets[3] = 450
@@ -139,6 +142,76 @@ def test_bias_gradient(dtype, accumulate):
     expected = scale.double() @ e[:, :100].double() + 2.0 * accumulate
     assert relative_error(memory[100:200], expected) < (1e-15 if dtype == torch.float64 else 3e-7)
     assert (memory[:100] == 2).all() and (memory[200:] == 2).all()
+
+
+def run_linear_logps(x, weight, targets, bias=None, softcap=None, logit_scale=1.0, multiprocessors=2):
+    return linear_logps(
+        x.to(DEVICE),
+        weight.to(DEVICE),
+        targets.to(DEVICE),
+        bias=None if bias is None else bias.to(DEVICE),
+        softcap=softcap,
+        logit_scale=logit_scale,
+        arch=ARCH,
+        multiprocessors=multiprocessors,
+    ).cpu()
+
+
+def matrices(n, hidden, vocab, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(n, hidden, generator=g), torch.randn(vocab, hidden, generator=g)
+    return x.to(dtype), weight.to(dtype), torch.randint(vocab, (n,), generator=g)
+
+
+@settings(max_examples=20)
+@given(
+    n=st.sampled_from([1, 2, 16, 17]),
+    hidden=st.sampled_from([1, 16, 21]),
+    vocab=st.sampled_from([1, 31, 32, 100]),
+    multiprocessors=st.sampled_from([1, 3]),
+    transform=st.sampled_from([(False, None, 1.0), (True, None, -0.5), (True, 3.0, 0.7)]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+)
+def test_linear_logps(n, hidden, vocab, multiprocessors, transform, dtype):
+    with_bias, softcap, logit_scale = transform
+    x, weight, targets = matrices(n, hidden, vocab, dtype)
+    bias = torch.linspace(-2, 2, vocab).to(dtype) if with_bias else None
+    logps = run_linear_logps(x, weight, targets, bias, softcap, logit_scale, multiprocessors)
+    z = logit_scale * (x.double() @ weight.double().T + (0.0 if bias is None else bias.double()))
+    z = z if softcap is None else softcap * (z / softcap).tanh()
+    expected = z.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=2e-6)
+    assert (logps <= 0).all()
+
+
+def test_linear_logps_of_extreme_logits():
+    """All negative; a first tile of -inf; rows that differ by more than exp can hold; NaN is not hidden."""
+    x = torch.tensor([[1.0], [-1.0], [1e3], [torch.nan]])
+    weight = torch.linspace(-300, -200, 200)[:, None]
+    bias = torch.zeros(200)
+    bias[:70] = -torch.inf
+    targets = torch.tensor([150, 80, 199, 100])
+    logps = run_linear_logps(x, weight, targets, bias)
+    z = x.double() @ weight.double().T + bias
+    expected = z.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-4, equal_nan=True)
+    assert logps[3].isnan()
+
+
+@pytest.mark.parametrize("label", [-1, 100, 127, 2**32 + 3, -(2**40)])
+def test_linear_logps_notices_labels_out_of_range(label):
+    x, weight, targets = matrices(3, 16, 100, torch.float32)
+    targets[1] = label
+    logps = run_linear_logps(x, weight, targets)
+    assert logps[1].isnan() and logps[[0, 2]].isfinite().all()
+
+
+def test_linear_logps_of_strided_rows():
+    x, weight, targets = matrices(5, 16, 100, torch.float32)
+    wide_x, wide_weight = torch.full((5, 64), torch.nan), torch.full((100, 48), torch.nan)
+    wide_x[:, 16:32], wide_weight[:, :16] = x, weight
+    got = run_linear_logps(wide_x[:, 16:32], wide_weight[:, :16], targets)
+    assert torch.equal(got, run_linear_logps(x, weight, targets))
 
 
 @triton.jit

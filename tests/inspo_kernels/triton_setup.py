@@ -24,19 +24,25 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # numpy warns where a GPU computes inf or nan and a mask then discards it
 quiet = [
     pytest.mark.filterwarnings(f"ignore:{what} encountered:RuntimeWarning")
-    for what in ("overflow", "invalid value", "divide by zero", "underflow")
+    for what in ("overflow", "invalid value", "divide by zero", "underflow", "All-NaN slice")
 ]
 
 if INTERPRETED:
     from triton.runtime import interpreter
 
-    _cast = interpreter.InterpreterBuilder.cast_impl
+    _builder = interpreter.InterpreterBuilder
+    _cast, _dot = _builder.cast_impl, _builder.create_dot
 
-    def _round_to_nearest(self, src, dst_type):
+    def _cast_to_nearest(self, src, dst_type):
         """The interpreter truncates float32 to bfloat16; every GPU rounds to nearest."""
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             rounded = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.uint16)
             return interpreter.TensorHandle(rounded.numpy(), dst_type.scalar)
         return _cast(self, src, dst_type)
 
-    interpreter.InterpreterBuilder.cast_impl = _round_to_nearest
+    def _dot_of_values(self, a, b, *rest):
+        """The interpreter keeps bfloat16 as its bits in integers, and multiplies those."""
+        a, b = (_cast(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+        return _dot(self, a, b, *rest)
+
+    _builder.cast_impl, _builder.create_dot = _cast_to_nearest, _dot_of_values
