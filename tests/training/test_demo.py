@@ -277,3 +277,9 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, capsys: pytest
         main(["--quick", "--output_dir", str(tmp_path)])
     assert stop.value.code == 2 and str(tmp_path) in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_bad_settings_fail_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="seed=-1"):
+        run_demo(Settings.quick(seed=-1), tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..config import InputError
 from .report import assumption, examples, ranking, table
 from .stages import PICTURE, RESULTS, Settings, run_demo
+from .world import ECHO, RIGHT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,8 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings.quick(options.seed) if options.quick else Settings(seed=options.seed)
 
     logging.disable_progress_bar()  # a bar for each file read or written hides the demo's own lines
-    print("A small world: reverse a word, or shift its letters. The demonstrations are 35% right, 50% the word itself,")
-    print("15% random; a model fitted to them mostly repeats the word. Then it learns from its own judged answers.")
+    shares = f"{RIGHT:.0%} right, {ECHO:.0%} the word itself,\n{1 - RIGHT - ECHO:.0%} random letters"
+    print(f"A small world: reverse a word, or shift its letters. Its demonstrations are {shares}.")
+    print("A model fitted to them mostly repeats the word; then it learns from its own answers, judged by a program.")
     try:
         results = run_demo(settings, options.output_dir)
     except InputError as error:

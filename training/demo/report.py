@@ -53,11 +53,11 @@ def ranking(results: dict[str, Any]) -> str:
 
 def assumption(results: dict[str, Any]) -> str:
     """What InSPO needs of a base, and whether this one has it."""
-    gap = results["conditioning_gap"]
+    gap, share = results["conditioning_gap"], results["settings"]["draft_share"]
     verdict = (
         "This base does not: what InSPO teaches it there may not reach the prompt alone."
         if min(gap.values()) < CONDITIONING_GAP_WARNING
-        else "This base does: half of what it was fitted to had the form prompt + draft + answer."
+        else f"This base does: {share:.0%} of the rows it was fitted to are prompt + draft + answer."
     )
     return (
         "InSPO trains pi(answer | prompt, other answer) and is used as pi(answer | prompt), so the base must take an\n"
