@@ -89,9 +89,9 @@ def train(
         vocab_size = model.get_output_embeddings().weight.shape[0]
         return select_pairs(given, name, config, vocab_size=vocab_size, bos_token_id=bos_token_id, log=log.say)
 
-    pairs = select(pairs, config.train_data, "train_data")
+    train_pairs = select(pairs, config.train_data, "train_data")
     held_out = select(eval_pairs, config.eval_data, "eval_data") if eval_pairs or config.eval_data else []
-    check_pairs(pairs, held_out, model, config, log.say)
+    check_pairs(train_pairs, held_out, model, config, log.say)
 
     # Model and loss are one module, in eval mode throughout: dropout would make policy and reference differ at step 1.
     model.eval()
@@ -104,7 +104,7 @@ def train(
     batcher = Batcher(pad_token_id, accelerator.device)
 
     step_pairs = config.per_device_batch_size * config.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(pairs) / step_pairs)
+    steps_per_epoch = math.ceil(len(train_pairs) / step_pairs)
     total_steps = config.max_steps or config.num_epochs * steps_per_epoch
     title = f"{objective}, {'each response given the other one' if config.conditioned else 'plain'}"
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -128,11 +128,11 @@ def train(
         )  # fmt: skip
 
     # The reference is the model as loaded: its log-probs are settled before a checkpoint replaces the weights.
-    reference, held_out_reference = reference_of(pairs), reference_of(held_out)
+    reference, held_out_reference = reference_of(train_pairs), reference_of(held_out)
 
     start, tokens, window = 0, 0, Window()
     if resume_from is None:
-        starting_report(scores_of(pairs[:STARTING_SAMPLE], "start"), reference, config, log.say)
+        starting_report(scores_of(train_pairs[:STARTING_SAMPLE], "start"), reference, config, log.say)
     else:
         accelerator.load_state(str(resume_from))
         state = json.loads((resume_from / "state.json").read_text())
@@ -156,7 +156,7 @@ def train(
         for first in range(0, len(batch), config.per_device_batch_size):
             part = batch[first : first + config.per_device_batch_size]
             ref = None if reference is None else reference[:, part].reshape(-1)
-            out = module(batcher([pairs[i] for i in part], conditioned=config.conditioned), ref)
+            out = module(batcher([train_pairs[i] for i in part], conditioned=config.conditioned), ref)
             accelerator.backward(out.loss / len(batch))  # out.loss is a sum: the mean is over all pairs of the step
             metrics = {"loss": out.losses.double().mean(), **out.metrics()}
             totals = totals + torch.stack(list(metrics.values())) * len(part)
@@ -180,13 +180,13 @@ def train(
         for i in batch:
             optimizer.zero_grad()
             ref = None if reference is None else reference[:, [i]].reshape(-1)
-            loss = module(batcher([pairs[i]], conditioned=config.conditioned), ref).loss
+            loss = module(batcher([train_pairs[i]], conditioned=config.conditioned), ref).loss
             accelerator.backward(loss)
             if not (loss + accelerator.clip_grad_norm_(module.parameters(), math.inf)).isfinite():
-                guilty.append(pairs[i].origin)
+                guilty.append(train_pairs[i].origin)
         optimizer.zero_grad()
         if not guilty:
-            return f"none alone, only all together ({', '.join(pairs[i].origin for i in batch[:8])}, ...)"
+            return f"none alone, only all together ({', '.join(train_pairs[i].origin for i in batch[:8])}, ...)"
         more = f" and {len(guilty) - 8} more" if len(guilty) > 8 else ""
         return ", ".join(guilty[:8]) + more + (" (all pairs of the step)" if len(guilty) == len(batch) else "")
 
@@ -194,10 +194,10 @@ def train(
         evaluate_now(0)
     bar = tqdm(total=total_steps, initial=start, desc="training", disable=True if quiet else None)
     for step in range(start + 1, total_steps + 1):
-        batch = batch_indices(len(pairs), step_pairs, step, config.seed)
+        batch = batch_indices(len(train_pairs), step_pairs, step, config.seed)
         began = time.perf_counter()
         row = train_step(step, batch)
-        read = sum(batch_tokens(pairs[i], config.conditioned) for i in batch)
+        read = sum(batch_tokens(train_pairs[i], config.conditioned) for i in batch)
         window.add(row, len(batch), read, time.perf_counter() - began)
         tokens += read
         bar.update()
