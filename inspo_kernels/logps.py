@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import passes, reference
-from .backends import Backend, resolve_backend
+from . import compiled, passes, reference
 from .first_order import first_order_only
-from .head import LMHead, checked_head
-from .layout import checked_labels, scored_positions
+from .head import checked_head
+from .scored_tokens import ScoredTokens
 
 
 def linear_logps(
@@ -47,58 +46,42 @@ def linear_logps(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or target values that do not fit; the message says which.
     """
+    options: dict[str, Any] = {
+        "bias": bias,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "ignore_index": ignore_index,
+    }
+    if torch.compiler.is_compiling():
+        return compiled.linear_logps(hidden, weight, targets, backend=backend, **options)
     head = checked_head(hidden, weight, bias, softcap, logit_scale)
-    targets = checked_labels("targets", targets, hidden.shape[:-1], hidden.device)
-    chosen_backend = resolve_backend(backend, head, hidden.device)
-    flat = targets.flatten()
-    index = scored_positions(flat, ignore_index, head.vocab_size)
-    if chosen_backend is None:
-        return reference.linear_logps(
-            hidden,
-            weight,
-            targets.to(hidden.device),
-            bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
-        )
-    index, flat = index.to(hidden.device), flat[index].to(hidden.device)
-    x = hidden.reshape(-1, head.hidden_size).index_select(0, index)
-    logps = _LinearLogps.apply(x, weight, bias, flat, head.detach(), chosen_backend, passes.Needs.of(hidden, head))
-    return logps.new_zeros(targets.numel()).index_copy(0, index, logps).view(targets.shape)
+    scored = ScoredTokens.find(hidden, targets, head.detach(), ignore_index, backend)
+    if scored.backend is None:
+        return reference.linear_logps(hidden, weight, targets.to(hidden.device), **options)
+    logps = _LinearLogps.apply(scored.x, weight, bias, scored, passes.Needs.of(hidden, head))
+    return scored.scatter(logps, targets.shape)
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        head: LMHead,
-        backend: Backend,
-        needs: passes.Needs,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scored: ScoredTokens, needs: passes.Needs
     ) -> Tensor:
-        ctx.head, ctx.backend, ctx.needs, ctx.x_dtype = head, backend, needs, x.dtype
-        ctx.capacity = backend.capacity(head, x.device, None)
-        with passes.plain_arithmetic(x.device):
-            if needs.x and not needs.head:
-                logps, dx = passes.unit_gradients(backend, head, x, targets, len(x), ctx.capacity)
-                ctx.save_for_backward(dx)
-                return logps
-            if needs.any:
-                ctx.save_for_backward(x, weight, bias, targets)
-            return passes.score(backend, head, x, targets, ctx.capacity)
+        logps, dx = scored.forward(needs)
+        ctx.scored, ctx.needs, ctx.dtype = replace(scored, x=x.new_empty(0)), needs, x.dtype
+        if dx is not None:
+            ctx.save_for_backward(dx)
+        elif needs.any:
+            ctx.save_for_backward(x, weight, bias)
+        return logps
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs.head:
             (dx,) = ctx.saved_tensors
-            return ((dx * upstream.unsqueeze(1)).to(ctx.x_dtype), *(None,) * 6)
-        x, weight, bias, targets = ctx.saved_tensors
-        head = replace(ctx.head, weight=weight, bias=bias)
-        with passes.plain_arithmetic(x.device):
-            gradients = passes.regradients(ctx.backend, head, x, targets, upstream, ctx.capacity, ctx.needs)
-        return (*gradients.scaled(1.0, x, weight, bias), *(None,) * 4)
+            return (dx * upstream.unsqueeze(1)).to(ctx.dtype), None, None, None, None
+        x, weight, bias = ctx.saved_tensors
+        scored = replace(ctx.scored, x=x, head=replace(ctx.scored.head, weight=weight, bias=bias))
+        gradients = scored.backward(upstream, ctx.needs)
+        return (*gradients.scaled(1.0, x, weight, bias), None, None)

@@ -11,6 +11,8 @@ a = L - R, and the margin m = beta (a_chosen - a_rejected).
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +59,10 @@ class PairSums:
         )
 
 
+_COUNTER = itertools.count()
+_LIVE: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
+
+
 class Objective:
     """Base of all objectives: subclass it and write ``__call__(self, s: PairSums) -> losses`` of shape (pairs,).
 
@@ -71,10 +77,22 @@ class Objective:
     Parameters of the objective itself get no gradient; one that requires it is an error.
     """
 
+    _handle: str
     needs_reference: bool = True
     needs_marginals: bool = False
     batch_coupled: bool = False
     gradient_fields: tuple[str, ...] = ("chosen", "rejected", "marginal_chosen", "marginal_rejected")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Objective:
+        # torch.compile's operators take strings but no objects: each instance gets a name of its own to be found by.
+        self = super().__new__(cls)
+        object.__setattr__(self, "_handle", f"{cls.__name__}-{next(_COUNTER)}")
+        _LIVE[self._handle] = self
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has been named by __new__ already.
+        return {name: value for name, value in vars(self).items() if name != "_handle"}
 
     def __call__(self, s: PairSums) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(self, s: PairSums) -> losses (pairs,)")
@@ -259,6 +277,11 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
     "orpo": ORPO,
     "hinge": Hinge,
 }
+
+
+def find_objective(handle: str) -> Objective:
+    """The objective called ``handle``: one of ``OBJECTIVES``, or a live instance by the handle it was given."""
+    return _LIVE[handle] if handle in _LIVE else make_objective(handle)
 
 
 def make_objective(objective: str | Objective, **parameters: Any) -> Objective:

@@ -27,6 +27,7 @@ from .backends import Backend
 from .head import LMHead
 from .layout import ScoredRows
 from .pair_loss import PairTerms
+from .prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -125,60 +126,54 @@ def regradients(
     return gradients
 
 
-def pair_losses(
-    backend: Backend, head: LMHead, x: Tensor, plan: ScoredRows, terms: PairTerms, capacity: int, needs: Needs
-) -> tuple[Tensor, Tensor, Gradients]:
+def pair_losses(p: Prepared, x: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Gradients]:
     """Losses (B,), sums (kinds, B), both float64, and the gradients of the reduced loss that ``needs`` asks for.
 
     ``x`` (N, H) are the planned rows, gathered; rows that the loss does not depend on get zero gradient.
     """
-    sums = _Sums(plan, terms, x.device)
+    assert p.backend is not None
+    plan, sums = p.plan, _Sums(p.plan, p.terms)
     graded = sum(plan.pair_rows) if needs.any else 0
-    # Forward-only segments first, so that an objective may look at them when its pair's turn comes.
     rest = slice(graded, len(x))
-    rest_logps = score(backend, head, x[rest], plan.targets[rest], capacity)
-    if not needs.any:
-        sums.fill(slice(0, len(plan.counts)), rest_logps)
-        return terms.losses(terms.sums(sums.table, sums.lengths)), sums.table, Gradients(None, None, None)
-    sums.fill(slice(plan.gradient_kinds * plan.num_pairs, len(plan.counts)), rest_logps)
+    with plain_arithmetic(x.device):
+        # Forward-only segments first, so that an objective may look at them when its pair's turn comes.
+        rest_logps = score(p.backend, p.head, x[rest], plan.targets[rest], p.capacity)
+        if not needs.any:
+            sums.fill(slice(0, len(plan.counts)), rest_logps)
+            return p.terms.losses(p.terms.sums(sums.table, sums.lengths)), sums.table, Gradients(None, None, None)
+        sums.fill(slice(plan.gradient_kinds * plan.num_pairs, len(plan.counts)), rest_logps)
 
-    if needs.head:
-        gradients = Gradients.empty(head, len(x), needs)
-        losses = _one_pass(backend, head, x, plan, sums, capacity, gradients)
-    else:
-        # A frozen head: per-token gradients are stored unscaled and meet their coefficients afterwards.
-        logps, dx = unit_gradients(backend, head, x, plan.targets, graded, capacity)
-        losses, by_row = sums.differentiate(slice(0, plan.num_pairs), logps)
-        dx[:graded].mul_(by_row.unsqueeze(1))
-        gradients = Gradients(dx, None, None)
-    if gradients.x is not None:
-        gradients.x[rest] = 0.0
+        if needs.head:
+            gradients = Gradients.empty(p.head, len(x), needs)
+            losses = _one_pass(p, x, sums, gradients)
+        else:
+            # A frozen head: per-token gradients are stored unscaled and meet their coefficients afterwards.
+            logps, dx = unit_gradients(p.backend, p.head, x, plan.targets, graded, p.capacity)
+            losses, by_row = sums.differentiate(slice(0, plan.num_pairs), logps)
+            dx[:graded].mul_(by_row.unsqueeze(1))
+            gradients = Gradients(dx, None, None)
+        if gradients.x is not None:
+            gradients.x[rest] = 0.0
     return losses, sums.table, gradients
 
 
-def _one_pass(
-    backend: Backend,
-    head: LMHead,
-    x: Tensor,
-    plan: ScoredRows,
-    sums: _Sums,
-    capacity: int,
-    gradients: Gradients,
-) -> Tensor:
+def _one_pass(p: Prepared, x: Tensor, sums: _Sums, gradients: Gradients) -> Tensor:
     """Losses (B,); fills ``gradients`` group by group."""
-    together = plan.num_pairs if sums.terms.objective.batch_coupled else 1
-    groups = list(_groups(plan.pair_rows, together, capacity))
-    tile = _GradientTile(backend, head, min(capacity, max(rows.stop - rows.start for _, rows in groups)), gradients)
+    assert p.backend is not None
+    targets, capacity = p.plan.targets, p.capacity
+    groups = list(_groups(p.plan.pair_rows, p.plan.num_pairs if p.terms.objective.batch_coupled else 1, capacity))
+    largest = max(rows.stop - rows.start for _, rows in groups)
+    tile = _GradientTile(p.backend, p.head, min(capacity, largest), gradients)
     losses = []
     for pairs, rows in groups:
         resident = slice(max(rows.start, rows.stop - capacity), rows.stop)
         too_many = list(_chunks(rows.start, resident.start, capacity))
-        logps = [tile.stage(x[part], plan.targets[part]) for part in (*too_many, resident)]
+        logps = [tile.stage(x[part], targets[part]) for part in (*too_many, resident)]
         group_losses, by_row = sums.differentiate(pairs, torch.cat(logps))
         losses.append(group_losses)
         tile.add(resident, by_row[resident.start - rows.start :])
         for part in too_many:
-            tile.stage(x[part], plan.targets[part])
+            tile.stage(x[part], targets[part])
             tile.add(part, by_row[part.start - rows.start : part.stop - rows.start])
     return torch.cat(losses)
 
@@ -186,7 +181,7 @@ def _one_pass(
 class _Sums:
     """The (kinds, B) table of summed log-probs as it fills up, and what follows from its complete columns."""
 
-    def __init__(self, plan: ScoredRows, terms: PairTerms, device: torch.device) -> None:
+    def __init__(self, plan: ScoredRows, terms: PairTerms) -> None:
         self.plan, self.terms = plan, terms
         self.lengths = plan.lengths.double()
         self.table = torch.zeros_like(self.lengths)

@@ -1,0 +1,349 @@
+"""What ``torch.compile`` sees of the package: three operators that it does not look into, and the shapes they return.
+
+Planning reads the labels, and objectives are differentiated inside: neither can be traced. Under ``torch.compile`` the
+public functions therefore become one operator each, with the same checks, plan and passes inside. Shapes of its results
+follow from those of the inputs, so that a new length is no new graph (torch itself compiles a second, dynamic one).
+Gradients leave the operator in the accumulate dtype and are rounded once, as in eager mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import passes
+from .first_order import first_order_only
+from .head import LMHead, checked_head
+from .objectives import Objective, find_objective
+from .pair_loss import InSPOOutput
+from .prepare import prepare
+from .scored_tokens import ScoredTokens
+
+_T = TypeVar("_T")
+# Inside an operator autograd is switched off for the thread, whatever enable_grad says; objectives need it.
+_WORKER = ThreadPoolExecutor(1, thread_name_prefix="inspo_kernels")
+
+
+def fused_inspo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    objective: str | Objective,
+    ref_logps: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    segment_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_pairs: int | None,
+    marginal_labels: Tensor | None,
+    **options: Any,
+) -> InSPOOutput:
+    """``inspo_kernels.fused_inspo_loss`` as traced. Compact input always reports marginals, 0 if it has none."""
+    head = checked_head(hidden, weight, bias, softcap, logit_scale)
+    if segment_ids is None:
+        sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        num_pairs = sequences // 2
+    elif num_pairs is None and ref_logps is not None:
+        num_pairs = ref_logps.shape[0] // 2
+    needs = passes.Needs.of(hidden, head)
+    results = _pair_loss(
+        hidden,
+        weight,
+        bias,
+        labels,
+        marginal_labels,
+        cu_seqlens,
+        segment_ids,
+        ref_logps,
+        options["pair_weights"],
+        [needs.x, needs.weight, needs.bias],
+        num_pairs if num_pairs is not None else 0,
+        objective if isinstance(objective, str) else objective._handle,
+        softcap,
+        logit_scale,
+        options["ignore_index"],
+        options["shift"],
+        options["marginal_weight"],
+        options["reduction"],
+        options["max_workspace_bytes"],
+        options["backend"],
+        head.compute_dtype,
+    )
+    loss, losses, logps, lengths, chosen, rejected, *marginal = results[:9]
+    if marginal_labels is None and segment_ids is None:
+        return InSPOOutput(loss, losses, logps, lengths, None, chosen, rejected, None, None)
+    return InSPOOutput(loss, losses, logps, lengths, marginal[0], chosen, rejected, marginal[1], marginal[2])
+
+
+@torch.library.custom_op("inspo_kernels::pair_loss", mutates_args=())
+def _pair_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    marginal_labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segment_ids: Tensor | None,
+    ref_logps: Tensor | None,
+    pair_weights: Tensor | None,
+    needs: list[bool],
+    num_pairs: int,
+    objective: str,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    shift: bool,
+    marginal_weight: float,
+    reduction: str,
+    max_workspace_bytes: int | None,
+    backend: str,
+    compute_dtype: torch.dtype,
+) -> list[Tensor]:
+    """The fields of ``InSPOOutput``, then the gradients in hidden, weight and bias (empty where not needed)."""
+
+    def run() -> list[Tensor]:
+        with _autocast(hidden, compute_dtype):
+            p = prepare(
+                hidden,
+                weight,
+                labels,
+                objective=find_objective(objective),
+                ref_logps=ref_logps,
+                bias=bias,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                ignore_index=ignore_index,
+                shift=shift,
+                cu_seqlens=cu_seqlens,
+                segment_ids=segment_ids,
+                num_pairs=num_pairs if segment_ids is not None else None,
+                marginal_labels=marginal_labels,
+                marginal_weight=marginal_weight,
+                pair_weights=pair_weights,
+                reduction=reduction,
+                max_workspace_bytes=max_workspace_bytes,
+                backend=backend,
+            )
+        if p.backend is None:
+            raise ValueError('backend="reference" is for reading and testing: call it outside torch.compile')
+        with torch.no_grad():
+            x = hidden.reshape(-1, p.head.hidden_size).index_select(0, p.plan.rows)
+            losses, sums, gradients = passes.pair_losses(replace(p, head=p.head.detach()), x, passes.Needs(*needs))
+            loss = p.terms.reduce(losses).to(p.head.accumulate_dtype)
+            out = InSPOOutput.build(loss, losses, sums, p.plan.lengths, p.terms)
+            zeros = torch.zeros_like(out.chosen_rewards)
+            if out.marginal_logps is None and segment_ids is not None:
+                out = replace(out, marginal_logps=torch.zeros_like(out.logps))
+                out = replace(out, marginal_chosen_rewards=zeros, marginal_rejected_rewards=zeros)
+            dhidden = None
+            if gradients.x is not None:
+                flat = gradients.x.new_zeros(hidden.numel() // p.head.hidden_size, p.head.hidden_size)
+                dhidden = flat.index_add_(0, p.plan.rows, gradients.x).view(hidden.shape)
+        fields: list[Tensor | None] = [
+            out.loss,
+            out.losses,
+            out.logps,
+            out.lengths,
+            out.chosen_rewards,
+            out.rejected_rewards,
+        ]
+        fields += [out.marginal_logps, out.marginal_chosen_rewards, out.marginal_rejected_rewards]
+        # An operator's results must not share memory, and these small ones may be views of one table.
+        fields = [None if t is None else t.clone() for t in fields]
+        return [hidden.new_empty(0) if t is None else t for t in (*fields, dhidden, gradients.weight, gradients.bias)]
+
+    return _in_worker(run, hidden.device)
+
+
+@_pair_loss.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    marginal_labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segment_ids: Tensor | None,
+    ref_logps: Tensor | None,
+    pair_weights: Tensor | None,
+    needs: list[bool],
+    num_pairs: int,
+    *others: Any,
+) -> list[Tensor]:
+    accumulate = LMHead(weight, bias, None, 1.0, others[-1]).accumulate_dtype
+    marginals = num_pairs if marginal_labels is not None or segment_ids is not None else 0
+
+    def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return hidden.new_empty(shape, dtype=dtype)
+
+    return [
+        new(dtype=accumulate),
+        new(num_pairs, dtype=accumulate),
+        new(2 * num_pairs),
+        new(2 * num_pairs, dtype=torch.int64),
+        new(num_pairs),
+        new(num_pairs),
+        new(2 * marginals) if marginals else hidden.new_empty(0),
+        new(marginals) if marginals else hidden.new_empty(0),
+        new(marginals) if marginals else hidden.new_empty(0),
+        *_fake_gradients(hidden, weight, bias, needs, accumulate),
+    ]
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], accumulate: torch.dtype
+) -> list[Tensor]:
+    return [
+        t.new_empty(t.shape, dtype=accumulate) if needed and t is not None else hidden.new_empty(0)
+        for needed, t in zip(needs, (hidden, weight, bias))
+    ]
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*output[-3:])
+    ctx.likes = [None if t is None else t.dtype for t in inputs[:3]]
+    ctx.needs = inputs[9]
+    ctx.num_inputs = len(inputs)
+
+
+@first_order_only
+def _scale_gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Tensor | None, ...]:
+    scaled = [
+        (gradient * upstream[0]).to(dtype) if needed else None
+        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.likes, ctx.needs)
+    ]
+    return (*scaled, *(None,) * (ctx.num_inputs - 3))
+
+
+_pair_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    """``inspo_kernels.linear_logps`` as traced."""
+    head = checked_head(hidden, weight, bias, softcap, logit_scale)
+    needs = passes.Needs.of(hidden, head)
+    options = (softcap, logit_scale, ignore_index, backend, head.compute_dtype)
+    logps, _ = _linear_logps(hidden, weight, bias, targets, [needs.x, needs.weight, needs.bias], *options)
+    return logps
+
+
+@torch.library.custom_op("inspo_kernels::linear_logps", mutates_args=())
+def _linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    needs: list[bool],
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    backend: str,
+    compute_dtype: torch.dtype,
+) -> list[Tensor]:
+    """Log-probs, and for a frozen head the gradient of each in its own row of hidden (otherwise empty)."""
+    head = LMHead(weight.detach(), None if bias is None else bias.detach(), softcap, logit_scale, compute_dtype)
+    scored = ScoredTokens.find(hidden.detach(), targets, head, ignore_index, backend)
+    logps, dx = scored.forward(passes.Needs(*needs))
+    return [
+        scored.scatter(logps, targets.shape),
+        hidden.new_empty(0) if dx is None else scored.scatter(dx, hidden.shape),
+    ]
+
+
+@_linear_logps.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, needs: list[bool], *o: Any) -> list[Tensor]:
+    accumulate = LMHead(weight, bias, None, 1.0, o[-1]).accumulate_dtype
+    frozen = needs[0] and not (needs[1] or needs[2])
+    dhidden = hidden.new_empty(hidden.shape, dtype=accumulate) if frozen else hidden.new_empty(0)
+    return [hidden.new_empty(targets.shape, dtype=accumulate), dhidden]
+
+
+@torch.library.custom_op("inspo_kernels::linear_logps_backward", mutates_args=())
+def _linear_logps_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    upstream: Tensor,
+    needs: list[bool],
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    backend: str,
+    compute_dtype: torch.dtype,
+) -> list[Tensor]:
+    """Gradients in hidden, weight and bias in their own dtypes (empty where not needed)."""
+    head = LMHead(weight, bias, softcap, logit_scale, compute_dtype)
+    scored = ScoredTokens.find(hidden, targets, head, ignore_index, backend)
+    gradients = scored.backward(upstream.flatten()[scored.index], passes.Needs(*needs))
+    x, dweight, dbias = gradients.scaled(1.0, hidden, weight, bias)
+    dhidden = None if x is None else scored.scatter(x, hidden.shape)
+    return [hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias)]
+
+
+@_linear_logps_backward.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, upstream: Tensor, needs: list[bool], *o: Any
+) -> list[Tensor]:
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed and t is not None else hidden.new_empty(0)
+        for needed, t in zip(needs, (hidden, weight, bias))
+    ]
+
+
+def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    hidden, weight, bias, targets, ctx.needs, *ctx.options = inputs
+    ctx.frozen = ctx.needs[0] and not (ctx.needs[1] or ctx.needs[2])
+    ctx.dtype = hidden.dtype
+    if ctx.frozen:
+        ctx.save_for_backward(output[1])
+    else:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+
+
+@first_order_only
+def _token_gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Tensor | None, ...]:
+    if ctx.frozen:
+        (dhidden,) = ctx.saved_tensors
+        gradients = [(dhidden * upstream[0].unsqueeze(-1)).to(ctx.dtype), None, None]
+    else:
+        results = _linear_logps_backward(*ctx.saved_tensors, upstream[0], ctx.needs, *ctx.options)
+        gradients = [g if needed else None for g, needed in zip(results, ctx.needs)]
+    return (*gradients, None, None, *(None for _ in ctx.options))
+
+
+_linear_logps.register_autograd(_token_gradients, setup_context=_save_tokens)
+
+
+def _autocast(hidden: Tensor, compute_dtype: torch.dtype) -> torch.autocast:
+    """The autocast under which the call was traced; it is over by the time the operator runs."""
+    enabled = hidden.dtype != compute_dtype
+    return torch.autocast(hidden.device.type, dtype=compute_dtype if enabled else None, enabled=enabled)
+
+
+def _in_worker(run: Callable[[], _T], device: torch.device) -> _T:
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def on_stream() -> _T:
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            return run()
+
+    return _WORKER.submit(on_stream).result()

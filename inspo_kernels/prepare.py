@@ -1,0 +1,159 @@
+"""Everything that happens before any product runs: check the arguments of the loss, recognise the input form, plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import layout
+from .backends import Backend, resolve_backend
+from .head import FLOATS, LMHead, checked_head
+from .objectives import Objective, make_objective
+from .pair_loss import PairTerms
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked call of the loss: what the passes need. ``backend`` is None for the reference."""
+
+    head: LMHead
+    backend: Backend | None
+    plan: layout.ScoredRows
+    terms: PairTerms
+    capacity: int
+
+
+def prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    objective: str | Objective,
+    ref_logps: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    shift: bool,
+    cu_seqlens: Tensor | None,
+    segment_ids: Tensor | None,
+    num_pairs: int | None,
+    marginal_labels: Tensor | None,
+    marginal_weight: float,
+    pair_weights: Tensor | None,
+    reduction: str,
+    max_workspace_bytes: int | None,
+    backend: str,
+) -> Prepared:
+    """Arguments and errors as documented at ``fused_inspo_loss``."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+    if max_workspace_bytes is not None and max_workspace_bytes < 1:
+        raise ValueError(f"max_workspace_bytes must be a positive number of bytes or None, got {max_workspace_bytes!r}")
+    head = checked_head(hidden, weight, bias, softcap, logit_scale)
+    resolved = resolve_backend(backend, head, hidden.device)
+    objective = make_objective(objective)
+    candidates = _candidates(
+        hidden, labels, marginal_labels, cu_seqlens, segment_ids, num_pairs, ref_logps, shift, ignore_index
+    )
+    terms = PairTerms(
+        objective=objective,
+        ref_logps=_vector("ref_logps", ref_logps, 2 * candidates.num_pairs, hidden.device),
+        pair_weights=_vector("pair_weights", pair_weights, candidates.num_pairs, hidden.device),
+        marginal_weight=float(marginal_weight),
+        mean=reduction == "mean",
+    )
+    if objective.needs_reference and ref_logps is None:
+        raise ValueError(
+            f"objective {type(objective).__name__} needs ref_logps: pass the reference model's summed log-probs, "
+            "(2B,), or choose a reference-free objective (SimPO, ORPO)"
+        )
+    if terms.uses_marginals and marginal_labels is None and segment_ids is None:
+        raise ValueError(
+            (f"marginal_weight={marginal_weight}" if marginal_weight else f"objective {type(objective).__name__}")
+            + " needs the marginals: pass marginal_labels (condition_pairs makes them; plain pairs have none)"
+        )
+    plan = layout.plan(
+        candidates,
+        vocab_size=head.vocab_size,
+        gradient_kinds=terms.gradient_kinds,
+        require_marginals=terms.uses_marginals,
+        device=hidden.device,
+    )
+    capacity = 0 if resolved is None else resolved.capacity(head, hidden.device, max_workspace_bytes)
+    return Prepared(head, resolved, plan, terms, capacity)
+
+
+def _candidates(
+    hidden: Tensor,
+    labels: Tensor,
+    marginal_labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segment_ids: Tensor | None,
+    num_pairs: int | None,
+    ref_logps: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+) -> layout.Candidates:
+    """Recognise the input form, check its shapes and reduce it to candidates."""
+    if cu_seqlens is not None and segment_ids is not None:
+        raise ValueError("cu_seqlens (packed form) and segment_ids (compact form) exclude each other: pass one")
+    if segment_ids is not None and marginal_labels is not None:
+        raise ValueError("in the compact form marginals are segments 2B..4B-1 of segment_ids: omit marginal_labels")
+    packed_or_compact = cu_seqlens is not None or segment_ids is not None
+    if hidden.dim() != (2 if packed_or_compact else 3):
+        raise ValueError(
+            f"hidden must be {'(N, H) with cu_seqlens or segment_ids' if packed_or_compact else '(2B, T, H)'}, "
+            f"got shape {tuple(hidden.shape)}"
+            + ("" if packed_or_compact else "; for (N, H) pass cu_seqlens (packed) or segment_ids (compact)")
+        )
+    labels = layout.checked_labels("labels", labels, hidden.shape[:-1], hidden.device)
+    if marginal_labels is not None:
+        marginal_labels = layout.checked_labels("marginal_labels", marginal_labels, hidden.shape[:-1], hidden.device)
+        marginal_labels = marginal_labels.to(labels.device)
+
+    if segment_ids is not None:
+        segment_ids = layout.checked_labels("segment_ids", segment_ids, labels.shape, hidden.device).to(labels.device)
+        if num_pairs is None:
+            if ref_logps is None:
+                raise ValueError("the compact form needs num_pairs (or ref_logps, whose length is 2B) to know B")
+            num_pairs = _even("ref_logps", len(ref_logps)) // 2
+        if num_pairs < 1:
+            raise ValueError(f"num_pairs must be at least 1, got {num_pairs}")
+        return layout.from_compact(labels, segment_ids, num_pairs, ignore_index=ignore_index)
+
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+            raise ValueError("cu_seqlens must be a 1-D int32 tensor of 2B + 1 sequence boundaries")
+        num_sequences, what = len(cu_seqlens) - 1, "sequences in cu_seqlens"
+    else:
+        num_sequences, what = len(hidden), "rows of hidden"
+    if _even(what, num_sequences) < 2:
+        raise ValueError(f"there must be at least one pair, got {num_sequences} {what}")
+    if num_pairs is not None and 2 * num_pairs != num_sequences:
+        raise ValueError(f"num_pairs={num_pairs} does not fit {num_sequences} {what}")
+    if cu_seqlens is not None:
+        return layout.from_packed(labels, marginal_labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
+    return layout.from_rows(labels, marginal_labels, shift=shift, ignore_index=ignore_index)
+
+
+def _even(what: str, number: int) -> int:
+    if number % 2:
+        raise ValueError(
+            f"{what}: got {number}, an odd number; the first half belongs to the chosen responses, the second to the "
+            "rejected ones"
+        )
+    return number
+
+
+def _vector(name: str, tensor: Tensor | None, length: int, device: torch.device) -> Tensor | None:
+    if tensor is None:
+        return None
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if tensor.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+    return tensor.detach().to(device, torch.float64)

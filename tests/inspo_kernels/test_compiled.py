@@ -1,0 +1,158 @@
+"""``torch.compile(fullgraph=True)``: same values and gradients as eager mode, and no new graph for a new length."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import RAGGED, gradients_of, make_case, relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import inspo_kernels as ik
+from inspo_kernels.objectives import OBJECTIVES
+
+
+class Mine(ik.Objective):
+    needs_reference = False
+
+    def __init__(self, slope):
+        self.slope = slope
+
+    def __call__(self, s):
+        return self.slope * (1 - (s.chosen - s.rejected)).relu() * (1 + s.index)
+
+
+MINE = Mine(2.0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def compile_(function):
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, fullgraph=True, backend=counter), counter
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, ik.DPO(beta=0.3), MINE], ids=str)
+@pytest.mark.parametrize("needed", [(0, 1, 2), (0,), (1,), ()])
+def test_pair_loss_equals_eager(objective, needed):
+    def loss(hidden, weight, bias):
+        out = ik.fused_inspo_loss(
+            torch.tanh(hidden),
+            weight,
+            RAGGED.labels,
+            bias=bias,
+            objective=objective,
+            ref_logps=RAGGED.ref_logps,
+            marginal_labels=RAGGED.marginal_labels,
+            marginal_weight=0.5,
+            softcap=3.0,
+        )
+        return out, 3 * out.loss
+
+    leaves = [t.clone().requires_grad_(i in needed) for i, t in enumerate((RAGGED.hidden, RAGGED.weight, RAGGED.bias))]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    expected, scaled = loss(*leaves)
+    got, got_scaled = compile_(loss)[0](*leaves)
+    for name, value in vars(expected).items():
+        other = getattr(got, name)
+        assert other.dtype == value.dtype and other.shape == value.shape, name
+        assert relative_error(other.detach(), value.detach()) < 1e-12, name
+    assert got.metrics().keys() == expected.metrics().keys()
+    if wanted:
+        for a, b in zip(gradients_of(got_scaled, *wanted), gradients_of(scaled, *wanted), strict=True):
+            assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("form", ["packed", "compact"])
+def test_other_forms_equal_eager(form):
+    batch = getattr(RAGGED, form)()
+    hidden, labels = batch.pop("hidden").requires_grad_(), batch.pop("labels")
+
+    def loss(hidden):
+        return ik.fused_inspo_loss(hidden, RAGGED.weight, labels, ref_logps=RAGGED.ref_logps, **batch)
+
+    expected, got = loss(hidden), compile_(loss)[0](hidden)
+    assert relative_error(got.marginal_logps, expected.marginal_logps) < 1e-12
+    assert relative_error(gradients_of(got.loss, hidden)[0], gradients_of(expected.loss, hidden)[0]) < 1e-12
+
+
+def test_a_new_length_is_no_new_graph():
+    def step(hidden, weight, labels, ref_logps):
+        loss = ik.fused_inspo_loss(torch.tanh(hidden), weight, labels, ref_logps=ref_logps).loss
+        return loss + ik.linear_logps(hidden, weight, labels).mean()
+
+    compiled, counter = compile_(step)
+    for length in range(3, 12):
+        case = make_case([(2, length, 3), (1, 2, length + 1)], vocab=31)
+        hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+        got = compiled(hidden, weight, case.labels, case.ref_logps)
+        expected = step(hidden, weight, case.labels, case.ref_logps)
+        for a, b in zip(gradients_of(got, hidden, weight), gradients_of(expected, hidden, weight)):
+            assert relative_error(a, b) < 1e-12
+    assert counter.frame_count <= 2  # one for the first length, one for all others
+
+
+@pytest.mark.parametrize("needed", [(0, 1, 2), (0,), (1,), ()])
+def test_linear_logps_equals_eager(needed):
+    targets = RAGGED.labels
+
+    def logps(hidden, weight, bias):
+        return ik.linear_logps(hidden, weight, targets, bias=bias, logit_scale=0.7)
+
+    leaves = [t.clone().requires_grad_(i in needed) for i, t in enumerate((RAGGED.hidden, RAGGED.weight, RAGGED.bias))]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    expected, got = logps(*leaves), compile_(logps)[0](*leaves)
+    assert relative_error(got.detach(), expected.detach()) < 1e-12
+    if wanted:
+        for a, b in zip(gradients_of(got.square().sum(), *wanted), gradients_of(expected.square().sum(), *wanted)):
+            assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_scaled_upstream(dtype):
+    case = make_case([(4, 9, 7), (2, 5, 12)], hidden_size=16, vocab=101).to(torch.float32)
+
+    def loss(hidden, weight):
+        with torch.autocast("cpu", dtype=dtype):
+            return 65536 * ik.fused_inspo_loss(hidden, weight, case.labels, ref_logps=case.ref_logps).loss
+
+    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
+    expected, got = loss(*leaves), compile_(loss)[0](*leaves)
+    for a, b in zip(gradients_of(got, *leaves), gradients_of(expected, *leaves)):
+        assert a.dtype == torch.float32 and relative_error(a, b) < 1e-6
+
+
+def test_low_precision_gradients_are_rounded_once():
+    case = make_case([(4, 9, 7), (2, 5, 12)], hidden_size=16, vocab=101, bias=False).to(torch.float16)
+
+    def loss(hidden, weight):
+        return 65536 * ik.fused_inspo_loss(hidden, weight, case.labels, ref_logps=case.ref_logps).loss
+
+    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
+    expected, got = loss(*leaves), compile_(loss)[0](*leaves)
+    for a, b in zip(gradients_of(got, *leaves), gradients_of(expected, *leaves)):
+        assert torch.equal(a, b)
+
+
+def test_bad_input_is_named_when_the_compiled_function_runs():
+    compiled, _ = compile_(lambda labels: ik.fused_inspo_loss(RAGGED.hidden, RAGGED.weight, labels).loss)
+    with pytest.raises(ValueError, match="DPO needs ref_logps"):
+        compiled(RAGGED.labels)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copied_objective_is_itself(duplicate):
+    other = duplicate(MINE)
+    other.slope = -7.0
+    loss = torch.compile(
+        lambda o: ik.fused_inspo_loss(RAGGED.hidden, RAGGED.weight, RAGGED.labels, objective=o).loss,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert loss(other) == pytest.approx(-3.5 * loss(MINE).item())
+    assert duplicate(ik.DPO(beta=0.2)) == ik.DPO(beta=0.2)
