@@ -83,7 +83,20 @@ def real_pairs(result: dict[str, Any]) -> str:
             accuracy, ends = (after[f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "accuracies_ci"))
             cells.append(f"{accuracy:.2f} ({ends[0]:.2f}-{ends[1]:.2f})")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _source(result, "real_pairs.json")])
+    return "\n".join([*lines, "", _beside_chance(result["runs"]), "", _source(result, "real_pairs.json")])
+
+
+def _beside_chance(runs: list[dict[str, Any]]) -> str:
+    """Which marginal accuracies differ from one half, in a sentence."""
+    above, below = [], []
+    for run in runs:
+        name = f"{run['objective']}, {'InSPO' if run['conditioned'] else 'plain'}"
+        low, high = run["after"]["eval_marginal/rewards/accuracies_ci"]
+        (above if low > 0.5 else below if high < 0.5 else []).append(name)
+    return (
+        f"From the prompt alone (marginal), significantly better than chance: {'; '.join(above) or 'none'}. Worse: "
+        f"{'; '.join(below) or 'none'}. So this shows that the path works, not that any objective is good."
+    )
 
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

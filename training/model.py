@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import inspo_kernels as ik
+
 from .config import InputError, TrainConfig, check_names
 
 _CHAT_TEMPLATE = (
@@ -57,6 +59,15 @@ def _build_model(section: dict[str, Any], seed: int) -> tuple[PreTrainedModel, P
     except Exception as error:  # transformers checks the fields in many places, each with its own class of error
         raise InputError(f"model: {fields} does not make a {model_type} model ({error})") from None
     return model, tokenizer
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Raises InputError where ``hidden_and_head`` cannot take the model apart; found out on one token."""
+    try:
+        with torch.no_grad():
+            ik.hidden_and_head(model, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model: {error}") from None
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]) -> int:

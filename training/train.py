@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import InputError, TrainConfig, help_text, parse_config
 from .data import Pair, check_pairs, load_pairs, select_pairs
 from .evaluation import evaluate, starting_report
-from .model import load_model, padding_id
+from .model import check_architecture, load_model, padding_id
 from .output import RunLog, Window, evaluation_line, plot_curves, prepare_folder, training_line, whole_folder
 from .scoring import Batcher, PairModel, Scores, reference_logps, score
 
@@ -77,6 +77,7 @@ def train(
     # Model and data.
     if model is None:
         model, tokenizer = load_model(config)
+    check_architecture(model)
     if tokenizer is not None:
         pad_token_id = padding_id(tokenizer, log.say)
     bos_token_id = None if tokenizer is None else tokenizer.bos_token_id

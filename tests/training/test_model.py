@@ -6,7 +6,7 @@ from helpers import TINY, tiny_model
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from training.config import InputError, TrainConfig
-from training.model import byte_tokenizer, load_model, padding_id
+from training.model import byte_tokenizer, check_architecture, load_model, padding_id
 
 
 def test_a_section_builds_the_same_model_for_the_same_seed():
@@ -35,6 +35,14 @@ def test_building_a_model_leaves_the_callers_random_state_alone():
 def test_a_model_that_cannot_be_made_is_named(model, message):
     with pytest.raises(InputError, match=message):
         load_model(TrainConfig(model=model))
+
+
+def test_an_architecture_whose_head_is_unknown_is_named_with_what_to_do():
+    check_architecture(tiny_model())
+    section = {"model_type": "bloom", "hidden_size": 8, "n_layer": 1, "n_head": 2}
+    model, _ = load_model(TrainConfig(model=section))
+    with pytest.raises(InputError, match=r"'bloom' is not in the table.*Call fused_inspo_loss with its parts"):
+        check_architecture(model)
 
 
 def test_half_precision_weights_are_trained_in_float32(tmp_path):
