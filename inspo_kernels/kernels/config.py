@@ -65,7 +65,7 @@ def padded_vocab(vocab: int) -> int:
 
 def row_pass(arch: str, vocab: int, accumulate_dtype: torch.dtype, softcap: float | None) -> RowPass:
     if arch == "interpreter":
-        return RowPass(block=128, num_warps=1)
+        return RowPass(block=256, num_warps=1)
     # 256 threads (AMD's warps have 64 lanes) handle 16 float32 columns each per step: four 16-byte loads in flight, 64
     # kB per multiprocessor at four resident programs, twice what covers an H200's latency at 4.3 TB/s. A soft-cap and
     # float64 need the registers for twice as many values per column, so they take half the columns or fewer.

@@ -161,8 +161,8 @@ def test_bias_of_minus_infinity_removes_words():
     """As models with padded vocabularies have it: here all of the first block, and the last word."""
     case = make_case([(2, 3, 2)], vocab=300).to(torch.float32)
     bias = case.bias.clone()
-    bias[:130] = bias[-1] = -torch.inf
-    labels = torch.where(case.labels < 0, case.labels, 130 + case.labels % 100)
+    bias[:260] = bias[-1] = -torch.inf
+    labels = torch.where(case.labels < 0, case.labels, 260 + case.labels % 39)
     case = replace(case, bias=bias, labels=labels, marginal_labels=torch.full_like(labels, -100))
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
     results = []
