@@ -73,7 +73,7 @@ def summary_table(summary: dict[str, Any]) -> str:
             if name != "base":
                 above = f"{entry['seeds_with_gain_interval_above_0']} of {summary['seeds']}"
                 line += f"{entry['gain']['mean']:>+15.3f}  {above:>10}"
-            lines.append(line)
+            lines.append(line.rstrip())
     return "\n".join(lines)
 
 
