@@ -14,7 +14,7 @@ Products are accumulated in float32 and never leave registers, so log-probs are 
 Launch invariants:
 - x and weight have unit stride along H; rows, and words, beyond the last are clamped to it and masked afterwards;
 - every share has at least one word (m is then -inf only if all its logits are);
-- a label outside 0..V-1 matches no word, and its log-prob is NaN.
+- a label outside 0..V-1 is only ever compared, and the second step gives it NaN.
 """
 
 # Arguments of kernels are typed by Triton at launch.
@@ -59,8 +59,7 @@ def _linear_logps_kernel(
     m_rows = rows < num_rows
     features = tl.arange(0, BLOCK_HIDDEN)
     p_x_rows = p_x + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * stride_x + features[None, :]
-    target = tl.load(p_targets + rows, mask=m_rows, other=-1)
-    label = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+    label = tl.load(p_targets + rows, mask=m_rows, other=-1).to(tl.int32)
 
     b_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -113,13 +112,13 @@ def linear_logps(
 ) -> Tensor:
     """Log-probs (n,) float32 of ``targets`` given ``x`` (n, H) and ``weight`` (V, H), 16 or 32 bits, one dtype.
 
-    Memory: 12 bytes per row and share, at most ``2 * multiprocessors`` programs' worth of shares.
+    Memory: 12 bytes per row and share. At most 2 * multiprocessors programs, unless rows alone make more.
     """
     chosen = config.linear_logps(arch, x.dtype)
     (num_rows, hidden), vocab = x.shape, len(weight)
     row_blocks, tiles = triton.cdiv(num_rows, chosen.block_rows), triton.cdiv(vocab, chosen.block_vocab)
     # Two programs per multiprocessor even out the last wave; more would only shorten each one's run of tiles.
-    tiles_per_share = triton.cdiv(tiles, min(tiles, triton.cdiv(2 * multiprocessors, row_blocks)))
+    tiles_per_share = triton.cdiv(tiles, min(tiles, max(1, 2 * multiprocessors // row_blocks)))
     shares = triton.cdiv(tiles, tiles_per_share)
     largest, total, label = x.new_empty(3, shares, num_rows, dtype=torch.float32)
     _linear_logps_kernel[(row_blocks, shares)](

@@ -129,7 +129,7 @@ def _row_pass_kernel(
     p_e += i_row * stride
     target = tl.load(p_targets + i_row)
     valid = (target >= 0) & (target < vocab)
-    label = tl.where(valid, target, -1).to(tl.int32)
+    label = target.to(tl.int32)  # any number if not valid, and then used under a mask alone
     label_z, label_derivative = _logits(p_raw, p_bias, label, valid, SCALE, SOFTCAP, HAS_BIAS)
     label_z = tl.where(valid, label_z, float("nan"))
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inspo_kernels.kernels import config
+from inspo_kernels.kernels import linear_logps as linear_logps_module
 from inspo_kernels.kernels.bias_gradient import bias_gradient
 from inspo_kernels.kernels.linear_logps import linear_logps
 from inspo_kernels.kernels.row_pass import row_pass
@@ -204,6 +205,30 @@ def test_linear_logps_notices_labels_out_of_range(label):
     targets[1] = label
     logps = run_linear_logps(x, weight, targets)
     assert logps[1].isnan() and logps[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "n, vocab, multiprocessors, grid",
+    [
+        (16, 3200, 4, (1, 8)),
+        (16, 3200, 1000, (1, 100)),
+        (33, 3200, 4, (3, 2)),
+        (900, 3200, 4, (57, 1)),
+        (1, 1, 9, (1, 1)),
+    ],
+)
+def test_linear_logps_splits_the_vocabulary_to_fill_the_device(n, vocab, multiprocessors, grid, monkeypatch):
+    class Recorder:
+        def __getitem__(self, grid):
+            self.grid = grid
+            return lambda *args, **options: None
+
+    recorder = Recorder()
+    monkeypatch.setattr(linear_logps_module, "_linear_logps_kernel", recorder)
+    x, weight, targets = matrices(n, 1, vocab, torch.float32)
+    options = {"bias": None, "softcap": None, "logit_scale": 1.0, "arch": "interpreter"}
+    linear_logps(x, weight, targets, multiprocessors=multiprocessors, **options)
+    assert recorder.grid == grid
 
 
 def test_linear_logps_of_strided_rows():
