@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ from .prepare import prepare
 from .scored_tokens import ScoredTokens
 
 _T = TypeVar("_T")
-# Inside an operator autograd is switched off for the thread, whatever enable_grad says; objectives need it.
-_WORKER = ThreadPoolExecutor(1, thread_name_prefix="inspo_kernels")
+# The operators read the labels on the host, which a CUDA graph cannot capture.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+_NO_REFERENCE = 'backend="reference" is for reading and testing: call it outside torch.compile'
 
 
 def fused_inspo_loss(
@@ -48,53 +49,81 @@ def fused_inspo_loss(
 ) -> InSPOOutput:
     """``inspo_kernels.fused_inspo_loss`` as traced. Compact input always reports marginals, 0 if it has none."""
     head = checked_head(hidden, weight, bias, softcap, logit_scale)
-    if segment_ids is None:
-        sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        num_pairs = sequences // 2
-    elif num_pairs is None and ref_logps is not None:
-        num_pairs = ref_logps.shape[0] // 2
+    if num_pairs is None:
+        if segment_ids is None:
+            num_pairs = (hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1) // 2
+        elif ref_logps is not None:
+            num_pairs = ref_logps.shape[0] // 2
     needs = passes.Needs.of(hidden, head)
-    results = _pair_loss(
-        hidden,
-        weight,
-        bias,
-        labels,
-        marginal_labels,
-        cu_seqlens,
-        segment_ids,
-        ref_logps,
-        options["pair_weights"],
-        [needs.x, needs.weight, needs.bias],
-        num_pairs if num_pairs is not None else 0,
-        objective if isinstance(objective, str) else objective._handle,
-        softcap,
-        logit_scale,
-        options["ignore_index"],
-        options["shift"],
-        options["marginal_weight"],
-        options["reduction"],
-        options["max_workspace_bytes"],
-        options["backend"],
-        head.compute_dtype,
+    results = _PairResults(
+        *_pair_loss(
+            hidden,
+            weight,
+            bias,
+            [needs.x, needs.weight, needs.bias],
+            labels,
+            marginal_labels,
+            cu_seqlens,
+            segment_ids,
+            ref_logps,
+            options["pair_weights"],
+            0 if num_pairs is None else num_pairs,
+            objective if isinstance(objective, str) else f"{id(objective)}",
+            softcap,
+            logit_scale,
+            options["ignore_index"],
+            options["shift"],
+            options["marginal_weight"],
+            options["reduction"],
+            options["max_workspace_bytes"],
+            options["backend"],
+            torch.is_autocast_enabled(hidden.device.type),
+            head.compute_dtype,
+        )
     )
-    loss, losses, logps, lengths, chosen, rejected, *marginal = results[:9]
-    if marginal_labels is None and segment_ids is None:
-        return InSPOOutput(loss, losses, logps, lengths, None, chosen, rejected, None, None)
-    return InSPOOutput(loss, losses, logps, lengths, marginal[0], chosen, rejected, marginal[1], marginal[2])
+    has_marginals = marginal_labels is not None or segment_ids is not None
+    return InSPOOutput(
+        loss=results.loss,
+        losses=results.losses.detach(),
+        logps=results.logps.detach(),
+        lengths=results.lengths,
+        marginal_logps=results.marginal_logps.detach() if has_marginals else None,
+        chosen_rewards=results.chosen_rewards.detach(),
+        rejected_rewards=results.rejected_rewards.detach(),
+        marginal_chosen_rewards=results.marginal_chosen_rewards.detach() if has_marginals else None,
+        marginal_rejected_rewards=results.marginal_rejected_rewards.detach() if has_marginals else None,
+    )
 
 
-@torch.library.custom_op("inspo_kernels::pair_loss", mutates_args=())
+class _PairResults(NamedTuple):
+    """What the operator returns: the fields of ``InSPOOutput``, then gradients; empty tensors for what there is not."""
+
+    loss: Tensor
+    losses: Tensor
+    logps: Tensor
+    lengths: Tensor
+    marginal_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    marginal_chosen_rewards: Tensor
+    marginal_rejected_rewards: Tensor
+    dhidden: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
+@torch.library.custom_op("inspo_kernels::pair_loss", mutates_args=(), tags=_TAGS)
 def _pair_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    needs: list[bool],
     labels: Tensor,
     marginal_labels: Tensor | None,
     cu_seqlens: Tensor | None,
     segment_ids: Tensor | None,
     ref_logps: Tensor | None,
     pair_weights: Tensor | None,
-    needs: list[bool],
     num_pairs: int,
     objective: str,
     softcap: float | None,
@@ -105,12 +134,14 @@ def _pair_loss(
     reduction: str,
     max_workspace_bytes: int | None,
     backend: str,
+    autocast: bool,
     compute_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The fields of ``InSPOOutput``, then the gradients in hidden, weight and bias (empty where not needed)."""
+    """The fields of ``_PairResults``."""
 
     def run() -> list[Tensor]:
-        with _autocast(hidden, compute_dtype):
+        # The autocast under which the call was traced is over by now.
+        with torch.autocast(hidden.device.type, dtype=compute_dtype if autocast else None, enabled=autocast):
             p = prepare(
                 hidden,
                 weight,
@@ -124,7 +155,7 @@ def _pair_loss(
                 shift=shift,
                 cu_seqlens=cu_seqlens,
                 segment_ids=segment_ids,
-                num_pairs=num_pairs if segment_ids is not None else None,
+                num_pairs=num_pairs or None,
                 marginal_labels=marginal_labels,
                 marginal_weight=marginal_weight,
                 pair_weights=pair_weights,
@@ -133,32 +164,25 @@ def _pair_loss(
                 backend=backend,
             )
         if p.backend is None:
-            raise ValueError('backend="reference" is for reading and testing: call it outside torch.compile')
+            raise ValueError(_NO_REFERENCE)
         with torch.no_grad():
             x = hidden.reshape(-1, p.head.hidden_size).index_select(0, p.plan.rows)
             losses, sums, gradients = passes.pair_losses(replace(p, head=p.head.detach()), x, passes.Needs(*needs))
             loss = p.terms.reduce(losses).to(p.head.accumulate_dtype)
             out = InSPOOutput.build(loss, losses, sums, p.plan.lengths, p.terms)
-            zeros = torch.zeros_like(out.chosen_rewards)
             if out.marginal_logps is None and segment_ids is not None:
+                nan = torch.full_like(out.chosen_rewards, torch.nan)
                 out = replace(out, marginal_logps=torch.zeros_like(out.logps))
-                out = replace(out, marginal_chosen_rewards=zeros, marginal_rejected_rewards=zeros)
+                out = replace(out, marginal_chosen_rewards=nan, marginal_rejected_rewards=nan)
             dhidden = None
             if gradients.x is not None:
                 flat = gradients.x.new_zeros(hidden.numel() // p.head.hidden_size, p.head.hidden_size)
                 dhidden = flat.index_add_(0, p.plan.rows, gradients.x).view(hidden.shape)
-        fields: list[Tensor | None] = [
-            out.loss,
-            out.losses,
-            out.logps,
-            out.lengths,
-            out.chosen_rewards,
-            out.rejected_rewards,
-        ]
-        fields += [out.marginal_logps, out.marginal_chosen_rewards, out.marginal_rejected_rewards]
-        # An operator's results must not share memory, and these small ones may be views of one table.
-        fields = [None if t is None else t.clone() for t in fields]
-        return [hidden.new_empty(0) if t is None else t for t in (*fields, dhidden, gradients.weight, gradients.bias)]
+        # An operator's results must not share memory, and the small ones may be views of one table.
+        fields = {name: value.clone() for name, value in vars(out).items() if value is not None}
+        fields |= {"dhidden": dhidden, "dweight": gradients.weight, "dbias": gradients.bias}
+        named = ((name, fields.get(name)) for name in _PairResults._fields)
+        return [hidden.new_empty(0) if value is None else value for _, value in named]
 
     return _in_worker(run, hidden.device)
 
@@ -168,34 +192,38 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    needs: list[bool],
     labels: Tensor,
     marginal_labels: Tensor | None,
     cu_seqlens: Tensor | None,
     segment_ids: Tensor | None,
     ref_logps: Tensor | None,
     pair_weights: Tensor | None,
-    needs: list[bool],
     num_pairs: int,
     *others: Any,
 ) -> list[Tensor]:
     accumulate = LMHead(weight, bias, None, 1.0, others[-1]).accumulate_dtype
-    marginals = num_pairs if marginal_labels is not None or segment_ids is not None else 0
+    has_marginals = marginal_labels is not None or segment_ids is not None
 
     def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype)
 
-    return [
-        new(dtype=accumulate),
-        new(num_pairs, dtype=accumulate),
-        new(2 * num_pairs),
-        new(2 * num_pairs, dtype=torch.int64),
-        new(num_pairs),
-        new(num_pairs),
-        new(2 * marginals) if marginals else hidden.new_empty(0),
-        new(marginals) if marginals else hidden.new_empty(0),
-        new(marginals) if marginals else hidden.new_empty(0),
-        *_fake_gradients(hidden, weight, bias, needs, accumulate),
-    ]
+    dhidden, dweight, dbias = _fake_gradients(hidden, weight, bias, needs, accumulate)
+    results = _PairResults(
+        loss=new(dtype=accumulate),
+        losses=new(num_pairs, dtype=accumulate),
+        logps=new(2 * num_pairs),
+        lengths=new(2 * num_pairs, dtype=torch.int64),
+        marginal_logps=new(2 * num_pairs) if has_marginals else hidden.new_empty(0),
+        chosen_rewards=new(num_pairs),
+        rejected_rewards=new(num_pairs),
+        marginal_chosen_rewards=new(num_pairs) if has_marginals else hidden.new_empty(0),
+        marginal_rejected_rewards=new(num_pairs) if has_marginals else hidden.new_empty(0),
+        dhidden=dhidden,
+        dweight=dweight,
+        dbias=dbias,
+    )
+    return list(results)
 
 
 def _fake_gradients(
@@ -208,19 +236,19 @@ def _fake_gradients(
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.save_for_backward(*output[-3:])
-    ctx.likes = [None if t is None else t.dtype for t in inputs[:3]]
-    ctx.needs = inputs[9]
-    ctx.num_inputs = len(inputs)
+    hidden, weight, bias, ctx.needs, *others = inputs
+    results = _PairResults(*output)
+    ctx.save_for_backward(results.dhidden, results.dweight, results.dbias)
+    ctx.dtypes, ctx.num_others = passes.dtypes_of(hidden, weight, bias), len(others)
 
 
 @first_order_only
 def _scale_gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Tensor | None, ...]:
     scaled = [
         (gradient * upstream[0]).to(dtype) if needed else None
-        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.likes, ctx.needs)
+        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)
     ]
-    return (*scaled, *(None,) * (ctx.num_inputs - 3))
+    return (*scaled, None, *(None,) * ctx.num_others)
 
 
 _pair_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
@@ -241,17 +269,17 @@ def linear_logps(
     head = checked_head(hidden, weight, bias, softcap, logit_scale)
     needs = passes.Needs.of(hidden, head)
     options = (softcap, logit_scale, ignore_index, backend, head.compute_dtype)
-    logps, _ = _linear_logps(hidden, weight, bias, targets, [needs.x, needs.weight, needs.bias], *options)
+    logps, _ = _linear_logps(hidden, weight, bias, [needs.x, needs.weight, needs.bias], targets, *options)
     return logps
 
 
-@torch.library.custom_op("inspo_kernels::linear_logps", mutates_args=())
+@torch.library.custom_op("inspo_kernels::linear_logps", mutates_args=(), tags=_TAGS)
 def _linear_logps(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
     needs: list[bool],
+    targets: Tensor,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
@@ -261,6 +289,8 @@ def _linear_logps(
     """Log-probs, and for a frozen head the gradient of each in its own row of hidden (otherwise empty)."""
     head = LMHead(weight.detach(), None if bias is None else bias.detach(), softcap, logit_scale, compute_dtype)
     scored = ScoredTokens.find(hidden.detach(), targets, head, ignore_index, backend)
+    if scored.backend is None:
+        raise ValueError(_NO_REFERENCE)
     logps, dx = scored.forward(passes.Needs(*needs))
     return [
         scored.scatter(logps, targets.shape),
@@ -269,21 +299,21 @@ def _linear_logps(
 
 
 @_linear_logps.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, needs: list[bool], *o: Any) -> list[Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], targets: Tensor, *o: Any) -> list[Tensor]:
     accumulate = LMHead(weight, bias, None, 1.0, o[-1]).accumulate_dtype
     frozen = needs[0] and not (needs[1] or needs[2])
     dhidden = hidden.new_empty(hidden.shape, dtype=accumulate) if frozen else hidden.new_empty(0)
     return [hidden.new_empty(targets.shape, dtype=accumulate), dhidden]
 
 
-@torch.library.custom_op("inspo_kernels::linear_logps_backward", mutates_args=())
+@torch.library.custom_op("inspo_kernels::linear_logps_backward", mutates_args=(), tags=_TAGS)
 def _linear_logps_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    needs: list[bool],
     targets: Tensor,
     upstream: Tensor,
-    needs: list[bool],
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
@@ -294,14 +324,14 @@ def _linear_logps_backward(
     head = LMHead(weight, bias, softcap, logit_scale, compute_dtype)
     scored = ScoredTokens.find(hidden, targets, head, ignore_index, backend)
     gradients = scored.backward(upstream.flatten()[scored.index], passes.Needs(*needs))
-    x, dweight, dbias = gradients.scaled(1.0, hidden, weight, bias)
+    x, dweight, dbias = gradients.scaled(1.0, *passes.dtypes_of(hidden, weight, bias))
     dhidden = None if x is None else scored.scatter(x, hidden.shape)
     return [hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias)]
 
 
 @_linear_logps_backward.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, upstream: Tensor, needs: list[bool], *o: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], targets: Tensor, upstream: Tensor, *o: Any
 ) -> list[Tensor]:
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed and t is not None else hidden.new_empty(0)
@@ -310,7 +340,7 @@ def _(
 
 
 def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, bias, targets, ctx.needs, *ctx.options = inputs
+    hidden, weight, bias, ctx.needs, targets, *ctx.options = inputs
     ctx.frozen = ctx.needs[0] and not (ctx.needs[1] or ctx.needs[2])
     ctx.dtype = hidden.dtype
     if ctx.frozen:
@@ -325,7 +355,8 @@ def _token_gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Tensor | None, .
         (dhidden,) = ctx.saved_tensors
         gradients = [(dhidden * upstream[0].unsqueeze(-1)).to(ctx.dtype), None, None]
     else:
-        results = _linear_logps_backward(*ctx.saved_tensors, upstream[0], ctx.needs, *ctx.options)
+        hidden, weight, bias, targets = ctx.saved_tensors
+        results = _linear_logps_backward(hidden, weight, bias, ctx.needs, targets, upstream[0], *ctx.options)
         gradients = [g if needed else None for g, needed in zip(results, ctx.needs)]
     return (*gradients, None, None, *(None for _ in ctx.options))
 
@@ -333,17 +364,13 @@ def _token_gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Tensor | None, .
 _linear_logps.register_autograd(_token_gradients, setup_context=_save_tokens)
 
 
-def _autocast(hidden: Tensor, compute_dtype: torch.dtype) -> torch.autocast:
-    """The autocast under which the call was traced; it is over by the time the operator runs."""
-    enabled = hidden.dtype != compute_dtype
-    return torch.autocast(hidden.device.type, dtype=compute_dtype if enabled else None, enabled=enabled)
-
-
 def _in_worker(run: Callable[[], _T], device: torch.device) -> _T:
+    """``run`` in a thread of its own. Inside an operator autograd is off for the thread, and objectives need it."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def on_stream() -> _T:
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             return run()
 
-    return _WORKER.submit(on_stream).result()
+    with ThreadPoolExecutor(1, thread_name_prefix="inspo_kernels") as worker:
+        return worker.submit(on_stream).result()

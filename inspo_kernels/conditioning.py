@@ -8,7 +8,6 @@ sequences hold its log-probability given the prompt alone: ``labels`` score the 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .naming import nearest
+from .arguments import integer, nearest
 
 IGNORE_INDEX = -100
 _FIELDS = ("prompt", "chosen response", "rejected response")
@@ -101,12 +100,12 @@ def condition_pairs(
     _check_choice("layout", layout, _LAYOUTS)
     if layout == "tree":
         raise NotImplementedError("layout='tree' does not exist yet; use layout='rows' or layout='packed'")
-    pad_token_id = _integer("pad_token_id", pad_token_id, minimum=0, hint="without one, use eos_token_id")
+    pad_token_id = integer("pad_token_id", pad_token_id, minimum=0, hint="without one, use eos_token_id")
     separator = _ids(separator_ids, "separator_ids")
     if max_length is not None:
         shortest = len(_FIELDS) + len(separator)
         hint = "one token each of prompt and both responses, and the separator, must fit"
-        max_length = _integer("max_length", max_length, minimum=shortest, hint=hint)
+        max_length = integer("max_length", max_length, minimum=shortest, hint=hint)
 
     kept: list[_Pair] = []
     dropped: list[int] = []
@@ -149,7 +148,7 @@ def _rows(sequences: list[_Sequence], pad_token_id: int) -> dict[str, Any]:
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "position_ids": pad_sequence([torch.arange(len(row)) for row in ids], batch_first=True),
+        "position_ids": pad_sequence([torch.arange(len(row), device="cpu") for row in ids], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         "marginal_labels": pad_sequence(marginal_labels, batch_first=True, padding_value=IGNORE_INDEX),
     }
@@ -157,11 +156,11 @@ def _rows(sequences: list[_Sequence], pad_token_id: int) -> dict[str, Any]:
 
 def _packed(sequences: list[_Sequence]) -> dict[str, Any]:
     ids, labels, marginal_labels = map(list, zip(*sequences, strict=True))
-    ends = torch.tensor([0, *map(len, ids)]).cumsum(0)
+    ends = torch.tensor([0, *map(len, ids)], device="cpu").cumsum(0)
     return {
         "input_ids": torch.cat(ids)[None],
         "attention_mask": None,
-        "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
+        "position_ids": torch.cat([torch.arange(len(row), device="cpu") for row in ids])[None],
         "labels": torch.cat(labels),
         "marginal_labels": torch.cat(marginal_labels),
         "cu_seqlens": ends.to(torch.int32),
@@ -206,9 +205,9 @@ def _ids(values: Any, where: str) -> Tensor:
     if isinstance(values, (str, bytes)):
         raise ValueError(f"{where} is text; tokenize it first and pass the ids")
     if not isinstance(values, Tensor) and hasattr(values, "__len__") and len(values) == 0:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     try:
-        ids = values if isinstance(values, Tensor) else torch.tensor(values)
+        ids = values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{where} must be a flat list or 1-D tensor of integer ids: {error}") from None
     if ids.ndim != 1:
@@ -219,16 +218,6 @@ def _ids(values: Any, where: str) -> Tensor:
     if len(ids) and (lowest := ids.min().item()) < 0:
         raise ValueError(f"{where} holds the negative id {lowest}; remove masking or padding marks before conditioning")
     return ids
-
-
-def _integer(name: str, value: Any, *, minimum: int, hint: str) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r} ({hint})") from None
-    if isinstance(value, bool) or number < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r} ({hint})")
-    return number
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

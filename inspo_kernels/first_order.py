@@ -23,7 +23,7 @@ def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Call
             gradients = backward(ctx, *upstream)
         if not torch.is_grad_enabled():
             return gradients
-        anchor = torch.zeros((), requires_grad=True)
+        anchor = torch.zeros((), device="cpu", requires_grad=True)
         return tuple(None if g is None else _NoSecondDerivative.apply(g, anchor) for g in gradients)
 
     return wrapper

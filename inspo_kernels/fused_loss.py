@@ -48,7 +48,8 @@ def fused_inspo_loss(
     Three input forms, H the hidden size:
 
     - rows: hidden (2B, T, H), labels (2B, T). Rows 0..B-1 score the chosen, rows B..2B-1 the rejected responses.
-    - packed: hidden (N, H), labels (N,), cu_seqlens (2B+1,) int32; the same 2B sequences one behind another.
+    - packed: hidden (N, H), labels (N,), cu_seqlens (2B+1,) int32; the same 2B sequences one behind another. A model
+      that was given one packed row returns hidden (1, N, H): pass hidden[0].
     - compact: hidden (N, H) holds the scored rows in any order, labels (N,) their targets (never shifted), segment_ids
       (N,): 0..B-1 chosen, B..2B-1 rejected, 2B..3B-1 marginal chosen, 3B..4B-1 marginal rejected. B is ``num_pairs`` or
       half of ref_logps.
@@ -138,7 +139,7 @@ class _FusedPairLoss(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, prepared: Prepared, needs: passes.Needs
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses, sums, gradients = passes.pair_losses(prepared, x, needs)
-        ctx.likes = [None if t is None else torch.empty(0, dtype=t.dtype) for t in (x, weight, bias)]
+        ctx.dtypes = passes.dtypes_of(x, weight, bias)
         ctx.save_for_backward(gradients.x, gradients.weight, gradients.bias)
         ctx.mark_non_differentiable(losses, sums)
         return prepared.terms.reduce(losses).to(prepared.head.accumulate_dtype), losses, sums
@@ -146,14 +147,16 @@ class _FusedPairLoss(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (*passes.Gradients(*ctx.saved_tensors).scaled(upstream, *ctx.likes), None, None)
+        return (*passes.Gradients(*ctx.saved_tensors).scaled(upstream, *ctx.dtypes), None, None)
 
 
 def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, given: dict[str, Any], p: Prepared) -> InSPOOutput:
-    lengths = p.plan.lengths.double()
-    # Objectives that the fused path refuses are refused here, too.
-    p.terms.coefficients(torch.zeros_like(lengths), lengths, 0, p.plan.num_pairs)
     given = {name: value for name, value in given.items() if name not in ("backend", "max_workspace_bytes")}
     for name in ("segment_ids", "marginal_labels"):
-        given[name] = None if given[name] is None else given[name].to(hidden.device)
-    return reference.fused_inspo_loss(hidden, weight, labels.to(hidden.device), **given)
+        given[name] = None if given[name] is None else given[name].to(hidden.device, torch.int64)
+    out = reference.fused_inspo_loss(hidden, weight, labels.to(hidden.device, torch.int64), **given)
+    if out.loss.requires_grad:
+        # Objectives that the fused path refuses are refused here, too.
+        sums = out.logps if out.marginal_logps is None else torch.cat([out.logps, out.marginal_logps])
+        p.terms.coefficients(sums.view(-1, p.plan.num_pairs), p.plan.lengths.double(), 0, p.plan.num_pairs)
+    return out

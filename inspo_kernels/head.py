@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .arguments import finite
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -69,10 +70,10 @@ def checked_head(
         raise ValueError(f"hidden {tuple(hidden.shape)} must end in H = {weight.shape[1]}, weight's second dimension")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale must be a finite number, got {logit_scale!r}")
+    logit_scale = finite("logit_scale", logit_scale)
+    softcap = None if softcap is None else finite("softcap", softcap)
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap!r}")
 
     dtypes = {tensor.dtype for tensor in given.values()}
     compute_dtype = hidden.dtype
@@ -82,5 +83,5 @@ def checked_head(
             dtypes = {compute_dtype := torch.get_autocast_dtype(hidden.device.type)}
     if len(dtypes) > 1:
         got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in given.items())
-        raise TypeError(f"hidden, weight and bias must share a dtype outside autocast, got {got}")
-    return LMHead(weight, bias, softcap, float(logit_scale), compute_dtype)
+        raise TypeError(f"hidden, weight and bias must share a dtype (autocast mixes all but float64), got {got}")
+    return LMHead(weight, bias, softcap, logit_scale, compute_dtype)

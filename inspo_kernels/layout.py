@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .pair_loss import KINDS
+
 
 @dataclass(frozen=True)
 class Candidates:
     """Label positions before anything is dropped: (K,) tensors on the labels' device.
 
-    ``valid`` is a 0-d bool tensor, checked with the rest: whether cu_seqlens or segment_ids made sense.
+    ``marginals``: whether marginals are scored; None leaves it to whether there are any. ``valid`` is a 0-d bool
+    tensor, checked with the rest: whether cu_seqlens or segment_ids made sense.
     """
 
     rows: Tensor
@@ -25,6 +28,7 @@ class Candidates:
     segments: Tensor
     scored: Tensor
     num_pairs: int
+    marginals: bool | None
     valid: Tensor
     invalid_message: str
 
@@ -36,9 +40,9 @@ class ScoredRows:
     - ``rows``, ``targets``: (N,) int64 on the compute device: row of the flattened hidden states, label.
     - ``lengths``: (kinds, B) int64 on the compute device: scored tokens of each segment.
     - ``order``: (kinds * B,) int64 on the compute device: the segments in the order in which their rows come.
-    - ``counts``: rows of each segment, in that order; on the host.
-    - ``gradient_kinds``: how many segments of each pair need gradients, so that pair p owns the segments
-      ``order[p * gradient_kinds : (p + 1) * gradient_kinds]``.
+    - ``counts``: rows of each segment, in that order; on the host, and ``device_counts`` (kinds * B,) on the device.
+    - ``kinds_per_pair``: how many segments of each pair need gradients, so that pair p owns the segments
+      ``order[p * kinds_per_pair : (p + 1) * kinds_per_pair]``.
     """
 
     rows: Tensor
@@ -46,7 +50,8 @@ class ScoredRows:
     lengths: Tensor
     order: Tensor
     counts: list[int]
-    gradient_kinds: int
+    device_counts: Tensor
+    kinds_per_pair: int
 
     @property
     def num_pairs(self) -> int:
@@ -55,7 +60,7 @@ class ScoredRows:
     @property
     def pair_rows(self) -> list[int]:
         """Rows of each pair that need gradients."""
-        k = self.gradient_kinds
+        k = self.kinds_per_pair
         return [sum(self.counts[p * k : (p + 1) * k]) for p in range(self.num_pairs)]
 
 
@@ -102,7 +107,8 @@ def from_compact(labels: Tensor, segment_ids: Tensor, num_pairs: int, *, ignore_
         segments=segment_ids.to(torch.int64).clamp(0, limit - 1),
         scored=labels != ignore_index,
         num_pairs=num_pairs,
-        valid=((segment_ids >= 0) & (segment_ids < limit)).all(),
+        marginals=None,
+        valid=((segment_ids >= 0) & (segment_ids < limit) | (labels == ignore_index)).all(),
         invalid_message=f"segment_ids must be in 0..{limit - 1}, four segments for each of {num_pairs} pairs",
     )
 
@@ -130,7 +136,7 @@ def _from_sequences(
     if shift:
         scored &= ~is_first
     valid = torch.ones((), dtype=torch.bool, device=labels.device) if valid is None else valid
-    return Candidates(rows, targets, segments, scored, num_pairs, valid, invalid_message)
+    return Candidates(rows, targets, segments, scored, num_pairs, marginal_labels is not None, valid, invalid_message)
 
 
 def plan(
@@ -138,10 +144,9 @@ def plan(
     *,
     vocab_size: int,
     gradient_kinds: tuple[int, ...],
-    require_marginals: bool,
     device: torch.device,
 ) -> ScoredRows:
-    """Count, check and sort the candidates.
+    """Count, check and sort the candidates. ``gradient_kinds`` are the kinds of segments that the loss depends on.
 
     Raises ``ValueError`` for labels outside the vocabulary, malformed cu_seqlens or segment_ids, and pairs with a
     response that the loss needs but no label scores.
@@ -149,15 +154,14 @@ def plan(
     c, num_pairs = candidates, candidates.num_pairs
     counts_device = torch.zeros(4 * num_pairs, dtype=torch.int64, device=c.targets.device)
     counts_device.scatter_add_(0, c.segments, c.scored.long())
-    scored_targets = c.targets.masked_fill(~c.scored, 0)
-    lowest, highest = scored_targets.aminmax()
+    lowest_highest = _lowest_highest(c.targets, c.scored)
     # The one host read: everything the plan and the checks need.
-    valid, lowest, highest, *counts = torch.stack([c.valid.long(), lowest, highest, *counts_device]).tolist()
+    valid, lowest, highest, *counts = torch.cat([c.valid.long().view(1), lowest_highest, counts_device]).tolist()
     if not valid:
         raise ValueError(c.invalid_message)
-    _check_range("labels", lowest, highest, vocab_size)
-    num_kinds = 4 if any(counts[2 * num_pairs :]) else 2
-    _check_scored(counts, num_pairs, require_marginals)
+    _check_range("labels or marginal_labels" if c.marginals else "labels", lowest, highest, vocab_size)
+    num_kinds = 4 if c.marginals or (c.marginals is None and any(counts[2 * num_pairs :])) else 2
+    _check_scored(counts, num_pairs, gradient_kinds)
 
     gradient_kinds = tuple(kind for kind in gradient_kinds if kind < num_kinds)
     forward_kinds = tuple(kind for kind in range(num_kinds) if kind not in gradient_kinds)
@@ -167,27 +171,32 @@ def plan(
         for pair in range(num_pairs)
         for kind in kinds
     ]
-    order = torch.tensor(segments)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
+    order = torch.tensor(segments, device="cpu")
+    rank = to_device(order.argsort(), c.targets.device)
     index = torch.nonzero_static(c.scored, size=sum(counts)).squeeze(1)
-    index = index[rank.to(index.device)[c.segments[index]].argsort(stable=True)]
+    index = index[rank[c.segments[index]].argsort(stable=True)]
+    order, counts_device = to_device(order, device), to_device(counts_device, device)
     return ScoredRows(
-        rows=c.rows[index].to(device),
-        targets=c.targets[index].to(device),
-        lengths=counts_device[: num_kinds * num_pairs].view(num_kinds, num_pairs).to(device),
-        order=order.to(device),
+        rows=to_device(c.rows[index], device),
+        targets=to_device(c.targets[index], device),
+        lengths=counts_device[: num_kinds * num_pairs].view(num_kinds, num_pairs),
+        order=order,
         counts=[counts[segment] for segment in segments],
-        gradient_kinds=len(gradient_kinds),
+        device_counts=counts_device[order],
+        kinds_per_pair=len(gradient_kinds),
     )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for the device. Safe in this direction: pageable memory is read before the call returns."""
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 def scored_positions(targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
     """Positions (N,) of flat ``targets`` that are scored, checked to be in the vocabulary, with one host read."""
     scored = targets != ignore_index
-    lowest, highest = torch.cat([targets.masked_fill(~scored, 0), targets.new_zeros(1)]).aminmax()
-    count, low, high = torch.stack([scored.sum(), lowest, highest]).tolist()
-    _check_range("targets", low, high, vocab_size)
+    count, lowest, highest = torch.cat([scored.sum().view(1), _lowest_highest(targets, scored)]).tolist()
+    _check_range("targets", lowest, highest, vocab_size)
     return torch.nonzero_static(scored, size=count).squeeze(1)
 
 
@@ -204,6 +213,11 @@ def checked_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.d
     return labels.to(torch.int64)
 
 
+def _lowest_highest(targets: Tensor, scored: Tensor) -> Tensor:
+    """(2,) int64: range of the scored targets and 0, which stands for the others."""
+    return torch.stack(torch.cat([targets.masked_fill(~scored, 0), targets.new_zeros(1)]).aminmax())
+
+
 def _check_range(name: str, lowest: int, highest: int, vocab_size: int) -> None:
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(
@@ -212,12 +226,12 @@ def _check_range(name: str, lowest: int, highest: int, vocab_size: int) -> None:
         )
 
 
-def _check_scored(counts: list[int], num_pairs: int, require_marginals: bool) -> None:
-    names = ("chosen", "rejected", "marginal chosen", "marginal rejected")
-    for kind, name in enumerate(names if require_marginals else names[:2]):
+def _check_scored(counts: list[int], num_pairs: int, gradient_kinds: tuple[int, ...]) -> None:
+    for kind in sorted({0, 1, *gradient_kinds}):
         empty = [p for p in range(num_pairs) if counts[kind * num_pairs + p] == 0]
         if empty:
             shown = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
+            name = KINDS[kind].replace("_", " ")
             raise ValueError(
                 f"the {name} response of pair(s) {shown} has no scored token; its loss would be a constant: drop these "
                 "pairs or mend their labels (with shift=True the label at a sequence's first position is not scored)"

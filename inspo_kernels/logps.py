@@ -84,4 +84,4 @@ class _LinearLogps(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         scored = replace(ctx.scored, x=x, head=replace(ctx.scored.head, weight=weight, bias=bias))
         gradients = scored.backward(upstream, ctx.needs)
-        return (*gradients.scaled(1.0, x, weight, bias), None, None)
+        return (*gradients.scaled(1.0, *passes.dtypes_of(x, weight, bias)), None, None)

@@ -11,7 +11,6 @@ a = L - R, and the margin m = beta (a_chosen - a_rejected).
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .naming import nearest
+from .arguments import finite, nearest
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ class PairSums:
         )
 
 
-_COUNTER = itertools.count()
-_LIVE: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
+# torch.compile's operators take no objects: they get an objective's id and find it here.
+_LIVE: weakref.WeakValueDictionary[int, Objective] = weakref.WeakValueDictionary()
 
 
 class Objective:
@@ -77,22 +76,15 @@ class Objective:
     Parameters of the objective itself get no gradient; one that requires it is an error.
     """
 
-    _handle: str
     needs_reference: bool = True
     needs_marginals: bool = False
     batch_coupled: bool = False
     gradient_fields: tuple[str, ...] = ("chosen", "rejected", "marginal_chosen", "marginal_rejected")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Objective:
-        # torch.compile's operators take strings but no objects: each instance gets a name of its own to be found by.
         self = super().__new__(cls)
-        object.__setattr__(self, "_handle", f"{cls.__name__}-{next(_COUNTER)}")
-        _LIVE[self._handle] = self
+        _LIVE[id(self)] = self
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has been named by __new__ already.
-        return {name: value for name, value in vars(self).items() if name != "_handle"}
 
     def __call__(self, s: PairSums) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(self, s: PairSums) -> losses (pairs,)")
@@ -113,17 +105,14 @@ class Objective:
         return s.chosen - s.ref_chosen, s.rejected - s.ref_rejected
 
 
-def _require(name: str, value: float, ok: bool, what: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r}: {what}")
-
-
 def _positive(name: str, value: float) -> None:
-    _require(name, value, 0 < value < float("inf"), "must be a positive finite number")
+    if finite(name, value) <= 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
 
 
 def _at_least_zero(name: str, value: float) -> None:
-    _require(name, value, 0 <= value < float("inf"), "must be zero or a positive finite number")
+    if finite(name, value) < 0:
+        raise ValueError(f"{name} must be zero or positive, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -138,7 +127,8 @@ class DPO(Objective):
 
     def __post_init__(self) -> None:
         _positive("beta", self.beta)
-        _require("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 0.5, "must be in [0, 0.5)")
+        if not 0 <= finite("label_smoothing", self.label_smoothing) < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing!r}")
 
     def __call__(self, s: PairSums) -> Tensor:
         a_chosen, a_rejected = self._advantages(s)
@@ -279,9 +269,9 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
 }
 
 
-def find_objective(handle: str) -> Objective:
-    """The objective called ``handle``: one of ``OBJECTIVES``, or a live instance by the handle it was given."""
-    return _LIVE[handle] if handle in _LIVE else make_objective(handle)
+def find_objective(name_or_id: str) -> Objective:
+    """The objective of that name, or the live instance whose id this is, in digits."""
+    return _LIVE[int(name_or_id)] if name_or_id.isdecimal() else make_objective(name_or_id)
 
 
 def make_objective(objective: str | Objective, **parameters: Any) -> Objective:

@@ -7,6 +7,7 @@ margins are small differences of long sums.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,9 @@ class PairTerms:
         return losses.detach(), coefficients
 
     def _evaluate(self, s: PairSums) -> Tensor:
-        losses = self.objective(s)
+        # Objectives are the user's code: writing to what they are given must not reach the report or the next call.
+        own = {name: value.clone() for name, value in vars(s).items() if value is not None}
+        losses = self.objective(dataclasses.replace(s, **own))
         if not isinstance(losses, Tensor) or losses.shape != s.chosen.shape:
             got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
@@ -131,7 +134,8 @@ class InSPOOutput:
     - ``lengths``: (2B,) int64, scored tokens after the shift.
     - ``marginal_logps``: (2B,) float64 or None: log pi(y_w | x) of each pair, then log pi(y_l | x).
     - ``chosen_rewards``, ``rejected_rewards``, ``margins``: (B,) float64, see each objective's ``rewards``.
-    - ``marginal_chosen_rewards``, ``marginal_rejected_rewards``: (B,) float64 or None, the same from the marginals.
+    - ``marginal_chosen_rewards``, ``marginal_rejected_rewards``: (B,) float64 or None, the same from the marginals;
+      NaN for a pair of which a marginal is not scored.
     """
 
     loss: Tensor
@@ -152,10 +156,14 @@ class InSPOOutput:
     @classmethod
     def build(cls, loss: Tensor, losses: Tensor, logps: Tensor, lengths: Tensor, terms: PairTerms) -> InSPOOutput:
         """From the differentiable ``loss``, detached ``losses`` and the (kinds, B) tables of sums and lengths."""
+        marginal_chosen = marginal_rejected = None
         with torch.no_grad():
             s = terms.sums(logps, lengths.to(logps.dtype))
             chosen, rejected = terms.objective.rewards(s)
-            marginals = terms.objective.rewards(s.on_marginals()) if len(logps) == 4 else (None, None)
+            if len(logps) == 4:
+                unscored = (lengths[2:] == 0).any(0)
+                marginal_rewards = terms.objective.rewards(s.on_marginals())
+                marginal_chosen, marginal_rejected = (r.masked_fill(unscored, torch.nan) for r in marginal_rewards)
         return cls(
             loss=loss,
             losses=losses.to(loss.dtype),
@@ -164,31 +172,35 @@ class InSPOOutput:
             marginal_logps=logps[2:].flatten() if len(logps) == 4 else None,
             chosen_rewards=chosen,
             rejected_rewards=rejected,
-            marginal_chosen_rewards=marginals[0],
-            marginal_rejected_rewards=marginals[1],
+            marginal_chosen_rewards=marginal_chosen,
+            marginal_rejected_rewards=marginal_rejected,
         )
 
     def metrics(self) -> dict[str, Tensor]:
         """Batch means as 0-d float64 tensors on the device (no synchronisation), under TRL's names.
 
         "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-        and the same behind "marginal/" where marginals were scored.
+        and the same behind "marginal/" where marginals were scored, over the pairs that have both.
         """
-        metrics = _report(self.chosen_rewards, self.rejected_rewards, self.logps)
+        metrics = _report(self.chosen_rewards, self.rejected_rewards, self.logps, marginal=False)
         if self.marginal_logps is not None:
             assert self.marginal_chosen_rewards is not None and self.marginal_rejected_rewards is not None
-            marginal = _report(self.marginal_chosen_rewards, self.marginal_rejected_rewards, self.marginal_logps)
-            metrics |= {f"marginal/{name}": value for name, value in marginal.items()}
+            chosen, rejected = self.marginal_chosen_rewards, self.marginal_rejected_rewards
+            metrics |= _report(chosen, rejected, self.marginal_logps, marginal=True)
         return metrics
 
 
-def _report(chosen: Tensor, rejected: Tensor, logps: Tensor) -> dict[str, Tensor]:
+def _report(chosen: Tensor, rejected: Tensor, logps: Tensor, *, marginal: bool) -> dict[str, Tensor]:
     logps_chosen, logps_rejected = logps.view(2, -1)
-    return {
-        "rewards/chosen": chosen.mean(),
-        "rewards/rejected": rejected.mean(),
-        "rewards/accuracies": (chosen > rejected).double().mean(),
-        "rewards/margins": (chosen - rejected).mean(),
-        "logps/chosen": logps_chosen.mean(),
-        "logps/rejected": logps_rejected.mean(),
+    columns = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).double(),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": logps_chosen,
+        "logps/rejected": logps_rejected,
     }
+    if not marginal:
+        return {name: column.mean() for name, column in columns.items()}
+    unscored = chosen.isnan()
+    return {f"marginal/{name}": column.masked_fill(unscored, torch.nan).nanmean() for name, column in columns.items()}

@@ -73,12 +73,17 @@ class Gradients:
             new(needs.bias, head.vocab_size),
         )
 
-    def scaled(self, scale: Tensor | float, *likes: Tensor | None) -> tuple[Tensor | None, ...]:
-        """(x, weight, bias) times ``scale`` in the dtypes of ``likes``: new tensors, rounded once."""
+    def scaled(self, scale: Tensor | float, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
+        """(x, weight, bias) times ``scale`` in these dtypes: new tensors, rounded once."""
         return tuple(
-            None if g is None or like is None else torch.mul(g, scale, out=torch.empty_like(g, dtype=like.dtype))
-            for g, like in zip((self.x, self.weight, self.bias), likes)
+            None if g is None else torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype))
+            for g, dtype in zip((self.x, self.weight, self.bias), dtypes)
         )
+
+
+def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """Dtypes of tensors that may be missing."""
+    return tuple(None if t is None else t.dtype for t in tensors)
 
 
 def score(backend: Backend, head: LMHead, x: Tensor, targets: Tensor, capacity: int) -> Tensor:
@@ -141,7 +146,7 @@ def pair_losses(p: Prepared, x: Tensor, needs: Needs) -> tuple[Tensor, Tensor, G
         if not needs.any:
             sums.fill(slice(0, len(plan.counts)), rest_logps)
             return p.terms.losses(p.terms.sums(sums.table, sums.lengths)), sums.table, Gradients(None, None, None)
-        sums.fill(slice(plan.gradient_kinds * plan.num_pairs, len(plan.counts)), rest_logps)
+        sums.fill(slice(plan.kinds_per_pair * plan.num_pairs, len(plan.counts)), rest_logps)
 
         if needs.head:
             gradients = Gradients.empty(p.head, len(x), needs)
@@ -191,13 +196,13 @@ class _Sums:
 
         Sums of consecutive runs, in float64, in an order that does not vary: deterministic on every device.
         """
-        counts = torch.tensor(self.plan.counts[segments], dtype=torch.int64, device=logps.device)
+        counts = self.plan.device_counts[segments]
         sums = torch.segment_reduce(logps.double(), "sum", lengths=counts, unsafe=True)
         self.table.view(-1)[self.plan.order[segments]] = sums
 
     def differentiate(self, pairs: slice, logps: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of ``pairs`` and dloss/dlogp of each of their gradient rows, whose log-probs are given."""
-        k, num_pairs = self.plan.gradient_kinds, self.plan.num_pairs
+        k, num_pairs = self.plan.kinds_per_pair, self.plan.num_pairs
         segments = slice(k * pairs.start, k * pairs.stop)
         self.fill(segments, logps)
         losses, coefficients = self.terms.coefficients(
@@ -205,7 +210,7 @@ class _Sums:
         )
         order = self.plan.order[segments]
         by_segment = coefficients[order // num_pairs, order % num_pairs - pairs.start]
-        counts = torch.tensor(self.plan.counts[segments], dtype=torch.int64, device=logps.device)
+        counts = self.plan.device_counts[segments]
         return losses, by_segment.to(logps.dtype).repeat_interleave(counts, output_size=len(logps))
 
 

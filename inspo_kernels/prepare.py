@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import layout
+from .arguments import finite, integer
 from .backends import Backend, resolve_backend
 from .head import FLOATS, LMHead, checked_head
 from .objectives import Objective, make_objective
@@ -50,8 +51,16 @@ def prepare(
     """Arguments and errors as documented at ``fused_inspo_loss``."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    if max_workspace_bytes is not None and max_workspace_bytes < 1:
-        raise ValueError(f"max_workspace_bytes must be a positive number of bytes or None, got {max_workspace_bytes!r}")
+    if max_workspace_bytes is not None:
+        max_workspace_bytes = integer("max_workspace_bytes", max_workspace_bytes, minimum=1)
+    if num_pairs is not None:
+        num_pairs = integer("num_pairs", num_pairs, minimum=1)
+    ignore_index = integer("ignore_index", ignore_index)
+    if not isinstance(shift, bool):
+        raise ValueError(f"shift must be True or False, got {shift!r}")
+    marginal_weight = finite("marginal_weight", marginal_weight)
+    if isinstance(pair_weights, Tensor) and pair_weights.requires_grad:
+        raise ValueError("pair_weights requires grad, but would get no gradient here: pass pair_weights.detach()")
     head = checked_head(hidden, weight, bias, softcap, logit_scale)
     resolved = resolve_backend(backend, head, hidden.device)
     objective = make_objective(objective)
@@ -62,7 +71,7 @@ def prepare(
         objective=objective,
         ref_logps=_vector("ref_logps", ref_logps, 2 * candidates.num_pairs, hidden.device),
         pair_weights=_vector("pair_weights", pair_weights, candidates.num_pairs, hidden.device),
-        marginal_weight=float(marginal_weight),
+        marginal_weight=marginal_weight,
         mean=reduction == "mean",
     )
     if objective.needs_reference and ref_logps is None:
@@ -79,7 +88,6 @@ def prepare(
         candidates,
         vocab_size=head.vocab_size,
         gradient_kinds=terms.gradient_kinds,
-        require_marginals=terms.uses_marginals,
         device=hidden.device,
     )
     capacity = 0 if resolved is None else resolved.capacity(head, hidden.device, max_workspace_bytes)
@@ -108,6 +116,7 @@ def _candidates(
             f"hidden must be {'(N, H) with cu_seqlens or segment_ids' if packed_or_compact else '(2B, T, H)'}, "
             f"got shape {tuple(hidden.shape)}"
             + ("" if packed_or_compact else "; for (N, H) pass cu_seqlens (packed) or segment_ids (compact)")
+            + ("; a batch of one packed row is hidden[0]" if packed_or_compact and hidden.shape[:1] == (1,) else "")
         )
     labels = layout.checked_labels("labels", labels, hidden.shape[:-1], hidden.device)
     if marginal_labels is not None:
@@ -119,9 +128,7 @@ def _candidates(
         if num_pairs is None:
             if ref_logps is None:
                 raise ValueError("the compact form needs num_pairs (or ref_logps, whose length is 2B) to know B")
-            num_pairs = _even("ref_logps", len(ref_logps)) // 2
-        if num_pairs < 1:
-            raise ValueError(f"num_pairs must be at least 1, got {num_pairs}")
+            num_pairs = integer("half of ref_logps' length", _even("ref_logps", ref_logps.numel()) // 2, minimum=1)
         return layout.from_compact(labels, segment_ids, num_pairs, ignore_index=ignore_index)
 
     if cu_seqlens is not None:
@@ -156,4 +163,5 @@ def _vector(name: str, tensor: Tensor | None, length: int, device: torch.device)
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
     if tensor.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
-    return tensor.detach().to(device, torch.float64)
+    # A copy: objectives are the user's code, and might write to it.
+    return tensor.detach().to(device, torch.float64, non_blocking=tensor.device.type == "cpu", copy=True)

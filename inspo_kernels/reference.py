@@ -1,8 +1,8 @@
 """The same mathematics in plain torch, to be read first: every logit materialised, every gradient torch's own.
 
 This is the oracle of the tests: given float64 inputs it computes in float64 throughout (float32 for all others). It
-shares the objectives with the fast path, and nothing else: sequences are cut out one by one, and nothing is planned,
-grouped or reused.
+shares what turns sums into a loss with the fast path (``objectives`` and ``pair_loss``) and nothing else: sequences are
+cut out one by one, and nothing is planned, grouped or reused.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def fused_inspo_loss(
     pair_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> InSPOOutput:
-    """``inspo_kernels.fused_inspo_loss`` without its checks: same arguments, same output, nothing fused."""
+    """``inspo_kernels.fused_inspo_loss`` without its checks and its options of speed: same output, nothing fused."""
 
     def logps_of(hidden: Tensor, labels: Tensor) -> Tensor:
         return linear_logps(

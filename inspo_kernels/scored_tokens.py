@@ -10,7 +10,7 @@ from torch import Tensor
 from . import passes
 from .backends import Backend, resolve_backend
 from .head import LMHead
-from .layout import checked_labels, scored_positions
+from .layout import checked_labels, scored_positions, to_device
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ScoredTokens:
         resolved = resolve_backend(backend, head, hidden.device)
         flat = targets.flatten()
         index = scored_positions(flat, ignore_index, head.vocab_size)
-        flat, index = flat[index].to(hidden.device), index.to(hidden.device)
+        flat, index = to_device(flat[index], hidden.device), to_device(index, hidden.device)
         return cls(head, resolved, index, hidden.reshape(-1, head.hidden_size).index_select(0, index), flat)
 
     def forward(self, needs: passes.Needs) -> tuple[Tensor, Tensor | None]:

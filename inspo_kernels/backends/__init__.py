@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import nearest
 from ..head import LMHead
-from ..naming import nearest
 from .base import Backend, HeadTile
 from .torch_backend import TorchBackend
 
@@ -24,7 +24,7 @@ def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | 
     if name == "auto":
         name = "torch"
     known = [*BACKENDS, "auto", "reference"]
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}{nearest(name, known)}")
     if reason := BACKENDS[name].unsupported(head, device):
         raise ValueError(f"backend {name!r}: {reason}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import signal
 
 import pytest
 import torch
@@ -139,10 +141,72 @@ def test_low_precision_gradients_are_rounded_once():
         assert torch.equal(a, b)
 
 
+def test_everything_but_the_loss_is_detached():
+    hidden = RAGGED.hidden.clone().requires_grad_()
+
+    def output(hidden):
+        return ik.fused_inspo_loss(
+            hidden, RAGGED.weight, RAGGED.labels, ref_logps=RAGGED.ref_logps, marginal_labels=RAGGED.marginal_labels
+        )
+
+    eager, compiled = output(hidden), compile_(output)[0](hidden)
+    for name, value in vars(eager).items():
+        assert getattr(compiled, name).requires_grad == value.requires_grad == (name == "loss"), name
+    assert not any(value.requires_grad for value in compiled.metrics().values())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_autocast_of_mixed_dtypes(dtypes):
+    hidden, weight = RAGGED.hidden.to(dtypes[0]), RAGGED.weight.to(dtypes[1])
+
+    def loss(hidden, weight):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return ik.fused_inspo_loss(hidden, weight, RAGGED.labels, ref_logps=RAGGED.ref_logps).loss
+
+    assert torch.equal(compile_(loss)[0](hidden, weight), loss(hidden, weight))
+
+
+def test_shapes_hold_where_no_marginal_is_scored():
+    nothing = torch.full_like(RAGGED.labels, -100)
+
+    def output(hidden, marginal_labels):
+        return ik.fused_inspo_loss(
+            hidden, RAGGED.weight, RAGGED.labels, ref_logps=RAGGED.ref_logps, marginal_labels=marginal_labels
+        )
+
+    eager, compiled = output(RAGGED.hidden, nothing), compile_(output)[0](RAGGED.hidden, nothing)
+    for name, value in vars(eager).items():
+        torch.testing.assert_close(getattr(compiled, name), value, equal_nan=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+def test_a_forked_process_can_go_on():
+    compiled = compile_(
+        lambda h: ik.fused_inspo_loss(h, RAGGED.weight, RAGGED.labels, ref_logps=RAGGED.ref_logps).loss
+    )[0]
+    expected = compiled(RAGGED.hidden)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if torch.equal(compiled(RAGGED.hidden), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_reference_says_that_it_does_not_compile():
+    compiled, _ = compile_(lambda h: ik.linear_logps(h, RAGGED.weight, RAGGED.labels, backend="reference"))
+    with pytest.raises(ValueError, match=r"outside torch\.compile"):
+        compiled(RAGGED.hidden)
+
+
 def test_bad_input_is_named_when_the_compiled_function_runs():
     compiled, _ = compile_(lambda labels: ik.fused_inspo_loss(RAGGED.hidden, RAGGED.weight, labels).loss)
     with pytest.raises(ValueError, match="DPO needs ref_logps"):
         compiled(RAGGED.labels)
+    wrong = compile_(
+        lambda h: ik.fused_inspo_loss(h, RAGGED.weight, RAGGED.labels, objective="simpo", num_pairs=7).loss
+    )
+    with pytest.raises(ValueError, match="num_pairs=7 does not fit 8 rows"):
+        wrong[0](RAGGED.hidden)
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])

@@ -363,6 +363,106 @@ def test_long_sequences_keep_their_margin():
     assert (out.margins - truth.margins).abs().max() < 1e-4
 
 
+def exact_near_one(gap):
+    """log p of a label ahead of one other word by ``gap``."""
+    return -torch.tensor(-float(gap), dtype=torch.float64).exp().log1p()
+
+
+@pytest.mark.parametrize("gaps", [(16, 18), (19, 22), (3, 25)])
+def test_orpo_of_almost_certain_responses_keeps_its_digits(gaps):
+    """logit p = log p - log(1 - p) looks at the digits of 1 - p, which log(1 + rest) would lose."""
+    hidden = torch.tensor([[float(gap)] for gap in gaps])
+    weight = torch.tensor([[1.0], [0.0]])
+    out = ik.fused_inspo_loss(
+        hidden,
+        weight,
+        torch.tensor([0, 0]),
+        segment_ids=torch.tensor([0, 1]),
+        num_pairs=1,
+        objective=ik.ORPO(sft="chosen"),
+    )
+    # Of two words, logit p is the gap itself.
+    exact = -exact_near_one(gaps[0]) - F.logsigmoid(torch.tensor(float(gaps[0] - gaps[1])))
+    assert out.loss.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_marginals_of_some_pairs_only_are_reported_for_those():
+    marginal_labels = RAGGED.marginal_labels.clone()
+    marginal_labels[1] = IGNORE  # log pi(y_l | x) of pair 1
+    keep = torch.tensor([True, False, True, True])
+    whole, _ = run(RAGGED, backend="reference")
+    for backend in ("torch", "reference"):
+        out, _ = run(replace(RAGGED, marginal_labels=marginal_labels), backend=backend)
+        assert out.marginal_chosen_rewards.isnan().tolist() == (~keep).tolist()
+        margins = (whole.marginal_chosen_rewards - whole.marginal_rejected_rewards)[keep]
+        torch.testing.assert_close(out.metrics()["marginal/rewards/margins"], margins.mean())
+        torch.testing.assert_close(out.metrics()["marginal/rewards/accuracies"], (margins > 0).double().mean())
+        torch.testing.assert_close(
+            out.metrics()["marginal/logps/rejected"], whole.marginal_logps.view(2, -1)[1][keep].mean()
+        )
+        assert not any(value.isnan() for value in out.metrics().values())
+
+
+def test_marginals_are_reported_where_they_are_asked_for_even_if_none_is_scored():
+    nothing = torch.full_like(RAGGED.labels, IGNORE)
+    for backend in ("torch", "reference"):
+        out, _ = run(replace(RAGGED, marginal_labels=nothing), backend=backend)
+        assert out.marginal_logps.eq(0).all() and out.marginal_logps.shape == (8,)
+
+
+def test_orpo_needs_only_the_marginal_that_it_reads():
+    compact = RAGGED.compact()
+    keep = compact["segment_ids"] < 12
+    compact = {name: tensor[keep] for name, tensor in compact.items()}
+    results = [
+        ik.fused_inspo_loss(
+            compact["hidden"],
+            RAGGED.weight,
+            compact["labels"],
+            segment_ids=compact["segment_ids"],
+            num_pairs=4,
+            bias=RAGGED.bias,
+            objective="orpo",
+            backend=backend,
+        ).loss
+        for backend in ("torch", "reference")
+    ]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[0], run(RAGGED, backend="reference", objective="orpo")[0].loss.detach())
+
+
+def test_ignored_rows_of_the_compact_form_may_have_any_segment():
+    compact = RAGGED.compact()
+    compact["segment_ids"][compact["labels"] == IGNORE] = -1
+    out = ik.fused_inspo_loss(
+        compact.pop("hidden"),
+        RAGGED.weight,
+        compact.pop("labels"),
+        bias=RAGGED.bias,
+        ref_logps=RAGGED.ref_logps,
+        **compact,
+    )
+    torch.testing.assert_close(out.loss, run(RAGGED, backend="reference")[0].loss.detach())
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8])
+def test_other_integer_labels(dtype, backend):
+    ignore = 200 if dtype == torch.uint8 else IGNORE
+    labels = RAGGED.labels.masked_fill(RAGGED.labels == IGNORE, ignore).to(dtype)
+    case = replace(RAGGED, labels=labels)
+    out, _ = run(case, backend=backend, marginal_labels=None, ignore_index=ignore)
+    torch.testing.assert_close(out.loss.detach(), run(RAGGED, backend="reference")[0].loss.detach())
+
+
+def test_a_default_device_changes_nothing():
+    expected, _ = run(RAGGED, backend="torch")
+    with torch.device("meta"):
+        out, _ = run(RAGGED, backend="torch")
+        batch = ik.condition_pairs([([1], [2], [3])], pad_token_id=0)
+    assert torch.equal(out.loss, expected.loss) and batch["input_ids"].device.type == "cpu"
+
+
 class TestCustomObjectives:
     class Mine(ik.Objective):
         needs_reference = False
@@ -428,6 +528,36 @@ class TestCustomObjectives:
 
         with pytest.raises(ValueError, match="one loss per pair"):
             run(RAGGED, backend=backend, objective=Scalar())
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_writing_to_the_sums_reaches_neither_the_caller_nor_the_report(self, backend):
+        class Careless(ik.Objective):
+            def __call__(self, s):
+                s.ref_chosen.add_(1)
+                s.chosen_len.mul_(0)
+                return s.rejected - s.chosen.sub_(s.ref_chosen)
+
+        case = replace(RAGGED, ref_logps=RAGGED.ref_logps.clone())
+        out, _ = run(case, backend=backend, objective=Careless())
+        clean, _ = run(RAGGED, backend="reference")
+        assert torch.equal(case.ref_logps, RAGGED.ref_logps)
+        torch.testing.assert_close(out.logps, clean.logps)
+        with torch.no_grad():
+            evaluated = ik.fused_inspo_loss(
+                case.hidden, case.weight, case.labels, bias=case.bias, ref_logps=case.ref_logps, objective=Careless(),
+                backend=backend,
+            )  # fmt: skip
+        torch.testing.assert_close(evaluated.logps, clean.logps)
+        torch.testing.assert_close(evaluated.loss, out.loss.detach())
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_objectives_see_real_sums_only(self, backend):
+        class Strict(ik.Objective):
+            def __call__(self, s):
+                assert (s.chosen < 0).all()
+                return s.rejected - s.chosen
+
+        run(RAGGED, backend=backend, objective=Strict())
 
     def test_constant_loss_has_zero_gradients(self):
         class Constant(ik.Objective):
@@ -505,15 +635,32 @@ UNSCORED[1] = IGNORE
         ({"objective": "dop"}, ValueError, "did you mean 'dpo'"),
         ({"reduction": "none"}, ValueError, "reduction must be"),
         ({"backend": "tourch"}, ValueError, "did you mean 'torch'"),
+        ({"backend": ["torch"]}, ValueError, "unknown backend"),
         ({"max_workspace_bytes": 0}, ValueError, "max_workspace_bytes must be"),
+        ({"max_workspace_bytes": 1e9}, ValueError, "max_workspace_bytes must be an integer"),
         ({"softcap": -1.0}, ValueError, "softcap must be"),
+        ({"softcap": "30"}, ValueError, "softcap must be a finite number, got '30'"),
         ({"logit_scale": float("inf")}, ValueError, "logit_scale must be"),
+        ({"logit_scale": torch.ones((), requires_grad=True)}, ValueError, "logit_scale requires grad"),
+        ({"marginal_weight": float("nan")}, ValueError, "marginal_weight must be a finite number"),
+        ({"marginal_weight": None}, ValueError, "marginal_weight must be a finite number"),
+        ({"pair_weights": torch.ones(4, requires_grad=True)}, ValueError, "pair_weights requires grad"),
+        ({"ignore_index": None}, ValueError, "ignore_index must be an integer"),
+        ({"shift": 2}, ValueError, "shift must be True or False"),
+        ({"num_pairs": 2.0}, ValueError, "num_pairs must be an integer"),
+        ({"marginal_labels": with_label(31)}, ValueError, "labels or marginal_labels contain 31"),
+        (
+            {"hidden": RAGGED.hidden[:, :0], "labels": RAGGED.labels[:, :0], "marginal_labels": None},
+            ValueError,
+            "no scored",
+        ),
         ({"process_group": object()}, NotImplementedError, "process_group"),
         ({"num_pairs": 3}, ValueError, "num_pairs=3 does not fit 8 rows"),
         ({**PACKED, "cu_seqlens": PACKED["cu_seqlens"][:-1]}, ValueError, "odd number"),
         ({**PACKED, "cu_seqlens": PACKED["cu_seqlens"] + 1}, ValueError, "cu_seqlens must start at 0"),
         ({**PACKED, "cu_seqlens": PACKED["cu_seqlens"].flip(0)}, ValueError, "cu_seqlens must start at 0"),
         ({**PACKED, "segment_ids": PACKED["labels"]}, ValueError, "exclude each other"),
+        ({**PACKED, "hidden": PACKED["hidden"][None]}, ValueError, r"packed row is hidden\[0\]"),
         ({**COMPACT}, ValueError, "omit marginal_labels"),
         ({**COMPACT, "marginal_labels": None, "ref_logps": None}, ValueError, "needs num_pairs"),
         ({**COMPACT, "marginal_labels": None, "num_pairs": 3}, ValueError, r"segment_ids must be in 0\.\.11"),

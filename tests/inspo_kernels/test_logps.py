@@ -101,6 +101,13 @@ def test_changing_the_weight_before_backward_is_noticed():
         logps.sum().backward()
 
 
+@pytest.mark.parametrize("gap", [1, 10, 16, 20, 25, 60])
+def test_log_probs_of_almost_certain_tokens_keep_their_digits(gap):
+    logp = ik.linear_logps(torch.tensor([[float(gap)]]), torch.tensor([[1.0], [0.0]]), torch.tensor([0]))
+    exact = -torch.tensor(-float(gap), dtype=torch.float64).exp().log1p()
+    assert logp.item() == pytest.approx(exact.item(), rel=2e-6)
+
+
 def test_log_probs_never_exceed_zero_and_survive_extreme_logits():
     hidden = torch.tensor([[3e4], [-3e4], [1e-4]])
     weight = torch.tensor([[1.0], [-1.0], [0.0]])

@@ -1,0 +1,43 @@
+"""Checks of plain arguments: each returns the value it was given, or raises an error that names it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """The end of an error message: "; did you mean 'dpo'? (known: dpo, ipo)", the question only where one is close."""
+    choices = list(known)
+    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(choices)})"
+
+
+def integer(name: str, value: Any, *, minimum: int | None = None, hint: str = "") -> int:
+    """An ``int`` (or what behaves as one, bool apart) of at least ``minimum``; ``hint`` ends the message."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (minimum is not None and number < minimum):
+        bound = "" if minimum is None else f" of at least {minimum}"
+        raise ValueError(f"{name} must be an integer{bound}, got {value!r}" + (f" ({hint})" if hint else ""))
+    return number
+
+
+def finite(name: str, value: Any) -> float:
+    """A finite number. A tensor that requires grad is an error: it would get no gradient."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} requires grad, but would get no gradient here: pass a number")
+    try:
+        number = float(value) if not isinstance(value, str) else math.nan
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return number
