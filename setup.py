@@ -27,6 +27,7 @@ test = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.12",
+    "scipy>=1.14",
 ]
 
 setup(

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
 import torch
 from tqdm import tqdm
 from transformers.utils import logging
@@ -28,22 +29,11 @@ from training.demo.stages import Settings, run_demo
 from .harness import provenance, write_json
 
 
-def t_quantile(degrees: int) -> float:
-    """97.5% quantile of Student's t (expansion about the normal, Abramowitz & Stegun 26.7.5; within 0.3% from 4 on)."""
-    z = statistics.NormalDist().inv_cdf(0.975)
-    return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )
-
-
 def over_seeds(values: list[float]) -> dict[str, Any]:
     """Mean, range and, from five seeds on, the 95% t interval of the mean: seeds are the observations."""
     summary: dict[str, Any] = {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
     if len(values) >= 5:
-        half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
         summary["mean_ci"] = [summary["mean"] - half, summary["mean"] + half]
     return summary
 
@@ -106,8 +96,9 @@ def main() -> None:
         tqdm.write(f"seed {seed}, {results['seconds']['total']:.0f} s\n{table(results)}")
         del results["settings"]
         result["seeds"][str(seed)] = results
-        result["summary"] = summarize(result["seeds"])
-        write_json(options.json, result)
+        write_json(options.json, result | {"summary": summarize(result["seeds"])})
+    result["summary"] = summarize(result["seeds"])
+    write_json(options.json, result)
     print(summary_table(result["summary"]))
 
 

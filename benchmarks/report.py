@@ -61,7 +61,19 @@ def demo(result: dict[str, Any]) -> str:
         above = [summary[how][name].get("seeds_with_gain_interval_above_0") for how in ("greedy", "sampled")]
         cells.append("" if name == "base" else f"{above[0]} greedy, {above[1]} sampled")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _source(result, "demo_seeds.json")])
+    return "\n".join([*lines, "", _demo_ranking(summary), "", _source(result, "demo_seeds.json")])
+
+
+def _demo_ranking(summary: dict[str, Any]) -> str:
+    """What the table says, in a sentence that cannot say anything else."""
+    names = {"base": "the base", "sft": "SFT", "dpo": "DPO", "inspo": "InSPO"}
+    ranked = sorted(names, key=lambda name: -summary["sampled"][name]["accuracy"]["mean"])
+    inspo = summary["sampled"]["inspo"]
+    return (
+        f"InSPO's gain over the base is above 0 on {inspo['seeds_with_gain_interval_above_0']} of {summary['seeds']} "
+        f"seeds, sampled. By mean sampled accuracy the order is {', '.join(names[name] for name in ranked)}"
+        + ("." if ranked[0] == "inspo" else ": InSPO is not first here.")
+    )
 
 
 def real_pairs(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .config import InputError, TrainConfig
 from .data import encode_prompt
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy [0]")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
     options = vars(parser.parse_args(arguments))
+    logging.disable_progress_bar()  # a bar for reading the weights would stand before the answer
     try:
         model, tokenizer = load_model(TrainConfig(model=options.pop("model")))
         print(generate(model.eval(), tokenizer, options.pop("prompt"), **options))

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .config import InputError, TrainConfig, help_text, parse_config
 from .data import Pair, check_pairs, load_pairs, select_pairs
@@ -258,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & set(arguments):
         print(help_text())
         return
+    logging.disable_progress_bar()  # bars for each file read or written hide the run's own
     try:
         train(parse_config(arguments))
     except InputError as error:
