@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -19,12 +20,13 @@ import torch
 from tqdm import tqdm
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy")
+FEWEST_ROUNDS = 3
 
 
-def provenance(command: str) -> dict[str, Any]:
-    """What a result file must say about where its numbers come from."""
+def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What a result file must say about where its numbers come from; ``packages`` are named beside the usual ones."""
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *packages):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -51,19 +53,44 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def interleaved_times(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    *,
+    device: str = "cpu",
+    seconds: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, all of them once a round: drifting load then hits all alike."""
+    """Seconds of each contender in each round, all of them once a round: drifting load then hits all alike.
+
+    After ``seconds`` no further round starts once there are ``FEWEST_ROUNDS`` (fewer only if ``rounds`` is).
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in tqdm(range(warmup + rounds), desc="rounds", unit="round", disable=not sys.stderr.isatty()):
+    end = time.perf_counter() + seconds
+    bar = tqdm(range(warmup + rounds), desc="rounds", unit="round", leave=False, disable=not sys.stderr.isatty())
+    for i in bar:
+        if i >= warmup + FEWEST_ROUNDS and time.perf_counter() > end:
+            break
         for name, run in contenders.items():
-            _synchronize()
-            start = time.perf_counter()
-            run()
-            _synchronize()
+            elapsed = seconds_of(run, device)
             if i >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(elapsed)
+    bar.close()
     return times
+
+
+def seconds_of(run: Callable[[], Any], device: str = "cpu") -> float:
+    """From an idle device to the end of ``run``'s work there, by the device's own clock."""
+    if torch.device(device).type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -84,13 +111,13 @@ def peak_memory_in_fresh_process(module: str, arguments: Sequence[str]) -> int |
     return None if last == "None" else int(last)
 
 
-def own_peak(run: Callable[[], Any]) -> int | None:
+def own_peak(run: Callable[[], Any], device: str = "cpu") -> int | None:
     """Peak memory of ``run`` above what the process held before it, in bytes.
 
     On a GPU the allocator's own count. On a CPU the resident high-water mark, reset before the run; None where there
     is no /proc to read it from.
     """
-    if torch.cuda.is_available():
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -109,11 +136,6 @@ def own_peak(run: Callable[[], Any]) -> int | None:
 def _status_kib(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _cpu_name() -> str:

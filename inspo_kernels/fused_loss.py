@@ -69,7 +69,8 @@ def fused_inspo_loss(
         process_group: reserved; anything but None raises ``NotImplementedError``.
         max_workspace_bytes: bound on the logits workspace (at least one row). Results do not depend on it beyond
             rounding; the default follows from shapes and device alone.
-        backend: "auto", "torch" (one pass, any device) or "reference" (plain torch, everything materialised).
+        backend: "triton" (CUDA and ROCm), "torch" (any device), "reference" (plain torch, everything materialised), or
+            "auto": "triton" where it runs, else "torch".
 
     Returns:
         ``InSPOOutput``; its ``loss`` is differentiable in hidden, weight and bias, once. Only the gradients that

@@ -35,7 +35,7 @@ def linear_logps(
         targets: (...) int64 token ids, *not* shifted: hidden[i] is scored on targets[i]. May live on the CPU.
         bias: (V,) or None. softcap: positive or None. logit_scale: finite.
         ignore_index: targets with this value are skipped: log-prob 0, no gradient, no head work.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch" or "reference", as for ``fused_inspo_loss``.
 
     Returns:
         (...) log-probs in nats, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias; a

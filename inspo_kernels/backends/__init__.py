@@ -8,10 +8,11 @@ from ..arguments import nearest
 from ..head import LMHead
 from .base import Backend, HeadTile
 from .torch_backend import TorchBackend
+from .triton_backend import TritonBackend
 
 __all__ = ["Backend", "HeadTile", "resolve_backend"]
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TorchBackend(),)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TorchBackend(), TritonBackend())}
 
 
 def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | None:
@@ -22,7 +23,7 @@ def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | 
     if name == "reference":
         return None
     if name == "auto":
-        name = "torch"
+        name = "torch" if device.type == "cpu" or BACKENDS["triton"].unsupported(head, device) else "triton"
     known = [*BACKENDS, "auto", "reference"]
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}{nearest(name, known)}")
