@@ -1,18 +1,9 @@
-"""The triton backend on whatever device there is: a GPU, or Triton's interpreter on CPU tensors.
-
-Import this before anything that imports Triton: the interpreter is chosen when kernels are defined.
-"""
+"""The triton backend on whatever device there is: a GPU, or Triton's interpreter on CPU tensors (see conftest)."""
 
 from __future__ import annotations
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -29,6 +20,11 @@ quiet = [
 
 if INTERPRETED:
     from triton.runtime import interpreter
+
+    if not isinstance(tl.zeros, interpreter.InterpretedFunction):
+        raise RuntimeError(
+            "Triton was imported before TRITON_INTERPRET=1 was set: set it in a conftest that runs first"
+        )
 
     _builder = interpreter.InterpreterBuilder
     _cast, _dot = _builder.cast_impl, _builder.create_dot
