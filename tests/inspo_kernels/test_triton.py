@@ -6,14 +6,16 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import cases
 import pytest
+import test_logps
 import torch
 import triton_setup
-from cases import OBJECTIVES, RAGGED, gradients_of, make_case, relative_error, run
+from cases import OBJECTIVES, gradients_of, relative_error, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fused_loss import PlainTorch, assert_same
-from test_logps import inputs, plain
+from test_logps import plain
 from torch.utils.flop_counter import FlopCounterMode
 
 import inspo_kernels as ik
@@ -24,6 +26,18 @@ from inspo_kernels.head import checked_head
 
 pytestmark = triton_setup.quiet
 
+DEVICE = triton_setup.DEVICE
+
+
+def make_case(*args, **options):
+    return triton_setup.on_device(cases.make_case(*args, **options))
+
+
+def inputs(*args, **options):
+    return [t.to(DEVICE) for t in test_logps.inputs(*args, **options)]
+
+
+RAGGED = triton_setup.on_device(cases.RAGGED)
 SMALL = make_case([(2, 3, 2), (1, 1, 4)], vocab=150)
 
 
@@ -127,9 +141,9 @@ def test_float16_gradients_survive_tiny_coefficients():
     truth = ik.reference.fused_inspo_loss(*leaves, case.labels, **options)
     (_, true_weight) = gradients_of(truth.loss, *leaves)
     hidden, weight = case.hidden, case.weight.requires_grad_()
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(DEVICE.type, enabled=False):
         out = ik.fused_inspo_loss(hidden, weight, case.labels, backend="triton", **options)
-        (d_weight,) = torch.autograd.grad(out.loss, weight, torch.tensor(2.0**16))
+        (d_weight,) = torch.autograd.grad(out.loss, weight, torch.tensor(2.0**16, device=DEVICE))
     assert relative_error(d_weight.double() / 2**16, true_weight) < 2e-3
 
 
@@ -138,10 +152,10 @@ def test_float16_gradients_survive_tiny_coefficients():
 def test_rows_whose_first_block_does_not_show_the_maximum(low, high, dtype):
     """Logits of the first half of the words are around ``low``, of the others around ``high``."""
     g = torch.Generator().manual_seed(0)
-    bias = torch.where(torch.arange(600) < 300, low, high).to(dtype)
-    weight = torch.randn(600, 4, generator=g).to(dtype)
-    hidden = torch.randn(6, 4, generator=g).to(dtype)
-    targets = torch.tensor([0, 1, 599, 598, 300, 5])
+    bias = torch.where(torch.arange(600) < 300, low, high).to(DEVICE, dtype)
+    weight = torch.randn(600, 4, generator=g).to(DEVICE, dtype)
+    hidden = torch.randn(6, 4, generator=g).to(DEVICE, dtype)
+    targets = torch.tensor([0, 1, 599, 598, 300, 5], device=DEVICE)
     results = []
     for compute, cast in ((plain, torch.float64), (plain, dtype), (None, dtype)):
         leaves = [t.to(cast).requires_grad_() for t in (hidden, weight)]
@@ -174,7 +188,7 @@ def test_bias_of_minus_infinity_removes_words():
 
 
 def test_gradient_is_exact_where_the_label_is_almost_certain():
-    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[20.0], [0.0], [-1.0]])
+    hidden, weight = torch.tensor([[1.0]], device=DEVICE), torch.tensor([[20.0], [0.0], [-1.0]], device=DEVICE)
     truth = None
     for dtype, tolerance in ((torch.float64, 0), (torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 2e-3)):
         w = weight.to(dtype).requires_grad_()
@@ -200,7 +214,7 @@ def plain_gradient(weight):
 def test_linear_logps_errs_at_most_twice_as_much_as_plain_torch(dtype, frozen):
     hidden, weight, bias, targets = inputs((3, 8), hidden_size=48, vocab=301, dtype=dtype)
     weight = weight / 4
-    upstream = torch.linspace(-1, 2, 24).view(3, 8)
+    upstream = torch.linspace(-1, 2, 24, device=DEVICE).view(3, 8)
     results = []
     for compute, cast in ((plain, torch.float64), (plain, dtype), (None, dtype)):
         leaves = [
@@ -236,7 +250,7 @@ def test_exactly_the_needed_gradients(needed):
 
 
 def test_non_contiguous_inputs():
-    wide = torch.randn(*SMALL.hidden.shape[:2], 12, dtype=torch.float64)
+    wide = torch.randn(*SMALL.hidden.shape[:2], 12, dtype=torch.float64, device=DEVICE)
     wide[..., ::2] = SMALL.hidden
     wide_bias = torch.stack([SMALL.bias, SMALL.bias], 1)
     strided = replace(
@@ -259,7 +273,7 @@ def test_non_contiguous_inputs():
 
 def test_autocast_computes_in_its_dtype():
     case = SMALL.to(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         out, gradients = run(case, backend="triton")
     truth, true_gradients = run(case.to(torch.bfloat16).to(torch.float64), backend="reference")
     assert relative_error(out.logps, truth.logps) < 1e-6
@@ -286,8 +300,8 @@ def test_one_pass_is_three_products():
 @pytest.mark.parametrize("bound", [1, 10_000, 37_000, 10**6])
 def test_workspace_stays_within_its_bound(dtype, bound, monkeypatch):
     monkeypatch.setattr(triton_backend, "STAGE_ROWS", 8)
-    head, device = head_of(SMALL, dtype), torch.device("cpu")
-    rows = TritonBackend().capacity(head, device, bound)
+    head = head_of(SMALL, dtype)
+    rows = TritonBackend().capacity(head, DEVICE, bound)
     tile = TritonBackend().open_tile(head, rows)
     buffers = {t.data_ptr(): t.nbytes for t in (tile.e_rows, *([] if dtype == torch.float32 else [tile.logits_rows]))}
     workspace = sum(buffers.values())
@@ -350,14 +364,14 @@ class TestScoring:
 
     def test_nothing_to_score(self):
         tile = TritonBackend().open_tile(head_of(SMALL), 1)
-        assert tile.score(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+        assert tile.score(SMALL.hidden[0, :0], SMALL.labels[0, :0]).shape == (0,)
 
 
 class TestUnsupported:
     def test_cpu_without_the_interpreter(self, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         with pytest.raises(ValueError, match=r"needs a CUDA or ROCm device.*use backend=\"torch\""):
-            run(SMALL, backend="triton")
+            run(cases.RAGGED, backend="triton")
 
     def test_triton_not_installed(self, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
+from cases import Case
 
 triton = pytest.importorskip("triton")
 
@@ -11,6 +14,13 @@ from triton import language as tl  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+
+def on_device(case: Case) -> Case:
+    """All tensors of a case on the device under test."""
+    tensors = {f.name: getattr(case, f.name) for f in fields(case)}
+    return replace(case, **{name: t.to(DEVICE) for name, t in tensors.items() if isinstance(t, torch.Tensor)})
+
 
 # numpy warns where a GPU computes inf or nan and a mask then discards it
 quiet = [
