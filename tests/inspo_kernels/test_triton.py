@@ -19,7 +19,6 @@ from test_logps import plain
 from torch.utils.flop_counter import FlopCounterMode
 
 import inspo_kernels as ik
-from inspo_kernels import backends
 from inspo_kernels.backends import triton_backend
 from inspo_kernels.backends.triton_backend import TritonBackend
 from inspo_kernels.head import checked_head
@@ -39,13 +38,6 @@ def inputs(*args, **options):
 
 RAGGED = triton_setup.on_device(cases.RAGGED)
 SMALL = make_case([(2, 3, 2), (1, 1, 4)], vocab=150)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def triton_listed():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(backends.BACKENDS, "triton", TritonBackend())
-        yield
 
 
 def head_of(case, dtype=torch.bfloat16):
