@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
+from .backends.base import chunks
 from .head import LMHead
 from .layout import ScoredRows
 from .pair_loss import PairTerms
@@ -88,12 +89,9 @@ def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
 
 def score(backend: Backend, head: LMHead, x: Tensor, targets: Tensor, capacity: int) -> Tensor:
     """Log-probs (N,) in the accumulate dtype."""
-    logps = torch.empty(len(x), dtype=head.accumulate_dtype, device=x.device)
-    if len(x):
-        tile = backend.open_tile(head, min(capacity, len(x)))
-        for rows in _chunks(0, len(x), capacity):
-            logps[rows] = tile.score(x[rows], targets[rows])
-    return logps
+    if not len(x):
+        return torch.empty(0, dtype=head.accumulate_dtype, device=x.device)
+    return backend.open_tile(head, min(capacity, len(x))).score(x, targets)
 
 
 def unit_gradients(
@@ -108,7 +106,7 @@ def unit_gradients(
     if num_rows:
         tile = backend.open_tile(head, min(capacity, num_rows))
         ones = torch.ones(tile.capacity, dtype=head.accumulate_dtype, device=x.device)
-        for rows in _chunks(0, num_rows, capacity):
+        for rows in chunks(0, num_rows, capacity):
             logps[rows] = tile.stage(x[rows], targets[rows])
             tile.gradients(ones[: rows.stop - rows.start], dx=dx[rows])
     return logps, dx
@@ -121,7 +119,7 @@ def regradients(
     gradients = Gradients.empty(head, len(x), needs)
     if len(x):
         tile = _GradientTile(backend, head, min(capacity, len(x)), gradients)
-        for rows in _chunks(0, len(x), capacity):
+        for rows in chunks(0, len(x), capacity):
             tile.stage(x[rows], targets[rows])
             tile.add(rows, coefficients[rows])
     else:
@@ -172,7 +170,7 @@ def _one_pass(p: Prepared, x: Tensor, sums: _Sums, gradients: Gradients) -> Tens
     losses = []
     for pairs, rows in groups:
         resident = slice(max(rows.start, rows.stop - capacity), rows.stop)
-        too_many = list(_chunks(rows.start, resident.start, capacity))
+        too_many = list(chunks(rows.start, resident.start, capacity))
         logps = [tile.stage(x[part], targets[part]) for part in (*too_many, resident)]
         group_losses, by_row = sums.differentiate(pairs, torch.cat(logps))
         losses.append(group_losses)
@@ -233,14 +231,6 @@ class _GradientTile:
 def plain_arithmetic(device: torch.device) -> torch.autocast:
     """Autocast off: operand dtypes are the head's own decision, and statistics must never be rounded."""
     return torch.autocast(device.type, enabled=False)
-
-
-def _chunks(start: int, stop: int, capacity: int) -> Iterator[slice]:
-    """As few chunks as possible, of nearly equal size: a last chunk of a few rows would waste a product."""
-    if start < stop:
-        count = -(-(stop - start) // capacity)
-        size = -(-(stop - start) // count)
-        yield from (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
 
 def _groups(pair_rows: list[int], pairs_together: int, capacity: int) -> Iterator[tuple[slice, slice]]:

@@ -1,8 +1,15 @@
-"""Shared by all tests: two threads would only fight over tensors this small."""
+"""Shared by all tests, and set before any of them imports what it concerns."""
+
+import os
 
 import torch
 from hypothesis import settings
 
+# Without a GPU, Triton kernels are interpreted. Triton decides so when it is first imported, by whichever test does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Two threads would only fight over tensors this small.
 torch.set_num_threads(1)
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)

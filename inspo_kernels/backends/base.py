@@ -8,6 +8,7 @@ objectives or autograd. To add one, subclass ``Backend`` and ``HeadTile`` in a f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -46,8 +47,8 @@ class HeadTile(ABC):
         """
 
     def score(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Log-probs alone, for rows that need no gradient; a backend may know something cheaper than ``stage``."""
-        return self.stage(x, targets)
+        """Log-probs alone (N,), of any number of rows; a backend may know something cheaper than ``stage``."""
+        return torch.cat([self.stage(x[rows], targets[rows]) for rows in chunks(0, len(x), self.capacity)])
 
 
 class Backend(ABC):
@@ -75,3 +76,11 @@ class Backend(ABC):
         """Rows that fit the workspace bound, at least one."""
         limit = self.default_workspace_bytes(head, device) if max_workspace_bytes is None else max_workspace_bytes
         return max(1, limit // self.bytes_per_row(head))
+
+
+def chunks(start: int, stop: int, capacity: int) -> Iterator[slice]:
+    """As few slices of at most ``capacity`` as possible, nearly equal: a last one of few rows would waste a product."""
+    if start < stop:
+        count = -(-(stop - start) // capacity)
+        size = -(-(stop - start) // count)
+        yield from (slice(i, min(i + size, stop)) for i in range(start, stop, size))

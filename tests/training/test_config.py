@@ -57,7 +57,7 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--beta", "much"], '"beta".*much'),
         (["--max_steps", "2.5"], '"max_steps".*2.5'),
         (["--truncation", "cut"], '"truncation".*prompt_left'),
-        (["--beta", "-1"], "beta=-1.0: must be"),
+        (["--beta", "-1"], "beta must be positive, got -1.0"),
         (["--max_steps", "0"], "max_steps=0: must be at least 1"),
         (["--learning_rate", "nan"], "learning_rate.*nan"),
         (["--warmup", "100"], "warmup=100.0: is a share"),
