@@ -220,3 +220,14 @@ def test_a_copied_objective_is_itself(duplicate):
     )
     assert loss(other) == pytest.approx(-3.5 * loss(MINE).item())
     assert duplicate(ik.DPO(beta=0.2)) == ik.DPO(beta=0.2)
+
+
+@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, False, False]])
+def test_operators_keep_their_promises_to_torch(needs):
+    """Schema, fake shapes and autograd registration, by torch's own checks."""
+    leaves = [t.clone().requires_grad_(n) for t, n in zip((RAGGED.hidden, RAGGED.weight, RAGGED.bias), needs)]
+    pair = (*leaves, needs, RAGGED.labels, RAGGED.marginal_labels, None, None, RAGGED.ref_logps, None, 4, "dpo")
+    options = (None, 1.0, -100, True, 0.5, "mean", None, "torch", False, torch.float64)
+    torch.library.opcheck(torch.ops.inspo_kernels.pair_loss.default, (*pair, *options))
+    tokens = (*leaves, needs, RAGGED.labels, None, 1.0, -100, "torch", torch.float64)
+    torch.library.opcheck(torch.ops.inspo_kernels.linear_logps.default, tokens)
