@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help install test demo lint benchmark clean
 
 help:
-	@echo "make demo        fit, sample, fine-tune and compare a tiny model (about 3 minutes, no GPU)"
+	@echo "make demo        fit, sample, fine-tune and compare a tiny model (1 to 3 minutes, no GPU)"
 	@echo "make test        run the tests"
 	@echo "make lint        ruff and mypy"
 	@echo "make benchmark   measure the loss on this machine and regenerate the README's tables"
