@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
 
 .PHONY: help install test demo lint benchmark clean
 
@@ -12,18 +11,19 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make benchmark   measure the loss on this machine and regenerate the README's tables"
 
-install: $(INSTALLED)
+install: $(VENV)/.installed-test
 
-$(INSTALLED): setup.py pyproject.toml constraints.txt
+# The demo needs less than the tests: no Triton, no linters.
+$(VENV)/.installed-%: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	@touch $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@
 
 test: install
 	$(BIN)/python -m pytest
 
-demo: install
+demo: $(VENV)/.installed-training
 	$(BIN)/python -m training.demo
 
 lint: install

@@ -11,6 +11,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "inspo_kernels" / "__init__
 training = [
     "accelerate>=1.10",
     "datasets>=4.0",
+    "filelock>=3.12",
     "jsonargparse>=4.40",
     "matplotlib>=3.9",
     "pyyaml>=6",

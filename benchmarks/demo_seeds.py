@@ -14,7 +14,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="result file; seeds it already has are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="[0 to 9]")
     parser.add_argument("--quick", action="store_true", help="the demo's quick sizes")
+    parser.add_argument("--draft_share", type=float, help="share of the base's rows with a draft before the answer")
     options = parser.parse_args()
     logging.disable_progress_bar()
 
-    make = Settings.quick if options.quick else Settings
+    def make(seed: int = 0) -> Settings:
+        settings = Settings.quick(seed) if options.quick else Settings(seed)
+        return settings if options.draft_share is None else replace(settings, draft_share=options.draft_share)
+
     torch.set_num_threads(make().threads)  # the demo's own number: the one that the result file names
     settings = json.loads(json.dumps({k: v for k, v in asdict(make()).items() if k != "seed"}))
     command = shlex.join(["python", "-m", "benchmarks.demo_seeds", *sys.argv[1:]])

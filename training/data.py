@@ -50,9 +50,10 @@ def read_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{source}:{number}: not a line of JSON ({error}); one JSON object per line") from None
+                record = json.loads(line.strip())
+            except ValueError as error:  # not JSON, or not UTF-8
+                where = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+                raise InputError(f"{source}:{number}: not a line of JSON ({where}); one JSON object per line") from None
             if not isinstance(record, dict):
                 raise InputError(f"{source}:{number}: must be a JSON object with prompt, chosen and rejected")
             yield f"{source}:{number}", record

@@ -82,7 +82,7 @@ def proportion_interval(correct: Tensor, groups: Tensor) -> list[float]:
     scale = 1 + Z95**2 / size
     middle = (p + Z95**2 / (2 * size)) / scale
     half = Z95 / scale * math.sqrt(p * (1 - p) / size + Z95**2 / (4 * size**2))
-    return [middle - half, middle + half]
+    return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
 def _variance_of_mean(values: Tensor, groups: Tensor) -> float:

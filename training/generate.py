@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy [0]")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
     options = vars(parser.parse_args(arguments))
+    if options["temperature"] < 0 or options["max_new_tokens"] < 1:
+        parser.error("--temperature must be at least 0, and --max_new_tokens at least 1")
     logging.disable_progress_bar()  # a bar for reading the weights would stand before the answer
     try:
         model, tokenizer = load_model(TrainConfig(model=options.pop("model")))

@@ -7,17 +7,24 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .config import InputError, TrainConfig
 
+# Options that a resumed run may change: they decide what is shown and kept, not what is computed.
+MAY_CHANGE = {"output_dir", "resume", "log_every", "eval_every", "save_every", "eval_data", "reference_cache"}
+
 
 def prepare_folder(folder: Path | None, config: TrainConfig) -> Path | None:
-    """Refuses a folder that another run would be lost in, writes config.yaml; returns the checkpoint to resume from."""
+    """Refuses a folder that another run would be lost in; returns the checkpoint to resume from.
+
+    A checkpoint goes on only with the settings it was made with, those of ``MAY_CHANGE`` apart.
+    """
     if folder is None:
         return None
     if (folder / "final").exists():
@@ -36,9 +43,36 @@ def prepare_folder(folder: Path | None, config: TrainConfig) -> Path | None:
         )
     else:
         resume_from = None
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
+    if resume_from is not None:
+        then, now = json.loads((resume_from / "state.json").read_text())["config"], asdict(config)
+        changed = [name for name in now if name not in MAY_CHANGE and now[name] != then.get(name)]
+        if changed:
+            differences = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in changed)
+            raise InputError(
+                f"{resume_from} belongs to a run with other settings ({differences}); resume with the old ones, or "
+                "start a new run in another output_dir"
+            )
     return resume_from
+
+
+@contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """One run at a time in ``folder``. The lock ends with the process, however that ends."""
+    if folder is None:
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file; choose a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"output_dir {folder}: another run is writing there; choose another one") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -113,6 +147,18 @@ def training_line(row: dict[str, Any], total_steps: int) -> str:
         f"step {row['step']:>5}/{total_steps} | loss {row['loss']:.4f} | margin {row['rewards/margins']:+.3f} "
         f"acc {row['rewards/accuracies']:.2f}{alone} | grad {row['grad_norm']:.2f} | lr {row['learning_rate']:.1e} "
         f"| {row['tokens_per_second']:.0f} tok/s"
+    )
+
+
+def marginal_warning(row: dict[str, Any]) -> str | None:
+    """Where training goes one way and what inference uses the other way."""
+    conditioned, alone = row["rewards/margins"], row.get("marginal/rewards/margins", 0.0)
+    if not alone < 0.0 < conditioned:
+        return None
+    return (
+        f"WARNING: given the other response the margin is {conditioned:+.3f}, but from the prompt alone, which\n"
+        f"inference uses, it is {alone:+.3f}: there the model prefers the rejected responses. Set marginal_weight\n"
+        "(0.1 to 1), lower learning_rate, or fit the base to prompt + draft + answer sequences first."
     )
 
 

@@ -1,6 +1,6 @@
 """Fine-tunes a causal language model on preference pairs: ``python -m training.train --config FILE.yaml``.
 
-Read ``train`` from top to bottom: it is the whole of training, and ``train_step`` inside it the whole of a step.
+Read ``_train`` from top to bottom: it is the whole of training, and ``train_step`` inside it the whole of a step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,17 @@ from .config import InputError, TrainConfig, help_text, parse_config
 from .data import Pair, check_pairs, load_pairs, select_pairs
 from .evaluation import evaluate, starting_report
 from .model import check_architecture, load_model, padding_id
-from .output import RunLog, Window, evaluation_line, plot_curves, prepare_folder, training_line, whole_folder
+from .output import (
+    RunLog,
+    Window,
+    evaluation_line,
+    locked,
+    marginal_warning,
+    plot_curves,
+    prepare_folder,
+    training_line,
+    whole_folder,
+)
 from .scoring import Batcher, PairModel, Scores, reference_logps, score
 
 TokenPairs = Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]
@@ -67,9 +77,24 @@ def train(
     Raises InputError for what the user can mend, NonFiniteError where training diverged.
     """
     folder = Path(config.output_dir) if config.output_dir else None
+    with locked(folder):
+        return _train(config, folder, pairs, eval_pairs, model, tokenizer, pad_token_id, quiet)
+
+
+def _train(
+    config: TrainConfig,
+    folder: Path | None,
+    pairs: TokenPairs | None,
+    eval_pairs: TokenPairs | None,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    pad_token_id: int,
+    quiet: bool,
+) -> TrainResult:
     resume_from = prepare_folder(folder, config)
     log = RunLog(folder, quiet)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    # Apple's GPUs have no float64, which sums and objectives need.
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes were launched, but training.train runs in one")
     objective = config.make_objective()
@@ -132,7 +157,7 @@ def train(
     # The reference is the model as loaded: its log-probs are settled before a checkpoint replaces the weights.
     reference, held_out_reference = reference_of(train_pairs), reference_of(held_out)
 
-    start, tokens, window = 0, 0, Window()
+    start, tokens, window, warning = 0, 0, Window(), None
     if resume_from is None:
         starting_report(scores_of(train_pairs[:STARTING_SAMPLE], "start"), reference, config, log.say)
     else:
@@ -140,6 +165,8 @@ def train(
         state = json.loads((resume_from / "state.json").read_text())
         start, tokens, window = state["step"], state["tokens"], Window(**state["window"])
         log.say(f"resumed from {resume_from} after step {start}")
+    if folder:
+        (folder / "config.yaml").write_text(config.to_yaml())
     log.start(start)
 
     def evaluate_now(step: int) -> None:
@@ -210,13 +237,17 @@ def train(
                 "tokens_per_second": window.tokens / window.seconds,
             })  # fmt: skip
             log.say(training_line(log.rows[-1], total_steps))
+            warning, warned = marginal_warning(log.rows[-1]), warning is not None
+            if warning and (not warned or step == total_steps):
+                log.say(warning)
             window = Window()
         if (config.eval_every and step % config.eval_every == 0) or step == total_steps:
             evaluate_now(step)
         if config.save_every and step % config.save_every == 0:
             with whole_folder(folder / f"checkpoint-{step}") as to:
                 accelerator.save_state(str(to))
-                (to / "state.json").write_text(json.dumps({"step": step, "tokens": tokens, "window": asdict(window)}))
+                state = {"step": step, "tokens": tokens, "window": asdict(window), "config": asdict(config)}
+                (to / "state.json").write_text(json.dumps(state))
     bar.close()
 
     model = accelerator.unwrap_model(module).model

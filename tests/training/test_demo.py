@@ -196,11 +196,11 @@ def test_fine_tunes_differ_in_the_method_alone(tmp_path: Path) -> None:
 def test_comparison_counts_prompts_and_pairs_them_with_the_base() -> None:
     world = World(letters=4, lengths=(3,), unseen_per_kind=2, seed=0)
     right = [world.right_answer(prompt) for prompt in world.unseen]
-    base = [[right[0], "a"], ["", "abcdabcd" + CUT], ["a", "a"], ["a", "a"]]
+    base = [[right[0], "a"], ["", "abcdabcd" + CUT], ["a", "a"], ["a<unk>", "a"]]
     better = [[right[0], right[0]], [right[1], "a"], ["a", right[2]], ["a", "a"]]
     alone = compare(world, base, None)
     assert alone["accuracy"] == 1 / 8 and "gain" not in alone
-    assert alone["mean_length"] == (3 + 1 + 0 + 8 + 4) / 8
+    assert alone["mean_length"] == (3 + 1 + 0 + 8 + 5) / 8  # <unk> is one token
     result = compare(world, better, base)
     assert result["accuracy"] == 4 / 8 and result["gain"] == pytest.approx(3 / 8)
     # gains of the four prompts: 1/2, 1/2, 1/2, 0

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from helpers import PAIRS, TINY, metrics, options, tiny_model, token_pairs, writ
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.config import InputError, TrainConfig, parse_config
-from training.output import prepare_folder
+from training.output import locked, marginal_warning, prepare_folder
 from training.train import NonFiniteError, batch_indices, learning_rate, main, train
 
 OBJECTIVES = ("dpo", "one_sided", "ipo", "simpo", "rdpo", "orpo", "hinge")
@@ -160,6 +161,46 @@ def test_resume_takes_a_named_checkpoint_and_auto_starts_where_there_is_none(tmp
     assert same(one, other)
 
 
+def test_a_resumed_run_must_have_the_same_settings(tmp_path, capsys):
+    """Another seed builds another base, whose reference log-probs would silently be used for the old weights."""
+    out = tmp_path / "out"
+    main(options(out, "--save_every", "1"))
+    shutil.rmtree(out / "final")
+    before = (out / "config.yaml").read_text()
+    changed = ["--seed", "7", "--objective", "hinge", "--log_every", "2", "--resume", "auto"]
+    with pytest.raises(SystemExit, match="2"):
+        main(options(out, "--save_every", "1", *changed))
+    error = capsys.readouterr().err
+    assert "objective was 'dpo', is 'hinge'; seed was 0, is 7" in error and "log_every" not in error
+    assert (out / "config.yaml").read_text() == before
+    main(options(out, "--save_every", "1", "--log_every", "2", "--resume", "auto"))
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path, capsys):
+    with locked(tmp_path / "out"), pytest.raises(SystemExit, match="2"):
+        main(options(tmp_path / "out"))
+    assert "another run is writing there" in capsys.readouterr().err
+    main(options(tmp_path / "out"))
+
+
+def test_a_failed_start_leaves_the_folder_as_it_was(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", str(tmp_path / "nowhere"), "--train_data", str(PAIRS), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "config.yaml").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        main(options(tmp_path / "file"))
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_a_margin_that_turns_around_without_the_alternative_is_warned_of():
+    row = {"rewards/margins": 1.0, "marginal/rewards/margins": -0.5}
+    assert "from the prompt alone" in marginal_warning(row)
+    assert marginal_warning(row | {"marginal/rewards/margins": 0.5}) is None
+    assert marginal_warning(row | {"rewards/margins": -1.0}) is None
+    assert marginal_warning({"rewards/margins": 1.0}) is None  # a plain run
+
+
 def test_a_run_can_be_taken_back_to_an_earlier_checkpoint_of_its_own(tmp_path):
     out = tmp_path / "out"
     main(options(out, "--save_every", "1", "--log_every", "1"))
@@ -188,10 +229,12 @@ def test_output_folders_of_other_runs_are_refused(tmp_path, capsys):
 
 
 def test_newest_checkpoint_is_the_one_with_the_highest_number(tmp_path):
-    for step in (2, 10, 9):
+    config = TrainConfig(output_dir=str(tmp_path), resume="auto")
+    for step in (9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "state.json").write_text(json.dumps({"config": asdict(config)}))
     (tmp_path / "checkpoint-11.partial").mkdir()
-    assert prepare_folder(tmp_path, TrainConfig(output_dir=str(tmp_path), resume="auto")).name == "checkpoint-10"
+    assert prepare_folder(tmp_path, config).name == "checkpoint-10"
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_pair():

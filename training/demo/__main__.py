@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{examples(results)}\n\n{assumption(results)}\n")
     print(f"picture: {options.output_dir / PICTURE}    numbers: {options.output_dir / RESULTS}")
     model, prompt = options.output_dir / "inspo" / "final", results["examples"][0]["prompt"]
-    print(f'ask it:  python -m training.generate --model {model} --prompt "{prompt}"')
+    command = [sys.executable, "-m", "training.generate", "--model", str(model), "--prompt", str(prompt)]
+    print(f"ask it:  {shlex.join(command)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for how, title in (("greedy", "greedy"), ("sampled", f"sampled, {results['settings']['samples']} a prompt")):
         ends = "95% interval"
-        lines.append(f"{title:<22}{'right':>6}  {ends:<16}{'gain over base':>15}  {ends:<18}{'letters':>8}")
+        lines.append(f"{title:<22}{'right':>6}  {ends:<16}{'gain over base':>15}  {ends:<18}{'tokens':>8}")
         for name, row in ((name, models[how]) for name, models in results["models"].items()):
             gain = f"{row['gain']:>+15.3f}  {_interval(row['gain_ci'], '+'):<18}" if "gain" in row else " " * 35
             accuracy = f"{row['accuracy']:>6.3f}  {_interval(row['accuracy_ci']):<16}"

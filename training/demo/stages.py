@@ -290,7 +290,7 @@ def answer_unseen(
 
 
 def compare(world: World, answers: list[list[str]], base: list[list[str]] | None) -> dict[str, Any]:
-    """Accuracy on the unseen prompts, its 95% interval, mean answer length, and the gain over ``base`` (paired).
+    """Accuracy on the unseen prompts, its 95% interval, mean length in tokens, and the paired gain over ``base``.
 
     A prompt is one observation in all intervals, however many answers it has.
     """
@@ -301,7 +301,9 @@ def compare(world: World, answers: list[list[str]], base: list[list[str]] | None
 
     right = judge(answers)
     groups = torch.arange(len(right))
-    lengths = [len(answer.removesuffix(CUT)) for texts in answers for answer in texts]
+    # Tokens, not characters: a model may answer with tokens that are spelled with many letters, such as <unk>.
+    flat = [answer.removesuffix(CUT) for texts in answers for answer in texts]
+    lengths = [len(ids) for ids in world.tokenizer()(flat, add_special_tokens=False)["input_ids"]]
     result: dict[str, Any] = {
         "accuracy": right.mean().item(),
         "accuracy_ci": proportion_interval(right.flatten(), groups.repeat_interleave(right.shape[1])),
