@@ -285,7 +285,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 2 on bad input and 1 where training diverged."""
+    """The command line; exits with 2 on bad input, 1 where training diverged, 130 on Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(help_text())
@@ -299,6 +299,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; what --save_every kept goes on with --resume auto", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def padded_vocab(vocab: int) -> int:
 
 
 def row_pass(arch: str, vocab: int, accumulate_dtype: torch.dtype, softcap: float | None) -> RowPass:
+    """For ``kernels.row_pass``, by vocabulary and the dtype of the logits."""
     if arch == "interpreter":
         return RowPass(block=256, num_warps=1)
     # 256 threads (AMD's warps have 64 lanes) handle 16 float32 columns each per step: four 16-byte loads in flight, 64
@@ -77,6 +78,7 @@ def row_pass(arch: str, vocab: int, accumulate_dtype: torch.dtype, softcap: floa
 
 
 def bias_gradient(arch: str) -> BiasGradient:
+    """For ``kernels.bias_gradient``, whatever the shape."""
     if arch == "interpreter":
         return BiasGradient(block_rows=4, block_cols=64, num_warps=1)
     # 32 lanes of 8 bfloat16 cover a row of the tile, four rows per thread: V=128256 gives 501 programs, about four per
@@ -85,6 +87,7 @@ def bias_gradient(arch: str) -> BiasGradient:
 
 
 def linear_logps(arch: str, compute_dtype: torch.dtype) -> LinearLogps:
+    """For ``kernels.linear_logps``, by the dtype of its operands."""
     if arch == "interpreter":
         return LinearLogps(block_rows=16, block_vocab=32, block_hidden=16, num_warps=1, num_stages=1)
     if compute_dtype == torch.float32:

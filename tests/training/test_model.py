@@ -45,6 +45,15 @@ def test_an_architecture_whose_head_is_unknown_is_named_with_what_to_do():
         check_architecture(model)
 
 
+def test_truncated_weights_are_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="could not be loaded"):
+        load_model(TrainConfig(model=str(tmp_path)))
+
+
 def test_half_precision_weights_are_trained_in_float32(tmp_path):
     tiny_model().bfloat16().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
