@@ -158,7 +158,7 @@ class InSPOOutput:
         """From the differentiable ``loss``, detached ``losses`` and the (kinds, B) tables of sums and lengths."""
         marginal_chosen = marginal_rejected = None
         with torch.no_grad():
-            s = terms.sums(logps, lengths.to(logps.dtype))
+            s = terms.sums(logps.clone(), lengths.to(logps.dtype))  # rewards, too, may be the user's code
             chosen, rejected = terms.objective.rewards(s)
             if len(logps) == 4:
                 unscored = (lengths[2:] == 0).any(0)
