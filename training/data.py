@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .chat import Messages, TextEncoder
 from .config import InputError, TrainConfig
-
-Messages = list[dict[str, Any]]
 
 
 class Pair(NamedTuple):
@@ -27,22 +26,23 @@ class Pair(NamedTuple):
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
-def load_pairs(source: str, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+def load_pairs(source: str, tokenizer: PreTrainedTokenizerBase, *, messages_only: bool = False) -> list[Pair]:
     """Reads and tokenises ``source``: a local JSONL file, or ``NAME[:SPLIT]`` of a dataset that ``datasets`` loads.
 
     Records hold ``prompt``, ``chosen`` and ``rejected`` as strings or as lists of messages ``{"role", "content"}``.
     Without ``prompt``, it is what ``chosen`` and ``rejected`` have in common at their beginning. An empty response
-    gives an empty list of ids. Raises InputError, naming file and line, for anything that is not such a record.
+    gives an empty list of ids. Raises InputError, naming file and line, for anything that is not such a record, and
+    with ``messages_only`` for strings.
     """
-    return [tokenize_record(record, tokenizer, origin) for origin, record in read_records(source)]
+    encoder = TextEncoder(tokenizer)
+    return [tokenize_record(record, encoder, origin, messages_only) for origin, record in read_records(source)]
 
 
 def read_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (origin, record); origin is "FILE:LINE" for a local file."""
+    check_source(source)
     path = Path(source)
     if not path.is_file():
-        if path.suffix in (".jsonl", ".json"):
-            raise InputError(f"{source}: no such file (working directory: {Path.cwd()})")
         yield from _read_dataset(source)
         return
     with path.open("rb") as lines:
@@ -57,6 +57,12 @@ def read_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(record, dict):
                 raise InputError(f"{source}:{number}: must be a JSON object with prompt, chosen and rejected")
             yield f"{source}:{number}", record
+
+
+def check_source(source: str) -> None:
+    """Raises InputError for a local file that is not there; costs nothing, so that it can be asked first."""
+    if Path(source).suffix in (".jsonl", ".json") and not Path(source).is_file():
+        raise InputError(f"{source}: no such file (working directory: {Path.cwd()})")
 
 
 def _read_dataset(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -74,29 +80,40 @@ def _read_dataset(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{source} row {row}", record
 
 
-def tokenize_record(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, origin: str) -> Pair:
-    """Prompt and responses are tokenised apart, so that the prompt's ids are the same in front of either response."""
+def tokenize_record(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_only: bool = False) -> Pair:
+    """Prompt and responses are tokenised so that the prompt's ids are the same in front of either response."""
     prompt, chosen, rejected = (_field(record, name, origin) for name in ("prompt", "chosen", "rejected"))
     if type(chosen) is not type(rejected):
         raise InputError(f"{origin}: 'chosen' and 'rejected' must both be strings or both be lists of messages")
-    if isinstance(chosen, str):
-        if isinstance(prompt, list):
-            raise InputError(f"{origin}: 'prompt' is a list of messages, so 'chosen' and 'rejected' must be, too")
-        if prompt is None:
-            prompt, chosen, rejected = _split_strings(chosen, rejected, origin)
-        responses = (_encode_response(text, tokenizer, set()) for text in (chosen, rejected))
-        return Pair(encode_prompt(prompt, tokenizer), *responses, origin)
-
-    if not isinstance(prompt, list):
-        shared = _shared(chosen[:-1], rejected[:-1])
-        if not shared and prompt is None:
-            raise InputError(f"{origin}: no 'prompt', and 'chosen' and 'rejected' do not begin with the same messages")
-        # A string beside whole conversations repeats what they begin with; otherwise it is the user's message.
-        prompt = chosen[:shared] or [{"role": "user", "content": prompt}]
-        chosen, rejected = chosen[shared:], rejected[shared:]
-    opening, *responses = _render(prompt, chosen, rejected, tokenizer, origin)
-    ends = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return Pair(encode_prompt(opening, tokenizer), *(_encode_response(r, tokenizer, ends) for r in responses), origin)
+    chat = not isinstance(chosen, str)
+    if chat:
+        if not isinstance(prompt, list):
+            shared = _shared(chosen[:-1], rejected[:-1])
+            if not shared and prompt is None:
+                raise InputError(
+                    f"{origin}: no 'prompt', and 'chosen' and 'rejected' do not begin with the same messages"
+                )
+            # A string beside whole conversations repeats what they begin with; otherwise it is the user's message.
+            prompt = chosen[:shared] or [{"role": "user", "content": prompt}]
+            chosen, rejected = chosen[shared:], rejected[shared:]
+        prompt, (chosen, rejected) = encoder.render_pair(prompt, [chosen, rejected], origin)
+    elif isinstance(prompt, list):
+        raise InputError(f"{origin}: 'prompt' is a list of messages, so 'chosen' and 'rejected' must be, too")
+    elif messages_only:
+        raise InputError(f"{origin}: holds strings; alternative=chat needs messages. Use those, or alternative=plain")
+    elif prompt is None:
+        prompt, chosen, rejected = _split_strings(chosen, rejected, origin)
+    responses = (encoder.response(text, prompt, chat=chat) for text in (chosen, rejected))
+    pair = Pair(encoder.prompt(prompt) if prompt.strip() else [], *responses, origin)
+    # Where BOS is EOS, too, it may stand anywhere.
+    if (bos := encoder.tokenizer.bos_token_id) is not None and bos != encoder.tokenizer.eos_token_id:
+        for name, ids in (("prompt", pair.prompt[1:2]), ("chosen", pair.chosen[:1]), ("rejected", pair.rejected[:1])):
+            if ids == [bos]:
+                raise InputError(
+                    f"{origin}: a second {encoder.tokenizer.bos_token!r} stands at the beginning of {name!r}; take it "
+                    "out of the text, or out of the chat template"
+                )
+    return pair
 
 
 def _field(record: dict[str, Any], name: str, origin: str) -> str | Messages | None:
@@ -131,51 +148,16 @@ def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _render(
-    prompt: Messages, chosen: Messages, rejected: Messages, tokenizer: PreTrainedTokenizerBase, origin: str
-) -> list[str]:
-    """Prompt text, and each response as what the chat template adds to it; "" for a response without content."""
-    if not tokenizer.chat_template:
-        raise InputError(f"{origin}: holds messages, but the tokenizer has no chat template; use strings")
-    opening = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    texts = [opening]
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
-        whole = tokenizer.apply_chat_template(prompt + response, tokenize=False)
-        if not whole.startswith(opening):
-            raise InputError(
-                f"{origin}: with the {name!r} messages the chat template changes the text of the prompt; "
-                "use a template that only appends"
-            )
-        empty = not any(message["content"].strip() for message in response)
-        # What a template puts after its end-of-turn token belongs to the next turn.
-        texts.append("" if empty else whole[len(opening) :].rstrip("\n"))
-    return texts
-
-
-def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of ``text`` with exactly one BOS in front, if the tokenizer uses one (a chat template may have put it)."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
-        ids = [bos, *ids]
-    return ids
-
-
-def _encode_response(text: str, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> list[int]:
-    if not text.strip():
-        return []
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids if ids[-1] in {tokenizer.eos_token_id, *ends} else [*ids, tokenizer.eos_token_id]
-
-
 def select_pairs(
     pairs: Iterable[Sequence[Any]], name: str, config: TrainConfig, *, vocab_size: int, bos_token_id: int | None,
-    log: Callable[[str], None],
+    log: Callable[[str], None], separator_length: int = 0,
 ) -> list[Pair]:  # fmt: skip
     """The pairs that can be trained on; says how many were left out or cut, why, and where the first ones are.
 
-    ``name`` is what messages call the collection. Raises InputError where ``config.truncation`` or
-    ``config.invalid_pairs`` is "error", for a token id outside the vocabulary, and if nothing is left.
+    ``name`` is what messages call the collection. ``config.max_length`` bounds a pair's tokens together with the
+    ``separator_length`` tokens between its responses. A prompt that is cut keeps its BOS and its end. Raises InputError
+    where ``config.truncation`` or ``config.invalid_pairs`` is "error", for a token id outside the vocabulary, and if
+    nothing is left.
     """
     kept: list[Pair] = []
     reasons: dict[str, list[str]] = {
@@ -191,7 +173,7 @@ def select_pairs(
             reasons["empty response"].append(pair.origin)
         elif pair.chosen == pair.rejected:
             reasons["identical responses"].append(pair.origin)
-        elif (excess := pair.tokens - config.max_length) > 0:
+        elif (excess := pair.tokens + separator_length - config.max_length) > 0:
             head = 1 if pair.prompt[0] == bos_token_id else 0
             if config.truncation == "prompt_left" and excess < len(pair.prompt) - head:
                 reasons["truncated"].append(pair.origin)
@@ -208,8 +190,9 @@ def select_pairs(
 
     if config.truncation == "error" and reasons["too long"]:
         raise InputError(
-            f"{named(['too long'])}: more than max_length={config.max_length} tokens of prompt, chosen and rejected; "
-            "raise max_length, or set truncation to prompt_left or drop"
+            f"{named(['too long'])}: more than max_length={config.max_length} tokens of prompt, chosen and rejected"
+            + (f" (and {separator_length} between them)" if separator_length else "")
+            + "; raise max_length, or set truncation to prompt_left or drop"
         )
     invalid = named(["empty prompt", "empty response", "identical responses"])
     if config.invalid_pairs == "error" and invalid:
@@ -224,16 +207,18 @@ def select_pairs(
 
 
 def check_pairs(
-    pairs: list[Pair], held_out: list[Pair], model: PreTrainedModel, config: TrainConfig, log: Callable[[str], None]
-) -> None:
+    pairs: list[Pair], held_out: list[Pair], model: PreTrainedModel, config: TrainConfig, log: Callable[[str], None],
+    separator_length: int = 0,
+) -> None:  # fmt: skip
     """Raises InputError where model or options do not fit the pairs; says how many held-out prompts are trained on."""
     if config.eval_every and not held_out:
         raise InputError("eval_every needs eval_data")
     longest = max([*pairs, *held_out], key=lambda pair: pair.tokens)
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and longest.tokens > positions:
+    tokens = longest.tokens + separator_length
+    if positions and tokens > positions:
         raise InputError(
-            f"{longest.origin}: prompt, chosen and rejected have {longest.tokens} tokens, but the model {positions} "
+            f"{longest.origin}: prompt, chosen and rejected have {tokens} tokens, but the model {positions} "
             f"positions; set max_length={positions} and truncation to prompt_left or drop, or use another model"
         )
     known = {tuple(pair.prompt) for pair in pairs}

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .chat import TextEncoder
 from .config import InputError, TrainConfig
-from .data import encode_prompt
 from .model import load_model, padding_id
 
 
@@ -34,7 +34,7 @@ def generate(
             raise InputError("--chat: the tokenizer has no chat template")
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = torch.tensor([encode_prompt(prompt, tokenizer)], device=model.device)
+    ids = torch.tensor([TextEncoder(tokenizer).prompt(prompt)], device=model.device)
     if not ids.numel():
         raise InputError("--prompt is empty, and the tokenizer has no BOS token to begin with")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

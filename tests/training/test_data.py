@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers import PAIRS, write_jsonl
+from helpers import PAIRS, tiny_model, write_jsonl
 from tokenizers import processors
 
+from training.chat import TextEncoder
 from training.config import InputError, TrainConfig
-from training.data import Pair, encode_prompt, load_pairs, select_pairs
+from training.data import Pair, check_pairs, load_pairs, select_pairs
 from training.model import byte_tokenizer
 
 BOS, EOS = 1, 2
@@ -41,10 +42,29 @@ def test_strings_get_one_bos_and_a_scored_eos_each(tmp_path):
 
 
 def test_bos_is_neither_doubled_nor_invented():
-    assert encode_prompt("<bos>Hi", TOKENIZER) == encode_prompt("Hi", TOKENIZER)
+    encode = TextEncoder(TOKENIZER).prompt
+    assert encode("<bos>Hi") == encode("Hi")
     without = byte_tokenizer()
     without.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    assert BOS not in encode_prompt("Hi", without)
+    assert BOS not in TextEncoder(without).prompt("Hi")
+
+
+@pytest.mark.parametrize(("name", "record"), [
+    ("prompt", {"prompt": "<bos><bos>Hi", "chosen": "a", "rejected": "b"}),
+    ("chosen", {"prompt": "Hi", "chosen": "<bos>a", "rejected": "b"}),
+    ("rejected", {"prompt": [USER], "chosen": says("a"), "rejected": says("b")}),
+])  # fmt: skip
+def test_a_second_bos_is_an_error(tmp_path, name, record):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'].replace('b', '<bos>b') }}\n{% endfor %}"
+    with pytest.raises(InputError, match=rf"d.jsonl:1: a second '<bos>' stands at the beginning of '{name}'"):
+        load_one(tmp_path, record, tokenizer)
+
+
+def test_only_messages_can_be_asked_for(tmp_path):
+    file = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(InputError, match=r"d\.jsonl:1: holds strings; alternative=chat needs messages"):
+        load_pairs(file, TOKENIZER, messages_only=True)
 
 
 def test_text_outside_ascii_survives():
@@ -137,7 +157,7 @@ def test_messages_without_a_template_and_a_template_that_rewrites_the_prompt_are
     record = {"prompt": [USER], "chosen": says("A"), "rejected": says("B")}
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(InputError, match="changes the text of the prompt"):
+    with pytest.raises(InputError, match="writes the prompt in another way"):
         load_one(tmp_path, record, tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
@@ -152,16 +172,18 @@ def test_unusable_pairs_are_dropped_counted_and_named(tmp_path):
         {"prompt": "a", "chosen": "same", "rejected": "same"},
         {"prompt": [USER], "chosen": says("b"), "rejected": says("")},
         {"prompt": "a" * 50, "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "<eos>", "rejected": "c"},
+        {"prompt": " ", "chosen": "b", "rejected": "c"},
     ]
     file = write_jsonl(tmp_path / "d.jsonl", records)
     pairs = load_pairs(file, TOKENIZER)
     said = []
     assert select(pairs, said, max_length=40, truncation="drop") == pairs[:1]
     assert said == [
-        f"train_data: 6 pairs read, 1 kept; dropped: 3 empty response ({file}:2, {file}:3, {file}:5), "
-        f"1 identical responses ({file}:4), 1 too long ({file}:6)"
+        f"train_data: 8 pairs read, 1 kept; dropped: 1 empty prompt ({file}:8), "
+        f"4 empty response ({file}:2, {file}:3, {file}:5, ...), 1 identical responses ({file}:4), 1 too long ({file}:6)"
     ]
-    with pytest.raises(InputError, match=r"3 empty response .*d.jsonl:2.* 1 identical responses .*d.jsonl:4"):
+    with pytest.raises(InputError, match=r"4 empty response .*d.jsonl:2.* 1 identical responses .*d.jsonl:4"):
         select(pairs, truncation="drop", max_length=40, invalid_pairs="error")
     with pytest.raises(InputError, match=r"1 too long .*d.jsonl:6.*max_length=40.*truncation"):
         select(pairs, max_length=40, truncation="error")
@@ -177,6 +199,18 @@ def test_prompts_are_cut_on_the_left_behind_their_bos():
     assert [p.prompt for p in kept] == [[BOS, 5], [BOS, 9]]
     assert kept[1].chosen == long.chosen and kept[1].rejected == long.rejected
     assert said == ["train_data: 3 pairs read, 2 kept; dropped: 1 too long (x:3); 1 truncated (x:2)"]
+
+
+def test_what_stands_between_the_responses_counts_towards_the_length():
+    pair, said = Pair([BOS, 5, 8], [6, EOS], [7, EOS], "x:1"), []
+    options = {"vocab_size": 300, "bos_token_id": BOS, "log": said.append, "separator_length": 3}
+    assert select_pairs([pair], "d", TrainConfig(max_length=10), **options) == [pair]
+    (cut,) = select_pairs([pair], "d", TrainConfig(max_length=9, truncation="prompt_left"), **options)
+    assert cut.prompt == [BOS, 8]
+    with pytest.raises(InputError, match=r"x:1.*max_length=9 tokens of prompt, chosen and rejected \(and 3 between"):
+        select_pairs([pair], "d", TrainConfig(max_length=9), **options)
+    with pytest.raises(InputError, match="have 10 tokens, but the model 9 positions"):
+        check_pairs([pair], [], tiny_model(max_position_embeddings=9), TrainConfig(), said.append, separator_length=3)
 
 
 def test_token_ids_outside_the_vocabulary_are_an_error():

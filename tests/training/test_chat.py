@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2 import TemplateError
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from training.chat import TextEncoder, set_template_kwargs
+from training.config import InputError
+from training.model import byte_tokenizer
+
+CORPUS = [
+    "Why is the sky blue? Because the air scatters blue light. The first answer, the second answer; better answer.\n\n",
+    "[INST] user assistant model system Give a better answer. [/INST] You are helpful. I think, therefore 12345.\n",
+] * 3  # fmt: skip
+USER = {"role": "user", "content": "Why is the sky blue?"}
+CHOSEN, REJECTED = "Because the air scatters blue light.", "Why not?"
+
+# What the templates of known model families do, written down anew: only what matters to where turns begin and end.
+HEADERS = (
+    "{% for m in messages %}<|head|>{{ m['role'] }}</head>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant</head>\n\n{% endif %}"
+)
+LLAMA_3 = "{{ bos_token }}" + HEADERS
+LLAMA_2 = (  # a BOS in front of every exchange
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token + ' ' }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<|head|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<|eot|>\n{% endfor %}{% if add_generation_prompt %}<|head|>model\n{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|head|>system\nYou are helpful.<|eot|>\n{% endif %}"
+    "{% for m in messages %}<|head|>{{ m['role'] }}\n{{ m['content'] }}<|eot|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant\n{% endif %}"
+)
+# Thoughts are kept in the last answer (an empty block if there are none) and taken out of earlier ones.
+THINKING = (
+    "{% set last = namespace(user=0) %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|head|>{{ m['role'] }}\n"
+    "{% set text = m['content'].split('</think>')[-1].lstrip('\n') %}"
+    "{% if m['role'] == 'assistant' and loop.index0 > last.user %}"
+    "{% set thought = m['content'].split('</think>')[0].split('<think>')[-1] if '</think>' in m['content'] else '' %}"
+    "<think>\n{{ thought.strip('\n') }}\n</think>\n\n{% endif %}{{ text }}<|eot|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# EOS stands at the end of the conversation alone, behind the last end of turn.
+EOS_AT_THE_END = HEADERS.replace("{% endif %}", "{% else %}{{ '\n' + eos_token }}{% endif %}")
+NO_END_TOKEN = (
+    "{{ bos_token }}{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)
+TEMPLATES = {name.lower(): text for name, text in list(globals().items()) if name.isupper() and isinstance(text, str)}
+del TEMPLATES["chosen"], TEMPLATES["rejected"], TEMPLATES["headers"]
+
+
+def byte_level(template=None, **special):
+    """As Llama 3, Qwen, GPT: merges of bytes within words, digits and runs of white space."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<s>", "</s>", "<|head|>", "<|eot|>"],
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return _wrapped(tokenizer, template, **special)
+
+
+def sentence_piece(template=None, **special):
+    """As Llama 2, Mistral 7B: a space is put in front of every stretch of text between special tokens."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")  # pieces are learned within words
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False, special_tokens=["<unk>"])
+    )
+    tokenizer.pre_tokenizer = None
+    learned = json.loads(tokenizer.to_str())["model"]
+    vocabulary = {token: i for i, token in enumerate([*learned["vocab"], *(f"<0x{i:02X}>" for i in range(256))])}
+    merges = [tuple(merge) for merge in learned["merges"]]
+    tokenizer.model = models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|head|>", "<|eot|>"])
+    return _wrapped(tokenizer, template, **special)
+
+
+def _wrapped(tokenizer, template, **special):
+    bos = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=template, clean_up_tokenization_spaces=False,
+        **{"bos_token": "<s>", "eos_token": "</s>", **special},
+    )  # fmt: skip
+
+
+def says(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def tokenise(tokenizer, prompt=(USER,), responses=(CHOSEN, REJECTED)):
+    """(prompt ids, [response ids])"""
+    encoder = TextEncoder(tokenizer)
+    opening, texts = encoder.render_pair(list(prompt), [says(text) for text in responses], "d:1")
+    return encoder.prompt(opening), [encoder.response(text, opening, chat=True) for text in texts]
+
+
+def _glyphs(text):
+    """Without the spaces, which sentence pieces put around special tokens, and without the first BOS."""
+    return text.replace(" ", "").removeprefix("<s>")
+
+
+BUILDERS = pytest.mark.parametrize("build", [byte_level, sentence_piece])
+
+
+@BUILDERS
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_pair_reads_as_the_template_writes_it_and_ends_once(name, build):
+    tokenizer = build(TEMPLATES[name])
+    prompt, responses = tokenise(tokenizer)
+    end = "</s>" if name in ("llama_2", "mistral", "no_end_token") else "<|eot|>"
+    for ids, text in zip(responses, (CHOSEN, REJECTED)):
+        whole = tokenizer.apply_chat_template([USER, *says(text)], tokenize=False)
+        expected = whole[: whole.index(text) + len(text)]
+        written = tokenizer.decode([*prompt, *ids])
+        assert _glyphs(written).startswith(_glyphs(expected))
+        assert written.endswith(end) and ids.count(tokenizer.convert_tokens_to_ids(end)) == 1
+        assert written.rstrip()[len(tokenizer.decode(prompt)) :].count(end) == 1
+        # The very ids that the whole conversation has: no space and no token is added where the response begins.
+        conversation = tokenizer(expected, add_special_tokens=False)["input_ids"]
+        if conversation[0] != tokenizer.bos_token_id:
+            conversation = [tokenizer.bos_token_id, *conversation]
+        assert [*prompt, *ids][: len(conversation)] == conversation
+    assert prompt[0] == tokenizer.bos_token_id and prompt[1] != tokenizer.bos_token_id
+
+
+@BUILDERS
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "thinking"])
+def test_a_second_answer_follows_the_first_as_in_the_templates_own_conversation(name, build):
+    tokenizer = build(TEMPLATES[name])
+    prompt, (chosen, rejected) = tokenise(tokenizer)
+    ask = {"role": "user", "content": "Give a better answer."}
+    row = [*prompt, *rejected, *TextEncoder(tokenizer).separator(ask["content"]), *chosen]
+    conversation = tokenizer.apply_chat_template(
+        [USER, *says(REJECTED), ask], tokenize=False, add_generation_prompt=True
+    )
+    expected = tokenizer(conversation, add_special_tokens=False)["input_ids"]
+    row = row[row[0] != expected[0] :]  # a template without a BOS: the prompt has one all the same
+    if name == "no_end_token":  # the template has none, so each answer ends with EOS
+        row.remove(tokenizer.eos_token_id)
+        assert _glyphs(tokenizer.decode(row)).startswith(_glyphs(tokenizer.decode(expected)))
+    else:
+        assert row[: len(expected)] == expected
+
+
+def test_a_thinking_template_keeps_its_block_in_both_answers_or_in_the_opening_of_both():
+    separator = "\n<|head|>user\nBetter?<|eot|>\n<|head|>assistant\n"
+    tokenizer = byte_level(THINKING)
+    prompt, (chosen, _) = tokenise(tokenizer)
+    assert tokenizer.decode(prompt).endswith("<|head|>assistant\n")
+    assert tokenizer.decode(chosen) == f"<think>\n\n</think>\n\n{CHOSEN}<|eot|>"
+    assert tokenizer.decode(TextEncoder(tokenizer).separator("Better?")) == separator
+
+    set_template_kwargs(tokenizer, {"enable_thinking": False})
+    prompt, (chosen, _) = tokenise(tokenizer)
+    assert tokenizer.decode(prompt).endswith("<|head|>assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.decode(chosen) == f"{CHOSEN}<|eot|>"
+    assert tokenizer.decode(TextEncoder(tokenizer).separator("Better?")) == separator + "<think>\n\n</think>\n\n"
+
+
+def test_thoughts_in_the_data_are_scored_in_the_answer_and_leave_the_history_as_the_template_has_it():
+    tokenizer = byte_level(THINKING)
+    thought = "<think>\nI think.\n</think>\n\n" + CHOSEN
+    prompt, (chosen,) = tokenise(tokenizer, [USER, *says(thought), USER], [thought])
+    assert "I think" not in tokenizer.decode(prompt) and CHOSEN in tokenizer.decode(prompt)
+    assert tokenizer.decode(chosen) == thought + "<|eot|>"
+
+
+def test_a_template_that_opens_with_a_thought_and_drops_it_is_refused_with_what_changes():
+    drops = HEADERS.replace("assistant</head>\n\n{% endif %}", "assistant</head>\n\n<think>\n{% endif %}")
+    with pytest.raises(InputError, match=r"d:1: .*'<think>\\n' becomes 'Because.*chat_template_kwargs"):
+        tokenise(byte_level(drops))
+
+
+def test_a_template_that_refuses_a_role_is_named_with_its_reason():
+    with pytest.raises(InputError, match=r"d:1: .*roles: system, user.*System role not supported"):
+        tokenise(byte_level(GEMMA), [{"role": "system", "content": "Be kind."}, USER])
+    with pytest.raises(InputError, match=r"roles: user, user.*roles must alternate"):
+        tokenise(byte_level(MISTRAL), [USER, USER])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "alternative=chat: the tokenizer has no chat template"),
+        (GEMMA.replace("{% for m in", "{{ messages | length }}{% for m in").replace("<|head|>model\n{% endif", "{{ messages | length }}{% endif"), "depends on the conversation"),  # noqa: E501
+        ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|eot|>{% endif %}{% endfor %}", "leaves out alternative_instruction"),  # noqa: E501
+        ("{% for m in messages %}{{ m['content'] }}{{ '<|eot|>' if loop.last }}{% endfor %}", "but not in front of another turn"),  # noqa: E501
+        ("{% for m in messages %}{{ m['role'] }}<|eot|>{% endfor %}", "leaves out what an assistant says"),
+        ("{{ raise_exception('never') }}", "cannot render these messages.*never"),
+    ],
+)  # fmt: skip
+def test_a_template_that_cannot_present_an_alternative_says_why(template, message):
+    with pytest.raises(InputError, match=message):
+        TextEncoder(byte_level(template)).separator("Better?")
+
+
+def test_an_empty_instruction_is_refused():
+    with pytest.raises(InputError, match="alternative_instruction is empty"):
+        TextEncoder(byte_tokenizer()).separator(" ")
+
+
+@BUILDERS
+@pytest.mark.parametrize(
+    ("prompt", "response"), [("Why is the sk", "y blue?"), ("The first ", "answer."), ("12", "345")]
+)
+def test_nothing_is_merged_across_the_joint_and_no_space_is_added_there(prompt, response, build):
+    tokenizer = build()
+    encoder = TextEncoder(tokenizer)
+    ids = encoder.response(response, prompt, chat=False)
+    assert tokenizer.decode([*encoder.prompt(prompt), *ids], skip_special_tokens=True) == prompt + response
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+
+
+TEXTS = st.text(st.sampled_from("ab 1\n.,é日▁?"), min_size=1, max_size=12)
+TOKENIZERS = {build.__name__: build() for build in (byte_level, sentence_piece)}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(prompt=TEXTS, response=TEXTS)
+def test_prompt_and_response_read_as_the_two_texts_whatever_stands_at_the_joint(name, prompt, response):
+    tokenizer = TOKENIZERS[name]
+    encoder = TextEncoder(tokenizer)
+    ids = encoder.response(response, prompt, chat=False)
+    if not response.strip():
+        assert ids == []
+        return
+    text = prompt + response
+    if name == "sentence_piece":
+        text = text.replace("▁", " ")  # its own sign for a space
+    assert tokenizer.decode([*encoder.prompt(prompt), *ids], skip_special_tokens=True) == text
+
+
+def test_pad_equal_to_eos_changes_nothing():
+    assert tokenise(byte_level(LLAMA_3, pad_token="</s>")) == tokenise(byte_level(LLAMA_3))
+
+
+def test_a_tokenizer_without_bos_gets_none():
+    tokenizer = byte_level(DEFAULT_SYSTEM)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    prompt, _ = tokenise(tokenizer)
+    assert tokenizer.bos_token_id not in prompt
+    assert tokenizer.decode(prompt).startswith("<|head|>system\nYou are helpful.<|eot|>")
+
+
+def test_fixed_template_switches_are_saved_with_the_tokenizer(tmp_path):
+    tokenizer = byte_level(THINKING)
+    for _ in range(2):
+        set_template_kwargs(tokenizer, {"enable_thinking": False})
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = again.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<think>\n\n</think>\n\n")
+    assert tokenizer.chat_template.count("set enable_thinking") == 1
+
+
+def test_template_switches_keep_their_values_and_types():
+    tokenizer = byte_level("{{ a }}|{{ b is true }}|{{ c is none }}|{{ n + 1 }}")
+    set_template_kwargs(tokenizer, {"a": 'it\'s "%}" \n', "b": True, "c": None, "n": 2})
+    assert tokenizer.apply_chat_template([USER], tokenize=False) == 'it\'s "%}" \n|True|True|3'
+    with pytest.raises(InputError, match=r"d=\[1\] is not a name with"):
+        set_template_kwargs(tokenizer, {"d": [1]})
+    with pytest.raises(InputError, match="no chat template"):
+        set_template_kwargs(byte_level(), {"a": 1})
+
+
+def test_templates_here_fail_as_real_ones_do():
+    with pytest.raises(TemplateError):
+        byte_level(MISTRAL).apply_chat_template([USER, USER], tokenize=False)
