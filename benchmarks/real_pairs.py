@@ -99,7 +99,7 @@ def main() -> None:
 
     common = TrainConfig(
         model=MODEL, max_length=options.max_length, truncation="drop", max_steps=options.steps,
-        per_device_batch_size=8, learning_rate=options.learning_rate, seed=options.seed,
+        batch_size=8, learning_rate=options.learning_rate, seed=options.seed,
     )  # fmt: skip
     base, tokenizer = load_model(common)
     said: list[str] = []

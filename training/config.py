@@ -63,8 +63,8 @@ class TrainConfig:
 
     num_epochs: Annotated[int, "passes over train_data", Section("Optimisation")] = 1
     max_steps: Annotated[int | None, "optimizer steps; overrides num_epochs"] = None
-    per_device_batch_size: Annotated[int, "pairs in one forward pass"] = 4
-    gradient_accumulation_steps: Annotated[int, "forward passes in one step"] = 1
+    batch_size: Annotated[int, "pairs in one optimizer step, over all processes"] = 32
+    max_batch_tokens: Annotated[int, "most tokens, padding included, in one forward pass of one process"] = 16384
     learning_rate: Annotated[float, "peak learning rate of AdamW"] = 5e-7
     lr_scheduler: Annotated[
         Literal["cosine", "linear", "constant"], "cosine|linear|constant: shape after the warm-up"
@@ -72,9 +72,11 @@ class TrainConfig:
     warmup: Annotated[float, "steps of linear warm-up, as a share of all steps"] = 0.1
     weight_decay: Annotated[float, "decoupled weight decay"] = 0.0
     max_grad_norm: Annotated[float, "gradients are clipped to this norm"] = 1.0
-    mixed_precision: Annotated[Literal["no", "bf16"], "no|bf16: autocast; parameters keep the dtype they load in"] = (
-        "no"
-    )
+    param_dtype: Annotated[
+        Literal["float32", "bfloat16"], "float32|bfloat16: parameters, gradients and AdamW's state"
+    ] = "float32"
+    mixed_precision: Annotated[Literal["no", "bf16"], "no|bf16: products in bfloat16, whatever param_dtype"] = "no"
+    gradient_checkpointing: Annotated[bool, "keep one activation a layer, compute the others again"] = False
     seed: Annotated[int, "of the order of the pairs and of a model built here"] = 0
 
     log_every: Annotated[int, "steps between logged lines", Section("Run")] = 10
@@ -85,8 +87,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises InputError for values that no run could use; types are checked where the options are read."""
-        least = {"max_length": 3, "num_epochs": 1, "max_steps": 1, "per_device_batch_size": 1,
-                 "gradient_accumulation_steps": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "seed": 0,
+        least = {"max_length": 3, "num_epochs": 1, "max_steps": 1, "batch_size": 1,
+                 "max_batch_tokens": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "seed": 0,
                  "learning_rate": 0, "weight_decay": 0, "marginal_weight": 0, "warmup": 0}  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)

@@ -13,10 +13,9 @@ import inspo_kernels as ik
 
 from .config import InputError, TrainConfig
 from .data import Pair
-from .scoring import Scores
+from .scoring import Scores, correct
 
 Z95 = 1.959964
-TIE = 1e-4  # margins this small are rounding: before training all of them are 0 where there is a reference
 # Nats per token: below it, the model takes responses noticeably worse after the other one than right after the prompt.
 CONDITIONING_GAP_WARNING = -0.25
 
@@ -51,11 +50,11 @@ def evaluate(
     for layout, sums in (("conditioned", both), ("marginal", both.on_marginals())):
         chosen, rejected = objective.rewards(sums)
         margins = chosen - rejected
-        correct = ((margins > TIE).double() + (margins >= -TIE).double()) / 2
+        right = correct(margins)
         name = f"eval_{layout}/"
         metrics |= {name + "rewards/chosen": chosen.mean().item(), name + "rewards/rejected": rejected.mean().item()}
-        metrics[name + "rewards/accuracies"] = correct.mean().item()
-        metrics[name + "rewards/accuracies_ci"] = proportion_interval(correct, groups)
+        metrics[name + "rewards/accuracies"] = right.mean().item()
+        metrics[name + "rewards/accuracies_ci"] = proportion_interval(right, groups)
         metrics[name + "rewards/margins"] = margins.mean().item()
         metrics[name + "rewards/margins_ci"] = mean_interval(margins, groups)
         metrics[name + "logps/chosen"] = sums.chosen.mean().item()
@@ -71,13 +70,13 @@ def mean_interval(values: Tensor, groups: Tensor) -> list[float] | None:
     return [mean - half, mean + half]
 
 
-def proportion_interval(correct: Tensor, groups: Tensor) -> list[float]:
+def proportion_interval(right: Tensor, groups: Tensor) -> list[float]:
     """95% Wilson interval of a share; dependence within groups reduces the number of observations it counts."""
-    p, size = correct.mean().item(), float(len(correct))
+    p, size = right.mean().item(), float(len(right))
     count = len(groups.unique())
     if count < 2 or p in (0.0, 1.0):
         size = count  # nothing tells how much more than one observation a group is worth
-    elif (variance := _variance_of_mean(correct, groups)) > p * (1 - p) / size:
+    elif (variance := _variance_of_mean(right, groups)) > p * (1 - p) / size:
         size = p * (1 - p) / variance
     scale = 1 + Z95**2 / size
     middle = (p + Z95**2 / (2 * size)) / scale

@@ -29,15 +29,15 @@ _CHAT_TEMPLATE = (
 
 
 def load_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """``config.model`` in float32 with its tokenizer; a section of config fields builds a small random model.
+    """``config.model`` in ``config.param_dtype`` with its tokenizer.
 
-    The section may name a ``model_type`` (default llama); its tokenizer is byte-level.
+    A section of config fields builds a small random model. The section may name a ``model_type`` (default llama); its tokenizer is byte-level.
     """
     if isinstance(config.model, dict):
-        return _build_model(config.model, config.seed)
+        return _build_model(config.model, config.seed, getattr(torch, config.param_dtype))
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.param_dtype))
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"model {config.model!r}: could not be loaded as a local folder or from the hub ({str(error).strip()})"
@@ -45,7 +45,9 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model, tokenizer
 
 
-def _build_model(section: dict[str, Any], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _build_model(
+    section: dict[str, Any], seed: int, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     fields = dict(section)
     model_type = fields.pop("model_type", "llama")
     check_names([model_type], list(CONFIG_MAPPING), "model.model_type=")
@@ -56,7 +58,7 @@ def _build_model(section: dict[str, Any], seed: int) -> tuple[PreTrainedModel, P
         model_config = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **ids, **fields})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     except Exception as error:  # transformers checks the fields in many places, each with its own class of error
         raise InputError(f"model: {fields} does not make a {model_type} model ({error})") from None
     return model, tokenizer

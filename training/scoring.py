@@ -19,44 +19,101 @@ from transformers import PreTrainedModel
 
 import inspo_kernels as ik
 
+from .batching import MicroBatch, micro_batches
 from .config import InputError
 from .data import Pair
+from .engine import from_first_process, process_count, process_index, sum_over_processes, together
+
+TIE = 1e-4  # margins this small are rounding: before training all of them are 0 where there is a reference
 
 
 class PairModel(nn.Module):
     """A causal LM whose forward takes a batch of pairs and returns the loss summed over them, with all that is logged.
 
     Training engines wrap this module, not the model inside: the head's weight is read within the wrapped forward.
+    ``autocast`` runs that forward in bfloat16 autocast.
     """
 
-    def __init__(self, model: PreTrainedModel, objective: ik.Objective, marginal_weight: float = 0.0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, objective: ik.Objective, marginal_weight: float = 0.0, *, autocast: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss = ik.InSPOLoss(objective, marginal_weight=marginal_weight, reduction="sum")
         # Any objective without a reference would do: of its output only the sums are read.
         self.sums = ik.InSPOLoss(ik.SimPO(), reduction="sum")
+        self.autocast = autocast
 
     def forward(
         self, batch: dict[str, Any], ref_logps: Tensor | None = None, *, sums_only: bool = False
-    ) -> ik.InSPOOutput:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Plain tensors, which every engine looks into: (loss, metrics summed over the pairs).
+
+        With ``sums_only``: (table of summed log-probs and lengths as ``Scores`` has them, {}).
+        """
+        if ref_logps is not None and ref_logps.dtype != torch.float64:
+            raise TypeError(f"ref_logps came as {ref_logps.dtype}: the engine must not cast the inputs of PairModel")
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        hidden, head = ik.hidden_and_head(self.model, **inputs)
         scored = {name: batch[name] for name in ("labels", "marginal_labels")}
-        if sums_only:
-            return self.sums(hidden, **scored, **head)
-        return self.loss(hidden, **scored, ref_logps=ref_logps, **head)
+        with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.autocast):
+            hidden, head = ik.hidden_and_head(self.model, **inputs)
+            if not sums_only:
+                out = self.loss(hidden, **scored, ref_logps=ref_logps, **head)
+                return out.loss, {"loss": out.losses.double().sum(), **summed_metrics(out)}
+            out = self.sums(hidden, **scored, **head)
+        marginals = [] if out.marginal_logps is None else [out.marginal_logps.view(2, -1)]
+        return torch.cat([out.logps.view(2, -1), out.lengths.view(2, -1), *marginals]), {}
+
+
+def summed_metrics(out: ik.InSPOOutput) -> dict[str, Tensor]:
+    """Sums over the pairs, float64, under TRL's names; behind "marginal/" the same given the prompt alone."""
+    kinds = [("", out.chosen_rewards, out.rejected_rewards, out.logps)]
+    if out.marginal_logps is not None:
+        kinds.append(("marginal/", out.marginal_chosen_rewards, out.marginal_rejected_rewards, out.marginal_logps))
+    metrics = {}
+    for name, chosen, rejected, logps in kinds:
+        columns = {
+            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": correct(chosen - rejected),
+            "rewards/margins": chosen - rejected, "logps/chosen": logps.view(2, -1)[0],
+            "logps/rejected": logps.view(2, -1)[1],
+        }  # fmt: skip
+        metrics |= {name + key: column.double().sum() for key, column in columns.items()}
+    return metrics
+
+
+def correct(margins: Tensor) -> Tensor:
+    """1 where the chosen response has the higher reward, 0 where the rejected one has it, 1/2 for a tie; float64."""
+    return ((margins > TIE).double() + (margins >= -TIE).double()) / 2
 
 
 @dataclass(frozen=True)
 class Batcher:
-    """Pairs to the tensors ``PairModel`` takes. Labels stay on the CPU, where planning needs no synchronisation."""
+    """Pairs to the tensors ``PairModel`` takes; the one place that knows how sequences lie in them.
+
+    Labels stay on the CPU, where planning needs no synchronisation. ``max_tokens`` bounds a forward pass.
+    """
 
     pad_token_id: int
     device: torch.device
+    max_tokens: int
 
     def __call__(self, pairs: Sequence[Pair], *, conditioned: bool) -> dict[str, Any]:
         batch = ik.condition_pairs([p[:3] for p in pairs], pad_token_id=self.pad_token_id, conditioned=conditioned)
         return batch | {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask", "position_ids")}
+
+    def tokens(self, pair: Pair, *, conditioned: bool) -> int:
+        """Tokens that the model reads for a pair, without padding."""
+        return 2 * pair.tokens if conditioned else pair.tokens + len(pair.prompt)
+
+    def padded(self, pair: Pair, *, conditioned: bool) -> int:
+        """Tokens that a pair takes in a forward pass of which it is the largest."""
+        longest = max(len(pair.chosen), len(pair.rejected))
+        return 2 * (pair.tokens if conditioned else len(pair.prompt) + longest)
+
+    def plan(self, pairs: Sequence[Pair], *, conditioned: bool) -> list[MicroBatch]:
+        """The forward passes of this process, as many in each process."""
+        sizes = [self.padded(pair, conditioned=conditioned) for pair in pairs]
+        return micro_batches(sizes, self.max_tokens, process_count())[process_index()]
 
 
 @dataclass(frozen=True)
@@ -70,57 +127,66 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    module: nn.Module, pairs: Sequence[Pair], batcher: Batcher, *, conditioned: bool, batch_size: int,
-    progress: str | None,
-) -> Scores:  # fmt: skip
-    """Log-probs of all pairs; conditioned ones bring the marginals along. ``progress`` names the bar, None hides it."""
-    order = sorted(range(len(pairs)), key=lambda i: -pairs[i].tokens)  # similar lengths together: little padding
-    parts = []
-    for start in tqdm(range(0, len(pairs), batch_size), desc=progress, disable=progress is None or None, leave=False):
-        batch = batcher([pairs[i] for i in order[start : start + batch_size]], conditioned=conditioned)
-        out = module(batch, sums_only=True)
-        marginals = [] if out.marginal_logps is None else [out.marginal_logps.view(2, -1)]
-        parts.append(torch.cat([out.logps.view(2, -1), out.lengths.view(2, -1), *marginals]))
-    table = torch.cat(parts, 1).cpu()
-    table = torch.empty_like(table).index_copy_(1, torch.tensor(order), table)
+    module: nn.Module, pairs: Sequence[Pair], batcher: Batcher, *, conditioned: bool, progress: str | None
+) -> Scores:
+    """Log-probs of all pairs; conditioned ones bring the marginals along. ``progress`` names the bar, None hides it.
+
+    The processes share the work, and each returns all of it.
+    """
+    table = torch.zeros(6 if conditioned else 4, len(pairs), dtype=torch.float64, device=batcher.device)
+    plan = batcher.plan(pairs, conditioned=conditioned)
+    for part in tqdm(plan, desc=progress, disable=progress is None or None, leave=False):
+        rows, _ = module(batcher([pairs[i] for i in part.pairs], conditioned=conditioned), sums_only=True)
+        if part.weight:
+            table[:, part.pairs] = rows.double()
+    table = sum_over_processes(table).cpu()
     return Scores(table[:2], table[2:4], table[4:] if conditioned else None)
 
 
-def reference_logps(
-    module: nn.Module, model: PreTrainedModel, pairs: Sequence[Pair], batcher: Batcher, *, conditioned: bool,
-    mixed_precision: str, batch_size: int, cache: Path | None, progress: str | None, log: Callable[[str], None],
-) -> Tensor:  # fmt: skip
-    """(2, n) float64 log-probs of ``pairs`` under the model as it is now, from ``cache`` if they are there.
-
-    Call it before training or resuming. The file is keyed by the token ids, the weights, the model's configuration and
-    the precision of the computation, and by nothing else; a file that is damaged or lacks rows is computed anew.
-    """
+def weights_digest(model: PreTrainedModel) -> str:
+    """Of configuration and weights, before an engine takes the model."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{conditioned} {mixed_precision}".encode())
-    for pair in pairs:
-        digest.update(json.dumps(pair[:3]).encode())
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    key = digest.hexdigest()
-    file = cache / f"reference-{key}.safetensors" if cache else None
-    if file and file.exists():
-        logps = _read_cache(file, len(pairs))
-        if logps is not None:
-            log(f"reference log-probs: {len(pairs)} pairs read from {file}")
-            return logps
-        log(f"reference log-probs: {file} is damaged or lacks rows; computing them again")
-    logps = score(module, pairs, batcher, conditioned=conditioned, batch_size=batch_size, progress=progress).logps
+    return digest.hexdigest()
+
+
+def reference_logps(
+    module: nn.Module, weights: str, pairs: Sequence[Pair], batcher: Batcher, *, conditioned: bool,
+    mixed_precision: str, cache: Path | None, progress: str | None, log: Callable[[str], None],
+) -> Tensor:  # fmt: skip
+    """(2, n) float64 log-probs of ``pairs`` under the model as it is now, from ``cache`` if they are there.
+
+    Call it before training or resuming. The file is keyed by the token ids, ``weights`` (their digest) and the
+    precision of the computation, and by nothing else; a file that is damaged or lacks rows is computed anew. The first
+    process alone reads and writes it.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{conditioned} {mixed_precision} {weights}".encode())
+    for pair in pairs:
+        digest.update(json.dumps(pair[:3]).encode())
+    file = cache / f"reference-{digest.hexdigest()}.safetensors" if cache else None
+    cached = None
+    if file and process_index() == 0 and file.exists():
+        cached = _read_cache(file, len(pairs))
+        if cached is None:
+            log(f"reference log-probs: {file} is damaged or lacks rows; computing them again")
+    if (cached := from_first_process(cached)) is not None:
+        log(f"reference log-probs: {len(pairs)} pairs read from {file}")
+        return cached
+    logps = score(module, pairs, batcher, conditioned=conditioned, progress=progress).logps
     if not logps.isfinite().all():
         bad = [pairs[i].origin for i in (~logps.isfinite()).any(0).nonzero().flatten().tolist()]
         raise InputError(f"the model's own log-probs are not finite on {len(bad)} pairs ({', '.join(bad[:8])})")
-    if file:
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + f".{os.getpid()}.tmp")
-        save_file({"logps": logps.contiguous()}, partial)
-        partial.replace(file)
+    with together():
+        if file and process_index() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(file.name + f".{os.getpid()}.tmp")
+            save_file({"logps": logps.contiguous()}, partial)
+            partial.replace(file)
     log(f"reference log-probs: {len(pairs)} pairs computed" + (f", kept in {file}" if file else ""))
     return logps
 

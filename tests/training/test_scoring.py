@@ -8,22 +8,22 @@ from safetensors.torch import load_file, save_file
 import inspo_kernels as ik
 from training.config import InputError
 from training.data import Pair
-from training.scoring import Batcher, PairModel, reference_logps, score
+from training.scoring import Batcher, PairModel, reference_logps, score, weights_digest
 
-BATCHER = Batcher(pad_token_id=0, device=torch.device("cpu"))
+BATCHER = Batcher(pad_token_id=0, device=torch.device("cpu"), max_tokens=60)
 PAIRS = [Pair(*ids, f"pair {i}") for i, ids in enumerate(token_pairs(5))]
 
 
 def reference(model, cache, said, pairs=PAIRS):
     return reference_logps(
-        PairModel(model, ik.DPO()), model, pairs, BATCHER, conditioned=False, mixed_precision="no", batch_size=2,
+        PairModel(model, ik.DPO()), weights_digest(model), pairs, BATCHER, conditioned=False, mixed_precision="no",
         cache=cache, progress=None, log=said.append,
     )  # fmt: skip
 
 
 def test_scores_are_the_models_own_log_probs_in_the_order_of_the_pairs():
     model = tiny_model()
-    scores = score(PairModel(model, ik.DPO()), PAIRS, BATCHER, conditioned=True, batch_size=2, progress=None)
+    scores = score(PairModel(model, ik.DPO()), PAIRS, BATCHER, conditioned=True, progress=None)
     for i, (x, y_w, y_l, _) in enumerate(PAIRS):
         for row, (y, other) in enumerate(((y_w, y_l), (y_l, y_w))):
             for table, context in ((scores.logps, x + other), (scores.marginal_logps, x)):

@@ -260,8 +260,8 @@ def sample_pairs(
 def conditioning_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> dict[str, float]:
     """Mean of (log pi(y|x,other) - log pi(y|x)) / |y| over the pairs in ``file``, in nats per token."""
     pairs = load_pairs(str(file), tokenizer)
-    batcher = Batcher(tokenizer.pad_token_id, model.device)
-    scores = score(PairModel(model, ik.DPO()), pairs, batcher, conditioned=True, batch_size=64, progress=None)
+    batcher = Batcher(tokenizer.pad_token_id, model.device, TrainConfig.max_batch_tokens)
+    scores = score(PairModel(model, ik.DPO()), pairs, batcher, conditioned=True, progress=None)
     chosen, rejected = ((scores.logps - scores.marginal_logps) / scores.lengths).mean(1).tolist()
     return {"chosen": chosen, "rejected": rejected}
 
@@ -273,7 +273,7 @@ def fine_tune_config(name: str, settings: Settings, folder: Path) -> TrainConfig
         model=str(folder / "base" / "final"), train_data=str(folder / PAIRS), eval_data=str(folder / UNSEEN_PAIRS),
         output_dir=str(folder / name), reference_cache=str(folder), max_length=64,
         beta=settings.beta if options["objective"] == "dpo" else None, **options,
-        max_steps=settings.steps, per_device_batch_size=settings.step_pairs, learning_rate=settings.learning_rate,
+        max_steps=settings.steps, batch_size=settings.step_pairs, learning_rate=settings.learning_rate,
         lr_scheduler="linear", seed=settings.seed, log_every=max(1, settings.steps // 10),
         eval_every=max(1, settings.steps // 10),
     )  # fmt: skip
