@@ -31,7 +31,8 @@ _CHAT_TEMPLATE = (
 def load_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """``config.model`` in ``config.param_dtype`` with its tokenizer.
 
-    A section of config fields builds a small random model. The section may name a ``model_type`` (default llama); its tokenizer is byte-level.
+    A section of config fields builds a small random model. It may name a ``model_type`` (default llama); its tokenizer
+    is byte-level.
     """
     if isinstance(config.model, dict):
         return _build_model(config.model, config.seed, getattr(torch, config.param_dtype))
