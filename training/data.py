@@ -65,12 +65,6 @@ def check_source(source: str) -> None:
         raise InputError(f"{source}: no such file (working directory: {Path.cwd()})")
 
 
-def check_source(source: str) -> None:
-    """Raises InputError for a local file that is not there; costs nothing, so that it can be asked first."""
-    if Path(source).suffix in (".jsonl", ".json") and not Path(source).is_file():
-        raise InputError(f"{source}: no such file (working directory: {Path.cwd()})")
-
-
 def _read_dataset(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets  # slow to import, and local files do without
 
