@@ -1,0 +1,115 @@
+"""What a run is warned of while it trains: signs that the policy which inference uses, given the prompt alone, gets worse.
+
+Each function reads rows of ``metrics.jsonl`` and returns a warning, or None where there is nothing to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+FALL = -0.1  # nats per token that both responses lose
+PREFERENCE = 0.15  # share of pairs by which longer responses win more often than they are the chosen ones
+GROWTH, GROWTH_TOKENS = 1.5, 8  # answers longer by this factor, and by this many tokens
+REMEDY = "Lower learning_rate, or set marginal_weight (0.1 to 1)."
+
+
+class Watch:
+    """Says each warning once, and again only after it has cleared, or at the end of the run."""
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
+        self._standing: set[str] = set()
+
+    def __call__(self, warnings: dict[str, str | None], *, last: bool) -> None:
+        """``warnings`` by kind; ``last``: what stands at the end is said once more."""
+        for kind, text in warnings.items():
+            if text is None:
+                self._standing.discard(kind)
+            elif last or kind not in self._standing:
+                self._standing.add(kind)
+                self._log(f"WARNING: {text}")
+
+
+def training_warnings(row: dict[str, Any]) -> dict[str, str | None]:
+    """Of a training row."""
+    return {"opposite": opposite_margins(row), "falling": _falling(_fall_from_reference(row), "training pairs")}
+
+
+def evaluation_warnings(row: dict[str, Any], first: dict[str, Any]) -> dict[str, str | None]:
+    """Of an evaluation, compared with the one before step 1."""
+    return {
+        "falling, held-out": _falling(_fall_from_start(row, first), "held-out pairs"),
+        "longer preferred": longer_preferred(row, first),
+        "longer answers": longer_answers(row, first),
+    }
+
+
+def opposite_margins(row: dict[str, Any]) -> str | None:
+    """Where training goes one way and what inference uses the other way."""
+    conditioned, alone = row["rewards/margins"], row.get("marginal/rewards/margins", 0.0)
+    if not alone < 0.0 < conditioned:
+        return None
+    return (
+        f"given the other response the margin is {conditioned:+.3f}, but from the prompt alone, which\n"
+        f"inference uses, it is {alone:+.3f}: there the model prefers the rejected responses. {REMEDY}\n"
+        "Or fit the base to prompt + draft + answer sequences first."
+    )
+
+
+def _fall_from_reference(row: dict[str, Any]) -> tuple[float, float] | None:
+    """Change of the log-probs given the prompt alone since the reference, nats per token; None without a reference."""
+    if "ref_logps/chosen" not in row:
+        return None
+    alone = "marginal/" if "marginal/logps/chosen" in row else ""
+    chosen, rejected = (
+        (row[f"{alone}logps/{kind}"] - row[f"ref_logps/{kind}"]) / row[f"tokens/{kind}"]
+        for kind in ("chosen", "rejected")
+    )
+    return chosen, rejected
+
+
+def _fall_from_start(row: dict[str, Any], first: dict[str, Any]) -> tuple[float, float]:
+    chosen, rejected = (
+        row[f"eval_marginal/logps_per_token/{kind}"] - first[f"eval_marginal/logps_per_token/{kind}"]
+        for kind in ("chosen", "rejected")
+    )
+    return chosen, rejected
+
+
+def _falling(change: tuple[float, float] | None, where: str) -> str | None:
+    if change is None or not max(change) < FALL:
+        return None
+    return (
+        f"from the prompt alone, the log-probs of both responses fall together ({where}, nats per token\n"
+        f"since the start: chosen {change[0]:+.3f}, rejected {change[1]:+.3f}): probability goes to answers that are\n"
+        f"neither. {REMEDY}"
+    )
+
+
+def longer_preferred(row: dict[str, Any], first: dict[str, Any]) -> str | None:
+    """Whether longer responses win clearly more often than they are chosen, and than they did before training."""
+    name = "eval_marginal/longer_preferred"
+    if name not in row or row["step"] == first["step"]:
+        return None
+    expected = max(row["eval_longer_chosen"], first[name])
+    if row[name] < expected + PREFERENCE or row[f"{name}_ci"][0] < expected:
+        return None
+    return (
+        f"from the prompt alone, the model prefers the longer response in {row[name]:.0%} of the held-out\n"
+        f"pairs, but it is the chosen one in {row['eval_longer_chosen']:.0%} (before training preferred in "
+        f"{first[name]:.0%}): it may be\nlearning length. Objectives that account for it are simpo and rdpo."
+    )
+
+
+def longer_answers(row: dict[str, Any], first: dict[str, Any]) -> str | None:
+    name = "eval_samples/tokens"
+    if name not in row or name not in first:
+        return None
+    then, now = first[name], row[name]
+    if now < GROWTH * then or now < then + GROWTH_TOKENS:
+        return None
+    return (
+        f"sample answers grow: {now:.0f} tokens on average, {then:.0f} before training. Read them in\n"
+        f"samples.jsonl. {REMEDY}"
+    )
