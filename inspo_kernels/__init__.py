@@ -12,6 +12,7 @@ from .logps import linear_logps
 from .models import hidden_and_head
 from .objectives import DPO, IPO, ORPO, RDPO, Hinge, Objective, OneSided, PairSums, SimPO
 from .pair_loss import InSPOOutput
+from .tree import tree_attention_mask, tree_unsupported
 
 __version__ = "0.1.0"
 
@@ -32,4 +33,6 @@ __all__ = [
     "hidden_and_head",
     "linear_logps",
     "reference",
+    "tree_attention_mask",
+    "tree_unsupported",
 ]

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .arguments import integer, nearest
+from .tree import tree_batch
 
 IGNORE_INDEX = -100
 _FIELDS = ("prompt", "chosen response", "rejected response")
-_LAYOUTS = ("rows", "packed", "tree")
+_LAYOUTS = ("rows", "packed", "tree", "packed_tree")
 _TRUNCATIONS = ("error", "prompt_left", "drop")
 
 
@@ -47,7 +48,7 @@ def condition_pairs(
     truncation: str = "error",
     layout: str = "rows",
 ) -> dict[str, Any]:
-    """Build the batch of 2B sequences that scores B preference pairs.
+    """Build the batch that scores B preference pairs, as 2B sequences or as B trees.
 
     Sequence ``b`` scores the chosen response of pair ``b`` and sequence ``B + b`` the rejected one::
 
@@ -57,6 +58,9 @@ def condition_pairs(
     Labels are aligned with ``input_ids`` (they are not shifted), as ``fused_inspo_loss`` expects with ``shift=True``.
     Nothing is added to the ids: a beginning-of-sequence token belongs to the prompt, an end-of-sequence token to the
     end of each response. Padding is found by length, so a ``pad_token_id`` equal to the end-of-sequence id is safe.
+
+    The two sequences of a pair share the prompt. A tree holds it once, and the rest of sequence ``b`` and of sequence
+    ``B + b`` as two branches behind it, with the same log-probs: ``|x| + 2(|y_w| + |y_l| + |separator|)`` tokens.
 
     Args:
         pairs: ``(prompt_ids, chosen_ids, rejected_ids)`` per pair; each a non-empty list, tuple or 1-D integer tensor.
@@ -69,7 +73,8 @@ def condition_pairs(
         truncation: what happens to a pair above ``max_length``: ``"error"`` raises; ``"prompt_left"`` removes ids from
             the left of the prompt, keeping at least one, and raises if that is not enough; ``"drop"`` leaves the pair
             out. Responses are never cut.
-        layout: ``"rows"`` (padded) or ``"packed"`` (concatenated, no padding).
+        layout: ``"rows"`` (padded) or ``"packed"`` (concatenated, no padding); ``"tree"`` (a padded row for each pair)
+            or ``"packed_tree"`` (all trees in one row, for flex_attention, which skips what pairs cannot see).
 
     Returns:
         A dict of CPU tensors and two counts. With T the longest sequence and N the number of tokens:
@@ -91,15 +96,32 @@ def condition_pairs(
         for a packed batch transformers keeps sequences apart by the restarts of ``position_ids``, which it reads only
         when ``attention_mask`` is None and no key-value cache is made, so pass ``use_cache=False`` as well.
 
+        Trees come with the scored rows alone, the compact form of ``fused_inspo_loss``. With T the longest tree, N the
+        number of tokens and M the number of scored tokens, marginals included:
+
+        =================  ==============  ==============  ===========================================================
+        key                tree            packed_tree     meaning
+        =================  ==============  ==============  ===========================================================
+        input_ids          (B, T) int64    (1, N) int64    token ids: prompt, branch of y_w, branch of y_l
+        position_ids       (B, T) int64    (1, N) int64    0, 1, ... along prompt and branch; 0 on padding
+        tree_ends          (B, T) int64    (1, N) int64    token q sees token k if ``k <= q < tree_ends[k]``
+        rows               (M,) int64      (M,) int64      rows of ``hidden.flatten(0, 1)`` that predict a scored token
+        labels             (M,) int64      (M,) int64      the id that each of them predicts
+        segment_ids        (M,) int64      (M,) int64      what it belongs to, as ``fused_inspo_loss`` numbers it
+        num_pairs          int             int             B
+        dropped            list of int     list of int     as above
+        truncated          int             int             as above
+        =================  ==============  ==============  ===========================================================
+
+        The mask depends on the model: ``tree_attention_mask(batch, model)``. The prompt's last row predicts the first
+        token of both branches, so it comes twice in ``rows``.
+
     Raises:
         ValueError: the ids or options are unusable, a pair does not fit, or no pair is left; the message names the
             pair's position in ``pairs`` and what to change.
-        NotImplementedError: ``layout="tree"``.
     """
     _check_choice("truncation", truncation, _TRUNCATIONS)
     _check_choice("layout", layout, _LAYOUTS)
-    if layout == "tree":
-        raise NotImplementedError("layout='tree' does not exist yet; use layout='rows' or layout='packed'")
     pad_token_id = integer("pad_token_id", pad_token_id, minimum=0, hint="without one, use eos_token_id")
     separator = _ids(separator_ids, "separator_ids")
     if max_length is not None:
@@ -124,12 +146,16 @@ def condition_pairs(
         cause = f"all {len(dropped)} are longer than max_length={max_length}" if dropped else "pairs is empty"
         raise ValueError(f"no pair left to score: {cause}")
 
+    counts = {"dropped": dropped, "truncated": truncated}
+    if layout in ("tree", "packed_tree"):
+        packed = layout == "packed_tree"
+        return tree_batch(kept, separator, conditioned=conditioned, pad_token_id=pad_token_id, packed=packed) | counts
     sequences = [_sequence(x, y_w, y_l if conditioned else None, separator) for x, y_w, y_l in kept]
     sequences += [_sequence(x, y_l, y_w if conditioned else None, separator) for x, y_w, y_l in kept]
     batch = _rows(sequences, pad_token_id) if layout == "rows" else _packed(sequences)
     if not conditioned:
         batch["marginal_labels"] = None
-    return batch | {"dropped": dropped, "truncated": truncated}
+    return batch | counts
 
 
 def _sequence(prompt: Tensor, scored: Tensor, alternative: Tensor | None, separator: Tensor) -> _Sequence:

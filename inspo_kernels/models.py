@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
 
 
@@ -78,7 +79,7 @@ _HEAD_ARGUMENTS = frozenset({"labels", "logits_to_keep", "num_logits_to_keep", "
 def hidden_and_head(
     model: PreTrainedModel,
     input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | BlockMask | dict[str, Tensor | BlockMask] | None = None,
     position_ids: Tensor | None = None,
     **model_kwargs: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -95,7 +96,8 @@ def hidden_and_head(
         model: a transformers causal LM itself, not a wrapper around one. The table covers transformers' own classes;
             code loaded from elsewhere under a known ``model_type`` is taken to compute its logits in the same way.
         input_ids: (batch, T) int64, or (1, N) for packed sequences.
-        attention_mask: (batch, T), 1 on tokens; None for packed sequences or where nothing is padded.
+        attention_mask: (batch, T), 1 on tokens; None for packed sequences or where nothing is padded; for trees what
+            ``tree_attention_mask`` makes of the batch.
         position_ids: (batch, T) int64. With ``attention_mask=None`` its restarts separate packed sequences.
         model_kwargs: further arguments of the base model, e.g. ``inputs_embeds`` or ``token_type_ids``.
 

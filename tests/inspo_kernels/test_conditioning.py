@@ -218,7 +218,7 @@ def test_a_bad_pair_is_named_with_what_is_wrong(pair, message):
     [
         ({"truncation": "prompt_lef"}, "unknown truncation 'prompt_lef'; did you mean 'prompt_left'.*drop"),
         ({"layout": "row"}, "unknown layout 'row'.*did you mean 'rows'"),
-        ({"layout": None}, r"unknown layout None \(known: rows, packed, tree\)"),
+        ({"layout": None}, r"unknown layout None \(known: rows, packed, tree, packed_tree\)"),
         ({"max_length": 2}, "max_length must be an integer of at least 3, got 2"),
         ({"max_length": 4, "separator_ids": [7, 8]}, "max_length must be an integer of at least 5, got 4"),
         ({"max_length": 8.0}, "max_length must be an integer of at least 3, got 8.0"),
@@ -237,8 +237,3 @@ def test_a_bad_option_is_named_with_what_to_change(options, message):
 def test_no_pairs_at_all_is_an_error():
     with pytest.raises(ValueError, match="no pair left to score: pairs is empty"):
         condition_pairs([], pad_token_id=0)
-
-
-def test_the_tree_layout_says_which_layouts_exist():
-    with pytest.raises(NotImplementedError, match="use layout='rows' or layout='packed'"):
-        condition_pairs([GOOD], pad_token_id=0, layout="tree")

@@ -1,0 +1,274 @@
+"""A pair as a tree: the prompt once, and behind it one branch for each order of the two responses.
+
+    x ── y_l ── y_w     scores y_w given y_l (and y_l given the prompt alone)
+    └─── y_w ── y_l     scores y_l given y_w (and y_w given the prompt alone)
+
+Two separate sequences read 2|x| + 2(|y_w| + |y_l|) tokens, the tree |x| + 2(|y_w| + |y_l|). It gives the same hidden
+states wherever attention sees a token's own ancestors and nothing else, and positions count along each branch.
+
+One integer per token says who its descendants are. Within a row of tokens, written in the order prompt, first branch,
+second branch, the descendants of token k are the tokens k + 1 .. tree_ends[k] - 1: up to the end of the pair for a
+token of the prompt, up to the end of its branch for any other. So token q attends to token k if and only if
+``k <= q < tree_ends[k]``. A padding token k has ``tree_ends[k] = k + 1``: it sees itself (so that no softmax is empty)
+and nobody sees it. The pairs of a packed row cannot see each other, since each one's prompt ends with its pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Mask: TypeAlias = Tensor | BlockMask
+
+# Longest row of a dense mask. Its bytes grow with the square of the row, and no attention kernel skips what it hides:
+# long before this length flex_attention, or rows without a custom mask, are the faster choice.
+MAX_DENSE_TOKENS = 8192
+
+_BLOCK = 128  # queries and keys per block of a BlockMask: flex_attention's default
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+# config.model_type -> the masks that the architecture's layers take: "full" (one causal mask), "window" (one mask,
+# sliding where config.sliding_window is set) or "layer_types" (a mask for each of config.layer_types). An architecture
+# belongs here only if it hands a mask it is given to its attention as it is and takes positions from position_ids
+# alone; each entry has a tiny model in the tests, whose hidden states must be those of separate rows.
+_MASKS: dict[str, str] = {
+    "cohere": "full",
+    "cohere2": "layer_types",
+    "gemma": "full",
+    "gemma2": "layer_types",
+    "gemma3": "layer_types",
+    "gemma3_text": "layer_types",
+    "gpt2": "full",
+    "gpt_neox": "full",
+    "gptj": "full",
+    "granite": "full",
+    "granitemoe": "full",
+    "llama": "full",
+    "mistral": "window",
+    "mixtral": "window",
+    "olmo": "full",
+    "olmo2": "full",
+    "olmo3": "layer_types",
+    "opt": "full",
+    "phi": "full",
+    "phi3": "window",
+    "qwen2": "layer_types",
+    "qwen2_moe": "layer_types",
+    "qwen3": "layer_types",
+    "qwen3_moe": "window",
+    "smollm3": "layer_types",
+    "stablelm": "full",
+    "starcoder2": "window",
+}
+
+
+def tree_batch(
+    pairs: Iterable[tuple[Tensor, Tensor, Tensor]],
+    separator: Tensor,
+    *,
+    conditioned: bool,
+    pad_token_id: int,
+    packed: bool,
+) -> dict[str, Any]:
+    """The tree layouts of ``condition_pairs``, for pairs that are checked and fit: int64 ids on the CPU."""
+    trees = [_tree(*pair, separator, conditioned) for pair in pairs]
+    lengths = torch.tensor([len(tree["input_ids"]) for tree in trees], device="cpu")
+    columns = {name: [tree[name] for tree in trees] for name in ("input_ids", "position_ids", "tree_ends")}
+    if packed:
+        offsets = lengths.cumsum(0) - lengths  # of each pair among all tokens
+        columns["tree_ends"] = [ends + offset for ends, offset in zip(columns["tree_ends"], offsets)]
+        batch = {name: torch.cat(values)[None] for name, values in columns.items()}
+    else:
+        offsets = torch.arange(len(trees), device="cpu") * int(lengths.max())
+        fill = {"input_ids": pad_token_id}
+        batch = {
+            name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
+            for name, values in columns.items()
+        }
+        index = torch.arange(batch["input_ids"].shape[1], device="cpu")
+        batch["tree_ends"] = torch.where(index < lengths[:, None], batch["tree_ends"], index + 1)
+    return batch | {
+        "rows": torch.cat([tree["rows"] + offset for tree, offset in zip(trees, offsets)]),
+        "labels": torch.cat([tree["labels"] for tree in trees]),
+        "segment_ids": torch.cat([tree["kinds"] * len(trees) + pair for pair, tree in enumerate(trees)]),
+        "num_pairs": len(trees),
+    }
+
+
+def _tree(prompt: Tensor, chosen: Tensor, rejected: Tensor, separator: Tensor, conditioned: bool) -> dict[str, Tensor]:
+    """Tokens and scored rows of one pair; ``kinds`` as in ``pair_loss.KINDS``: 0, 1 and the marginals 2, 3."""
+    tokens, positions, ends = [prompt], [torch.arange(len(prompt), device="cpu")], []
+    rows, labels, kinds = [], [], []
+    start = len(prompt)
+    for kind, scored, alternative in ((0, chosen, rejected), (1, rejected, chosen)):
+        branch = torch.cat([alternative, separator, scored]) if conditioned else scored
+        end = start + len(branch)
+        tokens.append(branch)
+        positions.append(torch.arange(len(prompt), len(prompt) + len(branch), device="cpu"))
+        ends.append(torch.full((len(branch),), end, device="cpu"))
+        # What predicts each token of the branch: the one before it, which for the first is the prompt's last.
+        before = torch.arange(start - 1, end - 1, device="cpu")
+        before[0] = len(prompt) - 1
+        rows.append(before[-len(scored) :])
+        labels.append(scored)
+        kinds.append(torch.full((len(scored),), kind, device="cpu"))
+        if conditioned:
+            rows.append(before[: len(alternative)])
+            labels.append(alternative)
+            kinds.append(torch.full((len(alternative),), 3 - kind, device="cpu"))
+        start = end
+    return {
+        "input_ids": torch.cat(tokens),
+        "position_ids": torch.cat(positions),
+        "tree_ends": torch.cat([torch.full((len(prompt),), start, device="cpu"), *ends]),
+        "rows": torch.cat(rows),
+        "labels": torch.cat(labels),
+        "kinds": torch.cat(kinds),
+    }
+
+
+def tree_unsupported(model: PreTrainedModel) -> str | None:
+    """Why a transformers causal LM cannot read the tree layouts of ``condition_pairs``, and what to set instead.
+
+    None where it can: its architecture is known to attend by a mask that it is given, its attention implementation
+    takes one, and a token's hidden state follows from its ancestors alone.
+    """
+    rows = "or use layout='rows'"
+    config, model_type = model.config.get_text_config(), model.config.model_type
+    if getattr(model, "_is_stateful", False):
+        return f"{model_type!r} carries a state from token to token, which no mask can branch: use layout='rows'"
+    if model_type not in _MASKS:
+        return (
+            f"model_type {model_type!r} is not among the architectures known to take a mask of their user's making "
+            f"({', '.join(_MASKS)}): use layout='rows'"
+        )
+    if not type(model.base_model).__module__.startswith("transformers."):
+        return f"{type(model.base_model).__name__} is not transformers' own code for {model_type!r}: use layout='rows'"
+    if _MASKS[model_type] == "layer_types" and (unknown := set(config.layer_types) - {_FULL, _SLIDING}):
+        return f"no mask is known for layers of type {', '.join(sorted(unknown))}: use layout='rows'"
+    if changing := {name for name in _rope_types(config) if name in ("dynamic", "longrope")}:
+        return (
+            f"its rotary embedding ({', '.join(sorted(changing))}) depends on the longest sequence of the batch, "
+            "so a pair's log-probs would depend on which pairs share its batch in either layout: use layout='rows'"
+        )
+    if (attention := config._attn_implementation) not in ("eager", "sdpa", "flex_attention"):
+        return (
+            f"attention implementation {attention!r} takes no mask of its user's making: load the model with "
+            f"attn_implementation='sdpa', 'eager' or 'flex_attention', {rows}"
+        )
+    return None
+
+
+def tree_attention_mask(batch: Mapping[str, Any], model: PreTrainedModel) -> Mask | dict[str, Mask]:
+    """The ``attention_mask`` with which ``model`` reads a tree batch, to be passed on to ``hidden_and_head``.
+
+    The form follows from the model's attention implementation, and the mask lies on the device of
+    ``batch["tree_ends"]``. Nothing in it waits for the device. Where layers have a sliding window of w tokens, a token
+    sees the last w tokens of its own branch and prompt, exactly as in a row.
+
+    Args:
+        batch: what ``condition_pairs`` made with ``layout="tree"`` or ``"packed_tree"``; ``tree_ends`` and
+            ``position_ids`` (rows, T) are read.
+        model: the transformers causal LM itself.
+
+    Returns:
+        For ``"sdpa"`` a boolean (rows, 1, T, T), True where attended; for ``"eager"`` the same as numbers to be added
+        to the scores, in the model's dtype; for ``"flex_attention"`` a ``BlockMask``, which skips the empty blocks
+        between branches and pairs. For an architecture whose layers differ, a dict of them by layer type.
+
+    Raises:
+        ValueError: ``model`` cannot read trees (``tree_unsupported`` says why), or a row is too long for a dense mask
+            (``MAX_DENSE_TOKENS``).
+        KeyError: ``batch`` has another layout.
+    """
+    if reason := tree_unsupported(model):
+        raise ValueError(reason)
+    config = model.config.get_text_config()
+    ends, positions = batch["tree_ends"], batch["position_ids"]
+    attention = config._attn_implementation
+    if attention != "flex_attention" and ends.shape[1] > MAX_DENSE_TOKENS:
+        raise ValueError(
+            f"a row of {ends.shape[1]} tokens is too long for the dense mask of attn_implementation={attention!r} (at "
+            f"most {MAX_DENSE_TOKENS}): use layout='rows', lower max_length, or load the model with 'flex_attention'"
+        )
+
+    def mask(window: int | None) -> Mask:
+        if attention == "flex_attention":
+            return _block_mask(ends, positions, window)
+        allowed = _dense_mask(ends, positions, window)
+        if attention == "sdpa":
+            return allowed
+        return torch.zeros((), dtype=model.dtype, device=ends.device).where(allowed, torch.finfo(model.dtype).min)
+
+    kind = _MASKS[model.config.model_type]
+    if kind == "layer_types":
+        return {name: mask(config.sliding_window if name == _SLIDING else None) for name in set(config.layer_types)}
+    return mask(config.sliding_window if kind == "window" else None)
+
+
+def _dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """(rows, 1, T, T) bool: whether query q attends to key k."""
+    index = torch.arange(ends.shape[1], device=ends.device)
+    allowed = (index[:, None] >= index) & (index[:, None] < ends[:, None, :])
+    if window is not None:
+        allowed &= positions[:, :, None] - positions[:, None, :] < window
+    return allowed[:, None]
+
+
+def _block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMask:
+    """The same for flex_attention, from T * T / 128 numbers instead of T * T.
+
+    A key's descendants and itself are one interval of queries, so its share of a block of queries is the overlap of
+    two intervals; summed over a block of keys it says whether the pair of blocks is empty, full or neither.
+    """
+    rows, length = ends.shape
+    blocks = -(-length // _BLOCK)
+    index = torch.arange(length, device=ends.device)
+    first = torch.arange(blocks, device=ends.device)[:, None] * _BLOCK  # of each block of queries
+    overlap = torch.minimum(ends[:, None], first + _BLOCK) - torch.maximum(index, first)
+    allowed = _by_block(overlap.clamp(min=0), 0).sum(-1)  # (rows, blocks of queries, blocks of keys)
+    some, full = allowed > 0, allowed == _BLOCK * _BLOCK
+    if window is not None:
+        # Distances between two blocks lie within these bounds, so "some" may be too many and "full" too few blocks;
+        # in a block that is not full the kernel asks for each token.
+        low, high = _by_block(positions, 2**31 - 1).amin(-1), _by_block(positions, -1).amax(-1)
+        some &= low[:, :, None] - high[:, None, :] < window
+        full &= high[:, :, None] - low[:, None, :] < window
+        full &= some
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        allowed = (key <= query) & (query < ends[row, key])
+        return allowed if window is None else allowed & (positions[row, query] - positions[row, key] < window)
+
+    (part, part_indices), (whole, whole_indices) = _block_table(some & ~full), _block_table(full)
+    return BlockMask.from_kv_blocks(
+        part, part_indices, whole, whole_indices, BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=(length, length)
+    )
+
+
+def _by_block(values: Tensor, fill: int) -> Tensor:
+    """(..., T) to (..., blocks, 128), the last block filled up."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % _BLOCK), value=fill)
+    return padded.unflatten(-1, (-1, _BLOCK))
+
+
+def _block_table(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Per block of queries, how many blocks of keys are kept, and which: their numbers, ascending, come first."""
+    kept = kept[:, None].int()  # the same for every head
+    return kept.sum(-1, dtype=torch.int32), kept.argsort(dim=-1, descending=True, stable=True).int()
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Names of the rotary embeddings in a config: ``rope_parameters`` is one dict, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {str(part.get("rope_type", "default")) for part in (nested or [parameters])}
