@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,9 +19,10 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .config import InputError, TrainConfig
@@ -46,28 +48,33 @@ def process_index() -> int:
 
 def start_processes() -> Accelerator:
     """Joins the processes that a launcher started. Raises InputError for a launch that no engine here serves."""
-    if _flag("ACCELERATE_USE_DEEPSPEED"):
-        raise InputError(
-            "DeepSpeed is not supported; launch with an FSDP2 configuration (training/configs/accelerate/"
-            "fsdp2_8gpu.yaml), which shards parameters, gradients and optimizer state as ZeRO-3 does"
-        )
-    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
-        raise InputError(
-            f"accelerate's configuration has mixed_precision={precision}; set it to 'no' there, and choose "
-            "mixed_precision and param_dtype in the training configuration"
-        )
-    if _flag("ACCELERATE_USE_FSDP"):
-        for name, (value, remedy) in _FSDP_SETTINGS.items():
-            if (given := os.environ.get(name, value)).lower() != value:
-                raise InputError(f"accelerate's configuration has {name.lower()}={given}, not supported; {remedy}")
+    check_launch(os.environ)
     kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     # Apple's GPUs have no float64, which sums and objectives need. Autocast is PairModel's own.
     return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[kwargs])
 
 
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Raises InputError where what ``accelerate launch`` put into the environment would have no effect, or a wrong one."""
+    if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
+        raise InputError(
+            "DeepSpeed is not supported; launch with an FSDP2 configuration (training/configs/accelerate/"
+            "fsdp2_8gpu.yaml), which shards parameters, gradients and optimizer state as ZeRO-3 does"
+        )
+    if (precision := environment.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        raise InputError(
+            f"accelerate's configuration has mixed_precision={precision}; set it to 'no' there, and choose "
+            "mixed_precision and param_dtype in the training configuration"
+        )
+    if _is_true(environment, "ACCELERATE_USE_FSDP"):
+        for name, (value, remedy) in _FSDP_SETTINGS.items():
+            if (given := environment.get(name, value)).lower() != value:
+                raise InputError(f"accelerate's configuration has {name.lower()}={given}, not supported; {remedy}")
+
+
 def is_sharded() -> bool:
     """Whether this run's engine is FSDP2."""
-    return process_count() > 1 and _flag("ACCELERATE_USE_FSDP")
+    return process_count() > 1 and _is_true(os.environ, "ACCELERATE_USE_FSDP")
 
 
 def wrap(module: nn.Module, accelerator: Accelerator, config: TrainConfig) -> nn.Module:
@@ -89,7 +96,9 @@ def wrap(module: nn.Module, accelerator: Accelerator, config: TrainConfig) -> nn
     for layer in decoder_layers(module, "FSDP2"):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # The root, too, is sharded again after each forward: whole weights would outlive a checkpoint that is loaded.
-    return fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    register_fsdp_forward_method(module, "answer")
+    return module
 
 
 def decoder_layers(module: nn.Module, what: str) -> list[nn.Module]:
@@ -98,6 +107,28 @@ def decoder_layers(module: nn.Module, what: str) -> list[nn.Module]:
     if not layers:
         raise InputError(f"{what} needs a model whose layers are transformers' GradientCheckpointingLayer")
     return layers
+
+
+@contextmanager
+def checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Forwards of ``layers`` within the block keep their input alone, and are computed again in the backward pass.
+
+    transformers does so only in train mode, which would switch dropout on; here the layers' mode stays as it is. The
+    hooks of an engine stay outside: a sharded layer is gathered before it is computed again.
+    """
+    forwards = [layer.forward for layer in layers]
+    replaced = ["forward" in vars(layer) for layer in layers]  # by hooks that place a model on devices, say
+    for layer, forward in zip(layers, forwards):
+        # Nothing random is computed again, so there is no random state to keep.
+        layer.forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer, forward, own in zip(layers, forwards, replaced):
+            if own:
+                layer.forward = forward
+            else:
+                del layer.forward
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
@@ -170,5 +201,5 @@ def together() -> Iterator[None]:
         raise error
 
 
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "false").lower() == "true"
+def _is_true(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() == "true"

@@ -22,7 +22,15 @@ import inspo_kernels as ik
 from .batching import MicroBatch, micro_batches
 from .config import InputError
 from .data import Pair
-from .engine import from_first_process, process_count, process_index, sum_over_processes, together
+from .engine import (
+    checkpointed,
+    decoder_layers,
+    from_first_process,
+    process_count,
+    process_index,
+    sum_over_processes,
+    together,
+)
 
 TIE = 1e-4  # margins this small are rounding: before training all of them are 0 where there is a reference
 
@@ -31,18 +39,20 @@ class PairModel(nn.Module):
     """A causal LM whose forward takes a batch of pairs and returns the loss summed over them, with all that is logged.
 
     Training engines wrap this module, not the model inside: the head's weight is read within the wrapped forward.
-    ``autocast`` runs that forward in bfloat16 autocast.
+    ``autocast`` runs that forward in bfloat16 autocast; ``gradient_checkpointing`` keeps one activation a layer.
     """
 
     def __init__(
-        self, model: PreTrainedModel, objective: ik.Objective, marginal_weight: float = 0.0, *, autocast: bool = False
-    ) -> None:
+        self, model: PreTrainedModel, objective: ik.Objective, marginal_weight: float = 0.0, *,
+        autocast: bool = False, gradient_checkpointing: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.loss = ik.InSPOLoss(objective, marginal_weight=marginal_weight, reduction="sum")
         # Any objective without a reference would do: of its output only the sums are read.
         self.sums = ik.InSPOLoss(ik.SimPO(), reduction="sum")
         self.autocast = autocast
+        self.checkpointed = tuple(decoder_layers(model, "gradient_checkpointing")) if gradient_checkpointing else ()
 
     def forward(
         self, batch: dict[str, Any], ref_logps: Tensor | None = None, *, sums_only: bool = False
@@ -55,7 +65,8 @@ class PairModel(nn.Module):
             raise TypeError(f"ref_logps came as {ref_logps.dtype}: the engine must not cast the inputs of PairModel")
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
         scored = {name: batch[name] for name in ("labels", "marginal_labels")}
-        with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.autocast):
+        autocast = torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.autocast)
+        with autocast, checkpointed(self.checkpointed if torch.is_grad_enabled() else ()):
             hidden, head = ik.hidden_and_head(self.model, **inputs)
             if not sums_only:
                 out = self.loss(hidden, **scored, ref_logps=ref_logps, **head)
@@ -63,6 +74,11 @@ class PairModel(nn.Module):
             out = self.sums(hidden, **scored, **head)
         marginals = [] if out.marginal_logps is None else [out.marginal_logps.view(2, -1)]
         return torch.cat([out.logps.view(2, -1), out.lengths.view(2, -1), *marginals]), {}
+
+    def answer(self, input_ids: Tensor, **settings: Any) -> Tensor:
+        """The ids of ``input_ids`` (1, T) with what the model generates after them; an entry of its own for engines."""
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **settings)
 
 
 def summed_metrics(out: ik.InSPOOutput) -> dict[str, Tensor]:

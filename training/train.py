@@ -5,14 +5,13 @@ Read ``_train`` from top to bottom: it is the whole of training, and ``train_ste
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,27 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .card import model_card
+from .checkpoint import (
+    SaveError,
+    check_inputs,
+    digest_of,
+    find_checkpoint,
+    in_first_process,
+    load_checkpoint,
+    rotate,
+    save_checkpoint,
+    set_aside,
+    way_on,
+    whole_folder,
+)
 from .config import InputError, TrainConfig, help_text, parse_config
 from .data import Pair, check_pairs, check_source, load_pairs, select_pairs
 from .engine import (
     accumulating,
     check_same,
     clip_gradients,
+    from_first_process,
     is_sharded,
     process_count,
     process_index,
@@ -41,20 +55,13 @@ from .engine import (
     whole_weights,
     wrap,
 )
-from .evaluation import evaluate, starting_report
+from .evaluation import evaluate, is_better, sample_answers, starting_report
 from .model import check_architecture, load_model, padding_id
-from .output import (
-    RunLog,
-    Window,
-    evaluation_line,
-    locked,
-    marginal_warning,
-    plot_curves,
-    prepare_folder,
-    training_line,
-    whole_folder,
-)
+from .output import CURVES, RunLog, Window, evaluation_line, locked, training_line
 from .scoring import Batcher, PairModel, Scores, reference_logps, score, weights_digest
+from .stopping import EXIT_CODE, Stopped, stop_requests
+from .usage import usage_of
+from .watch import Watch, evaluation_warnings, training_warnings
 
 TokenPairs = Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]
 STARTING_SAMPLE = 32  # pairs that the report before step 1 looks at
@@ -96,7 +103,8 @@ def train(
     Several processes that a launcher has started share the work: each calls this function with the same arguments. The
     pairs of a step do not depend on their number. The first one alone prints and writes.
 
-    Raises InputError for what the user can mend, NonFiniteError where training diverged.
+    Raises InputError for what the user can mend, NonFiniteError where training diverged, SaveError where the trained
+    model could not be written, and Stopped after SIGTERM.
     """
     accelerator = start_processes()
     folder = Path(config.output_dir) if config.output_dir else None
@@ -119,13 +127,15 @@ def _train(
 ) -> TrainResult:
     main, world = process_index() == 0, process_count()
     quiet = quiet or not main
-    log = RunLog(folder if main else None, quiet)
+    log = RunLog(folder if main else None, quiet, config.report_to)
     objective = config.make_objective()
     log.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in asdict(config).items() if v is not None), 118))
 
     # Model and data.
     with together():
-        resume_from = prepare_folder(folder, config)
+        found = find_checkpoint(folder, config, log.say) if folder and main else None
+    resume_from, state = from_first_process(found) or (None, {})
+    with together():
         for source in (config.train_data if pairs is None else None, config.eval_data if eval_pairs is None else None):
             if source is not None:
                 check_source(source)
@@ -151,6 +161,9 @@ def _train(
         check_pairs(train_pairs, held_out, model, config, log.say)
     weights = weights_digest(model)
     check_same((weights, train_pairs, held_out), "model or data")
+    inputs = {"model": weights, "train_data": digest_of(train_pairs), "eval_data": digest_of(held_out)}
+    if resume_from is not None:
+        check_inputs(resume_from, state, inputs, config, log.say)
 
     steps_per_epoch = math.ceil(len(train_pairs) / config.batch_size)
     total_steps = config.max_steps or config.num_epochs * steps_per_epoch
@@ -159,6 +172,8 @@ def _train(
     log.say(f"{type(model).__name__}, {size:.2f}M parameters, on {accelerator.device}; {title}")
     processes = f", {world} processes ({'FSDP2' if is_sharded() else 'DDP'})" if world > 1 else ""
     log.say(f"{total_steps} steps of {config.batch_size} pairs, {steps_per_epoch} an epoch{processes}")
+    bf16 = "bf16" in config.mixed_precision or config.param_dtype == "bfloat16"
+    usage = usage_of(model, accelerator.device, bf16=bf16, processes=world)
     batcher = Batcher(pad_token_id, accelerator.device, config.max_batch_tokens)
     sizes = [batcher.padded(pair, conditioned=config.conditioned) for pair in train_pairs]
     if large := sum(one > config.max_batch_tokens for one in sizes):
@@ -166,8 +181,11 @@ def _train(
 
     # Model and loss are one module, in eval mode throughout: dropout would make policy and reference differ at step 1.
     model.eval()
-    autocast = config.mixed_precision == "bf16" and not is_sharded()
-    module = wrap(PairModel(model, objective, config.marginal_weight, autocast=autocast), accelerator, config)
+    module = PairModel(
+        model, objective, config.marginal_weight, gradient_checkpointing=config.gradient_checkpointing,
+        autocast=config.mixed_precision == "bf16" and not is_sharded(),
+    )  # fmt: skip
+    module = wrap(module, accelerator, config)
     matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -194,28 +212,82 @@ def _train(
     def reference_of_batch(batch: Sequence[int]) -> Tensor | None:
         return None if of_used is None else of_used[:, [row_of[i] for i in batch]].reshape(-1)
 
-    start, tokens, window, warning = 0, 0, Window(), None
+    start, tokens, window, best, texts = 0, 0, Window(), None, {}
     if resume_from is None:
         sample = [train_pairs[i] for i in used[:STARTING_SAMPLE]]
         starting_report(scores_of(sample, "start"), of_used, config, log.say)
     else:
-        accelerator.load_state(str(resume_from))
-        state = json.loads((resume_from / "state.json").read_text())
-        start, tokens, window = state["step"], state["tokens"], Window(**state["window"])
+        if state["step"] > total_steps:
+            raise InputError(f"{resume_from} is of step {state['step']}, but the run has {total_steps} steps")
+        texts = load_checkpoint(resume_from, unwrap(module), optimizer.optimizer, log.say)
+        start, tokens, window, best = state["step"], state["tokens"], Window(**state["window"]), state["best"]
         log.say(f"resumed from {resume_from} after step {start}")
-    if folder and main:
-        (folder / "config.yaml").write_text(config.to_yaml())
-    log.start(start)
+    with together():
+        if folder and main:
+            set_aside(folder, start, log.say)
+            (folder / "config.yaml").write_text(config.to_yaml())
+        log.start(config, texts)
+    watch = Watch(log.say)
+    prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in held_out))[: config.sample_prompts] if tokenizer else []
 
     def evaluate_now(step: int) -> None:
-        if held_out:
-            scores = scores_of(held_out, "eval")
-            metrics = evaluate(
-                scores, held_out_reference, held_out, objective,
-                conditioned=config.conditioned, marginal_weight=config.marginal_weight,
-            )  # fmt: skip
-            log.add({"step": step, "epoch": step / steps_per_epoch, **metrics})
-            log.say(evaluation_line(log.rows[-1]))
+        nonlocal best
+        if not held_out:
+            return
+        scores = scores_of(held_out, "eval")
+        metrics = evaluate(
+            scores, held_out_reference, held_out, objective,
+            conditioned=config.conditioned, marginal_weight=config.marginal_weight,
+        )  # fmt: skip
+        if prompts:
+            ends = {tokenizer.eos_token_id, *(pair.chosen[-1] for pair in held_out)}
+            samples = sample_answers(unwrap(module), prompts, tokenizer, ends=ends, max_new_tokens=config.sample_tokens)
+            log.add_samples([{"step": step, **sample} for sample in samples])
+            for name in ("tokens", "ended"):
+                metrics[f"eval_samples/{name}"] = sum(sample[name] for sample in samples) / len(samples)
+        log.add({"step": step, "epoch": step / steps_per_epoch, **metrics})
+        row = log.rows[-1]
+        log.say(evaluation_line(row))
+        watch(evaluation_warnings(row, next(r for r in log.rows if "eval_loss" in r)), last=step == total_steps)
+        if folder and config.keep_best and is_better(row, best):
+            try:
+                write_model("best", step)
+                best = row
+            except SaveError as error:
+                log.say(f"WARNING: {error}; the run goes on")
+        log.draw(title)
+
+    def write_model(name: str, step: int) -> None:
+        """The model as transformers loads it, with its card."""
+        state_dict = {key.removeprefix("model."): tensor for key, tensor in whole_weights(module).items()}
+        inner = unwrap(module).model
+
+        def write() -> None:
+            with whole_folder(folder / name) as to:
+                inner.save_pretrained(to, state_dict=state_dict)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(to)
+                model_card(
+                    config, title=str(objective), name=f"{folder.name}/{name}", step=step, steps=total_steps,
+                    pairs=len(train_pairs), parameters=sum(p.numel() for p in inner.parameters()),
+                    trained=sum(p.numel() for p in inner.parameters() if p.requires_grad), processes=world,
+                    evaluations=[row for row in log.rows if "eval_loss" in row],
+                    library="peft" if hasattr(inner, "peft_config") else "transformers",
+                ).save(to / "README.md")  # fmt: skip
+
+        in_first_process(write)
+
+    def save(step: int) -> bool:
+        state = {"step": step, "tokens": tokens, "window": asdict(window), "best": best, "inputs": inputs,
+                 "config": asdict(config)}  # fmt: skip
+        try:
+            save_checkpoint(folder, step, unwrap(module), optimizer.optimizer, state, log.texts())
+        except SaveError as error:
+            log.say(f"WARNING: {error}; the run goes on. If it ended now: {way_on(folder)}")
+            return False
+        if main:
+            rotate(folder, step, config.save_total, log.say)
+        return True
 
     def forward(batch: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics summed over pairs."""
@@ -233,8 +305,10 @@ def _train(
                 (loss * (part.weight * world / len(batch))).backward()
             totals = totals + part.weight * torch.stack(list(metrics.values()))
         norm = clip_gradients(module, config.max_grad_norm)
-        mine = torch.cat([totals / len(batch), norm.double().view(1) / world])
-        row = dict(zip([*metrics, "grad_norm"], sum_over_processes(mine).tolist(), strict=True))
+        # Signals reach the processes at different times: the sum says to all at the same step that one has come.
+        stop = norm.new_full((1,), float(stop_requested()), dtype=torch.float64)
+        mine = torch.cat([totals / len(batch), norm.double().view(1) / world, stop])
+        row = dict(zip([*metrics, "grad_norm", "stop"], sum_over_processes(mine).tolist(), strict=True))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise NonFiniteError(
                 f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; stopped before the update. "
@@ -263,50 +337,61 @@ def _train(
             return f"none alone, only all together ({named})"
         return named + (" (all pairs of the step)" if len(guilty) == len(batch) > 1 else "")
 
-    if start == 0:
-        evaluate_now(0)
-    bar = tqdm(total=total_steps, initial=start, desc="training", disable=True if quiet else None)
-    for step in range(start + 1, total_steps + 1):
-        batch = batch_indices(len(train_pairs), config.batch_size, step, config.seed)
-        began = time.perf_counter()
-        row = train_step(step, batch)
-        read = sum(batcher.tokens(train_pairs[i], conditioned=config.conditioned) for i in batch)
-        window.add(row, len(batch), read, time.perf_counter() - began)
-        tokens += read
-        bar.update()
-        if step % config.log_every == 0 or step == total_steps:
-            log.add({
-                "step": step, "epoch": step / steps_per_epoch, **window.means(), "num_tokens": tokens,
-                "learning_rate": learning_rate(config, step, total_steps),
-                "tokens_per_second": window.tokens / window.seconds,
-            })  # fmt: skip
-            log.say(training_line(log.rows[-1], total_steps))
-            warning, warned = marginal_warning(log.rows[-1]), warning is not None
-            if warning and (not warned or step == total_steps):
-                log.say(warning)
-            window = Window()
-        if (config.eval_every and step % config.eval_every == 0) or step == total_steps:
-            evaluate_now(step)
-        if config.save_every and step % config.save_every == 0:
-            with whole_folder(folder / f"checkpoint-{step}") as to:
-                accelerator.save_state(str(to))
-                state = {"step": step, "tokens": tokens, "window": asdict(window), "config": asdict(config)}
-                (to / "state.json").write_text(json.dumps(state))
-    bar.close()
+    def is_due(every: int | None, step: int) -> bool:
+        return (every is not None and step % every == 0) or step == total_steps
 
-    model = unwrap(module).model
-    final = folder / "final" if folder else None
-    if folder:
-        state_dict = {name.removeprefix("model."): tensor for name, tensor in whole_weights(module).items()}
-        with together():
-            if main:
-                with whole_folder(final) as to:
-                    model.save_pretrained(to, state_dict=state_dict)
-                    if tokenizer is not None:
-                        tokenizer.save_pretrained(to)
-                plot_curves(log.rows, title, folder / "curves.png")
-        log.say(f"the model is in {final}, the curves in {folder / 'curves.png'}")
-    return TrainResult(model, tokenizer, log.rows, final)
+    with stop_requests() as stop_requested, closing(log):
+        # A checkpoint is saved before the evaluation of its step, which a resumed run therefore makes again.
+        if start == 0 or is_due(config.eval_every, start):
+            evaluate_now(start)
+        bar = tqdm(total=total_steps, initial=start, desc="training", disable=True if quiet else None)
+        for step in range(start + 1, total_steps + 1):
+            batch = batch_indices(len(train_pairs), config.batch_size, step, config.seed)
+            began = time.perf_counter()
+            row = train_step(step, batch)
+            stop = row.pop("stop") > 0
+            of_batch = [train_pairs[i] for i in batch]
+            read = sum(batcher.tokens(pair, conditioned=config.conditioned) for pair in of_batch)
+            facts = batch_facts(of_batch, None if config.reference_conditioned else reference_of_batch(batch))
+            scored = sum(len(pair.chosen) + len(pair.rejected) for pair in of_batch)
+            window.add(row | facts, len(batch), read, scored, time.perf_counter() - began)
+            tokens += read
+            bar.update()
+            if is_due(config.log_every, step):
+                log.add({
+                    "step": step, "epoch": step / steps_per_epoch, **window.means(), "num_tokens": tokens,
+                    "learning_rate": learning_rate(config, step, total_steps),
+                    **usage.metrics(window.tokens, window.scored, window.seconds),
+                })  # fmt: skip
+                log.say(training_line(log.rows[-1], total_steps))
+                watch(training_warnings(log.rows[-1]), last=step == total_steps)
+                window = Window()
+            if stop or (config.save_every and step % config.save_every == 0):
+                saved = folder is not None and save(step)
+                if stop:
+                    raise Stopped(
+                        f"stopped by SIGTERM after step {step}; "
+                        + ("" if saved else "it was not saved; ")
+                        + way_on(folder)
+                    )
+            if is_due(config.eval_every, step):
+                evaluate_now(step)
+        bar.close()
+        if folder:
+            write_model("final", total_steps)
+            log.draw(title)
+            log.say(f"the model is in {folder / 'final'}, the curves in {folder / CURVES}")
+    return TrainResult(unwrap(module).model, tokenizer, log.rows, folder / "final" if folder else None)
+
+
+def batch_facts(pairs: Sequence[Pair], ref_logps: Tensor | None) -> dict[str, float]:
+    """What is known of a step's pairs beforehand: mean lengths in tokens, and mean log-probs under the reference."""
+    facts = {"tokens/chosen": sum(len(pair.chosen) for pair in pairs) / len(pairs),
+             "tokens/rejected": sum(len(pair.rejected) for pair in pairs) / len(pairs)}  # fmt: skip
+    if ref_logps is not None:
+        chosen, rejected = ref_logps.view(2, -1).mean(1).tolist()
+        facts |= {"ref_logps/chosen": chosen, "ref_logps/rejected": rejected}
+    return facts
 
 
 def batch_indices(num_pairs: int, step_pairs: int, step: int, seed: int) -> list[int]:
@@ -333,7 +418,9 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 2 on bad input, 1 where training diverged, 130 on Ctrl-C."""
+    """The command line; exits with 2 on bad input, 1 where training diverged or the disk is full, 130 on Ctrl-C, 143
+    on SIGTERM once a checkpoint is saved.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(help_text())
@@ -341,10 +428,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()  # bars for each file read or written hide the run's own
     try:
         train(parse_config(arguments))
-    except (InputError, NonFiniteError) as error:  # raised in all processes alike
+    except (InputError, NonFiniteError, SaveError, Stopped, OSError) as error:  # raised in all processes alike
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+            print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("interrupted; what --save_every kept goes on with --resume auto", file=sys.stderr)
         sys.exit(130)
