@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .config import InputError
+from .config import InputError, TrainConfig
 
 Messages = list[dict[str, Any]]
 # Content that no template has a reason to change, and that appears nowhere else in what one writes.
@@ -147,6 +147,15 @@ class TextEncoder:
         if not found:
             raise InputError("the tokenizer's chat template leaves out what an assistant says; use another template")
         return tail
+
+
+def separator_ids(tokenizer: PreTrainedTokenizerBase | None, config: TrainConfig) -> list[int]:
+    """What stands between the other response and the one that is scored given it, by ``config.alternative``."""
+    if config.alternative == "plain":
+        return []
+    if tokenizer is None:
+        raise InputError("alternative=chat needs a tokenizer, whose chat template it follows")
+    return TextEncoder(tokenizer).separator(config.alternative_instruction)
 
 
 def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> None:

@@ -28,12 +28,29 @@ class Section(str):
 
 
 @dataclass
+class LoraOptions:
+    """An adapter that is trained in place of the weights. It has no dropout: policy and reference must be alike."""
+
+    r: int = 16
+    alpha: float = 32.0
+    target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or not self.alpha > 0 or not self.target_modules:
+            raise InputError(f"lora: r={self.r} and alpha={self.alpha} must be above 0, and target_modules not empty")
+
+
+@dataclass
 class TrainConfig:
     """Options of a training run. Relative paths, also those in a YAML file, are relative to the working directory."""
 
     model: Annotated[
         str | dict[str, Any], "hub id, local folder, or a section of LlamaConfig fields", Section("Model and data")
     ] = ""
+    attn_implementation: Annotated[str | None, "of transformers: sdpa, eager, flash_attention_2, ..."] = None
+    lora: Annotated[
+        LoraOptions | None, "section r [16], alpha [32], target_modules [all-linear]: train an adapter alone"
+    ] = None
     train_data: Annotated[str | None, "local .jsonl, or hub dataset NAME[:SPLIT]: prompt, chosen, rejected"] = None
     eval_data: Annotated[str | None, "held-out pairs, same formats; keep its prompts out of train_data"] = None
     output_dir: Annotated[str | None, "folder for everything a run writes"] = None
@@ -44,6 +61,16 @@ class TrainConfig:
     invalid_pairs: Annotated[
         Literal["drop", "error"], "drop|error: what happens to a pair with empty or identical responses"
     ] = "drop"
+
+    alternative: Annotated[
+        Literal["plain", "chat"], "plain|chat: the other response stands right before, or with a turn between"
+    ] = "plain"
+    alternative_instruction: Annotated[str, "alternative=chat: what the user says in that turn"] = (
+        "Please give a better answer."
+    )
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, "section of the chat template's switches, e.g. enable_thinking"
+    ] = None
 
     objective: Annotated[
         str, ", ".join(OBJECTIVES), Section("Objective (a parameter left out has the objective's default)")
@@ -82,13 +109,25 @@ class TrainConfig:
     log_every: Annotated[int, "steps between logged lines", Section("Run")] = 10
     eval_every: Annotated[int | None, "steps between evaluations; always before step 1 and at the end"] = None
     save_every: Annotated[int | None, "steps between checkpoints"] = None
+    save_total: Annotated[int, "newest checkpoints that are kept; older ones are deleted"] = 3
+    keep_best: Annotated[bool, "keep the model that does best on eval_data, from the prompt alone, in best/"] = True
+    sample_prompts: Annotated[int, "prompts of eval_data answered at each evaluation, in samples.jsonl"] = 4
+    sample_tokens: Annotated[int, "longest of these answers"] = 128
     resume: Annotated[str | None, "'auto' (newest checkpoint in output_dir, if any) or a checkpoint folder"] = None
+    resume_changed: Annotated[bool, "resume also where settings, model or data are other than the run's"] = False
+    report_to: Annotated[
+        Literal["tensorboard", "wandb", "trackio"] | None, "tensorboard|wandb|trackio: shows metrics.jsonl, too"
+    ] = None
     reference_cache: Annotated[str | None, "folder for reference log-probs that runs share; default output_dir"] = None
+    dry_run: Annotated[bool, "say what the run would be, without loading weights or writing anything"] = False
 
     def __post_init__(self) -> None:
         """Raises InputError for values that no run could use; types are checked where the options are read."""
+        if isinstance(self.lora, dict):
+            self.lora = LoraOptions(**self.lora)
         least = {"max_length": 3, "num_epochs": 1, "max_steps": 1, "batch_size": 1,
-                 "max_batch_tokens": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "seed": 0,
+                 "max_batch_tokens": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "save_total": 1,
+                 "sample_prompts": 0, "sample_tokens": 1, "seed": 0,
                  "learning_rate": 0, "weight_decay": 0, "marginal_weight": 0, "warmup": 0}  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)
@@ -102,8 +141,8 @@ class TrainConfig:
             raise InputError("marginal_weight needs conditioned=true: the plain twin already trains the marginals")
         if self.reference_conditioned and (self.marginal_weight or not self.conditioned):
             raise InputError("reference_conditioned needs conditioned=true and marginal_weight=0")
-        if self.output_dir is None and (self.save_every or self.resume):
-            raise InputError("save_every and resume need an output_dir")
+        if self.output_dir is None and (self.save_every or self.resume or self.report_to):
+            raise InputError("save_every, resume and report_to need an output_dir")
         if not self.make_objective().needs_reference and self.reference_conditioned:
             raise InputError(f"reference_conditioned: objective {self.objective!r} has no reference")
 

@@ -45,6 +45,11 @@ def read_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         yield from _read_dataset(source)
         return
+    yield from read_lines(path)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (FILE:LINE, JSON object) for each line of ``path`` that is not blank."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -53,10 +58,10 @@ def read_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 record = json.loads(line.strip())
             except ValueError as error:  # not JSON, or not UTF-8
                 where = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-                raise InputError(f"{source}:{number}: not a line of JSON ({where}); one JSON object per line") from None
+                raise InputError(f"{path}:{number}: not a line of JSON ({where}); one JSON object per line") from None
             if not isinstance(record, dict):
-                raise InputError(f"{source}:{number}: must be a JSON object with prompt, chosen and rejected")
-            yield f"{source}:{number}", record
+                raise InputError(f"{path}:{number}: must be a JSON object, one per line")
+            yield f"{path}:{number}", record
 
 
 def check_source(source: str) -> None:

@@ -107,24 +107,29 @@ class Batcher:
     """Pairs to the tensors ``PairModel`` takes; the one place that knows how sequences lie in them.
 
     Labels stay on the CPU, where planning needs no synchronisation. ``max_tokens`` bounds a forward pass.
+    ``separator_ids`` stand between the other response and the one that is scored given it.
     """
 
     pad_token_id: int
     device: torch.device
     max_tokens: int
+    separator_ids: tuple[int, ...] = ()
 
     def __call__(self, pairs: Sequence[Pair], *, conditioned: bool) -> dict[str, Any]:
-        batch = ik.condition_pairs([p[:3] for p in pairs], pad_token_id=self.pad_token_id, conditioned=conditioned)
+        batch = ik.condition_pairs(
+            [p[:3] for p in pairs], pad_token_id=self.pad_token_id, conditioned=conditioned,
+            separator_ids=self.separator_ids,
+        )  # fmt: skip
         return batch | {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask", "position_ids")}
 
     def tokens(self, pair: Pair, *, conditioned: bool) -> int:
         """Tokens that the model reads for a pair, without padding."""
-        return 2 * pair.tokens if conditioned else pair.tokens + len(pair.prompt)
+        return 2 * (pair.tokens + len(self.separator_ids)) if conditioned else pair.tokens + len(pair.prompt)
 
     def padded(self, pair: Pair, *, conditioned: bool) -> int:
         """Tokens that a pair takes in a forward pass of which it is the largest."""
         longest = max(len(pair.chosen), len(pair.rejected))
-        return 2 * (pair.tokens if conditioned else len(pair.prompt) + longest)
+        return 2 * (pair.tokens + len(self.separator_ids) if conditioned else len(pair.prompt) + longest)
 
     def plan(self, pairs: Sequence[Pair], *, conditioned: bool) -> list[MicroBatch]:
         """The forward passes of this process, as many in each process."""
@@ -181,7 +186,8 @@ def reference_logps(
     process alone reads and writes it.
     """
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{conditioned} {mixed_precision} {weights}".encode())
+    separator = batcher.separator_ids if conditioned else ()
+    digest.update(f"{conditioned} {separator} {mixed_precision} {weights}".encode())
     for pair in pairs:
         digest.update(json.dumps(pair[:3]).encode())
     file = cache / f"reference-{digest.hexdigest()}.safetensors" if cache else None

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .card import model_card
+from .chat import separator_ids, set_template_kwargs
 from .checkpoint import (
     SaveError,
     check_inputs,
@@ -56,7 +57,7 @@ from .engine import (
     wrap,
 )
 from .evaluation import evaluate, is_better, sample_answers, starting_report
-from .model import check_architecture, load_model, padding_id
+from .model import adapter_off, add_lora, check_architecture, load_model, padding_id, size_text
 from .output import CURVES, RunLog, Window, evaluation_line, locked, training_line
 from .scoring import Batcher, PairModel, Scores, reference_logps, score, weights_digest
 from .stopping import EXIT_CODE, Stopped, stop_requests
@@ -145,21 +146,27 @@ def _train(
         if model.dtype != getattr(torch, config.param_dtype):
             raise InputError(f"the model is in {model.dtype}, but param_dtype={config.param_dtype}; make them agree")
         if tokenizer is not None:
+            set_template_kwargs(tokenizer, config.chat_template_kwargs or {})
             pad_token_id = padding_id(tokenizer, log.say)
         bos_token_id = None if tokenizer is None else tokenizer.bos_token_id
+        separator = separator_ids(tokenizer, config)
 
         def select(given: TokenPairs | None, source: str | None, name: str) -> list[Pair]:
             if given is None:
                 if tokenizer is None or source is None:
                     raise InputError(f"{name}: give {name}, or tokenised pairs in memory")
-                given = load_pairs(source, tokenizer)
-            vocab_size = model.get_output_embeddings().weight.shape[0]
-            return select_pairs(given, name, config, vocab_size=vocab_size, bos_token_id=bos_token_id, log=log.say)
+                given = load_pairs(source, tokenizer, messages_only=config.alternative == "chat")
+            return select_pairs(
+                given, name, config, vocab_size=model.get_output_embeddings().weight.shape[0],
+                bos_token_id=bos_token_id, log=log.say, separator_length=len(separator),
+            )  # fmt: skip
 
         train_pairs = select(pairs, config.train_data, "train_data")
         held_out = select(eval_pairs, config.eval_data, "eval_data") if eval_pairs or config.eval_data else []
-        check_pairs(train_pairs, held_out, model, config, log.say)
-    weights = weights_digest(model)
+        check_pairs(train_pairs, held_out, model, config, log.say, separator_length=len(separator))
+        weights = weights_digest(model)
+        if config.lora:
+            add_lora(model, config.lora, config.seed)
     check_same((weights, train_pairs, held_out), "model or data")
     inputs = {"model": weights, "train_data": digest_of(train_pairs), "eval_data": digest_of(held_out)}
     if resume_from is not None:
@@ -168,13 +175,12 @@ def _train(
     steps_per_epoch = math.ceil(len(train_pairs) / config.batch_size)
     total_steps = config.max_steps or config.num_epochs * steps_per_epoch
     title = f"{objective}, {'each response given the other one' if config.conditioned else 'plain'}"
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    log.say(f"{type(model).__name__}, {size:.2f}M parameters, on {accelerator.device}; {title}")
+    log.say(f"{type(model).__name__}, {size_text(model)}, on {accelerator.device}; {title}")
     processes = f", {world} processes ({'FSDP2' if is_sharded() else 'DDP'})" if world > 1 else ""
     log.say(f"{total_steps} steps of {config.batch_size} pairs, {steps_per_epoch} an epoch{processes}")
     bf16 = "bf16" in config.mixed_precision or config.param_dtype == "bfloat16"
     usage = usage_of(model, accelerator.device, bf16=bf16, processes=world)
-    batcher = Batcher(pad_token_id, accelerator.device, config.max_batch_tokens)
+    batcher = Batcher(pad_token_id, accelerator.device, config.max_batch_tokens, tuple(separator))
     sizes = [batcher.padded(pair, conditioned=config.conditioned) for pair in train_pairs]
     if large := sum(one > config.max_batch_tokens for one in sizes):
         log.say(f"note: {large} pairs take more than max_batch_tokens alone (the largest {max(sizes)})")
@@ -197,12 +203,13 @@ def _train(
     def reference_of(some: Sequence[Pair]) -> Tensor | None:
         if not objective.needs_reference or not some:
             return None
-        return reference_logps(
-            module, weights, some, batcher, conditioned=config.reference_conditioned,
-            mixed_precision=config.mixed_precision,
-            cache=Path(config.reference_cache) if config.reference_cache else folder,
-            progress=None if quiet else "reference", log=log.say,
-        )  # fmt: skip
+        with adapter_off(model):
+            return reference_logps(
+                module, weights, some, batcher, conditioned=config.reference_conditioned,
+                mixed_precision=config.mixed_precision,
+                cache=Path(config.reference_cache) if config.reference_cache else folder,
+                progress=None if quiet else "reference", log=log.say,
+            )  # fmt: skip
 
     # The reference is the model as loaded: its log-probs are settled before a checkpoint replaces the weights.
     used = used_indices(len(train_pairs), config.batch_size, total_steps, config.seed)

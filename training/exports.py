@@ -1,0 +1,174 @@
+"""Prompt files, and the answer files that AlpacaEval, Arena-Hard and MT-Bench read.
+
+What each tool reads, by its own source:
+
+- ``alpaca_eval``, github.com/tatsu-lab/alpaca_eval, ``main.py`` (``model_outputs``): one JSON list of objects with
+  ``instruction``, ``output`` and ``generator``; ``dataset`` is passed on.
+- ``arena_hard``, github.com/lmarena/arena-hard-auto. Version 2.0, ``gen_answer.py`` and ``gen_judgment.py``: JSON lines
+  with ``uid``, ``ans_id``, ``model``, ``messages`` (the last one's content is ``{"answer": text}``) and ``tstamp``, for
+  questions with ``uid`` and ``prompt``. Version 0.1: JSON lines with ``question_id``, ``answer_id``, ``model_id``,
+  ``choices`` (``[{"index", "turns": [{"content", "token_len"}]}]``) and ``tstamp``, for questions with ``question_id``
+  and ``turns`` of ``{"content": text}``. The questions decide which. Style control additionally needs what their
+  ``utils/add_markdown_info.py`` adds, with a tokenizer of theirs.
+- ``mt_bench``, github.com/lm-sys/FastChat, ``fastchat/llm_judge``: JSON lines with ``question_id``, ``answer_id``,
+  ``model_id``, ``choices`` (``[{"index", "turns": [text, text]}]``) and ``tstamp``. The second answer follows the
+  first. ``TEMPERATURES`` are those that ``common.py`` there has for the categories, ``DEFAULT_TEMPERATURE`` that of
+  ``gen_model_answer.py`` for all others.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .chat import Messages
+from .config import InputError
+from .data import read_lines
+
+FORMATS = ("alpaca_eval", "arena_hard", "mt_bench")
+TEMPERATURES = {
+    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
+    "humanities": 0.1,
+}  # fmt: skip
+DEFAULT_TEMPERATURE = 0.7
+
+
+class Question(NamedTuple):
+    """One record of a prompt file. ``origin`` is what messages call it."""
+
+    origin: str
+    record: dict[str, Any]
+    text: str | None  # a prompt to be continued as it stands, or
+    turns: list[Messages]  # what is said to the assistant before each of its answers
+
+    @property
+    def answers(self) -> int:
+        return 1 if self.text is not None else len(self.turns)
+
+
+class Answer(NamedTuple):
+    text: str
+    tokens: int
+
+
+def read_questions(file: str, form: str, *, chat: bool) -> list[Question]:
+    """The records of ``file``, JSON lines or one JSON list, each able to fill ``form``.
+
+    A record holds ``messages`` (a conversation to be answered), ``turns`` (strings or ``{"content"}``, each answered),
+    ``instruction`` (a user's message) or ``prompt`` (text as it stands; a user's message with ``chat``, and in
+    Arena-Hard's questions). Raises InputError, naming file and line.
+    """
+    questions = [_question(origin, record, form, chat) for origin, record in _records(file)]
+    if not questions:
+        raise InputError(f"{file}: holds no record")
+    return questions
+
+
+def _records(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"{file}: no such file (working directory: {Path.cwd()})")
+    with path.open("rb") as lines:
+        first = lines.read(256).lstrip()[:1]
+    if first != b"[":
+        yield from read_lines(path)
+        return
+    try:
+        records = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{file}: not a JSON list ({error})") from None
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise InputError(f"{file} record {number}: must be a JSON object")
+        yield f"{file} record {number}", record
+
+
+def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Question:
+    found = f"keys found: {', '.join(map(repr, record)) or 'none'}"
+    needed = {
+        "alpaca_eval": [],
+        "arena_hard": ["uid", "prompt"] if "uid" in record else ["question_id", "turns"],
+        "mt_bench": ["question_id", "turns"],
+    }[form]
+    if missing := [name for name in needed if name not in record]:
+        raise InputError(f"{origin}: {missing[0]!r} is missing, which {form} needs ({found})")
+    if "messages" in record:
+        turns = [record["messages"]]
+    elif "turns" in record:
+        if not isinstance(record["turns"], list) or not record["turns"]:
+            raise InputError(f"{origin}: 'turns' must be a list with at least one entry")
+        contents = [turn.get("content") if isinstance(turn, dict) else turn for turn in record["turns"]]
+        turns = [[{"role": "user", "content": content}] for content in contents]
+    elif record.get("input"):
+        raise InputError(f"{origin}: 'input' is not read; write it into 'instruction'")
+    elif "instruction" in record:
+        turns = [[{"role": "user", "content": record["instruction"]}]]
+    elif "prompt" not in record:
+        raise InputError(f"{origin}: neither messages, turns, instruction nor prompt ({found})")
+    elif chat or form == "arena_hard":
+        turns = [[{"role": "user", "content": record["prompt"]}]]
+    else:
+        turns = []
+    for messages in turns:
+        is_list = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
+        if not is_list or not all(
+            isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        ):
+            raise InputError(f"{origin}: each message needs a role and a content, both strings")
+    if not turns and not isinstance(record["prompt"], str):
+        raise InputError(f"{origin}: 'prompt' must be a string")
+    if form == "alpaca_eval" and len(turns) > 1:
+        raise InputError(f"{origin}: {len(turns)} turns, but alpaca_eval has one; use --format mt_bench")
+    return Question(origin, record, None if turns else record["prompt"], turns)
+
+
+def write_answers(file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[Answer]], name: str):
+    """Writes ``answers``, one list for each of ``questions``, of the model ``name``; the file appears whole."""
+    entries = [_ENTRIES[form](question, given, name) for question, given in zip(questions, answers, strict=True)]
+    if form == "alpaca_eval":
+        text = json.dumps(entries, ensure_ascii=False, indent=2) + "\n"
+    else:
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    partial = file.with_name(file.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def _alpaca_eval(question: Question, answers: Sequence[Answer], name: str) -> dict[str, Any]:
+    said = question.text if question.text is not None else question.turns[0][-1]["content"]
+    kept = {key: question.record[key] for key in ("dataset",) if key in question.record}
+    return {
+        **kept,
+        "instruction": question.record.get("instruction", said),
+        "output": answers[0].text,
+        "generator": name,
+    }
+
+
+def _arena_hard(question: Question, answers: Sequence[Answer], name: str) -> dict[str, Any]:
+    if "uid" not in question.record:
+        turns = [{"content": answer.text, "token_len": answer.tokens} for answer in answers]
+        return _choices(question, turns, name)
+    reply = {"role": "assistant", "content": {"answer": answers[0].text}}
+    return {
+        "uid": question.record["uid"], "ans_id": uuid.uuid4().hex, "model": name,
+        "messages": [*question.turns[0], reply], "tstamp": time.time(),
+    }  # fmt: skip
+
+
+def _mt_bench(question: Question, answers: Sequence[Answer], name: str) -> dict[str, Any]:
+    return _choices(question, [answer.text for answer in answers], name)
+
+
+def _choices(question: Question, turns: list[Any], name: str) -> dict[str, Any]:
+    return {
+        "question_id": question.record["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name,
+        "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(),
+    }  # fmt: skip
+
+
+_ENTRIES = {"alpaca_eval": _alpaca_eval, "arena_hard": _arena_hard, "mt_bench": _mt_bench}
