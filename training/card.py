@@ -79,8 +79,8 @@ def _results(evaluations: list[dict[str, Any]], step: int, config: TrainConfig) 
     lines.append(f"| loss | {first['eval_loss']:.4f} | {last['eval_loss']:.4f} |")
     return (
         heading
-        + f"After step {last['step']}, on held-out pairs{source}. The model is used from the prompt alone. These numbers\n"
-        "say how it ranks the two responses of a pair, not how good its own answers are.\n\n" + "\n".join(lines)
+        + f"After step {last['step']}, on held-out pairs{source}. The model is used from the prompt alone. These\n"
+        "numbers say how it ranks the two responses of a pair, not how good its own answers are.\n\n" + "\n".join(lines)
     )
 
 

@@ -1,12 +1,13 @@
 """Checkpoints: whole or not there, read without pickle, written and read by any number of processes.
 
-A checkpoint is a folder ``checkpoint-STEP`` of safetensors and JSON. ``manifest.json`` is written last and holds size and
-SHA-256 of every other file, so that a checkpoint that was cut off, or damaged since, is known and named. What is gathered
-from the processes is the unsharded state: one process, DDP and FSDP2 read each other's checkpoints.
+A checkpoint is a folder ``checkpoint-STEP`` of safetensors and JSON. ``manifest.json`` is written last and holds size
+and SHA-256 of every other file, so that a checkpoint that was cut off, or damaged since, is known and named. What is
+gathered from the processes is the unsharded state: one process, DDP and FSDP2 read each other's checkpoints.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -42,9 +43,11 @@ MANIFEST, MODEL, OPTIMIZER, STATE, RANDOM = (
 )  # fmt: skip
 # Options that a resumed run may change: they decide what is shown and kept, or change no more than rounding. Whether
 # data and a model's files are the same, wherever they are now, is seen by what they hold.
-MAY_CHANGE = {"output_dir", "resume", "resume_changed", "log_every", "eval_every", "save_every", "save_total", "keep_best",
-              "report_to", "sample_prompts", "sample_tokens", "reference_cache", "max_batch_tokens",
-              "gradient_checkpointing", "train_data", "eval_data"}  # fmt: skip
+MAY_CHANGE = {
+    "output_dir", "resume", "resume_changed", "log_every", "eval_every", "save_every", "save_total", "keep_best",
+    "report_to", "sample_prompts", "sample_tokens", "reference_cache", "max_batch_tokens", "gradient_checkpointing",
+    "train_data", "eval_data", "dry_run",
+}  # fmt: skip
 # The first process gathers whole tensors, in CPU memory; the others get none.
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _WHOLE = StateDictOptions(full_state_dict=True, strict=False)
@@ -60,7 +63,7 @@ class DamagedError(ValueError):
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write to, renamed to ``folder`` at the end: a folder of that name is whole, and on the disk.
+    """A temporary folder to write to, renamed to ``folder`` at the end: one of that name is whole, and on the disk.
 
     Where writing fails, the temporary folder is removed and SaveError raised.
     """
@@ -127,11 +130,11 @@ def save_checkpoint(
         dist.all_gather_object(gathered, random_states[0])
         random_states = gathered
     try:
-        _in_first_process(lambda: _begin(partial))
+        in_first_process(lambda: _begin(partial))
         for name, gather in ((MODEL, _trained_tensors), (OPTIMIZER, _optimizer_tensors)):
             tensors = gather(module, optimizer)  # one after the other: together they need twice the memory
-            _in_first_process(lambda: save_file(tensors, partial / name))  # noqa: B023: called at once
-        _in_first_process(write_rest)
+            in_first_process(functools.partial(save_file, tensors, partial / name))
+        in_first_process(write_rest)
     except SaveError as error:
         raise SaveError(f"{path} could not be written: {error}") from error
     finally:
@@ -145,13 +148,13 @@ def _begin(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _in_first_process(write: Callable[[], None]) -> None:
+def in_first_process(write: Callable[[], None]) -> None:
     """Calls ``write`` in the first process; where that fails, all processes raise SaveError."""
     failure = None
     if process_index() == 0:
         try:
             write()
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, SaveError) as error:
             failure = str(error) or type(error).__name__
     if (failure := from_first_process(failure)) is not None:
         raise SaveError(failure)
@@ -182,9 +185,9 @@ def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
 def load_checkpoint(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, log: Callable[[str], None]
 ) -> dict[str, str]:
-    """Puts the checkpoint ``path``, which ``check_checkpoint`` found whole, into module, optimizer and random generators.
+    """Puts the checkpoint ``path`` into module, optimizer and random generators; returns its texts.
 
-    All processes read it. Returns its texts. Raises InputError where it does not fit the model.
+    ``check_checkpoint`` has found it whole. All processes read it. Raises InputError where it does not fit the model.
     """
     tensors, entries = _read_tensors(path / MODEL), _read_tensors(path / OPTIMIZER)
     expected = {name: tuple(module.state_dict()[name].shape) for name in _saved_names(module)}
@@ -193,7 +196,8 @@ def load_checkpoint(
         names = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
         details = [f"{n}: {found.get(n, 'nothing')} there, {expected.get(n, 'nothing')} here" for n in names[:3]]
         raise InputError(
-            f"{path} does not fit the model, or what is trained of it: {len(names)} tensors differ ({'; '.join(details)})"
+            f"{path} does not fit the model, or what is trained of it: {len(names)} tensors differ "
+            f"({'; '.join(details)})"
         )
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     states: dict[str, dict[str, Tensor]] = {}
@@ -216,7 +220,7 @@ def load_checkpoint(
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     with safe_open(file, framework="pt") as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118: not a dict
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
@@ -271,7 +275,9 @@ def newest_valid(folder: Path, log: Callable[[str], None]) -> tuple[Path, dict[s
         except DamagedError as error:
             log(f"WARNING: {path} is damaged: {error}; trying the one before it")
     if paths:
-        raise InputError(f"every checkpoint in {folder} is damaged; to begin anew, delete them or choose another folder")
+        raise InputError(
+            f"every checkpoint in {folder} is damaged; to begin anew, delete them or choose another folder"
+        )
     return None
 
 
@@ -288,18 +294,18 @@ def find_checkpoint(
     for partial in folder.glob("*.partial"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
+    found = None
     if config.resume == "auto":
         found = newest_valid(folder, log)
     elif config.resume:
         found = Path(config.resume), _named_checkpoint(Path(config.resume))
-    elif present := checkpoints(folder):
-        name = list(present.values())[-1].name
+    own = config.resume == "auto" or (found is not None and found[0].resolve().parent == folder.resolve())
+    if checkpoints(folder) and not own:
+        newest = list(checkpoints(folder).values())[-1].name
         raise InputError(
-            f"output_dir {folder} holds an unfinished run with {name}; continue it with --resume auto, or choose another "
-            "output_dir"
+            f"output_dir {folder} holds an unfinished run with {newest}; continue it with --resume auto, or choose "
+            "another output_dir"
         )
-    else:
-        found = None
     if found is not None:
         path, state = found
         then, now = state["config"], asdict(config)
@@ -323,17 +329,25 @@ def check_inputs(
     path: Path, state: dict[str, Any], inputs: dict[str, str], config: TrainConfig, log: Callable[[str], None]
 ) -> None:
     """Raises InputError where model or data, by their digests, are not those that the checkpoint's run began with."""
-    _refuse([f"{name} holds something else" for name in inputs if inputs[name] != state["inputs"][name]], path, config, log)
+    _refuse(
+        [f"{name} holds something else" for name in inputs if inputs[name] != state["inputs"][name]], path, config, log
+    )
 
 
 def _refuse(differences: list[str], path: Path, config: TrainConfig, log: Callable[[str], None]) -> None:
     if differences and not config.resume_changed:
         raise InputError(
-            f"{path} belongs to a run with other settings ({'; '.join(differences)}); resume with the old ones, start a new "
-            "run in another output_dir, or mix them knowingly with --resume_changed true"
+            f"{path} belongs to a run with other settings ({'; '.join(differences)}); resume with the old ones, start "
+            "a new run in another output_dir, or mix them knowingly with --resume_changed true"
         )
     if differences:
         log(f"WARNING: {path} is resumed with other settings: {'; '.join(differences)}")
+
+
+def way_on(folder: Path | None) -> str:
+    """How a run that ends before its time is continued."""
+    kept = list(checkpoints(folder).values()) if folder else []
+    return f"{kept[-1]} is kept: --resume auto goes on from it" if kept else "no checkpoint was kept"
 
 
 def digest_of(pairs: Sequence[Pair]) -> str:
@@ -344,11 +358,14 @@ def digest_of(pairs: Sequence[Pair]) -> str:
     return digest.hexdigest()
 
 
-def rotate(folder: Path, step: int, keep: int) -> None:
+def rotate(folder: Path, step: int, keep: int, log: Callable[[str], None]) -> None:
     """Deletes the oldest checkpoints so that ``keep`` are left, the one of ``step`` being the newest."""
     for old in [path for number, path in checkpoints(folder).items() if number <= step][:-keep]:
-        os.replace(old, partial_folder(old))  # what is half deleted must not look like a checkpoint
-        shutil.rmtree(partial_folder(old))
+        try:
+            os.replace(old, partial_folder(old))  # what is half deleted must not look like a checkpoint
+            shutil.rmtree(partial_folder(old))
+        except OSError as error:
+            log(f"WARNING: the old {old} could not be deleted: {error}")
 
 
 def set_aside(folder: Path, step: int, log: Callable[[str], None]) -> None:

@@ -1,4 +1,9 @@
-"""Loss, reward accuracy and margin on pairs, conditioned and given the prompt alone, with 95% intervals."""
+"""Loss, reward accuracy and margin on pairs, conditioned and given the prompt alone, with 95% intervals; samples.
+
+All runs are scored in the conditioned layout, plain ones, too: its two sequences hold both quantities, so that runs
+with and without conditioning are compared on the same numbers. From the prompt alone, which is what inference uses,
+they are the ones that the plain layout gives, up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 import inspo_kernels as ik
 
 from .config import InputError, TrainConfig
 from .data import Pair
-from .scoring import Scores, correct
+from .scoring import PairModel, Scores, correct
 
 Z95 = 1.959964
 # Nats per token: below it, the model takes responses noticeably worse after the other one than right after the prompt.
@@ -27,9 +33,12 @@ def evaluate(
     """Metrics of conditioned ``scores``: what is trained, and what inference uses (``marginal``), for any run.
 
     Keys: ``eval_loss`` (the run's own loss), and for layout in ``conditioned``, ``marginal``:
-    ``eval_LAYOUT/rewards/{chosen,rejected,accuracies,margins}``, ``eval_LAYOUT/logps/{chosen,rejected}``. Accuracies
-    and margins have a 95% interval under the same name + ``_ci``, in which pairs that share a prompt are one cluster.
-    Accuracy counts ties as half.
+    ``eval_LAYOUT/rewards/{chosen,rejected,accuracies,margins}``, ``eval_LAYOUT/logps/{chosen,rejected}`` and, in nats
+    per token, ``eval_LAYOUT/logps_per_token/{chosen,rejected}``. Accuracies and margins have a 95% interval under the
+    same name + ``_ci``, in which pairs that share a prompt are one cluster. Accuracy counts ties as half.
+
+    ``eval_marginal/longer_preferred`` (+ ``_ci``): the share of pairs whose longer response has the larger reward;
+    ``eval_longer_chosen``: the share whose longer response is the chosen one. Absent where all lengths are equal.
     """
     assert scores.marginal_logps is not None
     ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps
@@ -59,7 +68,71 @@ def evaluate(
         metrics[name + "rewards/margins_ci"] = mean_interval(margins, groups)
         metrics[name + "logps/chosen"] = sums.chosen.mean().item()
         metrics[name + "logps/rejected"] = sums.rejected.mean().item()
+        metrics[name + "logps_per_token/chosen"] = (sums.chosen / sums.chosen_len).mean().item()
+        metrics[name + "logps_per_token/rejected"] = (sums.rejected / sums.rejected_len).mean().item()
+    longer = (scores.lengths[0] - scores.lengths[1]).sign()  # margins are the marginal ones now
+    if (unequal := longer != 0).any():
+        preferred = correct(margins * longer)[unequal]
+        metrics["eval_marginal/longer_preferred"] = preferred.mean().item()
+        _, numbered = groups[unequal].unique(return_inverse=True)
+        metrics["eval_marginal/longer_preferred_ci"] = proportion_interval(preferred, numbered)
+        metrics["eval_longer_chosen"] = (longer[unequal] > 0).double().mean().item()
     return metrics
+
+
+def is_better(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
+    """Whether an evaluation beats the best one so far: by accuracy from the prompt alone, then by margin.
+
+    Not by loss or by conditioned metrics: they are what is trained, and may look perfect while answers from the prompt
+    alone, which is how the model is used, get worse. Accuracy is bounded, so that a few pairs with huge margins cannot
+    decide. The untrained model is no candidate.
+    """
+
+    def rank(one: dict[str, Any]) -> tuple[float, float]:
+        return one["eval_marginal/rewards/accuracies"], one["eval_marginal/rewards/margins"]
+
+    return row["step"] > 0 and (best is None or rank(row) > rank(best))
+
+
+def conditioning_gap(scores: Scores) -> tuple[float, float]:
+    """Mean of (log pi(y|x,other) - log pi(y|x)) / |y|, nats per token: of the chosen and of the rejected responses."""
+    assert scores.marginal_logps is not None
+    chosen, rejected = ((scores.logps - scores.marginal_logps) / scores.lengths).mean(1).tolist()
+    return chosen, rejected
+
+
+@torch.no_grad()
+def sample_answers(
+    module: PairModel, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, ends: set[int],
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Greedy answers to prompts (token ids) alone, up to an id in ``ends``: texts, length in tokens, whether it ended.
+
+    ``module`` is the one inside the engine's wrappers. All processes call it with the same prompts, and all do the same
+    work: where the weights are sharded, each layer is gathered for it.
+    """
+    # Whatever the model's generation_config says, so that the answers of all models are comparable.
+    greedy = {
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 50,
+        "repetition_penalty": 1.0,
+    }
+    positions = getattr(module.model.config, "max_position_embeddings", None) or math.inf
+    samples = []
+    for prompt in prompts:  # one at a time: a handful needs no padding
+        room = min(max_new_tokens, positions - len(prompt))
+        ids = torch.tensor([prompt], device=module.model.device)
+        out = module.answer(
+            ids, max_new_tokens=room, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, **greedy
+        )
+        answer = out[0, len(prompt) :].tolist()
+        texts = {name: tokenizer.decode(part, skip_special_tokens=True) for name, part in
+                 (("prompt", prompt), ("answer", answer))}  # fmt: skip
+        samples.append({**texts, "tokens": len(answer), "ended": answer[-1] in ends})
+    return samples
 
 
 def mean_interval(values: Tensor, groups: Tensor) -> list[float] | None:
@@ -96,17 +169,16 @@ def starting_report(scores: Scores, ref_logps: Tensor | None, config: TrainConfi
     Raises InputError if ``ref_logps`` (2, n) are not this model's own.
     """
     assert scores.marginal_logps is not None
-    given_other, alone, lengths = scores.logps, scores.marginal_logps, scores.lengths
     if ref_logps is not None:
-        expected = given_other if config.reference_conditioned else alone
-        drift = ((expected - ref_logps[:, : expected.shape[1]]) / lengths).abs().max().item()
+        expected = scores.logps if config.reference_conditioned else scores.marginal_logps
+        drift = ((expected - ref_logps[:, : expected.shape[1]]) / scores.lengths).abs().max().item()
         if not drift < (1e-3 if config.mixed_precision == "no" else 0.05):
             raise InputError(
                 f"the reference log-probs differ from the model's by {drift:.2g} a token; delete the file reference-*"
             )
     if not config.conditioned:
         return
-    chosen, rejected = ((given_other - alone) / lengths).mean(1).tolist()
+    chosen, rejected = conditioning_gap(scores)
     log(f"before step 1, log pi(y|x,other) - log pi(y|x) per token: chosen {chosen:+.3f}, rejected {rejected:+.3f}")
     if ref_logps is not None and not config.reference_conditioned:
         log("the reference does not see the other response, so the first loss differs from that of equal policies")

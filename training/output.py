@@ -1,58 +1,24 @@
-"""The output folder of a run, and what it tells: lines on the screen, metrics.jsonl and curves.png."""
+"""What a run tells: lines on the screen, metrics.jsonl, samples.jsonl, curves.png, and a tracker that shows them."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .config import InputError, TrainConfig
 
-# Options that a resumed run may change: they decide what is shown and kept, not what is computed.
-MAY_CHANGE = {"output_dir", "resume", "log_every", "eval_every", "save_every", "eval_data", "reference_cache"}
-
-
-def prepare_folder(folder: Path | None, config: TrainConfig) -> Path | None:
-    """Refuses a folder that another run would be lost in; returns the checkpoint to resume from.
-
-    A checkpoint goes on only with the settings it was made with, those of ``MAY_CHANGE`` apart.
-    """
-    if folder is None:
-        return None
-    if (folder / "final").exists():
-        raise InputError(f"output_dir {folder} holds a finished run; choose another one, or move or delete that folder")
-    checkpoints = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-    if config.resume == "auto":
-        resume_from = checkpoints[-1] if checkpoints else None
-    elif config.resume:
-        resume_from = Path(config.resume)
-        if not (resume_from / "state.json").is_file():
-            raise InputError(f"--resume {config.resume}: no checkpoint there; give a checkpoint-* folder or 'auto'")
-    elif checkpoints:
-        raise InputError(
-            f"output_dir {folder} holds an unfinished run with {checkpoints[-1].name}; continue it with --resume auto, "
-            "or choose another output_dir"
-        )
-    else:
-        resume_from = None
-    if resume_from is not None:
-        then, now = json.loads((resume_from / "state.json").read_text())["config"], asdict(config)
-        changed = [name for name in now if name not in MAY_CHANGE and now[name] != then.get(name)]
-        if changed:
-            differences = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in changed)
-            raise InputError(
-                f"{resume_from} belongs to a run with other settings ({differences}); resume with the old ones, or "
-                "start a new run in another output_dir"
-            )
-    return resume_from
+METRICS, SAMPLES, CURVES = "metrics.jsonl", "samples.jsonl", "curves.png"
 
 
 @contextmanager
@@ -63,56 +29,137 @@ def locked(folder: Path | None) -> Iterator[None]:
         return
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file; choose a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
         raise InputError(f"output_dir {folder}: another run is writing there; choose another one") from None
+    except OSError as error:
+        raise InputError(f"output_dir {folder}: cannot be written to ({error}); choose another one") from None
     try:
         yield
     finally:
         lock.release()
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write to, renamed to ``folder`` at the end: a folder of that name is complete."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if folder.exists():  # a checkpoint of this step, from before the run was taken back to an earlier one
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+class JsonLines:
+    """Rows in memory and, where there is a file, one JSON object a line in it.
+
+    A disk that is full does not end the run: the file is written whole as soon as there is space.
+    """
+
+    def __init__(self, file: Path | None, say: Callable[[str], None]) -> None:
+        self.file, self._say = file, say
+        self.rows: list[dict[str, Any]] = []
+        self._behind = False
+
+    def start(self, text: str) -> None:
+        """Begins with the rows that ``text`` holds."""
+        self.rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines would also split at U+2028
+        if self.file is not None:
+            self._write_all(self.file)
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        self.rows.extend(rows)
+        if self.file is None:
+            return
+        try:
+            if self._behind:
+                self._write_all(self.file)
+            else:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(_json_lines(rows))
+            self._behind = False
+        except OSError as error:
+            if not self._behind:
+                self._say(f"WARNING: {self.file} cannot be written ({error}); the run goes on, and tries again")
+            self._behind = True
+
+    def text(self) -> str:
+        return _json_lines(self.rows)
+
+    def _write_all(self, file: Path) -> None:
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(self.text(), encoding="utf-8")
+        os.replace(partial, file)
+
+
+def _json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 class RunLog:
-    """Rows of metrics, in memory and (with a folder) in ``metrics.jsonl``; lines on the screen unless ``quiet``."""
+    """What a run tells: metrics, sample answers and, unless ``quiet``, lines on the screen.
 
-    def __init__(self, folder: Path | None, quiet: bool) -> None:
-        self.file = folder / "metrics.jsonl" if folder else None
+    Metrics are kept in memory and, with a folder, in ``metrics.jsonl``; with ``report_to`` a tracker gets them, too.
+    """
+
+    def __init__(self, folder: Path | None, quiet: bool, report_to: str | None = None) -> None:
         self.quiet = quiet
-        self.rows: list[dict[str, Any]] = []
+        self._folder, self._report_to = folder, report_to
+        self._tracker: GeneralTracker | None = None
+        self._metrics = JsonLines(folder and folder / METRICS, self.say)
+        self._samples = JsonLines(folder and folder / SAMPLES, self.say)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self._metrics.rows
 
     def say(self, text: str) -> None:
         if not self.quiet:
             tqdm.write(text)
 
-    def start(self, step: int) -> None:
-        """Begins the file anew, or keeps its rows up to ``step``, from where a resumed run goes on."""
-        if self.file is None:
-            return
-        lines = self.file.read_text().splitlines() if step and self.file.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
-        self.rows = [row for row in rows if row["step"] <= step]
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+    def start(self, config: TrainConfig, texts: dict[str, str]) -> None:
+        """Begins anew, or with what ``texts`` of the checkpoint hold from which a run is resumed."""
+        self._metrics.start(texts.get(METRICS, ""))
+        self._samples.start(texts.get(SAMPLES, ""))
+        if self._folder is not None and self._report_to is not None:
+            self._tracker = start_tracker(self._report_to, self._folder, config)
+            for row in self.rows:  # a tracker knows nothing of checkpoints: it is told everything again
+                self._track(row)
+
+    def texts(self) -> dict[str, str]:
+        """The files as they should be now; a checkpoint keeps them, so that it is resumed with the rows up to it."""
+        return {METRICS: self._metrics.text(), SAMPLES: self._samples.text()}
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        if self.file is not None:
-            with self.file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        self._metrics.add(row)
+        self._track(row)
+
+    def add_samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._samples.add(*rows)
+
+    def draw(self, title: str) -> None:
+        if self._folder is not None:
+            try:
+                plot_curves(self.rows, title, self._folder / CURVES)
+            except OSError as error:  # a picture is not worth a run
+                self.say(f"WARNING: {CURVES} could not be written: {error}")
+
+    def close(self) -> None:
+        if self._tracker is not None:
+            self._tracker.finish()
+
+    def _track(self, row: dict[str, Any]) -> None:
+        if self._tracker is not None:
+            numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
+            self._tracker.log(numbers, step=row["step"])
+
+
+def start_tracker(name: str, folder: Path, config: TrainConfig) -> GeneralTracker:
+    """TensorBoard writes to ``folder/tensorboard``; wandb and trackio name their project inspo."""
+    if importlib.util.find_spec(name) is None:
+        raise InputError(f"report_to={name}: the package is not installed; pip install {name}")
+    if name == "tensorboard":
+        shutil.rmtree(folder / name, ignore_errors=True)  # of the part of the run that is told again
+        tracker = LOGGER_TYPE_TO_CLASS[name](name, logging_dir=str(folder))
+    else:
+        tracker = LOGGER_TYPE_TO_CLASS[name]("inspo", name=folder.resolve().name)
+    tracker.start()
+    settings = asdict(config).items()
+    tracker.store_init_configuration({k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in settings})
+    return tracker
 
 
 @dataclass
@@ -122,13 +169,15 @@ class Window:
     sums: dict[str, float] | None = None
     pairs: int = 0
     tokens: int = 0
+    scored: int = 0
     seconds: float = 0.0
 
-    def add(self, row: dict[str, float], count: int, tokens: int, seconds: float) -> None:
+    def add(self, row: dict[str, float], count: int, tokens: int, scored: int, seconds: float) -> None:
         old = self.sums or {}
         self.sums = {name: old.get(name, 0.0) + value * count for name, value in row.items()}
         self.pairs += count
         self.tokens += tokens
+        self.scored += scored
         self.seconds += seconds
 
     def means(self) -> dict[str, float]:
@@ -146,19 +195,7 @@ def training_line(row: dict[str, Any], total_steps: int) -> str:
     return (
         f"step {row['step']:>5}/{total_steps} | loss {row['loss']:.4f} | margin {row['rewards/margins']:+.3f} "
         f"acc {row['rewards/accuracies']:.2f}{alone} | grad {row['grad_norm']:.2f} | lr {row['learning_rate']:.1e} "
-        f"| {row['tokens_per_second']:.0f} tok/s"
-    )
-
-
-def marginal_warning(row: dict[str, Any]) -> str | None:
-    """Where training goes one way and what inference uses the other way."""
-    conditioned, alone = row["rewards/margins"], row.get("marginal/rewards/margins", 0.0)
-    if not alone < 0.0 < conditioned:
-        return None
-    return (
-        f"WARNING: given the other response the margin is {conditioned:+.3f}, but from the prompt alone, which\n"
-        f"inference uses, it is {alone:+.3f}: there the model prefers the rejected responses. Set marginal_weight\n"
-        "(0.1 to 1), lower learning_rate, or fit the base to prompt + draft + answer sequences first."
+        f"| {row['tokens_per_second']:.0f} tok/s" + (f" | mfu {row['mfu']:.1%}" if "mfu" in row else "")
     )
 
 
@@ -214,4 +251,6 @@ def plot_curves(rows: list[dict[str, Any]], title: str, file: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    figure.savefig(file, dpi=110)
+    partial = file.with_name(f"{file.name}.partial")
+    figure.savefig(partial, dpi=110, format="png")
+    os.replace(partial, file)

@@ -319,7 +319,8 @@ def _train(
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise NonFiniteError(
                 f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; stopped before the update. "
-                f"Pairs that cause it: {culprits(batch)}. Look at these pairs, or lower learning_rate"
+                f"Pairs that cause it: {culprits(batch)}. Look at these pairs, or lower learning_rate; "
+                f"{way_on(folder)}, with other settings if --resume_changed true is given"
             )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, total_steps)
@@ -376,11 +377,8 @@ def _train(
             if stop or (config.save_every and step % config.save_every == 0):
                 saved = folder is not None and save(step)
                 if stop:
-                    raise Stopped(
-                        f"stopped by SIGTERM after step {step}; "
-                        + ("" if saved else "it was not saved; ")
-                        + way_on(folder)
-                    )
+                    kept = way_on(folder) if saved else f"its state could not be kept, {way_on(folder)}"
+                    raise Stopped(f"stopped by SIGTERM after step {step}: {kept}")
             if is_due(config.eval_every, step):
                 evaluate_now(step)
         bar.close()

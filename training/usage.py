@@ -58,9 +58,7 @@ def usage_of(model: PreTrainedModel, device: torch.device, *, bf16: bool, proces
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     trunk = [p for p in model.parameters() if p is not embedding and p is not head]
     per_token = sum(p.numel() * (6 if p.requires_grad else 4) for p in trunk)
-    experts = any(getattr(model.config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    experts = any(getattr(model.config, f"{name}_experts", None) for name in ("num", "num_local", "n_routed"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = PEAK_FLOPS.get(name) if bf16 and not experts else None
-    return Usage(
-        device, per_token, head.numel() * (6 if head.requires_grad else 4), peak * processes if peak else None
-    )
+    return Usage(device, per_token, head.numel() * (6 if head.requires_grad else 4), peak * processes if peak else None)

@@ -1,4 +1,4 @@
-"""What a run is warned of while it trains: signs that the policy which inference uses, given the prompt alone, gets worse.
+"""What a run is warned of while it trains: signs that answers from the prompt alone, as inference asks for, get worse.
 
 Each function reads rows of ``metrics.jsonl`` and returns a warning, or None where there is nothing to say.
 """

@@ -15,7 +15,7 @@ TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num
 
 def tiny_model(seed: int = 0, vocab_size: int = 259, **fields: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, pad_token_id=0, **TINY, **fields)
+    config = LlamaConfig(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, pad_token_id=0, **{**TINY, **fields})
     return LlamaForCausalLM(config)
 
 
@@ -38,9 +38,16 @@ def write_jsonl(path: Path, records: list[Any]) -> str:
 def options(output_dir: Path, *more: str) -> list[str]:
     """A command line that trains the tiny model on the fixture for three steps."""
     model = [word for name, value in TINY.items() for word in (f"--model.{name}", str(value))]
-    base = ["--train_data", str(PAIRS), "--output_dir", str(output_dir), "--max_steps", "3", "--learning_rate", "1e-3"]
+    base = ["--train_data", str(PAIRS), "--output_dir", str(output_dir), "--max_steps", "3", "--learning_rate", "1e-3",
+            "--sample_prompts", "1", "--sample_tokens", "4"]  # fmt: skip
     return [*model, *base, *more]
 
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What two runs of the same settings have in common."""
+    measured = {"tokens_per_second", "mfu", "rss_gib", "peak_memory_gib"}
+    return [{name: value for name, value in row.items() if name not in measured} for row in rows]

@@ -9,11 +9,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from helpers import PAIRS, TINY, metrics, options, tiny_model, token_pairs, write_jsonl
+from helpers import PAIRS, TINY, metrics, options, tiny_model, token_pairs, without_timings, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.config import InputError, TrainConfig, parse_config
-from training.output import locked, marginal_warning, prepare_folder
+from training.output import locked
 from training.train import NonFiniteError, batch_indices, learning_rate, main, train
 
 OBJECTIVES = ("dpo", "one_sided", "ipo", "simpo", "rdpo", "orpo", "hinge")
@@ -144,10 +144,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tied):
 
     one, other = (AutoModelForCausalLM.from_pretrained(run / "final").state_dict() for run in (whole, broken))
     assert same(one, other)
-    rows = [metrics(run) for run in (whole, broken)]
-    for row in rows[0] + rows[1]:
-        row.pop("tokens_per_second", None)
-    assert rows[0] == rows[1]
+    assert without_timings(metrics(whole)) == without_timings(metrics(broken))
+    assert (whole / "samples.jsonl").read_text() == (broken / "samples.jsonl").read_text()
 
 
 def test_resume_takes_a_named_checkpoint_and_auto_starts_where_there_is_none(tmp_path, capsys):
@@ -155,7 +153,7 @@ def test_resume_takes_a_named_checkpoint_and_auto_starts_where_there_is_none(tmp
     main(options(first, "--save_every", "1", "--resume", "auto"))
     main(options(second, "--resume", str(first / "checkpoint-2")))
     assert "after step 2" in capsys.readouterr().out
-    assert [row["step"] for row in metrics(second)] == [3]
+    assert without_timings(metrics(first)) == without_timings(metrics(second))  # a checkpoint brings the rows before it
     one, other = (AutoModelForCausalLM.from_pretrained(run / "final").state_dict() for run in (first, second))
     assert same(one, other)
 
@@ -192,14 +190,6 @@ def test_a_failed_start_leaves_the_folder_as_it_was(tmp_path, capsys):
     assert "is a file" in capsys.readouterr().err
 
 
-def test_a_margin_that_turns_around_without_the_alternative_is_warned_of():
-    row = {"rewards/margins": 1.0, "marginal/rewards/margins": -0.5}
-    assert "from the prompt alone" in marginal_warning(row)
-    assert marginal_warning(row | {"marginal/rewards/margins": 0.5}) is None
-    assert marginal_warning(row | {"rewards/margins": -1.0}) is None
-    assert marginal_warning({"rewards/margins": 1.0}) is None  # a plain run
-
-
 def test_a_run_can_be_taken_back_to_an_earlier_checkpoint_of_its_own(tmp_path):
     out = tmp_path / "out"
     main(options(out, "--save_every", "1", "--log_every", "1"))
@@ -225,15 +215,6 @@ def test_output_folders_of_other_runs_are_refused(tmp_path, capsys):
             main(options(out, *more))
         assert message in capsys.readouterr().err
     assert (done / "metrics.jsonl").read_bytes() == kept
-
-
-def test_newest_checkpoint_is_the_one_with_the_highest_number(tmp_path):
-    config = TrainConfig(output_dir=str(tmp_path), resume="auto")
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "state.json").write_text(json.dumps({"config": asdict(config)}))
-    (tmp_path / "checkpoint-11.partial").mkdir()
-    assert prepare_folder(tmp_path, config).name == "checkpoint-10"
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_pair():

@@ -23,7 +23,7 @@ import inspo_kernels as ik
 
 from ..config import InputError, TrainConfig
 from ..data import load_pairs
-from ..evaluation import mean_interval, proportion_interval
+from ..evaluation import conditioning_gap, mean_interval, proportion_interval
 from ..scoring import Batcher, PairModel, score
 from ..train import train
 from .report import NAMES, draw_picture
@@ -136,7 +136,7 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
     unseen_pairs = sample_pairs(base, tokenizer, world, world.unseen, len(world.unseen), settings)
     for name, records in ((PAIRS, pairs), (UNSEEN_PAIRS, unseen_pairs)):
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    gap = conditioning_gap(base, tokenizer, folder / PAIRS)
+    gap = measure_gap(base, tokenizer, folder / PAIRS)
     done("pairs", f"2. sampled its answers, judged them: {len(pairs)} pairs, and {len(unseen_pairs)} of unseen prompts")
 
     models, metrics = {"base": base}, {}
@@ -257,12 +257,12 @@ def sample_pairs(
     return pairs
 
 
-def conditioning_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> dict[str, float]:
-    """Mean of (log pi(y|x,other) - log pi(y|x)) / |y| over the pairs in ``file``, in nats per token."""
+def measure_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> dict[str, float]:
+    """``conditioning_gap`` over the pairs in ``file``."""
     pairs = load_pairs(str(file), tokenizer)
     batcher = Batcher(tokenizer.pad_token_id, model.device, TrainConfig.max_batch_tokens)
     scores = score(PairModel(model, ik.DPO()), pairs, batcher, conditioned=True, progress=None)
-    chosen, rejected = ((scores.logps - scores.marginal_logps) / scores.lengths).mean(1).tolist()
+    chosen, rejected = conditioning_gap(scores)
     return {"chosen": chosen, "rejected": rejected}
 
 
@@ -275,7 +275,7 @@ def fine_tune_config(name: str, settings: Settings, folder: Path) -> TrainConfig
         beta=settings.beta if options["objective"] == "dpo" else None, **options,
         max_steps=settings.steps, batch_size=settings.step_pairs, learning_rate=settings.learning_rate,
         lr_scheduler="linear", seed=settings.seed, log_every=max(1, settings.steps // 10),
-        eval_every=max(1, settings.steps // 10),
+        eval_every=max(1, settings.steps // 10), keep_best=False, sample_prompts=0,
     )  # fmt: skip
 
 
