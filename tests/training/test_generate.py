@@ -1,33 +1,96 @@
 from __future__ import annotations
 
+import json
+import math
+import re
+import time
+
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import tiny_model, write_jsonl
+from transformers import GenerationConfig
 
-from training.generate import generate, main
+from training import generate as module
+from training.chat import TextEncoder
+from training.generate import generate, generate_batch, main
 from training.model import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
+ENCODER = TextEncoder(TOKENIZER)
+PROMPTS = ["Why?", "What causes the northern lights?", "A", "Name a fruit.", "Tell me more about it, please."]
+
+
+def wild_model(**fields):
+    """Large embeddings make the next byte depend visibly on the prompt."""
+    return tiny_model(initializer_range=1.0, **fields).eval()
 
 
 @pytest.fixture
 def saved(tmp_path):
-    # Large embeddings make the next byte depend visibly on the prompt.
-    model = tiny_model(initializer_range=1.0).eval()
+    model = wild_model()
     model.save_pretrained(tmp_path / "final")
     TOKENIZER.save_pretrained(tmp_path / "final")
     return model, str(tmp_path / "final")
 
 
+def by_hand(model, ids, count, ends=(2,)):
+    """Greedy, straight from the logits; the answer's ids."""
+    answer = []
+    while len(answer) < count and not (answer and answer[-1] in ends):
+        answer.append(model(torch.tensor([[*ids, *answer]])).logits[0, -1].argmax().item())
+    return answer
+
+
+def batch(model, prompts, temperature=0.0, seeds=None, count=12, chat=False):
+    return generate_batch(
+        model, ENCODER, [ENCODER.prompt(text) for text in prompts], max_new_tokens=count, chat=chat,
+        temperatures=[temperature] * len(prompts), seeds=seeds or [[0, i] for i in range(len(prompts))],
+    )  # fmt: skip
+
+
+def answer_file(tmp_path, folder, records, form, *more, name="answers"):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", records)
+    out = tmp_path / f"{name}.json"
+    main(["--model", folder, "--prompts", prompts, "--out", str(out), "--format", form, "--max_new_tokens", "6", *more])
+    text = out.read_text()
+    return json.loads(text) if form == "alpaca_eval" else [json.loads(line) for line in text.splitlines()]
+
+
 def test_main_answers_greedily_from_the_prompt_alone(saved, capsys):
     model, folder = saved
-    ids = [1, *TOKENIZER("Why?", add_special_tokens=False)["input_ids"]]
-    for _ in range(8):
-        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        if ids[-1] == TOKENIZER.eos_token_id:
-            break
+    expected = by_hand(model, [1, *TOKENIZER("Why?", add_special_tokens=False)["input_ids"]], 8)
     main(["--model", folder, "--prompt", "Why?", "--max_new_tokens", "8"])
-    assert capsys.readouterr().out == TOKENIZER.decode(ids[5:], skip_special_tokens=True) + "\n"
+    assert capsys.readouterr().out == TOKENIZER.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_a_batch_answers_as_each_prompt_alone():
+    model = wild_model()
+    assert batch(model, PROMPTS) == [by_hand(model, ENCODER.prompt(text), 12) for text in PROMPTS]
+
+
+def test_answers_end_where_the_model_ends_them():
+    model = wild_model()
+    free = batch(model, PROMPTS)
+    model.generation_config.eos_token_id = [2, free[0][3]]
+    ended = batch(model, PROMPTS)
+    assert ended[0] == free[0][:4]
+    for ids, whole in zip(ended, free):
+        stop = next((i + 1 for i, token in enumerate(whole) if token in model.generation_config.eos_token_id), 12)
+        assert ids == whole[:stop]
+
+
+def test_in_a_chat_the_templates_end_of_turn_ends_the_answer():
+    model, tokenizer = wild_model(), byte_tokenizer()
+    free = batch(model, ["Why?"])[0]
+    end = tokenizer.convert_ids_to_tokens(free[4])
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '" + end + "' }}{% endfor %}"
+    encoder = TextEncoder(tokenizer)
+    prompt = ENCODER.prompt("Why?")
+    options = {"max_new_tokens": 12, "temperatures": [0.0], "seeds": [[0]]}
+    first = free.index(free[4]) + 1
+    assert generate_batch(model, encoder, [prompt], chat=True, **options) == [free[:first]]
+    assert generate_batch(model, encoder, [prompt], chat=False, **options) == [free]
 
 
 def test_samples_follow_the_seed(saved):
@@ -38,6 +101,40 @@ def test_samples_follow_the_seed(saved):
     assert one == again != other
 
 
+def test_a_sample_depends_on_its_own_seed_and_not_on_the_prompts_beside_it():
+    model = wild_model()
+    together = batch(model, PROMPTS, temperature=3.0)
+    alone = [batch(model, [text], temperature=3.0, seeds=[[0, i]])[0] for i, text in enumerate(PROMPTS)]
+    assert together == alone
+    same_prompt = batch(model, ["Why?"] * 4, temperature=3.0)
+    assert len({tuple(ids) for ids in same_prompt}) == 4
+
+
+def test_samples_are_draws_from_the_softmax_at_that_temperature():
+    model, count = tiny_model(initializer_range=0.3).eval(), 4000
+    prompt = ENCODER.prompt("Why?")
+    scores = model(torch.tensor([prompt])).logits[0, -1].double() / 0.5
+    expected = scores.softmax(0)
+    drawn = torch.zeros_like(expected)
+    for answer in batch(model, ["Why?"] * count, temperature=0.5, count=1):
+        drawn[answer[0]] += 1 / count
+    top = expected.topk(5).indices
+    for token in top.tolist():
+        p = expected[token].item()
+        assert drawn[token].item() == pytest.approx(p, abs=4.5 * math.sqrt(p * (1 - p) / count))
+    assert expected[top].max() > 0.03  # or the bounds above would say little
+
+
+def test_the_models_own_sampling_settings_are_left_alone_and_without_effect():
+    model = wild_model()
+    free = batch(model, PROMPTS)
+    model.generation_config = own = GenerationConfig(
+        do_sample=True, top_k=1, repetition_penalty=5.0, suppress_tokens=[free[0][0]], eos_token_id=2
+    )
+    assert batch(model, PROMPTS) == free
+    assert model.generation_config is own
+
+
 def test_chat_wraps_the_prompt(saved):
     model, _ = saved
     wrapped = TOKENIZER.apply_chat_template(
@@ -46,6 +143,215 @@ def test_chat_wraps_the_prompt(saved):
     answer = generate(model, TOKENIZER, "Why?", max_new_tokens=8, chat=True)
     assert answer == generate(model, TOKENIZER, wrapped, max_new_tokens=8)
     assert answer != generate(model, TOKENIZER, "Why?", max_new_tokens=8)
+
+
+def said(model, messages, count=6):
+    text = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = by_hand(model, ENCODER.prompt(text), count)
+    return TOKENIZER.decode(ids, skip_special_tokens=True).strip(), len(ids)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_alpaca_eval_reads_instruction_output_and_generator(saved, tmp_path, capsys):
+    model, folder = saved
+    records = [
+        {"dataset": "helpful_base", "instruction": "Why?", "output": "the baseline's", "generator": "baseline"},
+        {"messages": [{"role": "system", "content": "Be brief."}, user("Name a fruit.")]},
+        {"prompt": "A raw text"},
+    ]
+    entries = answer_file(tmp_path, folder, records, "alpaca_eval", "--name", "mine")
+    raw = by_hand(model, ENCODER.prompt("A raw text"), 6)
+    assert entries == [
+        {"dataset": "helpful_base", "instruction": "Why?", "output": said(model, [user("Why?")])[0],
+         "generator": "mine"},
+        {"instruction": "Name a fruit.", "output": said(model, records[1]["messages"])[0], "generator": "mine"},
+        {"instruction": "A raw text", "output": TOKENIZER.decode(raw, skip_special_tokens=True).strip(),
+         "generator": "mine"},
+    ]  # fmt: skip
+    assert "3 prompts answered" in capsys.readouterr().err
+
+
+def test_chat_makes_prompts_of_a_file_messages(saved, tmp_path):
+    model, folder = saved
+    (entry,) = answer_file(tmp_path, folder, [{"prompt": "Why?"}], "alpaca_eval", "--chat")
+    assert entry == {"instruction": "Why?", "output": said(model, [user("Why?")])[0], "generator": folder}
+
+
+def test_a_json_list_is_read_as_well(saved, tmp_path):
+    _, folder = saved
+    (tmp_path / "p.json").write_text(json.dumps([{"instruction": text} for text in PROMPTS], indent=1))
+    out = tmp_path / "a.json"
+    main(["--model", folder, "--prompts", str(tmp_path / "p.json"), "--out", str(out), "--max_new_tokens", "2"])
+    assert [entry["instruction"] for entry in json.loads(out.read_text())] == PROMPTS
+
+
+def test_arena_hard_2_reads_uid_model_and_messages(saved, tmp_path):
+    model, folder = saved
+    record = {"uid": "u1", "category": "hard_prompt", "subcategory": "x", "prompt": "Why?"}
+    (entry,) = answer_file(tmp_path, folder, [record], "arena_hard", "--name", "mine")
+    assert isinstance(entry.pop("ans_id"), str) and abs(entry.pop("tstamp") - time.time()) < 600
+    answer = {"role": "assistant", "content": {"answer": said(model, [user("Why?")])[0]}}
+    assert entry == {"uid": "u1", "model": "mine", "messages": [user("Why?"), answer]}
+
+
+def test_arena_hard_01_reads_choices_of_turns_with_content(saved, tmp_path):
+    model, folder = saved
+    record = {"question_id": "q1", "category": "arena-hard-v0.1", "cluster": "c", "turns": [{"content": "Why?"}]}
+    (entry,) = answer_file(tmp_path, folder, [record], "arena_hard", "--name", "mine")
+    assert isinstance(entry.pop("answer_id"), str) and isinstance(entry.pop("tstamp"), float)
+    text, tokens = said(model, [user("Why?")])
+    assert entry == {
+        "question_id": "q1", "model_id": "mine",
+        "choices": [{"index": 0, "turns": [{"content": text, "token_len": tokens}]}],
+    }  # fmt: skip
+
+
+def test_mt_bench_answers_the_second_turn_after_the_first(saved, tmp_path):
+    model, folder = saved
+    records = [
+        {"question_id": 81 + i, "category": "math", "turns": turns, "reference": ["x"]}
+        for i, turns in enumerate([["Why?", "And then?"], ["Name a fruit.", "Another one."], ["Only one"]])
+    ]
+    entries = answer_file(tmp_path, folder, records, "mt_bench", "--name", "mine", "--batch_size", "2")
+    for record, entry in zip(records, entries):
+        first, *rest = record["turns"]
+        answers = [said(model, [user(first)])[0]]
+        for text in rest:
+            history = [user(first), {"role": "assistant", "content": answers[0]}, user(text)]
+            answers.append(said(model, history)[0])
+        assert entry.pop("answer_id") and entry.pop("tstamp")
+        assert entry == {
+            "question_id": record["question_id"], "model_id": "mine", "choices": [{"index": 0, "turns": answers}],
+        }  # fmt: skip
+
+
+def test_mt_bench_samples_at_the_temperature_of_the_category(saved, tmp_path):
+    _, folder = saved
+    records = [
+        {"question_id": i, "category": category, "turns": ["Why?"]}
+        for i, category in enumerate(["math", "math", "writing", "writing", "other"])
+    ]
+    turns = [e["choices"][0]["turns"][0] for e in answer_file(tmp_path, folder, records, "mt_bench")]
+    assert turns[0] == turns[1] and len({*turns}) == 4
+    cold = answer_file(tmp_path, folder, records, "mt_bench", "--temperature", "0", name="cold")
+    assert len({e["choices"][0]["turns"][0] for e in cold}) == 1
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_with_the_same_file(saved, tmp_path, monkeypatch, capsys):
+    _, folder = saved
+    records = [{"instruction": text} for text in PROMPTS]
+    more = ["--batch_size", "2", "--temperature", "1.5", "--seed", "3"]
+    expected = answer_file(tmp_path, folder, records, "alpaca_eval", *more)
+
+    calls = []
+
+    def stops(*arguments, **options):
+        calls.append(len(arguments[2]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate_batch(*arguments, **options)
+
+    monkeypatch.setattr(module, "generate_batch", stops)
+    with pytest.raises(SystemExit, match="130"):
+        answer_file(tmp_path, folder, records, "alpaca_eval", *more, name="again")
+    assert "the same command goes on from here" in capsys.readouterr().err
+    journal = tmp_path / "again.json.partial"
+    journal.write_text(journal.read_text() + '{"index": 0, "answ')  # killed in the middle of a line
+    assert not (tmp_path / "again.json").exists()
+    again = answer_file(tmp_path, folder, records, "alpaca_eval", *more, name="again")
+    assert "4 of 5 prompts are already answered" in capsys.readouterr().err
+    assert calls[3:] == [1] and again == expected
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("change", ["seed", "prompts", "weights"])
+def test_what_another_model_or_other_options_answered_is_not_kept(saved, tmp_path, monkeypatch, change, capsys):
+    model, folder = saved
+    records = [{"instruction": text} for text in PROMPTS]
+
+    def stops(*arguments, **options):
+        if len(arguments[2]) == 1:
+            raise KeyboardInterrupt
+        return generate_batch(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "generate_batch", stops)
+        with pytest.raises(SystemExit):
+            answer_file(tmp_path, folder, records, "alpaca_eval", "--batch_size", "4")
+    if change == "prompts":
+        records[0] = {"instruction": "Another one"}
+    if change == "weights":
+        with torch.no_grad():
+            model.lm_head.weight.mul_(-1)
+        model.save_pretrained(folder)
+    more = ["--seed", "1"] if change == "seed" else []
+    entries = answer_file(tmp_path, folder, records, "alpaca_eval", *more)
+    assert "already answered" not in capsys.readouterr().err
+    assert entries == answer_file(tmp_path, folder, records, "alpaca_eval", *more, name="anew")
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "message"),
+    [
+        (
+            {"text": "a"},
+            "alpaca_eval",
+            r"p.jsonl:1: neither messages, turns, instruction nor prompt \(keys found: 'text'",
+        ),
+        ({"instruction": "a", "input": "b"}, "alpaca_eval", "p.jsonl:1: 'input' is not read"),
+        ({"turns": ["a", "b"]}, "alpaca_eval", "2 turns, but alpaca_eval has one"),
+        ({"turns": ["a"]}, "mt_bench", "'question_id' is missing, which mt_bench needs"),
+        ({"question_id": 1, "turns": []}, "mt_bench", "'turns' must be a list with at least one"),
+        ({"question_id": 1, "turns": [3]}, "mt_bench", "each message needs a role and a content"),
+        ({"uid": "a", "instruction": "b"}, "arena_hard", "'prompt' is missing, which arena_hard needs"),
+        ({"instruction": "a"}, "arena_hard", "'question_id' is missing"),
+        ({"prompt": 3}, "alpaca_eval", "'prompt' must be a string"),
+        ({"messages": "a"}, "alpaca_eval", "each message needs a role and a content"),
+        (3, "alpaca_eval", "p.jsonl:1: must be a JSON object"),
+        ({"prompt": "a" * 60}, "alpaca_eval", "p.jsonl:1: the prompt has 61 tokens, which leaves fewer than 6 of the"),
+    ],
+)
+def test_a_bad_record_is_named(tmp_path, capsys, record, form, message):
+    wild_model(max_position_embeddings=64).save_pretrained(tmp_path / "m")
+    TOKENIZER.save_pretrained(tmp_path / "m")
+    prompts = write_jsonl(tmp_path / "p.jsonl", [record])
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", str(tmp_path / "m"), "--prompts", prompts, "--out", str(tmp_path / "o"), "--format", form,
+              "--max_new_tokens", "6"])  # fmt: skip
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert not (tmp_path / "o").exists()
+
+
+def test_bad_files_and_options_are_named(saved, tmp_path, capsys):
+    _, folder = saved
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
+    (tmp_path / "there.json").write_text("kept")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.json").write_text("[1, ")
+    for words, message in (
+        (["--prompts", prompts, "--out", str(tmp_path / "there.json")], "there.json exists; choose another file"),
+        (["--prompts", prompts, "--out", str(tmp_path / "no/o.json")], "there is no folder"),
+        (["--prompts", str(tmp_path / "none"), "--out", str(tmp_path / "o")], "none: no such file"),
+        (["--prompts", str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "o")], "holds no record"),
+        (["--prompts", str(tmp_path / "broken.json"), "--out", str(tmp_path / "o")], "not a JSON list"),
+        (["--prompts", prompts], "--prompts and --out belong together"),
+        (["--prompt", "a", "--prompts", prompts], "not allowed with"),
+        (["--prompt", "a", "--temperature", "-1"], "must be at least 0"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--model", folder, *words])
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "there.json").read_text() == "kept"
+
+
+def test_answers_that_are_cut_off_are_counted(saved, tmp_path, capsys):
+    _, folder = saved
+    answer_file(tmp_path, folder, [{"prompt": text} for text in PROMPTS], "alpaca_eval")
+    assert "5 answers have --max_new_tokens=6 tokens and may be cut off" in capsys.readouterr().err
 
 
 def test_a_missing_model_is_named(capsys, tmp_path):
