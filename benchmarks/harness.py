@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import ctypes
+import gc
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import resource
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +66,12 @@ def interleaved_times(
     *,
     device: str = "cpu",
     seconds: float = math.inf,
+    after_round: Callable[[dict[str, list[float]]], None] = lambda times: None,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round, all of them once a round: drifting load then hits all alike.
 
     After ``seconds`` no further round starts once there are ``FEWEST_ROUNDS`` (fewer only if ``rounds`` is).
+    ``after_round`` gets what there is after each round, so that an interrupted run can keep it.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + seconds
@@ -74,6 +83,8 @@ def interleaved_times(
             elapsed = seconds_of(run, device)
             if i >= warmup:
                 times[name].append(elapsed)
+        if i >= warmup:
+            after_round(times)
     bar.close()
     return times
 
@@ -104,11 +115,60 @@ def ratios(times: Mapping[str, Sequence[float]], to: str) -> dict[str, dict[str,
     return {name: spread([a / b for a, b in zip(t, times[to], strict=True)]) for name, t in times.items()}
 
 
-def peak_memory_in_fresh_process(module: str, arguments: Sequence[str]) -> int | None:
-    """Bytes printed last by ``python -m module *arguments``, measured there with ``own_peak``, or None."""
-    child = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True)
-    last = child.stdout.strip().splitlines()[-1]
-    return None if last == "None" else int(last)
+def reason(error: Exception) -> str:
+    """Why a contender has no figure, for a table."""
+    text = str(error).strip().split("\n")[0][:200]
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if memory:
+        return "out of memory"
+    return f"failed: {type(error).__name__}" + (f": {text}" if text else "")
+
+
+def guarded(runs: Mapping[str, Callable[[], Any]], failed: dict[str, str]) -> dict[str, Callable[[], Any]]:
+    """The same runs, a failing one being entered in ``failed`` once and doing nothing from then on."""
+
+    def guard(name: str, run: Callable[[], Any]) -> Any:
+        if name in failed:
+            return None
+        try:
+            return run()
+        except Exception as error:
+            failed[name] = reason(error)
+        if failed[name] == "out of memory" and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    return {name: partial(guard, name, run) for name, run in runs.items()}
+
+
+def peak_memory_in_fresh_process(module: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """``status`` and, if measured, ``peak_bytes``: the JSON that ``python -m module *arguments`` prints last."""
+    child = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+    if child.returncode == -9:
+        return {"status": "out of memory"}
+    if child.returncode != 0:
+        return {"status": f"failed: {(child.stderr.strip() or str(child.returncode)).splitlines()[-1][:200]}"}
+    return json.loads(child.stdout.strip().splitlines()[-1])
+
+
+def limit_memory() -> None:
+    """Let allocations beyond the memory that is free now fail, rather than have this process killed."""
+    try:
+        free = 1024 * _proc_kib("meminfo", "MemAvailable")
+    except OSError:
+        return
+    limits = [limit for limit in resource.getrlimit(resource.RLIMIT_DATA) if limit != resource.RLIM_INFINITY]
+    limit = min([int(0.95 * free), *limits])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def release_freed_memory() -> None:
+    """Give back what was freed, so that a second run's peak is counted from the same level as the first's."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library: its freed memory stays resident and the peak is understated
 
 
 def own_peak(run: Callable[[], Any], device: str = "cpu") -> int | None:
@@ -126,15 +186,15 @@ def own_peak(run: Callable[[], Any], device: str = "cpu") -> int | None:
         return torch.cuda.max_memory_allocated() - before
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status_kib("VmRSS")
+        before = _proc_kib("self/status", "VmRSS")
         run()
-        return 1024 * (_status_kib("VmHWM") - before)
+        return 1024 * (_proc_kib("self/status", "VmHWM") - before)
     except OSError:
         return None
 
 
-def _status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def _proc_kib(file: str, field: str) -> int:
+    lines = Path("/proc", file).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
@@ -144,3 +204,40 @@ def _cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+# --- what the commands share ---
+
+
+def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    parser.add_argument("--json", type=Path, help="result file; written as results come")
+    parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or "cuda:1" [cpu]')
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"interleaved rounds after a warm-up [{rounds}]")
+    parser.add_argument("--quick", action="store_true", help="shapes of seconds, to see that everything runs")
+
+
+def checked_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        parser.error(f"--device {name}: {str(error).splitlines()[0]}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU; use --device cpu")
+    return device
+
+
+def command(module: str, arguments: Sequence[str], json_file: Path | None) -> str:
+    """The command to print in a result file: without the place the file was written to."""
+    given = ["FILE" if json_file is not None and a == str(json_file) else a for a in arguments]
+    return shlex.join(["python", "-m", module, *given])
+
+
+@contextmanager
+def kept_on_interrupt(save: Callable[[], None]) -> Iterator[None]:
+    """On Ctrl-C, save what is done and end with status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        save()
+        print("interrupted; what is done is kept", file=sys.stderr)
+        sys.exit(130)

@@ -1,7 +1,7 @@
-"""Write the README's tables from the committed result files: ``python -m benchmarks.report``.
+"""Write the README's tables and the plots from the committed result files: ``python -m benchmarks.report``.
 
 Between ``<!-- generated: NAME -->`` and ``<!-- end -->`` stands what section NAME makes of its file. To add a section,
-write a function from the parsed file to Markdown and list it in ``SECTIONS``.
+write a function from the parsed file to Markdown and list it in ``SECTIONS``; plots are listed in ``PLOTS``.
 """
 
 from __future__ import annotations
@@ -12,35 +12,183 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from . import plots
+from .contenders import CONTENDERS
+from .measure import PRODUCTS
+
+TITLES = {name: contender.title for name, contender in CONTENDERS.items()}
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def loss(result: dict[str, Any]) -> str:
-    """Time, memory and error of the pairwise loss beside the floor."""
-    shape, contenders = result["shape"], result["contenders"]
-    titles = {
-        "floor": "floor: the three bare products, outputs preallocated",
-        "fused": "`fused_inspo_loss`, forward + backward",
-        "full log_softmax": "log_softmax at every position, forward + backward",
-    }
+    """Time, memory and error of the pairwise loss beside the floor, for one shape; times alone for the others."""
+    first, *others = result["cells"]
     lines = [
-        f"{shape['pairs']} pairs, prompt {shape['prompt']}, responses {shape['response']}, H = {shape['hidden']}, "
-        f"V = {shape['vocab']:,}, {result['dtype']}: {result['scored_tokens']:,} scored of {result['positions']:,} "
-        f"positions.",
+        f"{first['pairs']} pairs, prompt {first['mean_prompt']:.0f}, responses {first['mean_response']:.0f}, "
+        f"H = {first['hidden']}, V = {first['vocab']:,}, {result['dtype']}, forward + backward: "
+        f"{first['scored_tokens']:,} scored of {first['positions']:,} positions.",
         "",
-        "| | time / floor (quartiles) | seconds | peak memory above inputs | worst error against float64 |",
+        *_cell_table(first, "floor"),
+    ]
+    lines += [_other_shape(cell) for cell in others]
+    return "\n".join([*lines, "", _source(result, "loss_cpu.json")])
+
+
+def _other_shape(cell: dict[str, Any]) -> str:
+    ranked = {n: r["times_floor"]["median"] for n, r in cell["contenders"].items() if r.get("times_floor")}
+    ranked.pop("floor", None)
+    figures = ", ".join(f"{TITLES[n]} {ratio:.2f}" for n, ratio in sorted(ranked.items(), key=lambda item: item[1]))
+    return (
+        f"\nShape `{cell['shape']}` ({cell['pairs']} pairs, mean prompt {cell['mean_prompt']:.0f} and response "
+        f"{cell['mean_response']:.0f}, H = {cell['hidden']}, V = {cell['vocab']:,}), time / floor: {figures}."
+    )
+
+
+def _cell_table(cell: dict[str, Any], base: str) -> list[str]:
+    lines = [
+        f"| | time / {base} (quartiles) | seconds | peak memory above inputs | worst error against float64 |",
         "|---|---|---|---|---|",
     ]
-    for name, row in contenders.items():
-        ratio = row["times_floor"]
-        quartiles = "" if name == "floor" else f" ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
-        memory = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
-        error = "" if row["relative_error"] is None else f"{max(row['relative_error'].values()):.0e}"
-        seconds = f"{row['seconds']['median']:.2f}"
-        lines.append(f"| {titles[name]} | {ratio['median']:.2f}{quartiles} | {seconds} | {memory} | {error} |")
-    return "\n".join([*lines, "", _source(result, "loss_cpu.json")])
+    for name, row in cell["contenders"].items():
+        title = "floor: the bare products, outputs preallocated" if name == "floor" else TITLES[name]
+        if row["status"] != "measured":
+            lines.append(f"| {title} | {row['status']} | | | |")
+            continue
+        errors = row.get("relative_error")
+        error = f"{max(errors.values()):.0e}" if errors else ""
+        ratio, seconds = _ratio(row[f"times_{base}"], name == base), f"{row['seconds']['median']:.2f}"
+        lines.append(f"| {title} | {ratio} | {seconds} | {_mebibytes(row)} | {error} |")
+    return lines
+
+
+def _ratio(ratio: dict[str, float], is_base: bool = False) -> str:
+    return f"{ratio['median']:.2f}" + ("" if is_base else f" ({ratio['q1']:.2f}-{ratio['q3']:.2f})")
+
+
+def _mebibytes(row: dict[str, Any]) -> str:
+    return "not measured" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
+
+
+def logps(result: dict[str, Any]) -> str:
+    """Time / floor of the per-token op in its modes, at the first shape."""
+    cells = [cell for cell in result["cells"] if cell["shape"] == result["cells"][0]["shape"]]
+    first = cells[0]
+    lines = [
+        f"`linear_logps` under any upstream gradient, {first['scored_tokens']:,} tokens, H = {first['hidden']}, "
+        f"V = {first['vocab']:,}, {result['dtype']}; time / bare products of that mode (products), peak memory:",
+        "",
+        "| | " + " | ".join(f"{cell['mode']} ({PRODUCTS[cell['mode']]})" for cell in cells) + " |",
+        "|---" * (len(cells) + 1) + "|",
+    ]
+    for name in first["contenders"]:
+        if name == "floor":
+            continue
+        rows = [cell["contenders"][name] for cell in cells]
+        texts = [
+            f"{_ratio(row['times_floor'])}, {_mebibytes(row)}" if row["status"] == "measured" else row["status"]
+            for row in rows
+        ]
+        lines.append(f"| {TITLES[name]} | " + " | ".join(texts) + " |")
+    return "\n".join([*lines, "", _source(result, "logps_cpu.json")])
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """Fitted growth of time and memory."""
+    sweeps = result["fits"]
+    names = list(dict.fromkeys(name for fit in sweeps.values() for name in fit))
+    lines = [
+        "Growth of time, and of peak memory, as the exponent of a fitted power (1 is linear, 0 constant), one thing "
+        "changed at a time:",
+        "",
+        "| | " + " | ".join(sweeps) + " |",
+        "|---" * (len(sweeps) + 1) + "|",
+    ]
+    for name in names:
+        cells = []
+        for fit in sweeps.values():
+            figures = [fit.get(name, {}).get(key) for key in ("seconds", "peak_bytes")]
+            cells.append(", ".join("-" if f is None else f"{f['exponent']:.2f}" for f in figures))
+        lines.append(f"| {TITLES[name]} | " + " | ".join(cells) + " |")
+    best = min(result["workspace"].items(), key=lambda item: item[1]["seconds"]["median"])
+    default = next(item for item in result["workspace"].items() if item[0].startswith("default"))
+    share = default[1]["seconds"]["median"] / best[1]["seconds"]["median"]
+    lines += [
+        "",
+        f"Workspace at the shape above: the {default[0].split(' ')[0]} of {default[1]['rows']} rows "
+        f"({default[1]['bytes'] / 2**20:.0f} MiB) takes {share:.2f} of the time of the fastest tried, "
+        f"{best[1]['rows']} rows ({best[1]['bytes'] / 2**20:.0f} MiB).",
+        "",
+        "![time and memory](benchmarks/results/scaling_cpu.png)",
+    ]
+    return "\n".join([*lines, "", _source(result, "scaling_cpu.json")])
+
+
+def step(result: dict[str, Any]) -> str:
+    """Whole steps by prompt share, and that the work is the same."""
+    titles = result["titles"]
+    lines = [
+        f"A whole training step, {result['pairs_per_step']} pairs, {result['dtype']}: time / four forwards "
+        "(quartiles), by the prompt's share of prompt + chosen + rejected, or with the lengths of real pairs.",
+        "",
+        "| model, prompt share | " + " | ".join(titles.values()) + " |",
+        "|---" * (len(titles) + 1) + "|",
+    ]
+    for cell in result["cells"]:
+        texts = []
+        for name in titles:
+            row = cell["contenders"].get(name, {"status": "not measured"})
+            ratio = row.get("times_four_forwards")
+            text = row["status"]
+            if ratio:
+                text = f"{_ratio(ratio, name == 'four_forwards')}, {row['positions_per_step']:,.0f} positions"
+                text += "" if row.get("peak_bytes") is None else f", {_mebibytes(row)}"
+            texts.append(text)
+        lines.append(f"| {cell['name']} | " + " | ".join(texts) + " |")
+    models = "; ".join(
+        f"{name}: {m['layers']} layers, H = {m['hidden']}, V = {m['vocab']:,}" for name, m in result["models"].items()
+    )
+    return "\n".join([*lines, "", f"Models (Llama-shaped, random weights): {models}.", "", _same_work(result), "",
+                      _source(result, "step_cpu.json")])  # fmt: skip
+
+
+def _same_work(result: dict[str, Any]) -> str:
+    work = result["same_work"]
+    parts = []
+    for name, row in work["contenders"].items():
+        if name == "four_forwards":
+            continue
+        if "errors" not in row:
+            parts.append(f"{result['titles'][name]}: {row['status']}")
+            continue
+        verdict = "" if row["same"] else ", NOT THE SAME"
+        parts.append(
+            f"{result['titles'][name]}: losses within {row['errors']['loss']:.0e}, weights within "
+            f"{row['errors']['weights']:.0e} of the way they went{verdict}"
+        )
+    return (
+        f"The same work, after {work['updates']} updates in {work['dtype']}, beside four forwards: {'; '.join(parts)}."
+    )
+
+
+def gpu(result: dict[str, Any]) -> str:
+    """Time / floor at the main shape, and the targets."""
+    cells = [cell for cell in result["cells"] if (cell["model"], cell["tokens"]) == ("llama3-8b", 8192)] or [
+        result["cells"][0]
+    ]
+    lines = []
+    for cell in cells:
+        lines += [f"{cell['name']}, {result['dtype']}:", "", *_cell_table(cell, "floor"), ""]
+    lines += [
+        f"- {row['target']} <= {row['limit']:g}: "
+        + ("" if row["measured"] is None else f"{row['measured']:.4g}, ")
+        + row["verdict"]
+        for row in result["targets"]
+    ]
+    return "\n".join([*lines, "", _source(result, "gpu.json")])
 
 
 def demo(result: dict[str, Any]) -> str:
@@ -127,9 +275,19 @@ def no_drafts(result: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "loss": ("loss_cpu.json", loss),
+    "logps": ("logps_cpu.json", logps),
+    "scaling": ("scaling_cpu.json", scaling),
+    "step": ("step_cpu.json", step),
+    "gpu": ("gpu.json", gpu),
     "demo": ("demo_seeds.json", demo),
     "no_drafts": ("demo_no_drafts.json", no_drafts),
     "real_pairs": ("real_pairs.json", real_pairs),
+}
+
+
+PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
+    "scaling_cpu.png": ("scaling_cpu.json", plots.plot_scaling),
+    "step_cpu.png": ("step_cpu.json", plots.plot_step),
 }
 
 
@@ -163,7 +321,12 @@ def _source(result: dict[str, Any], file: str) -> str:
 
 def main() -> None:
     README.write_text(render(README.read_text()))
-    print(f"wrote the generated parts of {README.name}: {', '.join(SECTIONS)}")
+    written = []
+    for image, (file, plot) in PLOTS.items():
+        if (RESULTS / file).exists():
+            plot(json.loads((RESULTS / file).read_text())).savefig(RESULTS / image, dpi=110)
+            written.append(image)
+    print(f"wrote the generated parts of {README.name} and {', '.join(written) or 'no plots: no results'}")
 
 
 if __name__ == "__main__":

@@ -1,46 +1,128 @@
-"""The loss benchmark measures what it says, on a shape of seconds, and its file holds what the README needs."""
+"""The benchmark commands measure what they say, on shapes of seconds, and their files hold what is made of them."""
 
 from __future__ import annotations
 
+import copy
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, loss, report
+from benchmarks import compare, harness, logps, loss, measure, report, scaling
+
+ROOT = Path(__file__).parents[2]
+ROW = {"status": "measured", "seconds": {"median": 1.0, "q1": 1.0, "q3": 1.0}}
 
 
-def test_quick_run_writes_a_complete_file(tmp_path, capsys):
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Memory figures without a process for each."""
+
+    def peak(module, arguments):
+        assert module == "benchmarks.measure" and json.loads(arguments[0])["mode"]
+        return {"status": "measured", "peak_bytes": 5 << 20}
+
+    monkeypatch.setattr(measure, "peak_memory_in_fresh_process", peak)
+
+
+def test_quick_loss_writes_a_complete_file(tmp_path, capsys):
     file = tmp_path / "loss.json"
-    loss.main(["--shape", "quick", "--rounds", "3", "--json", str(file)])
+    loss.main(["--quick", "--shape", "quick", "--rounds", "3", "--contenders", "torch", "cut_cross_entropy",
+               "--json", str(file)])  # fmt: skip
     result = json.loads(file.read_text())
-    assert set(result["contenders"]) == {"floor", "fused", "full log_softmax"}
-    for name, row in result["contenders"].items():
-        assert row["seconds"]["median"] > 0
-        assert name == "floor" or all(error < 1e-5 for error in row["relative_error"].values())
-    assert result["contenders"]["floor"]["times_floor"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
-    assert result["command"].startswith("python -m benchmarks.loss --shape quick")
-    assert {"date", "versions", "hardware"} <= set(result)
-    assert "fused" in capsys.readouterr().out
-    assert "| `fused_inspo_loss`" in report.loss(result)
+    (cell,) = result["cells"]
+    assert result["finished"] and cell["scored_tokens"] == 128 and cell["rounds"] == 3
+    assert set(cell["contenders"]) == {"floor", "torch", "cut_cross_entropy"}
+    ours, floor = cell["contenders"]["torch"], cell["contenders"]["floor"]
+    assert ours["seconds"]["median"] > 0 and all(error < 1e-5 for error in ours["relative_error"].values())
+    assert 1 << 16 < ours["peak_bytes"] < 1 << 26  # a fresh process's own
+    assert floor["times_floor"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
+    assert cell["contenders"]["cut_cross_entropy"] == {"status": "needs a GPU"}
+    assert result["command"].endswith("--contenders torch cut_cross_entropy --json FILE")
+    assert {"date", "versions", "hardware"} <= set(result) and "liger-kernel" in result["versions"]
+    assert "torch" in capsys.readouterr().out
+    assert "| inspo_kernels (torch)" in report.loss(result) and "needs a GPU" in report.loss(result)
 
 
-def test_errors_compare_with_float64(monkeypatch):
-    """A contender with a wrong gradient is seen."""
+def test_logps_measures_every_mode(tmp_path, no_processes):
+    file = tmp_path / "logps.json"
+    logps.main(["--shape", "quick-real", "--rounds", "2", "--contenders", "torch", "trl", "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert [cell["mode"] for cell in result["cells"]] == ["forward+backward", "forward", "frozen head"]
+    errors = [cell["contenders"]["torch"]["relative_error"] for cell in result["cells"]]
+    gradients = ["dhidden", "dweight"]
+    assert [set(e) for e in errors] == [{"logps", *gradients}, {"logps"}, {"logps", "dhidden"}]
+    assert max(value for e in errors for value in e.values()) < 1e-5
+    assert "liger" not in json.dumps([cell["contenders"] for cell in result["cells"]])
 
-    def wrong(batch):
-        right = loss.fused(batch)
 
-        def run():
-            value = right()
-            batch.weight.grad.mul_(1.01)
-            return value
+def test_scaling_fits_exponents(tmp_path, no_processes, capsys):
+    file = tmp_path / "scaling.json"
+    scaling.main(["--quick", "--rounds", "1", "--sweeps", "vocabulary", "workspace", "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert [cell["value"] for cell in result["cells"]] == [2, 4] and len(result["workspace"]) == 8
+    assert result["finished"] and "workspace of" in capsys.readouterr().out
+    fit = scaling.exponent([(n, 3 * n**1.5) for n in (1, 2, 4, 8)])
+    assert fit["exponent"] == pytest.approx(1.5) and fit["standard_error"] < 1e-6
+    assert scaling.exponent([(1, 1.0), (2, 2.0)]) is None
 
-        return run
 
-    monkeypatch.setitem(loss.CONTENDERS, "wrong", wrong)
-    errors = loss.errors(loss.SHAPES["quick"])
-    assert errors["wrong"]["dweight"] == pytest.approx(0.01, rel=1e-3)
-    assert errors["fused"]["dweight"] < 1e-5
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    file = tmp_path / "loss.json"
+    command = [sys.executable, "-m", "benchmarks.loss", "--shape", "quick", "--rounds", "10000000"]
+    process = subprocess.Popen(
+        [*command, "--contenders", "torch", "--json", str(file)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (file.exists() and '"rounds"' in file.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    result = json.loads(file.read_text())
+    assert process.returncode == 130 and "what is done is kept" in said
+    assert not result["finished"] and result["cells"][0]["contenders"]["torch"]["seconds"]["median"] > 0
+
+
+def result_of(**contenders):
+    return {"cells": [{"name": "reference", "contenders": contenders}]}
+
+
+def spread(median, half=0.01):
+    return {"median": median, "q1": median - half, "q3": median + half}
+
+
+def test_compare_tells_slower_from_noise(tmp_path, capsys):
+    old = result_of(ours={**ROW, "times_floor": spread(1.08), "peak_bytes": 100 << 20}, peer=ROW)
+    files = []
+    for change in (
+        {"times_floor": spread(1.09, 0.05)},  # within the noise
+        {"times_floor": spread(1.30)},
+        {"times_floor": spread(0.90)},
+        {"peak_bytes": 150 << 20},
+        {"status": "out of memory"},
+    ):
+        new = copy.deepcopy(old)
+        new["cells"][0]["contenders"]["ours"] |= change
+        files.append(list(compare.compare(old, new, 0.03)))
+    assert [[worse for worse, _ in found] for found in files] == [[], [True], [False], [True], [True]]
+    assert "slower by 20%, times floor 1.08 (1.07-1.09) -> 1.3" in files[1][0][1]
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, result in zip(paths, (old, new)):
+        path.write_text(json.dumps(result))
+    assert compare.main(list(map(str, paths))) == 1 and "WORSE  reference, ours" in capsys.readouterr().out
+    assert compare.main([str(paths[0])] * 2) == 0
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        compare.main([str(paths[0]), str(tmp_path / "other.json")])
+    assert "has no cells" in capsys.readouterr().err
 
 
 def test_own_peak_counts_what_is_allocated_and_freed():
@@ -55,13 +137,21 @@ def test_own_peak_counts_what_is_allocated_and_freed():
     assert 60 << 20 < peak < 80 << 20
 
 
-def test_unknown_shape_lists_the_known(capsys):
+@pytest.mark.parametrize(
+    "arguments, known",
+    [
+        (["--shape", "huge"], "'llama3-8b', 'qwen3-4b'"),
+        (["--contenders", "quack"], "'full_log_softmax', 'log_softmax'"),
+        (["--device", "tpu0"], "--device tpu0"),
+    ],
+)
+def test_bad_arguments_list_the_known(arguments, known, capsys):
     with pytest.raises(SystemExit):
-        loss.main(["--shape", "huge"])
-    assert "reference" in capsys.readouterr().err
+        loss.main(arguments)
+    assert known in capsys.readouterr().err
 
 
-def test_interrupted_writing_leaves_the_old_file(tmp_path, monkeypatch):
+def test_interrupted_writing_leaves_the_old_file(tmp_path):
     file = tmp_path / "result.json"
     harness.write_json(file, {"old": 1})
     with pytest.raises(TypeError):

@@ -1,0 +1,194 @@
+"""Shapes that are measured, and random batches of them.
+
+Lengths are those of real preference pairs (``pair_lengths.json``: token counts, no texts) or equal ones; heads are
+those of known models. Values are random, of the size a trained model's are.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inspo_kernels.conditioning import IGNORE_INDEX
+
+Lengths = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """An LM head: hidden size, vocabulary, soft-cap of the logits if any."""
+
+    hidden: int
+    vocab: int
+    softcap: float | None = None
+
+
+MODELS = {
+    "llama3-8b": HeadShape(4096, 128_256),
+    "qwen3-4b": HeadShape(2560, 151_936),
+    "qwen3-8b": HeadShape(4096, 151_936),
+    "gemma2-9b": HeadShape(3584, 256_000, softcap=30.0),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A head and the token counts (prompt, chosen, rejected) of the pairs that go through it in one batch."""
+
+    head: HeadShape
+    lengths: tuple[Lengths, ...]
+
+    @property
+    def scored(self) -> int:
+        return sum(w + l for _, w, l in self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(map(sum, self.lengths))
+
+    @property
+    def positions(self) -> int:
+        """Of the padded rows prompt + alternative + response."""
+        return 2 * len(self.lengths) * self.longest
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **vars(self.head),
+            "pairs": len(self.lengths),
+            "mean_prompt": sum(x for x, _, _ in self.lengths) / len(self.lengths),
+            "mean_response": self.scored / (2 * len(self.lengths)),
+            "scored_tokens": self.scored,
+            "positions": self.positions,
+        }
+
+
+def equal(head: HeadShape, pairs: int, prompt: int, response: int) -> Shape:
+    return Shape(head, ((prompt, response, response),) * pairs)
+
+
+def scored_tokens(head: HeadShape, tokens: int, response: int) -> Shape:
+    """``tokens`` scored tokens in responses of ``response`` tokens each, after prompts half as long."""
+    if tokens % (2 * response):
+        raise ValueError(f"{tokens} tokens are no whole number of pairs of two responses of {response} tokens")
+    return equal(head, tokens // (2 * response), max(1, response // 2), response)
+
+
+@cache
+def real_lengths() -> tuple[Lengths, ...]:
+    """Token counts of real pairs."""
+    table = json.loads((Path(__file__).parent / "pair_lengths.json").read_text())
+    return tuple((x, w, l) for x, w, l in table["lengths"])
+
+
+def sample_lengths(pairs: int, *, longest: int, seed: int = 0) -> tuple[Lengths, ...]:
+    """Of ``pairs`` real pairs of at most ``longest`` tokens in all, drawn without replacement."""
+    fitting = [lengths for lengths in real_lengths() if sum(lengths) <= longest]
+    return tuple(random.Random(seed).sample(fitting, pairs))
+
+
+def shapes(device: torch.device) -> dict[str, Shape]:
+    """Shapes by name. On a CPU the models' heads meet few tokens: each of them costs milliseconds there."""
+    reference = HeadShape(512, 32_000)
+    models = {
+        name: equal(head, 8, 256, 512) if device.type == "cuda" else equal(head, 1, 32, 64)
+        for name, head in MODELS.items()
+    }
+    return {
+        "reference": equal(reference, 4, 128, 256),
+        "real": Shape(reference, sample_lengths(8, longest=1024)),
+        "quick": equal(HeadShape(64, 1000), 2, 16, 32),
+        "quick-real": Shape(HeadShape(48, 777, softcap=30.0), ((3, 5, 9), (7, 12, 4), (5, 8, 8))),
+        **models,
+    }
+
+
+def random_head(shape: HeadShape, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(V, H), normal with variance 1/H."""
+    g = torch.Generator(device).manual_seed(0)
+    return torch.randn(shape.vocab, shape.hidden, generator=g, device=device).div_(shape.hidden**0.5).to(dtype)
+
+
+class PairBatch:
+    """Hidden states, head, labels and reference of a shape: chosen before rejected, B pairs, N scored tokens.
+
+    ``rows=True``: hidden (2B, T, H) has every position, labels (2B, T) are aligned with it (hidden[t] predicts
+    labels[t + 1]), as ``condition_pairs`` lays pairs out. ``rows=False``: hidden (N, H) has the scored ones only.
+    Either way ``scored_rows`` gives (N, H), and targets and segment_ids (N,) belong to it.
+
+    Logits are standard normal but for the label's, which is raised by 0 to 20: label probabilities range from 1/V to 1,
+    as a trained model's do. Reference log-probs are within a few nats of the policy's, so that no loss saturates.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: bool = False,
+        weight: Tensor | None = None,
+    ) -> None:
+        g = torch.Generator(device).manual_seed(shape.scored)
+        head, pairs = shape.head, len(shape.lengths)
+        responses = [w for _, w, _ in shape.lengths] + [l for _, _, l in shape.lengths]
+        self.shape, self.head = shape, head
+        self.response_lengths = responses
+        self.weight = random_head(head, dtype=dtype, device=device) if weight is None else weight
+        lengths = torch.tensor(responses, device=device)
+        self.segment_ids = torch.arange(2 * pairs, device=device).repeat_interleave(lengths)
+        self.response_mask = torch.arange(max(responses), device=device) < lengths[:, None]
+        self.targets = torch.randint(head.vocab, (shape.scored,), generator=g, device=device)
+        label_rows = self.weight[self.targets].float()
+        raised = 20 * torch.rand(shape.scored, 1, generator=g, device=device)
+        x = torch.randn(shape.scored, head.hidden, generator=g, device=device)
+        x += raised * label_rows / label_rows.square().sum(1, keepdim=True)
+        self.ref_logps = self.sums(_estimated_logps(x, label_rows, head))
+        self.ref_logps += 3 * torch.randn(2 * pairs, generator=g, device=device)
+        self.hidden, self.scored_mask, self.labels = x.to(dtype), None, None
+        if rows:
+            ends = torch.tensor([sum(lengths) for lengths in shape.lengths] * 2, device=device)
+            self._spread_over_rows(shape, ends, lengths, g)
+
+    def _spread_over_rows(self, shape: Shape, ends: Tensor, responses: Tensor, g: torch.Generator) -> None:
+        x, rows = self.hidden, len(ends)
+        device, at = x.device, torch.arange(shape.longest, device=x.device)
+        # The token before each label predicts it.
+        self.scored_mask = (at >= (ends - responses - 1)[:, None]) & (at < (ends - 1)[:, None])
+        self.hidden = torch.randn(rows, shape.longest, shape.head.hidden, generator=g, device=device).to(x.dtype)
+        self.hidden[self.scored_mask] = x
+        self.labels = torch.full((rows, shape.longest), IGNORE_INDEX, device=device)
+        self.labels[:, 1:][self.scored_mask[:, :-1]] = self.targets
+
+    @property
+    def softcap(self) -> float | None:
+        return self.head.softcap
+
+    @cached_property
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """Targets and segment ids on the CPU."""
+        return self.targets.cpu(), self.segment_ids.cpu()
+
+    def scored_rows(self, hidden: Tensor) -> Tensor:
+        """(N, H) of ``hidden``, which is laid out as the batch's own; differentiable."""
+        return hidden if self.scored_mask is None else hidden[self.scored_mask]
+
+    def sums(self, logps: Tensor) -> Tensor:
+        """(2B,) sums of per-token log-probs (N,), in their dtype: padded rows, summed, as trainers do."""
+        padded = logps.new_zeros(self.response_mask.shape).masked_scatter(self.response_mask, logps)
+        return padded.sum(1)
+
+
+def _estimated_logps(x: Tensor, label_rows: Tensor, head: HeadShape) -> Tensor:
+    """Given standard normal logits beside the label's."""
+    label_logit = (x * label_rows).sum(1)
+    if head.softcap is not None:
+        label_logit = head.softcap * torch.tanh(label_logit / head.softcap)
+    others = torch.tensor(head.vocab, dtype=x.dtype, device=x.device).log() + 0.5
+    return label_logit - torch.logaddexp(others, label_logit)

@@ -1,0 +1,90 @@
+"""The command behind ``benchmarks.loss`` and ``benchmarks.logps``: shapes by contenders, one file of cells."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .batches import PairBatch, Shape, shapes
+from .contenders import CONTENDERS, PEER_PACKAGES, chosen
+from .harness import add_common_options, checked_device, command, kept_on_interrupt, provenance, write_json
+from .measure import LOSS, measure, measure_peaks
+
+
+def table(cell: dict[str, Any]) -> str:
+    """One cell, for a terminal."""
+    lines = [f"{cell['name']}: {cell['scored_tokens']:,} scored tokens, H = {cell['hidden']}, V = {cell['vocab']:,}"]
+    for name, row in cell["contenders"].items():
+        if row["status"] != "measured" or "seconds" not in row:
+            lines.append(f"  {name:<27}{row['status']}")
+            continue
+        ratio, peak, error = row["times_floor"], row.get("peak_bytes"), row.get("relative_error")
+        times = f"{ratio['median']:6.2f}x floor ({ratio['q1']:.2f}-{ratio['q3']:.2f})" if ratio else " " * 25
+        memory = " " * 11 if peak is None else f"{peak / 2**20:7,.0f} MiB"
+        errors = f"  worst error {max(error.values()):.0e}" if error else ""
+        lines.append(f"  {name:<27}{1e3 * row['seconds']['median']:9.2f} ms{times}{memory}{errors}")
+    return "\n".join(lines)
+
+
+def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Sequence[str] | None) -> None:
+    """Parse, measure every shape in every mode, and keep the file up to date with what there is."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(f"python -m {module}", description=doc.splitlines()[0])
+    known = shapes(torch.device("cpu"))
+    names = [n for n, c in CONTENDERS.items() if what == LOSS or c.logps]
+    add_common_options(parser, rounds=15)
+    parser.add_argument("--shape", "--model-shape", nargs="+", choices=known, metavar="SHAPE",
+                        help=f"of {', '.join(known)} [reference real, or the quick ones]")  # fmt: skip
+    parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME",
+                        help=f"beside the floor, of {', '.join(names)} [all]")  # fmt: skip
+    options = parser.parse_args(arguments)
+    device = checked_device(parser, options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    result: dict[str, Any] = {
+        **provenance(command(module, arguments, options.json), PEER_PACKAGES),
+        "what": what,
+        "dtype": str(dtype).removeprefix("torch."),
+        "finished": False,
+        "cells": [],
+    }
+
+    def save() -> None:
+        if options.json:
+            write_json(options.json, result)
+
+    chosen_shapes = options.shape or (["quick", "quick-real"] if options.quick else ["reference", "real"])
+    todo = [(name, mode) for name in chosen_shapes for mode in modes]
+    with kept_on_interrupt(save):
+        for name, mode in tqdm(todo, desc="cells", disable=not sys.stderr.isatty()):
+            cell = {"name": f"{name}, {mode}", "shape": name, "mode": mode, **shapes(device)[name].as_json()}
+            result["cells"].append(cell)
+            fill(cell, shapes(device)[name], mode, what, options.contenders, options.rounds, dtype, device, save)
+            tqdm.write(table(cell))
+        result["finished"] = True
+        save()
+    if options.json:
+        print(f"written to {options.json}")
+
+
+def fill(
+    cell: dict[str, Any],
+    shape: Shape,
+    mode: str,
+    what: str,
+    names: Sequence[str],
+    rounds: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    save: Callable[[], None],
+) -> None:
+    """Memory (on a CPU: in processes of their own, while this one holds nothing), then errors and times."""
+    rows = what == LOSS
+    if device.type == "cpu":
+        measure_peaks(shape, mode, ["floor", *names], cell, what=what, rows=rows, save=save)
+    batch = PairBatch(shape, dtype=dtype, device=device, rows=rows)
+    measure(batch, mode, chosen(names, batch, per_token=not rows), rounds, what=what, cell=cell, save=save)

@@ -1,0 +1,88 @@
+"""What got slower or larger between two result files of one command, beyond the noise.
+
+    python -m benchmarks.compare OLD.json NEW.json
+
+Cells are matched by name, contenders within them. Where a file has times relative to the bare products of the same
+round, those are compared, so that another machine or a busier one does not count; else seconds. A contender is slower
+if its lower quartile is above the old upper quartile and its median grew by more than ``--least``, and faster likewise.
+Memory has no noise to speak of: it is compared by ``--least`` alone. The exit status is 1 if anything got slower or
+larger, or stopped working.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read(path: str) -> dict[str, Any]:
+    """A result file, or an ``OSError`` or ``ValueError`` that says what is wrong with it."""
+    result = json.loads(Path(path).read_text())
+    if not isinstance(result, dict) or "cells" not in result:
+        raise ValueError(f"{path} has no cells: it is no result file of loss, logps, scaling, step or gpu")
+    return result
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], least: float) -> Iterator[tuple[bool, str]]:
+    """Each difference, and whether it is for the worse."""
+    before = {cell["name"]: cell for cell in old["cells"]}
+    after = {cell["name"]: cell for cell in new["cells"]}
+    for missing in before.keys() - after.keys():
+        yield False, f"{missing}: not in the new file"
+    for name, cell in after.items():
+        if name not in before:
+            yield False, f"{name}: not in the old file"
+            continue
+        for contender, row in cell["contenders"].items():
+            was = before[name]["contenders"].get(contender)
+            if was is not None:
+                for worse, what in _differences(was, row, least):
+                    yield worse, f"{name}, {contender}: {what}"
+
+
+def _differences(was: dict[str, Any], row: dict[str, Any], least: float) -> Iterator[tuple[bool, str]]:
+    if was["status"] != row["status"]:
+        yield was["status"] == "measured", f"{was['status']} -> {row['status']}"
+        return
+    kinds = [k for k in ("times_floor", "times_four_forwards", "seconds") if was.get(k) and row.get(k)]
+    # The base of the ratios is 1 in both files: only its seconds can differ.
+    kinds = [k for k in kinds if k == "seconds" or was[k]["q1"] != was[k]["q3"]]
+    if kinds:
+        a, b = was[kinds[0]], row[kinds[0]]
+        ratio, unit = b["median"] / a["median"], "s" if kinds[0] == "seconds" else kinds[0].replace("_", " ")
+        figures = f"{a['median']:.4g} ({a['q1']:.4g}-{a['q3']:.4g}) -> {b['median']:.4g} ({b['q1']:.4g}-{b['q3']:.4g})"
+        if ratio > 1 + least and b["q1"] > a["q3"]:
+            yield True, f"slower by {100 * (ratio - 1):.0f}%, {unit} {figures}"
+        elif ratio < 1 / (1 + least) and b["q3"] < a["q1"]:
+            yield False, f"faster by {100 * (1 - ratio):.0f}%, {unit} {figures}"
+    a, b = was.get("peak_bytes"), row.get("peak_bytes")
+    if a and b and max(a, b) > (1 + least) * min(a, b) and abs(a - b) > 2**20:
+        yield b > a, f"peak memory {a / 2**20:,.0f} -> {b / 2**20:,.0f} MiB"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("old")
+    parser.add_argument("new")
+    parser.add_argument("--least", type=float, default=0.03, help="smallest change that counts, as a share [0.03]")
+    options = parser.parse_args(arguments)
+    try:
+        old, new = read(options.old), read(options.new)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for key in ("hardware", "versions", "dtype"):
+        if old.get(key) != new.get(key):
+            print(f"note: {key} differ: {old.get(key)} and {new.get(key)}")
+    found = list(compare(old, new, options.least))
+    for worse, text in sorted(found, reverse=True):
+        print(("WORSE  " if worse else "       ") + text)
+    print(f"{sum(worse for worse, _ in found)} of {len(found)} differences are for the worse")
+    return int(any(worse for worse, _ in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Every way to the pairwise loss and to per-token log-probs that is measured, ours and others', in one place.
+
+A contender gives per-token log-probs of the scored rows (``logps``), a loss of the whole batch (``loss``), or both;
+from log-probs alone the loss is DPO by torch autograd. What is not installed, cannot run on a device or lacks a
+soft-cap is named as such by ``Contender.unavailable``, so that a table can say why a figure is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import inspo_kernels as ik
+
+from .batches import PairBatch
+
+BETA = 0.1
+# Tile width that TRL's own trainer passes, and the outputs that its DPO trainer asks for beside the log-probs.
+TRL_VOCAB_CHUNK = 32_768
+TRL_TRAINER_OUTPUTS = ("entropy", "mean_logits", "is_top1")
+
+Logps = Callable[[Tensor, Tensor, PairBatch], Tensor]
+Loss = Callable[[Tensor, Tensor, PairBatch], tuple[Tensor, Tensor]]
+
+
+def dpo(logps: Tensor, batch: PairBatch, ref_logps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Loss and detached sums (2B,) from per-token log-probs (N,), by torch autograd."""
+    sums = batch.sums(logps)
+    chosen, rejected = (sums - (batch.ref_logps if ref_logps is None else ref_logps)).chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean(), sums.detach()
+
+
+def ours(backend: str, *, on_host: bool = False, max_workspace_bytes: int | None = None) -> Loss:
+    """``fused_inspo_loss`` as a training loop calls it: on every position where the batch has them."""
+
+    def run(hidden: Tensor, weight: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        if batch.labels is not None:
+            labels, segment_ids = batch.labels, None
+        else:
+            labels, segment_ids = batch.on_host if on_host else (batch.targets, batch.segment_ids)
+        out = ik.fused_inspo_loss(
+            hidden,
+            weight,
+            labels,
+            segment_ids=segment_ids,
+            ref_logps=batch.ref_logps,
+            objective=ik.DPO(beta=BETA),
+            softcap=batch.softcap,
+            max_workspace_bytes=max_workspace_bytes,
+            backend=backend,
+        )
+        return out.loss, out.logps
+
+    return run
+
+
+def our_logps(backend: str) -> Logps:
+    return lambda x, weight, batch: ik.linear_logps(x, weight, batch.targets, softcap=batch.softcap, backend=backend)
+
+
+def log_probs(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    """Logits in the input dtype, log_softmax in float32 (float64 for float64): the way it is usually written."""
+    logits = F.linear(x, weight)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def plain_logps(x: Tensor, weight: Tensor, batch: PairBatch) -> Tensor:
+    return log_probs(x, weight, batch.targets, batch.softcap)
+
+
+def full_log_softmax(hidden: Tensor, weight: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    assert batch.labels is not None and batch.scored_mask is not None
+    targets = batch.labels[:, 1:].clamp(min=0)
+    targets = F.pad(targets, (0, 1))  # of the last position: read by nobody
+    return dpo(log_probs(hidden, weight, targets, batch.softcap)[batch.scored_mask], batch)
+
+
+def compiled_logps(x: Tensor, weight: Tensor, batch: PairBatch) -> Tensor:
+    return _compiled()(x, weight, batch.targets, batch.softcap)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(log_probs, dynamic=False)
+
+
+def trl_chunked(outputs: tuple[str, ...]) -> Logps:
+    def run(x: Tensor, weight: Tensor, batch: PairBatch) -> Tensor:
+        from trl.kernels import ChunkedLogProbFunction
+
+        logps, *_ = ChunkedLogProbFunction.apply(
+            x, weight, None, batch.targets, 1.0, TRL_VOCAB_CHUNK, batch.softcap, 1.0, outputs
+        )
+        return logps
+
+    return run
+
+
+def liger_dpo(hidden: Tensor, weight: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    if batch.labels is not None:
+        hidden, labels = hidden[:, :-1], batch.labels[:, 1:]
+    else:
+        hidden = hidden.view(*batch.response_mask.shape, -1)
+        labels = batch.targets.view(batch.response_mask.shape)
+    loss_of = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
+    loss, (chosen, rejected, *_) = loss_of(weight, hidden, labels)
+    return loss, torch.cat([chosen, rejected]).detach()
+
+
+def cut_cross_entropy(x: Tensor, weight: Tensor, batch: PairBatch) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(x, weight, batch.targets, softcap=batch.softcap, reduction="none")
+
+
+def torch_linear_cross_entropy(x: Tensor, weight: Tensor, batch: PairBatch) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()  # without options nothing is chunked
+    logps = -F.linear_cross_entropy(x, weight, batch.targets, reduction="none", options=options)
+    return logps if logps.dtype == torch.float64 else logps.float()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What to run and what it needs. ``package`` is its distribution's name, ``module`` what to import."""
+
+    title: str
+    logps: Logps | None = None
+    loss: Loss | None = None
+    package: str = "torch"
+    module: str = "torch"
+    backend: str | None = None
+    softcap: bool = True
+    needs_gpu: bool = False
+    needs_every_position: bool = False
+    takes_padded_rows: bool = False
+    compiles_per_shape: bool = False
+    knows_reference: bool = True
+
+    def loss_of(self, hidden: Tensor, weight: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        if self.loss is not None:
+            return self.loss(hidden, weight, batch)
+        return dpo(self.logps_of(hidden, weight, batch), batch)
+
+    def logps_of(self, hidden: Tensor, weight: Tensor, batch: PairBatch) -> Tensor:
+        assert self.logps is not None
+        return self.logps(batch.scored_rows(hidden), weight, batch)
+
+    def unavailable(self, batch: PairBatch, *, per_token: bool = False) -> str | None:
+        """Why there can be no figure here, or None."""
+        if importlib.util.find_spec(self.module) is None:
+            return f"not installed: pip install {self.package}"
+        if self.package == "torch" and self.logps is torch_linear_cross_entropy:
+            if not hasattr(F, "linear_cross_entropy"):
+                return f"not installed: torch {torch.__version__} has no F.linear_cross_entropy, 2.13 has"
+        if self.needs_gpu and batch.hidden.device.type != "cuda":
+            return "needs a GPU"
+        if batch.softcap is not None and not self.softcap:
+            return "has no soft-cap"
+        if per_token and self.logps is None:
+            return "gives no per-token log-probs"
+        if self.needs_every_position and batch.labels is None:
+            return "not measured: the batch has scored positions only"
+        if self.takes_padded_rows and batch.labels is None and not batch.response_mask.all():
+            return "not measured: takes padded rows, and the batch has scored positions only"
+        return None if self.backend is None else _backend_unavailable(self.backend, batch.hidden.device)
+
+
+@cache
+def _backend_unavailable(backend: str, device: torch.device) -> str | None:
+    """Why one of our backends cannot run on the device, in the package's words, or None."""
+    one = torch.zeros(1, 1, device=device)
+    try:
+        ik.linear_logps(one, one, torch.zeros(1, dtype=torch.int64), backend=backend)
+    except ValueError as error:
+        return f"not available: {error}"
+    return None
+
+
+def _our_contender(backend: str, title: str = "", *, on_host: bool = False) -> Contender:
+    return Contender(
+        f"inspo_kernels ({backend}{title})",
+        None if on_host else our_logps(backend),
+        ours(backend, on_host=on_host),
+        backend=backend,
+        needs_gpu=backend == "triton",
+    )
+
+
+CONTENDERS = {
+    "triton": _our_contender("triton"),
+    "triton, labels on the CPU": _our_contender("triton", ", labels on the CPU", on_host=True),
+    "torch": _our_contender("torch"),
+    "full_log_softmax": Contender("log_softmax at every position", loss=full_log_softmax, needs_every_position=True),
+    "log_softmax": Contender("log_softmax of the scored rows", plain_logps),
+    "compiled_log_softmax": Contender(
+        "torch.compile of log_softmax of the scored rows", compiled_logps, compiles_per_shape=True
+    ),
+    "trl": Contender("TRL ChunkedLogProbFunction", trl_chunked(()), package="trl", module="trl"),
+    "trl_trainer": Contender(
+        "TRL ChunkedLogProbFunction, with the outputs its trainer asks for",
+        trl_chunked(TRL_TRAINER_OUTPUTS),
+        package="trl",
+        module="trl",
+    ),
+    "liger": Contender(
+        "Liger fused linear DPO (every position, no reference)",
+        loss=liger_dpo,
+        package="liger-kernel",
+        module="liger_kernel",
+        softcap=False,
+        takes_padded_rows=True,
+        compiles_per_shape=True,
+        knows_reference=False,
+    ),
+    "cut_cross_entropy": Contender(
+        "Cut Cross-Entropy",
+        cut_cross_entropy,
+        package="cut-cross-entropy",
+        module="cut_cross_entropy",
+        needs_gpu=True,
+    ),
+    "torch_linear_cross_entropy": Contender("torch F.linear_cross_entropy", torch_linear_cross_entropy, softcap=False),
+}
+OURS = ("triton", "triton, labels on the CPU", "torch")
+PEERS = tuple(name for name in CONTENDERS if name not in OURS)
+PEER_PACKAGES = tuple(dict.fromkeys(c.package for c in CONTENDERS.values() if c.package != "torch"))
+
+Outcome = Contender | str
+
+
+def chosen(names: Iterable[str], batch: PairBatch, *, per_token: bool = False) -> dict[str, Outcome]:
+    """Of each name: what to run, or why it does not."""
+    return {name: CONTENDERS[name].unavailable(batch, per_token=per_token) or CONTENDERS[name] for name in names}

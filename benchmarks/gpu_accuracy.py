@@ -1,0 +1,107 @@
+"""How far both backends and the peers are from float64 on a device, and how far they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .batches import HeadShape, PairBatch, equal
+from .contenders import BETA, CONTENDERS, OURS, PEERS, Outcome, chosen
+from .harness import reason
+from .measure import FROZEN, LOGPS, TRAIN, Truth, step
+
+SEQUENCE_NAT = 2e-3
+
+
+def accuracy(
+    head: HeadShape, pairs: int, response: int, peers: Sequence[str], timed: torch.dtype, device: torch.device
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of errors against float64, one list per dtype and soft-cap; peers in the dtype they are timed in."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for softcap in (None, 30.0):
+            shape = equal(replace(head, softcap=softcap), pairs, response, response)
+            batch = PairBatch(shape, dtype=dtype, device=device)
+            found = chosen([*OURS, *(p for p in peers if p == "log_softmax" or dtype == timed)], batch)
+            context = {"dtype": str(dtype).removeprefix("torch."), "softcap": softcap, "response": response}
+            yield [{**context, **row} for row in loss_errors(batch, found) + logps_errors(batch, found)]
+
+
+def loss_errors(batch: PairBatch, found: dict[str, Outcome]) -> list[dict[str, Any]]:
+    """Of the pairwise loss: gradients relative, loss and sequence log-probs in nats.
+
+    Ours may err in the gradients twice as much as plain torch. The coefficient of a pair's gradient carries the error
+    of its own log-probs besides, which is judged by itself: up to 2 beta times the largest of them, relative.
+    """
+    truths = {knows: Truth(batch, knows_reference=knows) for knows in (True, False)}
+    rows = []
+    for mode in (TRAIN, FROZEN):
+        plain = truths[True].errors(step(batch, mode, CONTENDERS["log_softmax"]))
+        for name, contender in found.items():
+            row: dict[str, Any] = {"what": f"loss, {mode}", "contender": name}
+            rows.append(row)
+            if isinstance(contender, str):
+                row["status"] = contender
+                continue
+            try:
+                row["errors"] = truths[contender.knows_reference].errors(step(batch, mode, contender))
+            except Exception as error:
+                row["status"] = reason(error)
+                row["ok"] = name in PEERS
+                continue
+            row["status"] = "measured"
+            if name not in PEERS:
+                from_sums = 2 * BETA * row["errors"]["sequence_nat"]
+                limits = gradient_limits(batch, plain, from_sums)
+                row |= judged(
+                    row["errors"], limits | {"sequence_nat": SEQUENCE_NAT, "loss_nat": 2 * BETA * SEQUENCE_NAT}
+                )
+    return rows
+
+
+def logps_errors(batch: PairBatch, found: dict[str, Outcome]) -> list[dict[str, Any]]:
+    """Of ``linear_logps`` under an arbitrary upstream gradient, and of plain torch: relative, log-probs in nats."""
+
+    truth = Truth(batch, LOGPS)
+    rows = []
+    for mode, what in ((TRAIN, "linear_logps"), (FROZEN, "linear_logps, frozen head")):
+        plain = truth.errors(step(batch, mode, CONTENDERS["log_softmax"], LOGPS))
+        rows.append({"what": what, "contender": "log_softmax", "status": "measured", "errors": plain})
+        for backend in ("triton", "torch"):
+            row: dict[str, Any] = {"what": what, "contender": backend}
+            rows.append(row)
+            contender = found[backend]
+            if isinstance(contender, str):
+                row["status"] = contender
+                continue
+            try:
+                row["errors"] = truth.errors(step(batch, mode, contender, LOGPS))
+            except Exception as error:
+                row |= {"status": reason(error), "ok": False}
+                continue
+            # Errors of either sign: 512 of them stay within the limit of a sequence.
+            limits = gradient_limits(batch, plain) | {"token_nat": SEQUENCE_NAT / 512**0.5}
+            row |= {"status": "measured"} | judged(row["errors"], limits)
+    return rows
+
+
+def gradient_limits(batch: PairBatch, plain: dict[str, float], besides: float = 0.0) -> dict[str, float]:
+    rounding = torch.finfo(batch.hidden.dtype).eps / 2
+    return {name: 2 * max(plain[name], rounding) + besides for name in ("dhidden", "dweight") if name in plain}
+
+
+def judged(errors: dict[str, float], limits: dict[str, float]) -> dict[str, Any]:
+    """NaN is beyond every limit."""
+    return {"limits": limits, "ok": all(errors[name] <= limit for name, limit in limits.items())}
+
+
+def accuracy_table(rows: list[dict[str, Any]]) -> str:
+    dtype, softcap, response = (rows[0][key] for key in ("dtype", "softcap", "response"))
+    lines = [f"errors against float64: {dtype}, soft-cap {softcap}, responses of {response} tokens"]
+    for row in rows:
+        errors = "  ".join(f"{name} {value:.1e}" for name, value in row.get("errors", {}).items())
+        verdict = "" if row.get("ok", True) else "  TOO LARGE" if errors else "  FAILED"
+        lines.append(f"  {row['what']:<26}{row['contender']:<27}{errors or row['status']}{verdict}")
+    return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""Block sizes and workspaces beside the shipped ones, and what the shipped workspace comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+
+from inspo_kernels import backends
+from inspo_kernels.head import checked_head
+
+from .batches import PairBatch
+from .contenders import CONTENDERS, Contender, ours
+from .harness import guarded, interleaved_times, ratios, reason, spread
+from .measure import TRAIN, step
+
+
+def sweep(
+    shipped: str, runs: dict[str, Callable[[], Any]], device: torch.device, seconds: float, repeats: int = 1
+) -> dict[str, Any]:
+    """Candidates interleaved, each beside ``shipped``; each run is ``repeats`` launches, back to back."""
+    failed: dict[str, str] = {}
+    runs = guarded(runs, failed)
+    for run in runs.values():
+        run()
+    times = interleaved_times(
+        {name: run for name, run in runs.items() if name not in failed}, 15, device=str(device), seconds=seconds
+    )
+    times = {name: [t / repeats for t in values] for name, values in times.items() if name not in failed}
+    to_shipped = ratios(times, shipped) if shipped in times else {}
+    rows: dict[str, Any] = {name: {"status": why} for name, why in failed.items()}
+    for name, values in times.items():
+        rows[name] = {"status": "measured", "seconds": spread(values), "times_shipped": to_shipped.get(name)}
+    best = min(times, key=lambda name: spread(times[name])["median"], default=None)
+    return {"shipped": shipped, "best": best, "candidates": rows}
+
+
+def tune(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dict[str, Any]:
+    """Candidates next to what ships. Nothing is changed."""
+    result: dict[str, Any] = {}
+    for name, runs in (
+        ("row pass", tune_row_pass),
+        ("triton stage rows", tune_stages),
+        ("triton tile rows", tune_tiles),
+    ):
+        why = CONTENDERS["triton"].unavailable(batch)
+        try:
+            result[name] = {"status": why} if why else runs(batch, seconds)
+        except Exception as error:
+            result[name] = {"status": reason(error)}
+    result["torch workspace rows"] = tune_torch(batch, workspace_rows, seconds)
+    return result
+
+
+def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[str, Any]:
+    """Block and warps of the pass over one stage of logits."""
+    from inspo_kernels.kernels import config, row_pass
+
+    vocab, device = batch.head.vocab, batch.hidden.device
+    arch = config.architecture(device)
+    stride = config.padded_vocab(vocab)
+    raw = torch.randn(rows, stride, device=device)
+    e = torch.empty(
+        rows, stride, dtype=batch.hidden.dtype if batch.hidden.dtype != torch.float32 else torch.bfloat16, device=device
+    )
+    logps, sums = (torch.empty(rows, device=device) for _ in range(2))
+    shipped = config.row_pass(arch, vocab, raw.dtype, batch.softcap)
+    pairs = [(2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (16384, 16)]
+    candidates = dict.fromkeys([shipped, *(config.RowPass(*pair) for pair in pairs)])
+    repeats = 10  # one launch is no longer than its own latency
+
+    def run(candidate: Any) -> None:
+        with mock.patch.object(config, "row_pass", lambda *_: candidate):
+            for _ in range(repeats):
+                row_pass.row_pass(
+                    raw,
+                    batch.targets[:rows],
+                    logps,
+                    sums,
+                    vocab=vocab,
+                    e=e,
+                    bias=None,
+                    softcap=batch.softcap,
+                    logit_scale=1.0,
+                    arch=arch,
+                )
+
+    runs = {row_pass_name(c): partial(run, c) for c in candidates}
+    swept = sweep(row_pass_name(shipped), runs, device, seconds, repeats)
+    moved = raw.nbytes + e.nbytes
+    for row in swept["candidates"].values():
+        if row["status"] == "measured":
+            row["terabytes_per_second"] = moved / row["seconds"]["median"] / 1e12
+    return swept | {"rows": rows, "vocab": vocab}
+
+
+def row_pass_name(candidate: Any) -> str:
+    return f"block {candidate.block}, {candidate.num_warps} warps"
+
+
+def tune_stages(batch: PairBatch, seconds: float) -> dict[str, Any]:
+    return tune_constant("STAGE_ROWS", (512, 1024, 2048, 4096), batch, seconds)
+
+
+def tune_tiles(batch: PairBatch, seconds: float) -> dict[str, Any]:
+    return tune_constant("TILE_ROWS", (2048, 4096, 8192), batch, seconds)
+
+
+def tune_constant(constant: str, values: tuple[int, ...], batch: PairBatch, seconds: float) -> dict[str, Any]:
+    """Forward + backward with another value of one of the Triton backend's constants."""
+    from inspo_kernels.backends import triton_backend
+
+    shipped = getattr(triton_backend, constant)
+
+    def run(value: int) -> None:
+        with mock.patch.object(triton_backend, constant, value):
+            step(batch, TRAIN, CONTENDERS["triton"])
+
+    runs = {str(value): partial(run, value) for value in sorted({shipped, *values})}
+    return sweep(str(shipped), runs, batch.hidden.device, seconds)
+
+
+def tune_torch(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dict[str, Any]:
+    """Forward + backward of the torch backend with other workspaces."""
+    head, resolved = _head_and_backend(batch, "torch")
+    shipped = f"default ({resolved.capacity(head, batch.hidden.device, None)})"
+
+    def run(limit: int | None) -> None:
+        step(batch, TRAIN, Contender("torch", loss=ours("torch", max_workspace_bytes=limit)))
+
+    runs = {str(rows): partial(run, rows * resolved.bytes_per_row(head)) for rows in workspace_rows}
+    return sweep(shipped, {shipped: partial(run, None), **runs}, batch.hidden.device, seconds)
+
+
+def workspace_and_gradients(batch: PairBatch, backend: str) -> int:
+    """Bytes of the default workspace (of N rows, if those need less) + dX + dW, both in the accumulate dtype."""
+    head, resolved = _head_and_backend(batch, backend)
+    device, rows = batch.hidden.device, batch.shape.scored
+    workspace = min(resolved.default_workspace_bytes(head, device), rows * resolved.bytes_per_row(head))
+    return workspace + (rows * batch.head.hidden + batch.weight.numel()) * head.accumulate_dtype.itemsize
+
+
+def _head_and_backend(batch: PairBatch, backend: str) -> tuple[Any, Any]:
+    head = checked_head(batch.hidden, batch.weight, None, batch.softcap, 1.0)
+    resolved = backends.resolve_backend(backend, head, batch.hidden.device)
+    assert resolved is not None
+    return head, resolved
+
+
+def tuning_table(tuning: dict[str, Any]) -> str:
+    lines = ["tuning"]
+    for name, swept in tuning.items():
+        if "best" not in swept:
+            lines.append(f"  {name}: {swept['status']}")
+            continue
+        rows = swept["candidates"]
+        best = rows.get(swept["best"], {}).get("times_shipped")
+        beside = (
+            f", {best['median']:.3f} ({best['q1']:.3f}-{best['q3']:.3f}) times the shipped one's time" if best else ""
+        )
+        lines.append(f"  {name}: shipped {swept['shipped']}, best {swept['best']}{beside}")
+    return "\n".join(lines)

@@ -1,0 +1,23 @@
+"""Per-token log-probs of scored rows, under any upstream gradient, beside their floor and every other way.
+
+    python -m benchmarks.logps --json benchmarks/results/logps_cpu.json
+
+Three modes: forward + backward (dX and dW), frozen head (dX alone, as under LoRA) and forward without gradients. The
+floor of each is its bare products with preallocated outputs: three, two, one. A general per-token op that keeps no
+logits cannot reach the first: its backward has to form them a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import cells
+from .measure import LOGPS, MODES
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    cells.run("benchmarks.logps", __doc__, LOGPS, MODES, arguments)
+
+
+if __name__ == "__main__":
+    main()

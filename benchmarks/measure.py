@@ -1,0 +1,266 @@
+"""One measurement: contenders on one batch, errors against float64, time beside the bare products, peak memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batches import HeadShape, PairBatch, Shape, equal
+from .contenders import BETA, CONTENDERS, Contender, Outcome, chosen
+from .harness import (
+    guarded,
+    interleaved_times,
+    limit_memory,
+    own_peak,
+    peak_memory_in_fresh_process,
+    ratios,
+    reason,
+    release_freed_memory,
+    spread,
+)
+
+# The modes and how many products of the scored rows with the head each needs: without gradients, dX alone, dX and dW.
+FORWARD, FROZEN, TRAIN = "forward", "frozen head", "forward+backward"
+PRODUCTS = {FORWARD: 1, FROZEN: 2, TRAIN: 3}
+MODES = (TRAIN, FORWARD, FROZEN)
+LOSS, LOGPS = "loss", "logps"
+# Vocabulary entries at a time where float64 is compared.
+BLOCK = 4096
+
+
+def step(batch: PairBatch, mode: str, contender: Contender, what: str = LOSS) -> dict[str, Tensor]:
+    """Loss and summed log-probs (2B,), or log-probs (N,), and the gradients that ``mode`` asks for."""
+    hidden = batch.hidden.detach().requires_grad_(mode != FORWARD)
+    weight = batch.weight.detach().requires_grad_(mode == TRAIN)
+    with torch.set_grad_enabled(mode != FORWARD):
+        if what == LOSS:
+            value, sums = contender.loss_of(hidden, weight, batch)
+            result, upstream = {"loss": value.detach(), "sums": sums}, None
+        else:
+            value = contender.logps_of(hidden, weight, batch)
+            result, upstream = {"logps": value.detach()}, upstream_of(value)
+    leaves = {name: leaf for name, leaf in (("dhidden", hidden), ("dweight", weight)) if leaf.requires_grad}
+    if leaves:
+        result |= dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()), upstream)))
+    return result
+
+
+def upstream_of(logps: Tensor) -> Tensor:
+    """A gradient that differs from token to token."""
+    return torch.linspace(-1, 2, len(logps), dtype=logps.dtype, device=logps.device)
+
+
+class Truth:
+    """The same in float64, from the batch's own values and without any of the contenders' code.
+
+    dW is formed in blocks of the vocabulary as it is compared, so that a large head needs no float64 copy.
+    """
+
+    def __init__(self, batch: PairBatch, what: str = LOSS, *, knows_reference: bool = True) -> None:
+        self.batch = batch
+        x, targets = batch.scored_rows(batch.hidden).double(), batch.targets[:, None]
+        z = torch.cat([x @ block.double().t() for block in batch.weight.split(BLOCK)], 1)
+        if batch.softcap is not None:
+            z.div_(batch.softcap).tanh_().mul_(batch.softcap)
+        logps = (z.gather(1, targets).squeeze(1) - z.logsumexp(1)).requires_grad_()
+        if what == LOSS:
+            sums = torch.zeros(len(batch.ref_logps), dtype=x.dtype, device=x.device)
+            sums = sums.index_add(0, batch.segment_ids, logps)
+            against = batch.ref_logps.double() if knows_reference else torch.zeros_like(sums)
+            chosen, rejected = (sums - against).chunk(2)
+            value = F.softplus(-BETA * (chosen - rejected)).mean()
+            (upstream,) = torch.autograd.grad(value, logps)
+            self.values = {"loss": value.detach(), "sums": sums.detach()}
+        else:
+            upstream, self.values = upstream_of(logps), {"logps": logps.detach()}
+        slope = None if batch.softcap is None else 1 - (z / batch.softcap).square_()
+        dz = z.log_softmax(1).exp_().neg_().mul_(upstream[:, None])
+        dz.scatter_add_(1, targets, upstream[:, None])
+        self.dz, self.x = dz if slope is None else dz.mul_(slope), x
+        dx = torch.zeros_like(x)
+        for block, of_block in zip(batch.weight.split(BLOCK), self.dz.split(BLOCK, 1)):
+            dx.addmm_(of_block, block.double())
+        self.values["dhidden"] = dx if batch.scored_mask is None else _spread(dx, batch.scored_mask)
+
+    def errors(self, got: dict[str, Tensor]) -> dict[str, float]:
+        """Largest difference of loss, sums and log-probs in nats; gradients relative, by their norms."""
+        names = {"loss": "loss_nat", "sums": "sequence_nat", "logps": "token_nat"}
+        result = {}
+        for name, value in got.items():
+            if name in names:
+                result[names[name]] = (value.double() - self.values[name]).abs().max().item()
+            elif name == "dhidden":
+                wrong = (value.double() - self.values[name]).norm()
+                result[name] = (wrong / self.values[name].norm()).item()
+            else:
+                result[name] = self._weight_error(value)
+        return result
+
+    def _weight_error(self, got: Tensor) -> float:
+        wrong = right = 0.0
+        for of_block, of_got in zip(self.dz.split(BLOCK, 1), got.split(BLOCK)):
+            want = of_block.t() @ self.x
+            wrong += (of_got.double() - want).square().sum().item()
+            right += want.square().sum().item()
+        return (wrong / right) ** 0.5
+
+
+def _spread(rows: Tensor, mask: Tensor) -> Tensor:
+    result = rows.new_zeros(*mask.shape, rows.shape[1])
+    result[mask] = rows
+    return result
+
+
+def relative(errors: dict[str, float], truth: Truth) -> dict[str, float]:
+    """The same with loss, sums and log-probs relative, too: figures to read beside the gradients'."""
+    scale = {"loss_nat": "loss", "sequence_nat": "sums", "token_nat": "logps"}
+    result = {}
+    for name, value in errors.items():
+        of = scale.get(name)
+        result[of or name] = value / truth.values[of].abs().max().item() if of else value
+    return result
+
+
+def products(batch: PairBatch, count: int) -> Callable[[], None]:
+    """X W^T, then E W, then E^T X, outputs preallocated in the input dtype; the logits stand for E."""
+    x, weight = batch.scored_rows(batch.hidden).contiguous(), batch.weight
+    logits = x.new_empty(len(x), len(weight))
+    dx = torch.empty_like(x) if count > 1 else None
+    dweight = torch.empty_like(weight) if count > 2 else None
+
+    def run() -> None:
+        torch.mm(x, weight.t(), out=logits)
+        if dx is not None:
+            torch.mm(logits, weight, out=dx)
+        if dweight is not None:
+            torch.mm(logits.t(), x, out=dweight)
+
+    return run
+
+
+def measure(
+    batch: PairBatch,
+    mode: str,
+    found: dict[str, Outcome],
+    rounds: int,
+    *,
+    what: str = LOSS,
+    seconds: float = float("inf"),
+    with_errors: bool = True,
+    cell: dict[str, Any] | None = None,
+    save: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """``cell`` with ``rounds`` and, under ``contenders``, a row of the floor and of each name in ``found``.
+
+    A contender that fails is named with its reason and not called again. Rows are in ``cell`` from the first round on
+    and ``save`` is called after each. Rows that are there already, such as those of memory, are added to; one that
+    has a status other than "measured" is left alone.
+    """
+    cell = {} if cell is None else cell
+    rows = cell.setdefault("contenders", {})
+    device = str(batch.hidden.device)
+    failed = {name: outcome for name, outcome in found.items() if isinstance(outcome, str)}
+    failed |= {name: row["status"] for name, row in rows.items() if row.get("status", "measured") != "measured"}
+    contenders = {name: c for name, c in found.items() if isinstance(c, Contender) and name not in failed}
+    steps: dict[str, Callable[[], Any]] = {n: partial(step, batch, mode, c, what) for n, c in contenders.items()}
+    runs = guarded({"floor": products(batch, PRODUCTS[mode]), **steps}, failed)
+    rows |= {name: {"status": "measured"} | rows.get(name, {}) for name in ("floor", *found)}
+    truths: dict[bool, Truth] = {}
+    for name, contender in contenders.items():
+        start = time.perf_counter()
+        got = runs[name]()
+        if batch.hidden.is_cuda:
+            torch.cuda.synchronize()
+        rows[name]["first_call_seconds"] = time.perf_counter() - start
+        if with_errors and got is not None:
+            knows = contender.knows_reference
+            truth = truths.setdefault(knows, Truth(batch, what, knows_reference=knows))
+            rows[name]["relative_error"] = relative(truth.errors(got), truth)
+        del got
+        if batch.hidden.is_cuda:
+            rows[name]["peak_bytes"] = own_peak(runs[name], device)
+    truths.clear()
+    alive = {name: run for name, run in runs.items() if name not in failed}
+    operations = PRODUCTS[mode] * 2 * batch.shape.scored * batch.head.hidden * batch.head.vocab
+
+    def after_round(times: dict[str, list[float]]) -> None:
+        cell["rounds"] = len(times["floor"])
+        times = {name: values for name, values in times.items() if name not in failed}
+        to_floor = ratios(times, "floor") if "floor" in times else {}
+        for name in rows:
+            if name in failed:
+                rows[name] = {"status": failed[name]}
+            elif name in times:
+                rows[name] |= {"seconds": spread(times[name]), "times_floor": to_floor.get(name)}
+                rows[name]["tflops_of_products"] = operations / rows[name]["seconds"]["median"] / 1e12
+        save()
+
+    interleaved_times(alive, rounds, device=device, seconds=seconds, after_round=after_round)
+    return cell
+
+
+# --- peak memory on a CPU: python -m benchmarks.measure JSON, in a process of its own ---
+
+
+def measure_peaks(
+    shape: Shape,
+    mode: str,
+    names: Iterable[str],
+    cell: dict[str, Any],
+    *,
+    what: str = LOSS,
+    rows: bool = True,
+    save: Callable[[], None] = lambda: None,
+) -> None:
+    """Peak memory above the inputs of each contender, in a fresh process each, entered in ``cell``."""
+    table = cell.setdefault("contenders", {})
+    for name in names:
+        what_to_run = {"head": asdict(shape.head), "lengths": shape.lengths, "mode": mode, "name": name}
+        what_to_run |= {"what": what, "rows": rows}
+        table.setdefault(name, {}).update(peak_memory_in_fresh_process("benchmarks.measure", [json.dumps(what_to_run)]))
+        save()
+
+
+def run_of(name: str, batch: PairBatch, mode: str, what: str) -> Callable[[], Any]:
+    return products(batch, PRODUCTS[mode]) if name == "floor" else partial(step, batch, mode, CONTENDERS[name], what)
+
+
+def main(arguments: list[str]) -> None:
+    """Print, as JSON, the status and peak of one contender after a first call that loads what it loads."""
+    parser = argparse.ArgumentParser("python -m benchmarks.measure", description=main.__doc__)
+    parser.add_argument("what_to_run", type=json.loads)
+    given = parser.parse_args(arguments).what_to_run
+    shape = Shape(HeadShape(**given["head"]), tuple(map(tuple, given["lengths"])))
+    name, mode, what = given["name"], given["mode"], given["what"]
+    limit_memory()
+    options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "rows": given["rows"]}
+    try:
+        small = PairBatch(equal(HeadShape(64, 1000), 2, 16, 32), **options)
+        run_of("torch", small, TRAIN, LOSS)()
+        batch = PairBatch(shape, **options)
+        if name != "floor":
+            outcome = chosen([name], batch, per_token=what == LOGPS)[name]
+            if isinstance(outcome, str):
+                print(json.dumps({"status": outcome}))
+                return
+        run_of(name, batch, mode, what)()
+        release_freed_memory()
+        peak = own_peak(lambda: run_of(name, batch, mode, what)())
+    except Exception as error:
+        print(json.dumps({"status": reason(error)}))
+        return
+    print(json.dumps({"status": "measured", "peak_bytes": peak}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,150 @@
+"""Figures from result files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from .contenders import CONTENDERS
+
+TITLES = {"floor": "bare products, preallocated", **{name: c.title for name, c in CONTENDERS.items()}}
+
+
+def plot_cells(
+    result: dict[str, Any], value: Callable[[dict[str, Any]], tuple[float, float, float] | None], label: str
+) -> Figure:
+    """One panel per mode and model: ``value`` (median, q1, q3) of every contender by scored tokens."""
+    cells = result["cells"]
+    models, modes = (list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "mode"))
+    names = list(dict.fromkeys(name for c in cells for name in c["contenders"]))
+    figure = Figure(figsize=(3.6 * len(models), 2.9 * len(modes) + 0.6), layout="constrained")
+    panels = figure.subplots(len(modes), len(models), squeeze=False, sharex=True)
+    handles = {}
+    for axes_row, mode in zip(panels, modes):
+        for axes, model in zip(axes_row, models):
+            here = sorted((c for c in cells if (c["model"], c["mode"]) == (model, mode)), key=lambda c: c["tokens"])
+            shape = here[0]
+            axes.set_title(f"{model} ({shape['hidden']} x {shape['vocab']:,}), {mode}", fontsize=8)
+            for i, name in enumerate(names):
+                points = [(c["tokens"], value(c["contenders"].get(name, {}))) for c in here]
+                points = [(n, v) for n, v in points if v is not None]
+                if points:
+                    x, (middle, low, high) = [n for n, _ in points], zip(*(v for _, v in points))
+                    handles[name] = axes.plot(x, middle, marker="o", markersize=3, color=f"C{i}")[0]
+                    axes.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([c["tokens"] for c in here], [f"{c['tokens']:,}" for c in here], fontsize=7)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.grid(alpha=0.3, which="both", linewidth=0.4)
+        axes_row[0].set_ylabel(label)
+    for axes in panels[-1]:
+        axes.set_xlabel("scored tokens")
+    if handles:
+        figure.legend(
+            handles.values(), [TITLES.get(n, n) for n in handles], loc="outside lower center", ncols=3, fontsize=8
+        )
+    figure.suptitle(f"{result['hardware']['gpu'] or result['hardware']['cpu']}, {result['dtype']}", fontsize=9)
+    return figure
+
+
+def times_floor(row: dict[str, Any]) -> tuple[float, float, float] | None:
+    ratio = row.get("times_floor")
+    return ratio and (ratio["median"], ratio["q1"], ratio["q3"])
+
+
+def peak_gib(row: dict[str, Any]) -> tuple[float, float, float] | None:
+    peak = row.get("peak_bytes")
+    return None if peak is None else (peak / 2**30,) * 3
+
+
+def plot_scaling(result: dict[str, Any]) -> Figure:
+    """Time above, memory below, a column per sweep; last the workspace."""
+    sweeps = list(result["fits"])
+    figure = Figure(figsize=(3.2 * (len(sweeps) + 1), 5.6), layout="constrained")
+    panels = figure.subplots(2, len(sweeps) + 1, squeeze=False)
+    handles: dict[str, Any] = {}
+    for column, sweep in enumerate(sweeps):
+        cells = [cell for cell in result["cells"] if cell["sweep"] == sweep]
+        for axes, value, label, key in (
+            (panels[0][column], lambda row: row.get("seconds") and row["seconds"]["median"], "seconds", "seconds"),
+            (panels[1][column], lambda row: row.get("peak_bytes") and row["peak_bytes"] / 2**20, "MiB", "peak_bytes"),
+        ):
+            for i, name in enumerate(dict.fromkeys(n for cell in cells for n in cell["contenders"])):
+                points = [(cell["value"], value(cell["contenders"].get(name, {}))) for cell in cells]
+                points = [(n, v) for n, v in points if v]
+                fit = result["fits"][sweep].get(name, {}).get(key)
+                if points:
+                    (handles[name],) = axes.plot(*zip(*points), marker="o", markersize=3, color=f"C{i}")
+                    if fit:
+                        axes.annotate(f"{fit['exponent']:.2f}", points[-1], fontsize=7, color=f"C{i}")
+            _log_log(axes, [cell["value"] for cell in cells])
+            axes.set_xlabel(sweep)
+            axes.set_ylabel(label)
+    axes, table = panels[0][-1], sorted(result["workspace"].values(), key=lambda row: row["rows"])
+    if table:
+        axes.plot(
+            [r["rows"] for r in table], [r["seconds"]["median"] for r in table], marker="o", markersize=3, color="k"
+        )
+        axes.fill_between(
+            [r["rows"] for r in table],
+            [r["seconds"]["q1"] for r in table],
+            [r["seconds"]["q3"] for r in table],
+            alpha=0.2,
+        )
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("rows of the workspace")
+        axes.set_ylabel("seconds, reference shape")
+    panels[1][-1].axis("off")
+    panels[1][-1].legend(
+        handles.values(), [TITLES[n] for n in handles], fontsize=7, loc="center", title="beside a line: its exponent"
+    )
+    return figure
+
+
+def plot_step(result: dict[str, Any]) -> Figure:
+    """Time beside four forwards by prompt share, a panel per model; and the float64 losses laid over each other."""
+    models = list(dict.fromkeys(cell["model"] for cell in result["cells"]))
+    figure = Figure(figsize=(4.2 * (len(models) + 1), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(models) + 1)
+    for axes, model in zip(panels, models):
+        cells = [cell for cell in result["cells"] if cell["model"] == model]
+        ticks = [cell["share"] for cell in cells]
+        for i, (name, title) in enumerate(result["titles"].items()):
+            rows = [cell["contenders"].get(name, {}).get("times_four_forwards") for cell in cells]
+            points = [(at, row) for at, row in enumerate(rows) if row]
+            if points:
+                at, ratios = zip(*points)
+                errors = [[r["median"] - r["q1"] for r in ratios], [r["q3"] - r["median"] for r in ratios]]
+                axes.errorbar(
+                    at, [r["median"] for r in ratios], errors, marker="o", capsize=2, color=f"C{i}", linestyle=":",
+                    label=title,
+                )  # fmt: skip
+        axes.set_xticks(range(len(ticks)), ticks)
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"{model}: time / four forwards", fontsize=9)
+        axes.set_xlabel("prompt share")
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=6)
+    axes = panels[-1]
+    for i, (name, row) in enumerate(result["same_work"]["contenders"].items()):
+        if "losses" in row:
+            # Ever narrower: all of them can be seen where they coincide.
+            axes.plot(range(1, len(row["losses"]) + 1), row["losses"], linewidth=9 - 1.8 * i, alpha=0.6, label=name)
+    axes.set_title(f"losses in {result['same_work']['dtype']}, before each update", fontsize=9)
+    axes.set_xlabel("update")
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _log_log(axes: Any, ticks: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks], fontsize=7)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both", linewidth=0.4)

@@ -1,0 +1,158 @@
+"""How time and memory of the pairwise loss grow with tokens, vocabulary, hidden size, pair length and workspace.
+
+    python -m benchmarks.scaling --json benchmarks/results/scaling_cpu.json
+
+Each sweep changes one of them from a common base. The exponent b of time = a n^b and memory = a n^b is fitted on
+logarithms: 1 is linear, 0 constant. The length of pairs is swept at a constant number of scored tokens, so that only
+what depends on the length itself grows. The last sweep limits the workspace of ours at the reference shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from scipy.stats import linregress
+from tqdm import tqdm
+
+from inspo_kernels import backends
+from inspo_kernels.head import checked_head
+
+from .batches import HeadShape, PairBatch, Shape, equal, shapes
+from .contenders import PEER_PACKAGES, Contender, chosen, ours
+from .harness import (
+    add_common_options,
+    checked_device,
+    command,
+    interleaved_times,
+    kept_on_interrupt,
+    own_peak,
+    provenance,
+    spread,
+    write_json,
+)
+from .measure import TRAIN, measure, measure_peaks, step
+
+CONTENDERS = ("torch", "full_log_softmax", "trl")
+# Base: 8 pairs of prompt 64 and responses of 64 tokens, H 256, V 16,000.
+SWEEPS: dict[str, dict[int, Shape]] = {
+    "scored tokens": {128 * b: equal(HeadShape(256, 16_000), b, 64, 64) for b in (4, 8, 16, 32)},
+    "vocabulary": {v: equal(HeadShape(256, v), 8, 64, 64) for v in (8_000, 16_000, 32_000, 64_000)},
+    "hidden size": {h: equal(HeadShape(h, 16_000), 8, 64, 64) for h in (128, 256, 512, 1024)},
+    "pair length": {3 * y: equal(HeadShape(256, 16_000), 1024 // (2 * y), y, y) for y in (32, 64, 128, 256, 512)},
+}
+QUICK_SWEEPS = {name: {n: equal(HeadShape(16, 100), n, 4, 4) for n in (2, 4)} for name in SWEEPS}
+WORKSPACE_ROWS = (32, 64, 128, 256, 512, 1024, 2048)
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> dict[str, float] | None:
+    """Slope on logarithms and its standard error, from three points on."""
+    points = [(n, value) for n, value in points if value > 0]
+    if len(points) < 3:
+        return None
+    fit = linregress([math.log(n) for n, _ in points], [math.log(v) for _, v in points])
+    return {"exponent": float(fit.slope), "standard_error": float(fit.stderr)}
+
+
+def fits(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the sweep that ``cells`` are: exponents of time and memory of each contender."""
+    result: dict[str, Any] = {}
+    for name in dict.fromkeys(name for cell in cells for name in cell["contenders"]):
+        rows = [(cell["value"], cell["contenders"].get(name, {})) for cell in cells]
+        result[name] = {
+            "seconds": exponent([(n, row["seconds"]["median"]) for n, row in rows if "seconds" in row]),
+            "peak_bytes": exponent([(n, row["peak_bytes"]) for n, row in rows if row.get("peak_bytes")]),
+        }
+    return result
+
+
+def workspace_sweep(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Time of ours with workspaces of so many rows, beside the default."""
+    batch = PairBatch(shape, dtype=dtype, device=device, rows=True)
+    head = checked_head(batch.hidden, batch.weight, None, batch.softcap, 1.0)
+    backend = backends.resolve_backend("auto", head, device)
+    assert backend is not None
+    rows_of = {f"default ({backend.capacity(head, device, None)})": None} | {str(r): r for r in WORKSPACE_ROWS}
+
+    def run(rows: int | None) -> None:
+        limit = None if rows is None else rows * backend.bytes_per_row(head)
+        step(batch, TRAIN, Contender("ours", loss=ours("auto", max_workspace_bytes=limit)))
+
+    runs = {name: partial(run, rows) for name, rows in rows_of.items()}
+    times = interleaved_times(runs, rounds, device=str(device))
+    return {
+        name: {
+            "rows": rows if rows is not None else backend.capacity(head, device, None),
+            "bytes": (rows or backend.capacity(head, device, None)) * backend.bytes_per_row(head),
+            "seconds": spread(times[name]),
+            "peak_bytes": own_peak(runs[name], str(device)) if device.type == "cuda" else None,
+        }
+        for name, rows in rows_of.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser("python -m benchmarks.scaling", description=__doc__.splitlines()[0])
+    add_common_options(parser, rounds=5)
+    known = [*SWEEPS, "workspace"]
+    parser.add_argument("--sweeps", nargs="+", choices=known, default=known, metavar="SWEEP",
+                        help=f"of {', '.join(map(repr, known))} [all]")  # fmt: skip
+    options = parser.parse_args(arguments)
+    device = checked_device(parser, options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    result: dict[str, Any] = {
+        **provenance(command("benchmarks.scaling", arguments, options.json), PEER_PACKAGES),
+        "dtype": str(dtype).removeprefix("torch."),
+        "finished": False,
+        "cells": [],
+        "fits": {},
+        "workspace": {},
+    }
+
+    def save() -> None:
+        if options.json:
+            write_json(options.json, result)
+
+    sweeps = {name: s for name, s in (QUICK_SWEEPS if options.quick else SWEEPS).items() if name in options.sweeps}
+    todo = [(name, value, shape) for name, sweep in sweeps.items() for value, shape in sweep.items()]
+    with kept_on_interrupt(save):
+        for name, value, shape in tqdm(todo, desc="shapes", disable=not sys.stderr.isatty()):
+            cell = {"name": f"{name} {value}", "sweep": name, "value": value, "mode": TRAIN, **shape.as_json()}
+            result["cells"].append(cell)
+            if device.type == "cpu":
+                measure_peaks(shape, TRAIN, ["floor", *CONTENDERS], cell, save=save)
+            batch = PairBatch(shape, dtype=dtype, device=device, rows=True)
+            found = chosen(CONTENDERS, batch)
+            measure(batch, TRAIN, found, options.rounds, with_errors=False, cell=cell, save=save)
+            result["fits"][name] = fits([c for c in result["cells"] if c["sweep"] == name])
+        if "workspace" in options.sweeps:
+            shape = shapes(device)["quick" if options.quick else "reference"]
+            result["workspace"] = workspace_sweep(shape, options.rounds, device, dtype)
+        result["finished"] = True
+        save()
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = []
+    for sweep, contenders in result["fits"].items():
+        for name, fit in contenders.items():
+            figures = [
+                f"{what} ~ n^{fit[key]['exponent']:.2f} (+-{fit[key]['standard_error']:.2f})"
+                for what, key in (("time", "seconds"), ("memory", "peak_bytes"))
+                if fit[key]
+            ]
+            lines.append(f"{sweep:<15}{name:<18}{'  '.join(figures)}")
+    for name, row in result["workspace"].items():
+        lines.append(f"workspace of {name:<15}{row['bytes'] / 2**20:8.1f} MiB{1e3 * row['seconds']['median']:10.1f} ms")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Every contender computes the same, the oracle is right, and what fails, is missing or runs out of memory is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import inspo_kernels as ik
+from benchmarks import contenders, measure
+from benchmarks.batches import HeadShape, PairBatch, Shape, equal, real_lengths, sample_lengths
+from benchmarks.contenders import CONTENDERS, Contender, chosen
+
+HEAD = HeadShape(16, 50)
+RAGGED = Shape(HEAD, ((3, 5, 9), (7, 12, 4), (5, 8, 8)))
+CPU = torch.device("cpu")
+
+
+def batch_of(shape=RAGGED, rows=False, dtype=torch.float32):
+    return PairBatch(shape, dtype=dtype, device=CPU, rows=rows)
+
+
+def with_softcap(shape, softcap):
+    return replace(shape, head=replace(shape.head, softcap=softcap))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rows", [False, True])
+def test_truth_is_the_reference_in_float64(rows, softcap):
+    batch = batch_of(with_softcap(RAGGED, softcap), rows, torch.float64)
+    reference = Contender("reference", contenders.our_logps("reference"), contenders.ours("reference"))
+    for what in (measure.LOSS, measure.LOGPS):
+        got = measure.step(batch, measure.TRAIN, reference, what)
+        assert max(measure.Truth(batch, what).errors(got).values()) < 1e-12
+        got["dweight"] = got["dweight"] * 1.01
+        assert measure.Truth(batch, what).errors(got)["dweight"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("name", [name for name, c in CONTENDERS.items() if not c.compiles_per_shape])
+def test_contenders_compute_the_same(name, rows, softcap):
+    batch, ran = batch_of(with_softcap(RAGGED, softcap), rows), 0
+    for what in (measure.LOSS, measure.LOGPS):
+        contender = chosen([name], batch, per_token=what == measure.LOGPS)[name]
+        if isinstance(contender, str):
+            continue
+        truth = measure.Truth(batch, what, knows_reference=contender.knows_reference)
+        errors = truth.errors(measure.step(batch, measure.TRAIN, contender, what))
+        assert all(0 <= error < 2e-5 for error in errors.values()), errors
+        ran += 1
+    if not ran:
+        pytest.skip(f"{name}: {CONTENDERS[name].unavailable(batch)}")
+
+
+def test_liger_is_judged_without_a_reference():
+    """Compiled on a GPU as it is on a CPU; here its eager mode, for speed."""
+    pytest.importorskip("liger_kernel")
+    batch = batch_of(equal(HEAD, 2, 3, 4), rows=True)
+    with torch.compiler.set_stance("force_eager"):
+        got = measure.step(batch, measure.TRAIN, CONTENDERS["liger"])
+    assert max(measure.Truth(batch, knows_reference=False).errors(got).values()) < 2e-5
+    assert measure.Truth(batch).errors(got)["loss_nat"] > 1e-3
+
+
+def test_rows_and_scored_rows_are_the_same_batch():
+    rows, compact = batch_of(rows=True), batch_of()
+    assert rows.hidden.shape == (6, max(map(sum, RAGGED.lengths)), HEAD.hidden)
+    assert torch.equal(rows.scored_rows(rows.hidden), compact.hidden) and len(compact.hidden) == RAGGED.scored
+    out = ik.fused_inspo_loss(rows.hidden, rows.weight, rows.labels, ref_logps=rows.ref_logps)
+    assert torch.equal(out.lengths, torch.tensor(rows.response_lengths))
+    assert out.margins.abs().max() < 2  # no loss saturates
+
+
+def test_real_lengths_are_drawn_without_replacement_and_bounded():
+    lengths = sample_lengths(40, longest=300)
+    assert len(lengths) == 40 and max(map(sum, lengths)) <= 300 and set(lengths) <= set(real_lengths())
+    assert lengths == sample_lengths(40, longest=300) != sample_lengths(40, longest=300, seed=1)
+
+
+def test_contenders_that_fail_are_named_and_the_others_are_measured():
+    calls = []
+
+    def runs_out(x, weight, batch):
+        calls.append(None)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("tried to allocate much")
+        return contenders.plain_logps(x, weight, batch)
+
+    def broken(x, weight, batch):
+        raise RuntimeError("no kernel image\nand more")
+
+    found = {
+        "late": Contender("late", runs_out),
+        "broken": Contender("broken", broken),
+        "absent": "not installed",
+        "log_softmax": CONTENDERS["log_softmax"],
+    }
+    saved = []
+    cell = measure.measure(batch_of(), measure.TRAIN, found, 4, save=lambda: saved.append(1))
+    rows = cell["contenders"]
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "floor": "measured",
+        "late": "out of memory",
+        "broken": "failed: RuntimeError: no kernel image",
+        "absent": "not installed",
+        "log_softmax": "measured",
+    }
+    assert len(calls) == 4  # not called again
+    assert cell["rounds"] == 4 == len(saved) and rows["log_softmax"]["times_floor"]["median"] > 0
+    assert set(rows["log_softmax"]["relative_error"]) == {"loss", "sums", "dhidden", "dweight"}
+
+
+def test_missing_peers_are_named(monkeypatch):
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None if name == "trl" else object())
+    found = chosen(["trl", "cut_cross_entropy", "full_log_softmax", "torch"], batch_of())
+    assert found["trl"] == "not installed: pip install trl"
+    assert found["cut_cross_entropy"] == "needs a GPU"
+    assert found["full_log_softmax"] == "not measured: the batch has scored positions only"
+    assert found["torch"] is CONTENDERS["torch"]
+    assert chosen(["liger"], batch_of(), per_token=True)["liger"] == "gives no per-token log-probs"
+
+
+def test_too_little_memory_is_reported_and_the_run_goes_on():
+    """The logits of the first take 4 TB; the process that tries is limited and says so."""
+    huge = equal(HeadShape(4, 1_000_000), 2, 4, 500_000)
+    cell: dict = {}
+    measure.measure_peaks(huge, measure.TRAIN, ["log_softmax"], cell, rows=False)
+    measure.measure_peaks(RAGGED, measure.TRAIN, ["torch"], cell)
+    assert cell["contenders"]["log_softmax"] == {"status": "out of memory"}
+    assert cell["contenders"]["torch"]["status"] == "measured"
+    measure.measure(batch_of(), measure.TRAIN, chosen(["log_softmax", "torch"], batch_of()), 1, cell=cell)
+    assert cell["contenders"]["log_softmax"] == {"status": "out of memory"}
+    assert cell["contenders"]["torch"]["seconds"]["median"] > 0
+
+
+@pytest.mark.parametrize("mode, gradients", [(measure.FORWARD, 0), (measure.FROZEN, 1), (measure.TRAIN, 2)])
+def test_modes_compute_what_their_floor_computes(mode, gradients):
+    seen = []
+
+    def logps_of(x, weight, batch):
+        seen.append((torch.is_grad_enabled(), x.requires_grad, weight.requires_grad))
+        return contenders.plain_logps(x, weight, batch)
+
+    batch = batch_of()
+    result = measure.step(batch, mode, Contender("plain", logps_of))
+    assert seen == [(gradients > 0, gradients > 0, gradients > 1)] and len(result) == 2 + gradients
+    with FlopCounterMode(display=False) as counter:
+        measure.products(batch, measure.PRODUCTS[mode])()
+    assert counter.get_total_flops() == (1 + gradients) * 2 * RAGGED.scored * HEAD.hidden * HEAD.vocab

@@ -1,0 +1,104 @@
+"""All training steps do the same work, ours cheaper ones do fewer positions, and what cannot run is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import report, step, step_contenders
+from benchmarks.step_contenders import STEP_CONTENDERS, StepContender
+
+CPU = torch.device("cpu")
+QUICK = {"model": "quick", "updates": 3, "pairs": 2, "tokens": 48}
+
+
+def job(share="real", dtype=torch.float64):
+    return step.job_of(**QUICK, share=share, dtype=dtype, device=CPU)
+
+
+def test_every_contender_makes_the_same_updates():
+    pytest.importorskip("trl")
+    rows = step.same_work(list(STEP_CONTENDERS), job())
+    assert list(rows) == ["four_forwards", *(n for n in STEP_CONTENDERS if n != "four_forwards")]
+    assert all(row["same"] for row in rows.values()), rows
+    assert {n: row["tolerance"] for n, row in rows.items() if row["tolerance"] > 1e-9} == {
+        "trl": 1e-4,
+        "trl_compact": 1e-4,
+    }
+    losses = rows["rows"]["losses"]
+    assert len(losses) == 3 and len(set(losses)) == 3 and all(abs(loss - 0.69) < 0.1 for loss in losses)
+
+
+def test_other_work_is_seen(monkeypatch):
+    def conditioned_reference(own):
+        ours = step_contenders.Ours(own, "rows")
+        with torch.no_grad():
+            ours.ref_logps = [ours._forward(batch, conditioned=True).logps for batch in own.batches]
+        return ours
+
+    monkeypatch.setitem(STEP_CONTENDERS, "rows", StepContender("wrong", conditioned_reference))
+    row = step.same_work(["rows"], job())["rows"]
+    assert not row["same"] and row["errors"]["loss"] > 1e-4
+
+
+def test_positions_are_those_of_the_layouts():
+    found = step.prepared(["rows", "tree", "four_forwards"], job("0.5", torch.float32), {})
+    counted = {name: run().positions / QUICK["updates"] for name, (_, run) in found.items()}
+    prompt, response = 24, 12
+    assert counted == {
+        "rows": 2 * 2 * (prompt + 2 * response),
+        "tree": 2 * (prompt + 4 * response),
+        "four_forwards": 2 * 2 * (prompt + 2 * response) + 2 * 2 * (prompt + response),
+    }
+
+
+def test_lengths_of_a_share():
+    assert step.lengths_of("0.667", 1, 512) == ((342, 85, 85),)
+    assert max(map(sum, step.lengths_of("real", 20, 100))) <= 100
+
+
+def test_quick_run_writes_a_complete_file(tmp_path, monkeypatch, capsys):
+    def broken(own):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(STEP_CONTENDERS, "tree", StepContender("broken", broken))
+    monkeypatch.setitem(STEP_CONTENDERS, "trl", StepContender("absent", broken, "no_such_module", "no-such"))
+    contenders = ["rows", "tree", "trl", "four_forwards"]
+    peaks = []
+
+    def peak(module, arguments):
+        peaks.append(json.loads(arguments[1])["name"])
+        return {"status": "measured", "peak_bytes": 1 << 20}
+
+    monkeypatch.setattr(step, "peak_memory_in_fresh_process", peak)
+    file = tmp_path / "step.json"
+    step.main(["--quick", "--shares", "0.5", "--rounds", "2", "--updates", "1", "--contenders", *contenders,
+               "--json", str(file)])  # fmt: skip
+    result = json.loads(file.read_text())
+    (cell,) = result["cells"]
+    rows = cell["contenders"]
+    assert result["finished"] and peaks == contenders and cell["rounds"] == 2
+    assert rows["tree"] == {"status": "failed: RuntimeError: no such kernel"}
+    assert rows["trl"] == {"status": "not installed: pip install no-such"}
+    assert rows["rows"]["times_four_forwards"]["median"] > 0 and rows["rows"]["peak_bytes"] == 1 << 20
+    assert rows["rows"]["reference_seconds_per_step"] > 0 == rows["four_forwards"]["reference_seconds_per_step"]
+    assert result["same_work"]["contenders"]["rows"]["same"]
+    assert "not installed" in capsys.readouterr().out and "not installed" in report.step(result)
+
+
+def test_peak_of_a_step_is_above_the_model(capsys):
+    step.main(["--peak-of", json.dumps({**QUICK, "share": "real", "name": "rows"})])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["status"] == "measured" and 0 < printed["peak_bytes"] < 1 << 28
+
+
+def test_bad_arguments_say_what_to_do(capsys):
+    for arguments, text in (
+        (["--shares", "2"], 'between 0 and 1, or "real"'),
+        (["--models", "big"], "'small', 'trunk'"),
+    ):
+        with pytest.raises(SystemExit):
+            step.main(arguments)
+        assert text in capsys.readouterr().err
