@@ -55,7 +55,7 @@ def start_processes() -> Accelerator:
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
-    """Raises InputError where what ``accelerate launch`` put into the environment would have no effect, or a wrong one."""
+    """Raises InputError where what ``accelerate launch`` put into the environment would do nothing, or harm."""
     if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         raise InputError(
             "DeepSpeed is not supported; launch with an FSDP2 configuration (training/configs/accelerate/"
@@ -170,6 +170,13 @@ def check_same(value: Any, what: str) -> None:
             raise InputError(f"{what} in process {differing[0]} differ from those in process 0; give all the same")
 
 
+def all_finite(module: nn.Module) -> bool:
+    """Whether all trained parameters are, in all processes; one read from the device."""
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters() if p.requires_grad]
+    bad = torch.stack([part.detach().isfinite().logical_not().any() for part in parts]).any()
+    return not sum_over_processes(bad.double()).item()
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
@@ -192,8 +199,9 @@ def together() -> Iterator[None]:
         error = caught
     if process_count() > 1:
         failures: list[tuple[bool, str] | None] = [None] * process_count()
-        mine = None if error is None else (isinstance(error, InputError), f"{type(error).__name__}: {error}")
-        dist.all_gather_object(failures, mine)
+        users = isinstance(error, InputError)
+        text = str(error) if users else f"{type(error).__name__}: {error}"
+        dist.all_gather_object(failures, None if error is None else (users, text))
         if error is None and (failed := [i for i, failure in enumerate(failures) if failure]):
             users, text = failures[failed[0]] or (False, "")
             error = (InputError if users else RuntimeError)(f"in process {failed[0]}: {text}")

@@ -68,13 +68,16 @@ class JsonLines:
             if self._behind:
                 self._write_all(self.file)
             else:
-                with self.file.open("a", encoding="utf-8") as file:
-                    file.write(_json_lines(rows))
+                self._append(self.file, rows)
             self._behind = False
         except OSError as error:
             if not self._behind:
                 self._say(f"WARNING: {self.file} cannot be written ({error}); the run goes on, and tries again")
             self._behind = True
+
+    def _append(self, file: Path, rows: Iterable[dict[str, Any]]) -> None:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(_json_lines(rows))
 
     def text(self) -> str:
         return _json_lines(self.rows)

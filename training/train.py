@@ -43,6 +43,7 @@ from .config import InputError, TrainConfig, help_text, parse_config
 from .data import Pair, check_pairs, check_source, load_pairs, select_pairs
 from .engine import (
     accumulating,
+    all_finite,
     check_same,
     clip_gradients,
     from_first_process,
@@ -57,6 +58,7 @@ from .engine import (
     wrap,
 )
 from .evaluation import evaluate, is_better, sample_answers, starting_report
+from .layouts import check_layout, choose_layout
 from .model import adapter_off, add_lora, check_architecture, load_model, padding_id, size_text
 from .output import CURVES, RunLog, Window, evaluation_line, locked, training_line
 from .scoring import Batcher, PairModel, Scores, reference_logps, score, weights_digest
@@ -180,7 +182,12 @@ def _train(
     log.say(f"{total_steps} steps of {config.batch_size} pairs, {steps_per_epoch} an epoch{processes}")
     bf16 = "bf16" in config.mixed_precision or config.param_dtype == "bfloat16"
     usage = usage_of(model, accelerator.device, bf16=bf16, processes=world)
+    # A resumed run goes on in the layout that it began with.
+    layout = state.get("layout", config.layout) if config.layout == "auto" else config.layout
     batcher = Batcher(pad_token_id, accelerator.device, config.max_batch_tokens, tuple(separator))
+    batcher = choose_layout(
+        layout, model, batcher, [*train_pairs, *held_out], conditioned=config.conditioned, log=log.say
+    )
     sizes = [batcher.padded(pair, conditioned=config.conditioned) for pair in train_pairs]
     if large := sum(one > config.max_batch_tokens for one in sizes):
         log.say(f"note: {large} pairs take more than max_batch_tokens alone (the largest {max(sizes)})")
@@ -192,6 +199,7 @@ def _train(
         autocast=config.mixed_precision == "bf16" and not is_sharded(),
     )  # fmt: skip
     module = wrap(module, accelerator, config)
+    batcher = check_layout(batcher, module, train_pairs, bf16=bf16, required=layout == "tree", log=log.say)
     matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -279,14 +287,17 @@ def _train(
                     pairs=len(train_pairs), parameters=sum(p.numel() for p in inner.parameters()),
                     trained=sum(p.numel() for p in inner.parameters() if p.requires_grad), processes=world,
                     evaluations=[row for row in log.rows if "eval_loss" in row],
-                    library="peft" if hasattr(inner, "peft_config") else "transformers",
+                    library="peft" if config.lora else "transformers",
                 ).save(to / "README.md")  # fmt: skip
 
         in_first_process(write)
 
     def save(step: int) -> bool:
+        """Whether there was space for it. A checkpoint that no run could go on from must not displace a sound one."""
+        if not all_finite(module):
+            raise NonFiniteError(f"after step {step} the model's parameters are not finite; {way_on(folder)}")
         state = {"step": step, "tokens": tokens, "window": asdict(window), "best": best, "inputs": inputs,
-                 "config": asdict(config)}  # fmt: skip
+                 "layout": "rows" if batcher.layout == "rows" else "tree", "config": asdict(config)}  # fmt: skip
         try:
             save_checkpoint(folder, step, unwrap(module), optimizer.optimizer, state, log.texts())
         except SaveError as error:
@@ -384,7 +395,8 @@ def _train(
         bar.close()
         if folder:
             write_model("final", total_steps)
-            log.draw(title)
+            if not held_out:  # an evaluation draws them
+                log.draw(title)
             log.say(f"the model is in {folder / 'final'}, the curves in {folder / CURVES}")
     return TrainResult(unwrap(module).model, tokenizer, log.rows, folder / "final" if folder else None)
 

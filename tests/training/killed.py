@@ -1,0 +1,91 @@
+"""Runs that end before their time: the program that tests start, once for all of them.
+
+    python tests/training/killed.py FILE
+
+FILE holds {name: {"arguments": [...], "patch": [TARGET, CALL, HOW] or null, "file_limit": bytes or null}}. Each run is
+a process of its own with the arguments of training.train. At one call of TARGET (the CALL-th, or the first with the
+text CALL in an argument) it is ended by SIGKILL: "before" the call, "after" it, or "within", when half of the file that
+it writes is on the disk. Prints {name: exit status}; what a run prints is in NAME.txt beside FILE.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+
+import torch
+
+import training.output
+from training.train import main
+
+torch.set_num_threads(1)
+training.output.plot_curves = lambda *what: None  # most of such a run's time, and nothing that resuming depends on
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def patch(target: str, call: int | str, how: str) -> None:
+    path, _, name = target.rpartition(".")
+    module, _, owner_name = path.rpartition(".")
+    owner: Any = importlib.import_module(path) if path.islower() else getattr(importlib.import_module(module), owner_name)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        if not (next(calls) == call if isinstance(call, int) else any(call in str(argument) for argument in args)):
+            return original(*args, **kwargs)
+        if how == "before":
+            kill()
+        result = original(*args, **kwargs)
+        if how == "within":
+            written = next(a for a in (*args, result) if isinstance(a, Path) and a.is_file())
+            os.truncate(written, written.stat().st_size // 2)
+        kill()
+        return result
+
+    setattr(owner, name, patched)
+
+
+def run(arguments: list[str], change: list[Any] | None, file_limit: int | None) -> None:
+    if change:
+        patch(*change)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    main(arguments)
+
+
+def in_a_process(*what: Any, output: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 70
+    try:
+        with output.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        run(*what)
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    scenarios = json.loads(Path(sys.argv[1]).read_text())
+    print(json.dumps({
+        name: in_a_process(one["arguments"], one["patch"], one["file_limit"], output=Path(sys.argv[1]).with_name(f"{name}.txt"))
+        for name, one in scenarios.items()
+    }))  # fmt: skip
