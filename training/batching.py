@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,25 +15,24 @@ class MicroBatch(NamedTuple):
     weight: float
 
 
-def micro_batches(sizes: Sequence[int], max_tokens: int, processes: int = 1) -> list[list[MicroBatch]]:
-    """Forward passes of each process for pairs of ``sizes`` tokens; a pass costs its count times its largest size.
+def micro_batches(
+    sizes: Sequence[int], max_tokens: int, processes: int = 1, *, packed: bool = False
+) -> list[list[MicroBatch]]:
+    """Forward passes of each process for pairs of ``sizes`` tokens.
 
-    Each pair is in exactly one pass of weight 1. Pairs of similar size share a pass, of at most ``max_tokens`` (a
-    larger pair goes alone). Engines that communicate within a pass need the same number of passes in every process, so
-    passes are split until they can be dealt evenly; a process that is still short repeats the smallest pair with
-    weight 0. Passes of similar cost run at the same time, the costliest first.
+    A pass costs its count times its largest size, or the sum of its sizes where pairs are ``packed`` behind one
+    another. Each pair is in exactly one pass of weight 1. Pairs of similar size share a pass (packed: any pairs, in
+    passes of nearly equal cost), of at most ``max_tokens`` (a larger pair goes alone). Engines that communicate within
+    a pass need the same number of passes in every process, so passes are split until they can be dealt evenly; a
+    process that is still short repeats the smallest pair with weight 0. Passes of similar cost run at the same time,
+    the costliest first.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    passes: list[list[int]] = []
-    for i in order:
-        if passes and (len(passes[-1]) + 1) * sizes[passes[-1][0]] <= max_tokens:
-            passes[-1].append(i)
-        else:
-            passes.append([i])
 
     def cost(some: list[int]) -> int:
-        return len(some) * sizes[some[0]]
+        return sum(sizes[i] for i in some) if packed else len(some) * sizes[some[0]]
 
+    passes = _packed(order, sizes, max_tokens, processes) if packed else _padded(order, sizes, max_tokens)
     while len(passes) % processes and (divisible := [some for some in passes if len(some) > 1]):
         costliest = max(divisible, key=cost)
         passes.remove(costliest)
@@ -49,3 +49,31 @@ def micro_batches(sizes: Sequence[int], max_tokens: int, processes: int = 1) -> 
         for process, item in zip(dealt, reversed(some) if turn % 2 else some):
             process.append(item)
     return dealt
+
+
+def _padded(order: Sequence[int], sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Neighbours in ``order``, which is by falling size, together."""
+    passes: list[list[int]] = []
+    for i in order:
+        if passes and (len(passes[-1]) + 1) * sizes[passes[-1][0]] <= max_tokens:
+            passes[-1].append(i)
+        else:
+            passes.append([i])
+    return passes
+
+
+def _packed(order: Sequence[int], sizes: Sequence[int], max_tokens: int, processes: int) -> list[list[int]]:
+    """As few passes as this finds, as many in each process: the largest pairs first, each to the emptiest pass."""
+    count = processes * max(1, math.ceil(sum(sizes) / (max_tokens * processes)))
+    while True:
+        passes: list[list[int]] = [[] for _ in range(count)]
+        filled = [(0, number) for number in range(count)]  # a heap
+        for i in order:
+            tokens, number = heapq.heappop(filled)
+            if tokens and tokens + sizes[i] > max_tokens:
+                break
+            passes[number].append(i)
+            heapq.heappush(filled, (tokens + sizes[i], number))
+        else:
+            return [some for some in passes if some]
+        count += processes

@@ -92,6 +92,9 @@ class TrainConfig:
     max_steps: Annotated[int | None, "optimizer steps; overrides num_epochs"] = None
     batch_size: Annotated[int, "pairs in one optimizer step, over all processes"] = 32
     max_batch_tokens: Annotated[int, "most tokens, padding included, in one forward pass of one process"] = 16384
+    layout: Annotated[
+        Literal["auto", "tree", "rows"], "auto|tree|rows: tree reads a pair's prompt once; auto: where the model can"
+    ] = "auto"
     learning_rate: Annotated[float, "peak learning rate of AdamW"] = 5e-7
     lr_scheduler: Annotated[
         Literal["cosine", "linear", "constant"], "cosine|linear|constant: shape after the warm-up"

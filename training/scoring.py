@@ -32,6 +32,8 @@ from .engine import (
     together,
 )
 
+_SCORED_OF_ROWS, _SCORED_OF_TREES = ("labels", "marginal_labels"), ("labels", "segment_ids", "num_pairs")
+_READ_BY_MODEL = ("input_ids", "attention_mask", "position_ids", "tree_ends", "rows")
 TIE = 1e-4  # margins this small are rounding: before training all of them are 0 where there is a reference
 
 
@@ -63,11 +65,15 @@ class PairModel(nn.Module):
         """
         if ref_logps is not None and ref_logps.dtype != torch.float64:
             raise TypeError(f"ref_logps came as {ref_logps.dtype}: the engine must not cast the inputs of PairModel")
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        scored = {name: batch[name] for name in ("labels", "marginal_labels")}
+        is_tree = "tree_ends" in batch
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        scored = {name: batch[name] for name in (_SCORED_OF_TREES if is_tree else _SCORED_OF_ROWS)}
+        mask = ik.tree_attention_mask(batch, self.model) if is_tree else batch["attention_mask"]
         autocast = torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.autocast)
         with autocast, checkpointed(self.checkpointed if torch.is_grad_enabled() else ()):
-            hidden, head = ik.hidden_and_head(self.model, **inputs)
+            hidden, head = ik.hidden_and_head(self.model, attention_mask=mask, **inputs)
+            if is_tree:
+                hidden = hidden.flatten(0, 1).index_select(0, batch["rows"])
             if not sums_only:
                 out = self.loss(hidden, **scored, ref_logps=ref_logps, **head)
                 return out.loss, {"loss": out.losses.double().sum(), **summed_metrics(out)}
@@ -107,34 +113,40 @@ class Batcher:
     """Pairs to the tensors ``PairModel`` takes; the one place that knows how sequences lie in them.
 
     Labels stay on the CPU, where planning needs no synchronisation. ``max_tokens`` bounds a forward pass.
-    ``separator_ids`` stand between the other response and the one that is scored given it.
+    ``separator_ids`` stand between the other response and the one that is scored given it. ``layout`` is one of
+    ``condition_pairs``: rows, tree or packed_tree.
     """
 
     pad_token_id: int
     device: torch.device
     max_tokens: int
     separator_ids: tuple[int, ...] = ()
+    layout: str = "rows"
 
     def __call__(self, pairs: Sequence[Pair], *, conditioned: bool) -> dict[str, Any]:
         batch = ik.condition_pairs(
             [p[:3] for p in pairs], pad_token_id=self.pad_token_id, conditioned=conditioned,
-            separator_ids=self.separator_ids,
+            separator_ids=self.separator_ids, layout=self.layout,
         )  # fmt: skip
-        return batch | {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask", "position_ids")}
+        return batch | {name: batch[name].to(self.device) for name in _READ_BY_MODEL if name in batch}
 
     def tokens(self, pair: Pair, *, conditioned: bool) -> int:
         """Tokens that the model reads for a pair, without padding."""
-        return 2 * (pair.tokens + len(self.separator_ids)) if conditioned else pair.tokens + len(pair.prompt)
+        in_rows = 2 * (pair.tokens + len(self.separator_ids)) if conditioned else pair.tokens + len(pair.prompt)
+        return in_rows if self.layout == "rows" else in_rows - len(pair.prompt)
 
     def padded(self, pair: Pair, *, conditioned: bool) -> int:
         """Tokens that a pair takes in a forward pass of which it is the largest."""
+        if self.layout != "rows":
+            return self.tokens(pair, conditioned=conditioned)
         longest = max(len(pair.chosen), len(pair.rejected))
         return 2 * (pair.tokens + len(self.separator_ids) if conditioned else len(pair.prompt) + longest)
 
     def plan(self, pairs: Sequence[Pair], *, conditioned: bool) -> list[MicroBatch]:
         """The forward passes of this process, as many in each process."""
         sizes = [self.padded(pair, conditioned=conditioned) for pair in pairs]
-        return micro_batches(sizes, self.max_tokens, process_count())[process_index()]
+        packed = self.layout == "packed_tree"
+        return micro_batches(sizes, self.max_tokens, process_count(), packed=packed)[process_index()]
 
 
 @dataclass(frozen=True)
@@ -181,13 +193,13 @@ def reference_logps(
 ) -> Tensor:  # fmt: skip
     """(2, n) float64 log-probs of ``pairs`` under the model as it is now, from ``cache`` if they are there.
 
-    Call it before training or resuming. The file is keyed by the token ids, ``weights`` (their digest) and the
-    precision of the computation, and by nothing else; a file that is damaged or lacks rows is computed anew. The first
-    process alone reads and writes it.
+    Call it before training or resuming. The file is keyed by the token ids, ``weights`` (their digest), the layout and
+    the precision of the computation, and by nothing else; a file that is damaged or lacks rows is computed anew. The
+    first process alone reads and writes it.
     """
     digest = hashlib.blake2b(digest_size=16)
     separator = batcher.separator_ids if conditioned else ()
-    digest.update(f"{conditioned} {separator} {mixed_precision} {weights}".encode())
+    digest.update(f"{conditioned} {separator} {batcher.layout} {mixed_precision} {weights}".encode())
     for pair in pairs:
         digest.update(json.dumps(pair[:3]).encode())
     file = cache / f"reference-{digest.hexdigest()}.safetensors" if cache else None
