@@ -13,15 +13,28 @@ training = [
     "datasets>=4.0",
     "filelock>=3.12",
     "jsonargparse>=4.40",
+    "huggingface_hub>=1.0",
+    "jinja2>=3.1",
     "matplotlib>=3.9",
+    "numpy>=2",
+    "peft>=0.19",
+    "psutil>=6",
     "pyyaml>=6",
     "safetensors>=0.5",
     "tokenizers>=0.22",
     "tqdm>=4.66",
     "transformers>=5.17,<6",
 ]
+# What benchmarks/ compares with, and its other way to run.
+peers = [
+    "cut-cross-entropy>=25.1; platform_system == 'Linux'",
+    "liger-kernel>=0.8.5; platform_system == 'Linux'",
+    "pytest-benchmark>=5",
+    "trl>=1.16,<2",
+]
 test = [
     *training,
+    *peers,
     "triton>=3.6; platform_system == 'Linux'",
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -29,6 +42,7 @@ test = [
     "pytest-timeout>=2.3",
     "ruff>=0.12",
     "scipy>=1.14",
+    "tensorboard>=2.18",
 ]
 
 setup(
@@ -43,7 +57,7 @@ setup(
     packages=find_packages(include=["inspo_kernels", "inspo_kernels.*"]),
     package_data={"inspo_kernels": ["py.typed"]},
     install_requires=["torch>=2.11,<3"],
-    extras_require={"models": ["transformers>=5.17,<6"], "training": training, "test": test},
+    extras_require={"models": ["transformers>=5.17,<6"], "training": training, "peers": [*training, *peers], "test": test},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
