@@ -57,7 +57,12 @@ setup(
     packages=find_packages(include=["inspo_kernels", "inspo_kernels.*"]),
     package_data={"inspo_kernels": ["py.typed"]},
     install_requires=["torch>=2.11,<3"],
-    extras_require={"models": ["transformers>=5.17,<6"], "training": training, "peers": [*training, *peers], "test": test},
+    extras_require={
+        "models": ["transformers>=5.17,<6"],
+        "training": training,
+        "peers": [*training, *peers],
+        "test": test,
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
