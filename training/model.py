@@ -141,7 +141,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, seed: int) -> None:
     head = model.get_output_embeddings()
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
     targets = options.target_modules
-    if names & {targets, *([] if isinstance(targets, str) else targets)}:
+    if names.intersection([targets] if isinstance(targets, str) else targets):
         raise InputError(
             f"lora.target_modules: {', '.join(names)} is the output head, which takes no adapter here; leave it out, "
             'or use "all-linear", which does'

@@ -3,15 +3,21 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from helpers import PAIRS, metrics, tiny_model, token_pairs, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from training.chat import TextEncoder, set_template_kwargs
-from training.config import InputError
+import inspo_kernels as ik
+from training.chat import TextEncoder, separator_ids, set_template_kwargs
+from training.config import InputError, TrainConfig
+from training.data import Pair, load_pairs
 from training.model import byte_tokenizer
+from training.scoring import Batcher, PairModel, reference_logps
+from training.train import main, train
 
 CORPUS = [
     "Why is the sky blue? Because the air scatters blue light. The first answer, the second answer; better answer.\n\n",
@@ -297,3 +303,93 @@ def test_template_switches_keep_their_values_and_types():
 def test_templates_here_fail_as_real_ones_do():
     with pytest.raises(TemplateError):
         byte_level(MISTRAL).apply_chat_template([USER, USER], tokenize=False)
+
+
+def messages_file(tmp_path):
+    words = [("Why is the sky blue?", CHOSEN, REJECTED), ("Is it 12345?", "I think so.", "No, it is a better answer.")]
+    return write_jsonl(
+        tmp_path / "d.jsonl",
+        [{"prompt": [{"role": "user", "content": x}], "chosen": says(w), "rejected": says(l)} for x, w, l in words],
+    )
+
+
+def saved_model(tmp_path, template=LLAMA_3):
+    tokenizer = byte_level(template)
+    tiny_model(vocab_size=len(tokenizer), initializer_range=0.5).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base"), tokenizer
+
+
+def test_rows_read_as_a_conversation_and_score_the_same_tokens_as_without_the_turn(tmp_path):
+    tokenizer = byte_level(LLAMA_3)
+    config = TrainConfig(alternative="chat", alternative_instruction="Do better.")
+    separator = separator_ids(tokenizer, config)
+    pairs = load_pairs(messages_file(tmp_path), tokenizer, messages_only=True)
+    batches = [Batcher(0, torch.device("cpu"), 10**6, tuple(ids))(pairs, conditioned=True) for ids in (separator, [])]
+    ask = {"role": "user", "content": "Do better."}
+    for row, first, second in ((0, REJECTED, CHOSEN), (2, CHOSEN, REJECTED)):
+        conversation = tokenizer.apply_chat_template([USER, *says(first), ask, *says(second)], tokenize=False)
+        ids = batches[0]["input_ids"][row][batches[0]["attention_mask"][row].bool()]
+        assert tokenizer.decode(ids) == conversation
+    for labels in ("labels", "marginal_labels"):
+        scored = [[row[row != -100].tolist() for row in batch[labels]] for batch in batches]
+        assert scored[0] == scored[1]
+
+
+def test_the_turn_counts_in_lengths_and_tokens(tmp_path, capsys):
+    model, tokenizer = saved_model(tmp_path)
+    data = messages_file(tmp_path)
+    pairs = load_pairs(data, tokenizer)
+    separator = separator_ids(tokenizer, TrainConfig(alternative="chat"))
+    plain, chat = (Batcher(0, torch.device("cpu"), 10**6, tuple(ids)) for ids in ([], separator))
+    for pair in pairs:
+        for count in ("tokens", "padded"):
+            with_turn, without = (getattr(batcher, count)(pair, conditioned=True) for batcher in (chat, plain))
+            assert with_turn == without + 2 * len(separator)
+            assert len({getattr(batcher, count)(pair, conditioned=False) for batcher in (chat, plain)}) == 1
+    longest = max(pair.tokens for pair in pairs) + len(separator)
+    common = ["--model", model, "--train_data", data, "--max_steps", "1", "--alternative", "chat"]
+    main([*common, "--output_dir", str(tmp_path / "o"), "--max_length", str(longest)])
+    assert "2 pairs read, 2 kept" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main([*common, "--output_dir", str(tmp_path / "p"), "--max_length", str(longest - 1)])
+    assert f"and {len(separator)} between them" in capsys.readouterr().err
+
+
+def test_the_turn_makes_another_reference_only_where_the_reference_sees_the_other_response(tmp_path):
+    pairs, model, said = [Pair(*ids) for ids in token_pairs()], tiny_model(initializer_range=0.5), []
+    module, found = PairModel(model, ik.DPO()), []
+    for conditioned in (False, True):
+        for separator in ((), (7, 8), (7, 9)):
+            found.append(reference_logps(
+                module, "weights", pairs, Batcher(0, torch.device("cpu"), 10**6, separator), conditioned=conditioned,
+                mixed_precision="no", cache=tmp_path, progress=None, log=said.append,
+            ))  # fmt: skip
+    assert ["computed" in line for line in said] == [True, False, False, True, True, True]
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[4], found[5], atol=1e-3)
+
+
+def test_what_cannot_have_such_a_turn_is_said(tmp_path, capsys):
+    with pytest.raises(InputError, match="alternative=chat needs a tokenizer"):
+        train(TrainConfig(alternative="chat", max_steps=1), token_pairs(), model=tiny_model(), quiet=True)
+    model, _ = saved_model(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(
+            ["--model", model, "--train_data", str(PAIRS), "--alternative", "chat", "--output_dir", str(tmp_path / "o")]
+        )
+    assert "pairs.jsonl:1: holds strings; alternative=chat needs messages" in capsys.readouterr().err
+
+
+def test_template_switches_of_the_configuration_are_in_data_and_in_final(tmp_path):
+    model, _ = saved_model(tmp_path, THINKING)
+    file = tmp_path / "c.yaml"
+    file.write_text("chat_template_kwargs: {enable_thinking: false}\n")
+    common = ["--config", str(file), "--model", model, "--train_data", messages_file(tmp_path), "--max_steps", "1"]
+    main([*common, "--output_dir", str(tmp_path / "out")])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/final")
+    text = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<think>\n\n</think>\n\n")
+    without = tmp_path / "plain"
+    main([*common[2:], "--output_dir", str(without)])
+    scored = [metrics(run)[-1]["tokens/chosen"] for run in (tmp_path / "out", without)]
+    assert scored[0] < scored[1]  # the empty thought is in the prompt, not in the answer

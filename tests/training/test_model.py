@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import TINY, tiny_model
@@ -29,7 +30,7 @@ def test_building_a_model_leaves_the_callers_random_state_alone():
         ({"hiden_size": 8}, r"model\.hiden_size; did you mean 'hidden_size'"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "multiple of the number of attention heads"),
-        ("./no/such/folder", "'./no/such/folder': could not be loaded"),
+        ("./no/such/folder", r"'\./no/such/folder': its config\.json could not be loaded"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_named(model, message):
@@ -50,8 +51,42 @@ def test_truncated_weights_are_named(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(InputError, match="could not be loaded"):
+    with pytest.raises(
+        InputError, match=r"its weights \(model\.safetensors, or its parts\) could not be loaded"
+    ) as error:
         load_model(TrainConfig(model=str(tmp_path)))
+    assert "HF_HUB_OFFLINE" not in str(error.value)  # the folder is there
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [("config.json", r"config\.json"), ("tokenizer.json", "tokenizer"), ("model.safetensors", "weights")],
+)
+def test_a_folder_that_lacks_a_file_says_which(tmp_path, missing, named):
+    tiny_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / missing).unlink()
+    if missing == "tokenizer.json":
+        (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(InputError, match=rf"its {named}.* could not be loaded"):
+        load_model(TrainConfig(model=str(tmp_path)))
+
+
+def test_a_hub_that_cannot_be_reached_is_said_with_the_file_and_what_to_do(monkeypatch):
+    # As without a network, apart from half a minute of attempts.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError) as error:
+        load_model(TrainConfig(model="some-org/some-model"))
+    message = str(error.value)
+    assert message.startswith("model 'some-org/some-model': its config.json could not be loaded")
+    assert "hf download some-org/some-model --local-dir DIR" in message and "HF_HUB_OFFLINE=1" in message
+
+
+def test_attention_is_chosen_by_name():
+    model, _ = load_model(TrainConfig(model=TINY, attn_implementation="eager"))
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(InputError, match="no_such_attention"):
+        load_model(TrainConfig(model=TINY, attn_implementation="no_such_attention"))
 
 
 def test_half_precision_weights_are_trained_in_float32(tmp_path):

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from helpers import metrics, options, tiny_model, token_pairs
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from inspo_kernels import passes
+from training import generate
+from training.config import InputError, LoraOptions, TrainConfig, parse_config
+from training.model import adapter_off, add_lora, byte_tokenizer, check_architecture, load_model, size_text
+from training.train import main, train
+
+
+def base(folder, **fields):
+    """A saved base whose answers depend visibly on the prompt; its path."""
+    tiny_model(initializer_range=0.5, **fields).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def lora_run(out, model, *more):
+    main(["--model", model, "--lora.r", "4", *options(out, *more)[8:]])
+
+
+def run(model, pairs=None, **given):
+    settings = {"max_steps": 2, "learning_rate": 1e-2, "log_every": 1, "lora": LoraOptions(r=4), **given}
+    return train(TrainConfig(**settings), pairs or token_pairs(), model=model, quiet=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_adapter_is_trained_and_the_base_is_as_it_was(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = run(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert result.model is model and trained and all("lora_" in name for name in trained)
+    after = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if "lora_" not in name}
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert all(p.abs().max() > 0 for name, p in trained.items() if "lora_B" in name)  # 0 before training
+    layers = {name.split(".lora_")[0].rpartition(".")[2] for name in trained}
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert result.metrics[-1]["loss"] < result.metrics[0]["loss"]
+
+
+def test_without_its_adapter_a_trained_model_is_the_base_and_afterwards_as_it_was():
+    ids = torch.tensor([[1, 5, 6, 7]])
+    model = tiny_model()
+    base_logits = model(ids).logits
+    run(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    adapted = model(ids).logits
+    with adapter_off(model):
+        assert torch.equal(model(ids).logits, base_logits)
+    assert torch.equal(model(ids).logits, adapted) and not torch.equal(adapted, base_logits)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+
+
+@pytest.mark.parametrize(("lora", "expected"), [(LoraOptions(r=4), False), (None, True)])
+def test_the_heads_gradient_is_not_computed_where_the_head_is_frozen(monkeypatch, lora, expected):
+    made = []
+    empty = passes.Gradients.empty.__func__
+
+    def spy(cls, head, num_rows, needs):
+        gradients = empty(cls, head, num_rows, needs)
+        made.append((gradients.x is not None, gradients.weight is not None))
+        return gradients
+
+    monkeypatch.setattr(passes.Gradients, "empty", classmethod(spy))
+    run(tiny_model(), lora=lora, max_steps=1)
+    assert any(weight for _, weight in made) is expected
+
+
+def test_the_first_loss_is_ln_2_and_so_is_that_of_an_adapter_of_another_seed():
+    for seed in (0, 1):
+        (row, _) = run(tiny_model(), conditioned=False, seed=seed).metrics
+        assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_reference_is_the_base_without_the_adapter_also_where_it_is_built_after_training(tmp_path, capsys):
+    model = base(tmp_path / "base")
+    more = ["--save_every", "1", "--log_every", "1"]
+    main(["--model", model, *options(tmp_path / "full", "--max_steps", "1")[8:]])
+    lora_run(tmp_path / "lora", model, *more)
+    (of_base,), (of_lora,) = ([*(tmp_path / run).glob("reference-*")] for run in ("full", "lora"))
+    # The adapter is in neither name nor content: runs can share the file.
+    assert of_lora.name == of_base.name
+    assert torch.equal(load_file(of_base)["logps"], load_file(of_lora)["logps"])
+
+    # As if killed after step 2, with the reference lost: it must not become the trained adapter's.
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "lora", broken, ignore=shutil.ignore_patterns("final", "checkpoint-3", "reference-*"))
+    lora_run(broken, model, *more, "--resume", "auto")
+    assert "resumed from" in capsys.readouterr().out
+    (again,) = broken.glob("reference-*")
+    assert torch.equal(load_file(again)["logps"], load_file(of_base)["logps"])
+    one, other = (load_file(tmp_path / run / "final/adapter_model.safetensors") for run in ("lora", "broken"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert [r["loss"] for r in metrics(broken) if "loss" in r] == [
+        r["loss"] for r in metrics(tmp_path / "lora") if "loss" in r
+    ]
+
+
+def test_checkpoints_hold_the_adapter_alone(tmp_path):
+    model = base(tmp_path / "base")
+    lora_run(tmp_path / "out", model, "--save_every", "2")
+    kept = load_file(tmp_path / "out/checkpoint-2/model.safetensors")
+    assert kept and all("lora_" in name for name in kept)
+
+
+def test_final_is_an_adapter_that_generate_reads_and_peft_merges(tmp_path, capsys):
+    model = base(tmp_path / "base")
+    out = tmp_path / "out"
+    lora_run(out, model, "--learning_rate", "1e-1")
+    assert "M of them trained (LoRA)" in capsys.readouterr().out
+    final = out / "final"
+    settings = json.loads((final / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 32.0, 0.0)
+    assert settings["base_model_name_or_path"] == model
+    assert not list(final.glob("model*.safetensors"))
+
+    adapted, _ = load_model(TrainConfig(model=str(final)), adapter=True)
+    merged = AutoPeftModelForCausalLM.from_pretrained(final).merge_and_unload()
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.tensor([[1, 50, 60, 70]])
+    with torch.no_grad():
+        logits = [m.eval()(ids).logits for m in (adapted, merged, plain)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    assert (logits[0] - logits[2]).abs().max() > 0.1
+
+    generate.main(["--model", str(final), "--prompt", "Why?", "--max_new_tokens", "8"])
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    prompt = tokenizer("Why?", return_tensors="pt")["input_ids"]
+    answer = merged.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
+    assert capsys.readouterr().out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
+
+
+def test_training_starts_from_no_adapter_and_says_how_to_merge_it(tmp_path):
+    model = base(tmp_path / "base")
+    lora_run(tmp_path / "out", model, "--max_steps", "1")
+    with pytest.raises(InputError, match=r"holds an adapter.*merge_and_unload\(\)\.save_pretrained"):
+        load_model(TrainConfig(model=str(tmp_path / "out/final")))
+    result = run(tiny_model(), max_steps=1)
+    with pytest.raises(InputError, match="has an adapter already"):
+        run(result.model)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("lm_head", "lm_head is the output head"),
+        (["q_proj", "lm_head"], "lm_head is the output head"),
+        (".*(q_proj|lm_head)", "matches the output head"),
+        (["q_porj"], "lora: Target modules .*q_porj.* not found"),
+    ],
+)
+def test_targets_that_no_adapter_can_have_are_named(targets, message):
+    with pytest.raises(InputError, match=message):
+        add_lora(tiny_model(), LoraOptions(target_modules=targets), 0)
+
+
+def test_the_adapter_is_float32_and_follows_the_seed_alone():
+    def adapter(seed):
+        model = tiny_model().bfloat16()
+        before = torch.get_rng_state()
+        add_lora(model, LoraOptions(r=2, target_modules=["q_proj"]), seed)
+        assert torch.equal(before, torch.get_rng_state())
+        check_architecture(model)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    one, again, other = adapter(0), adapter(0), adapter(1)
+    assert len(one) == 2 and {p.dtype for p in one.values()} == {torch.float32}
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_bfloat16_parameters_and_gradient_checkpointing_train_an_adapter():
+    model = tiny_model().bfloat16()
+    result = run(model, param_dtype="bfloat16", gradient_checkpointing=True)
+    assert all(math.isfinite(row["loss"]) for row in result.metrics)
+    assert all(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_the_number_of_trained_parameters_is_told():
+    model = tiny_model(hidden_size=160, intermediate_size=320)
+    total = sum(p.numel() for p in model.parameters())
+    add_lora(model, LoraOptions(r=8, target_modules=["q_proj", "v_proj"]), 0)
+    adapter = 2 * 8 * (160 + 160)
+    assert size_text(model) == f"{(total + adapter) / 1e6:.2f}M parameters, {adapter / 1e6:.2f}M of them trained (LoRA)"
+
+
+def test_the_section_is_read_from_yaml_and_the_command_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ntrain_data: d.jsonl\noutput_dir: o\nlora: {r: 8, target_modules: [q_proj, v_proj]}\n")
+    config = parse_config(["--config", str(file), "--lora.alpha", "4"])
+    assert config.lora == LoraOptions(8, 4.0, ["q_proj", "v_proj"])
+    file.write_text(config.to_yaml())
+    assert parse_config(["--config", str(file)]) == config
+    assert parse_config(["--config", str(file), "--lora", "null"]).lora is None
+    words = ["--model", "m", "--train_data", "d", "--output_dir", "o"]
+    assert parse_config([*words, "--lora", "{}"]).lora == LoraOptions()
+    for bad, message in (
+        (["--lora.r", "0"], "lora: r=0"),
+        (["--lora.rank", "8"], "lora"),
+        (["--lora.modules_to_save", "[lm_head]"], "modules_to_save"),
+        (["--lora.r", "much"], "much"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_config([*words, *bad])
