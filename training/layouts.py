@@ -62,7 +62,9 @@ def choose_layout(
 def operations(model: PreTrainedModel, batcher: Batcher, pairs: Sequence[Pair], *, conditioned: bool) -> float:
     """Operations of the trunk's forward pass over ``pairs``, without padding: products by weights, and attention.
 
-    A dense mask hides nothing from the attention kernels; of a packed row they skip what no token sees.
+    A dense mask hides nothing from the attention kernels. Of rows they compute the causal half, of packed trees what
+    some token sees. Measured on a CPU (Llama, H = 512): trees and rows are equally fast where the prompt is about 0.15
+    of 256 tokens a pair and 0.4 of 768; by this count at 0.19 and 0.38.
     """
     config = model.config.get_text_config()
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
@@ -80,7 +82,7 @@ def operations(model: PreTrainedModel, batcher: Batcher, pairs: Sequence[Pair], 
         elif batcher.layout == "packed_tree":
             seen = prompt**2 / 2 + sum(branch * (prompt + branch / 2) for branch in branches)
         else:
-            seen = sum((prompt + branch) ** 2 for branch in branches)
+            seen = sum((prompt + branch) ** 2 for branch in branches) / 2
         total += 2 * weights * batcher.tokens(pair, conditioned=conditioned)
         total += 4 * config.num_hidden_layers * width * seen
     return total

@@ -31,6 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True, "batch_size": 7, "marginal_weight": 0.5},
     "plain": {"objective": "simpo", "conditioned": False, "batch_size": 7, "weight_decay": 0.1},
     "checkpointed": {"gradient_checkpointing": True, "num_hidden_layers": 3},
+    "tree": {"layout": "tree", "marginal_weight": 0.5, "gradient_checkpointing": True, "num_hidden_layers": 2},
     "frozen head": {"freeze": "lm_head.weight"},
     "bf16": {"mixed_precision": "bf16", "learning_rate": 1e-3},
 }

@@ -1,0 +1,220 @@
+"""Runs in trees against the same runs in rows, which layout is chosen, and what happens where a tree is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import tiny_model, token_pairs
+from hypothesis import given
+from hypothesis import strategies as st
+
+import inspo_kernels as ik
+import training.layouts
+import training.scoring
+import training.train
+from inspo_kernels.tree import MAX_DENSE_TOKENS
+from training.batching import micro_batches
+from training.config import InputError, TrainConfig
+from training.data import Pair
+from training.layouts import check_layout, choose_layout
+from training.scoring import Batcher, PairModel, reference_logps, score, weights_digest
+from training.train import train
+
+PAIRS = [Pair(*ids, f"pair {i}") for i, ids in enumerate(token_pairs(7))]
+BATCHER = Batcher(pad_token_id=0, device=torch.device("cpu"), max_tokens=100, separator_ids=(5, 6))
+
+
+def choose(wanted, model, pairs=PAIRS, conditioned=True):
+    """The layout, and the line that says why."""
+    said = []
+    batcher = choose_layout(wanted, model, BATCHER, pairs, conditioned=conditioned, log=said.append)
+    assert dataclasses.replace(batcher, layout="rows") == BATCHER
+    (line,) = said
+    return batcher.layout, line
+
+
+def test_a_tree_is_chosen_where_the_model_reads_one_and_it_is_cheaper():
+    model, pairs = tiny_model(hidden_size=64, intermediate_size=256), [Pair([1] * 30, [3] * 10, [4] * 10)]
+    layout, line = choose("auto", model, pairs)
+    assert layout == "tree" and "layout: tree" in line and "one in a row" in line
+    assert choose("auto", model, pairs, conditioned=False)[0] == "tree"
+    assert choose("rows", model, pairs) == ("rows", "layout: rows, as set")
+    model.set_attn_implementation("flex_attention")
+    layout, line = choose("auto", model, pairs)
+    assert layout == "packed_tree" and "layout: tree" in line and "many in a row" in line
+
+
+def test_rows_are_chosen_with_the_reason_and_a_tree_that_was_asked_for_is_an_error():
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    layout, line = choose("auto", model)
+    assert layout == "rows" and "'flash_attention_2' takes no mask" in line
+    with pytest.raises(InputError, match=r"layout=tree: .*'flash_attention_2' takes no mask.*sdpa"):
+        choose("tree", model)
+    long = [*PAIRS, Pair([1] * MAX_DENSE_TOKENS, [3], [4])]
+    layout, line = choose("auto", tiny_model(), long)
+    assert layout == "rows" and f"longest pair takes {MAX_DENSE_TOKENS + 8} tokens" in line
+    with pytest.raises(InputError, match="lower max_length"):
+        choose("tree", tiny_model(), long)
+
+
+def test_rows_are_chosen_where_a_dense_mask_over_trees_costs_more():
+    model = tiny_model(hidden_size=256, intermediate_size=512)
+    answers, reading = [Pair([1], [3] * 200, [4] * 200)], [Pair([1] * 300, [3] * 50, [4] * 50)]
+    layout, line = choose("auto", model, answers)
+    assert layout == "rows" and "times their operations" in line
+    assert choose("tree", model, answers)[0] == "tree"
+    assert choose("auto", model, reading)[0] == "tree"
+
+
+@pytest.mark.parametrize("layout", ["tree", "packed_tree"])
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_scores_and_sizes_are_those_of_the_batches(layout, conditioned):
+    model = PairModel(tiny_model(), ik.DPO())
+    batcher = dataclasses.replace(BATCHER, layout=layout)
+    expected, found = (score(model, PAIRS, b, conditioned=conditioned, progress=None) for b in (BATCHER, batcher))
+    for name in ("logps", "lengths", "marginal_logps") if conditioned else ("logps", "lengths"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=0)
+    ids = batcher(PAIRS, conditioned=conditioned)["input_ids"]
+    tokens = [batcher.tokens(pair, conditioned=conditioned) for pair in PAIRS]
+    assert tokens == [batcher.padded(pair, conditioned=conditioned) for pair in PAIRS]
+    assert ids.numel() == (sum(tokens) if layout == "packed_tree" else len(PAIRS) * max(tokens))
+    for part in batcher.plan(PAIRS, conditioned=conditioned):
+        used = batcher([PAIRS[i] for i in part.pairs], conditioned=conditioned)["input_ids"].numel()
+        assert used <= BATCHER.max_tokens or len(part.pairs) == 1
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 120), st.integers(1, 4))
+def test_packed_passes_hold_every_pair_once_within_the_bound_in_nearly_equal_parts(sizes, most, processes):
+    dealt = micro_batches(sizes, most, processes, packed=True)
+    assert len({len(passes) for passes in dealt}) == 1
+    real = [part.pairs for passes in dealt for part in passes if part.weight]
+    assert sorted(i for pairs in real for i in pairs) == [*range(len(sizes))]
+    filled = [sum(sizes[i] for i in pairs) for pairs in real]
+    assert all(tokens <= most or len(pairs) == 1 for tokens, pairs in zip(filled, real))
+    assert max(filled) - min(filled) <= max(sizes)
+    fillers = [part for passes in dealt for part in passes if not part.weight]
+    assert len(fillers) < processes and all(len(part.pairs) == 1 for part in fillers)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("layout", ["tree", "packed_tree"])
+def test_a_tree_is_trusted_only_where_it_gives_the_logps_of_rows(layout, bf16, monkeypatch):
+    model = tiny_model(initializer_range=0.5)  # context has to matter
+    module = PairModel(model, ik.DPO(), autocast=bf16)
+    batcher = dataclasses.replace(BATCHER, layout=layout)
+    said = []
+
+    def check(required):
+        return check_layout(batcher, module, PAIRS, bf16=bf16, required=required, log=said.append)
+
+    assert check(True) is batcher and not said
+    for wrong in ("mask", "positions"):
+        with monkeypatch.context() as patch:
+            if wrong == "mask":
+                patch.setattr(training.scoring.ik, "tree_attention_mask", see_everything_of(ik.tree_attention_mask))
+            else:
+                patch.setattr(training.scoring.ik, "hidden_and_head", without_positions(ik.hidden_and_head))
+            assert check(False) == BATCHER
+            assert said.pop().startswith("WARNING: this model gives a small pair laid out as a tree other log-probs")
+            with pytest.raises(InputError, match=r"layout=tree: .* nats a token; set layout=rows"):
+                check(True)
+
+
+def see_everything_of(mask_of):
+    """A mask that is causal and hides no branch: what a model sees that ignores its mask."""
+
+    def mask(batch, model):
+        ends = torch.full_like(batch["tree_ends"], batch["tree_ends"].shape[1])
+        return mask_of({**batch, "tree_ends": ends}, model)
+
+    return mask
+
+
+def without_positions(hidden_and_head):
+    def forward(model, position_ids, **inputs):
+        return hidden_and_head(model, **inputs)
+
+    return forward
+
+
+def run(layout, **options):
+    model = tiny_model(num_hidden_layers=2)
+    settings = {"max_steps": 4, "batch_size": 5, "max_batch_tokens": 100, "learning_rate": 1e-2, "log_every": 1}
+    config = TrainConfig(layout=layout, eval_every=2, **{**settings, **options})
+    result = train(config, token_pairs(9), eval_pairs=token_pairs(3, seed=1), model=model, quiet=True)
+    return result.metrics, dict(result.model.named_parameters())
+
+
+def assert_same_run(one, other, tolerance):
+    for mine, theirs in zip(one[0], other[0], strict=True):
+        for name in mine:
+            if name.startswith(("loss", "rewards", "logps", "marginal", "grad_norm", "eval")) and "accura" not in name:
+                assert mine[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), name
+    for name, parameter in one[1].items():
+        expected = other[1][name]
+        assert (parameter - expected).abs().max() <= tolerance * expected.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"marginal_weight": 0.5},
+        {"conditioned": False},
+        {"objective": "orpo", "gradient_checkpointing": True},
+        {"reference_conditioned": True},
+    ],
+)
+def test_a_run_in_trees_is_the_run_in_rows(options):
+    # AdamW turns the sign of a gradient near 0, which is rounding, into a step: hence the eps of the tolerance.
+    assert_same_run(run("tree", **options), run("rows", **options), 2e-4)
+
+
+def test_a_run_in_packed_trees_is_the_run_in_rows(monkeypatch):
+    expected = run("rows")
+    # flex_attention has no backward on a CPU: here the packed rows get a dense mask.
+    packed = lambda layout, model, batcher, pairs, **_: dataclasses.replace(batcher, layout="packed_tree")  # noqa: E731
+    monkeypatch.setattr(training.train, "choose_layout", packed)
+    assert_same_run(run("auto"), expected, 2e-4)
+
+
+def test_autocast_runs_in_trees():
+    rows, _ = run("rows", mixed_precision="bf16")
+    tree, _ = run("tree", mixed_precision="bf16")
+    for mine, theirs in zip(tree, rows, strict=True):
+        if "loss" in mine:
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.05)
+
+
+def test_a_resumed_run_keeps_the_layout_it_began_with(tmp_path, monkeypatch, capsys):
+    def start(**options):
+        config = TrainConfig(output_dir=str(tmp_path), max_steps=4, batch_size=5, save_every=2, **options)
+        return train(config, token_pairs(9), model=tiny_model())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.layouts.ik, "tree_unsupported", lambda model: "of a reason")
+        start()
+    assert "layout: rows, because of a reason" in capsys.readouterr().out
+    state = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())
+    assert state["layout"] == "rows"
+    shutil.rmtree(tmp_path / "final")
+    start(resume=str(tmp_path / "checkpoint-2"))
+    assert "layout: rows, as set" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "final")
+    with pytest.raises(InputError, match="layout"):
+        start(resume=str(tmp_path / "checkpoint-2"), layout="tree")
+
+
+def test_a_cached_reference_is_of_one_layout(tmp_path):
+    model, said = tiny_model(), []
+    for layout in ("rows", "tree", "tree"):
+        batcher = dataclasses.replace(BATCHER, layout=layout)
+        reference_logps(
+            PairModel(model, ik.DPO()), weights_digest(model), PAIRS, batcher, conditioned=False,
+            mixed_precision="no", cache=tmp_path, progress=None, log=said.append,
+        )  # fmt: skip
+    assert ["computed" in line for line in said] == [True, True, False]
