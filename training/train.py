@@ -59,8 +59,10 @@ from .engine import (
 )
 from .evaluation import evaluate, is_better, sample_answers, starting_report
 from .layouts import check_layout, choose_layout
+from .memory import report_memory
 from .model import adapter_off, add_lora, check_architecture, load_model, padding_id, size_text
 from .output import CURVES, RunLog, Window, evaluation_line, locked, training_line
+from .plan import plan
 from .scoring import Batcher, PairModel, Scores, reference_logps, score, weights_digest
 from .stopping import EXIT_CODE, Stopped, stop_requests
 from .usage import usage_of
@@ -191,6 +193,8 @@ def _train(
     sizes = [batcher.padded(pair, conditioned=config.conditioned) for pair in train_pairs]
     if large := sum(one > config.max_batch_tokens for one in sizes):
         log.say(f"note: {large} pairs take more than max_batch_tokens alone (the largest {max(sizes)})")
+    tokens_of_pass = min(max(config.max_batch_tokens, max(sizes)), max(sizes) * math.ceil(config.batch_size / world))
+    report_memory(model, config, accelerator.device, tokens_of_pass, log.say)
 
     # Model and loss are one module, in eval mode throughout: dropout would make policy and reference differ at step 1.
     model.eval()
@@ -394,7 +398,10 @@ def _train(
                 evaluate_now(step)
         bar.close()
         if folder:
-            write_model("final", total_steps)
+            try:
+                write_model("final", total_steps)
+            except SaveError as error:
+                raise SaveError(f"{error}; {way_on(folder)}") from error
             if not held_out:  # an evaluation draws them
                 log.draw(title)
             log.say(f"the model is in {folder / 'final'}, the curves in {folder / CURVES}")
@@ -444,7 +451,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     logging.disable_progress_bar()  # bars for each file read or written hide the run's own
     try:
-        train(parse_config(arguments))
+        config = parse_config(arguments)
+        if config.dry_run:
+            plan(config, print)
+        else:
+            train(config)
     except (InputError, NonFiniteError, SaveError, Stopped, OSError) as error:  # raised in all processes alike
         if os.environ.get("RANK", "0") == "0":
             print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)

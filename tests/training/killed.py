@@ -20,8 +20,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-
 import torch
 
 import training.output
@@ -38,7 +36,9 @@ def kill() -> None:
 def patch(target: str, call: int | str, how: str) -> None:
     path, _, name = target.rpartition(".")
     module, _, owner_name = path.rpartition(".")
-    owner: Any = importlib.import_module(path) if path.islower() else getattr(importlib.import_module(module), owner_name)
+    owner: Any = (
+        importlib.import_module(path) if path.islower() else getattr(importlib.import_module(module), owner_name)
+    )
     original, calls = getattr(owner, name), itertools.count(1)
 
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,7 @@ def run(arguments: list[str], change: list[Any] | None, file_limit: int | None) 
     main(arguments)
 
 
-def in_a_process(*what: Any, output: Path) -> int:
+def in_a_process(*run_arguments: Any, output: Path) -> int:
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -73,7 +73,7 @@ def in_a_process(*what: Any, output: Path) -> int:
         with output.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        run(*what)
+        run(*run_arguments)
         status = 0
     except SystemExit as stop:
         status = int(stop.code or 0)
@@ -84,8 +84,9 @@ def in_a_process(*what: Any, output: Path) -> int:
 
 
 if __name__ == "__main__":
-    scenarios = json.loads(Path(sys.argv[1]).read_text())
+    file = Path(sys.argv[1])
+    scenarios = json.loads(file.read_text())
     print(json.dumps({
-        name: in_a_process(one["arguments"], one["patch"], one["file_limit"], output=Path(sys.argv[1]).with_name(f"{name}.txt"))
+        name: in_a_process(one["arguments"], one["patch"], one["file_limit"], output=file.with_name(f"{name}.txt"))
         for name, one in scenarios.items()
     }))  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PAIRS, metrics, options, token_pairs, without_timings, write_jsonl
+from helpers import PAIRS, metrics, options, tiny_model, token_pairs, without_timings, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import training.train
@@ -67,10 +67,11 @@ def killed(tmp_path_factory):
         for name, patch in KILLS.items()
     }
     limited = {"arguments": options(folder / "limited", *RUN), "patch": None}
-    scenarios["limited"] = limited | {"file_limit": 100_000}
+    scenarios["limited"] = limited | {"file_limit": 70_000}
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
     program = [sys.executable, str(Path(__file__).with_name("killed.py")), str(folder / "scenarios.json")]
-    ran = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    ran = subprocess.run(program, capture_output=True, text=True, env=environment, check=True)
     return folder, json.loads(ran.stdout)
 
 
@@ -94,3 +95,217 @@ def test_a_killed_run_that_is_resumed_equals_the_uninterrupted_one(killed, unint
         assert not (folder / name / "final").exists()
         main(options(folder / name, *RUN, "--resume", "auto"))
     assert_equal_runs(uninterrupted, folder / name)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(killed, uninterrupted):
+    """RLIMIT_FSIZE: the model's file fits, the optimizer's, twice as large, does not."""
+    folder, statuses = killed
+    assert statuses["limited"] == 0
+    printed = (folder / "limited.txt").read_text()
+    for step in (2, 4, 6):
+        assert f"checkpoint-{step} could not be written: " in printed and "File too large" in printed
+    assert "the run goes on. If it ended now: no checkpoint was kept" in printed
+    assert not list((folder / "limited").glob("checkpoint-*"))
+    assert_equal_runs(uninterrupted, folder / "limited")
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_checkpoints_and_says_so(
+    tmp_path, uninterrupted, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    original = training.train.model_card
+    monkeypatch.setattr(
+        training.train, "model_card", lambda *a, **k: full() if "/final" in k["name"] else original(*a, **k)
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main(options(out, *RUN))
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert "final could not be written" in error and "No space left" in error and "--resume auto" in error
+    assert not (out / "final").exists() and not (out / "final.partial").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(output, "plot_curves", lambda *what: None)
+    main(options(out, *RUN, "--resume", "auto"))
+    assert_equal_runs(uninterrupted, out)
+
+
+def test_rows_wait_for_space_on_the_disk(tmp_path, monkeypatch):
+    said = []
+    lines = JsonLines(tmp_path / "metrics.jsonl", said.append)
+    lines.start('{"step": 1}\n')
+    lines.add({"step": 2})
+
+    def half(self, file, rows):
+        with file.open("a") as to:
+            to.write('{"st')
+        full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "_append", half)
+        patch.setattr(JsonLines, "_write_all", full)
+        lines.add({"step": 3})
+        lines.add({"step": 4})
+    assert len(said) == 1 and "metrics.jsonl cannot be written" in said[0]
+    lines.add({"step": 5, "text": "a\u2028b"})
+    with (tmp_path / "metrics.jsonl").open() as file:
+        assert [json.loads(line)["step"] for line in file] == [1, 2, 3, 4, 5]
+    again = JsonLines(None, print)
+    again.start(lines.text())
+    assert again.rows == lines.rows
+
+
+def terminate_after(monkeypatch, call):
+    original, calls = output.Window.add, iter(range(1, 99))
+
+    def add(self, *args):
+        original(self, *args)
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(output.Window, "add", add)
+
+
+def test_sigterm_saves_after_the_step_and_says_how_to_go_on(tmp_path, uninterrupted, monkeypatch, capsys):
+    out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        terminate_after(patch, 3)  # while step 3 ends: step 4, which is evaluated, is the last one
+        with pytest.raises(SystemExit) as stopped:
+            main(options(out, *RUN))
+    assert stopped.value.code == 143
+    assert f"stopped by SIGTERM after step 4: {out / 'checkpoint-4'} is kept: --resume auto" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [row["step"] for row in metrics(out)] == [0, 2, 3]  # the evaluation of step 4 waits
+    main(options(out, *RUN, "--resume", "auto"))
+    assert_equal_runs(uninterrupted, out)
+
+
+def test_sigterm_saves_a_run_that_keeps_no_checkpoints_otherwise(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        terminate_after(patch, 1)
+        with pytest.raises(SystemExit, match="143"):
+            main(options(tmp_path / "out"))
+    assert check_checkpoint(tmp_path / "out" / "checkpoint-2")["step"] == 2
+    with monkeypatch.context() as patch:
+        terminate_after(patch, 1)
+        with pytest.raises(training.train.Stopped, match="could not be kept, no checkpoint was kept"):
+            training.train.train(TrainConfig(max_steps=3), token_pairs(), model=tiny_model(), quiet=True)
+
+
+def test_a_full_disk_after_sigterm_is_said(tmp_path, monkeypatch, capsys):
+    terminate_after(monkeypatch, 1)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(SystemExit, match="143"):
+        main(options(tmp_path / "out"))
+    assert "its state could not be kept, no checkpoint was kept" in capsys.readouterr().err
+
+
+def test_the_newest_checkpoint_that_is_whole_is_used(uninterrupted, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out, ignore=shutil.ignore_patterns("final"))
+    file = out / "checkpoint-6" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(SystemExit, match="2"):
+        main(options(out, *RUN, "--resume", str(out / "checkpoint-6")))
+    assert "checkpoint-6: damaged: optimizer.safetensors has" in capsys.readouterr().err
+    main(options(out, *RUN, "--resume", "auto"))
+    printed = capsys.readouterr().out
+    assert "checkpoint-6 is damaged: optimizer.safetensors has" in printed and "checkpoint-4 after step 4" in printed
+    assert_equal_runs(uninterrupted, out)
+    assert (out / "checkpoint-6.set-aside").is_dir() and check_checkpoint(out / "checkpoint-6")
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    main(options(tmp_path / "out", "--max_steps", "4", "--save_every", "1", "--save_total", "2"))
+    assert list(checkpoints(tmp_path / "out")) == [3, 4]
+
+
+def test_a_checkpoint_of_the_last_step_only_needs_the_end_of_the_run(uninterrupted, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "elsewhere"
+    shutil.copytree(uninterrupted / "checkpoint-6", out / "checkpoint-6")  # nothing else: another machine, say
+    data = shutil.copy(PAIRS, tmp_path / "moved.jsonl")
+    monkeypatch.setattr(output.Window, "add", full)  # no step is made
+    main(options(out, *RUN, "--train_data", str(data), "--resume", "auto"))
+    assert without_timings(metrics(out)) == without_timings(metrics(uninterrupted))
+    one, other = (AutoModelForCausalLM.from_pretrained(run / "final").state_dict() for run in (out, uninterrupted))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_other_data_or_another_model_in_the_same_place_is_refused_unless_it_is_wanted(tmp_path, capsys):
+    records = [json.loads(line) for line in PAIRS.read_text().splitlines()]
+    data, base = write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "base"
+    main(options(base))
+    more = ["--save_every", "2", "--train_data", data]
+    given = ["--model", str(base / "final"), *options(tmp_path / "out", *more)[8:]]
+    main(given)
+    shutil.rmtree(tmp_path / "out" / "final")
+
+    write_jsonl(tmp_path / "d.jsonl", records[:-1])
+    model = AutoModelForCausalLM.from_pretrained(base / "final")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(base / "final")
+    with pytest.raises(SystemExit, match="2"):
+        main([*given, "--resume", "auto"])
+    error = capsys.readouterr().err
+    assert "(model holds something else; train_data holds something else)" in error
+    with pytest.raises(SystemExit, match="2"):
+        main([*given, "--resume", "auto", "--weight_decay", "0.5"])
+    assert "(weight_decay was 0.0, is 0.5)" in capsys.readouterr().err
+    main([*given, "--resume", "auto", "--weight_decay", "0.5", "--resume_changed", "true"])
+    printed = capsys.readouterr().out
+    assert "WARNING" in printed and "resumed with other settings: weight_decay was 0.0, is 0.5" in printed
+    assert "resumed with other settings: model holds something else; train_data holds something else" in printed
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(tmp_path, uninterrupted, capsys):
+    more = [*RUN, "--max_steps", "5", "--resume_changed", "true", "--resume", str(uninterrupted / "checkpoint-6")]
+    with pytest.raises(SystemExit, match="2"):
+        main(options(tmp_path / "out", *more))
+    assert "checkpoint-6 is of step 6, but the run has 5 steps" in capsys.readouterr().err
+
+
+def test_a_folder_with_checkpoints_of_its_own_is_not_mixed_with_another_run(tmp_path, uninterrupted, capsys):
+    shutil.copytree(uninterrupted / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(SystemExit, match="2"):
+        main(options(tmp_path / "out", *RUN, "--resume", str(uninterrupted / "checkpoint-4")))
+    assert "holds an unfinished run with checkpoint-2" in capsys.readouterr().err
+
+
+def test_divergence_leaves_a_checkpoint_to_go_on_from(tmp_path, uninterrupted, monkeypatch, capsys):
+    """An update without bounds: the loss of step 2 was finite, the parameters after it are not."""
+    more = [*RUN, "--save_every", "1", "--save_total", "1"]
+    original = training.train.learning_rate
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training.train, "learning_rate", lambda c, step, n: original(c, step, n) if step < 2 else float("inf")
+        )
+        with pytest.raises(SystemExit, match="1"):
+            main(options(tmp_path / "out", *more))
+    error = capsys.readouterr().err
+    assert "after step 2 the model's parameters are not finite" in error and "checkpoint-1 is kept" in error
+    main(options(tmp_path / "out", *more, "--resume", "auto"))
+    assert_equal_runs(uninterrupted, tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_names_the_checkpoint_before_it(tmp_path, monkeypatch, capsys):
+    original = training.train.learning_rate
+    patched = lambda c, step, n: original(c, step, n) if step < 3 else float("inf")  # noqa: E731
+    monkeypatch.setattr(training.train, "learning_rate", patched)
+    with pytest.raises(SystemExit, match="1"):
+        main(options(tmp_path / "out", "--max_steps", "5", "--save_every", "2"))
+    error = capsys.readouterr().err
+    assert "step 4: loss nan" in error and f"{tmp_path / 'out' / 'checkpoint-2'} is kept" in error
+    check_checkpoint(tmp_path / "out" / "checkpoint-2")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which even root cannot write")
+def test_a_folder_that_cannot_be_written_to_is_an_error_of_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(options(Path("/proc/self/out")))
+    assert "output_dir /proc/self/out: cannot be written to" in capsys.readouterr().err
+    with pytest.raises(InputError, match="cannot be written to"), locked(Path("/dev/null/out")):
+        pass

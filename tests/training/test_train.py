@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict
 
 import pytest
 import torch

@@ -1,0 +1,200 @@
+"""What a run leaves behind: curves, samples, the best model, trackers and the model card."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import PAIRS, metrics, options, tiny_model, token_pairs
+from huggingface_hub import ModelCard
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import training.train
+from training import output
+from training.checkpoint import SaveError, check_checkpoint
+from training.config import InputError, TrainConfig
+from training.evaluation import is_better, sample_answers
+from training.model import byte_tokenizer
+from training.scoring import PairModel
+from training.stopping import Stopped
+from training.train import main, train
+
+RUN = [
+    "--max_steps",
+    "4",
+    "--eval_data",
+    str(PAIRS),
+    "--eval_every",
+    "1",
+    "--log_every",
+    "1",
+    "--learning_rate",
+    "3e-2",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    main(options(folder, *RUN, "--save_every", "1", "--save_total", "9", "--report_to", "tensorboard"))
+    return folder
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_tracked(folder):
+    shown, rows = scalars(folder), metrics(folder)
+    for name in {name for row in rows for name in row} - {"step"}:
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        steps, values = zip(*points or [((), ())])
+        found_steps, found = zip(*shown.get(name, [((), ())]))
+        assert found_steps == steps and found == pytest.approx(values, rel=1e-5), name
+
+
+def test_tensorboard_shows_every_number_of_every_row_also_after_a_resume(finished, tmp_path, monkeypatch):
+    assert_tracked(finished)
+    out = tmp_path / "out"
+    more = [*RUN, "--save_every", "1", "--report_to", "tensorboard"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training.train, "write_nothing", None, raising=False)
+        patch.setattr(training.train, "is_better", lambda row, best: row["step"] == 3 and stop())
+        with pytest.raises(Stopped):
+            train(training.train.parse_config(options(out, *more)), quiet=True)
+    main(options(out, *more, "--resume", "auto"))
+    assert_tracked(out)
+
+
+def stop():
+    raise Stopped("in the middle of an evaluation")
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_trained(tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path), report_to="trackio", max_steps=1)
+    with pytest.raises(InputError, match=r"report_to=trackio: .* pip install trackio"):
+        train(config, token_pairs(), model=tiny_model(), quiet=True)
+
+
+def test_curves_are_drawn_at_each_evaluation_and_a_failure_costs_only_them(tmp_path, monkeypatch, capsys):
+    def draw(rows, title, file):
+        drawn.append(rows[-1]["step"])
+        raise OSError("no space")
+
+    drawn = []
+    monkeypatch.setattr(output, "plot_curves", draw)
+    main(options(tmp_path / "out", *RUN))
+    assert drawn == [0, 1, 2, 3, 4]
+    assert "curves.png could not be written: no space" in capsys.readouterr().out
+
+
+def test_the_best_model_is_the_one_of_the_best_evaluation(finished):
+    rows = [row for row in metrics(finished) if row["step"] and "eval_loss" in row]
+    ranks = [(row["eval_marginal/rewards/accuracies"], row["eval_marginal/rewards/margins"]) for row in rows]
+    step = rows[ranks.index(max(ranks))]["step"]
+    best = AutoModelForCausalLM.from_pretrained(finished / "best").state_dict()
+    from safetensors.torch import load_file
+
+    at_step = load_file(finished / f"checkpoint-{step}" / "model.safetensors")
+    assert all(torch.equal(best[name.removeprefix("model.")], tensor) for name, tensor in at_step.items())
+    assert f"After step {step}, on held-out pairs" in (finished / "best" / "README.md").read_text()
+    assert check_checkpoint(finished / "checkpoint-4")["best"]["step"] == min(step, 3)
+
+
+def test_better_is_by_accuracy_from_the_prompt_alone_and_ties_by_margin():
+    def row(step, accuracy, margin, **more):
+        return {
+            "step": step,
+            "eval_marginal/rewards/accuracies": accuracy,
+            "eval_marginal/rewards/margins": margin,
+            **more,
+        }
+
+    best = row(1, 0.6, 0.5, eval_loss=0.1)
+    assert is_better(best, None) and not is_better(row(0, 0.9, 0.9), None)
+    assert is_better(row(2, 0.7, 0.1, eval_loss=9.0), best)
+    assert is_better(row(2, 0.6, 0.6), best)
+    assert not is_better(row(2, 0.6, 0.5, eval_loss=0.0), best)
+    assert not is_better(row(2, 0.5, 9.0) | {"eval_conditioned/rewards/accuracies": 1.0}, best)
+
+
+def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    original = training.train.in_first_process
+    calls = iter(range(99))
+
+    def fail_first(write):
+        if next(calls) == 0:
+            raise SaveError("best could not be written: full")
+        original(write)
+
+    monkeypatch.setattr(training.train, "in_first_process", fail_first)
+    main(options(tmp_path / "out", *RUN))
+    assert "best could not be written: full; the run goes on" in capsys.readouterr().out
+    assert (tmp_path / "out" / "best").is_dir() and (tmp_path / "out" / "final").is_dir()
+
+
+def test_no_best_model_where_none_is_wanted_or_nothing_is_evaluated(tmp_path):
+    main(options(tmp_path / "a", *RUN, "--keep_best", "false"))
+    main(options(tmp_path / "b"))
+    assert not (tmp_path / "a" / "best").exists() and not (tmp_path / "b" / "best").exists()
+
+
+def test_sample_answers_are_greedy_answers_to_held_out_prompts_alone(finished):
+    rows = [json.loads(line) for line in (finished / "samples.jsonl").open()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert {row["prompt"] for row in rows} == {json.loads(PAIRS.open().readline())["prompt"]}
+    model, tokenizer = (c.from_pretrained(finished / "final") for c in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer(rows[-1]["prompt"], return_tensors="pt")
+    expected = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert rows[-1]["answer"] == tokenizer.decode(expected, skip_special_tokens=True)
+    last = [row for row in metrics(finished) if "eval_samples/tokens" in row][-1]
+    assert last["eval_samples/tokens"] == rows[-1]["tokens"] == len(expected)
+    assert last["eval_samples/ended"] == rows[-1]["ended"] == 0
+
+
+def test_answers_stop_at_any_end_and_at_the_models_last_position():
+    module, tokenizer = PairModel(tiny_model(max_position_embeddings=12).eval(), None), byte_tokenizer()
+    module.model.generation_config.repetition_penalty = 5.0  # of another use: samples are plain greedy answers
+    (long,) = sample_answers(module, [[1, 5, 6]], tokenizer, ends={2}, max_new_tokens=50)
+    assert long["tokens"] == 9 and not long["ended"]
+    ids = [1, 5, 6]
+    with torch.no_grad():
+        first = module.model(torch.tensor([ids])).logits[0, -1].argmax().item()
+    (short,) = sample_answers(module, [ids], tokenizer, ends={2, first}, max_new_tokens=50)
+    assert short["tokens"] == 1 and short["ended"]
+
+
+def test_the_model_card_says_what_was_done_and_measured(finished):
+    card = ModelCard.load(finished / "final" / "README.md")
+    assert card.data.base_model is None and card.data.library_name == "transformers"  # a base made of random weights
+    evaluations = [row for row in metrics(finished) if "eval_loss" in row]
+    for row in (evaluations[0], evaluations[-1]):
+        low, high = row["eval_marginal/rewards/accuracies_ci"]
+        assert f"{row['eval_marginal/rewards/accuracies']:.3f} ({low:.3f} to {high:.3f})" in card.text
+        assert f"{row['eval_loss']:.4f}" in card.text
+    for fact in ("a model built on the spot with random weights", "24 pairs", "4 of 4 steps", "| learning_rate | 0.03 |",
+                 "| objective | dpo |", f"torch {torch.__version__}", "python -m training.generate --model run/final"):  # fmt: skip
+        assert fact in card.text, fact
+    assert str(finished) not in card.text
+
+
+def test_the_card_of_a_run_without_evaluation_claims_nothing(tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path / "out"), max_steps=1, conditioned=False)
+    train(config, token_pairs(), model=tiny_model(), quiet=True)
+    text = (tmp_path / "out" / "final" / "README.md").read_text()
+    assert "The model was not evaluated" in text and "given in memory" in text and "prompt alone" in text
+    assert "InSPO" not in ModelCard(text).text and "reward accuracy" not in text
+
+
+def test_a_run_warns_where_answers_from_the_prompt_alone_get_worse(tmp_path, capsys):
+    """A rate so large that a model of random weights forgets both responses."""
+    main(options(tmp_path / "out", *RUN, "--learning_rate", "0.5", "--lr_scheduler", "constant", "--warmup", "0"))
+    printed = capsys.readouterr().out
+    assert "the log-probs of both responses fall together (training pairs" in printed
+    assert "the log-probs of both responses fall together (held-out pairs" in printed
+    main(options(tmp_path / "calm", *RUN, "--learning_rate", "1e-4"))
+    assert "fall together" not in capsys.readouterr().out
