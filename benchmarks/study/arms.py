@@ -1,0 +1,164 @@
+"""The table of arms: what is trained, as data.
+
+Each of five objectives plain, conditioned on the other response (InSPO) and anchored (InSPO plus the same objective on
+the marginals); the controls without which a difference between them means nothing; and what is varied one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+import inspo_kernels as ik
+
+from .world import EQUALS, SEPARATOR, Judge
+
+OBJECTIVES = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "rdpo": "R-DPO", "orpo": "ORPO"}
+VARIANTS = ("plain", "inspo", "anchored")
+DIFFERENCES = ("dpo", "ipo", "simpo", "rdpo")  # objectives without an SFT term of their own
+
+# The parameter of each objective that is tuned with the learning rate; the others stay at ``FIXED``.
+TUNED_PARAMETER = {"dpo": "beta", "ipo": "tau", "simpo": "beta", "rdpo": "beta", "orpo": "lam"}
+FIXED: dict[str, dict[str, float]] = {"simpo": {"gamma": 1.0}, "rdpo": {"alpha": 0.1}}
+
+
+class WithSFT(ik.Objective):
+    """Another objective plus ``weight`` times the mean negative log-prob of a token of the chosen response.
+
+    For plain sequences, where that is log pi(y_w | x).
+    """
+
+    def __init__(self, objective: ik.Objective, weight: float) -> None:
+        self.objective, self.weight = objective, weight
+        self.needs_reference = objective.needs_reference
+
+    def __call__(self, s: ik.PairSums) -> Tensor:
+        return self.objective(s) - self.weight * s.chosen / s.chosen_len
+
+    def rewards(self, s: ik.PairSums) -> tuple[Tensor, Tensor]:
+        return self.objective.rewards(s)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    name: of this arm in the result files. tuned_as: the arm whose tuned learning rate and parameter it uses.
+    group: "table", "control", or what an ablation varies. level: where it stands on that axis.
+    own_alternative: probability that a response is conditioned on the other response of its *own* pair; otherwise on
+        that of another pair of the same prompt kind.
+    updates: factor of the number of updates. drafts: whether the base was fitted to prompt + draft + answer rows, too.
+    separator: tokens between the two responses. conditioned_reference: the reference sees the alternative as well.
+    learning_rate, parameter: factors of the tuned values.
+    """
+
+    name: str
+    title: str
+    objective: str  # a key of OBJECTIVES, or "sft"
+    tuned_as: str
+    group: str = "table"
+    level: float | str = ""
+    conditioned: bool = False
+    marginal_weight: float = 0.0
+    sft_weight: float = 0.0
+    own_alternative: float = 1.0
+    updates: int = 1
+    drafts: bool = True
+    noise: float = Judge().noise
+    separator: str = ""
+    conditioned_reference: bool = False
+    learning_rate: float = 1.0
+    parameter: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.own_alternative < 1 and (self.marginal_weight or self.objective == "orpo"):
+            raise ValueError(f"{self.name}: marginals are those of the pair's own responses; nothing may replace them")
+        if not self.conditioned and (self.marginal_weight or self.own_alternative < 1 or self.separator):
+            raise ValueError(f"{self.name}: only conditioned sequences have an alternative")
+        if self.conditioned and self.sft_weight:
+            raise ValueError(f"{self.name}: the SFT term is meant for plain sequences")
+
+    @property
+    def twin(self) -> str:
+        """The plain arm of the same objective and base, which this one is compared with."""
+        return f"{self.objective} plain" + ("" if self.drafts else ", no drafts")
+
+    @property
+    def uses_marginals(self) -> bool:
+        """Whether the loss depends on them; those that are only watched need not be scored in training."""
+        return bool(self.marginal_weight) or (self.objective == "orpo" and self.conditioned)
+
+    def make_objective(self, parameter: float | None) -> ik.Objective:
+        """The package's objective with the tuned ``parameter`` (None: there is none)."""
+        if self.objective == "sft":  # ORPO without its odds ratio
+            return ik.ORPO(lam=0.0, sft="chosen")
+        assert parameter is not None
+        options = {TUNED_PARAMETER[self.objective]: parameter * self.parameter, **FIXED.get(self.objective, {})}
+        if self.objective == "orpo":
+            return ik.ORPO(**options, sft="marginal" if self.conditioned else "chosen")
+        objective = ik.objectives.make_objective(self.objective, **options)
+        return WithSFT(objective, self.sft_weight) if self.sft_weight else objective
+
+
+def table_arm(objective: str, variant: str) -> Arm:
+    """An arm of the main table; the anchored one adds the marginal loss with weight 1."""
+    name = f"{objective} {variant}"
+    title = {"plain": "{}", "inspo": "InSPO-{}", "anchored": "anchored InSPO-{}"}[variant].format(OBJECTIVES[objective])
+    return Arm(
+        name, title, objective, tuned_as=name, conditioned=variant != "plain",
+        marginal_weight=float(variant == "anchored"),
+    )  # fmt: skip
+
+
+def table() -> Iterator[Arm]:
+    for objective in OBJECTIVES:
+        for variant in VARIANTS:
+            yield table_arm(objective, variant)
+
+
+def controls() -> Iterator[Arm]:
+    yield Arm("sft", "SFT on the chosen answers", "sft", tuned_as="sft", group="control")
+    for objective, title in OBJECTIVES.items():
+        plain, inspo = table_arm(objective, "plain"), table_arm(objective, "inspo")
+        yield replace(plain, name=f"{objective} twice", title=f"{title}, twice the updates", group="control", updates=2)
+        if objective in DIFFERENCES:
+            name = f"{objective} + sft"
+            yield replace(plain, name=name, title=f"{title} + SFT term", tuned_as=name, group="control", sft_weight=1.0)
+            yield replace(
+                inspo, name=f"{objective} shuffled", title=f"InSPO-{title}, shuffled alternative", group="control",
+                own_alternative=0.0,
+            )  # fmt: skip
+    for variant in VARIANTS:
+        arm = table_arm("dpo", variant)
+        yield replace(
+            arm, name=f"{arm.name}, no drafts", title=f"{arm.title}, base without drafts", group="control", drafts=False
+        )
+
+
+def ablations() -> Iterator[Arm]:
+    """DPO's arms with one thing changed. The unchanged arm is in the table and not repeated."""
+
+    def changed(variant: str, group: str, level: float | str, **changes: float | str | bool) -> Arm:
+        arm = table_arm("dpo", variant)
+        name, title = f"{arm.name}, {group} {level}", f"{arm.title}, {group} {level}"
+        return replace(arm, name=name, title=title, group=group, level=level, **changes)  # type: ignore[arg-type]
+
+    for noise in (0.0, 0.3, 0.5):
+        for variant in VARIANTS:
+            yield changed(variant, "label noise", noise, noise=noise)
+    for share in (0.25, 0.5, 0.75):
+        yield changed("inspo", "own alternative", share, own_alternative=share)
+    for weight in (0.1, 0.3, 1.0, 3.0):
+        yield changed("inspo", "marginal weight", weight, marginal_weight=weight)
+    for variant in ("plain", "inspo"):
+        for factor in (1 / 3, 3.0):
+            yield changed(variant, "learning rate", round(factor, 2), learning_rate=factor)
+            yield changed(variant, "beta", round(factor, 2), parameter=factor)
+    yield changed("inspo", "presentation", "after an unknown separator", separator=SEPARATOR)
+    yield changed("inspo", "presentation", "after another =", separator=EQUALS)
+    yield changed("inspo", "presentation", "reference conditioned, too", conditioned_reference=True)
+
+
+ARMS: dict[str, Arm] = {arm.name: arm for arms in (table(), controls(), ablations()) for arm in arms}

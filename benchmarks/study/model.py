@@ -1,0 +1,128 @@
+"""Tiny models of the study: fitted to demonstrations, sampled from the prompt alone, scored on pairs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import inspo_kernels as ik
+
+from .world import END, IDS, PAD, VOCABULARY, Prompt, decode, demonstrate, encode
+
+MOST_TOKENS = 20  # of an answer, its end included
+_ROWS = ("input_ids", "attention_mask", "position_ids")
+
+
+def build(hidden_size: int, layers: int, seed: int) -> LlamaForCausalLM:
+    """A Llama with random parameters drawn from ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(VOCABULARY), hidden_size=hidden_size, num_hidden_layers=layers,
+                intermediate_size=hidden_size * 8 // 3, num_attention_heads=4, max_position_embeddings=128,
+                bos_token_id=None, eos_token_id=IDS[END], pad_token_id=IDS[PAD],
+            )
+        ).eval()  # fmt: skip
+
+
+def fit(
+    model: PreTrainedModel, prompts: Sequence[Prompt], *, steps: int, rows: int, learning_rate: float,
+    draft_share: float, seed: int,
+) -> float:  # fmt: skip
+    """Fits ``model`` to demonstrations; returns the mean loss of the last steps, in nats a token.
+
+    ``draft_share`` of the rows are prompt + draft + answer, two demonstrations, both learned: without them, a response
+    behind another one would be unlike anything the model has seen.
+    """
+    rng = random.Random(f"demonstrations {seed}")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
+    losses: list[float] = []
+    for _ in range(steps):
+        ids, labels = [], []
+        for _ in range(rows):
+            prompt = rng.choice(prompts)
+            answers = [demonstrate(prompt, rng) for _ in range(1 + (rng.random() < draft_share))]
+            question, answer = encode(str(prompt)), encode("".join(answers))
+            ids.append(torch.tensor(question + answer))
+            labels.append(torch.tensor([-100] * len(question) + answer))
+        # Right padding and causal attention: no mask is needed.
+        inputs = pad_sequence(ids, batch_first=True, padding_value=IDS[PAD]).to(model.device)
+        targets = pad_sequence(labels, batch_first=True, padding_value=-100).to(model.device)
+        loss = model(input_ids=inputs, labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / len(losses[-20:])
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, prompts: Sequence[Prompt], *, count: int, seed: int) -> list[list[str]]:
+    """``count`` answers to each prompt, from the prompt alone, at temperature 1; END is their last token if they end.
+
+    The uniform draw behind each token depends on ``seed``, prompt and position alone: models are compared on the same
+    draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(len(prompts), count, MOST_TOKENS, 1, generator=generator, dtype=torch.float64)
+    answers: list[list[str]] = [[] for _ in prompts]
+    for size in sorted({len(prompt.word) for prompt in prompts}):  # equal lengths together: nothing to pad
+        places = [i for i, prompt in enumerate(prompts) if len(prompt.word) == size]
+        questions = torch.tensor([encode(str(prompts[i])) for i in places]).repeat_interleave(count, 0)
+        uniform = draws[places].flatten(0, 1).to(model.device)
+        tokens, cache = questions.to(model.device), None
+        ended = torch.zeros(len(questions), dtype=torch.bool, device=model.device)
+        answer: list[Tensor] = []
+        for step in range(MOST_TOKENS):
+            out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            cumulative = out.logits[:, -1].double().softmax(-1).cumsum(-1)
+            tokens = (cumulative < uniform[:, step]).sum(-1, keepdim=True).clamp(max=len(VOCABULARY) - 1)
+            answer.append(tokens.masked_fill(ended[:, None], IDS[PAD]))
+            ended |= tokens[:, 0] == IDS[END]
+            if ended.all():
+                break
+        for row, ids in enumerate(torch.cat(answer, 1).tolist()):
+            if IDS[END] in ids:
+                ids = ids[: ids.index(IDS[END]) + 1]
+            answers[places[row // count]].append(decode(ids))
+    return answers
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch of ``condition_pairs`` with what the model reads moved to ``device``."""
+    return batch | {name: batch[name].to(device) for name in _ROWS}
+
+
+def hidden_and_head(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    return ik.hidden_and_head(model, **{name: batch[name] for name in _ROWS})
+
+
+@torch.no_grad()
+def log_probs(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """(2, pairs) float64: summed log-probs of what the batch's labels score."""
+    hidden, head = hidden_and_head(model, on_device(batch, model.device))
+    targets = batch["labels"][:, 1:].to(model.device)
+    return ik.linear_logps(hidden[:, :-1], targets=targets, **head).double().sum(1).cpu().view(2, -1)
+
+
+@torch.no_grad()
+def pair_output(
+    model: PreTrainedModel, batch: dict[str, Any], objective: ik.Objective, reference: Tensor
+) -> ik.InSPOOutput:
+    """Log-probs and rewards of a conditioned batch, conditioned and from the prompt alone, by the loss's own code."""
+    hidden, head = hidden_and_head(model, on_device(batch, model.device))
+    return ik.fused_inspo_loss(
+        hidden, labels=batch["labels"], marginal_labels=batch["marginal_labels"], objective=objective,
+        ref_logps=reference.flatten().to(model.device), **head,
+    )  # fmt: skip
