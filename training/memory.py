@@ -1,0 +1,145 @@
+"""How much memory a process of a run needs, estimated before it starts, and what bfloat16 parameters lose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from inspo_kernels.backends import resolve_backend
+from inspo_kernels.head import LMHead
+
+from .config import TrainConfig
+from .engine import is_sharded, process_count
+
+GIB = 2**30
+LOST_UPDATES_WARNING = 0.5  # share of weights that steps of the learning rate's size leave as they are
+SAMPLE = 10_000  # weights of a matrix that are looked at
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process. ``gathered``: weights and gradients that FSDP2 has whole for a while."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def text(self, tokens: int) -> str:
+        parts = {name: size for name, size in vars(self).items() if size}
+        listed = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        return (
+            f"memory a process needs, estimated: {listed} = {self.total / GIB:.2f} GiB. Activations: of a pass of "
+            f"{tokens} tokens,\nroughly, without attention matrices (kernels like flash attention have none). Not "
+            "counted: the framework itself, fragmentation"
+        )
+
+    def warning(self, capacity: int, config: TrainConfig, processes: int) -> str | None:
+        """What to change where a device of ``capacity`` bytes is too small."""
+        if self.total <= capacity:
+            return None
+        changes = ["a smaller max_batch_tokens"] if self.activations + self.head > 0.1 * self.total else []
+        changes += [] if config.gradient_checkpointing else ["gradient_checkpointing: true"]
+        changes += [] if self.gathered else ["several processes that share the model (FSDP2)"]
+        changes += [] if config.lora else ["lora"]
+        return (
+            f"WARNING: that is more than the device has ({capacity / GIB:.2f} GiB). What helps: {', '.join(changes)}"
+            + ("" if processes == 1 or not self.gathered else ", or more processes")
+        )
+
+
+def estimate_memory(
+    model: PreTrainedModel, config: TrainConfig, device: torch.device, *, tokens: int, processes: int, sharded: bool
+) -> Memory:
+    """Of a process that trains ``model`` with AdamW in forward passes of ``tokens`` tokens, as if all were scored.
+
+    The activations' formula is that of a gated decoder layer (Llama); its largest tensors are those that the products
+    of the backward pass need.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parameters, gradients = (sum(p.nbytes for p in some) for some in (list(model.parameters()), trained))
+    share = processes if sharded else 1
+    bf16 = config.mixed_precision == "bf16"
+    compute = 2 if bf16 else model.dtype.itemsize
+    residual = compute if sharded else model.dtype.itemsize  # autocast leaves the residual stream as it is
+
+    fields = model.config.get_text_config()
+    hidden, layers = fields.hidden_size, fields.num_hidden_layers
+    heads = fields.num_attention_heads
+    attention = heads * (getattr(fields, "head_dim", None) or hidden // heads)
+    inner = getattr(fields, "intermediate_size", None) or 4 * hidden
+    # Two norms in float32 (input, normalised) with the products' input behind each; queries, keys, values (repeated for
+    # all heads), what attention returns and its copy; gate, its activation, up and their product.
+    norms = 2 * (4 * 2 * hidden + compute * hidden)
+    layer = tokens * (norms + compute * (5 * attention + 4 * inner))
+    kept = tokens * residual * hidden
+    activations = layers * kept + layer if config.gradient_checkpointing else layers * layer
+    weight = model.get_output_embeddings().weight
+    if bf16 and not sharded:  # autocast's copies of the matrices, which the backward pass needs
+        activations += sum(2 * p.numel() for p in model.parameters() if p.ndim > 1) - 2 * weight.numel()
+
+    gathered = 0
+    if sharded:
+        layer_weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name or ".h." in name)
+        whole = sum(p.numel() for p in model.parameters()) - layer_weights
+        # Embeddings and head throughout, in the products' dtype and with their gradients; two layers at a time.
+        gathered = compute * (2 * whole + 2 * 2 * layer_weights // layers)
+
+    dtype = torch.bfloat16 if compute == 2 else model.dtype
+    lm_head = LMHead(torch.empty(weight.shape, dtype=dtype, device="meta"), None, None, 1.0, dtype)
+    backend = resolve_backend("auto", lm_head, device)
+    assert backend is not None
+    workspace = min(tokens * backend.bytes_per_row(lm_head), backend.default_workspace_bytes(lm_head, device))
+    head = workspace + tokens * hidden * (compute + 4)  # scored rows and their gradients
+    if weight.requires_grad:
+        head += 4 * weight.numel()  # dW in float32, until it is the gradient
+    return Memory(parameters // share, gradients // share, 2 * gradients // share, gathered, activations, head)
+
+
+def report_memory(
+    model: PreTrainedModel, config: TrainConfig, device: torch.device, tokens: int, log: Callable[[str], None]
+) -> None:
+    """Says what a process of this run will need, and warns where that, or the parameters' precision, will not do."""
+    memory = estimate_memory(model, config, device, tokens=tokens, processes=process_count(), sharded=is_sharded())
+    log(memory.text(tokens))
+    if device.type == "cuda":
+        capacity = torch.cuda.get_device_properties(device).total_memory
+        if warning := memory.warning(capacity, config, process_count()):
+            log(warning)
+    if warning := precision_warning(model, config.learning_rate):
+        log(warning)
+
+
+def lost_updates(model: PreTrainedModel, learning_rate: float) -> float:
+    """Share of bfloat16 weights that one step of size ``learning_rate``, AdamW's, leaves as they are.
+
+    A step that is less than half the distance to the next number is rounded away: 1/512 to 1/256 of the weight.
+    """
+    shares: list[Tensor] = []
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16 and parameter.requires_grad and parameter.ndim > 1:
+            values = parameter.detach().flatten()
+            some = values[:: max(1, len(values) // SAMPLE)]
+            shares.append(((some.float() + learning_rate).bfloat16() == some).float().mean().cpu())
+    return torch.stack(shares).mean().item() if shares else 0.0
+
+
+def precision_warning(model: PreTrainedModel, learning_rate: float) -> str | None:
+    """Where bfloat16 parameters would not move."""
+    lost = lost_updates(model, learning_rate)
+    if lost < LOST_UPDATES_WARNING:
+        return None
+    return (
+        f"WARNING: at learning_rate={learning_rate:g}, a step of AdamW is rounded away on {lost:.0%} of the bfloat16\n"
+        "weights: they would stay as they are. Use param_dtype: float32 with mixed_precision: bf16 (master weights)."
+    )
