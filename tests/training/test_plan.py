@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import PAIRS, TINY, write_jsonl
+from transformers import BloomConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
+
+from training.config import InputError, TrainConfig, parse_config
+from training.model import byte_tokenizer
+from training.plan import plan
+from training.train import main
+
+CONFIGS = Path(__file__).parents[2] / "training/configs"
+# What the hub's config.json of each model says, as far as it makes the architecture; published parameter counts.
+ARCHITECTURES = {
+    "llama-3-8b": (8_030_261_248, LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192,
+    )),
+    "mistral-7b": (7_241_732_096, MistralConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=32768, sliding_window=4096,
+    )),
+    "gemma-2-9b": (9_241_705_984, Gemma2Config(
+        vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256, max_position_embeddings=8192,
+    )),
+    "qwen3-8b": (8_190_735_360, Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False,
+    )),
+}  # fmt: skip
+
+
+def planned(config):
+    said = []
+    plan(config, said.append)
+    return "\n".join(said)
+
+
+def words_of(name, folder, *more):
+    return ["--config", str(CONFIGS / f"{name}.yaml"), "--model", str(folder), *more]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_configurations_of_real_models_hold_without_their_weights(name, tmp_path):
+    count, architecture = ARCHITECTURES[name]
+    architecture.save_pretrained(tmp_path)
+    config = parse_config(words_of(name, tmp_path))
+    said = planned(config)
+    assert f"{count / 1e6:,.2f}M parameters, in float32" in said
+    assert f"output head of {architecture.vocab_size} x {architecture.hidden_size}" in said
+    assert ("(tied)" in said) == (name == "gemma-2-9b")
+    assert "tokenizer and data are not checked" in said
+    assert "DPO(beta=0.1" in said and "each response given the other one" in said
+    assert f"parameters {4 * count / 2**30:.2f}" in said and f"parameters {4 * count / 2**30 / 8:.2f}" in said
+    assert (config.batch_size, config.num_epochs, config.learning_rate, config.warmup) == (128, 1, 5e-7, 0.1)
+
+
+def test_each_configuration_is_of_a_known_model_and_says_where_its_values_come_from():
+    files = {file.stem: file.read_text() for file in CONFIGS.glob("*.yaml")}
+    assert files.keys() == {*ARCHITECTURES, "tiny"}
+    for name in ARCHITECTURES:
+        written = yaml.safe_load(files[name])
+        assert parse_config(["--config", str(CONFIGS / f"{name}.yaml")]).model == written["model"]
+        assert "this project's" in files[name] and "Not yet run" in files[name]
+        assert f"--config training/configs/{name}.yaml" in files[name]
+
+
+def test_lora_of_a_real_model_is_counted(tmp_path):
+    ARCHITECTURES["llama-3-8b"][1].save_pretrained(tmp_path)
+    said = planned(parse_config(words_of("llama-3-8b", tmp_path, "--lora.r", "16")))
+    # Of each layer: q, o 4096 to 4096; k, v to 1024; gate, up to 14336, down from it.
+    adapter = 32 * 16 * (2 * 8192 + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert f"{adapter / 1e6:,.2f}M of them trained (LoRA)" in said and adapter == 41_943_040
+    assert f"gradients {4 * adapter / 2**30:.2f} + optimizer {8 * adapter / 2**30:.2f}" in said
+
+
+def test_main_plans_and_writes_nothing(tmp_path, capsys):
+    model = [word for name, value in TINY.items() for word in (f"--model.{name}", str(value))]
+    out = tmp_path / "out"
+    main([*model, "--train_data", str(PAIRS), "--eval_data", str(PAIRS), "--output_dir", str(out), "--batch_size", "5",
+          "--dry_run", "true"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "train_data: 24 pairs read, 24 kept" in printed and "5 steps of 5 pairs" in printed
+    assert "24 of 24 eval_data pairs have a prompt of train_data" in printed
+    assert not out.exists()
+
+
+def test_a_folder_with_tokenizer_and_data_is_checked_as_in_the_run(tmp_path):
+    LlamaConfig(vocab_size=259, max_position_embeddings=64, **TINY).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    messages = {"prompt": [{"role": "user", "content": "a"}]} | {
+        name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "b"), ("rejected", "c"))
+    }
+    common = {"model": str(tmp_path), "train_data": write_jsonl(tmp_path / "d.jsonl", [messages])}
+    # "<bos>user: a\nassistant: ", "b<eos>", "c<eos>"
+    assert "a pair has 24 tokens on average, the longest 24" in planned(TrainConfig(**common))
+    for given, message in (
+        ({"alternative": "chat", "alternative_instruction": "x" * 60}, "model 64 positions"),
+        ({"max_length": 9}, "d.jsonl:1.*more than max_length=9"),
+        ({"train_data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file"),
+        ({"train_data": str(PAIRS), "alternative": "chat"}, "pairs.jsonl:1: holds strings"),
+        ({"eval_data": write_jsonl(tmp_path / "e.jsonl", [{"prompt": "a"}])}, "e.jsonl:1: 'chosen' is missing"),
+        ({"model": str(tmp_path / "none")}, "its config.json could not be loaded"),
+    ):
+        with pytest.raises(InputError, match=message):
+            planned(TrainConfig(**{**common, **given}))
+
+
+def test_an_architecture_whose_head_is_unknown_is_refused_without_weights(tmp_path):
+    BloomConfig(hidden_size=8, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="'bloom' is not in the table"):
+        planned(TrainConfig(model=str(tmp_path)))
+
+
+def test_pairs_longer_than_the_positions_are_foreseen_without_data(tmp_path):
+    ARCHITECTURES["llama-3-8b"][1].save_pretrained(tmp_path)
+    said = planned(parse_config(words_of("llama-3-8b", tmp_path, "--max_length", "10000")))
+    assert "max_length=10000, but pairs of more than 8192 tokens would be refused" in said
