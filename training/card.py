@@ -24,7 +24,7 @@ def model_card(
     config: TrainConfig, *, title: str, name: str, step: int, steps: int, pairs: int, parameters: int, trained: int,
     processes: int, evaluations: list[dict[str, Any]], library: str,
 ) -> ModelCard:  # fmt: skip
-    """Of the model after ``step`` of ``steps``. ``evaluations`` are rows of ``metrics.jsonl``, the first before step 1.
+    """Of the model after ``step`` of ``steps``. ``evaluations``: rows of ``metrics.jsonl``, on the same held-out pairs.
 
     ``name`` is the folder's; ``library`` the one that loads the model ("transformers" or "peft").
     """
@@ -71,7 +71,8 @@ def _results(evaluations: list[dict[str, Any]], step: int, config: TrainConfig) 
         return heading + "The model was not evaluated: the run had no held-out pairs."
     first, last = evaluations[0], next(row for row in reversed(evaluations) if row["step"] <= step)
     source = f" of `{config.eval_data}`" if config.eval_data else ""
-    lines = ["| held-out pairs, 95% intervals | before training | this model |", "|---|---|---|"]
+    then = f"after step {first['step']}" if first["step"] else "before training"
+    lines = [f"| held-out pairs, 95% intervals | {then} | this model |", "|---|---|---|"]
     for layout, what in (("marginal", "from the prompt alone"), ("conditioned", "given the other response")):
         for metric, label in (("accuracies", "reward accuracy"), ("margins", "reward margin")):
             key = f"eval_{layout}/rewards/{metric}"

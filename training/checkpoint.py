@@ -46,7 +46,7 @@ MANIFEST, MODEL, OPTIMIZER, STATE, RANDOM = (
 MAY_CHANGE = {
     "output_dir", "resume", "resume_changed", "log_every", "eval_every", "save_every", "save_total", "keep_best",
     "report_to", "sample_prompts", "sample_tokens", "reference_cache", "max_batch_tokens", "gradient_checkpointing",
-    "train_data", "eval_data", "dry_run",
+    "layout", "attn_implementation", "train_data", "eval_data", "dry_run",
 }  # fmt: skip
 # The first process gathers whole tensors, in CPU memory; the others get none.
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)

@@ -231,7 +231,7 @@ def _train(
     def reference_of_batch(batch: Sequence[int]) -> Tensor | None:
         return None if of_used is None else of_used[:, [row_of[i] for i in batch]].reshape(-1)
 
-    start, tokens, window, best, texts = 0, 0, Window(), None, {}
+    start, tokens, window, best, texts, compared_from = 0, 0, Window(), None, {}, 0
     if resume_from is None:
         sample = [train_pairs[i] for i in used[:STARTING_SAMPLE]]
         starting_report(scores_of(sample, "start"), of_used, config, log.say)
@@ -240,6 +240,8 @@ def _train(
             raise InputError(f"{resume_from} is of step {state['step']}, but the run has {total_steps} steps")
         texts = load_checkpoint(resume_from, unwrap(module), optimizer.optimizer, log.say)
         start, tokens, window, best = state["step"], state["tokens"], Window(**state["window"]), state["best"]
+        if state["inputs"]["eval_data"] != inputs["eval_data"]:  # then earlier evaluations are of others
+            best, compared_from = None, start
         log.say(f"resumed from {resume_from} after step {start}")
     with together():
         if folder and main:
@@ -248,6 +250,9 @@ def _train(
         log.start(config, texts)
     watch = Watch(log.say)
     prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in held_out))[: config.sample_prompts] if tokenizer else []
+
+    def evaluations() -> list[dict[str, Any]]:
+        return [row for row in log.rows if "eval_loss" in row and row["step"] >= compared_from]
 
     def evaluate_now(step: int) -> None:
         nonlocal best
@@ -267,7 +272,7 @@ def _train(
         log.add({"step": step, "epoch": step / steps_per_epoch, **metrics})
         row = log.rows[-1]
         log.say(evaluation_line(row))
-        watch(evaluation_warnings(row, next(r for r in log.rows if "eval_loss" in r)), last=step == total_steps)
+        watch(evaluation_warnings(row, evaluations()[0]), last=step == total_steps)
         if folder and config.keep_best and is_better(row, best):
             try:
                 write_model("best", step)
@@ -290,8 +295,7 @@ def _train(
                     config, title=str(objective), name=f"{folder.name}/{name}", step=step, steps=total_steps,
                     pairs=len(train_pairs), parameters=sum(p.numel() for p in inner.parameters()),
                     trained=sum(p.numel() for p in inner.parameters() if p.requires_grad), processes=world,
-                    evaluations=[row for row in log.rows if "eval_loss" in row],
-                    library="peft" if config.lora else "transformers",
+                    evaluations=evaluations(), library="peft" if config.lora else "transformers",
                 ).save(to / "README.md")  # fmt: skip
 
         in_first_process(write)
@@ -452,10 +456,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()  # bars for each file read or written hide the run's own
     try:
         config = parse_config(arguments)
-        if config.dry_run:
-            plan(config, print)
-        else:
+        if not config.dry_run:
             train(config)
+        elif os.environ.get("RANK", "0") == "0":
+            plan(config, print)
     except (InputError, NonFiniteError, SaveError, Stopped, OSError) as error:  # raised in all processes alike
         if os.environ.get("RANK", "0") == "0":
             print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from helpers import token_pairs
 import inspo_kernels as ik
 from training.config import InputError, TrainConfig
 from training.data import Pair
-from training.evaluation import evaluate, mean_interval, proportion_interval, starting_report
+from training.evaluation import conditioning_gap, evaluate, mean_interval, proportion_interval, starting_report
 from training.scoring import Scores
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -107,3 +107,33 @@ def test_a_reference_of_another_model_is_refused():
     for config in (TrainConfig(), TrainConfig(conditioned=False)):
         with pytest.raises(InputError, match="differ from the model's"):
             starting_report(scores, scores.marginal_logps + 0.1, config, [].append)
+
+
+def scored(chosen, rejected, chosen_len, rejected_len):
+    """Scores of pairs with these log-probs given the prompt alone; given the other response, one nat a token less."""
+    marginals, lengths = torch.tensor([chosen, rejected]).double(), torch.tensor([chosen_len, rejected_len]).double()
+    return Scores(marginals - lengths, lengths, marginals)
+
+
+def test_log_probs_per_token_are_means_over_pairs():
+    scores = scored([-4.0, -9.0], [-2.0, -8.0], [2, 9], [4, 2])
+    pairs = [Pair(*ids) for ids in token_pairs(2)]
+    result = evaluate(scores, None, pairs, ik.SimPO(), conditioned=True, marginal_weight=0.0)
+    assert result["eval_marginal/logps_per_token/chosen"] == pytest.approx((-2.0 - 1.0) / 2)
+    assert result["eval_marginal/logps_per_token/rejected"] == pytest.approx((-0.5 - 4.0) / 2)
+    assert result["eval_conditioned/logps_per_token/chosen"] == pytest.approx((-3.0 - 2.0) / 2)
+    assert conditioning_gap(scores) == pytest.approx((-1.0, -1.0))
+
+
+def test_preference_for_the_longer_response_leaves_pairs_of_equal_length_out():
+    # The longer one is: chosen and preferred, rejected and preferred, chosen and not preferred; the last are equal.
+    scores = scored([-1.0, -5.0, -9.0, -1.0], [-3.0, -2.0, -2.0, -8.0], [8, 3, 8, 5], [3, 8, 3, 5])
+    pairs, ref = [Pair(*ids) for ids in token_pairs(4)], torch.zeros(2, 4, dtype=torch.float64)
+    result = evaluate(scores, ref, pairs, ik.DPO(), conditioned=True, marginal_weight=0.0)
+    assert result["eval_marginal/longer_preferred"] == pytest.approx(2 / 3)
+    assert result["eval_longer_chosen"] == pytest.approx(2 / 3)
+    low, high = result["eval_marginal/longer_preferred_ci"]
+    assert 0 < low < 2 / 3 < high < 1
+    equal = scored([-1.0], [-3.0], [5], [5])
+    result = evaluate(equal, ref[:, :1], pairs[:1], ik.DPO(), conditioned=True, marginal_weight=0.0)
+    assert not any("longer" in name for name in result)

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import PAIRS, metrics, options, tiny_model, token_pairs, without_timings, write_jsonl
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import training.train
@@ -309,3 +312,37 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_of_one_line(capsys):
     assert "output_dir /proc/self/out: cannot be written to" in capsys.readouterr().err
     with pytest.raises(InputError, match="cannot be written to"), locked(Path("/dev/null/out")):
         pass
+
+
+def test_evaluations_on_other_held_out_pairs_are_not_compared(tmp_path, uninterrupted):
+    out, records = tmp_path / "out", PAIRS.read_text().splitlines()
+    shutil.copytree(uninterrupted / "checkpoint-4", out / "checkpoint-4")
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(records[:5]) + "\n")
+    main(options(out, *RUN, "--eval_data", str(other), "--resume", "auto", "--resume_changed", "true"))
+    rows = [row for row in metrics(out) if "eval_loss" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    best = check_checkpoint(out / "checkpoint-6")["best"]
+    assert best == rows[2]  # of step 4, on the new pairs; before it, nothing counts
+    card = (out / "final" / "README.md").read_text()
+    assert "after step 4" in card and "before training" not in card
+
+
+def test_of_lora_a_checkpoint_holds_the_adapter_and_resumes_exactly(tmp_path):
+    main(options(tmp_path / "base"))
+    model = ["--model", str(tmp_path / "base" / "final"), "--lora.r", "2"]
+    more = [*RUN, "--keep_best", "false", "--learning_rate", "1e-2"]
+
+    def run(name, *resume):
+        main([*model, *options(tmp_path / name, *more, *resume)[8:]])
+
+    run("whole")
+    with safe_open(tmp_path / "whole" / "checkpoint-4" / "model.safetensors", "pt") as tensors:
+        assert tensors.keys() and all("lora_" in name for name in tensors.keys())
+    shutil.copytree(tmp_path / "whole", tmp_path / "again", ignore=shutil.ignore_patterns("final", "checkpoint-6"))
+    run("again", "--resume", "auto")
+    one, other = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("whole", "again"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert without_timings(metrics(tmp_path / "whole")) == without_timings(metrics(tmp_path / "again"))
+    card = ModelCard.load(tmp_path / "whole" / "final" / "README.md")
+    assert card.data.library_name == "peft" and "of them trained" in card.text

@@ -1,0 +1,68 @@
+"""Checkpoints of runs in two processes: stopped by a signal to one, resumed, and exchanged with runs in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import metrics, options, without_timings
+from stopped_processes import RUN
+from transformers import AutoModelForCausalLM
+
+from training.train import main
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", params=["DDP", "FSDP2"])
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    main(options(folder / "one", *RUN))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parents[1])}
+    program = [*launcher, str(HERE / "stopped_processes.py"), str(folder), request.param]
+    ran = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return folder
+
+
+def weights(run):
+    return AutoModelForCausalLM.from_pretrained(run / "final").state_dict()
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on_exactly(folder):
+    seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    kept = folder / "stopped" / "checkpoint-2"
+    expected = f"stopped by SIGTERM after step 2: {kept} is kept: --resume auto goes on from it"
+    assert [one["stopped"] for one in seen] == [expected] * 2
+    one, other = weights(folder / "whole"), weights(folder / "stopped")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert without_timings(metrics(folder / "whole")) == without_timings(metrics(folder / "stopped"))
+    assert (folder / "whole/samples.jsonl").read_text() == (folder / "stopped/samples.jsonl").read_text()
+
+
+def test_one_process_and_two_read_each_others_checkpoints(folder, tmp_path):
+    shutil.copytree(folder / "whole" / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
+    main(options(tmp_path / "out", *RUN, "--resume", "auto"))
+    runs = [folder / "one", folder / "whole", folder / "continued", tmp_path / "out"]
+    alone = weights(runs[0])
+    for run in runs[1:]:
+        for name, tensor in weights(run).items():
+            torch.testing.assert_close(tensor, alone[name], rtol=1e-3, atol=2e-4)
+        for row, expected in zip(metrics(run), metrics(runs[0]), strict=True):
+            for key in set(row) & {"loss", "eval_loss", "num_tokens", "learning_rate"}:
+                assert row[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), (run, row["step"], key)
+    assert (folder / "whole/samples.jsonl").read_text() == (folder / "one/samples.jsonl").read_text()
+
+
+def test_a_disk_that_is_full_for_one_process_is_known_to_all(folder):
+    assert not list((folder / "full").glob("checkpoint-*")) and (folder / "full" / "final").is_dir()
+    seen = [json.loads((folder / f"{rank}.json").read_text())["full"] for rank in (0, 1)]
+    assert seen[0] == seen[1] and "no space in the first process" in seen[0]
+    assert not (folder / "fuller" / "final").exists()
