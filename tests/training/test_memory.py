@@ -1,0 +1,135 @@
+"""The estimate of a run's memory against what a run takes; what bfloat16 parameters lose."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model, token_pairs
+
+from benchmarks.harness import own_peak
+from training.config import TrainConfig
+from training.memory import GIB, estimate_memory, lost_updates, precision_warning
+from training.train import train
+
+CPU = torch.device("cpu")
+# Activations, weights and head each take a good part of the whole.
+FIELDS = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
+          "vocab_size": 16_000}  # fmt: skip
+RUNS = {"kept": {}, "checkpointed": {"gradient_checkpointing": True}}
+TOKENS = 2 * 512
+
+
+def config_of(name: str) -> TrainConfig:
+    return TrainConfig(max_steps=2, batch_size=4, max_batch_tokens=TOKENS, layout="rows", **RUNS[name])
+
+
+def measure() -> None:
+    """Bytes at the peak of each run of RUNS, above what the process held before it: the program of a fresh process."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [tuple(torch.randint(3, 9999, (n,), generator=generator).tolist() for n in (12, 250, 250)) for _ in "abcd"]
+    peaks = {}
+    for name in ("checkpointed", "kept"):  # the larger one last: it does not live in what the other has left
+        model = tiny_model(**FIELDS)
+        peaks[name] = own_peak(functools.partial(train, config_of(name), pairs, model=model, quiet=True))
+    print(json.dumps(peaks))
+
+
+@pytest.fixture(scope="module")
+def peaks() -> dict[str, int]:
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parents[1]), str(here)])
+    # Freed memory goes back at once, so that the second run is not measured against what the first one left.
+    variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", "import test_memory; test_memory.measure()"]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_estimate_is_right_within_a_third(peaks: dict[str, int], name: str) -> None:
+    if peaks[name] is None:
+        pytest.skip("no /proc to measure memory with: the estimate is NOT tested")
+    model = tiny_model(**FIELDS)
+    memory = estimate_memory(model, config_of(name), CPU, tokens=TOKENS, processes=1, sharded=False)
+    expected = memory.total - memory.parameters  # the model was there before
+    assert peaks[name] / 1.33 < expected < peaks[name] * 1.33, (memory, peaks[name] / GIB)
+
+
+def test_checkpointing_saves_what_the_estimate_says(peaks: dict[str, int]) -> None:
+    model = tiny_model(**FIELDS)
+    estimates = {
+        name: estimate_memory(model, config_of(name), CPU, tokens=TOKENS, processes=1, sharded=False).total
+        for name in RUNS
+    }
+    if peaks["kept"] is not None:
+        saved = peaks["kept"] - peaks["checkpointed"]
+        assert 0.5 < saved / (estimates["kept"] - estimates["checkpointed"]) < 2
+
+
+def test_processes_that_share_the_model_hold_their_share_and_what_they_gather() -> None:
+    config = TrainConfig()
+    alone, shared = (
+        estimate_memory(tiny_model(**FIELDS), config, CPU, tokens=100, processes=8, sharded=sharded)
+        for sharded in (False, True)
+    )
+    whole = sum(p.nbytes for p in tiny_model(**FIELDS).parameters())
+    assert (alone.parameters, alone.gradients, alone.optimizer, alone.gathered) == (whole, whole, 2 * whole, 0)
+    assert (shared.parameters, shared.optimizer) == (whole // 8, 2 * whole // 8)
+    embeddings = 2 * 16_000 * 256 * 4
+    assert 2 * embeddings < shared.gathered < 2 * whole
+
+
+def test_frozen_parameters_have_neither_gradients_nor_optimizer_state() -> None:
+    model = tiny_model(**FIELDS).requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    memory = estimate_memory(model, TrainConfig(), CPU, tokens=100, processes=1, sharded=False)
+    trained = estimate_memory(tiny_model(**FIELDS), TrainConfig(), CPU, tokens=100, processes=1, sharded=False)
+    assert (memory.gradients, memory.optimizer) == (4 * 256, 8 * 256)
+    assert trained.head - memory.head == 4 * 16_000 * 256  # no dW
+
+
+def test_the_warning_names_what_helps_and_is_not_there_yet() -> None:
+    config = TrainConfig()
+    memory = estimate_memory(tiny_model(**FIELDS), config, CPU, tokens=4000, processes=1, sharded=False)
+    assert memory.warning(memory.total, config, 1) is None
+    warning = memory.warning(memory.total - 1, config, 1)
+    assert all(name in warning for name in ("max_batch_tokens", "gradient_checkpointing: true", "FSDP2", "lora"))
+    checkpointed = dataclasses.replace(config, gradient_checkpointing=True)
+    assert "gradient_checkpointing" not in memory.warning(0, checkpointed, 1)
+
+
+def test_a_run_says_what_it_will_need(capsys: pytest.CaptureFixture[str]) -> None:
+    train(TrainConfig(max_steps=1), token_pairs(), model=tiny_model())
+    assert "memory a process needs, estimated: parameters" in capsys.readouterr().out
+
+
+def trained(dtype: torch.dtype, learning_rate: float) -> float:
+    """Share of the head's weights that four steps of a run change."""
+    model = tiny_model(vocab_size=48).to(dtype)
+    before = model.lm_head.weight.detach().clone()
+    config = TrainConfig(
+        max_steps=4, warmup=0.0, lr_scheduler="constant", learning_rate=learning_rate,
+        param_dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+    )  # fmt: skip
+    train(config, token_pairs(), model=model, quiet=True)
+    return (model.lm_head.weight != before).float().mean().item()
+
+
+def test_bfloat16_parameters_lose_small_updates_and_the_warning_says_how_many() -> None:
+    model = tiny_model(vocab_size=48).bfloat16()
+    for learning_rate in (5e-7, 1e-5, 1e-2):
+        kept = trained(torch.bfloat16, learning_rate)
+        # A step of AdamW is at most about the learning rate, so that many weights or more stay as they are.
+        assert kept <= 1 - lost_updates(model, learning_rate) + 0.05
+    assert trained(torch.bfloat16, 5e-7) < 0.05 < 0.9 < trained(torch.float32, 5e-7)
+    assert "rounded away on 9" in precision_warning(model, 5e-7)
+    assert precision_warning(model, 1e-2) is None
+    assert precision_warning(model.float(), 5e-7) is None
