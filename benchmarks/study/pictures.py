@@ -1,0 +1,111 @@
+"""The report's pictures, from ``study.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .arms import OBJECTIVES, VARIANTS
+from .runs import base_name
+
+NAMES = {"plain": "plain", "inspo": "InSPO", "anchored": "anchored InSPO"}
+COLORS = {"plain": "tab:orange", "inspo": "tab:blue", "anchored": "tab:green"}
+
+
+def draw_arms(result: Mapping[str, Any], file: Path) -> None:
+    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display and no global state
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    quality, contrast = figure.subplots(1, 2)
+    arms = result["arms"]
+    for x, key in enumerate(OBJECTIVES):
+        for shift, variant in zip((-0.22, 0, 0.22), VARIANTS):
+            if row := arms.get(f"{key} {variant}"):
+                label = NAMES[variant] if x == 0 else None
+                _point(quality, x + shift, row["quality"], COLORS[variant], label)
+    quality.axhline(result["bases"][base_name(True)]["quality"], color="gray", ls=":", label="base")
+    if sft := arms.get("sft"):
+        quality.axhline(sft["quality"]["mean"], color="black", ls="--", lw=1, label="SFT on the chosen")
+    quality.set_xticks(range(len(OBJECTIVES)), list(OBJECTIVES.values()))
+    quality.set(title="Exact quality, answers from the prompt alone", ylabel="mean over seeds, 95%")
+    for x, entry in enumerate(entry for entry in result["contrasts"] if entry["kind"] == "inspo - plain"):
+        for shift, measure, color, title in (
+            (-0.12, "quality", "tab:blue", "exact quality"),
+            (0.12, "lc_win_rate", "tab:purple", "length-controlled win rate"),
+        ):  # fmt: skip
+            _point(contrast, x + shift, entry[measure], color, title if x == 0 else None)
+    contrast.axhline(0, color="gray", lw=1)
+    contrast.set_xticks(range(len(OBJECTIVES)), list(OBJECTIVES.values()))
+    contrast.set(title="InSPO - plain, paired by seed", ylabel="difference, 95%")
+    for axes in (quality, contrast):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3, axis="y")
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+def _point(axes: Any, x: float, value: Mapping[str, float], color: str, label: str | None) -> None:
+    error = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
+    axes.errorbar(x, value["mean"], yerr=error, fmt="o", color=color, label=label, capsize=3, markersize=4)
+
+
+def draw_curves(result: Mapping[str, Any], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    grid = figure.subplots(2, len(OBJECTIVES), sharex=True, sharey="row")
+    for column, (key, title) in zip(grid.T, OBJECTIVES.items()):
+        for variant in VARIANTS:
+            curve = result["curves"].get(f"{key} {variant}", [])
+            steps = [point["step"] for point in curve]
+            for layout, style in (("conditioned", "--"), ("marginal", "-")):
+                for axes, what in zip(column, ("accuracy", "chosen")):
+                    # Before training, where margins are measured from the reference, they are all 0: no accuracy yet.
+                    values = [p[f"{layout} {what}"] if p["step"] or what == "chosen" else float("nan") for p in curve]
+                    label = f"{NAMES[variant]}, {'given the other' if layout == 'conditioned' else 'prompt alone'}"
+                    axes.plot(steps, values, style, color=COLORS[variant], label=label)
+        column[0].set(title=title)
+        column[1].set(xlabel="update")
+        for axes in column:
+            axes.grid(alpha=0.3)
+    grid[0, 0].set(ylabel="reward accuracy")
+    grid[1, 0].set(ylabel="log-prob of chosen, nats a token")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), fontsize=8, ncols=6, loc="outside lower center")
+    figure.savefig(file, dpi=100, metadata={"Software": None})
+
+
+def draw_ablations(result: Mapping[str, Any], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    groups = [(group, rows) for group, rows in result["ablations"].items() if rows]
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    for place, (group, rows) in enumerate(groups):
+        axes = figure.add_subplot(2, 3, place + 1)
+        numeric = all(isinstance(row["level"], (int, float)) for row in rows)
+        for line in dict.fromkeys(row["line"] for row in rows):
+            points = [row for row in rows if row["line"] == line]
+            if numeric:
+                points = sorted(points, key=lambda row: row["level"])
+            xs = [row["level"] for row in points] if numeric else range(len(points))
+            color = COLORS[line.split()[1]]
+            axes.plot(xs, [row["gain"]["mean"] for row in points], color=color, lw=1 if numeric else 0)
+            for i, (x, row) in enumerate(zip(xs, points)):
+                _point(axes, x, row["gain"], color, NAMES[line.split()[1]] if i == 0 else None)
+            if not numeric:
+                axes.set_xticks(list(xs), [str(row["level"]).replace(" ", "\n") for row in points], fontsize=7)
+        if group in ("learning rate", "beta"):
+            axes.set_xscale("log")
+        axes.axhline(0, color="gray", lw=1)
+        axes.set(title=group)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+        if place % 3 == 0:
+            axes.set(ylabel="gain in quality over base")
+    figure.savefig(file, dpi=100, metadata={"Software": None})
+
+
+PICTURES: dict[str, Callable[[Mapping[str, Any], Path], None]] = {
+    "arms": draw_arms,
+    "curves": draw_curves,
+    "ablations": draw_ablations,
+}
