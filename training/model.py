@@ -84,7 +84,11 @@ def load_settings(config: TrainConfig) -> PretrainedConfig:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     with _loading(name, "tokenizer (tokenizer.json, tokenizer_config.json)"):
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Of a folder that has a model's config.json alone, transformers makes a tokenizer that knows no text.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError(f"{name} has no vocabulary for {type(tokenizer).__name__}")
+        return tokenizer
 
 
 def meta_model(config: TrainConfig) -> PreTrainedModel:
