@@ -97,7 +97,7 @@ def condition_pairs(
         when ``attention_mask`` is None and no key-value cache is made, so pass ``use_cache=False`` as well.
 
         Trees come with the scored rows alone, the compact form of ``fused_inspo_loss``. With T the longest tree, N the
-        number of tokens and M the number of scored tokens, marginals included:
+        number of tokens, n the longest sequence and M the number of scored tokens, marginals included:
 
         =================  ==============  ==============  ===========================================================
         key                tree            packed_tree     meaning
@@ -105,6 +105,8 @@ def condition_pairs(
         input_ids          (B, T) int64    (1, N) int64    token ids: prompt, branch of y_w, branch of y_l
         position_ids       (B, T) int64    (1, N) int64    0, 1, ... along prompt and branch; 0 on padding
         tree_ends          (B, T) int64    (1, N) int64    token q sees token k if ``k <= q < tree_ends[k]``
+        paths              (2B, n) int64   (2B, n) int64   rows of ``hidden.flatten(0, 1)`` of each sequence's tokens
+        path_of            (B, T) int64    (1, N) int64    a sequence that the token is in; 0 on padding
         rows               (M,) int64      (M,) int64      rows of ``hidden.flatten(0, 1)`` that predict a scored token
         labels             (M,) int64      (M,) int64      the id that each of them predicts
         segment_ids        (M,) int64      (M,) int64      what it belongs to, as ``fused_inspo_loss`` numbers it

@@ -6,7 +6,8 @@
 Two separate sequences read 2|x| + 2(|y_w| + |y_l|) tokens, the tree |x| + 2(|y_w| + |y_l|). It gives the same hidden
 states wherever attention sees a token's own ancestors and nothing else, and positions count along each branch.
 
-One integer per token says who its descendants are. Within a row of tokens, written in the order prompt, first branch,
+``path_attention`` computes the attention of such a tree with the kernels that rows use. Elsewhere it takes a mask:
+one integer per token says who its descendants are. Within a row of tokens, written in the order prompt, first branch,
 second branch, the descendants of token k are the tokens k + 1 .. tree_ends[k] - 1: up to the end of the pair for a
 token of the prompt, up to the end of its branch for any other. So token q attends to token k if and only if
 ``k <= q < tree_ends[k]``. A padding token k has ``tree_ends[k] = k + 1``: it sees itself (so that no softmax is empty)
@@ -23,13 +24,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.utils.rnn import pad_sequence
 
+from .path_attention import PathMask
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mask: TypeAlias = Tensor | BlockMask
 
-# Longest row of a dense mask. Its bytes grow with the square of the row, and no attention kernel skips what it hides:
-# long before this length flex_attention, or rows without a custom mask, are the faster choice.
+# Longest row of eager attention's mask, whose bytes grow with the square of the row.
 MAX_DENSE_TOKENS = 8192
 
 _BLOCK = 128  # queries and keys per block of a BlockMask: flex_attention's default
@@ -83,6 +85,7 @@ def tree_batch(
     trees = [_tree(*pair, separator, conditioned) for pair in pairs]
     lengths = torch.tensor([len(tree["input_ids"]) for tree in trees], device="cpu")
     columns = {name: [tree[name] for tree in trees] for name in ("input_ids", "position_ids", "tree_ends")}
+    columns["path_of"] = [tree["branch"] * len(trees) + pair for pair, tree in enumerate(trees)]
     if packed:
         offsets = lengths.cumsum(0) - lengths  # of each pair among all tokens
         columns["tree_ends"] = [ends + offset for ends, offset in zip(columns["tree_ends"], offsets)]
@@ -96,7 +99,9 @@ def tree_batch(
         }
         index = torch.arange(batch["input_ids"].shape[1], device="cpu")
         batch["tree_ends"] = torch.where(index < lengths[:, None], batch["tree_ends"], index + 1)
+    paths = [tree[name] + offset for name in ("first_path", "second_path") for tree, offset in zip(trees, offsets)]
     return batch | {
+        "paths": pad_sequence(paths, batch_first=True),
         "rows": torch.cat([tree["rows"] + offset for tree, offset in zip(trees, offsets)]),
         "labels": torch.cat([tree["labels"] for tree in trees]),
         "segment_ids": torch.cat([tree["kinds"] * len(trees) + pair for pair, tree in enumerate(trees)]),
@@ -105,7 +110,7 @@ def tree_batch(
 
 
 def _tree(prompt: Tensor, chosen: Tensor, rejected: Tensor, separator: Tensor, conditioned: bool) -> dict[str, Tensor]:
-    """Tokens and scored rows of one pair; ``kinds`` as in ``pair_loss.KINDS``: 0, 1 and the marginals 2, 3."""
+    """Tokens, paths and scored rows of one pair; ``kinds`` as in ``pair_loss.KINDS``: 0, 1 and the marginals 2, 3."""
     tokens, positions, ends = [prompt], [torch.arange(len(prompt), device="cpu")], []
     rows, labels, kinds = [], [], []
     start = len(prompt)
@@ -126,7 +131,12 @@ def _tree(prompt: Tensor, chosen: Tensor, rejected: Tensor, separator: Tensor, c
             labels.append(alternative)
             kinds.append(torch.full((len(alternative),), 3 - kind, device="cpu"))
         start = end
+    index = torch.arange(start, device="cpu")
+    second = start - len(tokens[2])  # where the second branch starts
     return {
+        "first_path": index[:second],
+        "second_path": torch.cat([index[: len(prompt)], index[second:]]),
+        "branch": (index >= second).long(),
         "input_ids": torch.cat(tokens),
         "position_ids": torch.cat(positions),
         "tree_ends": torch.cat([torch.full((len(prompt),), start, device="cpu"), *ends]),
@@ -176,14 +186,15 @@ def tree_attention_mask(batch: Mapping[str, Any], model: PreTrainedModel) -> Mas
     sees the last w tokens of its own branch and prompt, exactly as in a row.
 
     Args:
-        batch: what ``condition_pairs`` made with ``layout="tree"`` or ``"packed_tree"``; ``tree_ends`` and
-            ``position_ids`` (rows, T) are read.
+        batch: what ``condition_pairs`` made with ``layout="tree"`` or ``"packed_tree"``; ``position_ids``,
+            ``tree_ends``, ``paths`` and ``path_of`` are read.
         model: the transformers causal LM itself.
 
     Returns:
-        For ``"sdpa"`` a boolean (rows, 1, T, T), True where attended; for ``"eager"`` the same as numbers to be added
-        to the scores, in the model's dtype; for ``"flex_attention"`` a ``BlockMask``, which skips the empty blocks
-        between branches and pairs. For an architecture whose layers differ, a dict of them by layer type.
+        For ``"sdpa"`` a ``PathMask``, with which attention runs over the paths as ordinary causal sequences; for
+        ``"eager"`` (rows, 1, T, T) numbers to be added to the scores, in the model's dtype; for ``"flex_attention"`` a
+        ``BlockMask``, which skips the empty blocks between branches and pairs. For an architecture whose layers
+        differ, a dict of them by layer type.
 
     Raises:
         ValueError: ``model`` cannot read trees (``tree_unsupported`` says why), or a row is too long for a dense mask
@@ -195,18 +206,18 @@ def tree_attention_mask(batch: Mapping[str, Any], model: PreTrainedModel) -> Mas
     config = model.config.get_text_config()
     ends, positions = batch["tree_ends"], batch["position_ids"]
     attention = config._attn_implementation
-    if attention != "flex_attention" and ends.shape[1] > MAX_DENSE_TOKENS:
+    if attention == "eager" and ends.shape[1] > MAX_DENSE_TOKENS:
         raise ValueError(
-            f"a row of {ends.shape[1]} tokens is too long for the dense mask of attn_implementation={attention!r} (at "
-            f"most {MAX_DENSE_TOKENS}): use layout='rows', lower max_length, or load the model with 'flex_attention'"
+            f"a row of {ends.shape[1]} tokens is too long for a mask of eager attention (at most {MAX_DENSE_TOKENS}): "
+            "load the model with attn_implementation='sdpa' or 'flex_attention', lower max_length, or use layout='rows'"
         )
 
     def mask(window: int | None) -> Mask:
         if attention == "flex_attention":
             return _block_mask(ends, positions, window)
-        allowed = _dense_mask(ends, positions, window)
         if attention == "sdpa":
-            return allowed
+            return PathMask.of(batch["paths"], batch["path_of"], positions, window)
+        allowed = _dense_mask(ends, positions, window)
         return torch.zeros((), dtype=model.dtype, device=ends.device).where(allowed, torch.finfo(model.dtype).min)
 
     kind = _MASKS[model.config.model_type]
@@ -230,7 +241,7 @@ def _block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMas
     A key's descendants and itself are one interval of queries, so its share of a block of queries is the overlap of
     two intervals; summed over a block of keys it says whether the pair of blocks is empty, full or neither.
     """
-    rows, length = ends.shape
+    length = ends.shape[1]
     blocks = -(-length // _BLOCK)
     index = torch.arange(length, device=ends.device)
     first = torch.arange(blocks, device=ends.device)[:, None] * _BLOCK  # of each block of queries

@@ -33,16 +33,17 @@ def choose_layout(
     if wanted == "rows":
         log("layout: rows, as set")
         return rows
-    packed = model.config.get_text_config()._attn_implementation == "flex_attention"
+    attention = model.config.get_text_config()._attn_implementation
+    packed = attention == "flex_attention"
     tree = dataclasses.replace(batcher, layout="packed_tree" if packed else "tree")
     reason = ik.tree_unsupported(model)
-    if reason is None and not packed:
+    if reason is None and attention == "eager":
         # Log-probs of held-out pairs are taken conditioned, too.
         longest = max(tree.tokens(pair, conditioned=True) for pair in pairs)
         if longest > MAX_DENSE_TOKENS:
             reason = (
-                f"the longest pair takes {longest} tokens as a tree, above the {MAX_DENSE_TOKENS} of a dense mask; "
-                "lower max_length, set attn_implementation=flex_attention, or layout=rows"
+                f"the longest pair takes {longest} tokens as a tree, above the {MAX_DENSE_TOKENS} of eager attention's "
+                "mask; lower max_length, or set attn_implementation=sdpa or layout=rows"
             )
     if reason is not None and wanted == "tree":
         raise InputError(f"layout=tree: {reason}")
@@ -52,7 +53,7 @@ def choose_layout(
     costs = [operations(model, some, pairs, conditioned=conditioned) for some in (tree, rows)]
     ratio = costs[0] / costs[1]
     if wanted == "auto" and ratio >= 1:
-        log(f"layout: rows, because a dense mask over trees would take {ratio:.2f} times their operations")
+        log(f"layout: rows, because eager attention over trees would take {ratio:.2f} times their operations")
         return rows
     form = "many in a row" if packed else "one in a row"
     log(f"layout: tree, prompts read once a pair ({form}): {ratio:.2f} times the operations of rows")
@@ -62,9 +63,8 @@ def choose_layout(
 def operations(model: PreTrainedModel, batcher: Batcher, pairs: Sequence[Pair], *, conditioned: bool) -> float:
     """Operations of the trunk's forward pass over ``pairs``, without padding: products by weights, and attention.
 
-    A dense mask hides nothing from the attention kernels. Of rows they compute the causal half, of packed trees what
-    some token sees. Measured on a CPU (Llama, H = 512): trees and rows are equally fast where the prompt is about 0.15
-    of 256 tokens a pair and 0.4 of 768; by this count at 0.19 and 0.38.
+    Rows are attended causally, trees along each path as in rows, or by blocks with flex_attention. The mask of eager
+    attention hides nothing from its products.
     """
     config = model.config.get_text_config()
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
@@ -72,17 +72,16 @@ def operations(model: PreTrainedModel, batcher: Batcher, pairs: Sequence[Pair], 
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
+    eager = config._attn_implementation == "eager"
     total = 0.0
     for pair in pairs:
         prompt, both = len(pair.prompt), len(pair.chosen) + len(pair.rejected)
         between = len(batcher.separator_ids)
         branches = [both + between] * 2 if conditioned else [len(pair.chosen), len(pair.rejected)]
-        if batcher.layout == "tree":
+        if eager and batcher.layout == "tree":
             seen = (prompt + sum(branches)) ** 2
-        elif batcher.layout == "packed_tree":
-            seen = prompt**2 / 2 + sum(branch * (prompt + branch / 2) for branch in branches)
         else:
-            seen = sum((prompt + branch) ** 2 for branch in branches) / 2
+            seen = sum((prompt + branch) ** 2 for branch in branches) / (1 if eager else 2)
         total += 2 * weights * batcher.tokens(pair, conditioned=conditioned)
         total += 4 * config.num_hidden_layers * width * seen
     return total

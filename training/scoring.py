@@ -33,7 +33,7 @@ from .engine import (
 )
 
 _SCORED_OF_ROWS, _SCORED_OF_TREES = ("labels", "marginal_labels"), ("labels", "segment_ids", "num_pairs")
-_READ_BY_MODEL = ("input_ids", "attention_mask", "position_ids", "tree_ends", "rows")
+_READ_BY_MODEL = ("input_ids", "attention_mask", "position_ids", "tree_ends", "paths", "path_of", "rows")
 TIE = 1e-4  # margins this small are rounding: before training all of them are 0 where there is a reference
 
 

@@ -77,6 +77,11 @@ def test_every_scored_row_sees_its_own_sequence_and_nothing_else(pairs, separato
     assert events_of_tree(tree) == events_of_rows(condition_pairs(pairs, **options), len(pairs))
     assert tree["num_pairs"] == len(pairs)
     assert "attention_mask" not in tree
+    seen = _dense_mask(tree["tree_ends"], tree["position_ids"], None)[:, 0]
+    for row, length in enumerate([seen.shape[1]] if layout == "packed_tree" else tree["tree_ends"][:, 0].tolist()):
+        for token in range(length):
+            on = tree["paths"][tree["path_of"][row, token]][: tree["position_ids"][row, token] + 1]
+            assert torch.equal(on, seen[row, token].nonzero().flatten() + row * seen.shape[1])
 
 
 @settings(deadline=None)
@@ -392,15 +397,22 @@ def test_a_model_that_was_changed_is_refused_with_the_reason():
     assert re.search("no mask is known for layers of type chunked_attention", tree_unsupported(model))
 
 
-def test_dense_masks_have_a_longest_row_and_block_masks_have_not():
+def test_the_dense_masks_of_eager_attention_have_a_longest_row():
     length = MAX_DENSE_TOKENS + 1
     batch = condition_pairs([([1] * (length - 4), [1], [1])], pad_token_id=0, layout="tree")
     assert batch["input_ids"].shape[1] == length
-    model = make_model("llama")
+    model = use_attention(make_model("llama"), "eager")
     with pytest.raises(ValueError, match=rf"a row of {length} tokens is too long .*{MAX_DENSE_TOKENS}.*flex_attention"):
         tree_attention_mask(batch, model)
-    mask = tree_attention_mask(batch, use_attention(model, "flex_attention"))
-    assert mask.shape == (1, 1, length, length)
+    for attention in ("sdpa", "flex_attention"):
+        assert tree_attention_mask(batch, use_attention(model, attention)).shape == (1, 1, length, length)
+
+
+def test_the_mask_of_paths_is_refused_where_its_numbers_would_be_read():
+    mask = tree_attention_mask(condition_pairs(PAIRS, pad_token_id=PAD, layout="tree"), make_model("llama"))
+    for read in (lambda: mask + 1.0, lambda: mask[:, :, :3, :3], lambda: mask.to(torch.float32)):
+        with pytest.raises(RuntimeError, match="the mask of a tree holds no numbers"):
+            read()
 
 
 def test_a_mask_is_only_made_for_trees():
