@@ -17,8 +17,8 @@ import torch
 
 from ..harness import checked_device, provenance, write_json
 from . import report, summary
-from .execution import study
-from .plan import PLANS
+from .execution import open_records, study
+from .plan import PLANS, base_jobs, tuning_jobs
 from .world import Judge
 
 CACHE = Path("runs", "study-bases")
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help='"cpu" or "cuda" [cpu]')
     parser.add_argument("--workers", type=int, help="processes of one thread each [one for each core, at most 16]")
     parser.add_argument("--output", type=Path, help="folder of the results [the committed one, or runs/study-SIZE]")
+    parser.add_argument("--report", action="store_true", help="run nothing, report what is finished")
     options = parser.parse_args(arguments)
     if options.quick and options.large:
         parser.error("--quick and --large exclude each other")
@@ -41,19 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workers = options.workers or min(16, os.cpu_count() or 1)
     torch.set_num_threads(1)
     try:
-        records = study(PLANS[size], folder, CACHE, workers=workers, device=options.device)
+        records = open_records(PLANS[size], folder, options.device)
     except ValueError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        print("interrupted; the same command does what is left", file=sys.stderr)
-        sys.exit(130)
-    print("runs are complete; fitting the length model and its bootstrap", flush=True)
+    if not options.report:
+        try:
+            study(PLANS[size], records, CACHE, workers=workers, device=options.device)
+        except KeyboardInterrupt:
+            print("interrupted; the same command does what is left", file=sys.stderr)
+            sys.exit(130)
+    elif any(job not in records for job in base_jobs(PLANS[size]) + tuning_jobs(PLANS[size])):
+        parser.error(f"--report: {folder} does not hold all bases and all of the tuning yet")
+    print("fitting the length model and its bootstrap", flush=True)
     words = sys.argv[1:] if arguments is None else arguments
     result = {
         **provenance(" ".join(["python -m benchmarks.study", *words])),
         "plan": asdict(PLANS[size]),
         "judge": asdict(Judge()),
-        **summary.summarize(PLANS[size], records.values()),
+        **summary.summarize(PLANS[size], records.by_key.values()),
     }
     write_json(folder / "study.json", result)
     for file in report.write(result, report.DOCS if folder == report.RESULTS else folder):

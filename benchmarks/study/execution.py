@@ -20,21 +20,25 @@ from .world import Judge
 
 
 class Records:
-    """Finished runs, one JSON line each behind a first line with the settings; a line cut off by a kill is dropped."""
+    """Finished runs, one JSON line each behind a first line with the settings."""
 
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
-        """Raises ValueError if ``file`` holds runs of other settings."""
-        self.file, self.by_key = file, {}
-        settings = json.loads(json.dumps(settings))
-        file.parent.mkdir(parents=True, exist_ok=True)
+        """Reads ``file``, if there is one; raises ValueError if it holds runs of other settings."""
+        self.file, self.settings = file, json.loads(json.dumps(settings))
+        self.by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
         whole = file.read_text().rpartition("\n")[0].split("\n") if file.exists() else []
         lines = [json.loads(line) for line in whole if line]
-        if lines and lines[0] != settings:
-            other = ", ".join(name for name in settings if lines[0].get(name) != settings[name])
+        if lines and lines[0] != self.settings:
+            other = ", ".join(name for name in self.settings if lines[0].get(name) != self.settings[name])
             raise ValueError(f"{file}: holds runs of other settings ({other}); move it or choose another folder")
         for record in lines[1:]:
             self._keep(record)
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines or [settings]))
+
+    def open(self) -> None:
+        """Makes the file ready for more: a line that a kill cut off is dropped."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [self.settings, *self.by_key.values()]
+        self.file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def _keep(self, record: dict[str, Any]) -> None:
         self.by_key[Job(**{name: record[name] for name in Job.__dataclass_fields__}).key] = record
@@ -69,8 +73,8 @@ def _settings(arm: Arm) -> dict[str, Any]:
     return {name: value for name, value in asdict(arm).items() if name not in ("title", "group", "level")}
 
 
-def study(plan: Plan, folder: Path, cache: Path, *, workers: int, device: str = "cpu") -> dict[str, Any]:
-    """Runs what is left of ``plan`` and returns all records by their jobs' keys; ``cache`` is for the bases."""
+def open_records(plan: Plan, folder: Path, device: str) -> Records:
+    """What ``folder`` holds of ``plan``; raises ValueError if that is of other settings."""
     settings = {
         "plan": asdict(plan) | {"arms": {name: _settings(ARMS[name]) for name in plan.arms}},
         "grids": {name: grid(arm) for name, arm in tuned_arms(plan).items()},
@@ -78,7 +82,12 @@ def study(plan: Plan, folder: Path, cache: Path, *, workers: int, device: str = 
         "device": device,
         "torch": torch.__version__,
     }
-    records = Records(folder / "runs.jsonl", settings)
+    return Records(folder / "runs.jsonl", settings)
+
+
+def study(plan: Plan, records: Records, cache: Path, *, workers: int, device: str = "cpu") -> None:
+    """Runs what is left of ``plan``; ``cache`` is for the bases."""
+    records.open()
     total = all_jobs(plan, records.by_key.values())
     left = [job for job in total if job not in records]
     estimate = seconds(plan, left, device) / workers
@@ -99,4 +108,3 @@ def study(plan: Plan, folder: Path, cache: Path, *, workers: int, device: str = 
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return records.by_key

@@ -55,7 +55,8 @@ def _verdicts(contrasts: Sequence[Mapping[str, Any]], measure: str, p: str) -> d
 
 
 def _in_words(verdicts: Mapping[str, Sequence[str]]) -> str:
-    return ", ".join(f"{verdict} for {_list(names)}" for verdict, names in verdicts.items() if names)
+    said = ", ".join(f"{verdict} for {_list(names)}" for verdict, names in verdicts.items() if names)
+    return said or "not measured"
 
 
 def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
@@ -150,7 +151,7 @@ def _main_contrasts(result: Mapping[str, Any]) -> str:
     measures = {"quality": "exact quality", "win_rate": "win rate over base", "lc_win_rate": "length-controlled"}
     main = _contrasts(result, "inspo - plain")
     rows = [
-        [entry["objective"], *(cell for m in measures for cell in (_signed(entry[m]), _p(entry[m].get("holm_p"))))]
+        [entry["objective"], *(cell for m in measures for cell in (_signed(entry[m]), _p(entry[m]["holm_p"])))]
         for entry in main
     ]
     columns = ["", *(cell for name in measures.values() for cell in (f"{name} (95%)", "Holm p"))]
@@ -200,7 +201,7 @@ def _controls(result: Mapping[str, Any]) -> str:
 def _length(result: Mapping[str, Any]) -> str:
     tracking = result["tracking"]
     if not tracking:
-        return "## Which win rate tracks quality?\n\nToo few arms to say."
+        return "## Which win rate tracks quality?\n\nToo few arms, or no differences, to say."
     difference = tracking["difference"]
     told = difference["p"] is not None and difference["p"] < LEVEL
     better = "length-controlled" if difference["mean"] > 0 else "plain"

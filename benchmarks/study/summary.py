@@ -205,6 +205,8 @@ def _contrasts(runs: Runs, controlled: Mapping[tuple[str, int], float], arms: Se
             found.append(entry)
     main = [entry for entry in found if entry["kind"] == "inspo - plain"]
     for name in measures:
+        for entry in main:
+            entry[name]["holm_p"] = None
         tested = [entry[name] for entry in main if entry[name]["p"] is not None]
         for result, adjusted in zip(tested, holm([result["p"] for result in tested])):
             result["holm_p"] = adjusted
@@ -216,7 +218,7 @@ def _tracking(
 ) -> dict[str, dict[str, Any]]:
     """Rank correlation over arms with exact quality, of the win rate and of the length-controlled one, and of lengths.
 
-    Within each seed, over the arms that were run on all seeds; then over seeds.
+    Within each seed, over the arms that were run on all seeds; then over seeds. Empty where there is nothing to rank.
     """
     seeds = runs.seeds(base_name(True))
     here = [arm.name for arm in arms if runs.seeds(arm.name) == seeds]
@@ -230,6 +232,8 @@ def _tracking(
             "lc_win_rate": [controlled[name, seed] for name in here],
             "length": [runs.records[name, seed]["length"] for name in here],
         }
+        if any(len(set(values)) == 1 for values in (quality, *measured.values())):
+            return {}
         for name, values in measured.items():
             series[name].append(float(scipy.stats.spearmanr(values, quality).statistic))
     found = {name: t_interval(values) for name, values in series.items()}
