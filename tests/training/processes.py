@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 import training.train
-from training.config import TrainConfig
+from training.config import LoraOptions, TrainConfig
 from training.engine import clip_gradients, process_index, together
 from training.scoring import PairModel
 
@@ -33,6 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "checkpointed": {"gradient_checkpointing": True, "num_hidden_layers": 3},
     "tree": {"layout": "tree", "marginal_weight": 0.5, "gradient_checkpointing": True, "num_hidden_layers": 2},
     "frozen head": {"freeze": "lm_head.weight"},
+    "lora": {"lora": LoraOptions(r=2, alpha=4.0), "max_grad_norm": 3.0},
     "bf16": {"mixed_precision": "bf16", "learning_rate": 1e-3},
 }
 

@@ -22,6 +22,7 @@ from torch import nn
 import inspo_kernels as ik
 from training.config import InputError, TrainConfig
 from training.engine import check_launch, checkpointed
+from training.model import add_lora
 from training.scoring import PairModel
 from training.train import main, train
 
@@ -101,7 +102,10 @@ def test_two_processes_do_what_one_does(one: dict[str, dict[str, Any]], two: Pat
         atol = 5e-6 * max(gradient.abs().max().item() for gradient in wanted.values())
         for parameter in wanted:
             torch.testing.assert_close(got[parameter], wanted[parameter], rtol=0, atol=atol, msg=parameter)
-    start = tiny_model(**{k: v for k, v in processes.RUNS[name].items() if k in processes.MODEL_FIELDS}).state_dict()
+    untrained = tiny_model(**{k: v for k, v in processes.RUNS[name].items() if k in processes.MODEL_FIELDS})
+    if lora := processes.RUNS[name].get("lora"):
+        add_lora(untrained, lora, TrainConfig.seed)
+    start = untrained.state_dict()
     assert first["weights"].keys() == expected["weights"].keys()
     moved, apart = (
         math.sqrt(sum((a[k] - b[k]).square().sum().item() for k in expected["weights"]))
