@@ -12,7 +12,17 @@ from tqdm import tqdm
 
 from .batches import PairBatch, Shape, shapes
 from .contenders import CONTENDERS, PEER_PACKAGES, chosen
-from .harness import add_common_options, checked_device, command, kept_on_interrupt, provenance, write_json
+from .harness import (
+    add_common_options,
+    cell_of,
+    checked_device,
+    checked_result,
+    command,
+    kept_on_interrupt,
+    lacks,
+    provenance,
+    write_json,
+)
 from .measure import LOSS, measure, measure_peaks
 
 
@@ -36,7 +46,8 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(f"python -m {module}", description=doc.splitlines()[0])
     known = shapes(torch.device("cpu"))
-    names = [n for n, c in CONTENDERS.items() if what == LOSS or c.logps]
+    # Labels on the CPU are a matter of GPUs: benchmarks.gpu has them.
+    names = [n for n, c in CONTENDERS.items() if (what == LOSS or c.logps) and "," not in n]
     add_common_options(parser, rounds=15)
     parser.add_argument("--shape", "--model-shape", nargs="+", choices=known, metavar="SHAPE",
                         help=f"of {', '.join(known)} [reference real, or the quick ones]")  # fmt: skip
@@ -52,6 +63,7 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
         "finished": False,
         "cells": [],
     }
+    result = checked_result(parser, options, result)
 
     def save() -> None:
         if options.json:
@@ -62,8 +74,9 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
     with kept_on_interrupt(save):
         for name, mode in tqdm(todo, desc="cells", disable=not sys.stderr.isatty()):
             cell = {"name": f"{name}, {mode}", "shape": name, "mode": mode, **shapes(device)[name].as_json()}
-            result["cells"].append(cell)
-            fill(cell, shapes(device)[name], mode, what, options.contenders, options.rounds, dtype, device, save)
+            cell = cell_of(result, cell)
+            fill(cell, shapes(device)[name], mode, what, options.contenders, options.rounds, dtype, device, save,
+                 options.only)  # fmt: skip
             tqdm.write(table(cell))
         result["finished"] = True
         save()
@@ -81,10 +94,15 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     save: Callable[[], None],
+    only: str | None,
 ) -> None:
     """Memory (on a CPU: in processes of their own, while this one holds nothing), then errors and times."""
-    rows = what == LOSS
-    if device.type == "cpu":
-        measure_peaks(shape, mode, ["floor", *names], cell, what=what, rows=rows, save=save)
+    rows, known = what == LOSS, cell.get("contenders", {})
+    if device.type == "cpu" and only != "time":
+        missing = [name for name in ("floor", *names) if lacks(known.get(name), "peak_bytes")]
+        measure_peaks(shape, mode, missing, cell, what=what, rows=rows, save=save)
+    names = [name for name in names if lacks(known.get(name), "seconds")]
+    if not names or only == "memory":
+        return
     batch = PairBatch(shape, dtype=dtype, device=device, rows=rows)
     measure(batch, mode, chosen(names, batch, per_token=not rows), rounds, what=what, cell=cell, save=save)

@@ -214,6 +214,38 @@ def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or "cuda:1" [cpu]')
     parser.add_argument("--rounds", type=int, default=rounds, help=f"interleaved rounds after a warm-up [{rounds}]")
     parser.add_argument("--quick", action="store_true", help="shapes of seconds, to see that everything runs")
+    parser.add_argument("--only", choices=["time", "memory"], help="one of the two; --resume adds the other later")
+    parser.add_argument("--resume", action="store_true", help="measure what the result file lacks, and add it")
+
+
+def checked_result(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, result: dict[str, Any]
+) -> dict[str, Any]:
+    """``result``, or with --resume what the file holds, if it was measured in the same way on the same machine."""
+    if not options.resume:
+        return result
+    if options.json is None or not options.json.exists():
+        parser.error("--resume: needs --json with the file of an earlier run")
+    old = json.loads(options.json.read_text())
+    for key in ("hardware", "versions", "dtype"):
+        if old.get(key) != result[key]:
+            parser.error(f"--resume: {key} of {options.json} are {old.get(key)}, here {result[key]}; start a new file")
+    same = old["command"].split("; ")
+    return old | {"command": "; ".join(dict.fromkeys([*same, result["command"]])), "date": result["date"]}
+
+
+def lacks(row: Mapping[str, Any] | None, what: str) -> bool:
+    """Whether a contender's row is still to get ``what``; one that cannot run gets nothing."""
+    return not row or (row.get("status", "measured") == "measured" and what not in row)
+
+
+def cell_of(result: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
+    """The result's cell of that name, added if it is new."""
+    for known in result["cells"]:
+        if known["name"] == cell["name"]:
+            return known
+    result["cells"].append(cell)
+    return cell
 
 
 def checked_device(parser: argparse.ArgumentParser, name: str) -> torch.device:

@@ -160,7 +160,7 @@ def measure(
     cell: dict[str, Any] | None = None,
     save: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """``cell`` with ``rounds`` and, under ``contenders``, a row of the floor and of each name in ``found``.
+    """``cell`` with, under ``contenders``, a row of the floor and of each name in ``found``.
 
     A contender that fails is named with its reason and not called again. Rows are in ``cell`` from the first round on
     and ``save`` is called after each. Rows that are there already, such as those of memory, are added to; one that
@@ -194,14 +194,14 @@ def measure(
     operations = PRODUCTS[mode] * 2 * batch.shape.scored * batch.head.hidden * batch.head.vocab
 
     def after_round(times: dict[str, list[float]]) -> None:
-        cell["rounds"] = len(times["floor"])
         times = {name: values for name, values in times.items() if name not in failed}
         to_floor = ratios(times, "floor") if "floor" in times else {}
         for name in rows:
             if name in failed:
                 rows[name] = {"status": failed[name]}
             elif name in times:
-                rows[name] |= {"seconds": spread(times[name]), "times_floor": to_floor.get(name)}
+                rows[name] |= {"rounds": len(times[name]), "seconds": spread(times[name])}
+                rows[name]["times_floor"] = to_floor.get(name)
                 rows[name]["tflops_of_products"] = operations / rows[name]["seconds"]["median"] / 1e12
         save()
 

@@ -58,6 +58,9 @@ def _cell_table(cell: dict[str, Any], base: str) -> list[str]:
         if row["status"] != "measured":
             lines.append(f"| {title} | {row['status']} | | | |")
             continue
+        if not row.get(f"times_{base}"):
+            lines.append(f"| {title} | not yet timed | | {_mebibytes(row)} | |")
+            continue
         errors = row.get("relative_error")
         error = f"{max(errors.values()):.0e}" if errors else ""
         ratio, seconds = _ratio(row[f"times_{base}"], name == base), f"{row['seconds']['median']:.2f}"
@@ -131,14 +134,14 @@ def step(result: dict[str, Any]) -> str:
     """Whole steps by prompt share, and that the work is the same."""
     titles = result["titles"]
     lines = [
-        f"A whole training step, {result['pairs_per_step']} pairs, {result['dtype']}: time / four forwards "
-        "(quartiles), by the prompt's share of prompt + chosen + rejected, or with the lengths of real pairs.",
+        f"A whole training step, {result['dtype']}: time / four forwards (quartiles), and positions "
+        "through the layers, by the prompt's share of prompt + chosen + rejected, or with the lengths of real pairs.",
         "",
         "| model, prompt share | " + " | ".join(titles.values()) + " |",
         "|---" * (len(titles) + 1) + "|",
     ]
     for cell in result["cells"]:
-        texts = []
+        texts, most = [], " at most" if cell["share"] == "real" else ""
         for name in titles:
             row = cell["contenders"].get(name, {"status": "not measured"})
             ratio = row.get("times_four_forwards")
@@ -147,7 +150,9 @@ def step(result: dict[str, Any]) -> str:
                 text = f"{_ratio(ratio, name == 'four_forwards')}, {row['positions_per_step']:,.0f} positions"
                 text += "" if row.get("peak_bytes") is None else f", {_mebibytes(row)}"
             texts.append(text)
-        lines.append(f"| {cell['name']} | " + " | ".join(texts) + " |")
+        lines.append(
+            f"| {cell['name']}, {cell['pairs']} pairs of {cell['tokens']} tokens{most} | " + " | ".join(texts) + " |"
+        )
     models = "; ".join(
         f"{name}: {m['layers']} layers, H = {m['hidden']}, V = {m['vocab']:,}" for name, m in result["models"].items()
     )

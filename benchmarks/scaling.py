@@ -24,10 +24,13 @@ from inspo_kernels import backends
 from inspo_kernels.head import checked_head
 
 from .batches import HeadShape, PairBatch, Shape, equal, shapes
-from .contenders import PEER_PACKAGES, Contender, chosen, ours
+from .cells import fill
+from .contenders import PEER_PACKAGES, Contender, ours
 from .harness import (
     add_common_options,
+    cell_of,
     checked_device,
+    checked_result,
     command,
     interleaved_times,
     kept_on_interrupt,
@@ -36,7 +39,7 @@ from .harness import (
     spread,
     write_json,
 )
-from .measure import TRAIN, measure, measure_peaks, step
+from .measure import LOSS, TRAIN, step
 
 CONTENDERS = ("torch", "full_log_softmax", "trl")
 # Base: 8 pairs of prompt 64 and responses of 64 tokens, H 256, V 16,000.
@@ -114,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "fits": {},
         "workspace": {},
     }
+    result = checked_result(parser, options, result)
 
     def save() -> None:
         if options.json:
@@ -124,14 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with kept_on_interrupt(save):
         for name, value, shape in tqdm(todo, desc="shapes", disable=not sys.stderr.isatty()):
             cell = {"name": f"{name} {value}", "sweep": name, "value": value, "mode": TRAIN, **shape.as_json()}
-            result["cells"].append(cell)
-            if device.type == "cpu":
-                measure_peaks(shape, TRAIN, ["floor", *CONTENDERS], cell, save=save)
-            batch = PairBatch(shape, dtype=dtype, device=device, rows=True)
-            found = chosen(CONTENDERS, batch)
-            measure(batch, TRAIN, found, options.rounds, with_errors=False, cell=cell, save=save)
+            cell = cell_of(result, cell)
+            fill(cell, shape, TRAIN, LOSS, CONTENDERS, options.rounds, dtype, device, save, options.only)
             result["fits"][name] = fits([c for c in result["cells"] if c["sweep"] == name])
-        if "workspace" in options.sweeps:
+        if "workspace" in options.sweeps and not result["workspace"]:
             shape = shapes(device)["quick" if options.quick else "reference"]
             result["workspace"] = workspace_sweep(shape, options.rounds, device, dtype)
         result["finished"] = True

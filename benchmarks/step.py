@@ -27,10 +27,13 @@ from tqdm import tqdm
 from .batches import Lengths, sample_lengths
 from .harness import (
     add_common_options,
+    cell_of,
     checked_device,
+    checked_result,
     command,
     guarded,
     kept_on_interrupt,
+    lacks,
     limit_memory,
     own_peak,
     peak_memory_in_fresh_process,
@@ -215,36 +218,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         **provenance(command("benchmarks.step", arguments, options.json), ["trl", "datasets"]),
         "dtype": "float32",
-        "models": {name: asdict(MODELS[name]) for name in models},
-        "titles": {name: STEP_CONTENDERS[name].title for name in options.contenders},
-        "pairs_per_step": options.pairs,
+        "models": {},
+        "titles": {name: contender.title for name, contender in STEP_CONTENDERS.items()},
         "finished": False,
         "same_work": {},
         "cells": [],
     }
+    result = checked_result(parser, options, result)
+    result["models"] |= {name: asdict(MODELS[name]) for name in models}
 
     def save() -> None:
         if options.json:
             write_json(options.json, result)
 
     with kept_on_interrupt(save):
-        proof = job_of(proof_model, "real", proof_updates, 2, 48 if options.quick else 160, torch.float64, device)
-        result["same_work"] = {"model": proof_model, "updates": proof_updates, "dtype": "float64",
-                               "contenders": same_work(options.contenders, proof)}  # fmt: skip
-        for name, row in result["same_work"]["contenders"].items():
-            print(f"{name}: {row['errors']} {'the same' if row['same'] else 'NOT THE SAME'}" if "errors" in row
-                  else f"{name}: {row['status']}")  # fmt: skip
-        save()
+        if not result["same_work"]:
+            proof = job_of(proof_model, "real", proof_updates, 2, 48 if options.quick else 160, torch.float64, device)
+            result["same_work"] = {"model": proof_model, "updates": proof_updates, "dtype": "float64",
+                                   "contenders": same_work(options.contenders, proof)}  # fmt: skip
+            for name, row in result["same_work"]["contenders"].items():
+                print(f"{name}: {row['errors']} {'the same' if row['same'] else 'NOT THE SAME'}" if "errors" in row
+                      else f"{name}: {row['status']}")  # fmt: skip
+            save()
         todo = [(model, share) for model in models for share in options.shares]
         for model, share in tqdm(todo, desc="cells", disable=not sys.stderr.isatty()):
             what = {"model": model, "share": share, "updates": options.updates, "pairs": options.pairs}
             what |= {"tokens": tokens}
-            cell: dict[str, Any] = {"name": f"{model}, {share}", **what, "contenders": {}}
-            result["cells"].append(cell)
-            if device.type == "cpu":
-                for name in options.contenders:
+            cell = cell_of(result, {"name": f"{model}, {share}", **what, "contenders": {}})
+            rows = cell["contenders"]
+            if device.type == "cpu" and options.only != "time":
+                for name in (n for n in options.contenders if lacks(rows.get(n), "peak_bytes")):
                     given = json.dumps(what | {"name": name})
-                    cell["contenders"][name] = peak_memory_in_fresh_process("benchmarks.step", ["--peak-of", given])
+                    found = peak_memory_in_fresh_process("benchmarks.step", ["--peak-of", given])
+                    rows[name] = rows.get(name, {}) | found
+                    save()
+            if "rounds" in cell or options.only == "memory":
+                continue
             job = job_of(**what, dtype=torch.float32, device=device)
             measure(job, options.contenders, options.rounds, cell, save)
             tqdm.write(table(cell))

@@ -157,6 +157,9 @@ class Ours:
     def _forward(self, pairs: list[Pair], *, conditioned: bool, ref_logps: Tensor | None = None) -> ik.InSPOOutput:
         model, pad = self.job.model, self.job.model.config.pad_token_id
         batch = ik.condition_pairs(pairs, pad_token_id=pad, conditioned=conditioned, layout=self.layout)
+        if self.layout == "tree":  # it scores the marginals, too, which nobody else here does
+            same = batch["segment_ids"] < 2 * batch["num_pairs"]
+            batch |= {name: batch[name][same] for name in ("rows", "labels", "segment_ids")}
         # Labels and segment ids stay on the CPU, where planning needs no synchronisation.
         names = ("input_ids", "attention_mask", "position_ids", "tree_ends", "rows")
         batch |= {name: batch[name].to(model.device) for name in names if name in batch}

@@ -35,10 +35,14 @@ def test_quick_loss_writes_a_complete_file(tmp_path, capsys):
                "--json", str(file)])  # fmt: skip
     result = json.loads(file.read_text())
     (cell,) = result["cells"]
-    assert result["finished"] and cell["scored_tokens"] == 128 and cell["rounds"] == 3
+    assert result["finished"] and cell["scored_tokens"] == 128
     assert set(cell["contenders"]) == {"floor", "torch", "cut_cross_entropy"}
     ours, floor = cell["contenders"]["torch"], cell["contenders"]["floor"]
-    assert ours["seconds"]["median"] > 0 and all(error < 1e-5 for error in ours["relative_error"].values())
+    assert (
+        ours["rounds"] == 3
+        and ours["seconds"]["median"] > 0
+        and all(error < 1e-5 for error in ours["relative_error"].values())
+    )
     assert 1 << 16 < ours["peak_bytes"] < 1 << 26  # a fresh process's own
     assert floor["times_floor"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
     assert cell["contenders"]["cut_cross_entropy"] == {"status": "needs a GPU"}
@@ -46,6 +50,23 @@ def test_quick_loss_writes_a_complete_file(tmp_path, capsys):
     assert {"date", "versions", "hardware"} <= set(result) and "liger-kernel" in result["versions"]
     assert "torch" in capsys.readouterr().out
     assert "| inspo_kernels (torch)" in report.loss(result) and "needs a GPU" in report.loss(result)
+
+
+def test_resume_adds_what_is_missing(tmp_path, no_processes, capsys):
+    arguments = ["--shape", "quick", "--rounds", "1", "--json", str(tmp_path / "loss.json"), "--contenders"]
+    loss.main([*arguments, "log_softmax"])
+    before = json.loads((tmp_path / "loss.json").read_text())
+    loss.main([*arguments, "torch", "log_softmax", "--resume"])
+    after = json.loads((tmp_path / "loss.json").read_text())
+    (cell,) = after["cells"]
+    assert cell["contenders"]["log_softmax"] == before["cells"][0]["contenders"]["log_softmax"]
+    assert cell["contenders"]["torch"]["seconds"]["median"] > 0
+    assert after["command"].count("python -m benchmarks.loss") == 2
+    (tmp_path / "loss.json").write_text(json.dumps(after | {"dtype": "bfloat16"}))
+    for wrong in (arguments, ["--json", str(tmp_path / "none.json"), "--contenders"]):
+        with pytest.raises(SystemExit):
+            loss.main([*wrong, "torch", "--resume"])
+        assert "--resume: " in capsys.readouterr().err
 
 
 def test_logps_measures_every_mode(tmp_path, no_processes):

@@ -109,7 +109,7 @@ def test_contenders_that_fail_are_named_and_the_others_are_measured():
         "log_softmax": "measured",
     }
     assert len(calls) == 4  # not called again
-    assert cell["rounds"] == 4 == len(saved) and rows["log_softmax"]["times_floor"]["median"] > 0
+    assert rows["log_softmax"]["rounds"] == 4 == len(saved) and rows["log_softmax"]["times_floor"]["median"] > 0
     assert set(rows["log_softmax"]["relative_error"]) == {"loss", "sums", "dhidden", "dweight"}
 
 
