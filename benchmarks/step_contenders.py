@@ -1,6 +1,7 @@
 """Whole training steps, each by other means: the same model, the same pairs, the same SGD updates.
 
-- ``rows``, and any other layout of ours: ``condition_pairs``, ``hidden_and_head``, ``fused_inspo_loss``.
+- ``rows`` and ``tree``: ``condition_pairs``, ``hidden_and_head``, ``fused_inspo_loss``, all pairs in one forward.
+- ``loop``: what ``training.train`` does, which takes pairs of similar length together and reports marginals, too.
 - ``trl``: TRL's DPOTrainer, unmodified, with a collator that puts the other response into the context. On a CPU it
   sends every position through the head; ``trl_compact`` lets it pick the scored ones first, as it does on GPUs.
 - ``four_forwards``: the step as published InSPO code does it: chosen and rejected sequences in a forward each, policy
@@ -31,11 +32,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import inspo_kernels as ik
+from training.data import Pair as TrainingPair
+from training.layouts import choose_layout
+from training.scoring import Batcher, PairModel, score
 
 from .batches import Lengths
 from .contenders import BETA
 
 Pair = tuple[list[int], list[int], list[int]]
+LOOP_TOKENS = 4096  # of a forward pass of ``loop``
 
 
 @dataclass(frozen=True)
@@ -129,14 +134,14 @@ def counting_positions(models: Sequence[PreTrainedModel], trained: Trained) -> I
 
 
 def sgd_loop(
-    job: Job, loss_of: Callable[[int], Tensor], trained: Trained, counted: Sequence[PreTrainedModel]
+    job: Job, backward: Callable[[int], Tensor], trained: Trained, counted: Sequence[PreTrainedModel]
 ) -> Trained:
+    """``backward`` leaves the gradients of batch i in the model and returns the loss."""
     optimizer = torch.optim.SGD(job.model.parameters(), lr=job.learning_rate)
     start = time.perf_counter()
     with counting_positions(counted, trained):
         for i in range(len(job.batches)):
-            loss = loss_of(i)
-            loss.backward()
+            loss = backward(i)
             optimizer.step()
             optimizer.zero_grad()
             trained.losses.append(loss.item())
@@ -174,10 +179,44 @@ class Ours:
         return ik.fused_inspo_loss(hidden, **scored, objective=objective, ref_logps=ref_logps, **head)
 
     def __call__(self) -> Trained:
-        def loss_of(i: int) -> Tensor:
-            return self._forward(self.job.batches[i], conditioned=True, ref_logps=self.ref_logps[i]).loss
+        def backward(i: int) -> Tensor:
+            loss = self._forward(self.job.batches[i], conditioned=True, ref_logps=self.ref_logps[i]).loss
+            loss.backward()
+            return loss
 
-        return sgd_loop(self.job, loss_of, Trained(reference_seconds=self.reference_seconds), [self.job.model])
+        return sgd_loop(self.job, backward, Trained(reference_seconds=self.reference_seconds), [self.job.model])
+
+
+class Loop:
+    """The step of ``training.train``: forward passes of pairs of similar length, in the layout that costs less.
+
+    Like the loop, and unlike the others, it scores the marginals, too.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.module = PairModel(job.model, ik.DPO(beta=BETA))
+        self.batches = [[TrainingPair(*pair) for pair in batch] for batch in job.batches]
+        rows = Batcher(job.model.config.pad_token_id, job.model.device, LOOP_TOKENS)
+        pairs = [pair for batch in self.batches for pair in batch]
+        self.batcher = choose_layout("auto", job.model, rows, pairs, conditioned=True, log=lambda line: None)
+        start = time.perf_counter()
+        self.ref_logps = [
+            score(self.module, batch, self.batcher, conditioned=False, progress=None).logps for batch in self.batches
+        ]
+        self.reference_seconds = time.perf_counter() - start
+
+    def __call__(self) -> Trained:
+        def backward(i: int) -> Tensor:
+            batch, total = self.batches[i], torch.zeros(())
+            for part in self.batcher.plan(batch, conditioned=True):
+                inputs = self.batcher([batch[k] for k in part.pairs], conditioned=True)
+                loss, _ = self.module(inputs, self.ref_logps[i][:, part.pairs].reshape(-1))
+                (loss / len(batch)).backward()
+                total = total + loss.detach().cpu() / len(batch)
+            return total
+
+        return sgd_loop(self.job, backward, Trained(reference_seconds=self.reference_seconds), [self.job.model])
 
 
 class FourForwards:
@@ -203,14 +242,16 @@ class FourForwards:
         return sums[0], sums[1]
 
     def __call__(self) -> Trained:
-        def loss_of(i: int) -> Tensor:
+        def backward(i: int) -> Tensor:
             pairs = self.job.batches[i]
             chosen, rejected = self._sums(self.job.model, pairs, conditioned=True)
             with torch.no_grad():
                 ref_chosen, ref_rejected = self._sums(self.reference, pairs, conditioned=False)
-            return -F.logsigmoid(BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+            loss = -F.logsigmoid(BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+            loss.backward()
+            return loss
 
-        return sgd_loop(self.job, loss_of, Trained(), [self.job.model, self.reference])
+        return sgd_loop(self.job, backward, Trained(), [self.job.model, self.reference])
 
 
 class ConditioningCollator:
@@ -373,6 +414,7 @@ class StepContender:
 STEP_CONTENDERS = {
     "rows": StepContender("inspo_kernels, rows", lambda job: Ours(job, "rows")),
     "tree": StepContender("inspo_kernels, tree", lambda job: Ours(job, "tree")),
+    "loop": StepContender("inspo_kernels, the training loop's step", Loop),
     "trl": StepContender("TRL DPOTrainer + conditioning collator", lambda job: Trl(job, compact=False), "trl", "trl"),
     "trl_compact": StepContender(
         "the same, head on scored positions only (TRL does so on GPUs)",
