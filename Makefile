@@ -9,7 +9,7 @@ help:
 	@echo "make demo        fit, sample, fine-tune and compare a tiny model (1 to 3 minutes, no GPU)"
 	@echo "make test        run the tests"
 	@echo "make lint        ruff and mypy"
-	@echo "make benchmark   measure the loss on this machine and regenerate the README's tables"
+	@echo "make benchmark   measure this machine (half an hour) and regenerate the README's tables and plots"
 
 install: $(VENV)/.installed-test
 
@@ -32,7 +32,10 @@ lint: install
 	$(BIN)/python -m mypy
 
 benchmark: install
-	$(BIN)/python -m benchmarks.loss --json benchmarks/results/loss_cpu.json
+	$(BIN)/python -m benchmarks.loss --shape reference --json benchmarks/results/loss_cpu.json
+	$(BIN)/python -m benchmarks.logps --shape reference --json benchmarks/results/logps_cpu.json
+	$(BIN)/python -m benchmarks.scaling --json benchmarks/results/scaling_cpu.json
+	$(BIN)/python -m benchmarks.step --json benchmarks/results/step_cpu.json
 	$(BIN)/python -m benchmarks.report
 
 clean:

@@ -115,7 +115,7 @@ def plot_step(result: dict[str, Any]) -> Figure:
     panels = figure.subplots(1, len(models) + 1)
     for axes, model in zip(panels, models):
         cells = [cell for cell in result["cells"] if cell["model"] == model]
-        ticks = [cell["share"] for cell in cells]
+        ticks = [f"{cell['share']}\n{cell['pairs']} x {cell['tokens']}" for cell in cells]
         for i, (name, title) in enumerate(result["titles"].items()):
             rows = [cell["contenders"].get(name, {}).get("times_four_forwards") for cell in cells]
             points = [(at, row) for at, row in enumerate(rows) if row]
@@ -129,9 +129,11 @@ def plot_step(result: dict[str, Any]) -> Figure:
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{model}: time / four forwards", fontsize=9)
-        axes.set_xlabel("prompt share")
+        axes.set_xlabel("prompt share; pairs x tokens")
+        axes.tick_params(axis="x", labelsize=7)
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=6)
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside lower center", ncols=3)
     axes = panels[-1]
     for i, (name, row) in enumerate(result["same_work"]["contenders"].items()):
         if "losses" in row:

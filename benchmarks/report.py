@@ -141,7 +141,7 @@ def step(result: dict[str, Any]) -> str:
         "|---" * (len(titles) + 1) + "|",
     ]
     for cell in result["cells"]:
-        texts, most = [], " at most" if cell["share"] == "real" else ""
+        texts = []
         for name in titles:
             row = cell["contenders"].get(name, {"status": "not measured"})
             ratio = row.get("times_four_forwards")
@@ -150,9 +150,7 @@ def step(result: dict[str, Any]) -> str:
                 text = f"{_ratio(ratio, name == 'four_forwards')}, {row['positions_per_step']:,.0f} positions"
                 text += "" if row.get("peak_bytes") is None else f", {_mebibytes(row)}"
             texts.append(text)
-        lines.append(
-            f"| {cell['name']}, {cell['pairs']} pairs of {cell['tokens']} tokens{most} | " + " | ".join(texts) + " |"
-        )
+        lines.append(f"| {cell['name']} | " + " | ".join(texts) + " |")
     models = "; ".join(
         f"{name}: {m['layers']} layers, H = {m['hidden']}, V = {m['vocab']:,}" for name, m in result["models"].items()
     )

@@ -219,13 +219,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **provenance(command("benchmarks.step", arguments, options.json), ["trl", "datasets"]),
         "dtype": "float32",
         "models": {},
-        "titles": {name: contender.title for name, contender in STEP_CONTENDERS.items()},
+        "titles": {},
         "finished": False,
         "same_work": {},
         "cells": [],
     }
     result = checked_result(parser, options, result)
     result["models"] |= {name: asdict(MODELS[name]) for name in models}
+    result["titles"] |= {name: contender.title for name, contender in STEP_CONTENDERS.items()}
 
     def save() -> None:
         if options.json:
@@ -244,7 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for model, share in tqdm(todo, desc="cells", disable=not sys.stderr.isatty()):
             what = {"model": model, "share": share, "updates": options.updates, "pairs": options.pairs}
             what |= {"tokens": tokens}
-            cell = cell_of(result, {"name": f"{model}, {share}", **what, "contenders": {}})
+            name = f"{model}, {share}, {options.pairs} pairs of {tokens} tokens{' at most' * (share == 'real')}"
+            cell = cell_of(result, {"name": name, **what, "contenders": {}})
             rows = cell["contenders"]
             if device.type == "cpu" and options.only != "time":
                 for name in (n for n in options.contenders if lacks(rows.get(n), "peak_bytes")):

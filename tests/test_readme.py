@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import inspo_kernels as ik
 from benchmarks.report import README, render
@@ -42,6 +42,18 @@ def test_custom_loop_runs_and_learns(model_folder, capsys):
     exec(loop.replace("lr=5e-7", "lr=1e-3"), scope)
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
     assert len(losses) == 8 and losses[-1] < losses[0]
+
+
+def test_tree_gives_the_loss_of_rows(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    pairs, ref_logps = [([1, 2, 3], [4, 5], [6]), ([7], [8], [9, 10, 11])], torch.full((4,), -9.0)
+    scope = {"ik": ik, "model": model, "pairs": pairs, "pad": 0, "ref_logps": ref_logps}
+    exec(next(block for block in BLOCKS if 'layout="tree"' in block), scope)
+    batch = ik.condition_pairs(pairs, pad_token_id=0)
+    hidden, head = ik.hidden_and_head(model, **{k: batch[k] for k in ("input_ids", "attention_mask", "position_ids")})
+    rows = ik.fused_inspo_loss(hidden, labels=batch["labels"], ref_logps=ref_logps, **head)
+    torch.testing.assert_close(scope["out"].loss, rows.loss)
+    assert scope["out"].marginal_logps is not None
 
 
 def test_custom_objective_runs():
