@@ -136,13 +136,22 @@ def winners(plan: Plan, records: Iterable[Mapping[str, Any]]) -> dict[str, dict[
 
 
 def test_jobs(plan: Plan, best: Mapping[str, Mapping[str, Any]]) -> list[Job]:
-    """All arms at their tuned settings, the table first."""
-    arms = sorted((ARMS[name] for name in plan.arms), key=lambda arm: ("table", "control").index(arm.group)
-                  if arm.group in ("table", "control") else 2)  # fmt: skip
+    """All arms at their tuned settings, the most wanted first: an interrupted study should say something."""
+    arms = [ARMS[name] for name in plan.arms]
+
+    def turn(arm: Arm, seed: int) -> int:
+        if arm.objective == "sft" or (arm.group == "table" and not arm.marginal_weight):
+            return 0
+        if arm.group == "table":
+            return 1 if seed < plan.fewer else 3
+        if arm.objective == "dpo" and (arm.group == "control" or arm.noise == 0.5):
+            return 2
+        return 4 if arm.group == "control" else 5
+
+    wanted = sorted(((arm, seed) for arm in arms for seed in plan.seeds_of(arm)), key=lambda one: turn(*one))
     return [
         Job(arm.name, seed, "test", best[arm.tuned_as]["learning_rate"], best[arm.tuned_as]["parameter"])
-        for arm in arms
-        for seed in plan.seeds_of(arm)
+        for arm, seed in wanted
     ]
 
 

@@ -72,7 +72,7 @@ def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
         _controls(result),
         _length(result),
         _curves(result),
-        _ablations(result),
+        *([_ablations(result)] if result["ablations"] else []),
         _invariance(tabular),
         _doubts(result),
         _rerun(result),
@@ -139,7 +139,7 @@ def _arms(result: Mapping[str, Any]) -> str:
         the prompt, fitted jointly over all arms and seeds with ridge {RIDGE_PROMPT:g} on the difficulties and
         {RIDGE_ARM:g} on the rest, predicted with the length term at 0; φ = {taste["coefficient"]:.2f}; for its
         intervals everything is refitted to seeds, and prompts within them, drawn again. Reward accuracy: held-out
-        pairs of test prompts, the judge's preference without noise. Collapsed, fixed beforehand: more than
+        pairs of test prompts, labels drawn from P, none turned round. Collapsed, fixed beforehand: more than
         {COLLAPSED_BELOW:g} below the base in quality, over {COLLAPSED_UNENDED:.0%} of answers without end, or a loss
         that is not finite."""
     if other := result["bases"].get(base_name(False)):
@@ -164,6 +164,8 @@ def _main_contrasts(result: Mapping[str, Any]) -> str:
         )
     )
     claim = "The paper claims consistent gains in win rate and in length-controlled win rate."
+    if len(main) < len(OBJECTIVES):
+        claim = f"Holm over the {len(main)} finished contrasts. {claim}"
     return "\n".join(["## InSPO − plain, paired by seed", "", *_table(columns, rows), "", _filled(f"{claim} {said}")])
 
 
@@ -187,7 +189,7 @@ def _controls(result: Mapping[str, Any]) -> str:
         "",
         "Differences in exact quality, paired by seed, 95% t intervals, not adjusted for their number:",
     ]
-    lines += ["", *_table(["", *columns], rows)]
+    lines += ["", *_table(["", *columns], rows)] if rows else ["", "None is finished."]
     for entry in _contrasts(result, "no drafts"):
         gap = result["bases"][base_name(False)]["conditioning_gap"]
         lines += ["", _filled(f"""
@@ -334,7 +336,7 @@ def _doubts(result: Mapping[str, Any]) -> str:
         they do to large models and human preferences.""",
     ]  # fmt: skip
     if result["unfinished"]:
-        points.append(f"Not finished, and left out: {_list(result['unfinished'])}.")
+        points.append(f"Not finished, and left out: {'; '.join(result['unfinished'])}.")
     return "\n".join(["## Reasons to doubt it, and checks", "", *(_item(point) for point in points)])
 
 
