@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,9 +29,12 @@ CONDITIONING_GAP_WARNING = -0.25
 
 def evaluate(
     scores: Scores, ref_logps: Tensor | None, pairs: Sequence[Pair], objective: ik.Objective, *, conditioned: bool,
-    marginal_weight: float,
+    marginal_weight: float, marginal_ref_logps: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of conditioned ``scores``: what is trained, and what inference uses (``marginal``), for any run.
+
+    ``ref_logps`` (2, n) are those that the run trains with. Where they are conditioned, ``marginal_ref_logps`` (2, n)
+    are the reference's given the prompt alone.
 
     Keys: ``eval_loss`` (the run's own loss), and for layout in ``conditioned``, ``marginal``:
     ``eval_LAYOUT/rewards/{chosen,rejected,accuracies,margins}``, ``eval_LAYOUT/logps/{chosen,rejected}`` and, in nats
@@ -41,7 +45,10 @@ def evaluate(
     ``eval_longer_chosen``: the share whose longer response is the chosen one. Absent where all lengths are equal.
     """
     assert scores.marginal_logps is not None
-    ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps
+    (ref_chosen, ref_rejected), (marginal_ref_chosen, marginal_ref_rejected) = (
+        (None, None) if ref is None else ref
+        for ref in (ref_logps, ref_logps if marginal_ref_logps is None else marginal_ref_logps)
+    )
     both = ik.PairSums(
         chosen=scores.logps[0], rejected=scores.logps[1],
         chosen_len=scores.lengths[0], rejected_len=scores.lengths[1], index=torch.arange(len(pairs)),
@@ -49,14 +56,15 @@ def evaluate(
         marginal_chosen=scores.marginal_logps[0], marginal_rejected=scores.marginal_logps[1],
         marginal_chosen_len=scores.lengths[0], marginal_rejected_len=scores.lengths[1],
     )  # fmt: skip
-    losses = objective(both if conditioned else both.on_marginals())
+    alone = replace(both.on_marginals(), ref_chosen=marginal_ref_chosen, ref_rejected=marginal_ref_rejected)
+    losses = objective(both if conditioned else alone)
     if marginal_weight:
-        losses = losses + marginal_weight * objective(both.on_marginals())
+        losses = losses + marginal_weight * objective(alone)
     metrics: dict[str, Any] = {"eval_loss": losses.mean().item()}
 
     prompts: dict[tuple[int, ...], int] = {}
     groups = torch.tensor([prompts.setdefault(tuple(p.prompt), len(prompts)) for p in pairs])
-    for layout, sums in (("conditioned", both), ("marginal", both.on_marginals())):
+    for layout, sums in (("conditioned", both), ("marginal", alone)):
         chosen, rejected = objective.rewards(sums)
         margins = chosen - rejected
         right = correct(margins)

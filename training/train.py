@@ -212,12 +212,12 @@ def _train(
     def scores_of(some: Sequence[Pair], progress: str) -> Scores:
         return score(module, some, batcher, conditioned=True, progress=None if quiet else progress)
 
-    def reference_of(some: Sequence[Pair]) -> Tensor | None:
+    def reference_of(some: Sequence[Pair], *, conditioned: bool) -> Tensor | None:
         if not objective.needs_reference or not some:
             return None
         with adapter_off(model):
             return reference_logps(
-                module, weights, some, batcher, conditioned=config.reference_conditioned,
+                module, weights, some, batcher, conditioned=conditioned,
                 mixed_precision=config.mixed_precision,
                 cache=Path(config.reference_cache) if config.reference_cache else folder,
                 progress=None if quiet else "reference", log=log.say,
@@ -225,7 +225,10 @@ def _train(
 
     # The reference is the model as loaded: its log-probs are settled before a checkpoint replaces the weights.
     used = used_indices(len(train_pairs), config.batch_size, total_steps, config.seed)
-    of_used, held_out_reference = reference_of([train_pairs[i] for i in used]), reference_of(held_out)
+    of_used = reference_of([train_pairs[i] for i in used], conditioned=config.reference_conditioned)
+    # Rewards of held-out pairs from the prompt alone have a reference that sees the prompt alone, in any run.
+    held_out_reference = reference_of(held_out, conditioned=config.reference_conditioned)
+    held_out_marginal = reference_of(held_out, conditioned=False) if config.reference_conditioned else None
     row_of = {pair: row for row, pair in enumerate(used)}
 
     def reference_of_batch(batch: Sequence[int]) -> Tensor | None:
@@ -242,6 +245,8 @@ def _train(
         start, tokens, window, best = state["step"], state["tokens"], Window(**state["window"]), state["best"]
         if state["inputs"]["eval_data"] != inputs["eval_data"]:  # then earlier evaluations are of others
             best, compared_from = None, start
+        if from_first_process(folder is None or not (folder / "best").is_dir()):
+            best = None  # its model stayed in another folder, or is lost
         log.say(f"resumed from {resume_from} after step {start}")
     with together():
         if folder and main:
@@ -260,8 +265,8 @@ def _train(
             return
         scores = scores_of(held_out, "eval")
         metrics = evaluate(
-            scores, held_out_reference, held_out, objective,
-            conditioned=config.conditioned, marginal_weight=config.marginal_weight,
+            scores, held_out_reference, held_out, objective, conditioned=config.conditioned,
+            marginal_weight=config.marginal_weight, marginal_ref_logps=held_out_marginal,
         )  # fmt: skip
         if prompts:
             ends = {tokenizer.eos_token_id, *(pair.chosen[-1] for pair in held_out)}
@@ -335,6 +340,8 @@ def _train(
         stop = norm.new_full((1,), float(stop_requested()), dtype=torch.float64)
         mine = torch.cat([totals / len(batch), norm.double().view(1) / world, stop])
         row = dict(zip([*metrics, "grad_norm", "stop"], sum_over_processes(mine).tolist(), strict=True))
+        if config.reference_conditioned:  # rewards from the prompt alone would need another reference
+            row = {name: value for name, value in row.items() if not name.startswith("marginal/rewards")}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise NonFiniteError(
                 f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; stopped before the update. "
@@ -431,8 +438,7 @@ def batch_indices(num_pairs: int, step_pairs: int, step: int, seed: int) -> list
 
 def used_indices(num_pairs: int, step_pairs: int, total_steps: int, seed: int) -> list[int]:
     """The pairs that some step uses, ascending; fewer than all of them only in a run shorter than an epoch."""
-    steps = range(1, min(total_steps, math.ceil(num_pairs / step_pairs)) + 1)
-    return sorted({i for step in steps for i in batch_indices(num_pairs, step_pairs, step, seed)})
+    return sorted(batch_indices(num_pairs, min(num_pairs, total_steps * step_pairs), 1, seed))
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

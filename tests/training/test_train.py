@@ -355,3 +355,15 @@ def test_real_pairs_train_reload_and_generate(tmp_path, objective, conditioned):
     model, tokenizer = (c.from_pretrained(out / "final") for c in (AutoModelForCausalLM, AutoTokenizer))
     ids = tokenizer(records[0]["prompt"], return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=2, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_with_a_conditioned_reference_rewards_from_the_prompt_alone_have_a_reference_of_their_own():
+    config = TrainConfig(max_steps=1, log_every=1, reference_conditioned=True)
+    start, trained, _ = train(
+        config, token_pairs(), eval_pairs=token_pairs(seed=1), model=tiny_model(), quiet=True
+    ).metrics
+    for layout in ("conditioned", "marginal"):
+        assert start[f"eval_{layout}/rewards/accuracies"] == 0.5
+        for name in ("chosen", "rejected", "margins"):
+            assert start[f"eval_{layout}/rewards/{name}"] == pytest.approx(0.0, abs=1e-5), (layout, name)
+    assert "marginal/logps/chosen" in trained and not any(name.startswith("marginal/rewards") for name in trained)
