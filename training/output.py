@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,9 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            tqdm.write(text)
+            with suppress(OSError):  # a line that a full disk or a closed pipe does not take is not worth a run
+                tqdm.write(text)
+                sys.stdout.flush()  # in a file, too, a warning is seen at once
 
     def start(self, config: TrainConfig, texts: dict[str, str]) -> None:
         """Begins anew, or with what ``texts`` of the checkpoint hold from which a run is resumed."""
@@ -142,12 +146,22 @@ class RunLog:
 
     def close(self) -> None:
         if self._tracker is not None:
-            self._tracker.finish()
+            self._try_tracker(self._tracker.finish)
 
     def _track(self, row: dict[str, Any]) -> None:
         if self._tracker is not None:
             numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
-            self._tracker.log(numbers, step=row["step"])
+            self._try_tracker(functools.partial(self._tracker.log, numbers, step=row["step"]))
+
+    def _try_tracker(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # each tracker has classes of its own: no network, no space, a run that was deleted
+            self._tracker = None
+            self.say(
+                f"WARNING: {self._report_to} failed ({type(error).__name__}: {error}); the run goes on without it. A "
+                "resumed run shows it everything again"
+            )
 
 
 def start_tracker(name: str, folder: Path, config: TrainConfig) -> GeneralTracker:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -204,3 +207,41 @@ def test_a_run_warns_where_answers_from_the_prompt_alone_get_worse(tmp_path, cap
     assert "the log-probs of both responses fall together (held-out pairs" in printed
     main(options(tmp_path / "calm", *RUN, "--learning_rate", "1e-4"))
     assert "fall together" not in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_in_another_folder_has_a_best_model_there(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "plot_curves", lambda *what: None)
+    out = tmp_path / "out"
+    monkeypatch.setattr(training.train, "is_better", lambda row, best: best is None and row["step"] > 0)
+    main(options(out, *RUN, "--resume", str(finished / "checkpoint-3")))
+    assert "After step 3, on held-out pairs" in (out / "best" / "README.md").read_text()
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def fail(*what, **more):
+        calls.append(more["step"])
+        raise ConnectionError("the tracker's server is gone")
+
+    calls = []
+    monkeypatch.setattr(output, "plot_curves", lambda *what: None)
+    monkeypatch.setattr(output.LOGGER_TYPE_TO_CLASS["tensorboard"], "log", fail)
+    main(options(tmp_path / "out", "--log_every", "1", "--report_to", "tensorboard"))
+    assert calls == [1] and [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3]
+    said = capsys.readouterr().out
+    assert said.count("WARNING: tensorboard failed (ConnectionError: the tracker's server is gone)") == 1
+
+
+def test_lines_reach_a_file_at_once_and_one_that_cannot_be_written_does_not_end_the_run(monkeypatch):
+    log = output.RunLog(None, quiet=False)
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        log.say("WARNING: at once")
+        assert raw.getvalue() == b"WARNING: at once\n"
+        monkeypatch.undo()
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        log.say("nowhere")
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
