@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .scoring import TIE
+
 FALL = -0.1  # nats per token that both responses lose
 PREFERENCE = 0.15  # share of pairs by which longer responses win more often than they are the chosen ones
 GROWTH, GROWTH_TOKENS = 1.5, 8  # answers longer by this factor, and by this many tokens
@@ -48,7 +50,7 @@ def evaluation_warnings(row: dict[str, Any], first: dict[str, Any]) -> dict[str,
 def opposite_margins(row: dict[str, Any]) -> str | None:
     """Where training goes one way and what inference uses the other way."""
     conditioned, alone = row["rewards/margins"], row.get("marginal/rewards/margins", 0.0)
-    if not alone < 0.0 < conditioned:
+    if not (alone < -TIE and conditioned > TIE):
         return None
     return (
         f"given the other response the margin is {conditioned:+.3f}, but from the prompt alone, which\n"

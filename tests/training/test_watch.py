@@ -26,6 +26,7 @@ def raised(warnings):
         ({}, set()),
         ({"marginal/rewards/margins": -0.5}, {"opposite"}),
         ({"marginal/rewards/margins": -0.5, "rewards/margins": -1.0}, set()),
+        ({"marginal/rewards/margins": -1e-7}, set()),  # rounding: the policy is still the reference
         ({"marginal/logps/chosen": -23.0, "marginal/logps/rejected": -38.0}, {"falling"}),
         ({"marginal/logps/chosen": -21.5, "marginal/logps/rejected": -99.0}, set()),  # the chosen ones hardly fall
         ({"marginal/logps/chosen": -30.0, "marginal/logps/rejected": -35.0}, set()),
