@@ -10,12 +10,13 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .config import InputError, TrainConfig
 
+PATIENCE = timedelta(hours=2)  # how long a process waits for another one
 # Settings of accelerate's FSDP plugin that would silently have no effect here, or a wrong one: value, what to do.
 _FSDP_SETTINGS = {
     "FSDP_VERSION": ("2", "set fsdp_version: 2"),
@@ -49,9 +51,11 @@ def process_index() -> int:
 def start_processes() -> Accelerator:
     """Joins the processes that a launcher started. Raises InputError for a launch that no engine here serves."""
     check_launch(os.environ)
-    kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    # A launcher ends the others where one process dies. Ten minutes, NCCL's own patience, are too few for the others
+    # while the first one writes a checkpoint of a large model to a slow disk.
+    kwargs = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=PATIENCE)]
     # Apple's GPUs have no float64, which sums and objectives need. Autocast is PairModel's own.
-    return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[kwargs])
+    return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=kwargs)
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
