@@ -109,6 +109,8 @@ def _loading(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+            raise InputError(f"model {name!r}: no such folder (working directory: {Path.cwd()})") from None
         remedy = "" if Path(name).is_dir() else (
             f". Without the hub: give a local folder instead (elsewhere, `hf download {name} --local-dir DIR` fills "
             "one), or set HF_HUB_OFFLINE=1 where HF_HOME holds a cache that has it"

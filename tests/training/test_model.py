@@ -30,7 +30,7 @@ def test_building_a_model_leaves_the_callers_random_state_alone():
         ({"hiden_size": 8}, r"model\.hiden_size; did you mean 'hidden_size'"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "multiple of the number of attention heads"),
-        ("./no/such/folder", r"'\./no/such/folder': its config\.json could not be loaded"),
+        ("./no/such/folder", r"'\./no/such/folder': no such folder"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_named(model, message):
@@ -113,3 +113,10 @@ def test_a_tokenizer_without_pad_or_eos_token():
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="no EOS token"):
         padding_id(tokenizer, said.append)
+
+
+@pytest.mark.parametrize("name", ["{}/nowhere", "./nowhere"])
+def test_a_path_that_is_not_there_is_not_looked_for_at_the_hub(name, tmp_path):
+    with pytest.raises(InputError, match="no such folder") as error:
+        load_model(TrainConfig(model=name.format(tmp_path)))
+    assert "hf download" not in str(error.value)
