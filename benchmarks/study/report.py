@@ -64,6 +64,7 @@ def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
     sections = [
         "# Does InSPO help? A controlled study",
         "<!-- written by python -m benchmarks.study; do not edit -->",
+        *_unfinished(result),
         _filled(finding(result)),
         "![quality by arm](study_arms.png)",
         _world(result),
@@ -78,6 +79,15 @@ def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
         _rerun(result),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _unfinished(result: Mapping[str, Any]) -> list[str]:
+    if result["runs"] >= result["planned"]:
+        return []
+    note = f"""
+        **Not finished: {result["runs"]} of {result["planned"]} runs.** What follows is of the arms that are complete;
+        those that are missing are named at the end. `python -m benchmarks.study` does what is left."""
+    return [_filled(note)]
 
 
 def _world(result: Mapping[str, Any]) -> str:
@@ -321,7 +331,8 @@ def _doubts(result: Mapping[str, Any]) -> str:
         regression is tested on planted coefficients, grading on known answers, the alternatives' order on the batches
         themselves, marginal rewards after training that must separate them; losses are the package's, which are tested
         against a plain implementation in float64.""",
-        """A leak? See label noise 0.5. Test prompts are in no demonstration and no pair.""",
+        "A leak? Test prompts are in no demonstration and no pair. "
+        + ("See label noise 0.5." if "label noise" in result["ablations"] else "Label noise 0.5 is not finished."),
         f"""Unfair tuning? Each arm of the table, SFT and plain + SFT had a grid of its own on one seed ({TUNING_SEED},
         used for nothing else), by exact quality on validation prompts: a middle, then learning rate and one parameter
         divided and multiplied by {STEP:g}; for SFT {len(SFT_LEARNING_RATES)} learning rates. The middles come from a

@@ -10,13 +10,14 @@ import numpy as np
 import scipy.stats
 
 from .arms import ARMS, OBJECTIVES, VARIANTS, Arm
-from .plan import TUNING_SEED, Plan, winners
+from .plan import TUNING_SEED, Plan, all_jobs, winners
 from .runs import base_name
 from .statistics import Array, bootstrap_win_rates, fit_length_model, holm, t_interval
 from .world import Judge
 
 COLLAPSED_BELOW, COLLAPSED_UNENDED = 0.1, 0.2
 FEWEST_SEEDS = 5
+FEWEST_RANKED = 8  # a rank correlation over fewer arms says little
 REPLICATES = 300
 
 
@@ -86,6 +87,7 @@ def summarize(plan: Plan, records: Iterable[Mapping[str, Any]], replicates: int 
         "seeds": plan.seeds,
         "fewer_seeds": plan.fewer,
         "runs": len(records),
+        "planned": len(all_jobs(plan)),
         "run_seconds": sum(r["seconds"] for r in records),
         "unfinished": [arm.name for arm in arms if arm not in complete],
         "bases": {name: _base(runs, name) for name in drafts},
@@ -222,7 +224,7 @@ def _tracking(
     """
     seeds = runs.seeds(base_name(True))
     here = [arm.name for arm in arms if runs.seeds(arm.name) == seeds]
-    if len(here) < 3:
+    if len(here) < FEWEST_RANKED:
         return {}
     series: dict[str, list[float]] = {"win_rate": [], "lc_win_rate": [], "length": []}
     for seed in seeds:
