@@ -64,6 +64,10 @@ def _differences(was: dict[str, Any], row: dict[str, Any], least: float) -> Iter
         yield b > a, f"peak memory {a / 2**20:,.0f} -> {b / 2**20:,.0f} MiB"
 
 
+def _benchmark(result: dict[str, Any]) -> str:
+    return next(word for word in result["command"].split() if word.startswith("benchmarks."))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.compare", description=__doc__.splitlines()[0])
     parser.add_argument("old")
@@ -74,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         old, new = read(options.old), read(options.new)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if (was := _benchmark(old)) != (now := _benchmark(new)):
+        parser.error(f"{options.old} is of {was} and {options.new} of {now}; give two files of one benchmark")
     for key in ("hardware", "versions", "dtype"):
         if old.get(key) != new.get(key):
             print(f"note: {key} differ: {old.get(key)} and {new.get(key)}")

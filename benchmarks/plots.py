@@ -123,7 +123,7 @@ def plot_step(result: dict[str, Any]) -> Figure:
                 at, ratios = zip(*points)
                 errors = [[r["median"] - r["q1"] for r in ratios], [r["q3"] - r["median"] for r in ratios]]
                 axes.errorbar(
-                    at, [r["median"] for r in ratios], errors, marker="o", capsize=2, color=f"C{i}", linestyle=":",
+                    at, [r["median"] for r in ratios], errors, marker="o", capsize=2, color=f"C{i}", linestyle="",
                     label=title,
                 )  # fmt: skip
         axes.set_xticks(range(len(ticks)), ticks)
@@ -135,13 +135,14 @@ def plot_step(result: dict[str, Any]) -> Figure:
     handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside lower center", ncols=3)
     axes = panels[-1]
-    for i, (name, row) in enumerate(result["same_work"]["contenders"].items()):
+    for i, name in enumerate(result["titles"]):
+        row = result["same_work"]["contenders"].get(name, {})
         if "losses" in row:
             # Ever narrower: all of them can be seen where they coincide.
-            axes.plot(range(1, len(row["losses"]) + 1), row["losses"], linewidth=9 - 1.8 * i, alpha=0.6, label=name)
+            width = 12 * (1 - i / len(result["titles"]))
+            axes.plot(range(1, len(row["losses"]) + 1), row["losses"], linewidth=width, alpha=0.6, color=f"C{i}")
     axes.set_title(f"losses in {result['same_work']['dtype']}, before each update", fontsize=9)
     axes.set_xlabel("update")
-    axes.legend(fontsize=7)
     return figure
 
 

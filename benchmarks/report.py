@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from . import plots
 from .contenders import CONTENDERS
 from .measure import PRODUCTS
+from .study.report import finding
 
 TITLES = {name: contender.title for name, contender in CONTENDERS.items()}
 RESULTS = Path(__file__).parent / "results"
@@ -35,6 +36,8 @@ def loss(result: dict[str, Any]) -> str:
         *_cell_table(first, "floor"),
     ]
     lines += [_other_shape(cell) for cell in others]
+    if any(row["status"] == "measured" and not row.get("times_floor") for row in first["contenders"].values()):
+        lines += ["", "Not yet timed: only memory and error have been measured so far."]
     return "\n".join([*lines, "", _source(result, "loss_cpu.json")])
 
 
@@ -69,7 +72,8 @@ def _cell_table(cell: dict[str, Any], base: str) -> list[str]:
 
 
 def _ratio(ratio: dict[str, float], is_base: bool = False) -> str:
-    return f"{ratio['median']:.2f}" + ("" if is_base else f" ({ratio['q1']:.2f}-{ratio['q3']:.2f})")
+    around = "one round" if ratio["q1"] == ratio["q3"] else f"{ratio['q1']:.2f}-{ratio['q3']:.2f}"
+    return f"{ratio['median']:.2f}" + ("" if is_base else f" ({around})")
 
 
 def _mebibytes(row: dict[str, Any]) -> str:
@@ -90,11 +94,11 @@ def logps(result: dict[str, Any]) -> str:
     for name in first["contenders"]:
         if name == "floor":
             continue
-        rows = [cell["contenders"][name] for cell in cells]
-        texts = [
-            f"{_ratio(row['times_floor'])}, {_mebibytes(row)}" if row["status"] == "measured" else row["status"]
-            for row in rows
-        ]
+        texts = []
+        for cell in cells:
+            row = cell["contenders"].get(name, {"status": "not yet measured"})
+            time = _ratio(row["times_floor"]) if row.get("times_floor") else "not yet timed"
+            texts.append(f"{time}, {_mebibytes(row)}" if row["status"] == "measured" else row["status"])
         lines.append(f"| {TITLES[name]} | " + " | ".join(texts) + " |")
     return "\n".join([*lines, "", _source(result, "logps_cpu.json")])
 
@@ -135,7 +139,8 @@ def step(result: dict[str, Any]) -> str:
     titles = result["titles"]
     lines = [
         f"A whole training step, {result['dtype']}: time / four forwards (quartiles), and positions "
-        "through the layers, by the prompt's share of prompt + chosen + rejected, or with the lengths of real pairs.",
+        "through the layers, by the prompt's share of prompt + chosen + rejected, or with the lengths of real pairs. "
+        "Four forwards: policy and reference, chosen and rejected, each by itself.",
         "",
         "| model, prompt share | " + " | ".join(titles.values()) + " |",
         "|---" * (len(titles) + 1) + "|",
@@ -276,12 +281,29 @@ def no_drafts(result: dict[str, Any]) -> str:
     )
 
 
+def loop_overhead(result: dict[str, Any]) -> str:
+    """One sentence."""
+    ratios = [loop / bare for loop, bare in zip(*(result["seconds"][name] for name in ("loop", "bare")))]
+    return (
+        f"Metrics, logs, finite checks and a checkpoint every {result['save_every']} steps: the loop took "
+        f"{_list_of(ratios)} times as long as its bare steps ({len(ratios)} rounds of {result['steps']} steps), so "
+        f"what it costs is below this machine's noise.\n\n" + _source(result, "loop_overhead.json")
+    )
+
+
+def _list_of(ratios: list[float]) -> str:
+    *first, last = (f"{ratio:.2f}" for ratio in ratios)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "loss": ("loss_cpu.json", loss),
     "logps": ("logps_cpu.json", logps),
     "scaling": ("scaling_cpu.json", scaling),
     "step": ("step_cpu.json", step),
     "gpu": ("gpu.json", gpu),
+    "loop_overhead": ("loop_overhead.json", loop_overhead),
+    "study": ("study/study.json", finding),
     "demo": ("demo_seeds.json", demo),
     "no_drafts": ("demo_no_drafts.json", no_drafts),
     "real_pairs": ("real_pairs.json", real_pairs),

@@ -113,7 +113,8 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
 
 
 def result_of(**contenders):
-    return {"cells": [{"name": "reference", "contenders": contenders}]}
+    cells = [{"name": "reference", "contenders": contenders}]
+    return {"command": "python -m benchmarks.loss --json FILE", "cells": cells}
 
 
 def spread(median, half=0.01):
@@ -144,6 +145,10 @@ def test_compare_tells_slower_from_noise(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main([str(paths[0]), str(tmp_path / "other.json")])
     assert "has no cells" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text(json.dumps(old | {"command": "python -m benchmarks.step"}))
+    with pytest.raises(SystemExit):
+        compare.main([str(paths[0]), str(tmp_path / "other.json")])
+    assert "give two files of one benchmark" in capsys.readouterr().err
 
 
 def test_own_peak_counts_what_is_allocated_and_freed():
