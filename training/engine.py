@@ -58,6 +58,12 @@ def start_processes() -> Accelerator:
     return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=kwargs)
 
 
+def end_processes() -> None:
+    """Leaves what ``start_processes`` joined, at the end of a program: threads left waiting for others may abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def check_launch(environment: Mapping[str, str]) -> None:
     """Raises InputError where what ``accelerate launch`` put into the environment would do nothing, or harm."""
     if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):

@@ -46,6 +46,7 @@ from .engine import (
     all_finite,
     check_same,
     clip_gradients,
+    end_processes,
     from_first_process,
     is_sharded,
     process_count,
@@ -464,11 +465,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = parse_config(arguments)
         if not config.dry_run:
             train(config)
+            end_processes()
         elif os.environ.get("RANK", "0") == "0":
             plan(config, print)
     except (InputError, NonFiniteError, SaveError, Stopped, OSError) as error:  # raised in all processes alike
         if os.environ.get("RANK", "0") == "0":
             print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
+        end_processes()
         sys.exit(EXIT_CODE if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("interrupted; what --save_every kept goes on with --resume auto", file=sys.stderr)

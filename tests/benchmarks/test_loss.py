@@ -96,8 +96,9 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     file = tmp_path / "loss.json"
     command = [sys.executable, "-m", "benchmarks.loss", "--shape", "quick", "--rounds", "10000000"]
     process = subprocess.Popen(
-        [*command, "--contenders", "torch", "--json", str(file)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+        [*command, "--contenders", "torch", "--json", str(file)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what is behind "&"
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
         while not (file.exists() and '"rounds"' in file.read_text()):

@@ -104,7 +104,7 @@ def test_a_folder_with_tokenizer_and_data_is_checked_as_in_the_run(tmp_path):
         ({"train_data": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file"),
         ({"train_data": str(PAIRS), "alternative": "chat"}, "pairs.jsonl:1: holds strings"),
         ({"eval_data": write_jsonl(tmp_path / "e.jsonl", [{"prompt": "a"}])}, "e.jsonl:1: 'chosen' is missing"),
-        ({"model": str(tmp_path / "none")}, "its config.json could not be loaded"),
+        ({"model": str(tmp_path / "none")}, "none': no such folder"),
     ):
         with pytest.raises(InputError, match=message):
             planned(TrainConfig(**{**common, **given}))
