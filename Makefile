@@ -9,7 +9,7 @@ help:
 	@echo "make demo        fit, sample, fine-tune and compare a tiny model (1 to 3 minutes, no GPU)"
 	@echo "make test        run the tests"
 	@echo "make lint        ruff and mypy"
-	@echo "make benchmark   measure this machine (half an hour) and regenerate the README's tables and plots"
+	@echo "make benchmark   measure this machine and regenerate the README's tables and plots"
 
 install: $(VENV)/.installed-test
 

@@ -105,8 +105,8 @@ def seconds_of(run: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    """Median and quartiles, of the values themselves: two of them are not extrapolated."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"median": middle, "q1": low, "q3": high}
 
 

@@ -78,7 +78,7 @@ def load_settings(config: TrainConfig) -> PretrainedConfig:
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     try:
         return CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **ids, **fields})
-    except Exception as error:
+    except Exception as error:  # transformers checks the fields in many places, each with its own class of error
         raise InputError(f"model: {fields} does not make a {model_type} model ({error})") from None
 
 
@@ -99,7 +99,7 @@ def meta_model(config: TrainConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(
                 settings, dtype=getattr(torch, config.param_dtype), attn_implementation=config.attn_implementation
             )
-    except Exception as error:
+    except Exception as error:  # as above: some fields are looked at only here
         raise InputError(f"model: {config.model} does not make a causal language model ({error})") from None
 
 

@@ -143,7 +143,7 @@ def ablations() -> Iterator[Arm]:
     def changed(variant: str, group: str, level: float | str, **changes: float | str | bool) -> Arm:
         arm = table_arm("dpo", variant)
         name, title = f"{arm.name}, {group} {level}", f"{arm.title}, {group} {level}"
-        return replace(arm, name=name, title=title, group=group, level=level, **changes)  # type: ignore[arg-type]
+        return replace(arm, name=name, title=title, group=group, level=level, **changes)
 
     for noise in (0.0, 0.3, 0.5):
         for variant in VARIANTS:

@@ -59,8 +59,11 @@ def test_resume_adds_what_is_missing(tmp_path, no_processes, capsys):
     loss.main([*arguments, "torch", "log_softmax", "--resume"])
     after = json.loads((tmp_path / "loss.json").read_text())
     (cell,) = after["cells"]
-    assert cell["contenders"]["log_softmax"] == before["cells"][0]["contenders"]["log_softmax"]
+    (cell_before,) = before["cells"]
+    assert cell["contenders"]["log_softmax"]["peak_bytes"] == cell_before["contenders"]["log_softmax"]["peak_bytes"]
     assert cell["contenders"]["torch"]["seconds"]["median"] > 0
+    loss.main([*arguments, "torch", "--resume"])
+    assert json.loads((tmp_path / "loss.json").read_text())["cells"] == after["cells"]  # nothing was lacking
     assert after["command"].count("python -m benchmarks.loss") == 2
     (tmp_path / "loss.json").write_text(json.dumps(after | {"dtype": "bfloat16"}))
     for wrong in (arguments, ["--json", str(tmp_path / "none.json"), "--contenders"]):
@@ -111,6 +114,19 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     result = json.loads(file.read_text())
     assert process.returncode == 130 and "what is done is kept" in said
     assert not result["finished"] and result["cells"][0]["contenders"]["torch"]["seconds"]["median"] > 0
+
+
+def test_a_contender_added_later_is_timed_in_the_same_rounds_as_the_others(tmp_path, no_processes):
+    file = tmp_path / "loss.json"
+    for rounds, words in (("1", ["torch"]), ("2", ["log_softmax", "--resume"])):
+        loss.main(["--shape", "quick", "--json", str(file), "--rounds", rounds, "--contenders", *words])
+    rows = json.loads(file.read_text())["cells"][0]["contenders"]
+    assert {name: row["rounds"] for name, row in rows.items()} == {"floor": 2, "torch": 2, "log_softmax": 2}
+
+
+def test_quartiles_lie_within_what_was_measured():
+    assert harness.spread([3.0, 1.0]) == {"median": 2.0, "q1": 1.5, "q3": 2.5}
+    assert harness.spread([7.0]) == {"median": 7.0, "q1": 7.0, "q3": 7.0}
 
 
 def result_of(**contenders):
