@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -58,10 +59,18 @@ def start_processes() -> Accelerator:
     return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=kwargs)
 
 
-def end_processes() -> None:
-    """Leaves what ``start_processes`` joined, at the end of a program: threads left waiting for others may abort it."""
+def end_processes(status: int) -> None:
+    """Ends a program that joined others, with exit status ``status``; returns where it is the only process.
+
+    Without the interpreter's own end: a thread of gloo that lets go of the last tensors while the interpreter is being
+    taken down is aborted, and with it a process whose work was done. ``destroy_process_group`` does not stop these
+    threads, because caches of torch still refer to the group of a sharded model.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def check_launch(environment: Mapping[str, str]) -> None:

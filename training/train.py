@@ -465,14 +465,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = parse_config(arguments)
         if not config.dry_run:
             train(config)
-            end_processes()
+            end_processes(0)
         elif os.environ.get("RANK", "0") == "0":
             plan(config, print)
     except (InputError, NonFiniteError, SaveError, Stopped, OSError) as error:  # raised in all processes alike
         if os.environ.get("RANK", "0") == "0":
             print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
-        end_processes()
-        sys.exit(EXIT_CODE if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 1)
+        status = EXIT_CODE if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 1
+        end_processes(status)
+        sys.exit(status)
     except KeyboardInterrupt:
         print("interrupted; what --save_every kept goes on with --resume auto", file=sys.stderr)
         sys.exit(130)

@@ -155,6 +155,26 @@ def test_no_process_waits_for_one_that_crashed(two: Path) -> None:
     assert "MemoryError: only in process 1" in (two / "output.1").read_text()
 
 
+ENDING = """
+import atexit, sys
+import torch.distributed as dist
+from training.engine import end_processes
+atexit.register(print, "the interpreter ends")
+if sys.argv[1] == "several":
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
+print("all done")
+end_processes(3)
+"""
+
+
+@pytest.mark.parametrize(("of", "status", "said"), [("several", 3, ""), ("one", 0, "the interpreter ends\n")])
+def test_threads_of_gloo_do_not_see_the_interpreter_end(tmp_path: Path, of: str, status: int, said: str) -> None:
+    """They would abort the process, in one of some thirty runs on a busy machine."""
+    command = [sys.executable, "-c", ENDING, of, str(tmp_path / "store")]
+    run = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (status, f"all done\n{said}"), run.stderr
+
+
 def test_accelerate_launch_runs_the_command_line_in_two_processes(tmp_path: Path) -> None:
     more = ("--batch_size", "7", "--max_batch_tokens", "400", "--log_every", "1", "--eval_data", str(PAIRS))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp2_8gpu.yaml")]
