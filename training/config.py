@@ -149,6 +149,11 @@ class TrainConfig:
         if not self.make_objective().needs_reference and self.reference_conditioned:
             raise InputError(f"reference_conditioned: objective {self.objective!r} has no reference")
 
+    @property
+    def folder(self) -> Path | None:
+        """``output_dir``."""
+        return Path(self.output_dir) if self.output_dir else None
+
     def make_objective(self) -> Objective:
         """The objective with its parameters. The plain twin of ORPO fits the chosen response: it has no marginals."""
         given = {name: getattr(self, name) for name in OBJECTIVE_PARAMETERS if getattr(self, name) is not None}

@@ -1,6 +1,7 @@
 """Fine-tunes a causal language model on preference pairs: ``python -m training.train --config FILE.yaml``.
 
-Read ``_train`` from top to bottom: it is the whole of training, and ``train_step`` inside it the whole of a step.
+Read ``_train`` from top to bottom: it is the whole of training. What it works on comes from ``inputs.py``, and one
+step of it is ``update.py``.
 """
 
 from __future__ import annotations
@@ -24,57 +25,45 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .card import model_card
-from .chat import separator_ids, set_template_kwargs
 from .checkpoint import (
     SaveError,
     check_inputs,
-    digest_of,
     find_checkpoint,
-    in_first_process,
     load_checkpoint,
     rotate,
     save_checkpoint,
     set_aside,
     way_on,
-    whole_folder,
 )
 from .config import InputError, TrainConfig, help_text, parse_config
-from .data import Pair, check_pairs, check_source, load_pairs, select_pairs
+from .data import Pair
 from .engine import (
-    accumulating,
     all_finite,
-    check_same,
-    clip_gradients,
     end_processes,
     from_first_process,
     is_sharded,
     process_count,
     process_index,
     start_processes,
-    sum_over_processes,
     together,
     unwrap,
-    whole_weights,
     wrap,
 )
 from .evaluation import evaluate, is_better, sample_answers, starting_report
+from .inputs import TokenPairs, load_inputs
 from .layouts import check_layout, choose_layout
 from .memory import report_memory
-from .model import adapter_off, add_lora, check_architecture, load_model, padding_id, size_text
+from .model import adapter_off, size_text
 from .output import CURVES, RunLog, Window, evaluation_line, locked, training_line
 from .plan import plan
-from .scoring import Batcher, PairModel, Scores, reference_logps, score, weights_digest
+from .save_model import save_model
+from .scoring import Batcher, PairModel, Scores, reference_logps, score
 from .stopping import EXIT_CODE, Stopped, stop_requests
+from .update import NonFiniteError, Update, learning_rate
 from .usage import usage_of
 from .watch import Watch, evaluation_warnings, training_warnings
 
-TokenPairs = Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]
 STARTING_SAMPLE = 32  # pairs that the report before step 1 looks at
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm of a step was not finite; the step's update was not made."""
 
 
 @dataclass
@@ -113,17 +102,15 @@ def train(
     model could not be written, and Stopped after SIGTERM.
     """
     accelerator = start_processes()
-    folder = Path(config.output_dir) if config.output_dir else None
     with ExitStack() as stack:
         with together():
-            stack.enter_context(locked(folder if process_index() == 0 else None))
-        return _train(config, accelerator, folder, pairs, eval_pairs, model, tokenizer, pad_token_id, quiet)
+            stack.enter_context(locked(config.folder if process_index() == 0 else None))
+        return _train(config, accelerator, pairs, eval_pairs, model, tokenizer, pad_token_id, quiet)
 
 
 def _train(
     config: TrainConfig,
     accelerator: Accelerator,
-    folder: Path | None,
     pairs: TokenPairs | None,
     eval_pairs: TokenPairs | None,
     model: PreTrainedModel | None,
@@ -131,51 +118,19 @@ def _train(
     pad_token_id: int,
     quiet: bool,
 ) -> TrainResult:
-    main, world = process_index() == 0, process_count()
+    main, world, folder = process_index() == 0, process_count(), config.folder
     quiet = quiet or not main
     log = RunLog(folder if main else None, quiet, config.report_to)
     objective = config.make_objective()
     log.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in asdict(config).items() if v is not None), 118))
 
-    # Model and data.
     with together():
         found = find_checkpoint(folder, config, log.say) if folder and main else None
     resume_from, state = from_first_process(found) or (None, {})
-    with together():
-        for source in (config.train_data if pairs is None else None, config.eval_data if eval_pairs is None else None):
-            if source is not None:
-                check_source(source)
-        if model is None:
-            model, tokenizer = load_model(config)
-        check_architecture(model)
-        if model.dtype != getattr(torch, config.param_dtype):
-            raise InputError(f"the model is in {model.dtype}, but param_dtype={config.param_dtype}; make them agree")
-        if tokenizer is not None:
-            set_template_kwargs(tokenizer, config.chat_template_kwargs or {})
-            pad_token_id = padding_id(tokenizer, log.say)
-        bos_token_id = None if tokenizer is None else tokenizer.bos_token_id
-        separator = separator_ids(tokenizer, config)
-
-        def select(given: TokenPairs | None, source: str | None, name: str) -> list[Pair]:
-            if given is None:
-                if tokenizer is None or source is None:
-                    raise InputError(f"{name}: give {name}, or tokenised pairs in memory")
-                given = load_pairs(source, tokenizer, messages_only=config.alternative == "chat")
-            return select_pairs(
-                given, name, config, vocab_size=model.get_output_embeddings().weight.shape[0],
-                bos_token_id=bos_token_id, log=log.say, separator_length=len(separator),
-            )  # fmt: skip
-
-        train_pairs = select(pairs, config.train_data, "train_data")
-        held_out = select(eval_pairs, config.eval_data, "eval_data") if eval_pairs or config.eval_data else []
-        check_pairs(train_pairs, held_out, model, config, log.say, separator_length=len(separator))
-        weights = weights_digest(model)
-        if config.lora:
-            add_lora(model, config.lora, config.seed)
-    check_same((weights, train_pairs, held_out), "model or data")
-    inputs = {"model": weights, "train_data": digest_of(train_pairs), "eval_data": digest_of(held_out)}
+    inputs = load_inputs(config, pairs, eval_pairs, model, tokenizer, pad_token_id, log.say)
+    model, tokenizer, train_pairs, held_out = inputs.model, inputs.tokenizer, inputs.train_pairs, inputs.held_out
     if resume_from is not None:
-        check_inputs(resume_from, state, inputs, config, log.say)
+        check_inputs(resume_from, state, inputs.digests, config, log.say)
 
     steps_per_epoch = math.ceil(len(train_pairs) / config.batch_size)
     total_steps = config.max_steps or config.num_epochs * steps_per_epoch
@@ -187,7 +142,7 @@ def _train(
     usage = usage_of(model, accelerator.device, bf16=bf16, processes=world)
     # A resumed run goes on in the layout that it began with.
     layout = state.get("layout", config.layout) if config.layout == "auto" else config.layout
-    batcher = Batcher(pad_token_id, accelerator.device, config.max_batch_tokens, tuple(separator))
+    batcher = Batcher(inputs.pad_token_id, accelerator.device, config.max_batch_tokens, inputs.separator)
     batcher = choose_layout(
         layout, model, batcher, [*train_pairs, *held_out], conditioned=config.conditioned, log=log.say
     )
@@ -218,7 +173,7 @@ def _train(
             return None
         with adapter_off(model):
             return reference_logps(
-                module, weights, some, batcher, conditioned=conditioned,
+                module, inputs.digests["model"], some, batcher, conditioned=conditioned,
                 mixed_precision=config.mixed_precision,
                 cache=Path(config.reference_cache) if config.reference_cache else folder,
                 progress=None if quiet else "reference", log=log.say,
@@ -244,7 +199,7 @@ def _train(
             raise InputError(f"{resume_from} is of step {state['step']}, but the run has {total_steps} steps")
         texts = load_checkpoint(resume_from, unwrap(module), optimizer.optimizer, log.say)
         start, tokens, window, best = state["step"], state["tokens"], Window(**state["window"]), state["best"]
-        if state["inputs"]["eval_data"] != inputs["eval_data"]:  # then earlier evaluations are of others
+        if state["inputs"]["eval_data"] != inputs.digests["eval_data"]:  # then earlier evaluations are of others
             best, compared_from = None, start
         if from_first_process(folder is None or not (folder / "best").is_dir()):
             best = None  # its model stayed in another folder, or is lost
@@ -288,29 +243,16 @@ def _train(
         log.draw(title)
 
     def write_model(name: str, step: int) -> None:
-        """The model as transformers loads it, with its card."""
-        state_dict = {key.removeprefix("model."): tensor for key, tensor in whole_weights(module).items()}
-        inner = unwrap(module).model
-
-        def write() -> None:
-            with whole_folder(folder / name) as to:
-                inner.save_pretrained(to, state_dict=state_dict)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(to)
-                model_card(
-                    config, title=str(objective), name=f"{folder.name}/{name}", step=step, steps=total_steps,
-                    pairs=len(train_pairs), parameters=sum(p.numel() for p in inner.parameters()),
-                    trained=sum(p.numel() for p in inner.parameters() if p.requires_grad), processes=world,
-                    evaluations=evaluations(), library="peft" if config.lora else "transformers",
-                ).save(to / "README.md")  # fmt: skip
-
-        in_first_process(write)
+        save_model(
+            folder / name, module, tokenizer, config, title=str(objective), step=step, steps=total_steps,
+            pairs=len(train_pairs), evaluations=evaluations(),
+        )  # fmt: skip
 
     def save(step: int) -> bool:
         """Whether there was space for it. A checkpoint that no run could go on from must not displace a sound one."""
         if not all_finite(module):
             raise NonFiniteError(f"after step {step} the model's parameters are not finite; {way_on(folder)}")
-        state = {"step": step, "tokens": tokens, "window": asdict(window), "best": best, "inputs": inputs,
+        state = {"step": step, "tokens": tokens, "window": asdict(window), "best": best, "inputs": inputs.digests,
                  "layout": "rows" if batcher.layout == "rows" else "tree", "config": asdict(config)}  # fmt: skip
         try:
             save_checkpoint(folder, step, unwrap(module), optimizer.optimizer, state, log.texts())
@@ -321,61 +263,13 @@ def _train(
             rotate(folder, step, config.save_total, log.say)
         return True
 
-    def forward(batch: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics summed over pairs."""
-        inputs = batcher([train_pairs[i] for i in batch], conditioned=config.conditioned)
-        return module(inputs, reference_of_batch(batch))
-
-    def train_step(step: int, batch: list[int]) -> dict[str, float]:
-        """One update on the pairs ``batch``; metrics are means over them. Reads from the device once."""
-        totals: Tensor | float = 0.0
-        passes = batcher.plan([train_pairs[i] for i in batch], conditioned=config.conditioned)
-        for number, part in enumerate(passes, 1):
-            with accumulating(module, last=number == len(passes)):
-                loss, metrics = forward([batch[i] for i in part.pairs])
-                # The mean is over all pairs of the step, in whichever process; engines average over the processes.
-                (loss * (part.weight * world / len(batch))).backward()
-            totals = totals + part.weight * torch.stack(list(metrics.values()))
-        norm = clip_gradients(module, config.max_grad_norm)
-        # Signals reach the processes at different times: the sum says to all at the same step that one has come.
-        stop = norm.new_full((1,), float(stop_requested()), dtype=torch.float64)
-        mine = torch.cat([totals / len(batch), norm.double().view(1) / world, stop])
-        row = dict(zip([*metrics, "grad_norm", "stop"], sum_over_processes(mine).tolist(), strict=True))
-        if config.reference_conditioned:  # rewards from the prompt alone would need another reference
-            row = {name: value for name, value in row.items() if not name.startswith("marginal/rewards")}
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            raise NonFiniteError(
-                f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; stopped before the update. "
-                f"Pairs that cause it: {culprits(batch)}. Look at these pairs, or lower learning_rate; "
-                f"{way_on(folder)}, with other settings if --resume_changed true is given"
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, total_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        return row
-
-    def culprits(batch: list[int]) -> str:
-        """Of a step that went wrong: the pairs that go wrong alone. Every process looks at every pair."""
-        guilty = []
-        for i in batch:
-            optimizer.zero_grad()
-            loss, _ = forward([i])
-            loss.backward()
-            if not sum_over_processes(loss.detach() + clip_gradients(module, math.inf)).isfinite():
-                guilty.append(i)
-        optimizer.zero_grad()
-        named = ", ".join(train_pairs[i].origin for i in (guilty or batch)[:8])
-        if len(guilty or batch) > 8:
-            named += f" and {len(guilty or batch) - 8} more"
-        if not guilty:
-            return f"none alone, only all together ({named})"
-        return named + (" (all pairs of the step)" if len(guilty) == len(batch) > 1 else "")
-
     def is_due(every: int | None, step: int) -> bool:
         return (every is not None and step % every == 0) or step == total_steps
 
     with stop_requests() as stop_requested, closing(log):
+        update = Update(
+            module, optimizer, batcher, train_pairs, reference_of_batch, config, total_steps, stop_requested
+        )  # fmt: skip
         # A checkpoint is saved before the evaluation of its step, which a resumed run therefore makes again.
         if start == 0 or is_due(config.eval_every, start):
             evaluate_now(start)
@@ -383,8 +277,7 @@ def _train(
         for step in range(start + 1, total_steps + 1):
             batch = batch_indices(len(train_pairs), config.batch_size, step, config.seed)
             began = time.perf_counter()
-            row = train_step(step, batch)
-            stop = row.pop("stop") > 0
+            row, stop = update(step, batch)
             of_batch = [train_pairs[i] for i in batch]
             read = sum(batcher.tokens(pair, conditioned=config.conditioned) for pair in of_batch)
             facts = batch_facts(of_batch, None if config.reference_conditioned else reference_of_batch(batch))
@@ -440,16 +333,6 @@ def batch_indices(num_pairs: int, step_pairs: int, step: int, seed: int) -> list
 def used_indices(num_pairs: int, step_pairs: int, total_steps: int, seed: int) -> list[int]:
     """The pairs that some step uses, ascending; fewer than all of them only in a run shorter than an epoch."""
     return sorted(batch_indices(num_pairs, min(num_pairs, total_steps * step_pairs), 1, seed))
-
-
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Linear warm-up from above 0 to the peak, then the scheduler's shape towards 0; steps count from 1."""
-    warmup = int(config.warmup * total_steps)
-    if step <= warmup:
-        return config.learning_rate * step / (warmup + 1)
-    done = (step - 1 - warmup) / (total_steps - warmup)
-    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return config.learning_rate * shapes[config.lr_scheduler]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

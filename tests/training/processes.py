@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 import training.train
+import training.update
 from training.config import LoraOptions, TrainConfig
 from training.engine import clip_gradients, process_index, together
 from training.scoring import PairModel
@@ -55,7 +56,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         gradients.append({name.removeprefix("module."): grad.clone() for name, grad in found.items()})
         return clip_gradients(module, max_norm)
 
-    training.train.clip_gradients = spy
+    training.update.clip_gradients = spy
     out = folder / name if name in ("ragged", "tied") else None
     config = TrainConfig(**{**COMMON, **options, "output_dir": out and str(out)})
     try:
@@ -63,7 +64,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
             config, token_pairs(8), eval_pairs=token_pairs(3, seed=5), model=model, quiet=True
         )
     finally:
-        training.train.clip_gradients = clip_gradients
+        training.update.clip_gradients = clip_gradients
     weights = {name: whole(tensor).detach() for name, tensor in result.model.state_dict().items()}
     if out and process_index() == 0:
         weights = LlamaForCausalLM.from_pretrained(out / "final").state_dict()

@@ -19,7 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import training.save_model
 import training.train
+import training.update
 from training import checkpoint, output
 from training.checkpoint import check_checkpoint, checkpoints
 from training.config import InputError, TrainConfig
@@ -120,9 +122,9 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_checkpoints_and_says_so(
     tmp_path, uninterrupted, monkeypatch, capsys
 ):
     out = tmp_path / "out"
-    original = training.train.model_card
+    original = training.save_model.model_card
     monkeypatch.setattr(
-        training.train, "model_card", lambda *a, **k: full() if "/final" in k["name"] else original(*a, **k)
+        training.save_model, "model_card", lambda *a, **k: full() if "/final" in k["name"] else original(*a, **k)
     )
     with pytest.raises(SystemExit) as stopped:
         main(options(out, *RUN))
@@ -281,10 +283,10 @@ def test_a_folder_with_checkpoints_of_its_own_is_not_mixed_with_another_run(tmp_
 def test_divergence_leaves_a_checkpoint_to_go_on_from(tmp_path, uninterrupted, monkeypatch, capsys):
     """An update without bounds: the loss of step 2 was finite, the parameters after it are not."""
     more = [*RUN, "--save_every", "1", "--save_total", "1"]
-    original = training.train.learning_rate
+    original = training.update.learning_rate
     with monkeypatch.context() as patch:
         patch.setattr(
-            training.train, "learning_rate", lambda c, step, n: original(c, step, n) if step < 2 else float("inf")
+            training.update, "learning_rate", lambda c, step, n: original(c, step, n) if step < 2 else float("inf")
         )
         with pytest.raises(SystemExit, match="1"):
             main(options(tmp_path / "out", *more))
@@ -295,9 +297,9 @@ def test_divergence_leaves_a_checkpoint_to_go_on_from(tmp_path, uninterrupted, m
 
 
 def test_a_loss_that_is_not_finite_names_the_checkpoint_before_it(tmp_path, monkeypatch, capsys):
-    original = training.train.learning_rate
+    original = training.update.learning_rate
     patched = lambda c, step, n: original(c, step, n) if step < 3 else float("inf")  # noqa: E731
-    monkeypatch.setattr(training.train, "learning_rate", patched)
+    monkeypatch.setattr(training.update, "learning_rate", patched)
     with pytest.raises(SystemExit, match="1"):
         main(options(tmp_path / "out", "--max_steps", "5", "--save_every", "2"))
     error = capsys.readouterr().err

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inspo_kernels as ik
+import training.save_model
 import training.train
 from training import output
 from training.checkpoint import SaveError, check_checkpoint
@@ -128,7 +129,7 @@ def test_better_is_by_accuracy_from_the_prompt_alone_and_ties_by_margin():
 
 
 def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    original = training.train.in_first_process
+    original = training.save_model.in_first_process
     calls = iter(range(99))
 
     def fail_first(write):
@@ -136,7 +137,7 @@ def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monk
             raise SaveError("best could not be written: full")
         original(write)
 
-    monkeypatch.setattr(training.train, "in_first_process", fail_first)
+    monkeypatch.setattr(training.save_model, "in_first_process", fail_first)
     main(options(tmp_path / "out", *RUN))
     assert "best could not be written: full; the run goes on" in capsys.readouterr().out
     assert (tmp_path / "out" / "best").is_dir() and (tmp_path / "out" / "final").is_dir()

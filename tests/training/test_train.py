@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.config import InputError, TrainConfig, parse_config
 from training.output import locked
-from training.train import NonFiniteError, batch_indices, learning_rate, main, train
+from training.train import NonFiniteError, batch_indices, main, train
+from training.update import learning_rate
 
 OBJECTIVES = ("dpo", "one_sided", "ipo", "simpo", "rdpo", "orpo", "hinge")
 
