@@ -68,7 +68,7 @@ def fused_inspo_loss(
         reduction: "mean" or "sum" over pairs.
         process_group: reserved; anything but None raises ``NotImplementedError``.
         max_workspace_bytes: bound on the logits workspace (at least one row). Results do not depend on it beyond
-            rounding; the default follows from shapes and device alone.
+            rounding. The default follows from shapes and device, and grows up to fourfold for a pair longer than it.
         backend: "triton" (CUDA and ROCm), "torch" (any device), "reference" (plain torch, everything materialised), or
             "auto": "triton" where it runs, else "torch".
 

@@ -10,9 +10,10 @@ Cost in floating point operations, for N scored rows, hidden size H, vocabulary 
 ``pair_losses`` is the heart. dloss/dlogp_t is the same c for all tokens of a segment and depends on a pair's sums
 alone, so whole pairs are taken in groups that fit the workspace: score the group, sum per segment, evaluate and
 differentiate the objective on those few sums, and turn the logits, still in the workspace, into gradients. Nothing is
-recomputed and no logits outlive their group. Of a pair longer than the workspace C, all but the last C rows are scored
-first and staged again once c is known: 2HV more per such row, and never more memory. dW is written by the first tile
-and added to by the others, in the accumulate dtype.
+recomputed and no logits outlive their group. A pair longer than the default workspace gets a larger one, within limits.
+Of a pair longer than the workspace C, all but the last C rows are scored first and staged again once c is known: 2HV
+more per such row, and never more memory. dW is written by the first tile and added to by the others, in the accumulate
+dtype.
 """
 
 from __future__ import annotations
@@ -163,10 +164,11 @@ def pair_losses(p: Prepared, x: Tensor, needs: Needs) -> tuple[Tensor, Tensor, G
 def _one_pass(p: Prepared, x: Tensor, sums: _Sums, gradients: Gradients) -> Tensor:
     """Losses (B,); fills ``gradients`` group by group."""
     assert p.backend is not None
-    targets, capacity = p.plan.targets, p.capacity
-    groups = list(_groups(p.plan.pair_rows, p.plan.num_pairs if p.terms.objective.batch_coupled else 1, capacity))
+    targets = p.plan.targets
+    groups = list(_groups(p.plan.pair_rows, p.plan.num_pairs if p.terms.objective.batch_coupled else 1, p.capacity))
     largest = max(rows.stop - rows.start for _, rows in groups)
-    tile = _GradientTile(p.backend, p.head, min(capacity, largest), gradients)
+    capacity = min(largest, p.pair_capacity)
+    tile = _GradientTile(p.backend, p.head, capacity, gradients)
     losses = []
     for pairs, rows in groups:
         resident = slice(max(rows.start, rows.stop - capacity), rows.stop)

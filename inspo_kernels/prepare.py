@@ -14,16 +14,24 @@ from .head import FLOATS, LMHead, checked_head
 from .objectives import Objective, make_objective
 from .pair_loss import PairTerms
 
+# Without a bound by the user, a pair longer than the default workspace gets one of up to so many times its rows:
+# staging them twice would cost up to a third more time.
+PAIR_GROWTH = 4
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked call of the loss: what the passes need. ``backend`` is None for the reference."""
+    """A checked call of the loss: what the passes need. ``backend`` is None for the reference.
+
+    ``capacity``: rows of workspace that pairs are grouped into; ``pair_capacity``: for a pair that is longer.
+    """
 
     head: LMHead
     backend: Backend | None
     plan: layout.ScoredRows
     terms: PairTerms
     capacity: int
+    pair_capacity: int
 
 
 def prepare(
@@ -91,7 +99,8 @@ def prepare(
         device=hidden.device,
     )
     capacity = 0 if resolved is None else resolved.capacity(head, hidden.device, max_workspace_bytes)
-    return Prepared(head, resolved, plan, terms, capacity)
+    pair_capacity = capacity * (PAIR_GROWTH if max_workspace_bytes is None else 1)
+    return Prepared(head, resolved, plan, terms, capacity, pair_capacity)
 
 
 def _candidates(

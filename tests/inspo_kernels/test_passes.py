@@ -72,6 +72,16 @@ def test_products(run, products):
     assert flops(run) == pytest.approx(products, rel=1e-3)
 
 
+@pytest.mark.parametrize(("rows", "products"), [(32, 3), (8, 3), (7, 3 + (4 + 4) / N), (4, 3 + (16 + 16) / N)])
+def test_without_a_bound_a_long_pair_gets_up_to_four_times_the_default(monkeypatch, rows, products):
+    """Pairs of 32, 32 and 12 rows; a bound by the user stays what it is."""
+    monkeypatch.setattr(torch_backend.TorchBackend, "default_workspace_bytes", lambda *shape: rows * ROW)
+    with Allocations() as seen:
+        assert flops(lambda: pair_loss()) == pytest.approx(products, rel=1e-3)
+    assert seen.largest <= max(4 * rows * ROW, CASE.hidden.numel() * 4, CASE.weight.numel() * 4)
+    assert flops(lambda: pair_loss(max_workspace_bytes=4 * ROW)) == pytest.approx(3 + (N - 12) / N, rel=1e-3)
+
+
 class Allocations(TorchDispatchMode):
     """The largest tensor that any operation returns, in bytes."""
 
