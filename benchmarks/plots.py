@@ -20,7 +20,10 @@ def plot_cells(
     cells = result["cells"]
     models, modes = (list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "mode"))
     names = list(dict.fromkeys(name for c in cells for name in c["contenders"]))
-    figure = Figure(figsize=(3.6 * len(models), 2.9 * len(modes) + 0.6), layout="constrained")
+    width = 3.6 * len(models)
+    legend_columns = max(1, int(width // 4.5))  # the longest titles take four and a half inches
+    height = 2.9 * len(modes) + 0.4 + 0.17 * len(names) / legend_columns
+    figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(len(modes), len(models), squeeze=False, sharex=True)
     handles = {}
     for axes_row, mode in zip(panels, modes):
@@ -47,8 +50,9 @@ def plot_cells(
         axes.set_xlabel("scored tokens")
     if handles:
         figure.legend(
-            handles.values(), [TITLES.get(n, n) for n in handles], loc="outside lower center", ncols=3, fontsize=8
-        )
+            handles.values(), [TITLES.get(n, n) for n in handles], loc="outside lower center", ncols=legend_columns,
+            fontsize=8,
+        )  # fmt: skip
     figure.suptitle(f"{result['hardware']['gpu'] or result['hardware']['cpu']}, {result['dtype']}", fontsize=9)
     return figure
 
