@@ -26,29 +26,35 @@ BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def loss(result: dict[str, Any]) -> str:
-    """Time, memory and error of the pairwise loss beside the floor, for one shape; times alone for the others."""
-    first, *others = result["cells"]
-    lines = [
-        f"{first['pairs']} pairs, prompt {first['mean_prompt']:.0f}, responses {first['mean_response']:.0f}, "
-        f"H = {first['hidden']}, V = {first['vocab']:,}, {result['dtype']}, forward + backward: "
-        f"{first['scored_tokens']:,} scored of {first['positions']:,} positions.",
-        "",
-        *_cell_table(first, "floor"),
+    """Time beside the floor and memory of the pairwise loss at each shape, and the worst error at any."""
+    cells = result["cells"]
+    lines = [f"The pairwise loss, {result['dtype']}, forward + backward:", ""]
+    lines += [
+        f"- {cell['shape']}: {cell['pairs']} pairs, prompt {cell['mean_prompt']:.0f}, responses "
+        f"{cell['mean_response']:.0f}{'' if cell['shape'] == 'reference' else ' on average'}, H = {cell['hidden']}, "
+        f"V = {cell['vocab']:,}: {cell['scored_tokens']:,} scored of {cell['positions']:,} positions"
+        for cell in cells
     ]
-    lines += [_other_shape(cell) for cell in others]
-    if any(row["status"] == "measured" and not row.get("times_floor") for row in first["contenders"].values()):
-        lines += ["", "Not yet timed: only memory and error have been measured so far."]
-    return "\n".join([*lines, "", _source(result, "loss_cpu.json")])
+    titles = [f"{cell['shape']}: {what}" for cell in cells for what in ("time / floor (quartiles)", "peak memory")]
+    lines += ["", "| | " + " | ".join(titles) + " | worst error against float64 |", "|---" * (len(titles) + 2) + "|"]
+    for name in cells[0]["contenders"]:
+        texts, errors = [], []
+        for cell in cells:
+            row = cell["contenders"].get(name, {"status": "not yet measured"})
+            if row["status"] == "measured":
+                time = _ratio(row["times_floor"], name == "floor") if row.get("times_floor") else "not yet timed"
+                texts += [time, _mebibytes(row)]
+                errors += row.get("relative_error", {}).values()
+            else:
+                texts += [row["status"], ""]
+        error = f"{max(errors):.0e}" if errors else ""
+        lines.append(f"| {_title(name)} | " + " | ".join([*texts, error]) + " |")
+    peak = "Peak memory is what a fresh process takes above its inputs."
+    return "\n".join([*lines, "", peak, "", _source(result, "loss_cpu.json")])
 
 
-def _other_shape(cell: dict[str, Any]) -> str:
-    ranked = {n: r["times_floor"]["median"] for n, r in cell["contenders"].items() if r.get("times_floor")}
-    ranked.pop("floor", None)
-    figures = ", ".join(f"{TITLES[n]} {ratio:.2f}" for n, ratio in sorted(ranked.items(), key=lambda item: item[1]))
-    return (
-        f"\nShape `{cell['shape']}` ({cell['pairs']} pairs, mean prompt {cell['mean_prompt']:.0f} and response "
-        f"{cell['mean_response']:.0f}, H = {cell['hidden']}, V = {cell['vocab']:,}), time / floor: {figures}."
-    )
+def _title(name: str) -> str:
+    return "floor: the bare products, outputs preallocated" if name == "floor" else TITLES[name]
 
 
 def _cell_table(cell: dict[str, Any], base: str) -> list[str]:
@@ -57,7 +63,7 @@ def _cell_table(cell: dict[str, Any], base: str) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for name, row in cell["contenders"].items():
-        title = "floor: the bare products, outputs preallocated" if name == "floor" else TITLES[name]
+        title = _title(name)
         if row["status"] != "measured":
             lines.append(f"| {title} | {row['status']} | | | |")
             continue
