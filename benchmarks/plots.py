@@ -40,11 +40,7 @@ def plot_cells(
                     axes.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
             axes.set_xscale("log", base=2)
             axes.set_xticks([c["tokens"] for c in here], [f"{c['tokens']:,}" for c in here], fontsize=7)
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.grid(alpha=0.3, which="both", linewidth=0.4)
+            _log_y(axes)
         axes_row[0].set_ylabel(label)
     for axes in panels[-1]:
         axes.set_xlabel("scored tokens")
@@ -101,7 +97,9 @@ def plot_scaling(result: dict[str, Any]) -> Figure:
             [r["seconds"]["q3"] for r in table],
             alpha=0.2,
         )
+        ticks = [r["rows"] for r in table][::2]
         axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{rows:,}" for rows in ticks], fontsize=7)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("rows of the workspace")
         axes.set_ylabel("seconds, reference shape")
@@ -153,5 +151,12 @@ def plot_step(result: dict[str, Any]) -> Figure:
 def _log_log(axes: Any, ticks: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks], fontsize=7)
+    _log_y(axes)
+
+
+def _log_y(axes: Any) -> None:
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both", linewidth=0.4)

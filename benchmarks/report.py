@@ -125,7 +125,7 @@ def scaling(result: dict[str, Any]) -> str:
         for fit in sweeps.values():
             figures = [fit.get(name, {}).get(key) for key in ("seconds", "peak_bytes")]
             cells.append(", ".join("-" if f is None else f"{f['exponent']:.2f}" for f in figures))
-        lines.append(f"| {TITLES[name]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_title(name)} | " + " | ".join(cells) + " |")
     best = min(result["workspace"].items(), key=lambda item: item[1]["seconds"]["median"])
     default = next(item for item in result["workspace"].items() if item[0].startswith("default"))
     share = default[1]["seconds"]["median"] / best[1]["seconds"]["median"]

@@ -90,9 +90,17 @@ def test_scaling_fits_exponents(tmp_path, no_processes, capsys):
     result = json.loads(file.read_text())
     assert [cell["value"] for cell in result["cells"]] == [2, 4] and len(result["workspace"]) == 8
     assert result["finished"] and "workspace of" in capsys.readouterr().out
+    assert "| floor: " in report.scaling(result) and "takes 1.00 of the time" in report.scaling(
+        with_equal_times(result)
+    )
     fit = scaling.exponent([(n, 3 * n**1.5) for n in (1, 2, 4, 8)])
     assert fit["exponent"] == pytest.approx(1.5) and fit["standard_error"] < 1e-6
     assert scaling.exponent([(1, 1.0), (2, 2.0)]) is None
+
+
+def with_equal_times(result):
+    workspace = {name: row | {"seconds": {"median": 1.0}} for name, row in result["workspace"].items()}
+    return result | {"workspace": workspace}
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path):
