@@ -144,9 +144,9 @@ def step(result: dict[str, Any]) -> str:
     """Whole steps by prompt share, and that the work is the same."""
     titles = result["titles"]
     lines = [
-        f"A whole training step, {result['dtype']}: time / four forwards (quartiles), and positions "
-        "through the layers, by the prompt's share of prompt + chosen + rejected, or with the lengths of real pairs. "
-        "Four forwards: policy and reference, chosen and rejected, each by itself.",
+        f"A whole training step, {result['dtype']}: time / four forwards (quartiles) and peak memory, by the prompt's "
+        "share of prompt + chosen + rejected, or with the lengths of real pairs. Four forwards: policy and reference, "
+        "chosen and rejected, each by itself.",
         "",
         "| model, prompt share | " + " | ".join(titles.values()) + " |",
         "|---" * (len(titles) + 1) + "|",
@@ -158,7 +158,7 @@ def step(result: dict[str, Any]) -> str:
             ratio = row.get("times_four_forwards")
             text = row["status"]
             if ratio:
-                text = f"{_ratio(ratio, name == 'four_forwards')}, {row['positions_per_step']:,.0f} positions"
+                text = _ratio(ratio, name == "four_forwards")
                 text += "" if row.get("peak_bytes") is None else f", {_mebibytes(row)}"
             texts.append(text)
         lines.append(f"| {cell['name']} | " + " | ".join(texts) + " |")
