@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from ..harness import provenance, write_json
 
 DOUBLE = torch.float64
 KINDS = ("bradley_terry", "cyclic")
+CONVERGED = 1e-6  # largest excess risk of a descent that counts
 
 
 class Exponential(ik.Objective):
@@ -187,14 +188,15 @@ def echoing(log_probs: Tensor, by: float) -> Tensor:
 
 
 def shared_descent(
-    world: World, scalarization: Scalarization, *, anchor: float = 0.0, step: float = 0.2, steps: int = 20_000,
+    world: World, scalarization: Scalarization, *, anchor: float = 0.0, step: float = 0.02, steps: int = 20_000,
     gap: float = 1e-10,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Prompt-only log pi(y) (..., K), and how far each world's risk still is from its lower bound, by gradient descent.
 
     Worlds may be stacked in front and are descended side by side, until the largest excess risk is below ``gap`` or for
     ``steps``. ``anchor`` adds that times the plain risk of the prompt-only policy, whose minimum is then in the bound.
-    Each loss is divided by its own curvature at 0, so that one step means the same for every scalarization.
+    Each loss is divided by its own curvature at 0, so that one step means the same for every scalarization. Steps ten
+    times as large diverge in some worlds, to NaN under the exponential loss.
     """
     theta = world.log_ref.clone().requires_grad_()
     phi = torch.zeros_like(world.preferences).requires_grad_()
@@ -244,7 +246,13 @@ def measure(size: int, worlds: int, seed: int = 0) -> dict[str, Any]:
         result[kind] = {
             "conditioned": {name: _optimum(here, there, s, conditioned_optimum) for name, s in SCALARIZATIONS.items()},
             "plain": {name: _optimum(here, there, s, plain_optimum) for name, s in SCALARIZATIONS.items()},
-            "prompt_only": _prompt_only(here, there),
+            "prompt_only": _prompt_only(
+                here,
+                {
+                    "reference": World(here.preferences, here.weights, there.log_ref),
+                    "weights": World(here.preferences, there.weights, here.log_ref),
+                },
+            ),
         }
     world = drawn[0]
     optimum = conditioned_optimum(world, SCALARIZATIONS["logistic"])
@@ -275,33 +283,38 @@ def _optimum(
     }
 
 
-def _prompt_only(here: World, there: World) -> dict[str, Any]:
-    """How often the most likely answer of the prompt-only policy stays the same, and is what P recommends."""
-    best = {name: shared_descent(here, s) for name, s in SCALARIZATIONS.items()}
-    winners = {name: log_probs.argmax(-1) for name, (log_probs, _) in best.items()}
-    moved = {name: shared_descent(there, s)[0].argmax(-1) for name, s in SCALARIZATIONS.items()}
-    plain = {name: plain_optimum(here, s).argmax(-1) for name, s in SCALARIZATIONS.items()}
-    plain_moved = {name: plain_optimum(there, s).argmax(-1) for name, s in SCALARIZATIONS.items()}
-    # The response that wins most against one drawn uniformly (Borda): the diagonal counts for all alike.
-    favourite = here.preferences.sum(-1).argmax(-1)
-    reference = here.log_ref.argmax(-1)
+def _prompt_only(here: World, changed: Mapping[str, World]) -> dict[str, Any]:
+    """How often the most likely answer of the prompt-only policy stays the same, and is what P recommends.
+
+    ``changed``: the same preferences with another "reference" or other "weights", one of them at a time. Raises
+    ArithmeticError where a descent did not converge.
+    """
+
+    def descended(world: World, s: Scalarization) -> Tensor:
+        log_probs, excess = shared_descent(world, s)
+        if not excess.max() < CONVERGED:  # NaN is not, either
+            raise ArithmeticError(f"a descent ended with an excess risk of {excess.max().item()}")
+        return log_probs
+
+    def summary(policy: Callable[[World, Scalarization], Tensor]) -> dict[str, float]:
+        answers = {name: policy(here, s).argmax(-1) for name, s in SCALARIZATIONS.items()}
+        first = answers["logistic"]
+        elsewhere = {name: policy(world, SCALARIZATIONS["logistic"]).argmax(-1) for name, world in changed.items()}
+        return {
+            "same_for_all_scalarizations": share(torch.stack([one == first for one in answers.values()]).all(0)),
+            **{f"same_for_other_{name}": share(first == other) for name, other in elsewhere.items()},
+            "is_the_favourite": share(first == favourite),
+        }
 
     def share(agree: Tensor) -> float:
         return agree.double().mean().item()
 
-    def summary(at: dict[str, Tensor], elsewhere: dict[str, Tensor]) -> dict[str, float]:
-        first = at["logistic"]
-        return {
-            "same_for_all_scalarizations": share(torch.stack([w == first for w in at.values()]).all(0)),
-            "same_for_other_ref_and_weights": share(first == elsewhere["logistic"]),
-            "is_the_favourite": share(first == favourite),
-        }
-
+    # The response that wins most against one drawn uniformly (Borda): the diagonal counts for all alike.
+    favourite = here.preferences.sum(-1).argmax(-1)
     return {
-        "conditioned": summary(winners, moved),
-        "plain": summary(plain, plain_moved),
-        "reference_is_the_favourite": share(reference == favourite),
-        "largest_excess_risk": max(excess.max().item() for _, excess in best.values()),
+        "conditioned": summary(descended),
+        "plain": summary(plain_optimum),
+        "reference_is_the_favourite": share(here.log_ref.argmax(-1) == favourite),
     }
 
 

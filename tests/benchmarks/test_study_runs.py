@@ -145,31 +145,43 @@ def test_a_base_learns_answers_and_drafts_but_no_prompts(share, answers):
 
 def test_the_tabular_comparison_changes_reference_and_weights_and_nothing_else(monkeypatch):
     seen = []
-    monkeypatch.setattr(tabular, "_prompt_only", lambda here, there: seen.append((here, there)))
+    monkeypatch.setattr(tabular, "_prompt_only", lambda here, changed: seen.append((here, changed)))
     tabular.measure(3, 2)
-    for here, there in seen:
-        assert torch.equal(here.preferences, there.preferences)
-        assert (here.weights != there.weights).all() and (here.log_ref != there.log_ref).all()
+    assert len(seen) == 2
+    for here, changed in seen:
+        other_reference, other_weights = changed["reference"], changed["weights"]
+        assert torch.equal(here.preferences, other_reference.preferences)
+        assert torch.equal(here.preferences, other_weights.preferences)
+        assert torch.equal(here.weights, other_reference.weights) and torch.equal(here.log_ref, other_weights.log_ref)
+        assert (here.weights != other_weights.weights).all() and (here.log_ref != other_reference.log_ref).all()
 
 
 def test_shares_of_prompt_only_favourites(monkeypatch):
     """Two worlds of two responses; P favours the first response in the first world, the second in the second."""
     preferences = torch.tensor([[[0.5, 0.9], [0.1, 0.5]], [[0.5, 0.1], [0.9, 0.5]]], dtype=torch.float64)
-    here, there = (
+    here, reference, weights = (
         tabular.World(preferences, torch.ones_like(preferences), torch.tensor([[-0.1, -2.0]] * 2).double())
-        for _ in range(2)
+        for _ in range(3)
     )
     answers = {
-        (True, "logistic"): [0, 1], (True, "squared"): [0, 1], (True, "exponential"): [0, 0],
-        (False, "logistic"): [1, 1], (False, "squared"): [0, 0], (False, "exponential"): [0, 0],
+        (id(here), "logistic"): [0, 1], (id(here), "squared"): [0, 1], (id(here), "exponential"): [0, 0],
+        (id(reference), "logistic"): [1, 1], (id(weights), "logistic"): [0, 1],
     }  # fmt: skip
 
     def policy(world, scalarization):
         (name,) = (name for name, s in tabular.SCALARIZATIONS.items() if s is scalarization)
-        return torch.nn.functional.one_hot(torch.tensor(answers[world is here, name]), 2).double()
+        return torch.nn.functional.one_hot(torch.tensor(answers[id(world), name]), 2).double()
 
-    monkeypatch.setattr(tabular, "shared_descent", lambda world, s: (policy(world, s), torch.zeros(2)))
+    excess = torch.zeros(2)
+    monkeypatch.setattr(tabular, "shared_descent", lambda world, s: (policy(world, s), excess))
     monkeypatch.setattr(tabular, "plain_optimum", policy)
-    found = tabular._prompt_only(here, there)
-    expected = {"same_for_all_scalarizations": 0.5, "same_for_other_ref_and_weights": 0.5, "is_the_favourite": 1.0}
-    assert found["conditioned"] == found["plain"] == expected and found["reference_is_the_favourite"] == 0.5
+    changed = {"reference": reference, "weights": weights}
+    found = tabular._prompt_only(here, changed)
+    assert found["conditioned"] == found["plain"] == {
+        "same_for_all_scalarizations": 0.5, "same_for_other_reference": 0.5, "same_for_other_weights": 1.0,
+        "is_the_favourite": 1.0,
+    }  # fmt: skip
+    assert found["reference_is_the_favourite"] == 0.5
+    excess[1] = torch.nan
+    with pytest.raises(ArithmeticError, match="excess risk of nan"):
+        tabular._prompt_only(here, changed)

@@ -163,7 +163,8 @@ def test_length_controlled_win_rates_and_what_tracks_quality(found, answers, rec
     assert contrast["lc_win_rate"]["mean"] == pytest.approx(np.mean(differences), abs=1e-5)
     assert found["tracking"]["arms"]["n"] == len(table)
     for name, values in ranks.items():
-        assert found["tracking"][name]["mean"] == pytest.approx(np.mean(values), abs=2e-3)
+        assert found["tracking"][name]["mean"] == pytest.approx(np.tanh(np.mean(np.arctanh(values))), abs=2e-3)
+        assert -1 <= found["tracking"][name]["low"] <= found["tracking"][name]["high"] <= 1
     difference = np.mean(ranks["lc_win_rate"]) - np.mean(ranks["win_rate"])
     assert found["tracking"]["difference"]["mean"] == pytest.approx(difference, abs=2e-3)
 
