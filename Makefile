@@ -32,7 +32,7 @@ lint: install
 	$(BIN)/python -m mypy
 
 benchmark: install
-	$(BIN)/python -m benchmarks.loss --shape reference --json benchmarks/results/loss_cpu.json
+	$(BIN)/python -m benchmarks.loss --shape reference real --json benchmarks/results/loss_cpu.json
 	$(BIN)/python -m benchmarks.logps --shape reference --json benchmarks/results/logps_cpu.json
 	$(BIN)/python -m benchmarks.scaling --json benchmarks/results/scaling_cpu.json
 	$(BIN)/python -m benchmarks.step --json benchmarks/results/step_cpu.json
