@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .arms import ARMS, Arm
+from .arms import ARMS, FIXED, Arm
 from .plan import Job, Plan, all_jobs, base_jobs, grid, seconds, test_jobs, tuned_arms, tuning_jobs, winners
 from .runs import Size
 from .world import Judge
@@ -79,6 +79,7 @@ def open_records(plan: Plan, folder: Path, device: str) -> Records:
         "plan": asdict(plan) | {"arms": {name: _settings(ARMS[name]) for name in plan.arms}},
         "grids": {name: grid(arm) for name, arm in tuned_arms(plan).items()},
         "judge": asdict(Judge()),
+        "fixed": FIXED,
         "device": device,
         "torch": torch.__version__,
     }

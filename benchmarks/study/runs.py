@@ -28,7 +28,9 @@ from .world import END, IDS, PAD, Judge, Prompt, Prompts, decode, draw_prompts, 
 TIE = 1e-4  # margins this small are rounding: before training all of them are 0 where there is a reference
 DIGITS = string.digits + string.ascii_lowercase
 # What a cached base depends on besides its settings.
-_CODE = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in (world, models))).hexdigest()
+_CODE = hashlib.sha256(
+    b"".join(Path(str(file)).read_bytes() for file in (world.__file__, models.__file__, __file__))
+).hexdigest()
 
 
 @dataclass(frozen=True)

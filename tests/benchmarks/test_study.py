@@ -198,6 +198,12 @@ def test_the_committed_numbers_follow_from_the_committed_runs(committed):
     assert committed["tuning"] == json.loads(json.dumps(winners(plan.PLANS["full"], records)))
 
 
+def test_the_committed_runs_are_of_the_arms_and_settings_in_the_code(monkeypatch):
+    monkeypatch.setattr(execution.torch, "__version__", lines_of(report.RESULTS / "runs.jsonl")[0]["torch"])
+    records = execution.open_records(plan.PLANS["full"], report.RESULTS, "cpu")
+    assert all(job in records for job in plan.all_jobs(plan.PLANS["full"], records.by_key.values()))
+
+
 def test_in_the_committed_study_all_arms_of_the_table_were_treated_alike(committed):
     assert committed["checks"]["updates"] == [plan.PLANS["full"].size.updates]
     assert committed["checks"]["pairs_equal"]
