@@ -12,7 +12,7 @@ from typing import Any
 from . import pictures
 from .arms import ARMS, FIXED, OBJECTIVES, VARIANTS
 from .plan import SFT_LEARNING_RATES, STEP, TUNING_SEED
-from .runs import base_name
+from .runs import Size, base_name
 from .statistics import RIDGE_ARM, RIDGE_PROMPT
 from .summary import COLLAPSED_BELOW, COLLAPSED_UNENDED
 
@@ -75,7 +75,7 @@ def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
     sections = [
         "# Does InSPO help? A controlled study",
         "<!-- written by python -m benchmarks.study; do not edit -->",
-        *_unfinished(result),
+        *_warnings(result),
         _filled(finding(result)),
         "![quality by arm](study_arms.png)",
         _world(result),
@@ -92,7 +92,10 @@ def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _unfinished(result: Mapping[str, Any]) -> list[str]:
+def _warnings(result: Mapping[str, Any]) -> list[str]:
+    """What must be known before any number is read."""
+    if result["plan"]["size"]["hidden_size"] < Size().hidden_size:
+        return ["**Tiny sizes: everything runs, nothing is learned, and nothing follows from these numbers.**"]
     if result["runs"] >= result["planned"]:
         return []
     note = f"""

@@ -37,7 +37,8 @@ def test_the_command_runs_end_to_end_and_goes_on_where_it_was_killed(tmp_path, m
     jobs = len(plan.all_jobs(MICRO))
     assert len(whole) == 1 + jobs and f"{jobs} of {jobs} runs to do: about" in capsys.readouterr().out
     text = (tmp_path / "out" / "study.md").read_text()
-    assert "InSPO-DPO" in text and all((tmp_path / "out" / f"study_{n}.png").exists() for n in ("arms", "curves"))
+    assert "**Tiny sizes" in text and "InSPO-DPO" in text
+    assert all((tmp_path / "out" / f"study_{n}.png").exists() for n in ("arms", "curves"))
 
     kept = file.read_text().splitlines(keepends=True)
     file.write_text("".join(kept[:-4]) + kept[-4][:50])  # three lines lost, one cut off
