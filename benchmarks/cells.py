@@ -37,6 +37,8 @@ def table(cell: dict[str, Any]) -> str:
         times = f"{ratio['median']:6.2f}x floor ({ratio['q1']:.2f}-{ratio['q3']:.2f})" if ratio else " " * 25
         memory = " " * 11 if peak is None else f"{peak / 2**20:7,.0f} MiB"
         errors = f"  worst error {max(error.values()):.0e}" if error else ""
+        if "errors_not_checked" in row:
+            errors = f"  errors not checked: {row['errors_not_checked']}"
         lines.append(f"  {name:<27}{1e3 * row['seconds']['median']:9.2f} ms{times}{memory}{errors}")
     return "\n".join(lines)
 
@@ -74,6 +76,7 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
     with kept_on_interrupt(save):
         for name, mode in tqdm(todo, desc="cells", disable=not sys.stderr.isatty()):
             cell = {"name": f"{name}, {mode}", "shape": name, "mode": mode, **shapes(device)[name].as_json()}
+            cell["contenders"] = {}
             cell = cell_of(result, cell)
             fill(cell, shapes(device)[name], mode, what, options.contenders, options.rounds, dtype, device, save,
                  options.only)  # fmt: skip

@@ -6,51 +6,46 @@ Cells are matched by name, contenders within them. Where a file has times relati
 round, those are compared, so that another machine or a busier one does not count; else seconds. A contender is slower
 if its lower quartile is above the old upper quartile and its median grew by more than ``--least``, and faster likewise.
 Memory has no noise to speak of: it is compared by ``--least`` alone. The exit status is 1 if anything got slower or
-larger, or stopped working.
+larger, stopped working or is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-
-def read(path: str) -> dict[str, Any]:
-    """A result file, or an ``OSError`` or ``ValueError`` that says what is wrong with it."""
-    result = json.loads(Path(path).read_text())
-    if not isinstance(result, dict) or "cells" not in result:
-        raise ValueError(f"{path} has no cells: it is no result file of loss, logps, scaling, step or gpu")
-    return result
+from .harness import benchmark_of, read_result
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], least: float) -> Iterator[tuple[bool, str]]:
     """Each difference, and whether it is for the worse."""
     before = {cell["name"]: cell for cell in old["cells"]}
     after = {cell["name"]: cell for cell in new["cells"]}
-    for missing in before.keys() - after.keys():
-        yield False, f"{missing}: not in the new file"
-    for name, cell in after.items():
+    for name, cell in before.items():
+        if name not in after:
+            yield True, f"{name}: missing from the new file"
+            continue
+        for contender, was in cell["contenders"].items():
+            row = after[name]["contenders"].get(contender)
+            if row is None:
+                yield True, f"{name}, {contender}: missing from the new file"
+                continue
+            for worse, what in _differences(contender, was, row, least):
+                yield worse, f"{name}, {contender}: {what}"
+    for name in after:
         if name not in before:
             yield False, f"{name}: not in the old file"
-            continue
-        for contender, row in cell["contenders"].items():
-            was = before[name]["contenders"].get(contender)
-            if was is not None:
-                for worse, what in _differences(was, row, least):
-                    yield worse, f"{name}, {contender}: {what}"
 
 
-def _differences(was: dict[str, Any], row: dict[str, Any], least: float) -> Iterator[tuple[bool, str]]:
+def _differences(name: str, was: dict[str, Any], row: dict[str, Any], least: float) -> Iterator[tuple[bool, str]]:
     if was["status"] != row["status"]:
         yield was["status"] == "measured", f"{was['status']} -> {row['status']}"
         return
     kinds = [k for k in ("times_floor", "times_four_forwards", "seconds") if was.get(k) and row.get(k)]
     # The base of the ratios is 1 in both files: only its seconds can differ.
-    kinds = [k for k in kinds if k == "seconds" or was[k]["q1"] != was[k]["q3"]]
+    kinds = [k for k in kinds if k != f"times_{name}"]
     if kinds:
         a, b = was[kinds[0]], row[kinds[0]]
         ratio, unit = b["median"] / a["median"], "s" if kinds[0] == "seconds" else kinds[0].replace("_", " ")
@@ -64,10 +59,6 @@ def _differences(was: dict[str, Any], row: dict[str, Any], least: float) -> Iter
         yield b > a, f"peak memory {a / 2**20:,.0f} -> {b / 2**20:,.0f} MiB"
 
 
-def _benchmark(result: dict[str, Any]) -> str:
-    return next(word for word in result["command"].split() if word.startswith("benchmarks."))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.compare", description=__doc__.splitlines()[0])
     parser.add_argument("old")
@@ -75,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--least", type=float, default=0.03, help="smallest change that counts, as a share [0.03]")
     options = parser.parse_args(arguments)
     try:
-        old, new = read(options.old), read(options.new)
+        old, new = read_result(options.old), read_result(options.new)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if (was := _benchmark(old)) != (now := _benchmark(new)):
+    if (was := benchmark_of(old)) != (now := benchmark_of(new)):
         parser.error(f"{options.old} is of {was} and {options.new} of {now}; give two files of one benchmark")
     for key in ("hardware", "versions", "dtype"):
         if old.get(key) != new.get(key):

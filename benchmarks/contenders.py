@@ -19,6 +19,7 @@ from torch import Tensor
 import inspo_kernels as ik
 
 from .batches import PairBatch
+from .harness import reason
 
 BETA = 0.1
 # Tile width that TRL's own trainer passes, and the outputs that its DPO trainer asks for beside the log-probs.
@@ -41,6 +42,7 @@ def ours(backend: str, *, on_host: bool = False, max_workspace_bytes: int | None
 
     def run(hidden: Tensor, weight: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
         if batch.labels is not None:
+            assert not on_host
             labels, segment_ids = batch.labels, None
         else:
             labels, segment_ids = batch.on_host if on_host else (batch.targets, batch.segment_ids)
@@ -86,7 +88,9 @@ def full_log_softmax(hidden: Tensor, weight: Tensor, batch: PairBatch) -> tuple[
 
 
 def compiled_logps(x: Tensor, weight: Tensor, batch: PairBatch) -> Tensor:
-    return _compiled()(x, weight, batch.targets, batch.softcap)
+    # Beyond so many shapes the compiler runs the function as it is, with a warning alone: eager times under this name.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        return _compiled()(x, weight, batch.targets, batch.softcap)
 
 
 @cache
@@ -144,6 +148,7 @@ class Contender:
     softcap: bool = True
     needs_gpu: bool = False
     needs_every_position: bool = False
+    needs_scored_positions: bool = False
     takes_padded_rows: bool = False
     compiles_per_shape: bool = False
     knows_reference: bool = True
@@ -172,6 +177,8 @@ class Contender:
             return "gives no per-token log-probs"
         if self.needs_every_position and batch.labels is None:
             return "not measured: the batch has scored positions only"
+        if self.needs_scored_positions and batch.labels is not None:
+            return "not measured: the batch has every position"
         if self.takes_padded_rows and batch.labels is None and not batch.response_mask.all():
             return "not measured: takes padded rows, and the batch has scored positions only"
         return None if self.backend is None else _backend_unavailable(self.backend, batch.hidden.device)
@@ -185,6 +192,8 @@ def _backend_unavailable(backend: str, device: torch.device) -> str | None:
         ik.linear_logps(one, one, torch.zeros(1, dtype=torch.int64), backend=backend)
     except ValueError as error:
         return f"not available: {error}"
+    except Exception as error:  # Triton without a compiler, for one: no reason to stop the others
+        return reason(error)
     return None
 
 
@@ -195,6 +204,7 @@ def _our_contender(backend: str, title: str = "", *, on_host: bool = False) -> C
         ours(backend, on_host=on_host),
         backend=backend,
         needs_gpu=backend == "triton",
+        needs_scored_positions=on_host,
     )
 
 

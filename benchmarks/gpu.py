@@ -41,7 +41,7 @@ from .cells import table
 from .contenders import OURS, PEER_PACKAGES, PEERS, Contender, chosen
 from .gpu_accuracy import SEQUENCE_NAT, accuracy, accuracy_table
 from .gpu_tuning import tune, tuning_table, workspace_and_gradients
-from .harness import provenance, reason, write_json
+from .harness import checked_device, provenance, reason, write_json
 from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN, measure
 from .plots import peak_gib, plot_cells, times_floor
 
@@ -278,13 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
                         help=f"other libraries to time, of {', '.join(PEERS)} [all]")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=8.5, help="no step starts that would end later [8.5]")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = checked_device(parser, options.device)
     if device.type == "cpu" and not options.quick:
         parser.error("--device cpu takes hours at these shapes: add --quick, or use a GPU")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU; --device cpu --quick shows that the script runs")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     options.out.mkdir(parents=True, exist_ok=True)
 
     plan, clock = QUICK if options.quick else FULL, Clock(60 * options.minutes)

@@ -11,7 +11,7 @@ import torch
 from .batches import HeadShape, PairBatch, equal
 from .contenders import BETA, CONTENDERS, OURS, PEERS, Outcome, chosen
 from .harness import reason
-from .measure import FROZEN, LOGPS, TRAIN, Truth, step
+from .measure import FROZEN, LOGPS, TRAIN, Truth, step, too_large
 
 SEQUENCE_NAT = 2e-3
 
@@ -26,7 +26,13 @@ def accuracy(
             batch = PairBatch(shape, dtype=dtype, device=device)
             found = chosen([*OURS, *(p for p in peers if p == "log_softmax" or dtype == timed)], batch)
             context = {"dtype": str(dtype).removeprefix("torch."), "softcap": softcap, "response": response}
-            yield [{**context, **row} for row in loss_errors(batch, found) + logps_errors(batch, found)]
+            rows = []
+            for what, errors in (("loss", loss_errors), ("linear_logps", logps_errors)):
+                try:
+                    rows += errors(batch, found)
+                except Exception as error:
+                    rows.append({"what": what, "contender": "float64", "status": f"not checked: {too_large(error)}"})
+            yield [{**context, **row} for row in rows]
 
 
 def loss_errors(batch: PairBatch, found: dict[str, Outcome]) -> list[dict[str, Any]]:

@@ -51,7 +51,10 @@ def tune(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dic
             result[name] = {"status": why} if why else runs(batch, seconds)
         except Exception as error:
             result[name] = {"status": reason(error)}
-    result["torch workspace rows"] = tune_torch(batch, workspace_rows, seconds)
+    try:
+        result["torch workspace rows"] = tune_torch(batch, workspace_rows, seconds)
+    except Exception as error:
+        result["torch workspace rows"] = {"status": reason(error)}
     return result
 
 
@@ -59,6 +62,7 @@ def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[st
     """Block and warps of the pass over one stage of logits."""
     from inspo_kernels.kernels import config, row_pass
 
+    rows = min(rows, batch.shape.scored)  # each row reads its target
     vocab, device = batch.head.vocab, batch.hidden.device
     arch = config.architecture(device)
     stride = config.padded_vocab(vocab)

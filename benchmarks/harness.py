@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import inspo_kernels
+
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy")
 FEWEST_ROUNDS = 3
 
@@ -42,6 +44,7 @@ def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": versions,
+        "package": {"version": inspo_kernels.__version__, "commit": _commit()},
         "hardware": {
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
@@ -49,6 +52,39 @@ def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def _commit() -> str | None:
+    """Short hash of the checkout this runs in, and whether tracked files differ from it; None without git."""
+
+    def git(*words: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """A result file, or an ``OSError`` or ``ValueError`` that says what is wrong with it."""
+    try:
+        result = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    what = "it is no result file of loss, logps, scaling, step or gpu"
+    if not isinstance(result, dict) or "cells" not in result:
+        raise ValueError(f"{path} has no cells: {what}")
+    if benchmark_of(result) is None:
+        raise ValueError(f"{path} names no command: {what}")
+    return result
+
+
+def benchmark_of(result: Mapping[str, Any]) -> str | None:
+    """The module that measured it."""
+    return next((word for word in str(result.get("command", "")).split() if word.startswith("benchmarks.")), None)
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
@@ -209,10 +245,32 @@ def _cpu_name() -> str:
 # --- what the commands share ---
 
 
+def positive(text: str) -> int:
+    """For argparse: a count of at least one."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return number
+
+
+def result_file(text: str) -> Path:
+    """For argparse: a file that can be written, seen before hours of measuring."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: nothing can be written in {folder}")
+    return path
+
+
 def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
-    parser.add_argument("--json", type=Path, help="result file; written as results come")
+    parser.add_argument("--json", type=result_file, help="result file; written as results come")
     parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or "cuda:1" [cpu]')
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"interleaved rounds after a warm-up [{rounds}]")
+    parser.add_argument("--rounds", type=positive, default=rounds, help=f"interleaved, after a warm-up [{rounds}]")
     parser.add_argument("--quick", action="store_true", help="shapes of seconds, to see that everything runs")
     parser.add_argument("--only", choices=["time", "memory"], help="one of the two; --resume adds the other later")
     parser.add_argument("--resume", action="store_true", help="measure what the result file lacks, and add it")
@@ -226,7 +284,12 @@ def checked_result(
         return result
     if options.json is None or not options.json.exists():
         parser.error("--resume: needs --json with the file of an earlier run")
-    old = json.loads(options.json.read_text())
+    try:
+        old = read_result(options.json)
+    except (OSError, ValueError) as error:
+        parser.error(f"--resume: {error}")
+    if (was := benchmark_of(old)) != (now := benchmark_of(result)):
+        parser.error(f"--resume: {options.json} is of {was}, not of {now}; start a new file")
     for key in ("hardware", "versions", "dtype"):
         if old.get(key) != result[key]:
             parser.error(f"--resume: {key} of {options.json} are {old.get(key)}, here {result[key]}; start a new file")
@@ -249,12 +312,20 @@ def cell_of(result: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """The device, made the current one: events and memory counts are of that one."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         parser.error(f"--device {name}: {str(error).splitlines()[0]}")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {name}: only cpu and cuda devices are measured")
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU; use --device cpu")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.index is not None and device.index >= count:
+        parser.error(f"--device {name}: there is no such device, only {count} of type {device.type}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -131,6 +131,33 @@ def relative(errors: dict[str, float], truth: Truth) -> dict[str, float]:
     return result
 
 
+def checked(
+    got: dict[str, Tensor], batch: PairBatch, what: str, knows: bool, truths: dict[bool, Truth | str]
+) -> dict[str, Any]:
+    """Errors against float64 for a contender's row, or why there are none: float64 takes far more memory than it.
+
+    ``truths`` keeps the truths with and without a reference from one contender to the next.
+    """
+    try:
+        if knows not in truths:
+            truths[knows] = Truth(batch, what, knows_reference=knows)
+        truth = truths[knows]
+        if not isinstance(truth, str):
+            return {"relative_error": relative(truth.errors(got), truth)}
+    except Exception as error:
+        truth = truths[knows] = too_large(error)
+    return {"errors_not_checked": truth}
+
+
+def too_large(error: Exception) -> str:
+    """That memory ran out, as a status; any other error is raised again."""
+    if reason(error) != "out of memory":
+        raise error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return "out of memory"
+
+
 def products(batch: PairBatch, count: int) -> Callable[[], None]:
     """X W^T, then E W, then E^T X, outputs preallocated in the input dtype; the logits stand for E."""
     x, weight = batch.scored_rows(batch.hidden).contiguous(), batch.weight
@@ -167,6 +194,8 @@ def measure(
     has a status other than "measured" is left alone.
     """
     cell = {} if cell is None else cell
+    if any(isinstance(c, Contender) and c.compiles_per_shape for c in found.values()):
+        torch.compiler.reset()  # or the shapes of earlier cells count towards the compiler's limit
     rows = cell.setdefault("contenders", {})
     device = str(batch.hidden.device)
     failed = {name: outcome for name, outcome in found.items() if isinstance(outcome, str)}
@@ -174,21 +203,22 @@ def measure(
     contenders = {name: c for name, c in found.items() if isinstance(c, Contender) and name not in failed}
     steps: dict[str, Callable[[], Any]] = {n: partial(step, batch, mode, c, what) for n, c in contenders.items()}
     runs = guarded({"floor": products(batch, PRODUCTS[mode]), **steps}, failed)
-    rows |= {name: {"status": "measured"} | rows.get(name, {}) for name in ("floor", *found)}
-    truths: dict[bool, Truth] = {}
+    # Entered after the first round: an interrupted run leaves no row without figures.
+    fresh: dict[str, dict[str, Any]] = {n: {"status": "measured"} | rows.get(n, {}) for n in ("floor", *found)}
+    truths: dict[bool, Truth | str] = {}
     for name, contender in contenders.items():
         start = time.perf_counter()
         got = runs[name]()
         if batch.hidden.is_cuda:
             torch.cuda.synchronize()
-        rows[name]["first_call_seconds"] = time.perf_counter() - start
+        fresh[name]["first_call_seconds"] = time.perf_counter() - start
         if with_errors and got is not None:
-            knows = contender.knows_reference
-            truth = truths.setdefault(knows, Truth(batch, what, knows_reference=knows))
-            rows[name]["relative_error"] = relative(truth.errors(got), truth)
+            for stale in ("relative_error", "errors_not_checked"):
+                fresh[name].pop(stale, None)
+            fresh[name] |= checked(got, batch, what, contender.knows_reference, truths)
         del got
         if batch.hidden.is_cuda:
-            rows[name]["peak_bytes"] = own_peak(runs[name], device)
+            fresh[name]["peak_bytes"] = own_peak(runs[name], device)
     truths.clear()
     alive = {name: run for name, run in runs.items() if name not in failed}
     operations = PRODUCTS[mode] * 2 * batch.shape.scored * batch.head.hidden * batch.head.vocab
@@ -196,13 +226,14 @@ def measure(
     def after_round(times: dict[str, list[float]]) -> None:
         times = {name: values for name, values in times.items() if name not in failed}
         to_floor = ratios(times, "floor") if "floor" in times else {}
-        for name in rows:
+        for name, row in fresh.items():
             if name in failed:
                 rows[name] = {"status": failed[name]}
             elif name in times:
-                rows[name] |= {"rounds": len(times[name]), "seconds": spread(times[name])}
-                rows[name]["times_floor"] = to_floor.get(name)
-                rows[name]["tflops_of_products"] = operations / rows[name]["seconds"]["median"] / 1e12
+                row |= {"rounds": len(times[name]), "seconds": spread(times[name])}
+                row["times_floor"] = to_floor.get(name)
+                row["tflops_of_products"] = operations / row["seconds"]["median"] / 1e12
+                rows[name] = row
         save()
 
     interleaved_times(alive, rounds, device=device, seconds=seconds, after_round=after_round)
@@ -227,7 +258,8 @@ def measure_peaks(
     for name in names:
         what_to_run = {"head": asdict(shape.head), "lengths": shape.lengths, "mode": mode, "name": name}
         what_to_run |= {"what": what, "rows": rows}
-        table.setdefault(name, {}).update(peak_memory_in_fresh_process("benchmarks.measure", [json.dumps(what_to_run)]))
+        peak = peak_memory_in_fresh_process("benchmarks.measure", [json.dumps(what_to_run)])
+        table[name] = table.get(name, {}) | peak
         save()
 
 

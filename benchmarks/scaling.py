@@ -36,6 +36,7 @@ from .harness import (
     kept_on_interrupt,
     own_peak,
     provenance,
+    ratios,
     spread,
     write_json,
 )
@@ -80,7 +81,8 @@ def workspace_sweep(shape: Shape, rounds: int, device: torch.device, dtype: torc
     head = checked_head(batch.hidden, batch.weight, None, batch.softcap, 1.0)
     backend = backends.resolve_backend("auto", head, device)
     assert backend is not None
-    rows_of = {f"default ({backend.capacity(head, device, None)})": None} | {str(r): r for r in WORKSPACE_ROWS}
+    default = f"default ({backend.capacity(head, device, None)})"
+    rows_of = {default: None} | {str(r): r for r in WORKSPACE_ROWS}
 
     def run(rows: int | None) -> None:
         limit = None if rows is None else rows * backend.bytes_per_row(head)
@@ -88,11 +90,13 @@ def workspace_sweep(shape: Shape, rounds: int, device: torch.device, dtype: torc
 
     runs = {name: partial(run, rows) for name, rows in rows_of.items()}
     times = interleaved_times(runs, rounds, device=str(device))
+    to_default = ratios(times, default)
     return {
         name: {
             "rows": rows if rows is not None else backend.capacity(head, device, None),
             "bytes": (rows or backend.capacity(head, device, None)) * backend.bytes_per_row(head),
             "seconds": spread(times[name]),
+            "times_default": to_default[name],
             "peak_bytes": own_peak(runs[name], str(device)) if device.type == "cuda" else None,
         }
         for name, rows in rows_of.items()
@@ -128,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with kept_on_interrupt(save):
         for name, value, shape in tqdm(todo, desc="shapes", disable=not sys.stderr.isatty()):
             cell = {"name": f"{name} {value}", "sweep": name, "value": value, "mode": TRAIN, **shape.as_json()}
+            cell["contenders"] = {}
             cell = cell_of(result, cell)
             fill(cell, shape, TRAIN, LOSS, CONTENDERS, options.rounds, dtype, device, save, options.only)
             result["fits"][name] = fits([c for c in result["cells"] if c["sweep"] == name])

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .batches import Lengths, sample_lengths
+from .batches import Lengths, real_lengths, sample_lengths
 from .harness import (
     add_common_options,
     cell_of,
@@ -37,6 +37,7 @@ from .harness import (
     limit_memory,
     own_peak,
     peak_memory_in_fresh_process,
+    positive,
     provenance,
     ratios,
     reason,
@@ -157,19 +158,22 @@ def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], s
         save()
 
 
-def peak(what: dict[str, Any]) -> dict[str, Any]:
-    """In a fresh process: peak above the model itself, of preparing and running, gradients and all copies included."""
-    name = what.pop("name")
-    why = STEP_CONTENDERS[name].unavailable()
+def peak(what: dict[str, Any], name: str, device: torch.device) -> dict[str, Any]:
+    """Peak above the model itself, of preparing and running, gradients and all copies included.
+
+    On a CPU this is to be called in a fresh process.
+    """
+    contender = STEP_CONTENDERS[name]
+    why = contender.unavailable()
     if why:
         return {"status": why}
-    limit_memory()
-    cpu = torch.device("cpu")
-    STEP_CONTENDERS[name].prepare(job_of("quick", "0.3", 1, 2, 16, torch.float32, cpu))()
+    if device.type == "cpu":
+        limit_memory()
     try:
-        job = job_of(**what, dtype=torch.float32, device=cpu)
+        contender.prepare(job_of("quick", "0.3", 1, 2, 16, torch.float32, device))()
+        job = job_of(**what, dtype=torch.float32, device=device)
         release_freed_memory()
-        return {"status": "measured", "peak_bytes": own_peak(lambda: STEP_CONTENDERS[name].prepare(job)())}
+        return {"status": "measured", "peak_bytes": own_peak(lambda: contender.prepare(job)(), str(device))}
     except Exception as error:
         return {"status": reason(error)}
 
@@ -194,7 +198,8 @@ def table(cell: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["--peak-of"]:
-        print(json.dumps(peak(json.loads(arguments[1]))))
+        what = json.loads(arguments[1])
+        print(json.dumps(peak(what, what.pop("name"), torch.device("cpu"))))
         return
     parser = argparse.ArgumentParser("python -m benchmarks.step", description=__doc__.splitlines()[0])
     add_common_options(parser, rounds=5)
@@ -204,9 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help='of the prompt, or "real" [0.1 0.5 0.667 0.9 real]')  # fmt: skip
     parser.add_argument("--contenders", nargs="+", choices=STEP_CONTENDERS, default=list(STEP_CONTENDERS),
                         metavar="NAME", help=f"of {', '.join(STEP_CONTENDERS)} [all]")  # fmt: skip
-    parser.add_argument("--pairs", type=int, default=4, help="a step [4]")
-    parser.add_argument("--tokens", type=int, default=512, help="of a pair, at most [512]")
-    parser.add_argument("--updates", type=int, default=2, help="timed together [2]")
+    parser.add_argument("--pairs", type=positive, default=4, help="a step [4]")
+    parser.add_argument("--tokens", type=positive, default=512, help="of a pair, at most [512]")
+    parser.add_argument("--updates", type=positive, default=2, help="timed together [2]")
     options = parser.parse_args(arguments)
     for share in options.shares:
         if share != "real" and not _is_share(share):
@@ -214,6 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = checked_device(parser, options.device)
     models = options.models or (["quick"] if options.quick else ["small", "trunk"])
     tokens = min(options.tokens, 48) if options.quick else options.tokens
+    fitting, needed = sum(sum(lengths) <= tokens for lengths in real_lengths()), options.updates * options.pairs
+    if "real" in options.shares and needed > fitting:
+        parser.error(f"{needed} real pairs of at most {tokens} tokens are needed and there are {fitting}: "
+                     "fewer --pairs or --updates, or more --tokens")  # fmt: skip
     proof_model, proof_updates = ("quick", 3) if options.quick else ("small", 6)
     result: dict[str, Any] = {
         **provenance(command("benchmarks.step", arguments, options.json), ["trl", "datasets"]),
@@ -248,10 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = f"{model}, {share}, {options.pairs} pairs of {tokens} tokens{' at most' * (share == 'real')}"
             cell = cell_of(result, {"name": name, **what, "contenders": {}})
             rows = cell["contenders"]
-            if device.type == "cpu" and options.only != "time":
-                for name in (n for n in options.contenders if lacks(rows.get(n), "peak_bytes")):
-                    given = json.dumps(what | {"name": name})
-                    found = peak_memory_in_fresh_process("benchmarks.step", ["--peak-of", given])
+            if options.only != "time":
+                for name in [n for n in options.contenders if lacks(rows.get(n), "peak_bytes")]:
+                    if device.type == "cuda":  # whose allocator counts by itself: no process of its own
+                        found = peak(what, name, device)
+                    else:
+                        given = json.dumps(what | {"name": name})
+                        found = peak_memory_in_fresh_process("benchmarks.step", ["--peak-of", given])
                     rows[name] = rows.get(name, {}) | found
                     save()
             if "rounds" in cell or options.only == "memory":

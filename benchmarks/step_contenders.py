@@ -117,6 +117,13 @@ class Job:
         return [pair for batch in self.batches for pair in batch]
 
 
+def now(device: torch.device) -> float:
+    """Seconds of a clock that is read when the device has done all it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @contextlib.contextmanager
 def counting_positions(models: Sequence[PreTrainedModel], trained: Trained) -> Iterator[None]:
     """Count what enters the trunks, padding included."""
@@ -138,14 +145,14 @@ def sgd_loop(
 ) -> Trained:
     """``backward`` leaves the gradients of batch i in the model and returns the loss."""
     optimizer = torch.optim.SGD(job.model.parameters(), lr=job.learning_rate)
-    start = time.perf_counter()
+    start = now(job.model.device)
     with counting_positions(counted, trained):
         for i in range(len(job.batches)):
             loss = backward(i)
             optimizer.step()
             optimizer.zero_grad()
             trained.losses.append(loss.item())
-    trained.seconds = time.perf_counter() - start
+    trained.seconds = now(job.model.device) - start
     return trained
 
 
@@ -154,10 +161,10 @@ class Ours:
 
     def __init__(self, job: Job, layout: str) -> None:
         self.job, self.layout = job, layout
-        start = time.perf_counter()
+        start = now(job.model.device)
         with torch.no_grad():
             self.ref_logps = [self._forward(batch, conditioned=False).logps for batch in job.batches]
-        self.reference_seconds = time.perf_counter() - start
+        self.reference_seconds = now(job.model.device) - start
 
     def _forward(self, pairs: list[Pair], *, conditioned: bool, ref_logps: Tensor | None = None) -> ik.InSPOOutput:
         model, pad = self.job.model, self.job.model.config.pad_token_id
@@ -200,11 +207,11 @@ class Loop:
         rows = Batcher(job.model.config.pad_token_id, job.model.device, LOOP_TOKENS)
         pairs = [pair for batch in self.batches for pair in batch]
         self.batcher = choose_layout("auto", job.model, rows, pairs, conditioned=True, log=lambda line: None)
-        start = time.perf_counter()
+        start = now(job.model.device)
         self.ref_logps = [
             score(self.module, batch, self.batcher, conditioned=False, progress=None).logps for batch in self.batches
         ]
-        self.reference_seconds = time.perf_counter() - start
+        self.reference_seconds = now(job.model.device) - start
 
     def __call__(self) -> Trained:
         def backward(i: int) -> Tensor:
@@ -307,15 +314,15 @@ class Trl:
         class Clock(TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step == 0:
-                    contender.start = time.perf_counter()
+                    contender.start = now(model.device)
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                contender.trained.seconds = time.perf_counter() - contender.start
+                contender.trained.seconds = now(model.device) - contender.start
 
         collator = ConditioningCollator(model.config.pad_token_id)
         self.compact = compact
         with self._around():
-            start = time.perf_counter()
+            start = now(model.device)
             self.trainer = DPOTrainer(
                 model,
                 args=DPOConfig(
@@ -344,7 +351,7 @@ class Trl:
                 callbacks=[Clock()],
             )
             self.trainer.remove_callback(PrinterCallback)
-            self.reference_seconds = time.perf_counter() - start
+            self.reference_seconds = now(model.device) - start
         collator.conditioned = True
         loss_of = self.trainer.compute_loss
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_accuracy
+from benchmarks import gpu, gpu_accuracy, gpu_tuning
 from benchmarks.batches import HeadShape, PairBatch, scored_tokens
 from benchmarks.contenders import CONTENDERS, PEERS, Contender, ours
 
@@ -156,6 +156,20 @@ def test_not_a_number_is_an_error():
     assert not gpu_accuracy.judged({"dhidden": float("nan")}, {"dhidden": 1.0})["ok"]
 
 
+def test_accuracy_and_tuning_without_memory_for_them_go_on(monkeypatch):
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    monkeypatch.setattr(gpu_accuracy, "Truth", too_large)
+    for rows in gpu_accuracy.accuracy(SHAPE, 1, 4, [], torch.float32, CPU):
+        assert {row["status"] for row in rows} == {"not checked: out of memory"}
+        assert "not checked" in gpu_accuracy.accuracy_table(rows)
+        assert not gpu.problems({"tests": None, "accuracy": rows})
+    monkeypatch.setattr(gpu_tuning, "tune_torch", too_large)
+    tuning = gpu_tuning.tune(batch_of(), (), 0.0)
+    assert tuning["torch workspace rows"] == {"status": "out of memory"}
+
+
 def test_targets_are_judged_by_the_figures():
     model, tokens = gpu.FULL.main
 
@@ -188,7 +202,9 @@ backends.BACKENDS["triton"] = TritonBackend()
 shape, cpu = scored_tokens(HeadShape(16, 70), 16, 4), torch.device("cpu")
 CONTENDERS["triton"] = Contender("triton", our_logps("triton"), ours("triton"))
 batch = PairBatch(shape, dtype=torch.bfloat16, device=cpu)
-row_pass = gpu_tuning.tune_row_pass(batch, 0.0, rows=2)
+few = PairBatch(scored_tokens(shape.head, 2, 1), dtype=torch.bfloat16, device=cpu)
+row_pass = gpu_tuning.tune_row_pass(few, 0.0)
+assert row_pass["rows"] == 2, row_pass  # no more than there are targets
 assert row_pass["shipped"] == "block 256, 1 warps" and len(row_pass["candidates"]) == 9, row_pass
 stages, tiles = gpu_tuning.tune_stages(batch, 0.0), gpu_tuning.tune_tiles(batch, 0.0)
 assert stages["shipped"] == "1024" and tiles["shipped"] == "8192", (stages, tiles)
@@ -220,6 +236,7 @@ def test_bad_arguments_say_what_to_do(tmp_path, capsys):
         (["--device", "cpu"], "add --quick"),
         (["--device", "cpu", "--quick", "--peers", "quack"], "'full_log_softmax', 'log_softmax'"),
         (["--device", "cuda"], "torch sees no GPU"),
+        (["--device", "meta", "--quick"], "only cpu and cuda devices"),
     ):
         if "torch sees no GPU" == text and torch.cuda.is_available():
             continue

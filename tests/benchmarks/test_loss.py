@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import signal
@@ -11,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import inspo_kernels as ik
 from benchmarks import compare, harness, logps, loss, measure, report, scaling
 
 ROOT = Path(__file__).parents[2]
@@ -65,11 +68,43 @@ def test_resume_adds_what_is_missing(tmp_path, no_processes, capsys):
     loss.main([*arguments, "torch", "--resume"])
     assert json.loads((tmp_path / "loss.json").read_text())["cells"] == after["cells"]  # nothing was lacking
     assert after["command"].count("python -m benchmarks.loss") == 2
+    assert after["package"]["version"] == ik.__version__ and "commit" in after["package"]
     (tmp_path / "loss.json").write_text(json.dumps(after | {"dtype": "bfloat16"}))
     for wrong in (arguments, ["--json", str(tmp_path / "none.json"), "--contenders"]):
         with pytest.raises(SystemExit):
             loss.main([*wrong, "torch", "--resume"])
         assert "--resume: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "held, why",
+    [
+        ('{"command": "python -m benchmarks.logps --json FILE", "cells": []}', "is of benchmarks.logps, not of"),
+        ('{"cells": []}', "names no command"),
+        ("[]", "has no cells"),
+        ("half a fi", "is not JSON"),
+    ],
+)
+def test_resume_refuses_other_files(held, why, tmp_path, capsys):
+    file = tmp_path / "other.json"
+    file.write_text(held)
+    with pytest.raises(SystemExit):
+        loss.main(["--shape", "quick", "--json", str(file), "--resume"])
+    assert f"--resume: {file} {why}" in capsys.readouterr().err and file.read_text() == held
+
+
+@pytest.mark.parametrize("only, phase", [("memory", "peak_memory_in_fresh_process"), ("time", "interleaved_times")])
+def test_an_interrupted_cell_has_no_rows_without_figures(only, phase, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, phase, interrupt)
+    file = tmp_path / "loss.json"
+    with pytest.raises(SystemExit):
+        loss.main(["--shape", "quick", "--contenders", "torch", "--only", only, "--json", str(file)])
+    (cell,) = json.loads(file.read_text())["cells"]
+    assert cell["contenders"] == {} and report.loss(json.loads(file.read_text()))
+    assert compare.main([str(file)] * 2) == 0
 
 
 def test_logps_measures_every_mode(tmp_path, no_processes):
@@ -89,6 +124,9 @@ def test_scaling_fits_exponents(tmp_path, no_processes, capsys):
     scaling.main(["--quick", "--rounds", "1", "--sweeps", "vocabulary", "workspace", "--json", str(file)])
     result = json.loads(file.read_text())
     assert [cell["value"] for cell in result["cells"]] == [2, 4] and len(result["workspace"]) == 8
+    default, *others = result["workspace"].values()
+    assert default["times_default"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
+    assert all(row["times_default"]["median"] > 0 for row in others)
     assert result["finished"] and "workspace of" in capsys.readouterr().out
     assert "| floor: " in report.scaling(result) and "takes 1.00 of the time" in report.scaling(
         with_equal_times(result)
@@ -134,6 +172,7 @@ def test_a_contender_added_later_is_timed_in_the_same_rounds_as_the_others(tmp_p
 
 def test_quartiles_lie_within_what_was_measured():
     assert harness.spread([3.0, 1.0]) == {"median": 2.0, "q1": 1.5, "q3": 2.5}
+    assert harness.ratios({"a": [2, 4], "b": [1, 2]}, "b")["a"]["median"] == 2
     assert harness.spread([7.0]) == {"median": 7.0, "q1": 7.0, "q3": 7.0}
 
 
@@ -176,16 +215,30 @@ def test_compare_tells_slower_from_noise(tmp_path, capsys):
     assert "give two files of one benchmark" in capsys.readouterr().err
 
 
+def test_compare_reports_what_is_missing_and_compares_single_rounds():
+    """Of one round the quartiles are the median: no sign of being the base of the ratios."""
+    ours = {**ROW, "times_floor": spread(1.0, 0.0)}
+    old = result_of(floor=ROW, ours=ours, gone=ROW)
+    new = result_of(floor=ROW, ours={**ours, "times_floor": spread(2.0, 0.0)})
+    found = list(compare.compare(old, new, 0.03))
+    assert [worse for worse, _ in found] == [True, True]
+    assert "ours: slower by 100%, times floor" in found[0][1]
+    assert found[1][1] == "reference, gone: missing from the new file"
+    assert list(compare.compare(old, old | {"cells": []}, 0.03)) == [(True, "reference: missing from the new file")]
+    floors = [result_of(floor={**ROW, "times_floor": spread(1.0, 0.0), "seconds": spread(s)}) for s in (1, 2)]
+    assert "floor: slower by 100%, s" in next(compare.compare(*floors, 0.03))[1]
+
+
 def test_own_peak_counts_what_is_allocated_and_freed():
     def allocate():
-        import torch
-
         torch.ones(64 << 18)  # 64 MiB of float32
 
     peak = harness.own_peak(allocate)
     if peak is None:
         pytest.skip("no /proc/self/clear_refs on this platform, so the benchmark reports memory as not measured")
     assert 60 << 20 < peak < 80 << 20
+    torch.ones(256 << 18)  # freed before: a high-water mark that is not this run's
+    assert 60 << 20 < harness.own_peak(allocate) < 80 << 20
 
 
 @pytest.mark.parametrize(
@@ -194,12 +247,31 @@ def test_own_peak_counts_what_is_allocated_and_freed():
         (["--shape", "huge"], "'llama3-8b', 'qwen3-4b'"),
         (["--contenders", "quack"], "'full_log_softmax', 'log_softmax'"),
         (["--device", "tpu0"], "--device tpu0"),
+        (["--device", "meta"], "--device meta: only cpu and cuda devices"),
+        (["--device", "cpu:1"], "--device cpu:1: there is no such device"),
+        (["--rounds", "0"], "--rounds: 0 is no whole number of at least 1"),
+        (["--rounds", "-3"], "--rounds: -3 is no"),
+        (["--json", str(ROOT)], "is a folder; name a file in it"),
+        (["--json", str(Path(__file__) / "x.json")], "nothing can be written in"),
     ],
 )
 def test_bad_arguments_list_the_known(arguments, known, capsys):
     with pytest.raises(SystemExit):
         loss.main(arguments)
     assert known in capsys.readouterr().err
+
+
+def test_the_device_asked_for_is_made_the_current_one(monkeypatch, capsys):
+    """Events and memory counts of torch.cuda are of the current device."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    parser = argparse.ArgumentParser()
+    assert harness.checked_device(parser, "cuda:1") == torch.device("cuda:1") == current[0]
+    with pytest.raises(SystemExit):
+        harness.checked_device(parser, "cuda:2")
+    assert "there is no such device, only 2 of type cuda" in capsys.readouterr().err and len(current) == 1
 
 
 def test_interrupted_writing_leaves_the_old_file(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import inspo_kernels as ik
-from benchmarks import contenders, measure
+from benchmarks import cells, contenders, measure
 from benchmarks.batches import HeadShape, PairBatch, Shape, equal, real_lengths, sample_lengths
 from benchmarks.contenders import CONTENDERS, Contender, chosen
 
@@ -134,6 +134,60 @@ def test_too_little_memory_is_reported_and_the_run_goes_on():
     measure.measure(batch_of(), measure.TRAIN, chosen(["log_softmax", "torch"], batch_of()), 1, cell=cell)
     assert cell["contenders"]["log_softmax"] == {"status": "out of memory"}
     assert cell["contenders"]["torch"]["seconds"]["median"] > 0
+
+
+def test_a_backend_that_cannot_build_is_named(monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("Failed to find C compiler")
+
+    contenders._backend_unavailable.cache_clear()
+    monkeypatch.setattr(contenders.ik, "linear_logps", no_compiler)
+    assert chosen(["torch"], batch_of())["torch"] == "failed: RuntimeError: Failed to find C compiler"
+    contenders._backend_unavailable.cache_clear()
+
+
+def test_errors_that_float64_has_no_memory_for_are_not_checked(monkeypatch):
+    tried = []
+
+    def too_large(*_, **__):
+        tried.append(1)
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    monkeypatch.setattr(measure, "Truth", too_large)
+    found = {name: CONTENDERS["log_softmax"] for name in ("one", "two")}
+    cell = measure.measure(batch_of(), measure.TRAIN, found, 1)
+    for name in found:
+        row = cell["contenders"][name]
+        assert row["errors_not_checked"] == "out of memory" and row["seconds"]["median"] > 0
+        assert "relative_error" not in row
+    assert len(tried) == 1  # not once for each
+    cell |= {"name": "cell", "scored_tokens": 1, "hidden": 1, "vocab": 1}
+    assert "errors not checked: out of memory" in cells.table(cell)
+
+
+def test_every_cell_is_compiled_and_the_compilers_limit_is_an_error(monkeypatch):
+    """Without a reset the ninth shape would be run eagerly under the name of the compiled one."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    compiled = torch.compile(contenders.log_probs, backend=counter, dynamic=False)
+    monkeypatch.setattr(contenders, "_compiled", lambda: compiled)
+    batches = [batch_of(equal(HEAD, 1, 2, n)) for n in range(2, 12)]
+    found = {"compiled_log_softmax": CONTENDERS["compiled_log_softmax"]}
+    for batch in batches:
+        row = measure.measure(batch, measure.TRAIN, found, 1)["contenders"]["compiled_log_softmax"]
+        assert row["status"] == "measured"
+    assert counter.frame_count == len(batches)
+    with pytest.raises(FailOnRecompileLimitHit):
+        for batch in batches:
+            measure.step(batch, measure.TRAIN, CONTENDERS["compiled_log_softmax"])
+
+
+def test_labels_on_the_cpu_are_not_applicable_to_every_position():
+    on_host = contenders._our_contender("torch", on_host=True)
+    assert on_host.unavailable(batch_of(rows=True)) == "not measured: the batch has every position"
+    assert on_host.unavailable(batch_of()) is None
 
 
 @pytest.mark.parametrize("mode, gradients", [(measure.FORWARD, 0), (measure.FROZEN, 1), (measure.TRAIN, 2)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,10 +96,24 @@ def test_peak_of_a_step_is_above_the_model(capsys):
     assert printed["status"] == "measured" and 0 < printed["peak_bytes"] < 1 << 28
 
 
+def test_seconds_are_of_one_update(monkeypatch):
+    """By a clock that shows a second more each time, a run takes one, however many updates it makes."""
+    ticks = itertools.count()
+    monkeypatch.setattr(step_contenders, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    for updates in (1, 4):
+        cell: dict = {}
+        own = step.job_of(**QUICK | {"updates": updates}, share="0.5", dtype=torch.float32, device=CPU)
+        step.measure(own, ["four_forwards"], 1, cell, lambda: None)
+        assert cell["contenders"]["four_forwards"]["seconds"]["median"] == 1 / updates
+
+
 def test_bad_arguments_say_what_to_do(capsys):
     for arguments, text in (
         (["--shares", "2"], 'between 0 and 1, or "real"'),
         (["--models", "big"], "'small', 'trunk'"),
+        (["--updates", "0"], "--updates: 0 is no whole number of at least 1"),
+        (["--pairs", "0"], "--pairs: 0 is no whole number of at least 1"),
+        (["--pairs", "100000"], "200000 real pairs of at most 512 tokens are needed and there are"),
     ):
         with pytest.raises(SystemExit):
             step.main(arguments)
