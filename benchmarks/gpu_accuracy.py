@@ -30,7 +30,7 @@ def accuracy(
             for what, errors in (("loss", loss_errors), ("linear_logps", logps_errors)):
                 try:
                     rows += errors(batch, found)
-                except Exception as error:
+                except Exception as error:  # too_large raises all but a lack of memory again
                     rows.append({"what": what, "contender": "float64", "status": f"not checked: {too_large(error)}"})
             yield [{**context, **row} for row in rows]
 

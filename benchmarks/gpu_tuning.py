@@ -53,7 +53,7 @@ def tune(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dic
             result[name] = {"status": reason(error)}
     try:
         result["torch workspace rows"] = tune_torch(batch, workspace_rows, seconds)
-    except Exception as error:
+    except Exception as error:  # named in the results; what follows does not need it
         result["torch workspace rows"] = {"status": reason(error)}
     return result
 

@@ -99,7 +99,7 @@ def meta_model(config: TrainConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(
                 settings, dtype=getattr(torch, config.param_dtype), attn_implementation=config.attn_implementation
             )
-    except Exception as error:  # as above: some fields are looked at only here
+    except Exception as error:  # as in load_settings: some fields are looked at only when the model is built
         raise InputError(f"model: {config.model} does not make a causal language model ({error})") from None
 
 

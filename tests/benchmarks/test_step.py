@@ -118,3 +118,13 @@ def test_bad_arguments_say_what_to_do(capsys):
         with pytest.raises(SystemExit):
             step.main(arguments)
         assert text in capsys.readouterr().err
+
+
+def test_readme_shows_the_reference_pass_where_it_was_timed_by_itself():
+    """Beside four forwards of 2 s: a step of a quarter, and 0.2 s of reference for each step's pairs."""
+    ratio = {"median": 0.25, "q1": 0.2, "q3": 0.3}
+    row = {"status": "measured", "times_four_forwards": ratio, "reference_seconds_per_step": 0.2, "peak_bytes": 2**20}
+    cell = {"contenders": {"four_forwards": {"seconds": {"median": 2.0}}}}
+    assert report._step_time("tree", row, cell) == "0.25 (0.20-0.30) + 0.10, 1 MiB"
+    assert report._step_time("trl", row, cell) == "0.25 (0.20-0.30), 1 MiB"
+    assert report._step_time("loop", {"status": "measured", "peak_bytes": 2**21}, cell) == "not yet timed, 2 MiB"
