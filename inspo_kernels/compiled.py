@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import passes
 from .first_order import first_order_only
+from .gradients import Needs, dtypes_of
 from .head import LMHead, checked_head
 from .objectives import Objective, find_objective
 from .pair_loss import InSPOOutput
@@ -54,7 +55,7 @@ def fused_inspo_loss(
             num_pairs = (hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1) // 2
         elif ref_logps is not None:
             num_pairs = ref_logps.shape[0] // 2
-    needs = passes.Needs.of(hidden, head)
+    needs = Needs.of(hidden, head)
     results = _PairResults(
         *_pair_loss(
             hidden,
@@ -167,7 +168,8 @@ def _pair_loss(
             raise ValueError(_NO_REFERENCE)
         with torch.no_grad():
             x = hidden.reshape(-1, p.head.hidden_size).index_select(0, p.plan.rows)
-            losses, sums, gradients = passes.pair_losses(replace(p, head=p.head.detach()), x, passes.Needs(*needs))
+            losses, sums, gradients = passes.pair_losses(replace(p, head=p.head.detach()), x, Needs(*needs))
+            gradients = gradients.computed()
             loss = p.terms.reduce(losses).to(p.head.accumulate_dtype)
             out = InSPOOutput.build(loss, losses, sums, p.plan.lengths, p.terms)
             if out.marginal_logps is None and segment_ids is not None:
@@ -239,7 +241,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
     hidden, weight, bias, ctx.needs, *others = inputs
     results = _PairResults(*output)
     ctx.save_for_backward(results.dhidden, results.dweight, results.dbias)
-    ctx.dtypes, ctx.num_others = passes.dtypes_of(hidden, weight, bias), len(others)
+    ctx.dtypes, ctx.num_others = dtypes_of(hidden, weight, bias), len(others)
 
 
 @first_order_only
@@ -267,7 +269,7 @@ def linear_logps(
 ) -> Tensor:
     """``inspo_kernels.linear_logps`` as traced."""
     head = checked_head(hidden, weight, bias, softcap, logit_scale)
-    needs = passes.Needs.of(hidden, head)
+    needs = Needs.of(hidden, head)
     options = (softcap, logit_scale, ignore_index, backend, head.compute_dtype)
     logps, _ = _linear_logps(hidden, weight, bias, [needs.x, needs.weight, needs.bias], targets, *options)
     return logps
@@ -291,7 +293,7 @@ def _linear_logps(
     scored = ScoredTokens.find(hidden.detach(), targets, head, ignore_index, backend)
     if scored.backend is None:
         raise ValueError(_NO_REFERENCE)
-    logps, dx = scored.forward(passes.Needs(*needs))
+    logps, dx = scored.forward(Needs(*needs))
     return [
         scored.scatter(logps, targets.shape),
         hidden.new_empty(0) if dx is None else scored.scatter(dx, hidden.shape),
@@ -323,8 +325,8 @@ def _linear_logps_backward(
     """Gradients in hidden, weight and bias in their own dtypes (empty where not needed)."""
     head = LMHead(weight, bias, softcap, logit_scale, compute_dtype)
     scored = ScoredTokens.find(hidden, targets, head, ignore_index, backend)
-    gradients = scored.backward(upstream.flatten()[scored.index], passes.Needs(*needs))
-    x, dweight, dbias = gradients.scaled(1.0, *passes.dtypes_of(hidden, weight, bias))
+    gradients = scored.backward(upstream.flatten()[scored.index], Needs(*needs))
+    x, dweight, dbias = gradients.scaled(1.0, *dtypes_of(hidden, weight, bias))
     dhidden = None if x is None else scored.scatter(x, hidden.shape)
     return [hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias)]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import compiled, passes, reference
 from .first_order import first_order_only
+from .gradients import Needs, dtypes_of
 from .objectives import Objective, make_objective
 from .pair_loss import InSPOOutput
 from .prepare import Prepared, prepare
@@ -68,7 +69,8 @@ def fused_inspo_loss(
         reduction: "mean" or "sum" over pairs.
         process_group: reserved; anything but None raises ``NotImplementedError``.
         max_workspace_bytes: bound on the logits workspace (at least one row). Results do not depend on it beyond
-            rounding. The default follows from shapes and device, and grows up to fourfold for a pair longer than it.
+            rounding. The default follows from shapes and device, and grows up to fourfold for a pair longer than it. Of
+            a batch that fits it, it lasts until the backward pass, in place of the weight's gradient.
         backend: "triton" (CUDA and ROCm), "torch" (any device), "reference" (plain torch, everything materialised), or
             "auto": "triton" where it runs, else "torch".
 
@@ -105,7 +107,7 @@ def fused_inspo_loss(
     if p.backend is None:
         return _reference(hidden, weight, labels, given, p)
     x = hidden.reshape(-1, p.head.hidden_size).index_select(0, p.plan.rows)
-    needs = passes.Needs.of(hidden, p.head)
+    needs = Needs.of(hidden, p.head)
     loss, losses, sums = _FusedPairLoss.apply(x, weight, bias, replace(p, head=p.head.detach()), needs)
     return InSPOOutput.build(loss, losses, sums, p.plan.lengths, p.terms)
 
@@ -133,22 +135,24 @@ class InSPOLoss(nn.Module):
 
 
 class _FusedPairLoss(torch.autograd.Function):
-    """Gradients are computed with the loss; backward only scales them by the upstream scalar, out of place."""
+    """Forward leaves gradients, computed or staged; backward scales them by the upstream scalar, out of place."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, prepared: Prepared, needs: passes.Needs
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, prepared: Prepared, needs: Needs
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses, sums, gradients = passes.pair_losses(prepared, x, needs)
-        ctx.dtypes = passes.dtypes_of(x, weight, bias)
-        ctx.save_for_backward(gradients.x, gradients.weight, gradients.bias)
+        ctx.dtypes = dtypes_of(x, weight, bias)
+        ctx.save_for_backward(*gradients.tensors)
+        # What ctx itself holds lives as long as the loss, not only until its backward.
+        ctx.gradients = gradients.holding(*(None for _ in gradients.tensors))
         ctx.mark_non_differentiable(losses, sums)
         return prepared.terms.reduce(losses).to(prepared.head.accumulate_dtype), losses, sums
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (*passes.Gradients(*ctx.saved_tensors).scaled(upstream, *ctx.dtypes), None, None)
+        return (*ctx.gradients.holding(*ctx.saved_tensors).scaled(upstream, *ctx.dtypes), None, None)
 
 
 def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, given: dict[str, Any], p: Prepared) -> InSPOOutput:

@@ -85,3 +85,8 @@ def checked_head(
         got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in given.items())
         raise TypeError(f"hidden, weight and bias must share a dtype (autocast mixes all but float64), got {got}")
     return LMHead(weight, bias, softcap, logit_scale, compute_dtype)
+
+
+def plain_arithmetic(device: torch.device) -> torch.autocast:
+    """Autocast off: operand dtypes are the head's own decision, and statistics must never be rounded."""
+    return torch.autocast(device.type, enabled=False)

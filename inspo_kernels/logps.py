@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiled, passes, reference
+from . import compiled, reference
 from .first_order import first_order_only
+from .gradients import Needs, dtypes_of
 from .head import checked_head
 from .scored_tokens import ScoredTokens
 
@@ -58,15 +59,13 @@ def linear_logps(
     scored = ScoredTokens.find(hidden, targets, head.detach(), ignore_index, backend)
     if scored.backend is None:
         return reference.linear_logps(hidden, weight, targets.to(hidden.device), **options)
-    logps = _LinearLogps.apply(scored.x, weight, bias, scored, passes.Needs.of(hidden, head))
+    logps = _LinearLogps.apply(scored.x, weight, bias, scored, Needs.of(hidden, head))
     return scored.scatter(logps, targets.shape)
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scored: ScoredTokens, needs: passes.Needs
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scored: ScoredTokens, needs: Needs) -> Tensor:
         logps, dx = scored.forward(needs)
         ctx.scored, ctx.needs, ctx.dtype = replace(scored, x=x.new_empty(0)), needs, x.dtype
         if dx is not None:
@@ -84,4 +83,4 @@ class _LinearLogps(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         scored = replace(ctx.scored, x=x, head=replace(ctx.scored.head, weight=weight, bias=bias))
         gradients = scored.backward(upstream, ctx.needs)
-        return (*gradients.scaled(1.0, *passes.dtypes_of(x, weight, bias)), None, None)
+        return (*gradients.scaled(1.0, *dtypes_of(x, weight, bias)), None, None)

@@ -133,8 +133,8 @@ class DPO(Objective):
     def __call__(self, s: PairSums) -> Tensor:
         a_chosen, a_rejected = self._advantages(s)
         margin = self.beta * (a_chosen - a_rejected)
-        eps = self.label_smoothing
-        return -(1 - eps) * F.logsigmoid(margin) - eps * F.logsigmoid(-margin)
+        # log sigma(-m) = log sigma(m) - m
+        return self.label_smoothing * margin - F.logsigmoid(margin)
 
 
 @dataclass(frozen=True)

@@ -10,82 +10,27 @@ Cost in floating point operations, for N scored rows, hidden size H, vocabulary 
 ``pair_losses`` is the heart. dloss/dlogp_t is the same c for all tokens of a segment and depends on a pair's sums
 alone, so whole pairs are taken in groups that fit the workspace: score the group, sum per segment, evaluate and
 differentiate the objective on those few sums, and turn the logits, still in the workspace, into gradients. Nothing is
-recomputed and no logits outlive their group. A pair longer than the default workspace gets a larger one, within limits.
-Of a pair longer than the workspace C, all but the last C rows are scored first and staged again once c is known: 2HV
-more per such row, and never more memory. dW is written by the first tile and added to by the others, in the accumulate
-dtype.
+recomputed. A pair longer than the default workspace gets a larger one, within limits. Of a pair longer than the
+workspace C, all but the last C rows are scored first and staged again once c is known: 2HV more per such row, and never
+more memory. dW is written by the first tile and added to by the others, in the accumulate dtype.
+
+Where one group is the whole batch, its rows may stay staged until the upstream gradient is known: ``StagedGradients``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .backends import Backend
 from .backends.base import chunks
-from .head import LMHead
+from .gradients import Gradients, Needs, StagedGradients
+from .head import LMHead, plain_arithmetic
 from .layout import ScoredRows
 from .pair_loss import PairTerms
 from .prepare import Prepared
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients are asked for; exactly those are computed."""
-
-    x: bool
-    weight: bool
-    bias: bool
-
-    @property
-    def head(self) -> bool:
-        return self.weight or self.bias
-
-    @property
-    def any(self) -> bool:
-        return self.x or self.head
-
-    @classmethod
-    def of(cls, hidden: Tensor, head: LMHead) -> Needs:
-        """What autograd will ask for. Inside an op grad mode is invisible, so the public functions read it here."""
-        enabled = torch.is_grad_enabled()
-        bias = head.bias is not None and head.bias.requires_grad
-        return cls(enabled and hidden.requires_grad, enabled and head.weight.requires_grad, enabled and bias)
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients in the accumulate dtype: x (N, H), weight (V, H), bias (V,); None where not needed."""
-
-    x: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-    @classmethod
-    def empty(cls, head: LMHead, num_rows: int, needs: Needs) -> Gradients:
-        def new(needed: bool, *shape: int) -> Tensor | None:
-            return torch.empty(shape, dtype=head.accumulate_dtype, device=head.weight.device) if needed else None
-
-        return cls(
-            new(needs.x, num_rows, head.hidden_size),
-            new(needs.weight, head.vocab_size, head.hidden_size),
-            new(needs.bias, head.vocab_size),
-        )
-
-    def scaled(self, scale: Tensor | float, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
-        """(x, weight, bias) times ``scale`` in these dtypes: new tensors, rounded once."""
-        return tuple(
-            None if g is None else torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype))
-            for g, dtype in zip((self.x, self.weight, self.bias), dtypes)
-        )
-
-
-def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    """Dtypes of tensors that may be missing."""
-    return tuple(None if t is None else t.dtype for t in tensors)
 
 
 def score(backend: Backend, head: LMHead, x: Tensor, targets: Tensor, capacity: int) -> Tensor:
@@ -130,7 +75,7 @@ def regradients(
     return gradients
 
 
-def pair_losses(p: Prepared, x: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Gradients]:
+def pair_losses(p: Prepared, x: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Gradients | StagedGradients]:
     """Losses (B,), sums (kinds, B), both float64, and the gradients of the reduced loss that ``needs`` asks for.
 
     ``x`` (N, H) are the planned rows, gathered; rows that the loss does not depend on get zero gradient.
@@ -148,39 +93,46 @@ def pair_losses(p: Prepared, x: Tensor, needs: Needs) -> tuple[Tensor, Tensor, G
         sums.fill(slice(plan.kinds_per_pair * plan.num_pairs, len(plan.counts)), rest_logps)
 
         if needs.head:
-            gradients = Gradients.empty(p.head, len(x), needs)
-            losses = _one_pass(p, x, sums, gradients)
+            losses, gradients = _one_pass(p, x, sums, needs)
         else:
             # A frozen head: per-token gradients are stored unscaled and meet their coefficients afterwards.
             logps, dx = unit_gradients(p.backend, p.head, x, plan.targets, graded, p.capacity)
             losses, by_row = sums.differentiate(slice(0, plan.num_pairs), logps)
             dx[:graded].mul_(by_row.unsqueeze(1))
+            dx[rest].zero_()
             gradients = Gradients(dx, None, None)
-        if gradients.x is not None:
-            gradients.x[rest] = 0.0
     return losses, sums.table, gradients
 
 
-def _one_pass(p: Prepared, x: Tensor, sums: _Sums, gradients: Gradients) -> Tensor:
-    """Losses (B,); fills ``gradients`` group by group."""
+def _one_pass(p: Prepared, x: Tensor, sums: _Sums, needs: Needs) -> tuple[Tensor, Gradients | StagedGradients]:
+    """Losses (B,) and gradients, group by group."""
     assert p.backend is not None
     targets = p.plan.targets
     groups = list(_groups(p.plan.pair_rows, p.plan.num_pairs if p.terms.objective.batch_coupled else 1, p.capacity))
     largest = max(rows.stop - rows.start for _, rows in groups)
     capacity = min(largest, p.pair_capacity)
+    if len(groups) == 1 and largest <= capacity and StagedGradients.pay(p.backend, p.head, largest, needs):
+        pairs, rows = groups[0]
+        staging = p.backend.open_tile(p.head, capacity)
+        losses, by_row = sums.differentiate(pairs, staging.stage(x[rows], targets[rows]))
+        return losses, StagedGradients(p.backend, p.head, needs, len(x), by_row, staging.staged())
+
+    gradients = Gradients.empty(p.head, len(x), needs)
     tile = _GradientTile(p.backend, p.head, capacity, gradients)
-    losses = []
+    group_losses = []
     for pairs, rows in groups:
         resident = slice(max(rows.start, rows.stop - capacity), rows.stop)
         too_many = list(chunks(rows.start, resident.start, capacity))
         logps = [tile.stage(x[part], targets[part]) for part in (*too_many, resident)]
-        group_losses, by_row = sums.differentiate(pairs, torch.cat(logps))
-        losses.append(group_losses)
+        losses, by_row = sums.differentiate(pairs, torch.cat(logps))
+        group_losses.append(losses)
         tile.add(resident, by_row[resident.start - rows.start :])
         for part in too_many:
             tile.stage(x[part], targets[part])
             tile.add(part, by_row[part.start - rows.start : part.stop - rows.start])
-    return torch.cat(losses)
+    if gradients.x is not None:
+        gradients.x[sum(p.plan.pair_rows) :].zero_()
+    return torch.cat(group_losses), gradients
 
 
 class _Sums:
@@ -197,21 +149,22 @@ class _Sums:
         Sums of consecutive runs, in float64, in an order that does not vary: deterministic on every device.
         """
         counts = self.plan.device_counts[segments]
+        if not len(counts):
+            return
         sums = torch.segment_reduce(logps.double(), "sum", lengths=counts, unsafe=True)
         self.table.view(-1)[self.plan.order[segments]] = sums
 
     def differentiate(self, pairs: slice, logps: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of ``pairs`` and dloss/dlogp of each of their gradient rows, whose log-probs are given."""
-        k, num_pairs = self.plan.kinds_per_pair, self.plan.num_pairs
+        k = self.plan.kinds_per_pair
         segments = slice(k * pairs.start, k * pairs.stop)
         self.fill(segments, logps)
         losses, coefficients = self.terms.coefficients(
-            self.table[:, pairs], self.lengths[:, pairs], pairs.start, num_pairs
+            self.table[:, pairs], self.lengths[:, pairs], pairs.start, self.plan.num_pairs
         )
-        order = self.plan.order[segments]
-        by_segment = coefficients[order // num_pairs, order % num_pairs - pairs.start]
+        by_segment = coefficients.flatten().to(logps.dtype)
         counts = self.plan.device_counts[segments]
-        return losses, by_segment.to(logps.dtype).repeat_interleave(counts, output_size=len(logps))
+        return losses, by_segment.repeat_interleave(counts, output_size=len(logps))
 
 
 class _GradientTile:
@@ -228,11 +181,6 @@ class _GradientTile:
         dx = None if g.x is None else g.x[rows]
         self.tile.gradients(coefficients, dx=dx, dweight=g.weight, dbias=g.bias, accumulate=self.accumulate)
         self.accumulate = True
-
-
-def plain_arithmetic(device: torch.device) -> torch.autocast:
-    """Autocast off: operand dtypes are the head's own decision, and statistics must never be rounded."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def _groups(pair_rows: list[int], pairs_together: int, capacity: int) -> Iterator[tuple[slice, slice]]:

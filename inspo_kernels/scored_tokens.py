@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import passes
 from .backends import Backend, resolve_backend
-from .head import LMHead
+from .gradients import Gradients, Needs
+from .head import LMHead, plain_arithmetic
 from .layout import checked_labels, scored_positions, to_device
 
 
@@ -32,20 +33,20 @@ class ScoredTokens:
         flat, index = to_device(flat[index], hidden.device), to_device(index, hidden.device)
         return cls(head, resolved, index, hidden.reshape(-1, head.hidden_size).index_select(0, index), flat)
 
-    def forward(self, needs: passes.Needs) -> tuple[Tensor, Tensor | None]:
+    def forward(self, needs: Needs) -> tuple[Tensor, Tensor | None]:
         """Log-probs (N,), and with a frozen head the gradient (N, H) of each in its own row."""
         assert self.backend is not None
         capacity = self.backend.capacity(self.head, self.x.device, None)
-        with passes.plain_arithmetic(self.x.device):
+        with plain_arithmetic(self.x.device):
             if needs.x and not needs.head:
                 return passes.unit_gradients(self.backend, self.head, self.x, self.targets, len(self.x), capacity)
             return passes.score(self.backend, self.head, self.x, self.targets, capacity), None
 
-    def backward(self, upstream: Tensor, needs: passes.Needs) -> passes.Gradients:
+    def backward(self, upstream: Tensor, needs: Needs) -> Gradients:
         """Gradients of sum(upstream * log-probs), upstream (N,), the logits computed anew."""
         assert self.backend is not None
         capacity = self.backend.capacity(self.head, self.x.device, None)
-        with passes.plain_arithmetic(self.x.device):
+        with plain_arithmetic(self.x.device):
             return passes.regradients(self.backend, self.head, self.x, self.targets, upstream, capacity, needs)
 
     def scatter(self, values: Tensor, shape: torch.Size) -> Tensor:

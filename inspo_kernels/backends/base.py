@@ -31,6 +31,14 @@ class HeadTile(ABC):
         """
 
     @abstractmethod
+    def staged(self) -> tuple[Tensor, ...]:
+        """The tensors that ``gradients`` reads, of the rows staged last; they must not be staged over while in use."""
+
+    @abstractmethod
+    def restore(self, staged: tuple[Tensor, ...]) -> None:
+        """Make ``gradients`` read these, from ``staged`` of a tile of the same head."""
+
+    @abstractmethod
     def gradients(
         self,
         coefficients: Tensor,
@@ -40,10 +48,11 @@ class HeadTile(ABC):
         dbias: Tensor | None = None,
         accumulate: bool = False,
     ) -> None:
-        """Gradients of sum(coefficients * log-probs) of the staged rows, into preallocated accumulate-dtype tensors.
+        """Gradients of sum(coefficients * log-probs) of the staged rows, into preallocated tensors.
 
         ``dx`` (n, H) is written. ``dweight`` (V, H) and ``dbias`` (V,) are added to, or written unless ``accumulate``.
-        Only what is given is computed. Call it once per ``stage``.
+        They have the accumulate dtype; ``dx``, and ``dweight`` unless ``accumulate``, may have any other, to which they
+        are rounded once. Only what is given is computed. The staged rows stay as they are.
         """
 
     def score(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -67,6 +76,10 @@ class Backend(ABC):
     @abstractmethod
     def bytes_per_row(self, head: LMHead) -> int:
         """Workspace that one row of a tile takes."""
+
+    @abstractmethod
+    def staged_bytes(self, head: LMHead, rows: int) -> int:
+        """Memory that staged rows go on taking until their gradients are computed."""
 
     @abstractmethod
     def open_tile(self, head: LMHead, capacity: int) -> HeadTile:

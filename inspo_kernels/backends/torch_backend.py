@@ -23,6 +23,7 @@ which adds up over a sequence); workspaces of 1024 rows (4% faster over all, at 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,6 +56,9 @@ class TorchBackend(Backend):
     def bytes_per_row(self, head: LMHead) -> int:
         return head.vocab_size * head.accumulate_dtype.itemsize
 
+    def staged_bytes(self, head: LMHead, rows: int) -> int:
+        return rows * self.bytes_per_row(head)
+
     def open_tile(self, head: LMHead, capacity: int) -> HeadTile:
         return TorchTile(head, capacity)
 
@@ -79,11 +83,17 @@ class TorchTile(HeadTile):
 
     def __init__(self, head: LMHead, capacity: int) -> None:
         super().__init__(head, capacity)
-        dtype, device = head.accumulate_dtype, head.weight.device
-        self.workspace = torch.empty(capacity, head.vocab_size, dtype=dtype, device=device)
-        block_bytes = BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
-        self.block = max(1, block_bytes // (head.vocab_size * dtype.itemsize))
+        self.device = head.weight.device
+        block_bytes = BLOCK_BYTES if self.device.type == "cpu" else GPU_BLOCK_BYTES
+        self.block = max(1, block_bytes // (head.vocab_size * head.accumulate_dtype.itemsize))
         self.bias = None if head.bias is None else self._widen(head.bias)
+
+    @cached_property
+    def workspace(self) -> Tensor:
+        return self._new(self.capacity, self.head.vocab_size)
+
+    def _new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.head.accumulate_dtype, device=self.device)
 
     def _widen(self, t: Tensor) -> Tensor:
         return t.to(self.head.compute_dtype).to(self.head.accumulate_dtype)
@@ -99,17 +109,21 @@ class TorchTile(HeadTile):
             yield part, self._widen(head.weight[part])
 
     def stage(self, x: Tensor, targets: Tensor) -> Tensor:
-        head = self.head
         self.x = self._widen(x)
         self.e = self.workspace[: len(x)]
         for part, weight in self._weight_slices():
             _product(self.x, weight.t(), self.e[:, part])
-        logps = torch.empty(len(x), dtype=head.accumulate_dtype, device=x.device)
-        self.sums = torch.empty_like(logps)
+        logps, self.sums = self._new(len(x)), self._new(len(x))
         for i in range(0, len(x), self.block):
             rows = slice(i, i + self.block)
             logps[rows], self.sums[rows] = self._logits_to_e(self.e[rows], targets[rows, None])
         return logps
+
+    def staged(self) -> tuple[Tensor, ...]:
+        return self.x, self.e, self.sums
+
+    def restore(self, staged: tuple[Tensor, ...]) -> None:
+        self.x, self.e, self.sums = staged
 
     def _logits_to_e(self, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Turn a block of raw products into D * E in place; returns its log-probs and S, (rows,) each."""
@@ -148,11 +162,15 @@ class TorchTile(HeadTile):
     ) -> None:
         scale = (coefficients * (-self.head.logit_scale) / self.sums).unsqueeze(1)
         if dx is not None:
+            product = dx if dx.dtype == self.e.dtype else self._new(*dx.shape)
             for part, weight in self._weight_slices():
-                _product(self.e[:, part], weight, dx, accumulate=part.start > 0)
-            dx.mul_(scale)
+                _product(self.e[:, part], weight, product, accumulate=part.start > 0)
+            torch.mul(product, scale, out=dx)
         beta = int(accumulate)
         if dweight is not None:
-            torch.addmm(dweight, self.e.t(), self.x * scale, beta=beta, out=dweight)
+            product = dweight if dweight.dtype == self.e.dtype else self._new(*dweight.shape)
+            torch.addmm(product, self.e.t(), self.x * scale, beta=beta, out=product)
+            if product is not dweight:
+                dweight.copy_(product)
         if dbias is not None:
             torch.addmv(dbias, self.e.t(), scale.squeeze(1), beta=beta, out=dbias)

@@ -70,6 +70,9 @@ class TritonBackend(Backend):
     def bytes_per_row(self, head: LMHead) -> int:
         return self._bytes(head, 1)
 
+    def staged_bytes(self, head: LMHead, rows: int) -> int:
+        return rows * _e_bytes(head)
+
     def capacity(self, head: LMHead, device: torch.device, max_workspace_bytes: int | None) -> int:
         limit = self.default_workspace_bytes(head, device) if max_workspace_bytes is None else max_workspace_bytes
         rows = limit // self._bytes(head, 1)
@@ -123,11 +126,18 @@ class TritonTile(HeadTile):
         self.device = head.weight.device
         self.arch = config.architecture(self.device)
         self.stride = _stride(head)
-        # Under autocast these are the rounded copies that autocast itself would make.
-        self.weight = head.weight.to(head.compute_dtype)
-        self.bias = None
-        if head.bias is not None:
-            self.bias = torch.nn.functional.pad(head.bias.to(head.compute_dtype), (0, self.stride - head.vocab_size))
+
+    @cached_property
+    def weight(self) -> Tensor:
+        # Under autocast, here and below, the rounded copy that autocast itself would make.
+        return self.head.weight.to(self.head.compute_dtype)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        head = self.head
+        if head.bias is None:
+            return None
+        return torch.nn.functional.pad(head.bias.to(head.compute_dtype), (0, self.stride - head.vocab_size))
 
     @cached_property
     def e_rows(self) -> Tensor:
@@ -152,6 +162,12 @@ class TritonTile(HeadTile):
         logps = self._new(n)
         self._log_probs(self.x, targets, logps, self.sums, self.e)
         return logps
+
+    def staged(self) -> tuple[Tensor, ...]:
+        return self.x, self.e, self.sums
+
+    def restore(self, staged: tuple[Tensor, ...]) -> None:
+        self.x, self.e, self.sums = staged
 
     def _log_probs(self, x: Tensor, targets: Tensor, logps: Tensor, sums: Tensor, e: Tensor | None) -> None:
         """Fill ``logps`` (n,), ``sums`` (n,) and, if given, ``e`` (n, stride), one stage of logits after another."""
@@ -210,8 +226,9 @@ class TritonTile(HeadTile):
         scale = coefficients * (-head.logit_scale) / self.sums
         e = self.e[:, : head.vocab_size]
         if dx is not None:
-            _product(e, self.weight, dx)
-            dx.mul_(scale.unsqueeze(1))
+            product = self._accumulator(dx)
+            _product(e, self.weight, product)
+            torch.mul(product, scale.unsqueeze(1), out=dx)
         if dweight is not None:
             if head.compute_dtype == torch.float16:
                 self._half_dweight(e, scale, dweight, accumulate)
@@ -224,23 +241,31 @@ class TritonTile(HeadTile):
             with self._on_device():
                 bias_gradient(self.e, scale, dbias, accumulate=accumulate, arch=self.arch)
 
+    def _accumulator(self, out: Tensor) -> Tensor:
+        """``out``, or a tensor to take its place until it can be rounded."""
+        return out if out.dtype == self.head.accumulate_dtype else self._new(*out.shape)
+
     def _half_dweight(self, e: Tensor, scale: Tensor, dweight: Tensor, accumulate: bool) -> None:
+        product = self._accumulator(dweight)
         scaled = self.x * scale.unsqueeze(1)
         _, exponent = torch.frexp(scaled.abs().amax())
         unit = torch.ldexp(torch.ones_like(scale[0]), exponent - 14)
         if accumulate:
-            dweight.div_(unit)
-        _product(e.t(), scaled.div_(unit).to(e.dtype), dweight, accumulate)
-        dweight.mul_(unit)
+            product.div_(unit)
+        _product(e.t(), scaled.div_(unit).to(e.dtype), product, accumulate)
+        torch.mul(product, unit, out=dweight)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b, accumulated and left in out's dtype, to which narrower operands are never rounded.
+    """out = a @ b, or out += a @ b, accumulated in float32 at least and rounded to out's dtype at most once.
 
     CPU tensors, which only the interpreter works on, are widened: torch has no mixed-dtype products there.
     """
-    if a.dtype == out.dtype or a.device.type == "cpu":
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), out=out)
+    if a.device.type == "cpu":
+        wide = torch.promote_types(out.dtype, torch.float32)
+        out.copy_(torch.addmm(out.to(wide), a.to(wide), b.to(wide), beta=int(accumulate)))
+    elif a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=int(accumulate), out=out)
     else:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(accumulate), out=out)
 

@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from inspo_kernels import passes
+from inspo_kernels import gradients
 from training import generate
 from training.config import InputError, LoraOptions, TrainConfig, parse_config
 from training.model import adapter_off, add_lora, byte_tokenizer, check_architecture, load_model, size_text
@@ -65,14 +65,14 @@ def test_without_its_adapter_a_trained_model_is_the_base_and_afterwards_as_it_wa
 @pytest.mark.parametrize(("lora", "expected"), [(LoraOptions(r=4), False), (None, True)])
 def test_the_heads_gradient_is_not_computed_where_the_head_is_frozen(monkeypatch, lora, expected):
     made = []
-    empty = passes.Gradients.empty.__func__
+    empty = gradients.Gradients.empty.__func__
 
-    def spy(cls, head, num_rows, needs):
-        gradients = empty(cls, head, num_rows, needs)
-        made.append((gradients.x is not None, gradients.weight is not None))
-        return gradients
+    def spy(cls, *arguments):
+        new = empty(cls, *arguments)
+        made.append((new.x is not None, new.weight is not None))
+        return new
 
-    monkeypatch.setattr(passes.Gradients, "empty", classmethod(spy))
+    monkeypatch.setattr(gradients.Gradients, "empty", classmethod(spy))
     run(tiny_model(), lora=lora, max_steps=1)
     assert any(weight for _, weight in made) is expected
 

@@ -1,0 +1,120 @@
+"""Gradients staged until the upstream one is known: the loss's own tests once more, and what is theirs alone."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+import triton_setup
+from cases import make_case, relative_error
+
+# ruff: noqa: F401
+from test_fused_loss import (
+    test_any_ragged_batch_in_every_form_equals_reference,
+    test_autocast_computes_in_its_dtype_and_returns_unrounded_gradients,
+    test_equals_reference_in_float64,
+    test_error_at_most_twice_that_of_plain_torch,
+    test_exactly_the_needed_gradients,
+    test_gradcheck,
+    test_non_contiguous_inputs,
+    test_orpo_needs_only_the_marginal_that_it_reads,
+    test_same_input_same_bits,
+    test_upstream_gradient_retain_graph_and_double_backward,
+    test_weights_reduction_and_anchor_equal_reference,
+)
+
+import inspo_kernels as ik
+from inspo_kernels.backends import BACKENDS
+from inspo_kernels.gradients import Needs, StagedGradients
+from inspo_kernels.head import checked_head
+
+pytestmark = triton_setup.quiet
+
+pays = StagedGradients.pay
+PAIRS = [(2, 5, 4), (1, 3, 6)]
+N = sum(w + l for _, w, l in PAIRS)
+# As few rows as there are features: staged in float32 by the torch backend, without any help.
+CASE = make_case(PAIRS, hidden_size=N, vocab=50, bias=False).to(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def staged_where_they_can_be(monkeypatch):
+    """Whatever memory they take."""
+    monkeypatch.setattr(StagedGradients, "pay", staticmethod(lambda backend, head, rows, needs: needs.weight))
+
+
+@pytest.fixture
+def only_where_they_pay(monkeypatch, staged_where_they_can_be):
+    monkeypatch.setattr(StagedGradients, "pay", staticmethod(pays))
+
+
+def loss_of(case, **options):
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    out = ik.fused_inspo_loss(hidden, weight, case.labels, ref_logps=case.ref_logps, **options)
+    return out, hidden, weight
+
+
+def test_the_tests_above_run_on_staged_rows(monkeypatch):
+    """Otherwise they show nothing here."""
+    calls = []
+    scaled = StagedGradients.scaled
+    monkeypatch.setattr(StagedGradients, "scaled", lambda self, *a: calls.append(1) or scaled(self, *a))
+    test_upstream_gradient_retain_graph_and_double_backward()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("rows, staged", [(N, True), (N - 1, False)])
+def test_staged_where_one_group_holds_all_rows(only_where_they_pay, rows, staged):
+    out, *_ = loss_of(CASE, max_workspace_bytes=rows * 50 * 4)
+    assert isinstance(out.loss.grad_fn.gradients, StagedGradients) == staged
+
+
+@pytest.mark.parametrize(
+    "backend, dtype, most",
+    [
+        ("torch", torch.float32, 64),
+        ("torch", torch.bfloat16, 64),
+        ("triton", torch.float32, 64),
+        ("triton", torch.bfloat16, 128),
+    ],
+)
+def test_they_take_no_more_memory_than_the_gradient_they_stand_for(backend, dtype, most):
+    weight = torch.zeros(128, 64, dtype=dtype)
+    head = checked_head(weight, weight, None, None, 1.0)
+    trainable, frozen = Needs(True, True, False), Needs(True, False, True)
+    assert pays(BACKENDS[backend], head, most, trainable)
+    assert not pays(BACKENDS[backend], head, most + 1, trainable)
+    assert not pays(BACKENDS[backend], head, 1, frozen)
+
+
+def test_the_workspace_is_released_by_the_backward_though_the_output_lives(only_where_they_pay):
+    out, _, weight = loss_of(CASE)
+    kept = [weakref.ref(t.untyped_storage()) for t in out.loss.grad_fn.saved_tensors if t is not None]
+    assert sum(ref() is not None for ref in kept) == 5  # weight, coefficients, and what the tile had staged
+    out.loss.backward()
+    assert not any(ref() is not None for ref in kept if ref() is not weight.untyped_storage())
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.loss.backward()
+
+
+def test_a_weight_changed_before_the_backward_is_an_error(only_where_they_pay):
+    out, _, weight = loss_of(CASE)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_they_equal_computed_ones_to_rounding(monkeypatch, backend, dtype):
+    case = triton_setup.on_device(CASE.to(dtype)) if backend == "triton" else CASE.to(dtype)
+    results = []
+    for staged in (True, False):
+        monkeypatch.setattr(StagedGradients, "pay", staticmethod(lambda *_, staged=staged: staged))
+        out, *leaves = loss_of(case, marginal_labels=case.marginal_labels, backend=backend)
+        assert isinstance(out.loss.grad_fn.gradients, StagedGradients) == staged
+        results.append(torch.autograd.grad(out.loss, leaves, torch.tensor(0.3, device=out.loss.device)))
+    for one, other in zip(*results):
+        assert one.dtype == dtype and relative_error(one, other) < torch.finfo(dtype).eps
