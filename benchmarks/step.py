@@ -112,6 +112,8 @@ def same_work(names: Sequence[str], job: Job) -> dict[str, Any]:
             weights[name] = {k: v.detach().clone() for k, v in own.model.named_parameters()}
             rows[name] = {"status": "measured", "losses": trained.losses}
     rows |= {name: {"status": why} for name, why in failed.items()}
+    if BASE in failed:
+        return rows | {name: {"status": f"not compared: {BASE} {failed[BASE]}"} for name in weights}
     base, moved = weights[BASE], sum((weights[BASE][k] - start[k]).square().sum() for k in weights[BASE]).sqrt()
     for name, final in weights.items():
         wrong = sum((final[k] - base[k]).square().sum() for k in base).sqrt()

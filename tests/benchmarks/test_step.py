@@ -45,6 +45,17 @@ def test_other_work_is_seen(monkeypatch):
     assert not row["same"] and row["errors"]["loss"] > 1e-4
 
 
+def test_nothing_to_compare_with(monkeypatch):
+    def broken(own):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(STEP_CONTENDERS, "four_forwards", StepContender("broken", broken))
+    assert step.same_work(["rows"], job()) == {
+        "four_forwards": {"status": "failed: RuntimeError: no such kernel"},
+        "rows": {"status": "not compared: four_forwards failed: RuntimeError: no such kernel"},
+    }
+
+
 def test_positions_are_those_of_the_layouts():
     found = step.prepared(["rows", "tree", "four_forwards"], job("0.5", torch.float32), {})
     counted = {name: run().positions / QUICK["updates"] for name, (_, run) in found.items()}
