@@ -75,8 +75,8 @@ class PairTerms:
         """Losses (pairs,) and c = d loss / d logps, for a loss reduced over ``num_pairs`` pairs.
 
         c is (pairs, gradient kinds), the kinds among ``gradient_kinds`` that ``logps`` (kinds, pairs) has. Runs torch
-        autograd on that table alone, which is how any objective gets the fused path. Tried and left: a kernel for the
-        built-in objectives, which would hold their mathematics a second time to spare some 20 launches of 2 us.
+        autograd on that table alone, which is how any objective gets the fused path. A kernel for the built-in ones was
+        left out: it would hold their mathematics a second time, to spare some 20 tiny launches a group.
         """
         kinds = [kind for kind in self.gradient_kinds if kind < len(logps)]
         with torch.enable_grad():
