@@ -65,6 +65,7 @@ def cases() -> Iterator[Case]:
     """Every combination of dtypes and flags that the backend launches; values (cap 30, scale 0.5) stand for any."""
     from inspo_kernels.kernels import config
     from inspo_kernels.kernels.bias_gradient import bias_gradient
+    from inspo_kernels.kernels.label_logits import label_logits
     from inspo_kernels.kernels.linear_logps import linear_logps
     from inspo_kernels.kernels.row_pass import row_pass
 
@@ -78,7 +79,7 @@ def cases() -> Iterator[Case]:
         in_place = dtype == accumulate_dtype
         e = None if not store else raw if in_place else torch.empty_like(raw, dtype=dtype)
         bias = torch.empty(raw.shape[1], dtype=dtype) if with_bias else None
-        vectors = torch.empty(2, ROWS, dtype=accumulate_dtype)
+        vectors = torch.empty(3, ROWS, dtype=accumulate_dtype)
 
         def launch(arch: str) -> None:
             row_pass(
@@ -104,6 +105,16 @@ def cases() -> Iterator[Case]:
                 yield row_pass_case(dtype, False, transform, VOCAB)
     for vocab in (1000, 50257):  # shorter blocks; a vocabulary that is no multiple of anything
         yield row_pass_case(BF16, True, "plain", vocab)
+
+    for dtype in (BF16, HALF, FP32, FP64):
+        for layout in ("words in rows", "words in columns"):
+            x, weight = torch.empty(ROWS, HIDDEN, dtype=dtype), torch.empty(VOCAB, HIDDEN, dtype=dtype)
+            weight = weight if layout == "words in rows" else weight.t().contiguous().t()
+            yield Case(
+                "label_logits",
+                f"{NAMES[dtype]}, {layout}",
+                lambda arch, x=x, weight=weight: label_logits(x, weight, targets, arch=arch),
+            )
 
     for dtype in (BF16, HALF, FP32, FP64):
         for accumulate in (False, True):

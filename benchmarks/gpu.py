@@ -24,11 +24,13 @@ import argparse
 import importlib.util
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,14 +132,19 @@ def run_tests(plan: Plan, out: Path, clock: Clock) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     log, start = out / "tests.log", time.perf_counter()
     with log.open("w") as file:
+        tests = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        limit = min(plan.test_seconds, clock.left)
         try:
-            limit = min(plan.test_seconds, clock.left)
-            code = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit
-            ).returncode
+            code = tests.wait(limit)
             status = "passed" if code == 0 else f"failed: pytest's exit status was {code}"
         except subprocess.TimeoutExpired:
             status = f"failed: not done after {limit:.0f} s"
+        finally:
+            # Its workers, too: they would go on using the GPU beside what is timed next.
+            with suppress(ProcessLookupError):
+                os.killpg(tests.pid, signal.SIGKILL)
     lines = log.read_text().strip().splitlines()
     return {
         "status": status,
@@ -251,8 +258,8 @@ def run(
             batch = PairBatch(shape, dtype=dtype, device=device, weight=weight)
             found = chosen(names, batch)
             for name, outcome in found.items():
-                if isinstance(outcome, Contender) and outcome.compiles_per_shape and model != plan.main[0]:
-                    found[name] = f"not measured: compiles anew for every head, so only {plan.main[0]}'s is"
+                if isinstance(outcome, Contender) and outcome.compiles_per_shape and not is_main:
+                    found[name] = "not measured: compiles anew for every shape, so only the main one is"
             share = (clock.left - RESERVE_SECONDS) / (len(cells) - i)
             rounds, seconds = (2 * plan.rounds, 4 * share) if is_main else (plan.rounds, share / 2)
             measure(batch, mode, found, rounds, seconds=seconds, with_errors=False, cell=cell)
@@ -302,6 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def save() -> None:
         result["seconds"] = clock.elapsed
+        result["targets"] = targets(result)
         write_json(options.out / "gpu.json", result)
 
     interrupted = False
@@ -315,7 +323,6 @@ def main(arguments: list[str] | None = None) -> int:
         # A CUDA error outlives the contender that caused it; what is done is kept all the same.
         traceback.print_exc()
         result["stopped"] = reason(error)
-    result["targets"] = targets(result)
     for name, value, label in (
         ("time", times_floor, "time / bare products"),
         ("memory", peak_gib, "peak memory above inputs, GiB"),

@@ -70,7 +70,7 @@ def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[st
     e = torch.empty(
         rows, stride, dtype=batch.hidden.dtype if batch.hidden.dtype != torch.float32 else torch.bfloat16, device=device
     )
-    logps, sums = (torch.empty(rows, device=device) for _ in range(2))
+    labels, logps, sums = (torch.zeros(rows, device=device) for _ in range(3))
     shipped = config.row_pass(arch, vocab, raw.dtype, batch.softcap)
     pairs = [(2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (16384, 16)]
     candidates = dict.fromkeys([shipped, *(config.RowPass(*pair) for pair in pairs)])
@@ -82,6 +82,7 @@ def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[st
                 row_pass.row_pass(
                     raw,
                     batch.targets[:rows],
+                    labels,
                     logps,
                     sums,
                     vocab=vocab,
@@ -106,7 +107,7 @@ def row_pass_name(candidate: Any) -> str:
 
 
 def tune_stages(batch: PairBatch, seconds: float) -> dict[str, Any]:
-    return tune_constant("STAGE_ROWS", (512, 1024, 2048, 4096), batch, seconds)
+    return tune_constant("STAGE_ROWS", (512, 1024, 1280, 2048, 4096), batch, seconds)
 
 
 def tune_tiles(batch: PairBatch, seconds: float) -> dict[str, Any]:

@@ -9,12 +9,13 @@ and E in the compute dtype, which is what the two gradient products multiply:
 Per logit that is 4 + 4 + 2 bytes written and read between the products instead of the 16 of float32 in place, E needs
 half the memory, and both products are single calls over all rows of the tile.
 
-Accuracy. Log-probs never see a rounded logit: operands are multiplied exactly, and sums, logits, S and log-probs are
-float32 throughout. The gradients see E rounded to the compute dtype once, and X * c s / S likewise: two independent
-relative errors of half an ulp per factor, where plain torch rounds the logits first (an error of |z| half-ulps in every
-probability) and then dlogits. The label's entry is -S' itself, summed before any rounding, so nothing cancels where the
-label is almost certain. dX, dW and db are accumulated in float32; dW is never rounded between tiles. float32 and
-float64 heads keep E in the logits' own memory, at full precision.
+Accuracy. Log-probs never see a logit in the compute dtype: operands are multiplied exactly, and sums, logits, S and
+log-probs are float32 throughout; labels get logits of their own (``kernels.label_logits``). The gradients see E rounded
+to the compute dtype once, and X * c s / S likewise: two independent relative errors of half an ulp per factor, where
+plain torch rounds the logits first (an error of |z| half-ulps in every probability) and then dlogits. The label's entry
+is -S' itself, summed before any rounding, so nothing cancels where the label is almost certain. dX, dW and db are
+accumulated in float32; dW is never rounded between tiles. float32 and float64 heads keep E in the logits' own memory,
+at full precision.
 
 float16 has no room for c s / S, which shrinks like 1 / (V N): the rows of X * c s / S are multiplied by a power of two
 2^k that makes their largest entry about 2^14 (k is found on the device), and dW is carried in units of 2^-k during the
@@ -130,7 +131,9 @@ class TritonTile(HeadTile):
     @cached_property
     def weight(self) -> Tensor:
         # Under autocast, here and below, the rounded copy that autocast itself would make.
-        return self.head.weight.to(self.head.compute_dtype)
+        weight = self.head.weight.to(self.head.compute_dtype)
+        # A product copies an operand without any unit stride: once for all of them, then.
+        return weight if 1 in weight.stride() else weight.contiguous()
 
     @cached_property
     def bias(self) -> Tensor | None:
@@ -171,17 +174,20 @@ class TritonTile(HeadTile):
 
     def _log_probs(self, x: Tensor, targets: Tensor, logps: Tensor, sums: Tensor, e: Tensor | None) -> None:
         """Fill ``logps`` (n,), ``sums`` (n,) and, if given, ``e`` (n, stride), one stage of logits after another."""
+        from ..kernels.label_logits import label_logits
         from ..kernels.row_pass import row_pass
 
         head = self.head
         in_place = e if _in_place(head) else None
         with self._on_device():
+            labels = label_logits(x, self.weight, targets, arch=self.arch)
             for rows in _stages(len(x), min(self.capacity, STAGE_ROWS)):
                 raw = self.logits_rows[: rows.stop - rows.start] if in_place is None else in_place[rows]
                 _product(x[rows], self.weight.t(), raw[:, : head.vocab_size])
                 row_pass(
                     raw,
                     targets[rows],
+                    labels[rows],
                     logps[rows],
                     sums[rows],
                     vocab=head.vocab_size,
@@ -249,7 +255,8 @@ class TritonTile(HeadTile):
         product = self._accumulator(dweight)
         scaled = self.x * scale.unsqueeze(1)
         _, exponent = torch.frexp(scaled.abs().amax())
-        unit = torch.ldexp(torch.ones_like(scale[0]), exponent - 14)
+        # Not below 2^-100: what other tiles have left would overflow. Beside that, such a tile is nothing.
+        unit = torch.ldexp(torch.ones_like(scale[0]), exponent.clamp(min=-86) - 14)
         if accumulate:
             product.div_(unit)
         _product(e.t(), scaled.div_(unit).to(e.dtype), product, accumulate)

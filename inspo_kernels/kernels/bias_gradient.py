@@ -18,7 +18,7 @@ from torch import Tensor
 from . import config
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab"])
+@triton.jit(do_not_specialize=["num_rows", "vocab"], do_not_specialize_on_alignment=["p_scale"])
 def _bias_gradient_kernel(
     p_e,
     p_scale,

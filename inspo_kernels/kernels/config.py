@@ -24,6 +24,14 @@ class RowPass:
 
 
 @dataclass(frozen=True)
+class LabelLogits:
+    """One program per row, ``block`` features at a time."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class BiasGradient:
     """One program per ``block_cols`` columns of E, ``block_rows`` rows at a time."""
 
@@ -67,14 +75,23 @@ def row_pass(arch: str, vocab: int, accumulate_dtype: torch.dtype, softcap: floa
     """For ``kernels.row_pass``, by vocabulary and the dtype of the logits."""
     if arch == "interpreter":
         return RowPass(block=256, num_warps=1)
-    # 256 threads (AMD's warps have 64 lanes) handle 16 float32 columns each per step: four 16-byte loads in flight, 64
-    # kB per multiprocessor at four resident programs, twice what covers an H200's latency at 4.3 TB/s. A soft-cap and
-    # float64 need the registers for twice as many values per column, so they take half the columns or fewer.
-    block = 1024 if accumulate_dtype == torch.float64 else 4096 if softcap is None else 2048
+    # 256 threads (AMD's warps have 64 lanes) handle 8 float32 columns each per step: two 16-byte loads and one 16-byte
+    # store of E. On sm_90 that takes 31 registers, so eight programs are resident, and the 1,024 rows of a stage run in
+    # one wave of an H200's 132 multiprocessors. 4096 columns take 40, which leaves 232 rows over for a second wave.
+    block = 1024 if accumulate_dtype == torch.float64 else 2048
     # A short vocabulary: fewer threads, still eight columns each, which is 16 bytes of E.
     block = min(block, max(256, _next_power_of_2(padded_vocab(vocab))))
     threads = min(256, block // 8)
     return RowPass(block, num_warps=max(1, threads // (64 if arch.startswith("gfx") else 32)))
+
+
+def label_logits(arch: str, hidden: int) -> LabelLogits:
+    """For ``kernels.label_logits``, by hidden size."""
+    if arch == "interpreter":
+        return LabelLogits(block=64, num_warps=1)
+    # 8 features a thread are 16 bytes at two bytes each. Few threads: there is one program per row, and little in each.
+    block = min(2048, max(256, _next_power_of_2(hidden)))
+    return LabelLogits(block, num_warps=max(1, min(4, block // 8 // (64 if arch.startswith("gfx") else 32))))
 
 
 def bias_gradient(arch: str) -> BiasGradient:

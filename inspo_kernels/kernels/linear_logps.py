@@ -3,18 +3,19 @@
 Each program multiplies BLOCK_ROWS hidden states by the words of its share of the vocabulary, BLOCK_VOCAB at a time, and
 folds every tile of z' into running statistics of its rows while it is still in registers:
 
-    m' = max(m, max of z')    s' = s exp(m - m') + sum of exp(z' - m')    label logit: z' where the word is the label
+    m' = max(m, max of z')    s' = s exp(m - m') + sum of exp(z' - m')    over all words but the label
 
-The shares leave (m, s, label logit) each; a second step combines them: M = max of m, S = sum of s exp(m - M),
-logp = label logit - M - log S. Shares exist so that few rows still fill the device; which share a word belongs to
-depends on shapes and device alone, and the combination is a fixed reduction: same input, same bits.
+The shares leave (m, s) each; a second step combines them with the label's z'_y, from ``label_logits``, for the reason
+given there: M = max of m and z'_y, S' = sum of s exp(m - M), logp = z'_y - M - log(S' + exp(z'_y - M)). Shares exist so
+that few rows still fill the device; which share a word belongs to depends on shapes and device alone, and the
+combination is a fixed reduction: same input, same bits.
 
 Products are accumulated in float32 and never leave registers, so log-probs are as exact as with float32 logits.
 
 Launch invariants:
 - x and weight have unit stride along H; rows, and words, beyond the last are clamped to it and masked afterwards;
 - every share has at least one word (m is then -inf only if all its logits are);
-- a label outside 0..V-1 is only ever compared, and the second step gives it NaN.
+- a label outside 0..V-1 is only ever compared, and its log-prob is NaN.
 """
 
 # Arguments of kernels are typed by Triton at launch.
@@ -28,10 +29,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .label_logits import label_logits
 from .softcap import softcap
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab", "tiles_per_share"])
+@triton.jit(
+    do_not_specialize=["num_rows", "vocab", "tiles_per_share"],
+    do_not_specialize_on_alignment=["p_targets", "p_max", "p_sum"],
+)
 def _linear_logps_kernel(
     p_x,
     p_weight,
@@ -39,7 +44,6 @@ def _linear_logps_kernel(
     p_targets,
     p_max,
     p_sum,
-    p_label,
     num_rows,
     vocab,
     hidden,
@@ -63,7 +67,6 @@ def _linear_logps_kernel(
 
     b_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    b_label = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     first = i_share * tiles_per_share
     for i_tile in range(first, tl.minimum(first + tiles_per_share, tl.cdiv(vocab, BLOCK_VOCAB))):
         words = i_tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
@@ -85,9 +88,8 @@ def _linear_logps_kernel(
             b_z = b_z * SCALE
         if SOFTCAP is not None:
             b_z, _ = softcap(b_z, SOFTCAP)
-        b_z = tl.where((words < vocab)[None, :], b_z, float("-inf"))
+        b_z = tl.where((words < vocab)[None, :] & (words[None, :] != label[:, None]), b_z, float("-inf"))
 
-        b_label = tl.maximum(b_label, tl.max(tl.where(words[None, :] == label[:, None], b_z, float("-inf")), axis=1))
         b_new = tl.maximum(b_max, tl.max(b_z, axis=1))
         b_offset = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_sum = b_sum * tl.exp(b_max - b_offset) + tl.sum(tl.exp(b_z - b_offset[:, None]), axis=1)
@@ -96,7 +98,6 @@ def _linear_logps_kernel(
     o_out = i_share.to(tl.int64) * num_rows + rows
     tl.store(p_max + o_out, b_max, mask=m_rows)
     tl.store(p_sum + o_out, b_sum, mask=m_rows)
-    tl.store(p_label + o_out, b_label, mask=m_rows)
 
 
 def linear_logps(
@@ -112,7 +113,7 @@ def linear_logps(
 ) -> Tensor:
     """Log-probs (n,) float32 of ``targets`` given ``x`` (n, H) and ``weight`` (V, H), 16 or 32 bits, one dtype.
 
-    Memory: 12 bytes per row and share. At most 2 * multiprocessors programs, unless rows alone make more.
+    Memory: 8 bytes per row and share. At most 2 * multiprocessors programs, unless rows alone make more.
     """
     chosen = config.linear_logps(arch, x.dtype)
     (num_rows, hidden), vocab = x.shape, len(weight)
@@ -120,7 +121,7 @@ def linear_logps(
     # Two programs per multiprocessor even out the last wave; more would only shorten each one's run of tiles.
     tiles_per_share = triton.cdiv(tiles, min(tiles, max(1, 2 * multiprocessors // row_blocks)))
     shares = triton.cdiv(tiles, tiles_per_share)
-    largest, total, label = x.new_empty(3, shares, num_rows, dtype=torch.float32)
+    largest, total = x.new_empty(2, shares, num_rows, dtype=torch.float32)
     _linear_logps_kernel[(row_blocks, shares)](
         x,
         weight,
@@ -128,7 +129,6 @@ def linear_logps(
         targets,
         largest,
         total,
-        label,
         num_rows,
         vocab,
         hidden,
@@ -145,6 +145,13 @@ def linear_logps(
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
     )
-    offset = largest.amax(0)
-    log_sum = offset + (total * (largest - offset).exp()).sum(0).log()
-    return (label.amax(0) - log_sum).where((targets >= 0) & (targets < vocab), torch.nan)
+    label = label_logits(x, weight, targets, arch=arch)
+    if bias is not None:
+        label += bias[targets.clamp(0, vocab - 1)]
+    label *= logit_scale
+    if softcap is not None:
+        label = softcap * torch.tanh(label / softcap)
+    offset = torch.maximum(largest.amax(0), label)
+    rest = (total * (largest - offset).exp()).sum(0)
+    # Where the label is the likeliest, 1 + rest would lose rest's digits.
+    return torch.where(label == offset, -rest.log1p(), label - offset - (rest + (label - offset).exp()).log())

@@ -17,12 +17,14 @@ its true maximum, the logits being still there. float16 forgives nothing, and E 
 float64) destroys what a second round would read: both take the maximum first and read twice (EXACT_OFFSET). In float16
 -S' must stay below 65504 too, so o is then raised by SHIFT >= log(V) - log(32768).
 
+The label's logit comes from ``label_logits``, for the reason given there, and never from ``raw``.
+
 Launch invariants:
 - one program per row; row strides are equal for logits and E, and multiples of 64 elements (16-byte accesses for any
   V); columns V..stride are read as garbage, masked, and written as 0;
 - ``bias`` has as many elements as a row has columns, padding included;
-- E may be the logits' own memory if EXACT_OFFSET: each element is read and then written by one thread, and the label's
-  logit is read before a barrier that precedes all writes;
+- E may be the logits' own memory if EXACT_OFFSET: each element is read and then written by one thread, and a barrier
+  stands between the reads for the maximum and the first write;
 - a label outside 0..V-1 is neither read nor written at, and its log-prob is NaN.
 """
 
@@ -43,9 +45,8 @@ from .softcap import softcap
 
 
 @triton.jit
-def _logits(p_raw, p_bias, cols, mask, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """z' and D at ``cols``."""
-    z = tl.load(p_raw + cols, mask=mask, other=0.0)
+def _logits(z, p_bias, cols, mask, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """z' and D of raw logits ``z`` at ``cols``."""
     if HAS_BIAS:
         z += tl.load(p_bias + cols, mask=mask, other=0.0).to(z.dtype)
     if SCALE != 1.0:
@@ -72,7 +73,9 @@ def _row_max(
     b_max = tl.full([BLOCK], float("-inf"), p_raw.dtype.element_ty)
     for start in range(0, num_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        b_z, _ = _logits(p_raw, p_bias, cols, cols < num_cols, SCALE, SOFTCAP, HAS_BIAS)
+        mask = cols < num_cols
+        b_raw = tl.load(p_raw + cols, mask=mask, other=0.0)
+        b_z, _ = _logits(b_raw, p_bias, cols, mask, SCALE, SOFTCAP, HAS_BIAS)
         b_max = tl.maximum(b_max, tl.where(cols < vocab, b_z, float("-inf")))
     return tl.max(b_max, axis=0)
 
@@ -97,7 +100,8 @@ def _sum_exp(
     for start in range(0, stride, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = cols < stride
-        b_z, b_derivative = _logits(p_raw, p_bias, cols, mask, SCALE, SOFTCAP, HAS_BIAS)
+        b_raw = tl.load(p_raw + cols, mask=mask, other=0.0)
+        b_z, b_derivative = _logits(b_raw, p_bias, cols, mask, SCALE, SOFTCAP, HAS_BIAS)
         m_kept = (cols < vocab) & (cols != label)
         b_e = tl.exp(b_z - offset)
         b_sum += tl.where(m_kept, b_e, 0.0)
@@ -106,11 +110,14 @@ def _sum_exp(
     return tl.sum(b_sum, axis=0)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(
+    do_not_specialize=["vocab"], do_not_specialize_on_alignment=["p_targets", "p_label_logits", "p_logps", "p_sums"]
+)
 def _row_pass_kernel(
     p_raw,
     p_bias,
     p_targets,
+    p_label_logits,
     p_e,
     p_logps,
     p_sums,
@@ -130,8 +137,7 @@ def _row_pass_kernel(
     target = tl.load(p_targets + i_row)
     valid = (target >= 0) & (target < vocab)
     label = target.to(tl.int32)  # any number if not valid, and then used under a mask alone
-    label_z, label_derivative = _logits(p_raw, p_bias, label, valid, SCALE, SOFTCAP, HAS_BIAS)
-    label_z = tl.where(valid, label_z, float("nan"))
+    label_z, label_derivative = _logits(tl.load(p_label_logits + i_row), p_bias, label, valid, SCALE, SOFTCAP, HAS_BIAS)
 
     first = stride if EXACT_OFFSET else tl.minimum(stride, BLOCK)
     offset = _row_max(p_raw, p_bias, first, vocab, SCALE, SOFTCAP, HAS_BIAS, BLOCK) + SHIFT
@@ -162,6 +168,7 @@ def _row_pass_kernel(
 def row_pass(
     raw: Tensor,
     targets: Tensor,
+    label_logits: Tensor,
     logps: Tensor,
     sums: Tensor,
     *,
@@ -174,7 +181,8 @@ def row_pass(
 ) -> None:
     """Write ``logps`` (n,), ``sums`` S (n,) and, if given, ``e`` (n, stride) from ``raw`` = x W^T (n, stride).
 
-    ``raw``, ``logps`` and ``sums`` have the accumulate dtype; ``e`` may be ``raw``; ``bias`` is (stride,) or None.
+    ``raw``, ``label_logits`` (n,), ``logps`` and ``sums`` have the accumulate dtype; ``e`` may be ``raw``; ``bias`` is
+    (stride,) or None.
     """
     in_place = e is not None and e.data_ptr() == raw.data_ptr()
     half = e is not None and e.dtype == torch.float16
@@ -183,6 +191,7 @@ def row_pass(
         raw,
         raw if bias is None else bias,
         targets,
+        label_logits,
         raw if e is None else e,
         logps,
         sums,

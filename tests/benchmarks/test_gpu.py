@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,22 @@ def test_failing_tests_fail_the_run_but_do_not_stop_it(tmp_path, short, monkeypa
     status, result = run_short(tmp_path)
     assert status == 1 and result["finished"] and len(result["cells"]) == 3
     assert "FAILED tests failed: pytest's exit status was 4; see tests.log" in capsys.readouterr().out
+
+
+def test_tests_that_take_too_long_are_ended_with_all_their_processes(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nsleep 1000 & echo $! > {tmp_path}/worker\nwait\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu.sys, "executable", str(python))
+    plan = replace(gpu.QUICK, test_seconds=3.0)
+    assert gpu.run_tests(plan, tmp_path, gpu.Clock(100.0))["status"] == "failed: not done after 3 s"
+    worker = int((tmp_path / "worker").read_text())
+    for _ in range(100):  # killed, and then reaped by whoever inherits it
+        state = Path(f"/proc/{worker}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("still there")
 
 
 def test_interrupted_run_keeps_what_is_done(tmp_path, short, monkeypatch):

@@ -139,6 +139,23 @@ def test_float16_gradients_survive_tiny_coefficients():
     assert relative_error(d_weight.double() / 2**16, true_weight) < 2e-3
 
 
+@pytest.mark.parametrize("far", [0.0, 850.0, 1200.0])
+def test_float16_groups_of_very_different_coefficients(far):
+    """The second pair has a margin of far / 10, and its coefficients are next to nothing, or 0."""
+    hidden, weight, _, targets = inputs((8,), hidden_size=16, vocab=150, dtype=torch.float16, ignored=0.0)
+    segments = torch.tensor([0, 0, 2, 2, 1, 1, 3, 3], device=DEVICE)
+    options = {"segment_ids": segments, "ref_logps": torch.tensor([0.0, -far, 0.0, 0.0], device=DEVICE)}
+    gradients = []
+    for backend, dtype in (("triton", torch.float16), ("reference", torch.float64)):
+        w = weight.detach().to(dtype).requires_grad_()
+        workspace = {} if backend == "reference" else {
+            "max_workspace_bytes": 4 * TritonBackend().bytes_per_row(checked_head(hidden, weight, None, None, 1.0))
+        }  # fmt: skip
+        out = ik.fused_inspo_loss(hidden.detach().to(dtype), w, targets, backend=backend, **options, **workspace)
+        gradients += gradients_of(out.loss, w)
+    assert relative_error(*gradients) < 2e-3
+
+
 @pytest.mark.parametrize("low, high", [(-90.0, 90.0), (-20.0, 15.0), (90.0, -90.0), (-300.0, -310.0), (0.0, 95.0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rows_whose_first_block_does_not_show_the_maximum(low, high, dtype):
@@ -177,6 +194,23 @@ def test_bias_of_minus_infinity_removes_words():
         results.append((out.logps, *gradients_of(out.loss, hidden, weight)))
     for got, want in zip(*results):
         assert got.isfinite().all() and relative_error(got, want) < 1e-5
+
+
+def test_the_labels_logit_is_not_that_of_the_product(monkeypatch):
+    """Products err toward zero on tensor cores, those of labels most. Here they are wrong for labels alone."""
+    hidden, weight, bias, targets = inputs((8,), hidden_size=16, vocab=90, dtype=torch.bfloat16, ignored=0.0)
+    product = triton_backend._product
+
+    def wrong_for_labels(a, b, out, accumulate=False):
+        product(a, b, out, accumulate)
+        if out.shape == (len(a), 90):
+            out.scatter_(1, targets[:, None], 99.0)
+
+    monkeypatch.setattr(triton_backend, "_product", wrong_for_labels)
+    tile = TritonBackend().open_tile(checked_head(hidden, weight, bias, 20.0, 0.9), 8)
+    logps = tile.stage(hidden, targets)
+    truth = plain(hidden.double(), weight.double(), targets, bias.double(), 20.0, 0.9)
+    torch.testing.assert_close(logps.double(), truth, rtol=1e-6, atol=1e-6)
 
 
 def test_gradient_is_exact_where_the_label_is_almost_certain():
@@ -362,6 +396,13 @@ class TestScoring:
     def test_nothing_to_score(self):
         tile = TritonBackend().open_tile(head_of(SMALL), 1)
         assert tile.score(SMALL.hidden[0, :0], SMALL.labels[0, :0]).shape == (0,)
+
+
+def test_a_weight_without_unit_stride_is_copied_once():
+    wide = torch.zeros(150, 12, device=DEVICE)
+    for weight, copied in ((wide[:, ::2], True), (wide[:, :6], False), (wide.t()[:6].t(), False)):
+        tile = TritonBackend().open_tile(checked_head(torch.zeros(1, 6, device=DEVICE), weight, None, None, 1.0), 1)
+        assert (tile.weight is not weight) == copied and tile.weight is tile.weight and 1 in tile.weight.stride()
 
 
 class TestUnsupported:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from inspo_kernels.kernels import config
 from inspo_kernels.kernels import linear_logps as linear_logps_module
 from inspo_kernels.kernels.bias_gradient import bias_gradient
+from inspo_kernels.kernels.label_logits import label_logits
 from inspo_kernels.kernels.linear_logps import linear_logps
 from inspo_kernels.kernels.row_pass import row_pass
 from inspo_kernels.kernels.softcap import softcap
@@ -32,9 +33,11 @@ def rows_of_logits(vocab, n=4, scale=1.0, dtype=torch.float32, seed=0):
 
 def run_row_pass(raw, targets, vocab, e=None, bias=None, softcap=None, logit_scale=1.0):
     logps, sums = (torch.full((len(raw),), -7.0, dtype=raw.dtype, device=DEVICE) for _ in range(2))
+    labels = raw.gather(1, targets.clamp(0, vocab - 1)[:, None]).squeeze(1)
     row_pass(
         raw,
         targets,
+        labels.masked_fill((targets < 0) | (targets >= vocab), torch.nan),
         logps,
         sums,
         vocab=vocab,
@@ -126,6 +129,22 @@ def test_float16_holds_the_complement_of_a_flat_row():
     assert logps.item() == pytest.approx(-torch.tensor(vocab).log().item(), rel=1e-6)
     assert e.isfinite().all()
     assert (e[0, 5] / sums).item() == pytest.approx(-(vocab - 1) / vocab, rel=1e-3)
+
+
+@pytest.mark.parametrize("label", [-1, 100, 2**32, -(2**40)])
+@pytest.mark.parametrize("hidden", [1, 64, 100])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 3e-7), (torch.float32, 3e-7), (torch.float64, 1e-15)])
+def test_label_logits(dtype, tolerance, hidden, label):
+    """Of a weight in either order of memory; a label out of range is noticed."""
+    x, weight, targets = (t.to(DEVICE) for t in matrices(5, hidden, 100, dtype))
+    targets[3] = label
+    expected = (x.double() * weight.double()[targets.clamp(0, 99)]).sum(1)
+    scale = (x.double() * weight.double()[targets.clamp(0, 99)]).abs().sum(1)
+    for laid_out in (weight, weight.t().contiguous().t()):
+        got = label_logits(x, laid_out, targets, arch=ARCH)
+        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and got[3].isnan()
+        others = [0, 1, 2, 4]
+        assert ((got.double() - expected).abs() <= tolerance * scale)[others].all()
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
