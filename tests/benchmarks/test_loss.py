@@ -189,7 +189,9 @@ def test_compare_tells_slower_from_noise(tmp_path, capsys):
     old = result_of(ours={**ROW, "times_floor": spread(1.08), "peak_bytes": 100 << 20}, peer=ROW)
     files = []
     for change in (
-        {"times_floor": spread(1.09, 0.05)},  # within the noise
+        {"times_floor": spread(1.09)},  # less than counts
+        {"times_floor": spread(1.30, 0.30)},  # more, but within the noise
+        {"times_floor": spread(0.90, 0.30)},
         {"times_floor": spread(1.30)},
         {"times_floor": spread(0.90)},
         {"peak_bytes": 150 << 20},
@@ -198,8 +200,9 @@ def test_compare_tells_slower_from_noise(tmp_path, capsys):
         new = copy.deepcopy(old)
         new["cells"][0]["contenders"]["ours"] |= change
         files.append(list(compare.compare(old, new, 0.03)))
-    assert [[worse for worse, _ in found] for found in files] == [[], [True], [False], [True], [True]]
-    assert "slower by 20%, times floor 1.08 (1.07-1.09) -> 1.3" in files[1][0][1]
+    assert [[worse for worse, _ in found] for found in files] == [[], [], [], [True], [False], [True], [True]]
+    assert "slower by 20%, times floor 1.08 (1.07-1.09) -> 1.3" in files[3][0][1]
+    assert "faster by 17%" in files[4][0][1]
     paths = [tmp_path / "old.json", tmp_path / "new.json"]
     for path, result in zip(paths, (old, new)):
         path.write_text(json.dumps(result))
