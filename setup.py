@@ -25,23 +25,23 @@ training = [
     "tqdm>=4.66",
     "transformers>=5.17,<6",
 ]
-# What benchmarks/ compares with, and its other way to run.
-peers = [
+# All that benchmarks/ imports, and whom it compares with.
+benchmarks = [
+    *training,
     "cut-cross-entropy>=25.1; platform_system == 'Linux'",
     "liger-kernel>=0.8.5; platform_system == 'Linux'",
     "pytest-benchmark>=5",
+    "scipy>=1.14",
+    "triton>=3.6; platform_system == 'Linux'",
     "trl>=1.16,<2",
 ]
 test = [
-    *training,
-    *peers,
-    "triton>=3.6; platform_system == 'Linux'",
+    *benchmarks,
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.12",
-    "scipy>=1.14",
     "tensorboard>=2.18",
 ]
 
@@ -60,7 +60,7 @@ setup(
     extras_require={
         "models": ["transformers>=5.17,<6"],
         "training": training,
-        "peers": [*training, *peers],
+        "benchmarks": benchmarks,
         "test": test,
     },
     classifiers=[
