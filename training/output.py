@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -164,10 +163,17 @@ class RunLog:
             )
 
 
+def check_tracker(name: str | None) -> None:
+    """Raises InputError for a ``report_to`` whose package is not installed; costs nothing, so that it is asked first.
+
+    A folder ``wandb`` in the working directory, as its runs leave it, is no package.
+    """
+    if name is not None and name not in get_available_trackers():
+        raise InputError(f"report_to={name}: the package is not installed; pip install {name}")
+
+
 def start_tracker(name: str, folder: Path, config: TrainConfig) -> GeneralTracker:
     """TensorBoard writes to ``folder/tensorboard``; wandb and trackio name their project inspo."""
-    if importlib.util.find_spec(name) is None:
-        raise InputError(f"report_to={name}: the package is not installed; pip install {name}")
     if name == "tensorboard":
         shutil.rmtree(folder / name, ignore_errors=True)  # of the part of the run that is told again
         tracker = LOGGER_TYPE_TO_CLASS[name](name, logging_dir=str(folder))

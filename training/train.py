@@ -54,7 +54,7 @@ from .inputs import TokenPairs, load_inputs
 from .layouts import check_layout, choose_layout
 from .memory import report_memory
 from .model import adapter_off, size_text
-from .output import CURVES, RunLog, Window, evaluation_line, locked, training_line
+from .output import CURVES, RunLog, Window, check_tracker, evaluation_line, locked, training_line
 from .plan import plan
 from .save_model import save_model
 from .scoring import Batcher, PairModel, Scores, reference_logps, score
@@ -125,6 +125,7 @@ def _train(
     log.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in asdict(config).items() if v is not None), 118))
 
     with together():
+        check_tracker(config.report_to)
         found = find_checkpoint(folder, config, log.say) if folder and main else None
     resume_from, state = from_first_process(found) or (None, {})
     inputs = load_inputs(config, pairs, eval_pairs, model, tokenizer, pad_token_id, log.say)

@@ -79,10 +79,16 @@ def stop():
     raise Stopped("in the middle of an evaluation")
 
 
-def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_trained(tmp_path):
-    config = TrainConfig(output_dir=str(tmp_path), report_to="trackio", max_steps=1)
-    with pytest.raises(InputError, match=r"report_to=trackio: .* pip install trackio"):
-        train(config, token_pairs(), model=tiny_model(), quiet=True)
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()  # as wandb leaves it in the working directory: no package
+    monkeypatch.chdir(tmp_path)
+    for name in ("trackio", "wandb"):
+        config = TrainConfig(
+            model=str(tmp_path / "nowhere"), train_data=str(tmp_path / "none.jsonl"), output_dir=str(tmp_path / "out"),
+            report_to=name,
+        )  # fmt: skip
+        with pytest.raises(InputError, match=rf"report_to={name}: .* pip install {name}"):
+            train(config, quiet=True)
 
 
 def test_curves_are_drawn_at_each_evaluation_and_a_failure_costs_only_them(tmp_path, monkeypatch, capsys):
