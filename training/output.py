@@ -168,7 +168,7 @@ def check_tracker(name: str | None) -> None:
 
     A folder ``wandb`` in the working directory, as its runs leave it, is no package.
     """
-    if name is not None and name not in get_available_trackers():
+    if name is not None and name not in map(str, get_available_trackers()):
         raise InputError(f"report_to={name}: the package is not installed; pip install {name}")
 
 
