@@ -48,8 +48,7 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(f"python -m {module}", description=doc.splitlines()[0])
     known = shapes(torch.device("cpu"))
-    # Labels on the CPU are a matter of GPUs: benchmarks.gpu has them.
-    names = [n for n, c in CONTENDERS.items() if (what == LOSS or c.logps) and "," not in n]
+    names = [n for n, c in CONTENDERS.items() if (what == LOSS or c.logps) and c.variant_of is None]
     add_common_options(parser, rounds=15)
     parser.add_argument("--shape", "--model-shape", nargs="+", choices=known, metavar="SHAPE",
                         help=f"of {', '.join(known)} [reference real, or the quick ones]")  # fmt: skip

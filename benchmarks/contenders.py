@@ -137,7 +137,11 @@ def torch_linear_cross_entropy(x: Tensor, weight: Tensor, batch: PairBatch) -> T
 
 @dataclass(frozen=True)
 class Contender:
-    """What to run and what it needs. ``package`` is its distribution's name, ``module`` what to import."""
+    """What to run and what it needs. ``package`` is its distribution's name, ``module`` what to import.
+
+    ``variant_of`` names another contender that this one is, but for how it is called: it is measured at the main shape
+    on GPUs alone.
+    """
 
     title: str
     logps: Logps | None = None
@@ -145,6 +149,7 @@ class Contender:
     package: str = "torch"
     module: str = "torch"
     backend: str | None = None
+    variant_of: str | None = None
     softcap: bool = True
     needs_gpu: bool = False
     needs_every_position: bool = False
@@ -203,6 +208,7 @@ def _our_contender(backend: str, title: str = "", *, on_host: bool = False) -> C
         None if on_host else our_logps(backend),
         ours(backend, on_host=on_host),
         backend=backend,
+        variant_of=backend if on_host else None,
         needs_gpu=backend == "triton",
         needs_scored_positions=on_host,
     )
@@ -243,7 +249,7 @@ CONTENDERS = {
     ),
     "torch_linear_cross_entropy": Contender("torch F.linear_cross_entropy", torch_linear_cross_entropy, softcap=False),
 }
-OURS = ("triton", "triton, labels on the CPU", "torch")
+OURS = tuple(name for name, c in CONTENDERS.items() if c.backend is not None)
 PEERS = tuple(name for name in CONTENDERS if name not in OURS)
 PEER_PACKAGES = tuple(dict.fromkeys(c.package for c in CONTENDERS.values() if c.package != "torch"))
 

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from .batches import MODELS, HeadShape, PairBatch, random_head, scored_tokens
 from .cells import table
-from .contenders import OURS, PEER_PACKAGES, PEERS, Contender, chosen
+from .contenders import CONTENDERS, OURS, PEER_PACKAGES, PEERS, Contender, chosen
 from .gpu_accuracy import SEQUENCE_NAT, accuracy, accuracy_table
 from .gpu_tuning import tune, tuning_table, workspace_and_gradients
 from .harness import checked_device, provenance, reason, write_json
@@ -248,7 +248,7 @@ def run(
         cell = {"name": f"{model}, {tokens} tokens, {mode}", "model": model, "tokens": tokens, "mode": mode}
         cell |= shape.as_json()
         is_main = (model, tokens) == plan.main
-        names = [*(n for n in OURS if is_main or "," not in n), *peers]
+        names = [*(n for n in OURS if is_main or CONTENDERS[n].variant_of is None), *peers]
         if clock.left < RESERVE_SECONDS:
             cell["contenders"] = {name: {"status": "not measured: out of time"} for name in ("floor", *names)}
         else:

@@ -51,6 +51,7 @@ def test_quick_run_on_a_cpu(tmp_path, capsys):
     for cell in result["cells"]:
         rows = cell["contenders"]
         assert {"floor", "triton", "torch", *FAST_PEERS} <= set(rows)
+        assert ("triton, labels on the CPU" in rows) == ((cell["model"], cell["tokens"]) == plan.main)
         assert rows["triton"] == {"status": "needs a GPU"}
         assert rows["floor"]["times_floor"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
         for name in ("torch", "log_softmax"):

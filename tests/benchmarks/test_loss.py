@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 import inspo_kernels as ik
 from benchmarks import compare, harness, logps, loss, measure, report, scaling
+from benchmarks.contenders import CONTENDERS
 
 ROOT = Path(__file__).parents[2]
 ROW = {"status": "measured", "seconds": {"median": 1.0, "q1": 1.0, "q3": 1.0}}
@@ -53,6 +55,14 @@ def test_quick_loss_writes_a_complete_file(tmp_path, capsys):
     assert {"date", "versions", "hardware"} <= set(result) and "liger-kernel" in result["versions"]
     assert "torch" in capsys.readouterr().out
     assert "| inspo_kernels (torch)" in report.loss(result) and "needs a GPU" in report.loss(result)
+
+
+def test_variants_are_no_contenders_of_their_own(monkeypatch, capsys):
+    assert [name for name, c in CONTENDERS.items() if c.variant_of] == ["triton, labels on the CPU"]
+    monkeypatch.setitem(CONTENDERS, "other", dataclasses.replace(CONTENDERS["torch"], variant_of="torch"))
+    with pytest.raises(SystemExit):
+        loss.main(["--shape", "quick", "--contenders", "other"])
+    assert "invalid choice: 'other'" in capsys.readouterr().err
 
 
 def test_resume_adds_what_is_missing(tmp_path, no_processes, capsys):
