@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import passes
+from .arguments import finite
 from .first_order import first_order_only
 from .gradients import Needs, dtypes_of
 from .head import LMHead, checked_head
@@ -74,7 +75,8 @@ def fused_inspo_loss(
             logit_scale,
             options["ignore_index"],
             options["shift"],
-            options["marginal_weight"],
+            # As a tensor, and by a product, which torch.compile carries out on tensors: no new graph for a new value.
+            options["marginal_weight"] * torch.ones((), dtype=torch.float64, device="cpu"),
             options["reduction"],
             options["max_workspace_bytes"],
             options["backend"],
@@ -131,7 +133,7 @@ def _pair_loss(
     logit_scale: float,
     ignore_index: int,
     shift: bool,
-    marginal_weight: float,
+    marginal_weight: Tensor,
     reduction: str,
     max_workspace_bytes: int | None,
     backend: str,
@@ -158,7 +160,7 @@ def _pair_loss(
                 segment_ids=segment_ids,
                 num_pairs=num_pairs or None,
                 marginal_labels=marginal_labels,
-                marginal_weight=marginal_weight,
+                marginal_weight=finite("marginal_weight", marginal_weight.item()),
                 pair_weights=pair_weights,
                 reduction=reduction,
                 max_workspace_bytes=max_workspace_bytes,

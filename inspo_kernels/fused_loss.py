@@ -13,7 +13,7 @@ from .first_order import first_order_only
 from .gradients import Needs, dtypes_of
 from .objectives import Objective, make_objective
 from .pair_loss import InSPOOutput
-from .prepare import Prepared, prepare
+from .prepare import Prepared, check_tensors, checked_options, prepare
 
 
 def fused_inspo_loss(
@@ -83,24 +83,27 @@ def fused_inspo_loss(
     """
     if process_group is not None:
         raise NotImplementedError("process_group is reserved for vocabulary-parallel heads: pass None")
-    given: dict[str, Any] = {
+    plain: dict[str, Any] = {
         "objective": objective,
-        "ref_logps": ref_logps,
-        "bias": bias,
         "softcap": softcap,
         "logit_scale": logit_scale,
         "ignore_index": ignore_index,
         "shift": shift,
-        "cu_seqlens": cu_seqlens,
-        "segment_ids": segment_ids,
         "num_pairs": num_pairs,
-        "marginal_labels": marginal_labels,
         "marginal_weight": marginal_weight,
-        "pair_weights": pair_weights,
         "reduction": reduction,
         "max_workspace_bytes": max_workspace_bytes,
         "backend": backend,
     }
+    tensors: dict[str, Any] = {
+        "ref_logps": ref_logps,
+        "cu_seqlens": cu_seqlens,
+        "segment_ids": segment_ids,
+        "marginal_labels": marginal_labels,
+        "pair_weights": pair_weights,
+    }
+    check_tensors(labels=labels, **tensors)
+    given = {**checked_options(plain), **tensors, "bias": bias}
     if torch.compiler.is_compiling():
         return compiled.fused_inspo_loss(hidden, weight, labels, **given)
     p = prepare(hidden, weight, labels, **given)
@@ -109,6 +112,8 @@ def fused_inspo_loss(
     x = hidden.reshape(-1, p.head.hidden_size).index_select(0, p.plan.rows)
     needs = Needs.of(hidden, p.head)
     loss, losses, sums = _FusedPairLoss.apply(x, weight, bias, replace(p, head=p.head.detach()), needs)
+    if torch.is_grad_enabled() and not needs.any:
+        _differentiate_objective(p, sums)
     return InSPOOutput.build(loss, losses, sums, p.plan.lengths, p.terms)
 
 
@@ -123,9 +128,12 @@ class InSPOLoss(nn.Module):
         known = set(fused_inspo_loss.__kwdefaults__ or ())
         for name in options:
             if name not in known:
-                raise TypeError(f"InSPOLoss takes no {name!r}; its options are {', '.join(sorted(known))}")
+                raise TypeError(
+                    f"InSPOLoss takes no {name!r}; its options are {', '.join(sorted(known))}. An objective's own "
+                    "parameters go to the objective: objective=ik.DPO(beta=...)"
+                )
         self.objective = make_objective(objective)
-        self.options = options
+        self.options = checked_options(options)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **inputs: Any) -> InSPOOutput:
         return fused_inspo_loss(hidden, weight, labels, **{"objective": self.objective, **self.options, **inputs})
@@ -160,8 +168,13 @@ def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, given: dict[str, 
     for name in ("segment_ids", "marginal_labels"):
         given[name] = None if given[name] is None else given[name].to(hidden.device, torch.int64)
     out = reference.fused_inspo_loss(hidden, weight, labels.to(hidden.device, torch.int64), **given)
-    if out.loss.requires_grad:
+    if torch.is_grad_enabled():
         # Objectives that the fused path refuses are refused here, too.
         sums = out.logps if out.marginal_logps is None else torch.cat([out.logps, out.marginal_logps])
-        p.terms.coefficients(sums.view(-1, p.plan.num_pairs), p.plan.lengths.double(), 0, p.plan.num_pairs)
+        _differentiate_objective(p, sums.view(-1, p.plan.num_pairs))
     return out
+
+
+def _differentiate_objective(p: Prepared, sums: Tensor) -> None:
+    """For its errors alone, such as a parameter that waits for a gradient."""
+    p.terms.coefficients(sums, p.plan.lengths.double(), 0, p.plan.num_pairs)

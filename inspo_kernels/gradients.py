@@ -59,6 +59,11 @@ class Gradients:
             new(needs.bias, bias, head.vocab_size),
         )
 
+    @classmethod
+    def zeros(cls, head: LMHead, num_rows: int, needs: Needs) -> Gradients:
+        """Of a loss that depends on no row."""
+        return cls(*(None if g is None else g.zero_() for g in cls.empty(head, num_rows, needs).tensors))
+
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What must outlive the forward pass."""

@@ -60,6 +60,8 @@ def checked_head(
                 f"{name} is a DTensor: pass {name}.full_tensor(), or compute the loss inside the wrapped module's "
                 "forward, where the engine hands out the unsharded parameter"
             )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}: pass {name}.to_dense()")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != hidden.device:
@@ -71,9 +73,7 @@ def checked_head(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
     logit_scale = finite("logit_scale", logit_scale)
-    softcap = None if softcap is None else finite("softcap", softcap)
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap!r}")
+    softcap = checked_softcap(softcap)
 
     dtypes = {tensor.dtype for tensor in given.values()}
     compute_dtype = hidden.dtype
@@ -85,6 +85,14 @@ def checked_head(
         got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in given.items())
         raise TypeError(f"hidden, weight and bias must share a dtype (autocast mixes all but float64), got {got}")
     return LMHead(weight, bias, softcap, logit_scale, compute_dtype)
+
+
+def checked_softcap(softcap: float | None) -> float | None:
+    """A positive number or None."""
+    softcap = None if softcap is None else finite("softcap", softcap)
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap!r}")
+    return softcap
 
 
 def plain_arithmetic(device: torch.device) -> torch.autocast:

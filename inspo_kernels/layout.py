@@ -144,9 +144,13 @@ def plan(
     *,
     vocab_size: int,
     gradient_kinds: tuple[int, ...],
+    required_kinds: tuple[int, ...],
     device: torch.device,
 ) -> ScoredRows:
-    """Count, check and sort the candidates. ``gradient_kinds`` are the kinds of segments that the loss depends on.
+    """Count, check and sort the candidates.
+
+    ``gradient_kinds`` are the kinds of segments that the loss is differentiated in, ``required_kinds`` those that every
+    pair must have scored tokens in.
 
     Raises ``ValueError`` for labels outside the vocabulary, malformed cu_seqlens or segment_ids, and pairs with a
     response that the loss needs but no label scores.
@@ -161,7 +165,7 @@ def plan(
         raise ValueError(c.invalid_message)
     _check_range("labels or marginal_labels" if c.marginals else "labels", lowest, highest, vocab_size)
     num_kinds = 4 if c.marginals or (c.marginals is None and any(counts[2 * num_pairs :])) else 2
-    _check_scored(counts, num_pairs, gradient_kinds)
+    _check_scored(counts, num_pairs, required_kinds)
 
     gradient_kinds = tuple(kind for kind in gradient_kinds if kind < num_kinds)
     forward_kinds = tuple(kind for kind in range(num_kinds) if kind not in gradient_kinds)
@@ -226,8 +230,8 @@ def _check_range(name: str, lowest: int, highest: int, vocab_size: int) -> None:
         )
 
 
-def _check_scored(counts: list[int], num_pairs: int, gradient_kinds: tuple[int, ...]) -> None:
-    for kind in sorted({0, 1, *gradient_kinds}):
+def _check_scored(counts: list[int], num_pairs: int, required_kinds: tuple[int, ...]) -> None:
+    for kind in required_kinds:
         empty = [p for p in range(num_pairs) if counts[kind * num_pairs + p] == 0]
         if empty:
             shown = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, reference
+from .arguments import integer
 from .first_order import first_order_only
 from .gradients import Needs, dtypes_of
 from .head import checked_head
@@ -47,6 +48,7 @@ def linear_logps(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or target values that do not fit; the message says which.
     """
+    ignore_index = integer("ignore_index", ignore_index)
     options: dict[str, Any] = {
         "bias": bias,
         "softcap": softcap,

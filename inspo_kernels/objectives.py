@@ -282,6 +282,10 @@ def make_objective(objective: str | Objective, **parameters: Any) -> Objective:
     if isinstance(objective, Objective):
         if parameters:
             raise ValueError("parameters go with an objective's name; an instance already has its own")
+        fields, possible = objective.gradient_fields, Objective.gradient_fields
+        if not isinstance(fields, tuple) or not set(fields) <= set(possible):
+            names = ", ".join(map(repr, possible))
+            raise ValueError(f"{type(objective).__name__}.gradient_fields must be a tuple of {names}; got {fields!r}")
         return objective
     if not isinstance(objective, str):
         raise TypeError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,14 @@ class PairTerms:
         if self.marginal_weight != 0.0:
             fields |= {f"marginal_{name}" for name in ("chosen", "rejected") if name in fields}
         return tuple(kind for kind, name in enumerate(KINDS) if name in fields)
+
+    @property
+    def required_kinds(self) -> tuple[int, ...]:
+        """The kinds of segments that every pair must have scored tokens in."""
+        kinds = {0, 1, *self.gradient_kinds}
+        if self.objective.needs_marginals and not kinds & {2, 3}:
+            kinds |= {2, 3}  # read by value, and nothing says which
+        return tuple(sorted(kinds))
 
     def sums(self, logps: Tensor | Sequence[Tensor], lengths: Tensor, first: int = 0) -> PairSums:
         """``PairSums`` of consecutive pairs, beginning with pair ``first`` of the batch; both tables float64."""
@@ -101,13 +110,23 @@ class PairTerms:
             # The user's code: writing to what it is given must not reach the report or the next call.
             s = dataclasses.replace(s, **{name: value.clone() for name, value in vars(s).items() if value is not None})
         losses = self.objective(s)
-        if not isinstance(losses, Tensor) or losses.shape != s.chosen.shape:
-            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        if not _is_vector(losses, s):
             raise ValueError(
-                f"objective {type(self.objective).__name__} must return one loss per pair, a tensor of shape "
-                f"{tuple(s.chosen.shape)}; got {got}"
+                f"objective {type(self.objective).__name__} must return one loss per pair, a floating-point tensor of "
+                f"shape {tuple(s.chosen.shape)}; got {_kind_of(losses)}"
             )
         return losses.to(s.chosen.dtype)
+
+    def rewards(self, s: PairSums) -> tuple[Tensor, Tensor]:
+        """The objective's rewards of the chosen and the rejected responses, (pairs,) each."""
+        rewards = self.objective.rewards(s)
+        if not isinstance(rewards, tuple) or len(rewards) != 2 or not all(_is_vector(r, s) for r in rewards):
+            got = ", ".join(map(_kind_of, rewards)) if isinstance(rewards, tuple) else _kind_of(rewards)
+            raise ValueError(
+                f"{type(self.objective).__name__}.rewards must return two tensors of shape {tuple(s.chosen.shape)}, of "
+                f"the chosen and the rejected responses; got {got}"
+            )
+        return rewards
 
     def _reject_parameters(self, losses: Tensor, leaves: list[Tensor]) -> None:
         nodes, seen = [losses.grad_fn], set()
@@ -123,6 +142,14 @@ class PairTerms:
                     "requires grad; it would get no gradient here: detach it, or train it outside the objective"
                 )
             nodes.extend(parent for parent, _ in node.next_functions)
+
+
+def _is_vector(value: Any, s: PairSums) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == s.chosen.shape
+
+
+def _kind_of(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 @dataclass(frozen=True)
@@ -160,10 +187,10 @@ class InSPOOutput:
         marginal_chosen = marginal_rejected = None
         with torch.no_grad():
             s = terms.sums(logps.clone(), lengths.to(logps.dtype))  # rewards, too, may be the user's code
-            chosen, rejected = terms.objective.rewards(s)
+            chosen, rejected = terms.rewards(s)
             if len(logps) == 4:
                 unscored = (lengths[2:] == 0).any(0)
-                marginal_rewards = terms.objective.rewards(s.on_marginals())
+                marginal_rewards = terms.rewards(s.on_marginals())
                 marginal_chosen, marginal_rejected = (r.masked_fill(unscored, torch.nan) for r in marginal_rewards)
         return cls(
             loss=loss,

@@ -92,7 +92,10 @@ def pair_losses(p: Prepared, x: Tensor, needs: Needs) -> tuple[Tensor, Tensor, G
             return p.terms.losses(p.terms.sums(sums.table, sums.lengths)), sums.table, Gradients(None, None, None)
         sums.fill(slice(plan.kinds_per_pair * plan.num_pairs, len(plan.counts)), rest_logps)
 
-        if needs.head:
+        if not graded:
+            losses, _ = sums.differentiate(slice(0, plan.num_pairs), rest_logps[:0])
+            gradients: Gradients | StagedGradients = Gradients.zeros(p.head, len(x), needs)
+        elif needs.head:
             losses, gradients = _one_pass(p, x, sums, needs)
         else:
             # A frozen head: per-token gradients are stored unscaled and meet their coefficients afterwards.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import layout
 from .arguments import finite, integer
-from .backends import Backend, resolve_backend
-from .head import FLOATS, LMHead, checked_head
+from .backends import Backend, check_backend, resolve_backend
+from .head import FLOATS, LMHead, checked_head, checked_softcap
 from .objectives import Objective, make_objective
 from .pair_loss import PairTerms
 
@@ -32,6 +34,43 @@ class Prepared:
     terms: PairTerms
     capacity: int
     pair_capacity: int
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the loss's plain arguments that are given, converted; an error for one that is wrong by itself."""
+    checked = dict(options)
+    for name, value in options.items():
+        if name == "objective" and not isinstance(value, (str, Objective)):
+            make_objective(value)  # which says what is wrong
+        elif name == "reduction" and value not in ("mean", "sum"):
+            raise ValueError(f'reduction must be "mean" or "sum", got {value!r}')
+        elif name == "shift" and not isinstance(value, bool):
+            raise ValueError(f"shift must be True or False, got {value!r}")
+        elif name == "backend":
+            check_backend(value)
+        elif name == "ignore_index":
+            checked[name] = integer(name, value)
+        elif name in ("max_workspace_bytes", "num_pairs") and value is not None:
+            checked[name] = integer(name, value, minimum=1)
+        elif name == "marginal_weight" and not (torch.compiler.is_compiling() and isinstance(value, float)):
+            # A compiler would make a new graph of every value that is looked at.
+            checked[name] = finite(name, value)
+        elif name in ("softcap", "logit_scale"):
+            checked[name] = checked_softcap(value) if name == "softcap" else finite(name, value)
+    return checked
+
+
+def check_tensors(*, ref_logps: Any, pair_weights: Any, **labels: Any) -> None:
+    """Raise for what is no tensor of its kind; ``labels`` are those, segment_ids and cu_seqlens."""
+    for name, value in (("ref_logps", ref_logps), ("pair_weights", pair_weights)):
+        if value is not None and (not isinstance(value, Tensor) or value.dtype not in FLOATS):
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if pair_weights is not None and pair_weights.requires_grad:
+        raise ValueError("pair_weights requires grad, but would get no gradient here: pass pair_weights.detach()")
+    for name, value in labels.items():
+        if not isinstance(value, Tensor) and (value is not None or name == "labels"):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def prepare(
@@ -56,19 +95,7 @@ def prepare(
     max_workspace_bytes: int | None,
     backend: str,
 ) -> Prepared:
-    """Arguments and errors as documented at ``fused_inspo_loss``."""
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    if max_workspace_bytes is not None:
-        max_workspace_bytes = integer("max_workspace_bytes", max_workspace_bytes, minimum=1)
-    if num_pairs is not None:
-        num_pairs = integer("num_pairs", num_pairs, minimum=1)
-    ignore_index = integer("ignore_index", ignore_index)
-    if not isinstance(shift, bool):
-        raise ValueError(f"shift must be True or False, got {shift!r}")
-    marginal_weight = finite("marginal_weight", marginal_weight)
-    if isinstance(pair_weights, Tensor) and pair_weights.requires_grad:
-        raise ValueError("pair_weights requires grad, but would get no gradient here: pass pair_weights.detach()")
+    """Arguments, of which ``checked_options`` and ``check_tensors`` approve, and errors as for ``fused_inspo_loss``."""
     head = checked_head(hidden, weight, bias, softcap, logit_scale)
     resolved = resolve_backend(backend, head, hidden.device)
     objective = make_objective(objective)
@@ -85,7 +112,7 @@ def prepare(
     if objective.needs_reference and ref_logps is None:
         raise ValueError(
             f"objective {type(objective).__name__} needs ref_logps: pass the reference model's summed log-probs, "
-            "(2B,), or choose a reference-free objective (SimPO, ORPO)"
+            "(2B,), choose a reference-free objective (SimPO, ORPO), or set needs_reference = False in your own"
         )
     if terms.uses_marginals and marginal_labels is None and segment_ids is None:
         raise ValueError(
@@ -96,11 +123,19 @@ def prepare(
         candidates,
         vocab_size=head.vocab_size,
         gradient_kinds=terms.gradient_kinds,
+        required_kinds=terms.required_kinds,
         device=hidden.device,
     )
-    capacity = 0 if resolved is None else resolved.capacity(head, hidden.device, max_workspace_bytes)
-    pair_capacity = capacity * (PAIR_GROWTH if max_workspace_bytes is None else 1)
-    return Prepared(head, resolved, plan, terms, capacity, pair_capacity)
+    capacities = workspace_rows(resolved, head, hidden.device, max_workspace_bytes)
+    return Prepared(head, resolved, plan, terms, *capacities)
+
+
+def workspace_rows(
+    backend: Backend | None, head: LMHead, device: torch.device, max_workspace_bytes: int | None = None
+) -> tuple[int, int]:
+    """``capacity`` and ``pair_capacity`` of ``Prepared``."""
+    capacity = 0 if backend is None else backend.capacity(head, device, max_workspace_bytes)
+    return capacity, capacity * (PAIR_GROWTH if max_workspace_bytes is None else 1)
 
 
 def _candidates(
@@ -141,7 +176,7 @@ def _candidates(
         return layout.from_compact(labels, segment_ids, num_pairs, ignore_index=ignore_index)
 
     if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
             raise ValueError("cu_seqlens must be a 1-D int32 tensor of 2B + 1 sequence boundaries")
         num_sequences, what = len(cu_seqlens) - 1, "sequences in cu_seqlens"
     else:
@@ -167,9 +202,6 @@ def _even(what: str, number: int) -> int:
 def _vector(name: str, tensor: Tensor | None, length: int, device: torch.device) -> Tensor | None:
     if tensor is None:
         return None
-    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
     if tensor.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
     # A copy: objectives are the user's code, and might write to it.

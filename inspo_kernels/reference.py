@@ -27,13 +27,14 @@ def linear_logps(
     """Per-token log-probs: hidden (..., H), weight (V, H), targets (...) -> (...), 0 where ignored."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.to(dtype) @ weight.to(dtype).T
+        scored = targets != ignore_index
+        # What lies elsewhere must not matter, not even NaN.
+        logits = hidden.to(dtype).masked_fill(~scored.unsqueeze(-1), 0.0) @ weight.to(dtype).T
         if bias is not None:
             logits = logits + bias.to(dtype)
         logits = logit_scale * logits
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        scored = targets != ignore_index
         labels = targets.masked_fill(~scored, 0)
         logps = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return torch.where(scored, logps, 0.0)

@@ -10,9 +10,16 @@ from .base import Backend, HeadTile
 from .torch_backend import TorchBackend
 from .triton_backend import TritonBackend
 
-__all__ = ["Backend", "HeadTile", "resolve_backend"]
+__all__ = ["Backend", "HeadTile", "check_backend", "resolve_backend"]
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TorchBackend(), TritonBackend())}
+
+
+def check_backend(name: str) -> None:
+    """Raise ``ValueError`` unless some backend is called so, or it is "auto"."""
+    known = [*BACKENDS, "auto", "reference"]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"unknown backend {name!r}{nearest(name, known)}")
 
 
 def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | None:
@@ -20,13 +27,11 @@ def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | 
 
     Raises ``ValueError`` for an unknown name, or one that cannot run this head here.
     """
+    check_backend(name)
     if name == "reference":
         return None
     if name == "auto":
         name = "torch" if device.type == "cpu" or BACKENDS["triton"].unsupported(head, device) else "triton"
-    known = [*BACKENDS, "auto", "reference"]
-    if not isinstance(name, str) or name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}{nearest(name, known)}")
     if reason := BACKENDS[name].unsupported(head, device):
         raise ValueError(f"backend {name!r}: {reason}")
     return BACKENDS[name]

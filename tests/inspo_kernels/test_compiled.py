@@ -227,7 +227,54 @@ def test_operators_keep_their_promises_to_torch(needs):
     """Schema, fake shapes and autograd registration, by torch's own checks."""
     leaves = [t.clone().requires_grad_(n) for t, n in zip((RAGGED.hidden, RAGGED.weight, RAGGED.bias), needs)]
     pair = (*leaves, needs, RAGGED.labels, RAGGED.marginal_labels, None, None, RAGGED.ref_logps, None, 4, "dpo")
-    options = (None, 1.0, -100, True, 0.5, "mean", None, "torch", False, torch.float64)
+    options = (None, 1.0, -100, True, torch.tensor(0.5), "mean", None, "torch", False, torch.float64)
     torch.library.opcheck(torch.ops.inspo_kernels.pair_loss.default, (*pair, *options))
     tokens = (*leaves, needs, RAGGED.labels, None, 1.0, -100, "torch", torch.float64)
     torch.library.opcheck(torch.ops.inspo_kernels.linear_logps.default, tokens)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"shift": 1}, ValueError, "shift must be True or False"),
+        ({"objective": ik.DPO}, TypeError, "call the class to make one"),
+        ({"objective": "dop"}, ValueError, "did you mean 'dpo'"),
+        ({"reduction": None}, ValueError, "reduction must be"),
+        ({"ignore_index": None}, ValueError, "ignore_index must be an integer"),
+        ({"marginal_weight": None}, ValueError, "marginal_weight must be a finite number"),
+        ({"ref_logps": [0.0] * 8}, TypeError, "ref_logps must be a floating-point tensor, got list"),
+        ({"labels": [[0]]}, TypeError, "labels must be a tensor, got list"),
+    ],
+)
+def test_bad_input_is_named_as_in_eager_mode(changes, error, message):
+    arguments = {"labels": RAGGED.labels, "ref_logps": RAGGED.ref_logps} | changes
+
+    def loss(weight):
+        return ik.fused_inspo_loss(RAGGED.hidden, weight, **arguments).loss
+
+    for call in (loss, compile_(loss)[0]):
+        with pytest.raises(Exception) as caught:
+            call(RAGGED.weight)
+        chain, one = [], caught.value
+        while one is not None:
+            chain.append(one)
+            one = one.__cause__ or one.__context__
+        assert any(message in str(e) for e in chain), caught.value
+        assert call is not loss or isinstance(caught.value, error)
+
+
+def test_a_scheduled_marginal_weight_is_no_new_graph_each_time():
+    def loss(weight, w):
+        return ik.fused_inspo_loss(
+            RAGGED.hidden,
+            weight,
+            RAGGED.labels,
+            ref_logps=RAGGED.ref_logps,
+            marginal_labels=RAGGED.marginal_labels,
+            marginal_weight=w,
+        ).loss
+
+    compiled_loss, counter = compile_(loss)
+    for i in range(12):
+        torch.testing.assert_close(compiled_loss(RAGGED.weight, 0.1 * (i + 1)), loss(RAGGED.weight, 0.1 * (i + 1)))
+    assert counter.frame_count <= 2

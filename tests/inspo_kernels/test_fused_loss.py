@@ -559,13 +559,76 @@ class TestCustomObjectives:
 
         run(RAGGED, backend=backend, objective=Strict())
 
-    def test_constant_loss_has_zero_gradients(self):
+    @pytest.mark.parametrize("fields", [ik.Objective.gradient_fields, ("chosen",), ()])
+    def test_constant_loss_has_zero_gradients(self, fields):
         class Constant(ik.Objective):
-            def __call__(self, s):
-                return torch.ones_like(s.chosen)
+            gradient_fields = fields
 
-        _, gradients = run(RAGGED, backend="torch", objective=Constant())
-        assert all(g.eq(0).all() for g in gradients)
+            def __call__(self, s):
+                return torch.ones_like(s.chosen) * s.chosen.detach().sign()
+
+        out, gradients = run(RAGGED, backend="torch", objective=Constant())
+        assert out.loss == -1 and all(g.eq(0).all() for g in gradients)
+
+    @pytest.mark.parametrize("fields", [("choosen", "rejected"), "chosen", ["chosen"], ("chosen_len",)])
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_gradient_fields_must_be_names_of_sums(self, backend, fields):
+        class Typo(ik.Objective):
+            gradient_fields = fields
+
+            def __call__(self, s):
+                return s.rejected.detach() - s.chosen
+
+        with pytest.raises(ValueError, match=r"Typo.gradient_fields must be a tuple of 'chosen', 'rejected'"):
+            run(RAGGED, backend=backend, objective=Typo())
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_marginals_that_are_read_by_value_must_be_there(self, backend):
+        class ByValue(ik.Objective):
+            needs_marginals = True
+            gradient_fields = ("chosen", "rejected")
+
+            def __call__(self, s):
+                return s.marginal_chosen.detach() - s.chosen
+
+        unscored = torch.full_like(RAGGED.labels, IGNORE)
+        with pytest.raises(ValueError, match=r"marginal chosen response of pair.s. 0, 1, 2, 3 has no scored token"):
+            run(RAGGED, backend=backend, objective=ByValue(), marginal_labels=unscored)
+        compact = {k: v[RAGGED.compact()["segment_ids"] < 8] for k, v in RAGGED.compact().items()}
+        with pytest.raises(ValueError, match=r"marginal chosen response of pair.s. 0, 1, 2, 3 has no scored token"):
+            call(objective=ByValue(), backend=backend, marginal_labels=None, **compact)
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_losses_must_be_real_numbers(self, backend):
+        class Accuracy(ik.Objective):
+            def __call__(self, s):
+                return s.chosen > s.rejected
+
+        with pytest.raises(ValueError, match=r"floating-point.*got torch.bool"):
+            run(RAGGED, backend=backend, objective=Accuracy())
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_rewards_must_be_two_vectors(self, backend):
+        class One(ik.DPO):
+            def rewards(self, s):
+                return s.chosen[:2]
+
+        with pytest.raises(ValueError, match=r"One.rewards must return two tensors of shape \(4,\)"):
+            run(RAGGED, backend=backend, objective=One())
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_learnable_parameter_is_an_error_beside_frozen_inputs(self, backend):
+        class Learnable(ik.Objective):
+            def __init__(self):
+                self.w = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+            def __call__(self, s):
+                return self.w * (s.rejected - s.chosen)
+
+        with pytest.raises(ValueError, match="requires grad; it would get no gradient"):
+            call(objective=Learnable(), backend=backend)
+        with torch.no_grad():
+            assert call(objective=Learnable(), backend=backend).loss.isfinite()
 
 
 def test_module_is_the_function_with_fixed_options():
@@ -629,9 +692,13 @@ UNSCORED[1] = IGNORE
         ({"ref_logps": None}, ValueError, "DPO needs ref_logps"),
         ({"ref_logps": RAGGED.ref_logps[:4]}, ValueError, r"ref_logps must have shape \(8,\)"),
         ({"ref_logps": RAGGED.ref_logps.long()}, TypeError, "ref_logps must be a floating-point"),
+        ({"ref_logps": [0.0] * 8}, TypeError, "ref_logps must be a floating-point tensor, got list"),
+        ({"weight": RAGGED.weight.to_sparse()}, TypeError, r"weight must be a dense tensor.*to_dense\(\)"),
         ({"pair_weights": torch.ones(8)}, ValueError, r"pair_weights must have shape \(4,\)"),
         ({"marginal_labels": None, "marginal_weight": 0.5}, ValueError, "marginal_weight=0.5 needs the marginals"),
         ({"marginal_labels": None, "objective": "orpo"}, ValueError, "ORPO needs the marginals"),
+        ({"objective": ik.DPO}, TypeError, "call the class to make one"),
+        ({"objective": None}, TypeError, "objective must be a name"),
         ({"objective": "dop"}, ValueError, "did you mean 'dpo'"),
         ({"reduction": "none"}, ValueError, "reduction must be"),
         ({"backend": "tourch"}, ValueError, "did you mean 'torch'"),
@@ -647,6 +714,7 @@ UNSCORED[1] = IGNORE
         ({"pair_weights": torch.ones(4, requires_grad=True)}, ValueError, "pair_weights requires grad"),
         ({"ignore_index": None}, ValueError, "ignore_index must be an integer"),
         ({"shift": 2}, ValueError, "shift must be True or False"),
+        ({"shift": None}, ValueError, "shift must be True or False"),
         ({"num_pairs": 2.0}, ValueError, "num_pairs must be an integer"),
         ({"marginal_labels": with_label(31)}, ValueError, "labels or marginal_labels contain 31"),
         (
@@ -662,6 +730,7 @@ UNSCORED[1] = IGNORE
         ({**PACKED, "segment_ids": PACKED["labels"]}, ValueError, "exclude each other"),
         ({**PACKED, "hidden": PACKED["hidden"][None]}, ValueError, r"packed row is hidden\[0\]"),
         ({**COMPACT}, ValueError, "omit marginal_labels"),
+        ({**COMPACT, "marginal_labels": None, "ref_logps": [0.0] * 8}, TypeError, "got list"),
         ({**COMPACT, "marginal_labels": None, "ref_logps": None}, ValueError, "needs num_pairs"),
         ({**COMPACT, "marginal_labels": None, "num_pairs": 3}, ValueError, r"segment_ids must be in 0\.\.11"),
     ],
@@ -672,3 +741,33 @@ def test_bad_input_is_named_before_any_product(changes, error, message, backend)
         changes["ref_logps"] = RAGGED.ref_logps[:6]
     with pytest.raises(error, match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"reduction": "none"}, "reduction must be"),
+        ({"shift": 1}, "shift must be"),
+        ({"softcap": -1.0}, "softcap must be"),
+        ({"backend": "cuda"}, "unknown backend"),
+        ({"max_workspace_bytes": 0}, "max_workspace_bytes must be"),
+    ],
+)
+def test_the_module_refuses_bad_options_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        ik.InSPOLoss("dpo", **options)
+
+
+def test_the_module_says_where_an_objectives_parameters_go():
+    with pytest.raises(TypeError, match=r"takes no 'beta'.*objective=ik\.DPO\(beta=\.\.\.\)"):
+        ik.InSPOLoss("dpo", beta=0.2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_what_lies_at_unscored_positions_does_not_matter(backend):
+    hidden = RAGGED.hidden.clone()
+    scored = (RAGGED.labels != IGNORE).roll(-1, 1)
+    hidden[~scored] = torch.nan
+    case = replace(RAGGED, hidden=hidden)
+    options = {"backend": backend, "marginal_labels": None}
+    assert_same(run(case, **options), run(RAGGED, **options), 1e-15)

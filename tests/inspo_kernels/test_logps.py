@@ -180,3 +180,11 @@ def test_dtensor_weight_says_how_to_unshard():
     hidden, weight, _, targets = inputs()
     with pytest.raises(TypeError, match="full_tensor"):
         ik.linear_logps(hidden, weight.as_subclass(DTensor), targets)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("ignore_index", [None, 1.5, "0"])
+def test_ignore_index_must_be_an_integer(ignore_index, backend):
+    hidden, weight, _, targets = inputs((4,))
+    with pytest.raises(ValueError, match="ignore_index must be an integer"):
+        ik.linear_logps(hidden, weight, targets, ignore_index=ignore_index, backend=backend)
