@@ -3,9 +3,10 @@
     python -m benchmarks.loop_overhead --pairs FILE.jsonl --json benchmarks/results/loop_overhead.json
 
 Both train the same small model on the same pairs in the same order and forward passes, with AdamW. The loop is
-``training.train.train`` with a metrics row and a line every 10 steps and a checkpoint every 100; its set-up, and the
-first step, are left out. The bare loop is forward, backward, clipping, the optimizer's step and
-nothing else: it reads nothing from the device. Runs alternate, and the ratio is taken within each round.
+``training.train.train`` with a metrics row and a line every 10 steps and a checkpoint after the last of ``--steps``;
+its set-up, and the first step, are left out. The bare loop is forward, backward, clipping, the optimizer's step and
+nothing else: it reads nothing from the device. A round has a run of each, in turns the one first and the other; the
+ratio is taken within rounds, and its median and quartiles are reported.
 """
 
 from __future__ import annotations
@@ -14,29 +15,30 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import shlex
 import sys
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import training.train
 from training.config import TrainConfig
-from training.data import Pair, load_pairs, select_pairs
+from training.data import Pair
 from training.model import load_model
 from training.scoring import Batcher, PairModel, score
 
-from .harness import provenance, spread, write_json
+from .harness import positive, provenance, result_file, spread, write_json
+from .real_pairs import command_of, pairs_of
 
 MODEL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
-def loop_seconds(config: TrainConfig, pairs: list[Pair]) -> float:
-    """Of the steps of ``train`` from the second to ``config.max_steps``, and the checkpoint after them."""
+def loop_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:
+    """Of the steps of ``train`` from the second to number ``steps``, and the checkpoint after them."""
     marks: list[float] = []
     model, tokenizer = load_model(config)
     plan = training.train.batch_indices
@@ -45,21 +47,19 @@ def loop_seconds(config: TrainConfig, pairs: list[Pair]) -> float:
         marks.append(time.perf_counter())
         return plan(*arguments)
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        training.train.batch_indices = marked
-        try:
-            run = dataclasses.replace(
-                config, output_dir=f"{folder}/run", max_steps=config.max_steps + 1, save_every=config.max_steps
-            )
-            training.train.train(run, pairs, model=model, tokenizer=tokenizer)
-        finally:
-            training.train.batch_indices = plan
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.object(training.train, "batch_indices", marked),
+    ):
+        run = dataclasses.replace(config, output_dir=f"{folder}/run", max_steps=steps + 1, save_every=steps)
+        training.train.train(run, pairs, model=model, tokenizer=tokenizer)
     # The loop asks for the pairs of a step when it begins; before that, the reference asks for those of all steps.
-    steps = marks[-(config.max_steps + 1) :]
-    return steps[-1] - steps[1]
+    began = marks[-(steps + 1) :]
+    return began[-1] - began[1]
 
 
-def bare_seconds(config: TrainConfig, pairs: list[Pair]) -> float:
+def bare_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:
     """The same steps by hand."""
     model, tokenizer = load_model(config)
     module = PairModel(model.eval(), config.make_objective())
@@ -81,45 +81,46 @@ def bare_seconds(config: TrainConfig, pairs: list[Pair]) -> float:
 
     step(1)
     began = time.perf_counter()
-    for number in range(2, config.max_steps + 1):
+    for number in range(2, steps + 1):
         step(number)
     return time.perf_counter() - began
 
 
-def main() -> None:
+RUNS: dict[str, Callable[[TrainConfig, list[Pair], int], float]] = {"bare": bare_seconds, "loop": loop_seconds}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loop_overhead", description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
-    parser.add_argument("--json", required=True, type=Path, help="result file")
-    parser.add_argument("--steps", type=int, default=100, help="steps of a run, with a checkpoint after them")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    parser.add_argument("--json", required=True, type=result_file, help="result file")
+    parser.add_argument("--steps", type=positive, default=100, help="of a run, with a checkpoint after them [100]")
+    parser.add_argument("--rounds", type=positive, default=5, help="of a run of each [5]")
+    options = parser.parse_args(arguments)
+    if options.steps < 2:
+        parser.error("--steps 1: the first step is not timed, so give at least 2")
     config = TrainConfig(
         model=MODEL, max_length=512, truncation="drop", batch_size=8, max_batch_tokens=4096, learning_rate=1e-4,
         max_steps=options.steps, log_every=10, layout="rows", keep_best=False,
     )  # fmt: skip
-    _, tokenizer = load_model(config)
-    pairs = select_pairs(
-        load_pairs(options.pairs, tokenizer), "pairs", config, vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id, log=lambda line: None,
-    )  # fmt: skip
-    bare, loop = [], []
-    for number in range(options.rounds):
-        for times, run in ((bare, bare_seconds), (loop, loop_seconds)):
-            times.append(run(config, pairs))
-        print(
-            f"round {number + 1}: bare {bare[-1]:.2f} s, loop {loop[-1]:.2f} s, {loop[-1] / bare[-1]:.4f}", flush=True
-        )
-    words = [Path(word).name if word == options.pairs else word for word in sys.argv[1:]]
+    pairs = pairs_of(parser, options.pairs, config, load_model(config)[1], lambda line: None)
+    seconds: dict[str, list[float]] = {name: [] for name in RUNS}
+    for number in range(1, options.rounds + 1):
+        for name in list(RUNS)[:: 1 if number % 2 else -1]:
+            seconds[name].append(RUNS[name](config, pairs, options.steps))
+        bare, loop = (seconds[name][-1] for name in ("bare", "loop"))
+        print(f"round {number}: bare {bare:.2f} s, loop {loop:.2f} s, {loop / bare:.4f}", flush=True)
+    ratio = spread([loop / bare for bare, loop in zip(seconds["bare"], seconds["loop"], strict=True)])
     result = {
-        **provenance(shlex.join(["python", "-m", "benchmarks.loop_overhead", *words])),
+        **provenance(command_of("benchmarks.loop_overhead", arguments, options)),
         "model": MODEL, "pairs": len(pairs), "pairs_per_step": config.batch_size, "steps": options.steps,
-        "log_every": config.log_every, "save_every": config.max_steps,
-        "seconds": {"bare": bare, "loop": loop},
-        "loop_over_bare": spread([a / b for a, b in zip(loop, bare, strict=True)]),
+        "log_every": config.log_every, "save_every": options.steps, "seconds": seconds, "loop_over_bare": ratio,
     }  # fmt: skip
     write_json(options.json, result)
-    shown = result["loop_over_bare"]
-    print(f"loop / bare: {shown['median']:.4f} ({shown['q1']:.4f}-{shown['q3']:.4f}); results in {options.json}")
+    shown = {f"{name}, s": spread(values) for name, values in seconds.items()} | {"loop / bare": ratio}
+    for name, row in shown.items():
+        print(f"{name}: {row['median']:.4g} (quartiles {row['q1']:.4g}-{row['q3']:.4g})")
+    print(f"results in {options.json}")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import argparse
 import copy
 import dataclasses
 import random
-import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from training.config import TrainConfig
+from training.config import InputError, TrainConfig
 from training.data import Pair, load_pairs, select_pairs
 from training.generate import generate
 from training.model import load_model
 from training.train import train
 
-from .harness import provenance, write_json
+from .harness import command, positive, provenance, result_file, write_json
 
 MODEL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 OBJECTIVES: dict[str, dict[str, float]] = {
@@ -85,16 +85,39 @@ def fit_base(
     return sum(recent) / len(recent)
 
 
-def main() -> None:
+def pairs_of(
+    parser: argparse.ArgumentParser, source: str, config: TrainConfig, tokenizer: Any, log: Callable[[str], None]
+) -> list[Pair]:
+    """The pairs of ``--pairs`` that ``config`` can train on, or the parser's error that says what is wrong."""
+    try:
+        return select_pairs(
+            load_pairs(source, tokenizer), "pairs", config, vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id, log=log,
+        )  # fmt: skip
+    except InputError as error:
+        parser.error(f"--pairs: {error}")
+
+
+def command_of(module: str, arguments: Sequence[str], options: argparse.Namespace) -> str:
+    """The command to print in a result file: without the folders of the data and of the file itself."""
+    name = Path(options.pairs).name
+    shown = {options.pairs: name, f"--pairs={options.pairs}": f"--pairs={name}"}
+    return command(module, [shown.get(word, word) for word in arguments], options.json)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_pairs", description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
-    parser.add_argument("--json", required=True, type=Path, help="result file")
-    parser.add_argument("--max_length", type=int, default=512, help="tokens (bytes) of a pair; longer ones are dropped")
-    parser.add_argument("--base_steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=40, help="fine-tuning steps of 8 pairs")
+    parser.add_argument("--json", required=True, type=result_file, help="result file")
+    parser.add_argument(
+        "--max_length", type=positive, default=512, help="tokens (bytes) of a pair; longer ones are dropped"
+    )
+    parser.add_argument("--base_steps", type=positive, default=300, help="fitting steps of 8 responses [300]")
+    parser.add_argument("--steps", type=positive, default=40, help="fine-tuning steps of 8 pairs [40]")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     began = time.perf_counter()
 
     common = TrainConfig(
@@ -103,11 +126,10 @@ def main() -> None:
     )  # fmt: skip
     base, tokenizer = load_model(common)
     said: list[str] = []
-    pairs = select_pairs(
-        load_pairs(options.pairs, tokenizer), "pairs", common, vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id, log=lambda line: said.append(line.split("(")[0].strip()),
-    )  # fmt: skip
+    pairs = pairs_of(parser, options.pairs, common, tokenizer, lambda line: said.append(line.split("(")[0].strip()))
     training, held_out = split_by_prompt(pairs, 0.3, options.seed)
+    if not held_out:
+        parser.error(f"--pairs: all pairs of {options.pairs} that can be used have one prompt; none can be held out")
     base_loss = fit_base(
         base, training, tokenizer.pad_token_id, steps=options.base_steps, rows=8, lr=3e-3, seed=options.seed
     )
@@ -123,9 +145,8 @@ def main() -> None:
                 runs.append(one_run(config, base, tokenizer, training, held_out) | {"parameters": parameters})
             print(line(runs[-1]), flush=True)
 
-    words = [Path(word).name if word == options.pairs else word for word in sys.argv[1:]]
     result = {
-        **provenance(shlex.join(["python", "-m", "benchmarks.real_pairs", *words])),
+        **provenance(command_of("benchmarks.real_pairs", arguments, options)),
         "seconds": round(time.perf_counter() - began),
         "model": {**MODEL, "parameters": sum(p.numel() for p in base.parameters()), "tokenizer": "bytes"},
         "data": {

@@ -310,17 +310,12 @@ def no_drafts(result: dict[str, Any]) -> str:
 
 def loop_overhead(result: dict[str, Any]) -> str:
     """One sentence."""
-    ratios = [loop / bare for loop, bare in zip(*(result["seconds"][name] for name in ("loop", "bare")))]
+    rounds = len(result["seconds"]["loop"])
     return (
         f"Metrics, logs, finite checks and a checkpoint every {result['save_every']} steps: the loop took "
-        f"{_list_of(ratios)} times as long as its bare steps ({len(ratios)} rounds of {result['steps']} steps).\n\n"
-        + _source(result, "loop_overhead.json")
+        f"{_ratio(result['loop_over_bare'])} times as long as its bare steps (median and quartiles of {rounds} "
+        f"rounds of {result['steps']} steps).\n\n" + _source(result, "loop_overhead.json")
     )
-
-
-def _list_of(ratios: list[float]) -> str:
-    *first, last = (f"{ratio:.2f}" for ratio in ratios)
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -364,10 +359,15 @@ def _gain(row: dict[str, Any]) -> str:
 
 
 def _source(result: dict[str, Any], file: str) -> str:
+    """Where, with what and when it was measured; the full command is in the file."""
     hardware, versions = result["hardware"], result["versions"]
+    where, packages = f"{hardware['cpu']}, {hardware['cores']} cores", ["torch"]
+    if gpu := result.get("device", {}).get("name"):
+        where, packages = gpu, ["torch", "triton"]
+    used = ", ".join(f"{package} {versions[package]}" for package in packages)
     return (
-        f"<sub>{hardware['cpu']}, {hardware['cores']} cores, torch {versions['torch']}, {result['date'][:10]}, "
-        f"`{result['command']}`, [{file}](benchmarks/results/{file})</sub>"
+        f"<sub>{where}, {used}, {result['date'][:10]}; command and all figures: "
+        f"[{file}](benchmarks/results/{file})</sub>"
     )
 
 
