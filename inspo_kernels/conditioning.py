@@ -122,6 +122,11 @@ def condition_pairs(
         ValueError: the ids or options are unusable, a pair does not fit, or no pair is left; the message names the
             pair's position in ``pairs`` and what to change.
     """
+    if not isinstance(pairs, Iterable):
+        expected = "an iterable of (prompt_ids, chosen_ids, rejected_ids)"
+        raise TypeError(f"pairs must be {expected}, got {type(pairs).__name__}")
+    if not isinstance(conditioned, bool):
+        raise ValueError(f"conditioned must be True or False, got {conditioned!r}")
     _check_choice("truncation", truncation, _TRUNCATIONS)
     _check_choice("layout", layout, _LAYOUTS)
     pad_token_id = integer("pad_token_id", pad_token_id, minimum=0, hint="without one, use eos_token_id")
@@ -232,7 +237,7 @@ def _ids(values: Any, where: str) -> Tensor:
     """Token ids as a 1-D int64 CPU tensor; `where` begins the message of the error for anything else."""
     if isinstance(values, (str, bytes)):
         raise ValueError(f"{where} is text; tokenize it first and pass the ids")
-    if not isinstance(values, Tensor) and hasattr(values, "__len__") and len(values) == 0:
+    if hasattr(values, "__len__") and not (isinstance(values, Tensor) and values.ndim == 0) and len(values) == 0:
         return torch.empty(0, dtype=torch.int64, device="cpu")
     try:
         ids = values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")

@@ -113,6 +113,10 @@ def hidden_and_head(
             what to pass to ``fused_inspo_loss`` by hand. Also packed sequences for an architecture that mixes them.
     """
     _refuse_wrapper(model)
+    if fixed := {"use_cache", "return_dict"}.intersection(model_kwargs):
+        raise TypeError(
+            f"{', '.join(sorted(fixed))}: the trunk runs without a cache, and this call sets that; remove it"
+        )
     if misplaced := _HEAD_ARGUMENTS.intersection(model_kwargs):
         names = ", ".join(sorted(misplaced))
         raise TypeError(f"no logits are computed here, so {names} would have no effect; remove it")

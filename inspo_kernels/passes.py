@@ -28,9 +28,9 @@ from .backends import Backend
 from .backends.base import chunks
 from .gradients import Gradients, Needs, StagedGradients
 from .head import LMHead, plain_arithmetic
-from .layout import ScoredRows
 from .pair_loss import PairTerms
 from .prepare import Prepared
+from .scored_rows import ScoredRows
 
 
 def score(backend: Backend, head: LMHead, x: Tensor, targets: Tensor, capacity: int) -> Tensor:

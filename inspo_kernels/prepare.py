@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import layout
+from . import scored_rows
 from .arguments import finite, integer
 from .backends import Backend, check_backend, resolve_backend
 from .head import FLOATS, LMHead, checked_head, checked_softcap
 from .objectives import Objective, make_objective
 from .pair_loss import PairTerms
+from .scored_rows import checked_labels
 
 # Without a bound by the user, a pair longer than the default workspace gets one of up to so many times its rows:
 # staging them twice would cost up to a third more time.
@@ -30,7 +31,7 @@ class Prepared:
 
     head: LMHead
     backend: Backend | None
-    plan: layout.ScoredRows
+    plan: scored_rows.ScoredRows
     terms: PairTerms
     capacity: int
     pair_capacity: int
@@ -119,7 +120,7 @@ def prepare(
             (f"marginal_weight={marginal_weight}" if marginal_weight else f"objective {type(objective).__name__}")
             + " needs the marginals: pass marginal_labels (condition_pairs makes them; plain pairs have none)"
         )
-    plan = layout.plan(
+    plan = scored_rows.plan(
         candidates,
         vocab_size=head.vocab_size,
         gradient_kinds=terms.gradient_kinds,
@@ -148,7 +149,7 @@ def _candidates(
     ref_logps: Tensor | None,
     shift: bool,
     ignore_index: int,
-) -> layout.Candidates:
+) -> scored_rows.Candidates:
     """Recognise the input form, check its shapes and reduce it to candidates."""
     if cu_seqlens is not None and segment_ids is not None:
         raise ValueError("cu_seqlens (packed form) and segment_ids (compact form) exclude each other: pass one")
@@ -162,18 +163,18 @@ def _candidates(
             + ("" if packed_or_compact else "; for (N, H) pass cu_seqlens (packed) or segment_ids (compact)")
             + ("; a batch of one packed row is hidden[0]" if packed_or_compact and hidden.shape[:1] == (1,) else "")
         )
-    labels = layout.checked_labels("labels", labels, hidden.shape[:-1], hidden.device)
+    labels = checked_labels("labels", labels, hidden.shape[:-1], hidden.device)
     if marginal_labels is not None:
-        marginal_labels = layout.checked_labels("marginal_labels", marginal_labels, hidden.shape[:-1], hidden.device)
+        marginal_labels = checked_labels("marginal_labels", marginal_labels, hidden.shape[:-1], hidden.device)
         marginal_labels = marginal_labels.to(labels.device)
 
     if segment_ids is not None:
-        segment_ids = layout.checked_labels("segment_ids", segment_ids, labels.shape, hidden.device).to(labels.device)
+        segment_ids = checked_labels("segment_ids", segment_ids, labels.shape, hidden.device).to(labels.device)
         if num_pairs is None:
             if ref_logps is None:
                 raise ValueError("the compact form needs num_pairs (or ref_logps, whose length is 2B) to know B")
             num_pairs = integer("half of ref_logps' length", _even("ref_logps", ref_logps.numel()) // 2, minimum=1)
-        return layout.from_compact(labels, segment_ids, num_pairs, ignore_index=ignore_index)
+        return scored_rows.from_compact(labels, segment_ids, num_pairs, ignore_index=ignore_index)
 
     if cu_seqlens is not None:
         if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
@@ -186,8 +187,8 @@ def _candidates(
     if num_pairs is not None and 2 * num_pairs != num_sequences:
         raise ValueError(f"num_pairs={num_pairs} does not fit {num_sequences} {what}")
     if cu_seqlens is not None:
-        return layout.from_packed(labels, marginal_labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
-    return layout.from_rows(labels, marginal_labels, shift=shift, ignore_index=ignore_index)
+        return scored_rows.from_packed(labels, marginal_labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
+    return scored_rows.from_rows(labels, marginal_labels, shift=shift, ignore_index=ignore_index)
 
 
 def _even(what: str, number: int) -> int:

@@ -11,7 +11,7 @@ from . import passes
 from .backends import Backend, resolve_backend
 from .gradients import Gradients, Needs
 from .head import LMHead, plain_arithmetic
-from .layout import checked_labels, scored_positions, to_device
+from .scored_rows import checked_labels, scored_positions, to_device
 
 
 @dataclass(frozen=True)

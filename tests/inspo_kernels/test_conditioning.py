@@ -237,3 +237,20 @@ def test_a_bad_option_is_named_with_what_to_change(options, message):
 def test_no_pairs_at_all_is_an_error():
     with pytest.raises(ValueError, match="no pair left to score: pairs is empty"):
         condition_pairs([], pad_token_id=0)
+
+
+@pytest.mark.parametrize("conditioned", [None, "false", 1])
+def test_conditioned_must_be_true_or_false(conditioned):
+    with pytest.raises(ValueError, match="conditioned must be True or False"):
+        condition_pairs([([1], [2], [3])], pad_token_id=0, conditioned=conditioned)
+
+
+@pytest.mark.parametrize("pairs", [5, None])
+def test_pairs_must_be_many(pairs):
+    with pytest.raises(TypeError, match=r"pairs must be an iterable of \(prompt_ids, chosen_ids, rejected_ids\)"):
+        condition_pairs(pairs, pad_token_id=0)
+
+
+def test_an_empty_tensor_is_empty_whatever_its_dtype():
+    with pytest.raises(ValueError, match="pair 0: chosen is empty"):
+        condition_pairs([([1], torch.tensor([]), [3])], pad_token_id=0)

@@ -242,3 +242,9 @@ def test_a_sharded_model_is_refused(rows, tmp_path):
 def test_something_else_is_refused(rows):
     with pytest.raises(TypeError, match="expected a transformers causal LM, got torch"):
         hidden_and_head(nn.Linear(2, 2), **model_inputs(rows))
+
+
+@pytest.mark.parametrize("argument", ["use_cache", "return_dict"])
+def test_arguments_that_the_call_sets_itself_are_refused(argument):
+    with pytest.raises(TypeError, match=f"{argument}.*remove it"):
+        hidden_and_head(make_model("llama"), torch.ones(1, 3).long(), **{argument: True})
