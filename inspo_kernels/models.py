@@ -114,9 +114,8 @@ def hidden_and_head(
     """
     _refuse_wrapper(model)
     if fixed := {"use_cache", "return_dict"}.intersection(model_kwargs):
-        raise TypeError(
-            f"{', '.join(sorted(fixed))}: the trunk runs without a cache, and this call sets that; remove it"
-        )
+        names = ", ".join(sorted(fixed))
+        raise TypeError(f"the trunk runs without a cache, for which {names} is set here; remove it")
     if misplaced := _HEAD_ARGUMENTS.intersection(model_kwargs):
         names = ", ".join(sorted(misplaced))
         raise TypeError(f"no logits are computed here, so {names} would have no effect; remove it")

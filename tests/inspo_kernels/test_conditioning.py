@@ -252,5 +252,5 @@ def test_pairs_must_be_many(pairs):
 
 
 def test_an_empty_tensor_is_empty_whatever_its_dtype():
-    with pytest.raises(ValueError, match="pair 0: chosen is empty"):
+    with pytest.raises(ValueError, match="pair 0: chosen response is empty"):
         condition_pairs([([1], torch.tensor([]), [3])], pad_token_id=0)
