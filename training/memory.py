@@ -10,9 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from inspo_kernels.backends import resolve_backend
+from inspo_kernels.gradients import Needs, StagedGradients
 from inspo_kernels.head import LMHead
+from inspo_kernels.pair_loss import PairTerms
+from inspo_kernels.prepare import workspace_rows
 
 from .config import TrainConfig
+from .data import Pair
 from .engine import is_sharded, process_count
 
 GIB = 2**30
@@ -58,11 +62,20 @@ class Memory:
         )
 
 
-def estimate_memory(
-    model: PreTrainedModel, config: TrainConfig, device: torch.device, *, tokens: int, processes: int, sharded: bool
-) -> Memory:
-    """Of a process that trains ``model`` with AdamW in forward passes of ``tokens`` tokens, as if all were scored.
+def graded_tokens(pair: Pair, config: TrainConfig) -> int:
+    """Scored tokens of ``pair`` that the loss of a run is differentiated in, in each context anew."""
+    terms = PairTerms(config.make_objective(), None, None, marginal_weight=config.marginal_weight, mean=False)
+    kinds = [kind for kind in terms.gradient_kinds if config.conditioned or kind < 2]
+    return sum(len(pair.rejected if kind % 2 else pair.chosen) for kind in kinds)
 
+
+def estimate_memory(
+    model: PreTrainedModel, config: TrainConfig, device: torch.device, *, tokens: int, longest_pair: int,
+    processes: int, sharded: bool,
+) -> Memory:  # fmt: skip
+    """Of a process that trains ``model`` with AdamW in steps of several forward passes of ``tokens`` tokens each.
+
+    It is as if the loss were differentiated in all of them; ``longest_pair``: in so many of one pair.
     The activations' formula is that of a gated decoder layer (Llama); its largest tensors are those that the products
     of the backward pass need.
     """
@@ -96,21 +109,49 @@ def estimate_memory(
         gathered = compute * (2 * whole + 2 * 2 * layer_weights // layers)
 
     dtype = torch.bfloat16 if compute == 2 else model.dtype
-    lm_head = LMHead(torch.empty(weight.shape, dtype=dtype, device="meta"), None, None, 1.0, dtype)
-    backend = resolve_backend("auto", lm_head, device)
-    assert backend is not None
-    workspace = min(tokens * backend.bytes_per_row(lm_head), backend.default_workspace_bytes(lm_head, device))
-    head = workspace + tokens * hidden * (compute + 4)  # scored rows and their gradients
-    if weight.requires_grad:
-        head += 4 * weight.numel()  # dW in float32, until it is the gradient
+    like = torch.empty(weight.shape, dtype=dtype if sharded else weight.dtype, device="meta")
+    lm_head = LMHead(like, None, None, 1.0, dtype)
+    # Scored rows, and their gradients.
+    head = tokens * hidden * (compute + 4) + _head_memory(
+        lm_head, device, tokens, longest_pair, trained=weight.requires_grad, others=0 if sharded else like.nbytes
+    )
     return Memory(parameters // share, gradients // share, 2 * gradients // share, gathered, activations, head)
 
 
+def _head_memory(
+    head: LMHead, device: torch.device, rows: int, longest_pair: int, *, trained: bool, others: int
+) -> int:
+    """Workspace of a pass of ``rows`` rows and, of a ``trained`` head, what dW takes beside the gradient of the passes
+    before it, whose bytes are ``others`` unless they are counted elsewhere.
+    """
+    backend = resolve_backend("auto", head, device)
+    assert backend is not None
+    capacity, pair_capacity = workspace_rows(backend, head, device)
+    staged = min(rows, capacity)
+    if trained:  # the rows of a pair stay in the workspace together
+        staged = min(max(staged, longest_pair), pair_capacity)
+    fitting = min(staged, capacity)
+    workspace = min(fitting * backend.bytes_per_row(head), backend.default_workspace_bytes(head, device))
+    workspace += backend.staged_bytes(head, staged - fitting)
+    if not trained:
+        return workspace
+    accumulated = head.vocab_size * head.hidden_size * head.accumulate_dtype.itemsize
+    needs = Needs(x=True, weight=True, bias=False)
+    if rows > staged or not StagedGradients.pay(backend, head, rows, needs):
+        return accumulated + max(workspace, others)  # in the accumulate dtype first, and then, in its own, beside it
+    direct = backend.name == "triton" or head.weight.dtype == head.accumulate_dtype
+    return workspace + others + (0 if direct else accumulated)
+
+
 def report_memory(
-    model: PreTrainedModel, config: TrainConfig, device: torch.device, tokens: int, log: Callable[[str], None]
-) -> None:
+    model: PreTrainedModel, config: TrainConfig, device: torch.device, tokens: int, longest_pair: int,
+    log: Callable[[str], None],
+) -> None:  # fmt: skip
     """Says what a process of this run will need, and warns where that, or the parameters' precision, will not do."""
-    memory = estimate_memory(model, config, device, tokens=tokens, processes=process_count(), sharded=is_sharded())
+    memory = estimate_memory(
+        model, config, device, tokens=tokens, longest_pair=longest_pair, processes=process_count(),
+        sharded=is_sharded(),
+    )  # fmt: skip
     log(memory.text(tokens))
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .chat import separator_ids, set_template_kwargs
 from .config import InputError, TrainConfig
 from .data import Pair, check_pairs, check_source, load_pairs, select_pairs
-from .memory import estimate_memory
+from .memory import estimate_memory, graded_tokens
 from .model import add_lora, byte_tokenizer, check_architecture, load_tokenizer, meta_model, padding_id, size_text
 
 SHARED_BY = 8  # processes of the FSDP2 launch whose memory is told beside that of one process
@@ -53,11 +53,13 @@ def plan(config: TrainConfig, say: Callable[[str], None]) -> None:
             f"{steps} steps of {config.batch_size} pairs; a pair has {tokens / len(pairs):.0f} tokens on average, the "
             f"longest {max(pair.tokens for pair in pairs)}"
         )
+    longest_pair = max(graded_tokens(pair, config) for pair in pairs or [Pair([], [0] * config.max_length, [])])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for processes in (1, SHARED_BY):
         memory = estimate_memory(
-            model, config, device, tokens=config.max_batch_tokens, processes=processes, sharded=processes > 1
-        )
+            model, config, device, tokens=config.max_batch_tokens, longest_pair=longest_pair, processes=processes,
+            sharded=processes > 1,
+        )  # fmt: skip
         name = "one process" if processes == 1 else f"each of {processes} processes that share the model (FSDP2)"
         say(f"{name}: {memory.text(config.max_batch_tokens)}")
 

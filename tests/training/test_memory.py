@@ -15,8 +15,10 @@ import torch
 from helpers import tiny_model, token_pairs
 
 from benchmarks.harness import own_peak
+from inspo_kernels import fused_inspo_loss
 from training.config import TrainConfig
-from training.memory import GIB, estimate_memory, lost_updates, precision_warning
+from training.data import Pair
+from training.memory import GIB, estimate_memory, graded_tokens, lost_updates, precision_warning
 from training.train import train
 
 CPU = torch.device("cpu")
@@ -25,6 +27,9 @@ FIELDS = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, 
           "vocab_size": 16_000}  # fmt: skip
 RUNS = {"kept": {}, "checkpointed": {"gradient_checkpointing": True}}
 TOKENS = 2 * 512
+# Vocabulary, hidden size, tokens of each response: workspaces above the default, one above all that a pair may get,
+# and rows that stay staged until their gradients are written.
+HEADS = {"long pair": (32_000, 64, 700), "longer than the workspace": (32_000, 64, 1300), "staged": (32_000, 512, 64)}
 
 
 def config_of(name: str) -> TrainConfig:
@@ -39,7 +44,20 @@ def measure() -> None:
     for name in ("checkpointed", "kept"):  # the larger one last: it does not live in what the other has left
         model = tiny_model(**FIELDS)
         peaks[name] = own_peak(functools.partial(train, config_of(name), pairs, model=model, quiet=True))
+    peaks |= {name: own_peak(functools.partial(head_alone, name)) for name in HEADS}
     print(json.dumps(peaks))
+
+
+def head_alone(name: str) -> None:
+    """A step of two passes, each of one pair."""
+    vocab_size, hidden_size, length = HEADS[name]
+    weight = torch.randn(vocab_size, hidden_size, requires_grad=True)
+    labels = torch.randint(vocab_size, (2 * length,))
+    segments = torch.arange(2).repeat_interleave(length)
+    for _ in range(2):
+        hidden = torch.randn(2 * length, hidden_size, requires_grad=True)
+        fused_inspo_loss(hidden, weight, labels, segment_ids=segments, num_pairs=1, objective="simpo").loss.backward()
+        del hidden
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +71,27 @@ def peaks() -> dict[str, int]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_the_estimate_of_the_head_alone_is_right_within_a_tenth(peaks: dict[str, int], name: str) -> None:
+    if peaks[name] is None:
+        pytest.skip("no /proc to measure memory with: the estimate is NOT tested")
+    vocab_size, hidden_size, length = HEADS[name]
+    with torch.device("meta"):
+        model = tiny_model(vocab_size=vocab_size, hidden_size=hidden_size)
+    memory = estimate_memory(
+        model, TrainConfig(objective="simpo"), CPU, tokens=2 * length, longest_pair=2 * length, processes=1,
+        sharded=False,
+    )  # fmt: skip
+    weight = 4 * vocab_size * hidden_size  # made within the measurement, and its gradient
+    assert peaks[name] / 1.1 < memory.head + 2 * weight < peaks[name] * 1.1, (memory.head / GIB, peaks[name] / GIB)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_the_estimate_is_right_within_a_third(peaks: dict[str, int], name: str) -> None:
     if peaks[name] is None:
         pytest.skip("no /proc to measure memory with: the estimate is NOT tested")
     model = tiny_model(**FIELDS)
-    memory = estimate_memory(model, config_of(name), CPU, tokens=TOKENS, processes=1, sharded=False)
+    memory = estimate_memory(model, config_of(name), CPU, tokens=TOKENS, longest_pair=500, processes=1, sharded=False)
     expected = memory.total - memory.parameters  # the model was there before
     assert peaks[name] / 1.33 < expected < peaks[name] * 1.33, (memory, peaks[name] / GIB)
 
@@ -66,7 +99,9 @@ def test_the_estimate_is_right_within_a_third(peaks: dict[str, int], name: str) 
 def test_checkpointing_saves_what_the_estimate_says(peaks: dict[str, int]) -> None:
     model = tiny_model(**FIELDS)
     estimates = {
-        name: estimate_memory(model, config_of(name), CPU, tokens=TOKENS, processes=1, sharded=False).total
+        name: estimate_memory(
+            model, config_of(name), CPU, tokens=TOKENS, longest_pair=500, processes=1, sharded=False
+        ).total
         for name in RUNS
     }
     if peaks["kept"] is not None:
@@ -77,7 +112,7 @@ def test_checkpointing_saves_what_the_estimate_says(peaks: dict[str, int]) -> No
 def test_processes_that_share_the_model_hold_their_share_and_what_they_gather() -> None:
     config = TrainConfig()
     alone, shared = (
-        estimate_memory(tiny_model(**FIELDS), config, CPU, tokens=100, processes=8, sharded=sharded)
+        estimate_memory(tiny_model(**FIELDS), config, CPU, tokens=100, longest_pair=50, processes=8, sharded=sharded)
         for sharded in (False, True)
     )
     whole = sum(p.nbytes for p in tiny_model(**FIELDS).parameters())
@@ -90,15 +125,19 @@ def test_processes_that_share_the_model_hold_their_share_and_what_they_gather() 
 def test_frozen_parameters_have_neither_gradients_nor_optimizer_state() -> None:
     model = tiny_model(**FIELDS).requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)
-    memory = estimate_memory(model, TrainConfig(), CPU, tokens=100, processes=1, sharded=False)
-    trained = estimate_memory(tiny_model(**FIELDS), TrainConfig(), CPU, tokens=100, processes=1, sharded=False)
+    memory = estimate_memory(model, TrainConfig(), CPU, tokens=100, longest_pair=50, processes=1, sharded=False)
+    trained = estimate_memory(
+        tiny_model(**FIELDS), TrainConfig(), CPU, tokens=100, longest_pair=50, processes=1, sharded=False
+    )
     assert (memory.gradients, memory.optimizer) == (4 * 256, 8 * 256)
     assert trained.head - memory.head == 4 * 16_000 * 256  # no dW
 
 
 def test_the_warning_names_what_helps_and_is_not_there_yet() -> None:
     config = TrainConfig()
-    memory = estimate_memory(tiny_model(**FIELDS), config, CPU, tokens=4000, processes=1, sharded=False)
+    memory = estimate_memory(
+        tiny_model(**FIELDS), config, CPU, tokens=4000, longest_pair=50, processes=1, sharded=False
+    )
     assert memory.warning(memory.total, config, 1) is None
     warning = memory.warning(memory.total - 1, config, 1)
     assert all(name in warning for name in ("max_batch_tokens", "gradient_checkpointing: true", "FSDP2", "lora"))
@@ -106,9 +145,22 @@ def test_the_warning_names_what_helps_and_is_not_there_yet() -> None:
     assert "gradient_checkpointing" not in memory.warning(0, checkpointed, 1)
 
 
-def test_a_run_says_what_it_will_need(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_says_what_it_will_need(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     train(TrainConfig(max_steps=1), token_pairs(), model=tiny_model())
     assert "memory a process needs, estimated: parameters" in capsys.readouterr().out
+    asked: list[int] = []
+    monkeypatch.setattr("training.train.report_memory", lambda *given: asked.append(given[4]))
+    train(TrainConfig(max_steps=1), token_pairs(), model=tiny_model(), quiet=True)
+    assert asked == [max(len(chosen) + len(rejected) for _, chosen, rejected in token_pairs())]
+
+
+def test_scored_tokens_with_a_gradient_are_counted_in_each_context_that_is_trained() -> None:
+    pair = Pair([1], [3] * 5, [4] * 7)
+    for given, expected in (
+        ({}, 12), ({"conditioned": False}, 12), ({"marginal_weight": 0.5}, 24), ({"objective": "orpo"}, 17),
+        ({"objective": "orpo", "conditioned": False}, 12),
+    ):  # fmt: skip
+        assert graded_tokens(pair, TrainConfig(**given)) == expected, given
 
 
 def trained(dtype: torch.dtype, learning_rate: float) -> float:
