@@ -3,13 +3,27 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install test demo lint benchmark clean
+RESULTS := benchmarks/results
+
+.PHONY: help install test demo lint benchmark benchmark-head benchmark-step benchmark-demo benchmark-pairs \
+	benchmark-study benchmark-compile benchmark-gpu pairs-given tables clean
+# Commands that are timed must not run beside others.
+.NOTPARALLEL:
 
 help:
 	@echo "make demo        fit, sample, fine-tune and compare a tiny model (1 to 3 minutes, no GPU)"
 	@echo "make test        run the tests"
 	@echo "make lint        ruff and mypy"
-	@echo "make benchmark   measure this machine and regenerate the README's tables and plots"
+	@echo "make benchmark PAIRS=FILE.jsonl"
+	@echo "                 all of the README's tables and plots anew, for hours on two cores; or parts of them:"
+	@echo "  benchmark-head     the loss and the log-probs by themselves, and how they scale"
+	@echo "  benchmark-step     whole training steps"
+	@echo "  benchmark-demo     the demo on ten seeds, and with a base fitted without drafts"
+	@echo "  benchmark-pairs    real pairs, of PAIRS: objectives and the loop's overhead"
+	@echo "  benchmark-study    docs/study.md; finished runs are kept"
+	@echo "  benchmark-compile  the Triton kernels compiled for GPUs that are not here"
+	@echo "  benchmark-gpu      on a GPU, under nine minutes; no part of make benchmark"
+	@echo "  tables             write tables and plots from the result files, measuring nothing"
 
 install: $(VENV)/.installed-test
 
@@ -31,11 +45,59 @@ lint: install
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
 
-benchmark: install
-	$(BIN)/python -m benchmarks.loss --shape reference real --json benchmarks/results/loss_cpu.json
-	$(BIN)/python -m benchmarks.logps --shape reference --json benchmarks/results/logps_cpu.json
-	$(BIN)/python -m benchmarks.scaling --json benchmarks/results/scaling_cpu.json
-	$(BIN)/python -m benchmarks.step --json benchmarks/results/step_cpu.json
+# The commands that the result files name, and in their order: times on an idle machine first, then memory.
+benchmark: pairs-given benchmark-head benchmark-step benchmark-demo benchmark-pairs benchmark-study benchmark-compile tables
+
+# The README's "loss", "logps" and "scaling" and the scaling plot.
+benchmark-head: install
+	$(BIN)/python -m benchmarks.loss --shape reference real --rounds 7 --only time --json $(RESULTS)/loss_cpu.json
+	$(BIN)/python -m benchmarks.loss --shape reference real --only memory --resume --json $(RESULTS)/loss_cpu.json
+	$(BIN)/python -m benchmarks.logps --shape reference --rounds 5 --only time --json $(RESULTS)/logps_cpu.json
+	$(BIN)/python -m benchmarks.logps --shape reference --only memory --resume --json $(RESULTS)/logps_cpu.json
+	$(BIN)/python -m benchmarks.scaling --only time --json $(RESULTS)/scaling_cpu.json
+	$(BIN)/python -m benchmarks.scaling --sweeps workspace --rounds 9 --only time --resume --json $(RESULTS)/scaling_cpu.json
+	$(BIN)/python -m benchmarks.scaling --only memory --resume --json $(RESULTS)/scaling_cpu.json
+
+# "step" and its plot.
+STEP := $(BIN)/python -m benchmarks.step
+benchmark-step: install
+	$(STEP) --models small --rounds 5 --updates 1 --tokens 384 --pairs 2 --only time --json $(RESULTS)/step_cpu.json
+	$(STEP) --models trunk --rounds 3 --updates 1 --tokens 384 --pairs 2 --only time --json $(RESULTS)/step_cpu.json --resume
+	$(STEP) --models trunk --shares real --rounds 3 --updates 1 --pairs 8 --tokens 1024 --only time --json $(RESULTS)/step_cpu.json --resume
+	$(STEP) --models small --shares 0.1 0.667 0.9 real --updates 1 --tokens 384 --pairs 2 --only memory --json $(RESULTS)/step_cpu.json --resume
+	$(STEP) --models trunk --shares 0.667 real --updates 1 --tokens 384 --pairs 2 --only memory --json $(RESULTS)/step_cpu.json --resume
+	$(STEP) --models trunk --shares real --updates 1 --pairs 8 --tokens 1024 --only memory --json $(RESULTS)/step_cpu.json --resume
+
+# "demo" and "no_drafts". The command by itself goes on with the seeds that a file has; this begins anew.
+benchmark-demo: install
+	rm -f $(RESULTS)/demo_seeds.json $(RESULTS)/demo_no_drafts.json
+	$(BIN)/python -m benchmarks.demo_seeds --json $(RESULTS)/demo_seeds.json
+	$(BIN)/python -m benchmarks.demo_seeds --draft_share 0 --seeds 0 1 2 3 4 --json $(RESULTS)/demo_no_drafts.json
+
+# "real_pairs" and "loop_overhead", on pairs that are not part of the repository.
+benchmark-pairs: pairs-given install
+	$(BIN)/python -m benchmarks.real_pairs --pairs $(PAIRS) --json $(RESULTS)/real_pairs.json
+	$(BIN)/python -m benchmarks.loop_overhead --pairs $(PAIRS) --steps 50 --json $(RESULTS)/loop_overhead.json
+
+pairs-given:
+	@test -f "$(PAIRS)" || { echo "give the pairs: PAIRS=FILE.jsonl with prompt, chosen, rejected; or make the parts without them"; exit 1; }
+
+# "study", docs/study.md and its plots. No speed is measured, so runs in results/study/runs.jsonl are kept; to have them
+# done anew, remove that file.
+benchmark-study: install
+	$(BIN)/python -m benchmarks.study.tabular --json $(RESULTS)/study_tabular.json
+	$(BIN)/python -m benchmarks.study
+
+# No table: what the README says of kernels compiled ahead of time.
+benchmark-compile: install
+	$(BIN)/python -m benchmarks.compile_report --json $(RESULTS)/compile_report.json
+
+# "gpu"; log and plots stay in runs/gpu.
+benchmark-gpu: install
+	$(BIN)/python -m benchmarks.gpu --out runs/gpu
+	cp runs/gpu/gpu.json $(RESULTS)/gpu.json
+
+tables: install
 	$(BIN)/python -m benchmarks.report
 
 clean:

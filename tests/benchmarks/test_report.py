@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 
 import pytest
 
 from benchmarks import report
+
+ROOT = report.README.parent
 
 
 def measured():
@@ -34,3 +39,72 @@ def test_figures_of_a_gpu_name_it_and_triton():
     assert "a CPU, 2 cores, torch 2.13, 2026-11-22;" in report._source(result, "loss_cpu.json")
     result["device"] = {"type": "cuda", "name": "a GPU"}
     assert "<sub>a GPU, torch 2.13, triton 3.7, 2026-11-22;" in report._source(result, "gpu.json")
+
+
+# Recorded commands that the Makefile does not repeat, and what it has instead. The first went on after an interruption
+# and adds nothing to a whole file; the second had two rounds, now the default of five.
+NOT_REPEATED = {
+    "python -m benchmarks.loss --shape real --rounds 7 --only time --resume --json FILE": None,
+    "python -m benchmarks.loop_overhead --pairs preferences.jsonl --steps 50 --rounds 2 --json FILE": (
+        "python -m benchmarks.loop_overhead --pairs preferences.jsonl --steps 50 --json FILE"
+    ),
+    # Reports what this one has run, which goes on to do the same.
+    "python -m benchmarks.study --report": "python -m benchmarks.study",
+}
+
+
+def make(*words):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def commands(target):
+    """What ``make target`` would run of the benchmarks, result files being FILE; and all that it would."""
+    done = make("-n", target, "PAIRS=preferences.jsonl")
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"/bin/(python -m benchmarks\..*)", done.stdout)
+    return [re.sub(r"benchmarks/results/\S+\.json", "FILE", line) for line in found], done.stdout
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+
+
+@needs_make
+def test_make_benchmark_repeats_the_command_of_every_result_file():
+    planned, shown = commands("benchmark")
+    files = [str(path.relative_to(report.RESULTS)) for path in sorted(report.RESULTS.rglob("*.json"))]
+    files = [file for file in files if file != "gpu.json"]  # of another machine: below
+    assert {file for file, _ in (*report.SECTIONS.values(), *report.PLOTS.values())} - {"gpu.json"} <= set(files)
+    repeated = []
+    for file in files:
+        recorded = json.loads((report.RESULTS / file).read_text())["command"]
+        recorded = re.sub(r"benchmarks/results/\S+\.json", "FILE", recorded).split("; ")
+        mine = [again for one in recorded if (again := NOT_REPEATED.get(one, one))]
+        assert [one for one in planned if one in mine] == mine  # in the order in which they were measured
+        assert file == "study/study.json" or shown.count(f"--json benchmarks/results/{file}") == len(mine)
+        repeated += mine
+    assert sorted([*repeated, "python -m benchmarks.report"]) == sorted(planned)
+    assert planned[-1] == "python -m benchmarks.report"
+
+
+@needs_make
+def test_make_benchmark_gpu_makes_the_file_of_its_table():
+    planned, shown = commands("benchmark-gpu")
+    assert planned == ["python -m benchmarks.gpu --out runs/gpu"]
+    assert f"cp runs/gpu/gpu.json benchmarks/results/{report.SECTIONS['gpu'][0]}" in shown
+
+
+@needs_make
+def test_make_help_names_every_part():
+    said = make("help").stdout
+    parts = re.findall(r"^(benchmark[\w-]*|tables):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(parts) == 9 and all(re.search(rf"\b{part} ", said) for part in parts)
+    assert "hours" in said
+
+
+@needs_make
+@pytest.mark.parametrize("target", ["benchmark", "benchmark-pairs"])
+@pytest.mark.parametrize("given", [[], ["PAIRS=none.jsonl"]])
+def test_make_asks_for_the_pairs_before_it_measures(target, given):
+    done = make(target, "--old-file=install", "BIN=/nowhere", *given)
+    assert done.returncode != 0 and "PAIRS=FILE.jsonl" in done.stdout and "/nowhere" not in done.stdout + done.stderr
