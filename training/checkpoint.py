@@ -287,13 +287,10 @@ def find_checkpoint(
     """The checkpoint to go on from, with its state; None where the run begins anew.
 
     Raises InputError for a folder in which another run would be lost, a checkpoint that is damaged, and settings other
-    than the run's. Removes what an interrupted save has left.
+    than the run's.
     """
     if (folder / "final").exists():
         raise InputError(f"output_dir {folder} holds a finished run; choose another one, or move or delete that folder")
-    for partial in folder.glob("*.partial"):
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
     found = None
     if config.resume == "auto":
         found = newest_valid(folder, log)
@@ -325,13 +322,18 @@ def _named_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"--resume {path}: damaged: {error}; give an earlier checkpoint, or 'auto'") from None
 
 
-def check_inputs(
-    path: Path, state: dict[str, Any], inputs: dict[str, str], config: TrainConfig, log: Callable[[str], None]
-) -> None:
-    """Raises InputError where model or data, by their digests, are not those that the checkpoint's run began with."""
+def check_resumed(
+    path: Path, state: dict[str, Any], inputs: dict[str, str], total_steps: int, config: TrainConfig,
+    log: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Raises InputError where model or data, by their digests, are not those that the checkpoint's run began with, and
+    where it is beyond the last step.
+    """
     _refuse(
         [f"{name} holds something else" for name in inputs if inputs[name] != state["inputs"][name]], path, config, log
     )
+    if state["step"] > total_steps:
+        raise InputError(f"{path} is of step {state['step']}, but the run has {total_steps} steps")
 
 
 def _refuse(differences: list[str], path: Path, config: TrainConfig, log: Callable[[str], None]) -> None:
@@ -368,8 +370,13 @@ def rotate(folder: Path, step: int, keep: int, log: Callable[[str], None]) -> No
             log(f"WARNING: the old {old} could not be deleted: {error}")
 
 
-def set_aside(folder: Path, step: int, log: Callable[[str], None]) -> None:
-    """Renames checkpoints after ``step``, from where the run goes on anew, so that none is taken for the new run's."""
+def clear_for(folder: Path, step: int, log: Callable[[str], None]) -> None:
+    """Makes way for a run that goes on after ``step``: removes what an interrupted save has left, and renames later
+    checkpoints, so that none is taken for the new run's.
+    """
+    for partial in folder.glob("*.partial"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
     for number, path in checkpoints(folder).items():
         if number > step:
             aside = path.with_name(f"{path.name}.set-aside")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
 from argparse import ArgumentError
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ OBJECTIVE_PARAMETERS = ("beta", "label_smoothing", "tau", "gamma", "alpha", "lam
 
 class InputError(ValueError):
     """Bad input from the user: the message names the file, line or option and says what to change."""
+
+
+class NotAtHandError(InputError):
+    """A tokenizer or data that could not be read from where they are said to be, as the hub without a network."""
 
 
 class Section(str):
@@ -163,6 +168,18 @@ class TrainConfig:
             return make_objective(self.objective, **given)
         except ValueError as error:
             raise InputError(str(error)) from None
+
+    @property
+    def title(self) -> str:
+        """The objective, and what each response is scored given."""
+        return f"{self.make_objective()}, {'each response given the other one' if self.conditioned else 'plain'}"
+
+    def steps_per_epoch(self, pairs: int) -> int:
+        return math.ceil(pairs / self.batch_size)
+
+    def total_steps(self, pairs: int) -> int:
+        """Of a run on so many pairs."""
+        return self.max_steps or self.num_epochs * self.steps_per_epoch(pairs)
 
     def to_yaml(self) -> str:
         """A file that ``--config`` reads back."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import Messages, TextEncoder
-from .config import InputError, TrainConfig
+from .config import InputError, NotAtHandError, TrainConfig
 
 
 class Pair(NamedTuple):
@@ -77,7 +77,7 @@ def _read_dataset(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # each way to fail has a class of its own: network, missing, gated, split, format
-        raise InputError(
+        raise NotAtHandError(
             f"{source}: neither a local file nor a dataset that could be loaded ({type(error).__name__}: {error}); "
             "offline, give a local .jsonl file"
         ) from None

@@ -23,7 +23,7 @@ from transformers import (
 
 import inspo_kernels as ik
 
-from .config import InputError, LoraOptions, TrainConfig, check_names
+from .config import InputError, LoraOptions, NotAtHandError, TrainConfig, check_names
 
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
@@ -116,7 +116,7 @@ def _loading(name: str, what: str) -> Iterator[None]:
             "one), or set HF_HUB_OFFLINE=1 where HF_HOME holds a cache that has it"
         )  # fmt: skip
         problem = " ".join(str(error).split())
-        raise InputError(
+        raise NotAtHandError(
             f"model {name!r}: its {what} could not be loaded as a local folder or from the hub ({problem}){remedy}"
         ) from None
 

@@ -17,6 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from .checkpoint import find_checkpoint
 from .config import InputError, TrainConfig
 
 METRICS, SAMPLES, CURVES = "metrics.jsonl", "samples.jsonl", "curves.png"
@@ -28,8 +29,7 @@ def locked(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file; choose a folder")
+    _check_folder(folder)
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +42,23 @@ def locked(folder: Path | None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def check_output(config: TrainConfig, log: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a run goes on from, with its state, if it does.
+
+    Raises InputError where the run cannot write as it is told to. Nothing is written.
+    """
+    check_tracker(config.report_to)
+    if config.folder is None:
+        return None
+    _check_folder(config.folder)
+    return find_checkpoint(config.folder, config, log)
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file; choose a folder")
 
 
 class JsonLines:

@@ -27,16 +27,16 @@ from transformers.utils import logging
 
 from .checkpoint import (
     SaveError,
-    check_inputs,
-    find_checkpoint,
+    check_resumed,
+    clear_for,
     load_checkpoint,
     rotate,
     save_checkpoint,
-    set_aside,
     way_on,
 )
 from .config import InputError, TrainConfig, help_text, parse_config
 from .data import Pair
+from .dry_run import dry_run
 from .engine import (
     all_finite,
     end_processes,
@@ -54,8 +54,7 @@ from .inputs import TokenPairs, load_inputs
 from .layouts import check_layout, choose_layout
 from .memory import graded_tokens, report_memory
 from .model import adapter_off, size_text
-from .output import CURVES, RunLog, Window, check_tracker, evaluation_line, locked, training_line
-from .plan import plan
+from .output import CURVES, RunLog, Window, check_output, evaluation_line, locked, training_line
 from .save_model import save_model
 from .scoring import Batcher, PairModel, Scores, reference_logps, score
 from .stopping import EXIT_CODE, Stopped, stop_requests
@@ -125,24 +124,21 @@ def _train(
     log.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in asdict(config).items() if v is not None), 118))
 
     with together():
-        check_tracker(config.report_to)
-        found = find_checkpoint(folder, config, log.say) if folder and main else None
-    resume_from, state = from_first_process(found) or (None, {})
+        found = check_output(config, log.say) if main else None
+    found = from_first_process(found)
     inputs = load_inputs(config, pairs, eval_pairs, model, tokenizer, pad_token_id, log.say)
     model, tokenizer, train_pairs, held_out = inputs.model, inputs.tokenizer, inputs.train_pairs, inputs.held_out
-    if resume_from is not None:
-        check_inputs(resume_from, state, inputs.digests, config, log.say)
+    steps_per_epoch, total_steps = config.steps_per_epoch(len(train_pairs)), config.total_steps(len(train_pairs))
+    if found is not None:
+        check_resumed(*found, inputs.digests, total_steps, config, log.say)
 
-    steps_per_epoch = math.ceil(len(train_pairs) / config.batch_size)
-    total_steps = config.max_steps or config.num_epochs * steps_per_epoch
-    title = f"{objective}, {'each response given the other one' if config.conditioned else 'plain'}"
-    log.say(f"{type(model).__name__}, {size_text(model)}, on {accelerator.device}; {title}")
+    log.say(f"{type(model).__name__}, {size_text(model)}, on {accelerator.device}; {config.title}")
     processes = f", {world} processes ({'FSDP2' if is_sharded() else 'DDP'})" if world > 1 else ""
     log.say(f"{total_steps} steps of {config.batch_size} pairs, {steps_per_epoch} an epoch{processes}")
     bf16 = "bf16" in config.mixed_precision or config.param_dtype == "bfloat16"
     usage = usage_of(model, accelerator.device, bf16=bf16, processes=world)
     # A resumed run goes on in the layout that it began with.
-    layout = state.get("layout", config.layout) if config.layout == "auto" else config.layout
+    layout = found[1].get("layout", config.layout) if found is not None and config.layout == "auto" else config.layout
     batcher = Batcher(inputs.pad_token_id, accelerator.device, config.max_batch_tokens, inputs.separator)
     batcher = choose_layout(
         layout, model, batcher, [*train_pairs, *held_out], conditioned=config.conditioned, log=log.say
@@ -193,12 +189,11 @@ def _train(
         return None if of_used is None else of_used[:, [row_of[i] for i in batch]].reshape(-1)
 
     start, tokens, window, best, texts, compared_from = 0, 0, Window(), None, {}, 0
-    if resume_from is None:
+    if found is None:
         sample = [train_pairs[i] for i in used[:STARTING_SAMPLE]]
         starting_report(scores_of(sample, "start"), of_used, config, log.say)
     else:
-        if state["step"] > total_steps:
-            raise InputError(f"{resume_from} is of step {state['step']}, but the run has {total_steps} steps")
+        resume_from, state = found
         texts = load_checkpoint(resume_from, unwrap(module), optimizer.optimizer, log.say)
         start, tokens, window, best = state["step"], state["tokens"], Window(**state["window"]), state["best"]
         if state["inputs"]["eval_data"] != inputs.digests["eval_data"]:  # then earlier evaluations are of others
@@ -208,7 +203,7 @@ def _train(
         log.say(f"resumed from {resume_from} after step {start}")
     with together():
         if folder and main:
-            set_aside(folder, start, log.say)
+            clear_for(folder, start, log.say)
             (folder / "config.yaml").write_text(config.to_yaml())
         log.start(config, texts)
     watch = Watch(log.say)
@@ -242,7 +237,7 @@ def _train(
                 best = row
             except SaveError as error:
                 log.say(f"WARNING: {error}; the run goes on")
-        log.draw(title)
+        log.draw(config.title)
 
     def write_model(name: str, step: int) -> None:
         save_model(
@@ -310,7 +305,7 @@ def _train(
             except SaveError as error:
                 raise SaveError(f"{error}; {way_on(folder)}") from error
             if not held_out:  # an evaluation draws them
-                log.draw(title)
+                log.draw(config.title)
             log.say(f"the model is in {folder / 'final'}, the curves in {folder / CURVES}")
     return TrainResult(unwrap(module).model, tokenizer, log.rows, folder / "final" if folder else None)
 
@@ -352,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train(config)
             end_processes(0)
         elif os.environ.get("RANK", "0") == "0":
-            plan(config, print)
+            dry_run(config, print)
     except (InputError, NonFiniteError, SaveError, Stopped, OSError) as error:  # raised in all processes alike
         if os.environ.get("RANK", "0") == "0":
             print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)

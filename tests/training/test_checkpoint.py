@@ -18,11 +18,11 @@ from training.checkpoint import (
     SaveError,
     check_checkpoint,
     checkpoints,
+    clear_for,
     load_checkpoint,
     newest_valid,
     rotate,
     save_checkpoint,
-    set_aside,
     whole_folder,
 )
 from training.config import InputError
@@ -224,7 +224,7 @@ def test_rotation_counts_back_from_the_step_that_was_saved(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     said = []
-    set_aside(tmp_path, 6, said.append)
+    clear_for(tmp_path, 6, said.append)
     assert list(checkpoints(tmp_path)) == [2, 4, 6] and len(said) == 2
     assert {path.stem for path in tmp_path.glob("*.set-aside")} == {"checkpoint-10", "checkpoint-12"}
     rotate(tmp_path, 6, 2, print)

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers import PAIRS, TINY, write_jsonl
+from helpers import PAIRS, TINY, options, write_jsonl
 from transformers import BloomConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from training.config import InputError, TrainConfig, parse_config
+from training.dry_run import dry_run
 from training.model import byte_tokenizer
-from training.plan import plan
 from training.train import main
 
 CONFIGS = Path(__file__).parents[2] / "training/configs"
@@ -36,7 +37,7 @@ ARCHITECTURES = {
 
 def planned(config):
     said = []
-    plan(config, said.append)
+    dry_run(config, said.append)
     return "\n".join(said)
 
 
@@ -87,6 +88,36 @@ def test_main_plans_and_writes_nothing(tmp_path, capsys):
     assert "train_data: 24 pairs read, 24 kept" in printed and "5 steps of 5 pairs" in printed
     assert "24 of 24 eval_data pairs have a prompt of train_data" in printed
     assert not out.exists()
+
+
+def test_output_folders_and_trackers_are_refused_as_in_the_run(tmp_path, capsys):
+    done, unfinished, file = tmp_path / "done", tmp_path / "unfinished", tmp_path / "file"
+    main(options(done, "--save_every", "2", "--eval_data", str(PAIRS)))
+    shutil.copytree(done, unfinished, ignore=shutil.ignore_patterns("final"))
+    (unfinished / "checkpoint-9.partial").mkdir()
+    file.write_text("")
+    one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    auto = ["--resume", "auto"]
+    for out, more, message in (
+        (done, [], "holds a finished run; choose another one"),
+        (unfinished, [], "unfinished run with checkpoint-2; continue it with --resume auto"),
+        (unfinished, [*auto, "--seed", "7"], "seed was 0, is 7"),
+        (unfinished, [*auto, "--eval_data", one], "eval_data holds something else"),
+        (unfinished, [*auto, "--max_steps", "1", "--resume_changed", "true"], "is of step 2, but the run has 1 steps"),
+        (file, [], "is a file"),
+        (tmp_path / "new", ["--report_to", "trackio"], "pip install trackio"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        for dry in ("true", "false"):
+            assert sorted(tmp_path.rglob("*")) == before
+            with pytest.raises(SystemExit, match="2"):
+                main(options(out, "--eval_data", str(PAIRS), *more, "--dry_run", dry))
+            assert message in capsys.readouterr().err, (message, dry)
+    main(options(unfinished, "--eval_data", str(PAIRS), *auto, "--dry_run", "true"))
+    assert f"goes on from {unfinished / 'checkpoint-2'} after step 2" in capsys.readouterr().out
+    assert (unfinished / "checkpoint-9.partial").is_dir()
+    main(options(unfinished, "--eval_data", str(PAIRS), *auto))
+    assert not list(unfinished.glob("*.partial"))
 
 
 def test_a_folder_with_tokenizer_and_data_is_checked_as_in_the_run(tmp_path):
