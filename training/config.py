@@ -235,6 +235,7 @@ def help_text() -> str:
     defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
     for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
         described, *section = hint.__metadata__
-        default = "" if defaults[name] in (None, "") else f" [{str(defaults[name]).lower()}]"
+        default = str(defaults[name]).lower() if isinstance(defaults[name], bool) else defaults[name]
+        default = "" if default in (None, "") else f" [{default}]"
         lines += [*section, f"  --{name:<28}{described}{default}"]
     return "\n".join(lines)

@@ -105,12 +105,20 @@ def meta_model(config: TrainConfig) -> PreTrainedModel:
 
 @contextmanager
 def _loading(name: str, what: str) -> Iterator[None]:
-    """What goes wrong while ``what`` of the model ``name`` is read becomes an InputError that says how to mend it."""
+    """What goes wrong while ``what`` of the model ``name`` is read becomes an InputError that says how to mend it.
+
+    A path that is not there is refused at once: the hub would be asked for it for half a minute, or call it ill-formed.
+    """
+    if not Path(name).is_dir():
+        first, _, rest = name.partition("/")
+        is_path = name.startswith((".", "/", "~")) or "/" in rest
+        is_below = rest != "" and Path(first).is_dir()
+        if is_path or is_below:
+            hint = "" if is_path else f"; a model of the hub is not looked for where there is a folder {first!r}"
+            raise InputError(f"model {name!r}: no such folder (working directory: {Path.cwd()}){hint}")
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
-            raise InputError(f"model {name!r}: no such folder (working directory: {Path.cwd()})") from None
         remedy = "" if Path(name).is_dir() else (
             f". Without the hub: give a local folder instead (elsewhere, `hf download {name} --local-dir DIR` fills "
             "one), or set HF_HUB_OFFLINE=1 where HF_HOME holds a cache that has it"

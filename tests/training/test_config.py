@@ -23,7 +23,9 @@ def test_help_of_the_module_fits_one_screen_and_names_every_option():
     lines = run.stdout.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 120
     for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name} " in run.stdout
+        (line,) = (line for line in lines if f"--{field.name} " in line)
+        shown = {True: "true", False: "false"}[field.default] if isinstance(field.default, bool) else field.default
+        assert line.endswith(f" [{shown}]") == (field.default not in (None, "")), line
 
 
 def test_command_line_wins_over_yaml_and_types_are_converted(tmp_path):

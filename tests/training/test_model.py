@@ -115,8 +115,13 @@ def test_a_tokenizer_without_pad_or_eos_token():
         padding_id(tokenizer, said.append)
 
 
-@pytest.mark.parametrize("name", ["{}/nowhere", "./nowhere"])
-def test_a_path_that_is_not_there_is_not_looked_for_at_the_hub(name, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["{}/nowhere", "./nowhere", "../nowhere", "runs/nowhere", "runs/mine/best", "a/b/c", "~/no"]
+)
+def test_a_path_that_is_not_there_is_not_looked_for_at_the_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.model.AutoConfig.from_pretrained", lambda *what: pytest.fail("asked the hub"))
     with pytest.raises(InputError, match="no such folder") as error:
         load_model(TrainConfig(model=name.format(tmp_path)))
     assert "hf download" not in str(error.value)
