@@ -151,7 +151,9 @@ class PairBatch:
         x += raised * label_rows / label_rows.square().sum(1, keepdim=True)
         self.ref_logps = self.sums(_estimated_logps(x, label_rows, head))
         self.ref_logps += 3 * torch.randn(2 * pairs, generator=g, device=device)
-        self.hidden, self.scored_mask, self.labels = x.to(dtype), None, None
+        self.hidden = x.to(dtype)
+        self.scored_mask: Tensor | None = None
+        self.labels: Tensor | None = None
         if rows:
             ends = torch.tensor([sum(lengths) for lengths in shape.lengths] * 2, device=device)
             self._spread_over_rows(shape, ends, lengths, g)
@@ -160,11 +162,12 @@ class PairBatch:
         x, rows = self.hidden, len(ends)
         device, at = x.device, torch.arange(shape.longest, device=x.device)
         # The token before each label predicts it.
-        self.scored_mask = (at >= (ends - responses - 1)[:, None]) & (at < (ends - 1)[:, None])
+        mask = (at >= (ends - responses - 1)[:, None]) & (at < (ends - 1)[:, None])
         self.hidden = torch.randn(rows, shape.longest, shape.head.hidden, generator=g, device=device).to(x.dtype)
-        self.hidden[self.scored_mask] = x
-        self.labels = torch.full((rows, shape.longest), IGNORE_INDEX, device=device)
-        self.labels[:, 1:][self.scored_mask[:, :-1]] = self.targets
+        self.hidden[mask] = x
+        labels = torch.full((rows, shape.longest), IGNORE_INDEX, device=device)
+        labels[:, 1:][mask[:, :-1]] = self.targets
+        self.scored_mask, self.labels = mask, labels
 
     @property
     def softcap(self) -> float | None:

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ TARGETS = {
 class Case:
     kernel: str
     configuration: str
-    launch: Callable[[str], Any]  # given the architecture's name
+    launch: Callable[..., Any]  # given the architecture's name as ``arch``
     wide_loads: bool = True
     wide_stores: bool = False
     tensor_cores: bool = False
@@ -81,19 +82,9 @@ def cases() -> Iterator[Case]:
         bias = torch.empty(raw.shape[1], dtype=dtype) if with_bias else None
         vectors = torch.empty(3, ROWS, dtype=accumulate_dtype)
 
-        def launch(arch: str) -> None:
-            row_pass(
-                raw,
-                targets,
-                *vectors,
-                vocab=vocab,
-                e=e,
-                bias=bias,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                arch=arch,
-            )
-
+        launch = partial(
+            row_pass, raw, targets, *vectors, vocab=vocab, e=e, bias=bias, softcap=softcap, logit_scale=logit_scale
+        )
         what = "E in place" if store and in_place else f"{NAMES[dtype]} E" if store else "statistics"
         name = f"{NAMES[accumulate_dtype]} logits, {what}, {transform}, V={vocab}"
         return Case("row_pass", name + (f", {NAMES[dtype]} bias" if with_bias else ""), launch, wide_stores=store)
@@ -113,7 +104,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 "label_logits",
                 f"{NAMES[dtype]}, {layout}",
-                lambda arch, x=x, weight=weight: label_logits(x, weight, targets, arch=arch),
+                partial(label_logits, x, weight, targets),
             )
 
     for dtype in (BF16, HALF, FP32, FP64):
@@ -124,9 +115,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 "bias_gradient",
                 f"{NAMES[dtype]} E, {'added to' if accumulate else 'written'}",
-                lambda arch, e=e, scale=scale, out=out, accumulate=accumulate: bias_gradient(
-                    e, scale, out, accumulate=accumulate, arch=arch
-                ),
+                partial(bias_gradient, e, scale, out, accumulate=accumulate),
             )
 
     for dtype in (BF16, HALF, FP32):
@@ -135,13 +124,11 @@ def cases() -> Iterator[Case]:
                 x = torch.empty(ROWS, hidden, dtype=dtype)
                 weight = torch.empty(VOCAB, hidden, dtype=dtype)
                 bias = torch.empty(VOCAB, dtype=dtype) if with_bias else None
-                options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "multiprocessors": 132}
+                options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
                 yield Case(
                     "linear_logps",
                     f"{NAMES[dtype]}, {transform}, H={hidden}",
-                    lambda arch, x=x, weight=weight, options=options: linear_logps(
-                        x, weight, targets, **options, arch=arch
-                    ),
+                    partial(linear_logps, x, weight, targets, **options, multiprocessors=132),
                     tensor_cores=dtype != FP32,
                 )
 
@@ -278,7 +265,7 @@ def report(chosen_targets: list[str], pattern: str) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"kernel": case.kernel, "configuration": case.configuration, "target": name}
             try:
                 with compiling_for(TARGETS[name]) as compiled:
-                    case.launch(name)
+                    case.launch(arch=name)
                 row |= describe(compiled[0])
                 row["problems"] = problems(case, TARGETS[name], row)
             except Exception as error:

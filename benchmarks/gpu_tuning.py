@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -19,7 +19,7 @@ from .measure import TRAIN, step
 
 
 def sweep(
-    shipped: str, runs: dict[str, Callable[[], Any]], device: torch.device, seconds: float, repeats: int = 1
+    shipped: str, runs: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, repeats: int = 1
 ) -> dict[str, Any]:
     """Candidates interleaved, each beside ``shipped``; each run is ``repeats`` launches, back to back."""
     failed: dict[str, str] = {}

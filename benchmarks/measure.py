@@ -256,7 +256,7 @@ def measure_peaks(
     """Peak memory above the inputs of each contender, in a fresh process each, entered in ``cell``."""
     table = cell.setdefault("contenders", {})
     for name in names:
-        what_to_run = {"head": asdict(shape.head), "lengths": shape.lengths, "mode": mode, "name": name}
+        what_to_run: dict[str, Any] = {"head": asdict(shape.head), "lengths": shape.lengths, "mode": mode, "name": name}
         what_to_run |= {"what": what, "rows": rows}
         peak = peak_memory_in_fresh_process("benchmarks.measure", [json.dumps(what_to_run)])
         table[name] = table.get(name, {}) | peak

@@ -36,7 +36,7 @@ from training.train import train
 from .harness import command, positive, provenance, result_file, write_json
 
 MODEL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-OBJECTIVES: dict[str, dict[str, float]] = {
+OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.1},
     "simpo": {"beta": 2.0, "gamma": 0.5},
     "ipo": {"tau": 0.1},
@@ -64,7 +64,7 @@ def fit_base(
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
-    recent = []
+    recent: list[float] = []
     for step in tqdm(range(steps), desc="fitting the base", disable=None):
         ids, labels = [], []
         for pair in rng.choices(pairs, k=rows):
@@ -173,6 +173,7 @@ def one_run(
     began = time.perf_counter()
     result = train(config, training, eval_pairs=held_out, model=copy.deepcopy(base), tokenizer=tokenizer, quiet=True)
     seconds = time.perf_counter() - began
+    assert result.final is not None  # there is an output folder
     reloaded = AutoModelForCausalLM.from_pretrained(result.final).eval()
     assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), result.model.parameters(), strict=True))
     prompt = tokenizer.decode(held_out[0].prompt, skip_special_tokens=True)

@@ -283,7 +283,8 @@ def real_pairs(result: dict[str, Any]) -> str:
 
 def _beside_chance(runs: list[dict[str, Any]]) -> str:
     """Which marginal accuracies differ from one half, in a sentence."""
-    above, below = [], []
+    above: list[str] = []
+    below: list[str] = []
     for run in runs:
         name = f"{run['objective']}, {'InSPO' if run['conditioned'] else 'plain'}"
         low, high = run["after"]["eval_marginal/rewards/accuracies_ci"]

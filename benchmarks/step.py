@@ -16,12 +16,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .batches import Lengths, real_lengths, sample_lengths
@@ -106,7 +109,7 @@ def same_work(names: Sequence[str], job: Job) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     weights = {}
     for name, (own, run) in prepared([BASE, *(n for n in names if n != BASE)], job, failed).items():
-        runs = guarded({name: lambda own=own, run=run: from_start(own, start, run)}, failed)
+        runs = guarded({name: partial(from_start, own, start, run)}, failed)
         trained = runs[name]()
         if trained is not None:
             weights[name] = {k: v.detach().clone() for k, v in own.model.named_parameters()}
@@ -114,16 +117,20 @@ def same_work(names: Sequence[str], job: Job) -> dict[str, Any]:
     rows |= {name: {"status": why} for name, why in failed.items()}
     if BASE in failed:
         return rows | {name: {"status": f"not compared: {BASE} {failed[BASE]}"} for name in weights}
-    base, moved = weights[BASE], sum((weights[BASE][k] - start[k]).square().sum() for k in weights[BASE]).sqrt()
+    moved = distance(weights[BASE], start)
     for name, final in weights.items():
-        wrong = sum((final[k] - base[k]).square().sum() for k in base).sqrt()
         errors = {
             "loss": max(abs(a / b - 1) for a, b in zip(rows[name]["losses"], rows[BASE]["losses"], strict=True)),
-            "weights": (wrong / moved).item(),
+            "weights": distance(final, weights[BASE]) / moved,
         }
         tolerance = TRL_TOLERANCE if name.startswith("trl") else TOLERANCE
         rows[name] |= {"errors": errors, "tolerance": tolerance, "same": max(errors.values()) <= tolerance}
     return rows
+
+
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Between the parameters that ``a`` names."""
+    return math.sqrt(sum((value - b[name]).square().sum().item() for name, value in a.items()))
 
 
 def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], save: Callable[[], None]) -> None:
@@ -132,7 +139,7 @@ def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], s
     failed = {name: row["status"] for name, row in rows.items() if row["status"] != "measured"}
     start = copy.deepcopy(job.model.state_dict())
     found = prepared([n for n in names if n not in failed], job, failed)
-    runs = guarded({n: lambda o=own, r=run: from_start(o, start, r) for n, (own, run) in found.items()}, failed)
+    runs = guarded({n: partial(from_start, own, start, run) for n, (own, run) in found.items()}, failed)
     updates, scored = len(job.batches), sum(len(w) + len(l) for _, w, l in job.pairs)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=not sys.stderr.isatty()):

@@ -68,7 +68,8 @@ class ModelShape:
             bos_token_id=None,
             initializer_range=0.05,
         )
-        model = LlamaForCausalLM(config).to(device, dtype).eval()
+        model = LlamaForCausalLM(config).eval()
+        model.to(device, dtype)  # type: ignore[arg-type]  # transformers' wrapper of it hides self
         if dtype == torch.float64:
             _keep_float64(model)
         return model
@@ -129,7 +130,7 @@ def counting_positions(models: Sequence[PreTrainedModel], trained: Trained) -> I
     """Count what enters the trunks, padding included."""
 
     def count(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        ids = named.get("input_ids", arguments[0] if arguments else None)
+        ids = named["input_ids"] if "input_ids" in named else arguments[0]
         trained.positions += ids.numel()
 
     hooks = [model.base_model.register_forward_pre_hook(count, with_kwargs=True) for model in models]
@@ -298,7 +299,8 @@ class Trl:
         from trl import DPOConfig, DPOTrainer
 
         disable_progress_bars()
-        self.job, self.trained = job, Trained()
+        self.job, self.trained, self.start = job, Trained(), 0.0
+        self.losses: list[Tensor] = []
         self.folder = tempfile.TemporaryDirectory()
         model = job.model
         eos = model.config.eos_token_id
@@ -360,7 +362,7 @@ class Trl:
             self.losses.append(loss.detach())  # what is logged is rounded
             return loss
 
-        self.trainer.compute_loss = recorded
+        self.trainer.compute_loss = recorded  # type: ignore[method-assign]
 
     @contextlib.contextmanager
     def _around(self) -> Iterator[None]:

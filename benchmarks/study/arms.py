@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -140,7 +141,7 @@ def controls() -> Iterator[Arm]:
 def ablations() -> Iterator[Arm]:
     """DPO's arms with one thing changed. The unchanged arm is in the table and not repeated."""
 
-    def changed(variant: str, group: str, level: float | str, **changes: float | str | bool) -> Arm:
+    def changed(variant: str, group: str, level: float | str, **changes: Any) -> Arm:
         arm = table_arm("dpo", variant)
         name, title = f"{arm.name}, {group} {level}", f"{arm.title}, {group} {level}"
         return replace(arm, name=name, title=title, group=group, level=level, **changes)

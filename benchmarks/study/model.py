@@ -19,17 +19,18 @@ MOST_TOKENS = 20  # of an answer, its end included
 _ROWS = ("input_ids", "attention_mask", "position_ids")
 
 
-def build(hidden_size: int, layers: int, seed: int) -> LlamaForCausalLM:
+def build(hidden_size: int, layers: int, seed: int, device: str = "cpu") -> LlamaForCausalLM:
     """A Llama with random parameters drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(
+        model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(VOCABULARY), hidden_size=hidden_size, num_hidden_layers=layers,
                 intermediate_size=hidden_size * 8 // 3, num_attention_heads=4, max_position_embeddings=128,
                 bos_token_id=None, eos_token_id=IDS[END], pad_token_id=IDS[PAD],
             )
         ).eval()  # fmt: skip
+    return model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of it hides self
 
 
 def fit(

@@ -96,7 +96,7 @@ def grid(arm: Arm) -> list[tuple[float, float | None]]:
     if arm.objective == "sft":
         return [(rate, None) for rate in SFT_LEARNING_RATES]
     rate, parameter = MIDDLE[arm.objective]
-    cross = [(rate, parameter)]
+    cross: list[tuple[float, float | None]] = [(rate, parameter)]
     for factor in (1 / STEP, STEP):
         cross += [(rate * factor, parameter), (rate, parameter * factor)]
     return cross
@@ -168,7 +168,7 @@ def seconds(plan: Plan, jobs: Iterable[Job], device: str) -> float:
     """What ``jobs`` will take one after the other, from a few updates and fitting steps timed here and now."""
     size = plan.size
     prompts = draw_prompts(size.word_lengths, training=64, validation=8, test=8, seed=0).training
-    model = models.build(size.hidden_size, size.layers, 0).to(device)
+    model = models.build(size.hidden_size, size.layers, 0, device)
     clock = time.perf_counter()
     models.fit(model, prompts, steps=6, rows=size.fit_rows, learning_rate=1e-4, draft_share=0.5, seed=0)
     fitting = (time.perf_counter() - clock) / 6

@@ -100,7 +100,7 @@ def start(size: Size, seed: int, *, drafts: bool, cache: Path, device: str = "cp
         size.word_lengths, training=max(size.fit_prompts, size.pairs), validation=size.validation_prompts,
         test=size.test_prompts, seed=seed,
     )  # fmt: skip
-    base = models.build(size.hidden_size, size.layers, seed).to(device)
+    base = models.build(size.hidden_size, size.layers, seed, device)
     loss = models.fit(
         base, prompts.training, steps=size.fit_steps, rows=size.fit_rows, learning_rate=size.fit_learning_rate,
         draft_share=size.draft_share if drafts else 0.0, seed=seed,
@@ -129,14 +129,14 @@ def candidates(base: PreTrainedModel, prompts: Sequence[Prompt], most: int, seed
     Answers without end are no candidates; prompts whose answers all score the same are left out.
     """
     rng, judge = random.Random(f"dice {seed}"), Judge()
-    found = []
+    found: list[Candidates] = []
     for prompt, answers in zip(prompts, models.sample(base, prompts, count=4, seed=10_000 + seed)):
         ended = sorted((a for a in answers if a.endswith(END)), key=lambda answer: judge.score(prompt, answer))
         swap, dice = rng.random() < 0.5, (rng.random(), rng.random(), rng.random(), rng.randrange(2**31))
         if ended and judge.score(prompt, ended[0]) < judge.score(prompt, ended[-1]) and len(found) < most:
             first, second = (ended[0], ended[-1]) if swap else (ended[-1], ended[0])
             found.append(Candidates(prompt, (first, second), (0.0, 0.0), dice))
-    scored = log_probs_of([(encode(str(c.prompt)), *map(encode, c.answers)) for c in found], base)
+    scored = log_probs_of([(encode(str(c.prompt)), encode(c.answers[0]), encode(c.answers[1])) for c in found], base)
     return [dataclasses.replace(c, log_probs=(a, b)) for c, a, b in zip(found, *scored.tolist())]
 
 
@@ -209,7 +209,8 @@ def train(
     reference = reference_log_probs(model, examples, arm) if objective.needs_reference else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 8) * (1 - i / updates))
-    rng, order = random.Random(f"order {seed}"), []
+    rng = random.Random(f"order {seed}")
+    order: list[int] = []
     tokens, done = 0, 0
     for step in range(updates):
         if watch is not None and step % max(1, updates // 5) == 0:
@@ -331,7 +332,7 @@ def base_name(drafts: bool) -> str:
 
 
 def load(begun: Start, size: Size, seed: int, device: str) -> PreTrainedModel:
-    model = models.build(size.hidden_size, size.layers, seed).to(device)
+    model = models.build(size.hidden_size, size.layers, seed, device)
     model.load_state_dict(begun.base)
     return model
 

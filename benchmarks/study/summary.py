@@ -167,7 +167,7 @@ def _length_controlled(runs: Runs, arms: Sequence[Arm], replicates: int) -> dict
 
 def _length_controlled_per_seed(runs: Runs, arms: Sequence[Arm]) -> dict[tuple[str, int], float]:
     """The same, fitted to one seed at a time: what differences between arms are paired on."""
-    rates = {}
+    rates: dict[tuple[str, int], float] = {}
     for seed in runs.seeds(base_name(True)):
         here = [arm for arm in arms if (arm.name, seed) in runs.records]
         if here:
@@ -253,7 +253,7 @@ def _of_correlations(values: Sequence[float]) -> dict[str, Any]:
 
 def _ablations(runs: Runs, arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]]]:
     """For each axis the arms along it, the unchanged one from the table included, all on the same seeds."""
-    unchanged = {
+    unchanged: dict[str, tuple[float | str, Sequence[str]]] = {
         "label noise": (Judge().noise, VARIANTS), "own alternative": (1.0, ("inspo",)),
         "learning rate": (1.0, ("plain", "inspo")), "beta": (1.0, ("plain", "inspo")),
         "presentation": ("right behind the prompt", ("inspo",)), "marginal weight": (0.0, ("inspo",)),
