@@ -30,6 +30,7 @@ from .engine import (
     process_index,
     sum_over_processes,
     together,
+    unwrap,
 )
 
 _SCORED_OF_ROWS, _SCORED_OF_TREES = ("labels", "marginal_labels"), ("labels", "segment_ids", "num_pairs")
@@ -193,13 +194,14 @@ def reference_logps(
 ) -> Tensor:  # fmt: skip
     """(2, n) float64 log-probs of ``pairs`` under the model as it is now, from ``cache`` if they are there.
 
-    Call it before training or resuming. The file is keyed by the token ids, ``weights`` (their digest), the layout and
-    the precision of the computation, and by nothing else; a file that is damaged or lacks rows is computed anew. The
-    first process alone reads and writes it.
+    Call it before training or resuming. The file is keyed by the token ids, ``weights`` (their digest), the layout, the
+    attention implementation and the precision of the computation, and by nothing else; a file that is damaged or lacks
+    rows is computed anew. The first process alone reads and writes it.
     """
     digest = hashlib.blake2b(digest_size=16)
     separator = batcher.separator_ids if conditioned else ()
-    digest.update(f"{conditioned} {separator} {batcher.layout} {mixed_precision} {weights}".encode())
+    attention = unwrap(module).model.config.get_text_config()._attn_implementation
+    digest.update(f"{conditioned} {separator} {batcher.layout} {mixed_precision} {attention} {weights}".encode())
     for pair in pairs:
         digest.update(json.dumps(pair[:3]).encode())
     file = cache / f"reference-{digest.hexdigest()}.safetensors" if cache else None

@@ -57,6 +57,12 @@ def test_pairs_of_similar_length_share_a_pass_and_the_costliest_come_first(sizes
         ([5, 9, 7], 100, 1, [[([1, 2, 0], 1.0)]]),
         ([5, 9, 7], 14, 1, [[([2, 0], 1.0), ([1], 1.0)]]),  # 2 passes: 9 alone, 7 and 5 as 2 x 7
         ([5, 9, 7], 100, 2, [[([1, 2], 1.0)], [([0], 1.0)]]),
+        (
+            [9, 8, 7, 6],
+            1,
+            2,
+            [[([0], 1.0), ([3], 1.0)], [([1], 1.0), ([2], 1.0)]],
+        ),  # turns alternate
         ([5], 1, 3, [[([0], 1.0)], [([0], 0.0)], [([0], 0.0)]]),  # more processes than pairs, a pair above the budget
     ],
 )

@@ -38,6 +38,20 @@ def test_repeating_pairs_of_a_prompt_does_not_narrow_the_intervals():
         assert independent[1] - independent[0] < 0.6 * (once[1] - once[0])
 
 
+def test_pairs_of_one_prompt_are_one_cluster_of_an_evaluation():
+    pairs = [Pair([1, 9 + i], *ids[1:]) for i, ids in enumerate(token_pairs(12))]
+    scores = random_scores(12)
+    twice = Scores(*(table.repeat(1, 2) for table in (scores.logps, scores.lengths, scores.marginal_logps)))
+    once, again = (
+        evaluate(some, None, some_pairs, ik.SimPO(), conditioned=True, marginal_weight=0.0)
+        for some, some_pairs in ((scores, pairs), (twice, 2 * pairs))
+    )
+    intervals = [name for name in once if name.endswith("_ci")]
+    assert len(intervals) == 5
+    for name in intervals:
+        assert again[name] == pytest.approx(once[name], rel=1e-6), name
+
+
 def test_wilson_interval_of_known_counts():
     eight_of_ten = torch.tensor([1.0] * 8 + [0.0] * 2, dtype=torch.float64)
     # Cluster-robust variance has a factor 10/9 here, so 9 observations count: Wilson's formula for 0.8 of 9.
@@ -47,6 +61,10 @@ def test_wilson_interval_of_known_counts():
     assert proportion_interval(eight_of_ten, torch.arange(10)) == pytest.approx(expected)
     all_right = proportion_interval(torch.ones(10, dtype=torch.float64), torch.arange(10))
     assert all_right == pytest.approx([10 / (10 + z * z), 1.0])
+    twice = torch.arange(10).repeat(2)  # where no pair differs, pairs of a group count as one
+    assert proportion_interval(torch.ones(20, dtype=torch.float64), twice) == pytest.approx(all_right)
+    none_right = proportion_interval(torch.zeros(20, dtype=torch.float64), twice)
+    assert none_right == pytest.approx([0.0, 1 - 10 / (10 + z * z)])
 
 
 def test_one_group_has_no_interval_of_the_mean():

@@ -20,7 +20,7 @@ from inspo_kernels.tree import MAX_DENSE_TOKENS
 from training.batching import micro_batches
 from training.config import InputError, TrainConfig
 from training.data import Pair
-from training.layouts import check_layout, choose_layout
+from training.layouts import check_layout, choose_layout, operations
 from training.scoring import Batcher, PairModel, reference_logps, score, weights_digest
 from training.train import train
 
@@ -73,6 +73,23 @@ def test_rows_are_chosen_where_eager_attention_over_trees_costs_more():
     assert layout == "rows" and "times their operations" in line
     assert choose("tree", model, answers)[0] == "tree"
     assert choose("auto", model, reading)[0] == "tree"
+
+
+def test_operations_are_those_of_the_attention_that_runs():
+    model = tiny_model(num_hidden_layers=3)
+    pair = Pair([1] * 5, [3] * 7, [4] * 2)
+    weights = 3 * (4 * 16 * 16 + 3 * 16 * 32)
+    branch = 7 + 2 + len(BATCHER.separator_ids)
+    rows, tree = 2 * (5 + branch), 5 + 2 * branch  # tokens
+    causal = (5 + branch) ** 2  # of both rows, half of the square each
+    for attention, layout, tokens, seen in (
+        ("sdpa", "rows", rows, causal), ("eager", "rows", rows, 2 * causal),
+        ("sdpa", "tree", tree, causal), ("eager", "tree", tree, tree**2),
+    ):  # fmt: skip
+        model.set_attn_implementation(attention)
+        batcher = dataclasses.replace(BATCHER, layout=layout)
+        found = operations(model, batcher, [pair], conditioned=True)
+        assert found == 2 * weights * tokens + 4 * 3 * 16 * seen, (attention, layout)
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed_tree"])

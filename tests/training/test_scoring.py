@@ -14,9 +14,10 @@ BATCHER = Batcher(pad_token_id=0, device=torch.device("cpu"), max_tokens=60)
 PAIRS = [Pair(*ids, f"pair {i}") for i, ids in enumerate(token_pairs(5))]
 
 
-def reference(model, cache, said, pairs=PAIRS):
+def reference(model, cache, said, pairs=PAIRS, mixed_precision="no"):
     return reference_logps(
-        PairModel(model, ik.DPO()), weights_digest(model), pairs, BATCHER, conditioned=False, mixed_precision="no",
+        PairModel(model, ik.DPO()), weights_digest(model), pairs, BATCHER, conditioned=False,
+        mixed_precision=mixed_precision,
         cache=cache, progress=None, log=said.append,
     )  # fmt: skip
 
@@ -37,14 +38,19 @@ def test_reference_is_computed_once_and_follows_weights_and_data(tmp_path):
     said = []
     first = reference(tiny_model(), tmp_path, said)
     assert torch.equal(reference(tiny_model(), tmp_path, said), first)
-    assert "computed" in said[0] and "read from" in said[1]
+    assert "pairs computed" in said[0] and "read from" in said[1]
     changed = tiny_model()
     with torch.no_grad():
         changed.lm_head.weight[7, 3] += 0.5
     assert not torch.equal(reference(changed, tmp_path, said), first)
     reference(tiny_model(), tmp_path, said, PAIRS[::-1])
     reference(tiny_model(rms_norm_eps=1e-3), tmp_path, said)
-    assert all("computed" in line for line in said[2:])
+    reference(tiny_model(), tmp_path, said, mixed_precision="bf16")
+    eager = tiny_model()
+    eager.set_attn_implementation("eager")
+    reference(eager, tmp_path, said)
+    assert len(said) == 7
+    assert all("pairs computed" in line for line in said[2:])
 
 
 @pytest.mark.parametrize("damage", ["truncated", "row missing", "not finite"])

@@ -126,6 +126,16 @@ def test_a_step_is_adamw_on_the_mean_loss_over_its_pairs():
         torch.testing.assert_close(trained.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_weight_decay_is_of_matrices_alone():
+    model = tiny_model(attention_bias=True, mlp_bias=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1  # biases begin as 0, which nothing decays
+    plain, decayed = (run(copy.deepcopy(model), weight_decay=w).model.state_dict() for w in (0.0, 0.9))
+    for name, tensor in plain.items():
+        assert torch.equal(decayed[name], tensor) == (tensor.ndim == 1), name
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tied):
     more = ["--max_steps", "7", "--batch_size", "10", "--max_batch_tokens", "500",
