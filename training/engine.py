@@ -171,6 +171,13 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def in_any_process(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is true in some process; the same in each."""
+    if not dist.is_initialized():
+        return flag
+    return bool(sum_over_processes(torch.tensor(float(flag), device=device)).item())
+
+
 def from_first_process(value: Any) -> Any:
     """``value`` of the first process, in each."""
     if not dist.is_initialized():

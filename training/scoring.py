@@ -26,12 +26,14 @@ from .engine import (
     checkpointed,
     decoder_layers,
     from_first_process,
+    in_any_process,
     process_count,
     process_index,
     sum_over_processes,
     together,
     unwrap,
 )
+from .stopping import StopRequested
 
 _SCORED_OF_ROWS, _SCORED_OF_TREES = ("labels", "marginal_labels"), ("labels", "segment_ids", "num_pairs")
 _READ_BY_MODEL = ("input_ids", "attention_mask", "position_ids", "tree_ends", "paths", "path_of", "rows")
@@ -161,15 +163,19 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    module: nn.Module, pairs: Sequence[Pair], batcher: Batcher, *, conditioned: bool, progress: str | None
-) -> Scores:
+    module: nn.Module, pairs: Sequence[Pair], batcher: Batcher, *, conditioned: bool, progress: str | None,
+    stop_requested: Callable[[], bool] | None = None,
+) -> Scores:  # fmt: skip
     """Log-probs of all pairs; conditioned ones bring the marginals along. ``progress`` names the bar, None hides it.
 
-    The processes share the work, and each returns all of it.
+    The processes share the work, and each returns all of it. Raises StopRequested in all of them before the next pass
+    where ``stop_requested`` has become true in one.
     """
     table = torch.zeros(6 if conditioned else 4, len(pairs), dtype=torch.float64, device=batcher.device)
     plan = batcher.plan(pairs, conditioned=conditioned)
     for part in tqdm(plan, desc=progress, disable=progress is None or None, leave=False):
+        if stop_requested is not None and in_any_process(stop_requested(), batcher.device):
+            raise StopRequested
         rows, _ = module(batcher([pairs[i] for i in part.pairs], conditioned=conditioned), sums_only=True)
         if part.weight:
             table[:, part.pairs] = rows.double()

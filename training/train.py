@@ -11,7 +11,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ from .model import adapter_off, size_text
 from .output import CURVES, RunLog, Window, check_output, evaluation_line, locked, training_line
 from .save_model import save_model
 from .scoring import Batcher, PairModel, Scores, reference_logps, score
-from .stopping import EXIT_CODE, Stopped, stop_requests
+from .stopping import EXIT_CODE, Stopped, StopRequested, stop_requests
 from .update import NonFiniteError, Update, learning_rate
 from .usage import usage_of
 from .watch import Watch, evaluation_warnings, training_warnings
@@ -163,8 +163,11 @@ def _train(
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, lr=config.learning_rate))
 
-    def scores_of(some: Sequence[Pair], progress: str) -> Scores:
-        return score(module, some, batcher, conditioned=True, progress=None if quiet else progress)
+    def scores_of(some: Sequence[Pair], progress: str, stop_requested: Callable[[], bool] | None = None) -> Scores:
+        return score(
+            module, some, batcher, conditioned=True, progress=None if quiet else progress,
+            stop_requested=stop_requested,
+        )  # fmt: skip
 
     def reference_of(some: Sequence[Pair], *, conditioned: bool) -> Tensor | None:
         if not objective.needs_reference or not some:
@@ -212,11 +215,15 @@ def _train(
     def evaluations() -> list[dict[str, Any]]:
         return [row for row in log.rows if "eval_loss" in row and row["step"] >= compared_from]
 
-    def evaluate_now(step: int) -> None:
+    def evaluate_now(step: int, stop_requested: Callable[[], bool]) -> bool:
+        """False where it was broken off, because a process was asked to stop: nothing of it is kept then."""
         nonlocal best
         if not held_out:
-            return
-        scores = scores_of(held_out, "eval")
+            return True
+        try:
+            scores = scores_of(held_out, "eval", stop_requested)
+        except StopRequested:
+            return False
         metrics = evaluate(
             scores, held_out_reference, held_out, objective, conditioned=config.conditioned,
             marginal_weight=config.marginal_weight, marginal_ref_logps=held_out_marginal,
@@ -238,6 +245,7 @@ def _train(
             except SaveError as error:
                 log.say(f"WARNING: {error}; the run goes on")
         log.draw(config.title)
+        return True
 
     def write_model(name: str, step: int) -> None:
         save_model(
@@ -269,7 +277,8 @@ def _train(
         )  # fmt: skip
         # A checkpoint is saved before the evaluation of its step, which a resumed run therefore makes again.
         if start == 0 or is_due(config.eval_every, start):
-            evaluate_now(start)
+            if not evaluate_now(start, stop_requested):
+                raise Stopped(f"stopped by SIGTERM before step {start + 1}: {way_on(folder)}")
         bar = tqdm(total=total_steps, initial=start, desc="training", disable=True if quiet else None)
         for step in range(start + 1, total_steps + 1):
             batch = batch_indices(len(train_pairs), config.batch_size, step, config.seed)
@@ -291,13 +300,14 @@ def _train(
                 log.say(training_line(log.rows[-1], total_steps))
                 watch(training_warnings(log.rows[-1]), last=step == total_steps)
                 window = Window()
+            saved = False
             if stop or (config.save_every and step % config.save_every == 0):
                 saved = folder is not None and save(step)
-                if stop:
-                    kept = way_on(folder) if saved else f"its state could not be kept, {way_on(folder)}"
-                    raise Stopped(f"stopped by SIGTERM after step {step}: {kept}")
-            if is_due(config.eval_every, step):
-                evaluate_now(step)
+            if not stop and is_due(config.eval_every, step) and not evaluate_now(step, stop_requested):
+                stop, saved = True, saved or (folder is not None and save(step))
+            if stop:
+                kept = way_on(folder) if saved else f"its state could not be kept, {way_on(folder)}"
+                raise Stopped(f"stopped by SIGTERM after step {step}: {kept}")
         bar.close()
         if folder:
             try:

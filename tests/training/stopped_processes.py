@@ -3,7 +3,8 @@
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/training/stopped_processes.py FOLDER ENGINE
 
 FOLDER/one holds checkpoint-2 of a run in one process. Leaves FOLDER/whole (uninterrupted), FOLDER/stopped (stopped and
-resumed), FOLDER/continued (resumed from FOLDER/one) and FOLDER/RANK.json with what each process saw.
+resumed), FOLDER/broken_off (the same in an evaluation), FOLDER/continued (resumed from FOLDER/one) and FOLDER/RANK.json
+with what each process saw.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from helpers import PAIRS, options
 
+import training.train
 from training import checkpoint, output
 from training.checkpoint import SaveError
 from training.config import parse_config
@@ -50,6 +53,21 @@ def main() -> None:
         seen["stopped"] = str(stopped)
     output.Window.add = original
     train(parse_config(options(folder / "stopped", *RUN, "--resume", "auto")), quiet=True)
+
+    score = training.train.score
+
+    def score_and_stop(*what: Any, **how: Any) -> Any:
+        if how["stop_requested"] is not None and process_index() == 1 and list((folder / "broken_off").glob("ch*-2")):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*what, **how)
+
+    training.train.score = score_and_stop
+    try:
+        train(parse_config(options(folder / "broken_off", *RUN)), quiet=True)
+    except Stopped as stopped:
+        seen["broken_off"] = str(stopped)
+    training.train.score = score
+    train(parse_config(options(folder / "broken_off", *RUN, "--resume", "auto")), quiet=True)
 
     resume = ["--resume", str(folder / "one" / "checkpoint-2")]
     train(parse_config(options(folder / "continued", *RUN, *resume)), quiet=True)

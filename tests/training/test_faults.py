@@ -188,6 +188,34 @@ def test_sigterm_saves_after_the_step_and_says_how_to_go_on(tmp_path, uninterrup
     assert_equal_runs(uninterrupted, out)
 
 
+@pytest.mark.parametrize(("evaluation", "step"), [(1, 0), (2, 2), (4, 6)])
+@pytest.mark.parametrize("save_every", ["2", "4"])
+def test_sigterm_breaks_an_evaluation_off_and_keeps_its_step(
+    tmp_path, uninterrupted, monkeypatch, capsys, evaluation, step, save_every
+):
+    def score(module, pairs, *given, **more):
+        def counted(*batch, **how):
+            passes.append(batch)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return module(*batch, **how)
+
+        broken_off = more["progress"] == "eval" and next(evaluations) == evaluation
+        return original(counted if broken_off else module, pairs, *given, **more)
+
+    out, passes, original, evaluations = tmp_path / "out", [], training.train.score, iter(range(1, 99))
+    run = [*RUN, "--save_every", save_every]
+    with monkeypatch.context() as patch:
+        patch.setattr(training.train, "score", score)
+        with pytest.raises(SystemExit, match="143"):
+            main(options(out, *run))
+    assert len(passes) == 1  # of several
+    kept = f"after step {step}: {out / f'checkpoint-{step}'} is kept: --resume auto" if step else "before step 1: no"
+    assert f"stopped by SIGTERM {kept}" in capsys.readouterr().err
+    assert [row["step"] for row in metrics(out) if "eval_loss" in row] == [*range(0, step, 2)]
+    main(options(out, *run, "--resume", "auto"))
+    assert_equal_runs(uninterrupted, out)
+
+
 def test_sigterm_saves_a_run_that_keeps_no_checkpoints_otherwise(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         terminate_after(patch, 1)

@@ -38,13 +38,14 @@ def weights(run):
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on_exactly(folder):
     seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-    kept = folder / "stopped" / "checkpoint-2"
-    expected = f"stopped by SIGTERM after step 2: {kept} is kept: --resume auto goes on from it"
-    assert [one["stopped"] for one in seen] == [expected] * 2
-    one, other = weights(folder / "whole"), weights(folder / "stopped")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert without_timings(metrics(folder / "whole")) == without_timings(metrics(folder / "stopped"))
-    assert (folder / "whole/samples.jsonl").read_text() == (folder / "stopped/samples.jsonl").read_text()
+    for run in ("stopped", "broken_off"):
+        kept = folder / run / "checkpoint-2"
+        expected = f"stopped by SIGTERM after step 2: {kept} is kept: --resume auto goes on from it"
+        assert [one[run] for one in seen] == [expected] * 2
+        one, other = weights(folder / "whole"), weights(folder / run)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert without_timings(metrics(folder / "whole")) == without_timings(metrics(folder / run))
+        assert (folder / "whole/samples.jsonl").read_text() == (folder / run / "samples.jsonl").read_text()
 
 
 def test_one_process_and_two_read_each_others_checkpoints(folder, tmp_path):
