@@ -18,12 +18,11 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -33,6 +32,7 @@ from training.generate import generate
 from training.model import load_model
 from training.train import train
 
+from .fitting import fit
 from .harness import command, positive, provenance, result_file, write_json
 
 MODEL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -62,27 +62,15 @@ def fit_base(
 ) -> float:
     """Next-token fitting of either response, every other step after the other one; returns the last mean loss."""
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
-    recent: list[float] = []
-    for step in tqdm(range(steps), desc="fitting the base", disable=None):
-        ids, labels = [], []
+
+    def batch(step: int) -> Iterator[tuple[list[int], list[int]]]:
         for pair in rng.choices(pairs, k=rows):
             answer, draft = rng.sample([pair.chosen, pair.rejected], 2)
-            context = pair.prompt + (draft if step % 2 else [])
-            ids.append(torch.tensor(context + answer))
-            labels.append(torch.tensor([-100] * len(context) + answer))
-        inputs = pad_sequence(ids, batch_first=True, padding_value=pad)
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        targets = pad_sequence(labels, batch_first=True, padding_value=-100)
-        loss = model(input_ids=inputs, attention_mask=mask, labels=targets).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        recent = [*recent[-19:], loss.item()]
-    return sum(recent) / len(recent)
+            yield pair.prompt + (draft if step % 2 else []), answer
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
+    return fit(model, (list(batch(i)) for i in tqdm(range(steps), "fitting the base", disable=None)), pad, schedule)
 
 
 def pairs_of(

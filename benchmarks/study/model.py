@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import inspo_kernels as ik
 
+from .. import fitting
 from .world import END, IDS, PAD, VOCABULARY, Prompt, decode, demonstrate, encode
 
 MOST_TOKENS = 20  # of an answer, its end included
@@ -43,28 +43,15 @@ def fit(
     behind another one would be unlike anything the model has seen.
     """
     rng = random.Random(f"demonstrations {seed}")
+
+    def row() -> tuple[list[int], list[int]]:
+        prompt = rng.choice(prompts)
+        answers = [demonstrate(prompt, rng) for _ in range(1 + (rng.random() < draft_share))]
+        return encode(str(prompt)), encode("".join(answers))
+
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
-    losses: list[float] = []
-    for _ in range(steps):
-        ids, labels = [], []
-        for _ in range(rows):
-            prompt = rng.choice(prompts)
-            answers = [demonstrate(prompt, rng) for _ in range(1 + (rng.random() < draft_share))]
-            question, answer = encode(str(prompt)), encode("".join(answers))
-            ids.append(torch.tensor(question + answer))
-            labels.append(torch.tensor([-100] * len(question) + answer))
-        # Right padding and causal attention: no mask is needed.
-        inputs = pad_sequence(ids, batch_first=True, padding_value=IDS[PAD]).to(model.device)
-        targets = pad_sequence(labels, batch_first=True, padding_value=-100).to(model.device)
-        loss = model(input_ids=inputs, labels=targets).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return sum(losses[-20:]) / len(losses[-20:])
+    return fitting.fit(model, ([row() for _ in range(rows)] for _ in range(steps)), IDS[PAD], schedule)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 import inspo_kernels as ik
 
+from .. import fitting
 from . import model as models
 from . import world
 from .arms import Arm
@@ -29,7 +30,7 @@ TIE = 1e-4  # margins this small are rounding: before training all of them are 0
 DIGITS = string.digits + string.ascii_lowercase
 # What a cached base depends on besides its settings.
 _CODE = hashlib.sha256(
-    b"".join(Path(str(file)).read_bytes() for file in (world.__file__, models.__file__, __file__))
+    b"".join(Path(str(file)).read_bytes() for file in (world.__file__, models.__file__, fitting.__file__, __file__))
 ).hexdigest()
 
 
