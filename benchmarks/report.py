@@ -1,4 +1,4 @@
-"""Write the README's tables and the plots from the committed result files: ``python -m benchmarks.report``.
+"""Write the tables of the README and docs/ and the plots from the result files: ``python -m benchmarks.report``.
 
 Between ``<!-- generated: NAME -->`` and ``<!-- end -->`` stands what section NAME makes of its file. To add a section,
 write a function from the parsed file to Markdown and list it in ``SECTIONS``; plots are listed in ``PLOTS``.
@@ -21,7 +21,9 @@ from .study.report import finding
 
 TITLES = {name: contender.title for name, contender in CONTENDERS.items()}
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "benchmarks.md")
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -339,16 +341,17 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
 }
 
 
-def render(text: str) -> str:
-    """``text`` with every generated block written anew."""
+def render(page: Path) -> str:
+    """The page's text with every generated block written anew, links to results as seen from its folder."""
+    up = "../" * (len(page.relative_to(ROOT).parts) - 1)
 
     def block(match: re.Match[str]) -> str:
         file, section = SECTIONS[match[2]]
         path = RESULTS / file
         body = section(json.loads(path.read_text())) if path.exists() else "Not yet measured."
-        return f"{match[1]}{body}\n{match[3]}"
+        return f"{match[1]}{body.replace('](benchmarks/', f']({up}benchmarks/')}\n{match[3]}"
 
-    return BLOCK.sub(block, text)
+    return BLOCK.sub(block, page.read_text())
 
 
 def _gain(row: dict[str, Any]) -> str:
@@ -373,13 +376,15 @@ def _source(result: dict[str, Any], file: str) -> str:
 
 
 def main() -> None:
-    README.write_text(render(README.read_text()))
+    for page in PAGES:
+        page.write_text(render(page))
     written = []
     for image, (file, plot) in PLOTS.items():
         if (RESULTS / file).exists():
             plot(json.loads((RESULTS / file).read_text())).savefig(RESULTS / image, dpi=110)
             written.append(image)
-    print(f"wrote the generated parts of {README.name} and {', '.join(written) or 'no plots: no results'}")
+    pages = ", ".join(str(page.relative_to(ROOT)) for page in PAGES)
+    print(f"wrote the generated parts of {pages}, and {', '.join(written) or 'no plots: no results'}")
 
 
 if __name__ == "__main__":

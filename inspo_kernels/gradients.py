@@ -91,8 +91,8 @@ class StagedGradients:
 
     Once the upstream gradient is known, dX and dW are written in their final scale and dtype. ``Gradients`` has dW
     written in float32, read again and written a second time: in bfloat16 10 bytes an element instead of 2 (1.0 of 33 ms
-    at H = 4096, V = 128256, N = 8192 and 4.3 TB/s), and has it stand beside the workspace in memory. On a 2-core CPU, at
-    H = 512, V = 32000 in float32, staged gradients take 0.83, 0.92 and 0.93 of the time for 128, 256 and 512 rows.
+    at H = 4096, V = 128256, N = 8192 and 4.3 TB/s), and has it stand beside the workspace in memory. On a 2-core CPU
+    (float32, H = 512, V = 32000) staged gradients take 0.83, 0.92 and 0.93 of the time for 128, 256 and 512 rows.
 
     ``coefficients`` (n,): dloss/dlogp of the staged rows, which are the first n of x; ``staged``: what their tile
     returned. The other rows of x, ``num_rows`` in all, get zero gradient.
