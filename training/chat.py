@@ -71,12 +71,14 @@ class TextEncoder:
         if not self.tokenizer.chat_template:
             raise InputError(f"{origin}: holds messages, but the tokenizer has no chat template; use strings")
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
         except (TemplateError, TypeError, ValueError) as error:  # a template refuses with TemplateError, or breaks
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
                 f"{origin}: the tokenizer's chat template cannot render these messages (roles: {roles}): {error}"
             ) from None
+        assert isinstance(text, str)  # of one conversation
+        return text
 
     def render_pair(self, prompt: Messages, responses: list[Messages], origin: str) -> tuple[str, list[str]]:
         """Prompt text, and each response as what the template adds to it; "" for a response without content."""

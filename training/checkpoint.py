@@ -163,7 +163,8 @@ def in_first_process(write: Callable[[], None]) -> None:
 def _trained_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Trained parameters and buffers; a tied parameter once, under its first name."""
     gathered = get_model_state_dict(module, options=_GATHERED)
-    return {name: gathered[name].contiguous() for name in _saved_names(module) if name in gathered}
+    found = {name: gathered.get(name) for name in _saved_names(module)}
+    return {name: tensor.contiguous() for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
 def _saved_names(module: nn.Module) -> list[str]:
@@ -199,14 +200,14 @@ def load_checkpoint(
             f"{path} does not fit the model, or what is trained of it: {len(names)} tensors differ "
             f"({'; '.join(details)})"
         )
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    states: dict[str, dict[str, Tensor]] = {}
+    name_of = {id(parameter): name for name, parameter in module.named_parameters()}
+    states: dict[str, Any] = {}
     for key, tensor in entries.items():
         state_name, _, name = key.partition(".")
         states.setdefault(name, {})[state_name] = tensor
-    groups = [group | {"params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    groups = [group | {"params": [name_of[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
     set_optimizer_state_dict(module, optimizer, {"state": states, "param_groups": groups}, options=_WHOLE)
-    set_model_state_dict(module, tensors, options=_WHOLE)
+    set_model_state_dict(module, {**tensors}, options=_WHOLE)
 
     random_states = json.loads((path / RANDOM).read_text(encoding="utf-8"))
     if len(random_states) == process_count():

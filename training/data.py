@@ -88,10 +88,8 @@ def _read_dataset(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def tokenize_record(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_only: bool = False) -> Pair:
     """Prompt and responses are tokenised so that the prompt's ids are the same in front of either response."""
     prompt, chosen, rejected = (_field(record, name, origin) for name in ("prompt", "chosen", "rejected"))
-    if type(chosen) is not type(rejected):
-        raise InputError(f"{origin}: 'chosen' and 'rejected' must both be strings or both be lists of messages")
-    chat = not isinstance(chosen, str)
-    if chat:
+    chat = isinstance(chosen, list)
+    if isinstance(chosen, list) and isinstance(rejected, list):
         if not isinstance(prompt, list):
             shared = _shared(chosen[:-1], rejected[:-1])
             if not shared and prompt is None:
@@ -101,15 +99,19 @@ def tokenize_record(record: dict[str, Any], encoder: TextEncoder, origin: str, m
             # A string beside whole conversations repeats what they begin with; otherwise it is the user's message.
             prompt = chosen[:shared] or [{"role": "user", "content": prompt}]
             chosen, rejected = chosen[shared:], rejected[shared:]
-        prompt, (chosen, rejected) = encoder.render_pair(prompt, [chosen, rejected], origin)
+        text, responses = encoder.render_pair(prompt, [chosen, rejected], origin)
+    elif not isinstance(chosen, str) or not isinstance(rejected, str):
+        raise InputError(f"{origin}: 'chosen' and 'rejected' must both be strings or both be lists of messages")
     elif isinstance(prompt, list):
         raise InputError(f"{origin}: 'prompt' is a list of messages, so 'chosen' and 'rejected' must be, too")
     elif messages_only:
         raise InputError(f"{origin}: holds strings; alternative=chat needs messages. Use those, or alternative=plain")
     elif prompt is None:
-        prompt, chosen, rejected = _split_strings(chosen, rejected, origin)
-    responses = (encoder.response(text, prompt, chat=chat) for text in (chosen, rejected))
-    pair = Pair(encoder.prompt(prompt) if prompt.strip() else [], *responses, origin)
+        text, *responses = _split_strings(chosen, rejected, origin)
+    else:
+        text, responses = prompt, [chosen, rejected]
+    y_w, y_l = (encoder.response(response, text, chat=chat) for response in responses)
+    pair = Pair(encoder.prompt(text) if text.strip() else [], y_w, y_l, origin)
     # Where BOS is EOS, too, it may stand anywhere.
     if (bos := encoder.tokenizer.bos_token_id) is not None and bos != encoder.tokenizer.eos_token_id:
         for name, ids in (("prompt", pair.prompt[1:2]), ("chosen", pair.chosen[:1]), ("rejected", pair.rejected[:1])):
@@ -154,8 +156,8 @@ def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def select_pairs(
-    pairs: Iterable[Sequence[Any]], name: str, config: TrainConfig, *, vocab_size: int, bos_token_id: int | None,
-    log: Callable[[str], None], separator_length: int = 0,
+    pairs: Iterable[Pair | Sequence[Sequence[int]]], name: str, config: TrainConfig, *, vocab_size: int,
+    bos_token_id: int | None, log: Callable[[str], None], separator_length: int = 0,
 ) -> list[Pair]:  # fmt: skip
     """The pairs that can be trained on; says how many were left out or cut, why, and where the first ones are.
 
@@ -169,9 +171,11 @@ def select_pairs(
         key: [] for key in ("empty prompt", "empty response", "identical responses", "too long", "truncated")
     }
     for number, item in enumerate(pairs):
-        pair = item
-        if not isinstance(pair, Pair):
-            pair = Pair(*([int(token) for token in ids] for ids in item), f"{name} pair {number}")
+        if isinstance(item, Pair):
+            pair = item
+        else:
+            prompt, chosen, rejected = ([int(token) for token in ids] for ids in item)
+            pair = Pair(prompt, chosen, rejected, f"{name} pair {number}")
         if not pair.prompt:
             reasons["empty prompt"].append(pair.origin)
         elif not pair.chosen or not pair.rejected:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .config import InputError, TrainConfig
 
+Value = TypeVar("Value")
 PATIENCE = timedelta(hours=2)  # how long a process waits for another one
 # Settings of accelerate's FSDP plugin that would silently have no effect here, or a wrong one: value, what to do.
 _FSDP_SETTINGS = {
@@ -120,7 +121,7 @@ def wrap(module: nn.Module, accelerator: Accelerator, config: TrainConfig) -> nn
     return module
 
 
-def decoder_layers(module: nn.Module, what: str) -> list[nn.Module]:
+def decoder_layers(module: nn.Module, what: str) -> list[GradientCheckpointingLayer]:
     """The layers of the transformers model in ``module``. Raises InputError where ``what`` cannot find any."""
     layers = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
@@ -129,7 +130,7 @@ def decoder_layers(module: nn.Module, what: str) -> list[nn.Module]:
 
 
 @contextmanager
-def checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
+def checkpointed(layers: Sequence[GradientCheckpointingLayer]) -> Iterator[None]:
     """Forwards of ``layers`` within the block keep their input alone, and are computed again in the backward pass.
 
     transformers does so only in train mode, which would switch dropout on; here the layers' mode stays as it is. The
@@ -178,7 +179,7 @@ def in_any_process(flag: bool, device: torch.device) -> bool:
     return bool(sum_over_processes(torch.tensor(float(flag), device=device)).item())
 
 
-def from_first_process(value: Any) -> Any:
+def from_first_process(value: Value) -> Value:
     """``value`` of the first process, in each."""
     if not dist.is_initialized():
         return value
@@ -203,13 +204,10 @@ def all_finite(module: nn.Module) -> bool:
     return not sum_over_processes(bad.double()).item()
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
     """The state of ``module``, unsharded on the CPU in the first process and empty in the others, which all call it."""
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def sample_answers(
             ids, max_new_tokens=room, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, **greedy
         )
         answer = out[0, len(prompt) :].tolist()
-        texts = {name: tokenizer.decode(part, skip_special_tokens=True) for name, part in
+        texts = {name: tokenizer.decode(list(part), skip_special_tokens=True) for name, part in
                  (("prompt", prompt), ("answer", answer))}  # fmt: skip
         samples.append({**texts, "tokens": len(answer), "ended": answer[-1] in ends})
     return samples

@@ -126,7 +126,9 @@ def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Que
     return Question(origin, record, None if turns else record["prompt"], turns)
 
 
-def write_answers(file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[Answer]], name: str):
+def write_answers(
+    file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[Answer]], name: str
+) -> None:
     """Writes ``answers``, one list for each of ``questions``, of the model ``name``; the file appears whole."""
     entries = [_ENTRIES[form](question, given, name) for question, given in zip(questions, answers, strict=True)]
     if form == "alpaca_eval":

@@ -10,9 +10,10 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def generate_batch(
         max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends)
     )
     with _settings(model, settings):
-        out = model.generate(
+        out = cast(Callable[..., torch.Tensor], model.generate)(
             torch.tensor(rows, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
             logits_processor=LogitsProcessorList([_Noise(temperatures, seeds, model.device)]),
         )  # fmt: skip
@@ -193,7 +194,9 @@ def _read_journal(journal: Path, key: str) -> dict[int, list[Answer]]:
 
 
 def _text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    assert isinstance(text, str)  # of one answer
+    return text
 
 
 def _ints(value: int | list[int] | None) -> list[int]:
@@ -261,9 +264,9 @@ def _run(options: argparse.Namespace) -> None:
             raise InputError(f"--out {out}: there is no folder {out.parent}")
         questions = read_questions(options.prompts, options.format, chat=options.chat)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype: Literal["float32", "bfloat16"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model, tokenizer = load_model(TrainConfig(model=options.model, param_dtype=dtype), adapter=True)
-    model = model.to(device).eval()
+    model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the signature
     if not options.out:
         print(generate(
             model, tokenizer, options.prompt, max_new_tokens=options.max_new_tokens,

@@ -80,7 +80,7 @@ def read_inputs(
     separator = separator_ids(tokenizer, config)
 
     def select(given: TokenPairs | None, source: str | None, name: str) -> list[Pair]:
-        found: Iterable[Sequence[Sequence[int]] | Pair]
+        found: Iterable[Pair | Sequence[Sequence[int]]]
         if given is not None:
             found = given
         elif tokenizer is not None and source is not None:

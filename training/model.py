@@ -161,7 +161,11 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, seed: int) -> None:
             'or use "all-linear", which does'
         )
     settings = PeftLoraConfig(
-        r=options.r, lora_alpha=options.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+        r=options.r,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # divided by r alone
+        lora_dropout=0.0,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
     )
     try:
         with torch.random.fork_rng(devices=[]):

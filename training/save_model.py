@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from .card import model_card
 from .checkpoint import in_first_process, whole_folder
 from .config import TrainConfig
-from .engine import process_count, unwrap, whole_weights
+from .engine import process_count, whole_weights
+from .scoring import unwrap
 
 
 def save_model(

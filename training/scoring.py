@@ -8,12 +8,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -31,7 +32,6 @@ from .engine import (
     process_index,
     sum_over_processes,
     together,
-    unwrap,
 )
 from .stopping import StopRequested
 
@@ -87,15 +87,24 @@ class PairModel(nn.Module):
     def answer(self, input_ids: Tensor, **settings: Any) -> Tensor:
         """The ids of ``input_ids`` (1, T) with what the model generates after them; an entry of its own for engines."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **settings)
+            generate = cast(Callable[..., Tensor], self.model.generate)  # as any causal language model has it
+            return generate(input_ids, attention_mask=torch.ones_like(input_ids), **settings)
+
+
+def unwrap(module: nn.Module) -> PairModel:
+    """The PairModel in ``module``, which is one in its engine."""
+    inner = module.module if isinstance(module, DistributedDataParallel) else module
+    assert isinstance(inner, PairModel)
+    return inner
 
 
 def summed_metrics(out: ik.InSPOOutput) -> dict[str, Tensor]:
     """Sums over the pairs, float64, under TRL's names; behind "marginal/" the same given the prompt alone."""
     kinds = [("", out.chosen_rewards, out.rejected_rewards, out.logps)]
     if out.marginal_logps is not None:
+        assert out.marginal_chosen_rewards is not None and out.marginal_rejected_rewards is not None
         kinds.append(("marginal/", out.marginal_chosen_rewards, out.marginal_rejected_rewards, out.marginal_logps))
-    metrics = {}
+    metrics: dict[str, Tensor] = {}
     for name, chosen, rejected, logps in kinds:
         columns = {
             "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": correct(chosen - rejected),

@@ -46,7 +46,6 @@ from .engine import (
     process_index,
     start_processes,
     together,
-    unwrap,
     wrap,
 )
 from .evaluation import evaluate, is_better, sample_answers, starting_report
@@ -56,7 +55,7 @@ from .memory import graded_tokens, report_memory
 from .model import adapter_off, size_text
 from .output import CURVES, RunLog, Window, check_output, evaluation_line, locked, training_line
 from .save_model import save_model
-from .scoring import Batcher, PairModel, Scores, reference_logps, score
+from .scoring import Batcher, PairModel, Scores, reference_logps, score, unwrap
 from .stopping import EXIT_CODE, Stopped, StopRequested, stop_requests
 from .update import NonFiniteError, Update, learning_rate
 from .usage import usage_of
@@ -152,11 +151,11 @@ def _train(
 
     # Model and loss are one module, in eval mode throughout: dropout would make policy and reference differ at step 1.
     model.eval()
-    module = PairModel(
+    pair_model = PairModel(
         model, objective, config.marginal_weight, gradient_checkpointing=config.gradient_checkpointing,
         autocast=config.mixed_precision == "bf16" and not is_sharded(),
     )  # fmt: skip
-    module = wrap(module, accelerator, config)
+    module = wrap(pair_model, accelerator, config)
     batcher = check_layout(batcher, module, train_pairs, bf16=bf16, required=layout == "tree", log=log.say)
     matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
@@ -228,7 +227,7 @@ def _train(
             scores, held_out_reference, held_out, objective, conditioned=config.conditioned,
             marginal_weight=config.marginal_weight, marginal_ref_logps=held_out_marginal,
         )  # fmt: skip
-        if prompts:
+        if tokenizer is not None and prompts:
             ends = {tokenizer.eos_token_id, *(pair.chosen[-1] for pair in held_out)}
             samples = sample_answers(unwrap(module), prompts, tokenizer, ends=ends, max_new_tokens=config.sample_tokens)
             log.add_samples([{"step": step, **sample} for sample in samples])
@@ -240,21 +239,23 @@ def _train(
         watch(evaluation_warnings(row, evaluations()[0]), last=step == total_steps)
         if folder and config.keep_best and is_better(row, best):
             try:
-                write_model("best", step)
+                write_model(folder / "best", step)
                 best = row
             except SaveError as error:
                 log.say(f"WARNING: {error}; the run goes on")
         log.draw(config.title)
         return True
 
-    def write_model(name: str, step: int) -> None:
+    def write_model(to: Path, step: int) -> None:
         save_model(
-            folder / name, module, tokenizer, config, title=str(objective), step=step, steps=total_steps,
+            to, module, tokenizer, config, title=str(objective), step=step, steps=total_steps,
             pairs=len(train_pairs), evaluations=evaluations(),
         )  # fmt: skip
 
     def save(step: int) -> bool:
-        """Whether there was space for it. A checkpoint that no run could go on from must not displace a sound one."""
+        """Whether there was a folder, and space. A checkpoint that no run could go on from must not displace one."""
+        if folder is None:
+            return False
         if not all_finite(module):
             raise NonFiniteError(f"after step {step} the model's parameters are not finite; {way_on(folder)}")
         state = {"step": step, "tokens": tokens, "window": asdict(window), "best": best, "inputs": inputs.digests,
@@ -302,16 +303,16 @@ def _train(
                 window = Window()
             saved = False
             if stop or (config.save_every and step % config.save_every == 0):
-                saved = folder is not None and save(step)
+                saved = save(step)
             if not stop and is_due(config.eval_every, step) and not evaluate_now(step, stop_requested):
-                stop, saved = True, saved or (folder is not None and save(step))
+                stop, saved = True, saved or save(step)
             if stop:
                 kept = way_on(folder) if saved else f"its state could not be kept, {way_on(folder)}"
                 raise Stopped(f"stopped by SIGTERM after step {step}: {kept}")
         bar.close()
         if folder:
             try:
-                write_model("final", total_steps)
+                write_model(folder / "final", total_steps)
             except SaveError as error:
                 raise SaveError(f"{error}; {way_on(folder)}") from error
             if not held_out:  # an evaluation draws them

@@ -42,14 +42,16 @@ class Update:
         Reads from the device once. Raises NonFiniteError, before the update, with the pairs that cause it.
         """
         config, world = self._config, process_count()
-        totals: Tensor | float = 0.0
+        totals: Tensor | None = None
         passes = self._batcher.plan([self._pairs[i] for i in batch], conditioned=config.conditioned)
         for number, part in enumerate(passes, 1):
             with accumulating(self._module, last=number == len(passes)):
                 loss, metrics = self._forward([batch[i] for i in part.pairs])
                 # The mean is over all pairs of the step, in whichever process; engines average over the processes.
                 (loss * (part.weight * world / len(batch))).backward()
-            totals = totals + part.weight * torch.stack(list(metrics.values()))
+            sums = part.weight * torch.stack(list(metrics.values()))
+            totals = sums if totals is None else totals + sums
+        assert totals is not None  # each process has a pass of each step
         norm = clip_gradients(self._module, config.max_grad_norm)
         # Signals reach the processes at different times: the sum says to all at the same step that one has come.
         stop = norm.new_full((1,), float(self._stop_requested()), dtype=torch.float64)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -139,7 +139,8 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
     gap = measure_gap(base, tokenizer, folder / PAIRS)
     done("pairs", f"2. sampled its answers, judged them: {len(pairs)} pairs, and {len(unseen_pairs)} of unseen prompts")
 
-    models, metrics = {"base": base}, {}
+    models: dict[str, PreTrainedModel] = {"base": base}
+    metrics: dict[str, list[dict[str, Any]]] = {}
     for name in FINE_TUNES:
         result = train(fine_tune_config(name, settings, folder), quiet=True)
         models[name], metrics[name] = result.model, result.metrics
@@ -224,7 +225,7 @@ def sample_answers(
         for length in sorted({len(prompt.word) for prompt in prompts}):  # equal lengths together: nothing to pad
             rows = [i for i, prompt in enumerate(prompts) if len(prompt.word) == length for _ in range(count)]
             ids = tokenizer([str(prompts[i]) for i in rows], return_tensors="pt")["input_ids"].to(model.device)
-            out = model.generate(
+            out = cast(Callable[..., torch.Tensor], model.generate)(
                 ids, attention_mask=torch.ones_like(ids), do_sample=not greedy, max_new_tokens=MAX_NEW_TOKENS
             )
             for i, text in zip(rows, tokenizer.batch_decode(out[:, ids.shape[1] :])):
