@@ -21,8 +21,9 @@ def nearest(name: Any, known: Iterable[str]) -> str:
 def integer(name: str, value: Any, *, minimum: int | None = None, hint: str = "") -> int:
     """An ``int`` (or what behaves as one, bool apart) of at least ``minimum``; ``hint`` ends the message."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+        whole = hasattr(value, "__index__") and not isinstance(value, bool)
+        number = operator.index(value) if whole else None
+    except TypeError:  # of a tensor that is no single integer
         number = None
     if number is None or (minimum is not None and number < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
