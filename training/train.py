@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,28 @@ from .usage import usage_of
 from .watch import Watch, evaluation_warnings, training_warnings
 
 STARTING_SAMPLE = 32  # pairs that the report before step 1 looks at
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint holds of it besides weights, optimizer and random states.
+
+    ``tokens``: read by the model so far. ``window``: since the last logged line. ``best``: the row of the evaluation
+    whose model is in ``best/``.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    window: Window = field(default_factory=Window)
+    best: dict[str, Any] | None = None
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        return cls(state["step"], state["tokens"], Window(**state["window"]), state["best"])
+
+    def to_state(self) -> dict[str, Any]:
+        """JSON types; the fields by their names."""
+        return asdict(self)
 
 
 @dataclass
@@ -190,22 +212,22 @@ def _train(
     def reference_of_batch(batch: Sequence[int]) -> Tensor | None:
         return None if of_used is None else of_used[:, [row_of[i] for i in batch]].reshape(-1)
 
-    start, tokens, window, best, texts, compared_from = 0, 0, Window(), None, {}, 0
+    progress, texts, compared_from = Progress(), {}, 0
     if found is None:
         sample = [train_pairs[i] for i in used[:STARTING_SAMPLE]]
         starting_report(scores_of(sample, "start"), of_used, config, log.say)
     else:
         resume_from, state = found
         texts = load_checkpoint(resume_from, unwrap(module), optimizer.optimizer, log.say)
-        start, tokens, window, best = state["step"], state["tokens"], Window(**state["window"]), state["best"]
+        progress = Progress.from_state(state)
         if state["inputs"]["eval_data"] != inputs.digests["eval_data"]:  # then earlier evaluations are of others
-            best, compared_from = None, start
+            progress.best, compared_from = None, progress.step
         if from_first_process(folder is None or not (folder / "best").is_dir()):
-            best = None  # its model stayed in another folder, or is lost
-        log.say(f"resumed from {resume_from} after step {start}")
+            progress.best = None  # its model stayed in another folder, or is lost
+        log.say(f"resumed from {resume_from} after step {progress.step}")
     with together():
         if folder and main:
-            clear_for(folder, start, log.say)
+            clear_for(folder, progress.step, log.say)
             (folder / "config.yaml").write_text(config.to_yaml())
         log.start(config, texts)
     watch = Watch(log.say)
@@ -214,9 +236,8 @@ def _train(
     def evaluations() -> list[dict[str, Any]]:
         return [row for row in log.rows if "eval_loss" in row and row["step"] >= compared_from]
 
-    def evaluate_now(step: int, stop_requested: Callable[[], bool]) -> bool:
+    def evaluate_now(stop_requested: Callable[[], bool]) -> bool:
         """False where it was broken off, because a process was asked to stop: nothing of it is kept then."""
-        nonlocal best
         if not held_out:
             return True
         try:
@@ -230,58 +251,58 @@ def _train(
         if tokenizer is not None and prompts:
             ends = {tokenizer.eos_token_id, *(pair.chosen[-1] for pair in held_out)}
             samples = sample_answers(unwrap(module), prompts, tokenizer, ends=ends, max_new_tokens=config.sample_tokens)
-            log.add_samples([{"step": step, **sample} for sample in samples])
+            log.add_samples([{"step": progress.step, **sample} for sample in samples])
             for name in ("tokens", "ended"):
                 metrics[f"eval_samples/{name}"] = sum(sample[name] for sample in samples) / len(samples)
-        log.add({"step": step, "epoch": step / steps_per_epoch, **metrics})
+        log.add({"step": progress.step, "epoch": progress.step / steps_per_epoch, **metrics})
         row = log.rows[-1]
         log.say(evaluation_line(row))
-        watch(evaluation_warnings(row, evaluations()[0]), last=step == total_steps)
-        if folder and config.keep_best and is_better(row, best):
+        watch(evaluation_warnings(row, evaluations()[0]), last=progress.step == total_steps)
+        if folder and config.keep_best and is_better(row, progress.best):
             try:
-                write_model(folder / "best", step)
-                best = row
+                write_model(folder / "best")
+                progress.best = row
             except SaveError as error:
                 log.say(f"WARNING: {error}; the run goes on")
         log.draw(config.title)
         return True
 
-    def write_model(to: Path, step: int) -> None:
+    def write_model(to: Path) -> None:
         save_model(
-            to, module, tokenizer, config, title=str(objective), step=step, steps=total_steps,
+            to, module, tokenizer, config, title=str(objective), step=progress.step, steps=total_steps,
             pairs=len(train_pairs), evaluations=evaluations(),
         )  # fmt: skip
 
-    def save(step: int) -> bool:
+    def save() -> bool:
         """Whether there was a folder, and space. A checkpoint that no run could go on from must not displace one."""
         if folder is None:
             return False
         if not all_finite(module):
-            raise NonFiniteError(f"after step {step} the model's parameters are not finite; {way_on(folder)}")
-        state = {"step": step, "tokens": tokens, "window": asdict(window), "best": best, "inputs": inputs.digests,
+            raise NonFiniteError(f"after step {progress.step} the model's parameters are not finite; {way_on(folder)}")
+        state = {**progress.to_state(), "inputs": inputs.digests,
                  "layout": "rows" if batcher.layout == "rows" else "tree", "config": asdict(config)}  # fmt: skip
         try:
-            save_checkpoint(folder, step, unwrap(module), optimizer.optimizer, state, log.texts())
+            save_checkpoint(folder, progress.step, unwrap(module), optimizer.optimizer, state, log.texts())
         except SaveError as error:
             log.say(f"WARNING: {error}; the run goes on. If it ended now: {way_on(folder)}")
             return False
         if main:
-            rotate(folder, step, config.save_total, log.say)
+            rotate(folder, progress.step, config.save_total, log.say)
         return True
 
-    def is_due(every: int | None, step: int) -> bool:
-        return (every is not None and step % every == 0) or step == total_steps
+    def is_due(every: int | None) -> bool:
+        return (every is not None and progress.step % every == 0) or progress.step == total_steps
 
     with stop_requests() as stop_requested, closing(log):
         update = Update(
             module, optimizer, batcher, train_pairs, reference_of_batch, config, total_steps, stop_requested
         )  # fmt: skip
         # A checkpoint is saved before the evaluation of its step, which a resumed run therefore makes again.
-        if start == 0 or is_due(config.eval_every, start):
-            if not evaluate_now(start, stop_requested):
-                raise Stopped(f"stopped by SIGTERM before step {start + 1}: {way_on(folder)}")
-        bar = tqdm(total=total_steps, initial=start, desc="training", disable=True if quiet else None)
-        for step in range(start + 1, total_steps + 1):
+        if progress.step == 0 or is_due(config.eval_every):
+            if not evaluate_now(stop_requested):
+                raise Stopped(f"stopped by SIGTERM before step {progress.step + 1}: {way_on(folder)}")
+        bar = tqdm(total=total_steps, initial=progress.step, desc="training", disable=True if quiet else None)
+        for step in range(progress.step + 1, total_steps + 1):
             batch = batch_indices(len(train_pairs), config.batch_size, step, config.seed)
             began = time.perf_counter()
             row, stop = update(step, batch)
@@ -289,30 +310,31 @@ def _train(
             read = sum(batcher.tokens(pair, conditioned=config.conditioned) for pair in of_batch)
             facts = batch_facts(of_batch, None if config.reference_conditioned else reference_of_batch(batch))
             scored = sum(len(pair.chosen) + len(pair.rejected) for pair in of_batch)
+            progress.step, progress.tokens = step, progress.tokens + read
+            window = progress.window
             window.add(row | facts, len(batch), read, scored, time.perf_counter() - began)
-            tokens += read
             bar.update()
-            if is_due(config.log_every, step):
+            if is_due(config.log_every):
                 log.add({
-                    "step": step, "epoch": step / steps_per_epoch, **window.means(), "num_tokens": tokens,
+                    "step": step, "epoch": step / steps_per_epoch, **window.means(), "num_tokens": progress.tokens,
                     "learning_rate": learning_rate(config, step, total_steps),
                     **usage.metrics(window.tokens, window.scored, window.seconds),
                 })  # fmt: skip
                 log.say(training_line(log.rows[-1], total_steps))
                 watch(training_warnings(log.rows[-1]), last=step == total_steps)
-                window = Window()
+                progress.window = Window()
             saved = False
             if stop or (config.save_every and step % config.save_every == 0):
-                saved = save(step)
-            if not stop and is_due(config.eval_every, step) and not evaluate_now(step, stop_requested):
-                stop, saved = True, saved or save(step)
+                saved = save()
+            if not stop and is_due(config.eval_every) and not evaluate_now(stop_requested):
+                stop, saved = True, saved or save()
             if stop:
                 kept = way_on(folder) if saved else f"its state could not be kept, {way_on(folder)}"
                 raise Stopped(f"stopped by SIGTERM after step {step}: {kept}")
         bar.close()
         if folder:
             try:
-                write_model(folder / "final", total_steps)
+                write_model(folder / "final")
             except SaveError as error:
                 raise SaveError(f"{error}; {way_on(folder)}") from error
             if not held_out:  # an evaluation draws them
