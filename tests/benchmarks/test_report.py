@@ -42,12 +42,9 @@ def test_figures_of_a_gpu_name_it_and_triton():
 
 
 # Recorded commands that the Makefile does not repeat, and what it has instead. The first went on after an interruption
-# and adds nothing to a whole file; the second had two rounds, now the default of five.
+# and adds nothing to a whole file.
 NOT_REPEATED = {
     "python -m benchmarks.loss --shape real --rounds 7 --only time --resume --json FILE": None,
-    "python -m benchmarks.loop_overhead --pairs preferences.jsonl --steps 50 --rounds 2 --json FILE": (
-        "python -m benchmarks.loop_overhead --pairs preferences.jsonl --steps 50 --json FILE"
-    ),
     # Reports what this one has run, which goes on to do the same.
     "python -m benchmarks.study --report": "python -m benchmarks.study",
 }
