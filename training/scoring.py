@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -21,17 +17,14 @@ from transformers import PreTrainedModel
 import inspo_kernels as ik
 
 from .batching import MicroBatch, micro_batches
-from .config import InputError
 from .data import Pair
 from .engine import (
     checkpointed,
     decoder_layers,
-    from_first_process,
     in_any_process,
     process_count,
     process_index,
     sum_over_processes,
-    together,
 )
 from .stopping import StopRequested
 
@@ -201,51 +194,3 @@ def weights_digest(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def reference_logps(
-    module: nn.Module, weights: str, pairs: Sequence[Pair], batcher: Batcher, *, conditioned: bool,
-    mixed_precision: str, cache: Path | None, progress: str | None, log: Callable[[str], None],
-) -> Tensor:  # fmt: skip
-    """(2, n) float64 log-probs of ``pairs`` under the model as it is now, from ``cache`` if they are there.
-
-    Call it before training or resuming. The file is keyed by the token ids, ``weights`` (their digest), the layout, the
-    attention implementation and the precision of the computation, and by nothing else; a file that is damaged or lacks
-    rows is computed anew. The first process alone reads and writes it.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    separator = batcher.separator_ids if conditioned else ()
-    attention = unwrap(module).model.config.get_text_config()._attn_implementation
-    digest.update(f"{conditioned} {separator} {batcher.layout} {mixed_precision} {attention} {weights}".encode())
-    for pair in pairs:
-        digest.update(json.dumps(pair[:3]).encode())
-    file = cache / f"reference-{digest.hexdigest()}.safetensors" if cache else None
-    cached = None
-    if file and process_index() == 0 and file.exists():
-        cached = _read_cache(file, len(pairs))
-        if cached is None:
-            log(f"reference log-probs: {file} is damaged or lacks rows; computing them again")
-    if (cached := from_first_process(cached)) is not None:
-        log(f"reference log-probs: {len(pairs)} pairs read from {file}")
-        return cached
-    logps = score(module, pairs, batcher, conditioned=conditioned, progress=progress).logps
-    if not logps.isfinite().all():
-        bad = [pairs[i].origin for i in (~logps.isfinite()).any(0).nonzero().flatten().tolist()]
-        raise InputError(f"the model's own log-probs are not finite on {len(bad)} pairs ({', '.join(bad[:8])})")
-    with together():
-        if file and process_index() == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(file.name + f".{os.getpid()}.tmp")
-            save_file({"logps": logps.contiguous()}, partial)
-            partial.replace(file)
-    log(f"reference log-probs: {len(pairs)} pairs computed" + (f", kept in {file}" if file else ""))
-    return logps
-
-
-def _read_cache(file: Path, num_pairs: int) -> Tensor | None:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            logps = tensors.get_tensor("logps")
-    except (SafetensorError, OSError):
-        return None
-    return logps if logps.shape == (2, num_pairs) and logps.isfinite().all() else None

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -52,10 +52,11 @@ from .evaluation import evaluate, is_better, sample_answers, starting_report
 from .inputs import TokenPairs, load_inputs
 from .layouts import check_layout, choose_layout
 from .memory import graded_tokens, report_memory
-from .model import adapter_off, size_text
+from .model import size_text
 from .output import CURVES, RunLog, Window, check_output, evaluation_line, locked, training_line
+from .references import References
 from .save_model import save_model
-from .scoring import Batcher, PairModel, Scores, reference_logps, score, unwrap
+from .scoring import Batcher, PairModel, Scores, score, unwrap
 from .stopping import EXIT_CODE, Stopped, StopRequested, stop_requests
 from .update import NonFiniteError, Update, learning_rate
 from .usage import usage_of
@@ -179,10 +180,7 @@ def _train(
     )  # fmt: skip
     module = wrap(pair_model, accelerator, config)
     batcher = check_layout(batcher, module, train_pairs, bf16=bf16, required=layout == "tree", log=log.say)
-    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = accelerator.prepare(torch.optim.AdamW(groups, lr=config.learning_rate))
+    optimizer = accelerator.prepare(adamw(module, config))
 
     def scores_of(some: Sequence[Pair], progress: str, stop_requested: Callable[[], bool] | None = None) -> Scores:
         return score(
@@ -190,32 +188,15 @@ def _train(
             stop_requested=stop_requested,
         )  # fmt: skip
 
-    def reference_of(some: Sequence[Pair], *, conditioned: bool) -> Tensor | None:
-        if not objective.needs_reference or not some:
-            return None
-        with adapter_off(model):
-            return reference_logps(
-                module, inputs.digests["model"], some, batcher, conditioned=conditioned,
-                mixed_precision=config.mixed_precision,
-                cache=Path(config.reference_cache) if config.reference_cache else folder,
-                progress=None if quiet else "reference", log=log.say,
-            )  # fmt: skip
-
-    # The reference is the model as loaded: its log-probs are settled before a checkpoint replaces the weights.
     used = used_indices(len(train_pairs), config.batch_size, total_steps, config.seed)
-    of_used = reference_of([train_pairs[i] for i in used], conditioned=config.reference_conditioned)
-    # Rewards of held-out pairs from the prompt alone have a reference that sees the prompt alone, in any run.
-    held_out_reference = reference_of(held_out, conditioned=config.reference_conditioned)
-    held_out_marginal = reference_of(held_out, conditioned=False) if config.reference_conditioned else None
-    row_of = {pair: row for row, pair in enumerate(used)}
-
-    def reference_of_batch(batch: Sequence[int]) -> Tensor | None:
-        return None if of_used is None else of_used[:, [row_of[i] for i in batch]].reshape(-1)
+    references = References.settle(
+        config, inputs, module, batcher, used, needed=objective.needs_reference, quiet=quiet, log=log.say
+    )
 
     progress, texts, compared_from = Progress(), {}, 0
     if found is None:
         sample = [train_pairs[i] for i in used[:STARTING_SAMPLE]]
-        starting_report(scores_of(sample, "start"), of_used, config, log.say)
+        starting_report(scores_of(sample, "start"), references.train, config, log.say)
     else:
         resume_from, state = found
         texts = load_checkpoint(resume_from, unwrap(module), optimizer.optimizer, log.say)
@@ -245,8 +226,8 @@ def _train(
         except StopRequested:
             return False
         metrics = evaluate(
-            scores, held_out_reference, held_out, objective, conditioned=config.conditioned,
-            marginal_weight=config.marginal_weight, marginal_ref_logps=held_out_marginal,
+            scores, references.held_out, held_out, objective, conditioned=config.conditioned,
+            marginal_weight=config.marginal_weight, marginal_ref_logps=references.held_out_marginal,
         )  # fmt: skip
         if tokenizer is not None and prompts:
             ends = {tokenizer.eos_token_id, *(pair.chosen[-1] for pair in held_out)}
@@ -295,7 +276,7 @@ def _train(
 
     with stop_requests() as stop_requested, closing(log):
         update = Update(
-            module, optimizer, batcher, train_pairs, reference_of_batch, config, total_steps, stop_requested
+            module, optimizer, batcher, train_pairs, references.of_batch, config, total_steps, stop_requested
         )  # fmt: skip
         # A checkpoint is saved before the evaluation of its step, which a resumed run therefore makes again.
         if progress.step == 0 or is_due(config.eval_every):
@@ -308,7 +289,7 @@ def _train(
             row, stop = update(step, batch)
             of_batch = [train_pairs[i] for i in batch]
             read = sum(batcher.tokens(pair, conditioned=config.conditioned) for pair in of_batch)
-            facts = batch_facts(of_batch, None if config.reference_conditioned else reference_of_batch(batch))
+            facts = batch_facts(of_batch, None if config.reference_conditioned else references.of_batch(batch))
             scored = sum(len(pair.chosen) + len(pair.rejected) for pair in of_batch)
             progress.step, progress.tokens = step, progress.tokens + read
             window = progress.window
@@ -341,6 +322,14 @@ def _train(
                 log.draw(config.title)
             log.say(f"the model is in {folder / 'final'}, the curves in {folder / CURVES}")
     return TrainResult(unwrap(module).model, tokenizer, log.rows, folder / "final" if folder else None)
+
+
+def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Weights decay, biases and the scales of norms do not."""
+    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
 def batch_facts(pairs: Sequence[Pair], ref_logps: Tensor | None) -> dict[str, float]:

@@ -22,7 +22,7 @@ import training.train
 from training import checkpoint, output
 from training.checkpoint import SaveError
 from training.config import parse_config
-from training.engine import process_index
+from training.engine import end_processes, process_index
 from training.stopping import Stopped
 from training.train import train
 
@@ -91,3 +91,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_processes(0)

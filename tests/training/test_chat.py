@@ -16,7 +16,8 @@ from training.chat import TextEncoder, separator_ids, set_template_kwargs
 from training.config import InputError, TrainConfig
 from training.data import Pair, load_pairs
 from training.model import byte_tokenizer
-from training.scoring import Batcher, PairModel, reference_logps
+from training.references import reference_logps
+from training.scoring import Batcher, PairModel
 from training.train import main, train
 
 CORPUS = [

@@ -21,7 +21,8 @@ from training.batching import micro_batches
 from training.config import InputError, TrainConfig
 from training.data import Pair
 from training.layouts import check_layout, choose_layout, operations
-from training.scoring import Batcher, PairModel, reference_logps, score, weights_digest
+from training.references import reference_logps
+from training.scoring import Batcher, PairModel, score, weights_digest
 from training.train import train
 
 PAIRS = [Pair(*ids, f"pair {i}") for i, ids in enumerate(token_pairs(7))]

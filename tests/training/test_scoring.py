@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 import inspo_kernels as ik
 from training.config import InputError
 from training.data import Pair
-from training.scoring import Batcher, PairModel, reference_logps, score, weights_digest
+from training.references import reference_logps
+from training.scoring import Batcher, PairModel, score, weights_digest
 
 BATCHER = Batcher(pad_token_id=0, device=torch.device("cpu"), max_tokens=60)
 PAIRS = [Pair(*ids, f"pair {i}") for i, ids in enumerate(token_pairs(5))]
