@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--device", default="cuda", help='"cuda", "cuda:1", or "cpu" (with --quick) [cuda]')
-    parser.add_argument("--quick", action="store_true", help="shapes of seconds, to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER",
                         help=f"other libraries to time, of {', '.join(PEERS)} [all]")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=8.5, help="no step starts that would end later [8.5]")

@@ -271,7 +271,7 @@ def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     parser.add_argument("--json", type=result_file, help="result file; written as results come")
     parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or "cuda:1" [cpu]')
     parser.add_argument("--rounds", type=positive, default=rounds, help=f"interleaved, after a warm-up [{rounds}]")
-    parser.add_argument("--quick", action="store_true", help="shapes of seconds, to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs: some minutes")
     parser.add_argument("--only", choices=["time", "memory"], help="one of the two; --resume adds the other later")
     parser.add_argument("--resume", action="store_true", help="measure what the result file lacks, and add it")
 

@@ -6,6 +6,7 @@ write a function from the parsed file to Markdown and list it in ``SECTIONS``; p
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -292,8 +293,9 @@ def _beside_chance(runs: list[dict[str, Any]]) -> str:
         low, high = run["after"]["eval_marginal/rewards/accuracies_ci"]
         (above if low > 0.5 else below if high < 0.5 else []).append(name)
     return (
-        f"From the prompt alone (marginal), significantly better than chance: {'; '.join(above) or 'none'}. Worse: "
-        f"{'; '.join(below) or 'none'}. So this shows that the path works, not that any objective is good."
+        "From the prompt alone (marginal), by intervals of one seed that are not adjusted for their number, better "
+        f"than chance: {'; '.join(above) or 'none'}; worse: {'; '.join(below) or 'none'}. So this shows that the path "
+        "works, not that any objective is good."
     )
 
 
@@ -369,13 +371,16 @@ def _source(result: dict[str, Any], file: str) -> str:
     if gpu := result.get("device", {}).get("name"):
         where, packages = gpu, ["torch", "triton"]
     used = ", ".join(f"{package} {versions[package]}" for package in packages)
+    commit = result.get("package", {}).get("commit")
+    at = f", commit {commit}" if commit else ""
     return (
-        f"<sub>{where}, {used}, {result['date'][:10]}; command and all figures: "
+        f"<sub>{where}, {used}, {result['date'][:10]}{at}; command and all figures: "
         f"[{file}](benchmarks/results/{file})</sub>"
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser("python -m benchmarks.report", description=__doc__.splitlines()[0]).parse_args(arguments)
     for page in PAGES:
         page.write_text(render(page))
     written = []

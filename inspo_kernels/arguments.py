@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,11 +21,14 @@ def nearest(name: Any, known: Iterable[str]) -> str:
 
 def integer(name: str, value: Any, *, minimum: int | None = None, hint: str = "") -> int:
     """An ``int`` (or what behaves as one, bool apart) of at least ``minimum``; ``hint`` ends the message."""
-    try:
-        whole = hasattr(value, "__index__") and not isinstance(value, bool)
-        number = operator.index(value) if whole else None
-    except TypeError:  # of a tensor that is no single integer
-        number = None
+    number = None
+    if isinstance(value, int):  # symbolic ones, of torch.compile, included
+        number = None if isinstance(value, bool) else value
+    elif hasattr(value, "__index__"):
+        try:
+            number = operator.index(value)
+        except TypeError:  # of a tensor that is no single integer
+            number = None
     if number is None or (minimum is not None and number < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
         raise ValueError(f"{name} must be an integer{bound}, got {value!r}" + (f" ({hint})" if hint else ""))
@@ -39,6 +43,7 @@ def finite(name: str, value: Any) -> float:
         number = float(value) if not isinstance(value, str) else math.nan
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
-    if not math.isfinite(number):
+    # Not math.isfinite, which torch.compile cannot ask of a symbolic number.
+    if not abs(number) <= sys.float_info.max:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return number

@@ -114,12 +114,12 @@ class StagedGradients:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What must outlive the forward pass."""
-        return self.head.weight, self.head.bias, self.coefficients, *self.staged
+        return self.head.weight, self.coefficients, *self.staged
 
     def holding(self, *tensors: Any) -> StagedGradients:
         """The same with these for ``tensors``."""
-        weight, bias, coefficients, *staged = tensors
-        head = replace(self.head, weight=weight, bias=bias)
+        weight, coefficients, *staged = tensors
+        head = replace(self.head, weight=weight, bias=None)  # which only staging reads
         return replace(self, head=head, coefficients=coefficients, staged=tuple(staged))
 
     def computed(self) -> Gradients:

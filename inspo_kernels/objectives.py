@@ -133,8 +133,9 @@ class DPO(Objective):
     def __call__(self, s: PairSums) -> Tensor:
         a_chosen, a_rejected = self._advantages(s)
         margin = self.beta * (a_chosen - a_rejected)
-        # log sigma(-m) = log sigma(m) - m
-        return self.label_smoothing * margin - F.logsigmoid(margin)
+        if not self.label_smoothing:
+            return -F.logsigmoid(margin)
+        return self.label_smoothing * margin - F.logsigmoid(margin)  # as log sigma(-m) = log sigma(m) - m
 
 
 @dataclass(frozen=True)

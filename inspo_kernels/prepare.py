@@ -53,7 +53,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
             checked[name] = integer(name, value)
         elif name in ("max_workspace_bytes", "num_pairs") and value is not None:
             checked[name] = integer(name, value, minimum=1)
-        elif name == "marginal_weight" and not (torch.compiler.is_compiling() and isinstance(value, float)):
+        elif name == "marginal_weight" and not (torch.compiler.is_compiling() and isinstance(value, (int, float))):
             # A compiler would make a new graph of every value that is looked at.
             checked[name] = finite(name, value)
         elif name in ("softcap", "logit_scale"):

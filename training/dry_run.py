@@ -11,7 +11,7 @@ from .checkpoint import check_resumed
 from .config import NotAtHandError, TrainConfig
 from .data import Pair
 from .inputs import Inputs, check_sources, read_inputs
-from .memory import estimate_memory, graded_tokens
+from .memory import estimate_memory, graded_tokens, tokens_of_pass
 from .model import add_lora, byte_tokenizer, check_architecture, load_tokenizer, meta_model, size_text
 from .output import check_output
 
@@ -40,16 +40,17 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
     )
     say(config.title)
 
-    longest = Pair([], [0] * config.max_length, [])
+    longest, most_tokens = Pair([], [0] * config.max_length, []), config.max_length
     if inputs := _inputs(config, model, say):
         pairs = inputs.train_pairs
         steps = config.total_steps(len(pairs))
         if found is not None:
             check_resumed(*found, inputs.digests, steps, config, say)
+        most_tokens = max(pair.tokens for pair in pairs)
         say(
             f"{steps} steps of {config.batch_size} pairs; a pair has "
             f"{sum(pair.tokens for pair in pairs) / len(pairs):.0f} tokens on average, the longest "
-            f"{max(pair.tokens for pair in pairs)}"
+            f"{most_tokens}"
         )
         longest = max(pairs, key=lambda pair: graded_tokens(pair, config))
     elif positions and config.max_length > positions:
@@ -58,12 +59,13 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
         say(f"goes on from {found[0]} after step {found[1]['step']}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for processes in (1, SHARED_BY):
+        tokens = tokens_of_pass(2 * most_tokens, config, processes)  # in rows; trees take no more
         memory = estimate_memory(
-            model, config, device, tokens=config.max_batch_tokens, longest_pair=graded_tokens(longest, config),
+            model, config, device, tokens=tokens, longest_pair=graded_tokens(longest, config),
             processes=processes, sharded=processes > 1,
         )  # fmt: skip
         name = "one process" if processes == 1 else f"each of {processes} processes that share the model (FSDP2)"
-        say(f"{name}: {memory.text(config.max_batch_tokens)}")
+        say(f"{name}: {memory.text(tokens)}")
 
 
 def _inputs(config: TrainConfig, model: PreTrainedModel, say: Callable[[str], None]) -> Inputs | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -141,6 +142,11 @@ def _head_memory(
         return accumulated + max(workspace, others)  # in the accumulate dtype first, and then, in its own, beside it
     direct = backend.name == "triton" or head.weight.dtype == head.accumulate_dtype
     return workspace + others + (0 if direct else accumulated)
+
+
+def tokens_of_pass(longest: int, config: TrainConfig, processes: int) -> int:
+    """The most that a forward pass of one process reads, where the largest pair takes ``longest`` tokens."""
+    return min(max(config.max_batch_tokens, longest), longest * math.ceil(config.batch_size / processes))
 
 
 def report_memory(

@@ -51,7 +51,7 @@ from .engine import (
 from .evaluation import evaluate, is_better, sample_answers, starting_report
 from .inputs import TokenPairs, load_inputs
 from .layouts import check_layout, choose_layout
-from .memory import graded_tokens, report_memory
+from .memory import graded_tokens, report_memory, tokens_of_pass
 from .model import size_text
 from .output import CURVES, RunLog, Window, check_output, evaluation_line, locked, training_line
 from .references import References
@@ -168,9 +168,8 @@ def _train(
     sizes = [batcher.padded(pair, conditioned=config.conditioned) for pair in train_pairs]
     if large := sum(one > config.max_batch_tokens for one in sizes):
         log.say(f"note: {large} pairs take more than max_batch_tokens alone (the largest {max(sizes)})")
-    tokens_of_pass = min(max(config.max_batch_tokens, max(sizes)), max(sizes) * math.ceil(config.batch_size / world))
     longest_pair = max(graded_tokens(pair, config) for pair in train_pairs)
-    report_memory(model, config, accelerator.device, tokens_of_pass, longest_pair, log.say)
+    report_memory(model, config, accelerator.device, tokens_of_pass(max(sizes), config, world), longest_pair, log.say)
 
     # Model and loss are one module, in eval mode throughout: dropout would make policy and reference differ at step 1.
     model.eval()

@@ -43,9 +43,10 @@ def finding(result: Mapping[str, Any]) -> str:
         f"In a small world whose answers are graded exactly, InSPO's answers from the prompt alone are, beside its "
         f"plain twin's, {words('inspo - plain', 'holm_p')} ({result['seeds']} seeds, p < {LEVEL}, Holm).",
         f"Beside InSPO with another pair's answer as the alternative they are {words('inspo - shuffled')} "
-        f"({result['fewer_seeds']} seeds, not adjusted, as what follows).",
+        f"({result['fewer_seeds']} seeds, not adjusted).",
         f"Those of anchored InSPO, which adds the plain loss on the marginals, are, beside InSPO's, "
-        f"{words('anchored - inspo')}; beside plain's, {words('anchored - plain')}.",
+        f"{words('anchored - inspo')}; beside plain's, {words('anchored - plain')} ({result['seeds']} seeds, not "
+        "adjusted).",
     ]
     if row := result["arms"].get("dpo inspo, no drafts"):
         sentences.append(

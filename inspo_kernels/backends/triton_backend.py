@@ -240,7 +240,10 @@ class TritonTile(HeadTile):
                 self._half_dweight(e, scale, dweight, accumulate)
             else:
                 scaled = torch.mul(self.x, scale.unsqueeze(1), out=torch.empty_like(self.x))
-                _product(e.t(), scaled, dweight, accumulate)
+                product = dweight if dweight.dtype == e.dtype else self._accumulator(dweight)
+                _product(e.t(), scaled, product, accumulate)
+                if product is not dweight:
+                    dweight.copy_(product)
         if dbias is not None:
             from ..kernels.bias_gradient import bias_gradient
 
@@ -266,8 +269,10 @@ class TritonTile(HeadTile):
 def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out = a @ b, or out += a @ b, accumulated in float32 at least and rounded to out's dtype at most once.
 
-    CPU tensors, which only the interpreter works on, are widened: torch has no mixed-dtype products there.
+    ``out`` has the operands' dtype, or float32 for 16-bit ones: GPUs have no other mixed products. CPU tensors, which
+    only the interpreter works on, are widened, as torch has none at all there.
     """
+    assert a.dtype == b.dtype and out.dtype in (a.dtype, torch.promote_types(a.dtype, torch.float32))
     if a.device.type == "cpu":
         wide = torch.promote_types(out.dtype, torch.float32)
         out.copy_(torch.addmm(out.to(wide), a.to(wide), b.to(wide), beta=int(accumulate)))

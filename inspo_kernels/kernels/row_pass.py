@@ -11,11 +11,11 @@ lane adding V / BLOCK terms before the lanes are added as a tree. Where the labe
 -log1p(S' / E_y): no digit is lost where p is close to 1.
 
 The offset. float32's and bfloat16's exponents forgive any o with max - 57 ln 2 <= o <= max, so o is the maximum of the
-row's first BLOCK columns, known before the pass starts, and logits are read from memory once. S >= exp(max - o) says
-afterwards whether that was near enough: S > 2^57 (or not finite: a first block of -inf) sends the row round again with
-its true maximum, the logits being still there. float16 forgives nothing, and E in place of the logits (float32,
-float64) destroys what a second round would read: both take the maximum first and read twice (EXACT_OFFSET). In float16
--S' must stay below 65504 too, so o is then raised by SHIFT >= log(V) - log(32768).
+label and of the row's first BLOCK columns, known before the pass starts, and logits are read from memory once. S >=
+exp(max - o) says afterwards whether that was near enough: S > 2^57 (or not finite: a first block of -inf) sends the row
+round again with its true maximum, the logits being still there. float16 forgives nothing, and E in place of the logits
+(float32, float64) destroys what a second round would read: both take the maximum first and read twice (EXACT_OFFSET).
+In float16 -S' must stay below 65504 too, so o is then raised by SHIFT >= log(V) - log(32768).
 
 The label's logit comes from ``label_logits``, for the reason given there, and never from ``raw``.
 
@@ -62,6 +62,8 @@ def _logits(z, p_bias, cols, mask, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, H
 def _row_max(
     p_raw,
     p_bias,
+    label,
+    label_z,
     num_cols,
     vocab,
     SCALE: tl.constexpr,
@@ -69,15 +71,15 @@ def _row_max(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Largest z' of the columns before ``num_cols``."""
+    """Largest z' of the columns before ``num_cols``, and of the label, by its own logit wherever it is."""
     b_max = tl.full([BLOCK], float("-inf"), p_raw.dtype.element_ty)
     for start in range(0, num_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = cols < num_cols
         b_raw = tl.load(p_raw + cols, mask=mask, other=0.0)
         b_z, _ = _logits(b_raw, p_bias, cols, mask, SCALE, SOFTCAP, HAS_BIAS)
-        b_max = tl.maximum(b_max, tl.where(cols < vocab, b_z, float("-inf")))
-    return tl.max(b_max, axis=0)
+        b_max = tl.maximum(b_max, tl.where((cols < vocab) & (cols != label), b_z, float("-inf")))
+    return tl.maximum(tl.max(b_max, axis=0), label_z)
 
 
 @triton.jit
@@ -140,14 +142,14 @@ def _row_pass_kernel(
     label_z, label_derivative = _logits(tl.load(p_label_logits + i_row), p_bias, label, valid, SCALE, SOFTCAP, HAS_BIAS)
 
     first = stride if EXACT_OFFSET else tl.minimum(stride, BLOCK)
-    offset = _row_max(p_raw, p_bias, first, vocab, SCALE, SOFTCAP, HAS_BIAS, BLOCK) + SHIFT
+    offset = _row_max(p_raw, p_bias, label, label_z, first, vocab, SCALE, SOFTCAP, HAS_BIAS, BLOCK) + SHIFT
     tl.debug_barrier()
     rest = _sum_exp(p_raw, p_bias, p_e, label, offset, stride, vocab, SCALE, SOFTCAP, HAS_BIAS, STORE, BLOCK)
     label_e = tl.exp(label_z - offset)
     if not EXACT_OFFSET:
         near = rest + label_e <= 144115188075855872.0  # 2^57; false for NaN
         if not near:
-            offset = _row_max(p_raw, p_bias, stride, vocab, SCALE, SOFTCAP, HAS_BIAS, BLOCK)
+            offset = _row_max(p_raw, p_bias, label, label_z, stride, vocab, SCALE, SOFTCAP, HAS_BIAS, BLOCK)
             tl.debug_barrier()
             rest = _sum_exp(p_raw, p_bias, p_e, label, offset, stride, vocab, SCALE, SOFTCAP, HAS_BIAS, STORE, BLOCK)
             label_e = tl.exp(label_z - offset)

@@ -278,3 +278,33 @@ def test_a_scheduled_marginal_weight_is_no_new_graph_each_time():
     for i in range(12):
         torch.testing.assert_close(compiled_loss(RAGGED.weight, 0.1 * (i + 1)), loss(RAGGED.weight, 0.1 * (i + 1)))
     assert counter.frame_count <= 2
+
+
+def test_a_number_of_pairs_that_follows_a_shape_is_no_new_graph_each_time():
+    def loss(hidden, weight, targets, segments, ref_logps):
+        return ik.fused_inspo_loss(
+            hidden, weight, targets, segment_ids=segments, num_pairs=len(ref_logps) // 2, ref_logps=ref_logps
+        ).loss
+
+    compiled_loss, counter = compile_(loss)
+    for n in (4, 6, 8, 10):
+        inputs = (torch.randn(n, 4), torch.randn(5, 4), torch.ones(n).long(), torch.arange(n), torch.zeros(n))
+        torch.testing.assert_close(compiled_loss(*inputs), loss(*inputs))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", ["marginal_weight", "max_workspace_bytes", "softcap", "logit_scale"])
+def test_options_may_change_from_call_to_call(name):
+    def loss(weight, value):
+        return ik.fused_inspo_loss(
+            RAGGED.hidden,
+            weight,
+            RAGGED.labels,
+            ref_logps=RAGGED.ref_logps,
+            marginal_labels=RAGGED.marginal_labels,
+            **{name: value},
+        ).loss
+
+    compiled_loss, _ = compile_(loss)
+    for value in (1, 2, 3) if name in ("marginal_weight", "max_workspace_bytes") else (1.0, 2.5, 4.0):
+        torch.testing.assert_close(compiled_loss(RAGGED.weight, value), loss(RAGGED.weight, value))

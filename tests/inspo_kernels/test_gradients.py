@@ -118,3 +118,36 @@ def test_they_equal_computed_ones_to_rounding(monkeypatch, backend, dtype):
         results.append(torch.autograd.grad(out.loss, leaves, torch.tensor(0.3, device=out.loss.device)))
     for one, other in zip(*results):
         assert one.dtype == dtype and relative_error(one, other) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+def test_autocast_of_any_mixture(autocast, weight_dtype, hidden_dtype, backend):
+    case = triton_setup.on_device(CASE) if backend == "triton" else CASE
+    hidden = case.hidden.clone().to(hidden_dtype).requires_grad_()
+    weight = case.weight.clone().to(weight_dtype).requires_grad_()
+    with torch.autocast(hidden.device.type, dtype=autocast):
+        out = ik.fused_inspo_loss(hidden, weight, case.labels, ref_logps=case.ref_logps, backend=backend)
+    out.loss.backward()
+    exact = [t.detach().to(autocast).double().requires_grad_() for t in (hidden, weight)]
+    ik.reference.fused_inspo_loss(*exact, case.labels, ref_logps=case.ref_logps).loss.backward()
+    for got, want in zip((hidden, weight), exact):
+        assert got.grad.dtype == got.dtype and relative_error(got.grad, want.grad) < 1e-2
+
+
+def test_a_bias_that_needs_no_gradient_may_change_or_be_of_inference():
+    hidden, weight = CASE.hidden.clone().requires_grad_(), CASE.weight.clone().requires_grad_()
+    bias = torch.randn(len(weight))
+    (expected,) = torch.autograd.grad(
+        ik.fused_inspo_loss(hidden, weight, CASE.labels, bias=bias, ref_logps=CASE.ref_logps).loss, weight
+    )
+    with torch.inference_mode():
+        inferred = bias.clone()
+    changed = bias.clone()
+    for one in (inferred, changed):
+        loss = ik.fused_inspo_loss(hidden, weight, CASE.labels, bias=one, ref_logps=CASE.ref_logps).loss
+        changed.zero_()
+        assert torch.equal(torch.autograd.grad(loss, weight)[0], expected)
+        changed.copy_(bias)

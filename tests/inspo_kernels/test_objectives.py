@@ -156,3 +156,13 @@ def test_defaults_are_the_documented_ones():
 def test_bad_objectives_say_what_to_change(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_an_impossible_chosen_response_costs_infinitely_much():
+    one = torch.ones(1, dtype=torch.float64)
+    sums = ik.PairSums(
+        chosen=-torch.inf * one, rejected=-one, chosen_len=one, rejected_len=one, index=torch.arange(1),
+        ref_chosen=-one, ref_rejected=-one,
+    )  # fmt: skip
+    for objective in (ik.DPO(), ik.RDPO(), ik.Hinge(), ik.SimPO()):
+        assert objective(sums).item() == torch.inf

@@ -213,6 +213,17 @@ def test_the_labels_logit_is_not_that_of_the_product(monkeypatch):
     torch.testing.assert_close(logps.double(), truth, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_huge_logits(dtype):
+    """Of 1e9, where the product's logit of the label and its own differ by more than exp can hold."""
+    g = torch.Generator().manual_seed(1)
+    hidden = (torch.rand(40, 64, generator=g) * 6e4).to(DEVICE, dtype).requires_grad_()
+    weight = (-torch.rand(50, 64, generator=g) * 6e4).to(DEVICE, dtype).requires_grad_()
+    targets = (hidden.detach().double() @ weight.detach().double().T).argmax(1)
+    logps = ik.linear_logps(hidden, weight, targets, backend="triton")
+    assert (logps <= 0).all() and all(g.isfinite().all() for g in gradients_of(logps.sum(), hidden, weight))
+
+
 def test_gradient_is_exact_where_the_label_is_almost_certain():
     hidden, weight = torch.tensor([[1.0]], device=DEVICE), torch.tensor([[20.0], [0.0], [-1.0]], device=DEVICE)
     truth = None
