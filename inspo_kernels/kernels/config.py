@@ -76,7 +76,7 @@ def row_pass(arch: str, vocab: int, accumulate_dtype: torch.dtype, softcap: floa
     if arch == "interpreter":
         return RowPass(block=256, num_warps=1)
     # 256 threads (AMD's warps have 64 lanes) handle 8 float32 columns each per step: two 16-byte loads and one 16-byte
-    # store of E. On sm_90 that takes 31 registers, so eight programs are resident, and the 1,024 rows of a stage run in
+    # store of E. On sm_90 that takes 30 registers, so eight programs are resident, and the 1,024 rows of a stage run in
     # one wave of an H200's 132 multiprocessors. 4096 columns take 40, which leaves 232 rows over for a second wave.
     block = 1024 if accumulate_dtype == torch.float64 else 2048
     # A short vocabulary: fewer threads, still eight columns each, which is 16 bytes of E.
