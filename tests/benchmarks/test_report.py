@@ -30,7 +30,9 @@ def test_source_lines_are_short_and_link_the_file(name):
         return
     (source,) = sources
     assert len(source) < 200 and f"[{file}](benchmarks/results/{file})" in source
-    assert f", torch {result['versions']['torch']}, {result['date']};" in source
+    commit = result.get("package", {}).get("commit")
+    at = f", commit {commit}" if commit else ""
+    assert f", torch {result['versions']['torch']}, {result['date']}{at};" in source
 
 
 def test_figures_of_a_gpu_name_it_and_triton():
