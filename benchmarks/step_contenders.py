@@ -362,7 +362,7 @@ class Trl:
             self.losses.append(loss.detach())  # what is logged is rounded
             return loss
 
-        self.trainer.compute_loss = recorded  # type: ignore[method-assign]
+        self.trainer.compute_loss = recorded  # type: ignore[method-assign]  # to see the losses it trains on
 
     @contextlib.contextmanager
     def _around(self) -> Iterator[None]:

@@ -133,9 +133,10 @@ class DPO(Objective):
     def __call__(self, s: PairSums) -> Tensor:
         a_chosen, a_rejected = self._advantages(s)
         margin = self.beta * (a_chosen - a_rejected)
-        if not self.label_smoothing:
-            return -F.logsigmoid(margin)
-        return self.label_smoothing * margin - F.logsigmoid(margin)  # as log sigma(-m) = log sigma(m) - m
+        losses = -F.logsigmoid(margin)
+        if self.label_smoothing:  # else 0 times an infinite margin, of an impossible response, would be NaN
+            losses = losses + self.label_smoothing * margin  # as log sigma(-m) = log sigma(m) - m
+        return losses
 
 
 @dataclass(frozen=True)

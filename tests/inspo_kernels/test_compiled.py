@@ -263,23 +263,6 @@ def test_bad_input_is_named_as_in_eager_mode(changes, error, message):
         assert call is not loss or isinstance(caught.value, error)
 
 
-def test_a_scheduled_marginal_weight_is_no_new_graph_each_time():
-    def loss(weight, w):
-        return ik.fused_inspo_loss(
-            RAGGED.hidden,
-            weight,
-            RAGGED.labels,
-            ref_logps=RAGGED.ref_logps,
-            marginal_labels=RAGGED.marginal_labels,
-            marginal_weight=w,
-        ).loss
-
-    compiled_loss, counter = compile_(loss)
-    for i in range(12):
-        torch.testing.assert_close(compiled_loss(RAGGED.weight, 0.1 * (i + 1)), loss(RAGGED.weight, 0.1 * (i + 1)))
-    assert counter.frame_count <= 2
-
-
 def test_a_number_of_pairs_that_follows_a_shape_is_no_new_graph_each_time():
     def loss(hidden, weight, targets, segments, ref_logps):
         return ik.fused_inspo_loss(
@@ -293,8 +276,19 @@ def test_a_number_of_pairs_that_follows_a_shape_is_no_new_graph_each_time():
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("name", ["marginal_weight", "max_workspace_bytes", "softcap", "logit_scale"])
-def test_options_may_change_from_call_to_call(name):
+@pytest.mark.parametrize(
+    "name, values, most_graphs",
+    [
+        ("marginal_weight", [0.1 * i for i in range(1, 13)], 2),
+        ("marginal_weight", [0, 1, 2, 3], 3),  # 0 and 1 have graphs of their own
+        ("max_workspace_bytes", [1, 2, 3], 3),
+        ("softcap", [1.0, 2.5, 4.0], 4),  # a model's own: a graph each, and one in vain
+        ("logit_scale", [1.0, 2.5, 4.0], 4),
+    ],
+)
+def test_options_may_change_from_call_to_call(name, values, most_graphs):
+    """The weight of the marginals, often scheduled, without a new graph for each value."""
+
     def loss(weight, value):
         return ik.fused_inspo_loss(
             RAGGED.hidden,
@@ -305,6 +299,7 @@ def test_options_may_change_from_call_to_call(name):
             **{name: value},
         ).loss
 
-    compiled_loss, _ = compile_(loss)
-    for value in (1, 2, 3) if name in ("marginal_weight", "max_workspace_bytes") else (1.0, 2.5, 4.0):
+    compiled_loss, counter = compile_(loss)
+    for value in values:
         torch.testing.assert_close(compiled_loss(RAGGED.weight, value), loss(RAGGED.weight, value))
+    assert counter.frame_count <= most_graphs

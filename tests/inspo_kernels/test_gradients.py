@@ -9,7 +9,7 @@ import torch
 import triton_setup
 from cases import make_case, relative_error
 
-# ruff: noqa: F401
+# ruff: noqa: F401  (pytest runs what is imported)
 from test_fused_loss import (
     test_any_ragged_batch_in_every_form_equals_reference,
     test_autocast_computes_in_its_dtype_and_returns_unrounded_gradients,
