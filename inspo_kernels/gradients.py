@@ -1,4 +1,4 @@
-"""Which gradients are asked for, and the two forms in which they wait for the upstream one."""
+"""Which gradients are asked for, and the two forms in which they wait for the upstream gradient."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
+from .groups import VocabGroup
 from .head import LMHead, plain_arithmetic
 
 
@@ -61,7 +62,7 @@ class Gradients:
 
     @classmethod
     def zeros(cls, head: LMHead, num_rows: int, needs: Needs) -> Gradients:
-        """Of a loss that depends on no row."""
+        """Gradients of a loss that depends on no row."""
         return cls(*(None if g is None else g.zero_() for g in cls.empty(head, num_rows, needs).tensors))
 
     @property
@@ -69,12 +70,12 @@ class Gradients:
         """What must outlive the forward pass."""
         return self.x, self.weight, self.bias
 
-    def holding(self, *tensors: Any) -> Gradients:
-        """The same with these for ``tensors``."""
+    def replace_tensors(self, *tensors: Any) -> Gradients:
+        """Return a copy that holds these in place of ``tensors``."""
         return Gradients(*tensors)
 
     def computed(self) -> Gradients:
-        """Themselves."""
+        """Return self: already computed."""
         return self
 
     def scaled(self, scale: Tensor | float, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
@@ -86,58 +87,70 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class StagedGradients:
-    """Gradients not yet computed, of rows that lie staged in a workspace.
+class DeferredGradients:
+    """Gradients of weight and bias that are computed once the upstream gradient is known, from rows that were kept.
 
-    Once the upstream gradient is known, dX and dW are written in their final scale and dtype. ``Gradients`` has dW
-    written in float32, read again and written a second time: in bfloat16 10 bytes an element instead of 2 (1.0 of 33 ms
-    at H = 4096, V = 128256, N = 8192 and 4.3 TB/s), and has it stand beside the workspace in memory. On a 2-core CPU
-    (float32, H = 512, V = 32000) staged gradients take 0.83, 0.92 and 0.93 of the time for 128, 256 and 512 rows.
+    dW is then written once, in its own dtype, instead of being written in float32, read, scaled and written again. It
+    does not stand beside the workspace in memory. The weight itself is not needed any more, so an engine may take it
+    away after the forward pass.
 
-    ``coefficients`` (n,): dloss/dlogp of the staged rows, which are the first n of x; ``staged``: what their tile
-    returned. The other rows of x, ``num_rows`` in all, get zero gradient.
+    ``x`` (n, H): gradients of the log-probs in their own rows, the first n of num_rows, or None. ``coefficients`` (n,):
+    the loss's derivative in these log-probs. ``kept``: what their tile returned. The other rows get zero gradient.
+    ``group``: the ranks whose dX is added up while each computes its dW.
     """
 
     backend: Backend
     head: LMHead
     needs: Needs
     num_rows: int
+    workspace_bytes: int
+    x: Tensor | None
     coefficients: Tensor
-    staged: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
+    group: VocabGroup | None = None
 
     @staticmethod
-    def pay(backend: Backend, head: LMHead, rows: int, needs: Needs) -> bool:
+    def worth_deferring(backend: Backend, head: LMHead, rows: int, needs: Needs) -> bool:
         """Whether to keep so many rows: while they take no more memory than the dW that they stand for."""
         dweight_bytes = head.vocab_size * head.hidden_size * head.accumulate_dtype.itemsize
-        return needs.weight and backend.staged_bytes(head, rows) <= dweight_bytes
+        return needs.weight and backend.kept_bytes(head, rows) <= dweight_bytes
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What must outlive the forward pass."""
-        return self.head.weight, self.coefficients, *self.staged
+        return self.x, self.coefficients, *self.kept
 
-    def holding(self, *tensors: Any) -> StagedGradients:
-        """The same with these for ``tensors``."""
-        weight, coefficients, *staged = tensors
-        head = replace(self.head, weight=weight, bias=None)  # which only staging reads
-        return replace(self, head=head, coefficients=coefficients, staged=tuple(staged))
+    def replace_tensors(self, *tensors: Any) -> DeferredGradients:
+        """Return a copy that holds these in place of ``tensors``."""
+        x, coefficients, *kept = tensors
+        return replace(self, x=x, coefficients=coefficients, kept=tuple(kept))
 
     def computed(self) -> Gradients:
-        """In the accumulate dtype."""
+        """Return the gradients in the accumulate dtype."""
         return Gradients(*self.scaled(1.0, *(self.head.accumulate_dtype,) * 3))
 
     def scaled(self, scale: Tensor | float, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
         """(x, weight, bias) times ``scale`` in these dtypes: new tensors, rounded once."""
         n = len(self.coefficients)
         out = Gradients.empty(self.head, self.num_rows, self.needs, *dtypes[:2], None)
-        tile = self.backend.open_tile(self.head, n)
-        tile.restore(self.staged)
-        dx = None
+        coefficients = self.coefficients * scale
+        dx, pending = None, None
         if out.x is not None:
-            dx = out.x[:n]
-            out.x[n:].zero_()
+            assert self.x is not None
+            if self.group is None:
+                torch.mul(self.x[:n], coefficients.unsqueeze(1), out=out.x[:n])
+            else:
+                dx = self.x[:n] * coefficients.unsqueeze(1)
+                pending = self.group.start_sum(dx)
+            if n < self.num_rows:
+                out.x[n:].zero_()
+        tile = self.backend.open_tile(self.head, n, self.workspace_bytes)
+        tile.restore(self.kept)
         with plain_arithmetic(self.coefficients.device):
-            tile.gradients(self.coefficients * scale, dx=dx, dweight=out.weight, dbias=out.bias)
+            tile.head_gradients(coefficients, dweight=out.weight, dbias=out.bias)
+        if out.x is not None and dx is not None and pending is not None:
+            pending()
+            out.x[:n] = dx
         return out.x, out.weight, None if out.bias is None else out.bias.to(dtypes[2])
 
 

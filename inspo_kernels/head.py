@@ -1,8 +1,11 @@
-"""The LM head as one value: z = logit_scale * (hidden @ weight.T + bias), soft-capped to cap * tanh(z / cap)."""
+"""The LM head as one value: z = logit_scale * (hidden @ weight.T + bias), z' = cap * tanh(z / cap) / temperature.
+
+Without a soft-cap z' = z / temperature.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,10 +28,23 @@ class LMHead:
     softcap: float | None
     logit_scale: float
     compute_dtype: torch.dtype
+    temperature: float = 1.0
+    # Words of the whole vocabulary where this head holds a rank's share of them.
+    whole_vocab: int | None = None
 
     @property
     def vocab_size(self) -> int:
+        """Words that this rank holds."""
         return self.weight.shape[0]
+
+    @property
+    def is_shard(self) -> bool:
+        return self.whole_vocab is not None
+
+    @property
+    def all_words(self) -> int:
+        """Words of the whole vocabulary."""
+        return self.vocab_size if self.whole_vocab is None else self.whole_vocab
 
     @property
     def hidden_size(self) -> int:
@@ -38,14 +54,27 @@ class LMHead:
     def accumulate_dtype(self) -> torch.dtype:
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
+    @property
+    def slope(self) -> float:
+        """dz'/d(hidden @ weight.T + bias), the derivative of the soft-cap apart."""
+        return self.logit_scale / self.temperature
+
     def detach(self) -> LMHead:
-        """The same head outside any graph."""
-        bias = None if self.bias is None else self.bias.detach()
-        return LMHead(self.weight.detach(), bias, self.softcap, self.logit_scale, self.compute_dtype)
+        """Return this head outside any graph."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+    def without_weight(self) -> LMHead:
+        """Return a head of this shape that holds no memory: a kept row's gradients need neither weight nor bias."""
+        return replace(self, weight=self.weight.new_zeros(()).expand(self.weight.shape), bias=None)
 
 
 def checked_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float = 1.0,
 ) -> LMHead:
     """Check hidden (..., H) against weight (V, H), bias (V,) and the transform; errors say what to change.
 
@@ -56,10 +85,7 @@ def checked_head(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if type(tensor).__name__ == "DTensor":
-            raise TypeError(
-                f"{name} is a DTensor: pass {name}.full_tensor(), or compute the loss inside the wrapped module's "
-                "forward, where the engine hands out the unsharded parameter"
-            )
+            raise TypeError(f"{name} is a DTensor: {_dtensor_advice(name)}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}: pass {name}.to_dense()")
         if tensor.dtype not in FLOATS:
@@ -73,7 +99,7 @@ def checked_head(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
     logit_scale = finite("logit_scale", logit_scale)
-    softcap = checked_softcap(softcap)
+    softcap, temperature = checked_softcap(softcap), checked_temperature(temperature)
 
     dtypes = {tensor.dtype for tensor in given.values()}
     compute_dtype = hidden.dtype
@@ -84,7 +110,20 @@ def checked_head(
     if len(dtypes) > 1:
         got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in given.items())
         raise TypeError(f"hidden, weight and bias must share a dtype (autocast mixes all but float64), got {got}")
-    return LMHead(weight, bias, softcap, logit_scale, compute_dtype)
+    return LMHead(weight, bias, softcap, logit_scale, compute_dtype, temperature)
+
+
+def _dtensor_advice(name: str) -> str:
+    if name == "hidden":
+        return "pass hidden.to_local() of one that is replicated (hidden.redistribute(placements=[Replicate()]))"
+    return (
+        "with FSDP2, compute the loss inside the wrapped module's forward, where the engine hands out the whole "
+        "parameter (of a head that is a unit of its own, after its unshard()); or, on a data-parallel mesh, pass "
+        f"{name}.full_tensor(grad_placements=[Partial('avg')]) with "
+        "Partial from torch.distributed.tensor (without grad_placements the ranks' gradients would not be averaged). "
+        f"With tensor parallelism, where each rank computes its own words for the same hidden states, pass {name} "
+        f"as it is and process_group={name}.device_mesh.get_group()"
+    )
 
 
 def checked_softcap(softcap: float | None) -> float | None:
@@ -93,6 +132,14 @@ def checked_softcap(softcap: float | None) -> float | None:
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap!r}")
     return softcap
+
+
+def checked_temperature(temperature: float) -> float:
+    """A positive number."""
+    temperature = finite("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature!r}")
+    return temperature
 
 
 def plain_arithmetic(device: torch.device) -> torch.autocast:

@@ -1,189 +1,318 @@
-"""The passes over the head that the public functions are made of, on any backend.
+"""The passes over the head, the same for every backend.
 
-Cost in floating point operations, for N scored rows, hidden size H, vocabulary V:
+A matmul over N rows costs 2NHV operations. Log-probs alone: 2NHV, through a workspace of one tile. A frozen head: 4NHV,
+because dlogp/dx of each row is one H-vector, found beside the log-prob and multiplied by its coefficient afterwards.
 
-    score           2NHV   log-probs alone
-    unit_gradients  4NHV   log-probs and d logp_t / d x_t, one H-vector a row, from which any upstream gradient follows
-    regradients     6NHV   gradients for given per-token coefficients, recomputing the logits (8NHV with ``score``)
-    pair_losses     6NHV   log-probs, pair losses and their gradients at once (2NHV without gradients, 4NHV frozen head)
+``pair_losses`` does its work in one pass, 6NHV. The loss is a function of few sums, so for each group of whole pairs
+that fits the workspace: stage its rows, which leaves log-probs, dlogp/dx and the kept E, sum per segment, evaluate and
+differentiate the objective on those few sums, and turn E into dW. Nothing is recomputed. A pair longer than the default
+workspace gets a larger one, within limits. Of a pair longer than the workspace C only the last C rows are kept; the
+others are multiplied once more when c is known: 2HV more per row, and never more memory. dW is written by the first
+group and added to by the others, in the accumulate dtype.
 
-``pair_losses`` is the heart. dloss/dlogp_t is the same c for all tokens of a segment and depends on a pair's sums
-alone, so whole pairs are taken in groups that fit the workspace: score the group, sum per segment, evaluate and
-differentiate the objective on those few sums, and turn the logits, still in the workspace, into gradients. Nothing is
-recomputed. A pair longer than the default workspace gets a larger one, within limits. Of a pair longer than the
-workspace C, all but the last C rows are scored first and staged again once c is known: 2HV more per such row, and never
-more memory. dW is written by the first tile and added to by the others, in the accumulate dtype.
-
-Where one group is the whole batch, its rows may stay staged until the upstream gradient is known: ``StagedGradients``.
+Where one group is the whole batch, its rows may stay kept until the upstream gradient is known: ``DeferredGradients``.
+Single tokens with a trainable head always wait for their upstream gradients: ``token_logps`` keeps the last C rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import Backend
+from .backends import Backend, HeadTile
 from .backends.base import chunks
-from .gradients import Gradients, Needs, StagedGradients
+from .gradients import DeferredGradients, Gradients, Needs
+from .groups import VocabGroup
 from .head import LMHead, plain_arithmetic
 from .pair_loss import PairTerms
-from .prepare import Prepared
+from .row_sums import RowSums, TokenScores, parts_of
 from .scored_rows import ScoredRows
 
 
-def score(backend: Backend, head: LMHead, x: Tensor, targets: Tensor, capacity: int) -> Tensor:
-    """Log-probs (N,) in the accumulate dtype."""
-    if not len(x):
-        return torch.empty(0, dtype=head.accumulate_dtype, device=x.device)
-    return backend.open_tile(head, min(capacity, len(x))).score(x, targets)
+@dataclass(frozen=True)
+class HeadPass:
+    """A head on its backend, with its workspace, and the statistics that are wanted beside log-probs.
 
-
-def unit_gradients(
-    backend: Backend, head: LMHead, x: Tensor, targets: Tensor, num_rows: int, capacity: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probs (num_rows,) of the first rows of x and the gradient of each with respect to its own row.
-
-    The gradients come in a tensor as large as x, (N, H), whose other rows are left to the caller.
+    ``capacity``: rows that can be kept, in ``workspace_bytes``. ``group``: the ranks that hold the other words, if any;
+    all of them make the same calls for the same rows.
     """
-    logps = torch.empty(num_rows, dtype=head.accumulate_dtype, device=x.device)
-    dx = torch.empty(x.shape, dtype=head.accumulate_dtype, device=x.device)
-    if num_rows:
-        tile = backend.open_tile(head, min(capacity, num_rows))
-        ones = torch.ones(tile.capacity, dtype=head.accumulate_dtype, device=x.device)
-        for rows in chunks(0, num_rows, capacity):
-            logps[rows] = tile.stage(x[rows], targets[rows])
-            tile.gradients(ones[: rows.stop - rows.start], dx=dx[rows])
-    return logps, dx
+
+    head: LMHead
+    backend: Backend
+    capacity: int
+    workspace_bytes: int
+    statistics: tuple[str, ...] = ()
+    group: VocabGroup | None = None
+
+    def open(self, capacity: int = 0) -> HeadTile:
+        """A tile that keeps so many rows."""
+        return self.backend.open_tile(self.head, capacity, self.workspace_bytes)
+
+    def stage(
+        self, tile: HeadTile, x: Tensor, targets: Tensor, *, keep: bool = False, dx: Tensor | None = None
+    ) -> RowSums:
+        """Stage rows and finish them: their sums over the whole vocabulary."""
+        most = len(x) if keep or dx is None else tile.dx_rows
+        if self.group is not None and most == tile.dx_rows < sys.maxsize:
+            most = min(most, self.capacity)  # the same on every rank
+        blocks = []
+        for rows in chunks(0, len(x), most):
+            own = None if dx is None else dx[rows]
+            sums = tile.stage(x[rows], targets[rows], keep=keep, dx=own, parts=parts_of(self.statistics))
+            if self.group is not None:
+                sums = self.group.combine(sums, targets[rows], self.head.accumulate_dtype)
+            tile.finish(sums)
+            blocks.append(sums)
+        return RowSums.cat(blocks)
+
+    def scores(self, sums: RowSums) -> TokenScores:
+        return sums.scores(self.head.accumulate_dtype, self.head.all_words, self.statistics)
+
+    def score(self, x: Tensor, targets: Tensor) -> TokenScores:
+        """Log-probs and statistics of x (N, H), without gradients."""
+        if not len(x):
+            empty = torch.empty(0, dtype=self.head.accumulate_dtype, device=x.device)
+            return TokenScores(
+                empty, {name: empty.bool() if name == "is_top1" else empty.clone() for name in self.statistics}
+            )
+        return self.scores(self.stage(self.open(), x, targets))
+
+    def unit_gradients(self, x: Tensor, targets: Tensor, dx: Tensor) -> TokenScores:
+        """Log-probs of x (N, H), and in ``dx`` (N, H) the gradient of each with respect to its own row."""
+        return self.scores(self.stage(self.open(), x, targets, dx=dx)) if len(x) else self.score(x, targets)
+
+    def start_sum(self, dx: Tensor | None) -> Callable[[], Any]:
+        """Start adding up ``dx`` over the ranks, each of which has the part of its words; returns what waits for it."""
+        return _nothing if self.group is None or dx is None else self.group.start_sum(dx)
+
+    def worth_deferring(self, rows: int, needs: Needs) -> bool:
+        """Whether to keep the gradients' rows until the backward pass, decided alike on every rank."""
+        head = self.head if self.group is None else self.group.largest(self.head)
+        return DeferredGradients.worth_deferring(self.backend, head, rows, needs)
+
+    def empty_rows(self, x: Tensor) -> Tensor:
+        """To be written: gradients of x in the accumulate dtype."""
+        return torch.empty(x.shape, dtype=self.head.accumulate_dtype, device=x.device)
 
 
-def regradients(
-    backend: Backend, head: LMHead, x: Tensor, targets: Tensor, coefficients: Tensor, capacity: int, needs: Needs
+def _nothing() -> None:
+    """Wait for nothing."""
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """Tokens whose upstream gradients are not known yet; the last ones of x are kept, with d logp / d x ``dx``.
+
+    ``sums``: of the tokens that are not kept.
+    """
+
+    sums: RowSums | None
+    dx: Tensor | None
+    kept: tuple[Tensor, ...]
+
+
+def token_logps(run: HeadPass, x: Tensor, targets: Tensor, needs: Needs) -> tuple[TokenScores, KeptTokens]:
+    """Log-probs of x (N, H) with a trainable head, and what their gradients need."""
+    first = max(0, len(x) - run.capacity)
+    tile = run.open(len(x) - first)
+    parts, early = [], None
+    if first:
+        early = run.stage(tile, x[:first], targets[:first])
+        parts.append(early)
+    dx: Tensor | None = None
+    kept: tuple[Tensor, ...] = ()
+    if first < len(x):
+        dx = run.empty_rows(x[first:]) if needs.x else None
+        parts.append(run.stage(tile, x[first:], targets[first:], keep=True, dx=dx))
+        kept = tile.staged()
+    scores = run.scores(RowSums.cat(parts)) if parts else run.score(x, targets)
+    return scores, KeptTokens(early, dx, kept)
+
+
+def token_gradients(
+    run: HeadPass, x: Tensor, targets: Tensor, kept: KeptTokens, coefficients: Tensor, needs: Needs
 ) -> Gradients:
-    """Gradients of sum(coefficients * log-probs), the logits computed anew tile by tile."""
-    gradients = Gradients.empty(head, len(x), needs)
-    if len(x):
-        tile = _GradientTile(backend, head, min(capacity, len(x)), gradients)
-        for rows in chunks(0, len(x), capacity):
-            tile.stage(x[rows], targets[rows])
-            tile.add(rows, coefficients[rows])
-    else:
-        for tensor in (gradients.weight, gradients.bias):
-            if tensor is not None:
-                tensor.zero_()
+    """Gradients of sum(coefficients * log-probs), of the tokens that ``token_logps`` left in ``kept``."""
+    first = 0 if kept.sums is None else len(kept.sums.offset)
+    gradients = Gradients.empty(run.head, len(x), needs) if len(x) else Gradients.zeros(run.head, 0, needs)
+    coefficients = coefficients.to(run.head.accumulate_dtype)
+    if first < len(x):
+        tile = run.open(len(x) - first)
+        tile.restore(kept.kept)
+        pending = _nothing
+        if gradients.x is not None:
+            assert kept.dx is not None
+            torch.mul(kept.dx, coefficients[first:].unsqueeze(1), out=gradients.x[first:])
+            pending = run.start_sum(gradients.x[first:])
+        tile.head_gradients(coefficients[first:], dweight=gradients.weight, dbias=gradients.bias)
+        pending()
+        del tile
+    if kept.sums is not None:
+        run.open().recompute_gradients(
+            x[:first],
+            targets[:first],
+            kept.sums,
+            coefficients[:first],
+            dx=None if gradients.x is None else gradients.x[:first],
+            dweight=gradients.weight,
+            dbias=gradients.bias,
+            accumulate=first < len(x),
+        )
+        run.start_sum(None if gradients.x is None else gradients.x[:first])()
     return gradients
 
 
-def pair_losses(p: Prepared, x: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Gradients | StagedGradients]:
-    """Losses (B,), sums (kinds, B), both float64, and the gradients of the reduced loss that ``needs`` asks for.
+def pair_sums(run: HeadPass, plan: ScoredRows, x: Tensor) -> SegmentSums:
+    """Sums of every segment, without gradients."""
+    sums = SegmentSums(plan, run.statistics)
+    with plain_arithmetic(x.device):
+        sums.fill(slice(0, len(plan.counts)), run.score(x, plan.targets))
+        sums.add_other_ranks()
+    return sums
 
-    ``x`` (N, H) are the planned rows, gathered; rows that the loss does not depend on get zero gradient.
+
+def pair_losses(
+    run: HeadPass, plan: ScoredRows, terms: PairTerms, pair_capacity: int, x: Tensor, needs: Needs
+) -> tuple[Tensor, SegmentSums, Gradients | DeferredGradients]:
+    """Losses (B,) in float64, the segments' sums, and the gradients of the reduced loss that ``needs`` asks for.
+
+    ``x`` (N, H) are the planned rows, gathered; rows that the loss does not depend on get zero gradient. A pair longer
+    than the workspace may take ``pair_capacity`` rows.
     """
-    assert p.backend is not None
-    plan, sums = p.plan, _Sums(p.plan, p.terms)
-    graded = sum(plan.pair_rows) if needs.any else 0
+    if not needs.any:
+        sums = pair_sums(run, plan, x)
+        return terms.losses(terms.sums(sums.table, sums.lengths)), sums, Gradients(None, None, None)
+    sums = SegmentSums(plan, run.statistics)
+    graded = sum(plan.pair_rows)
     rest = slice(graded, len(x))
     with plain_arithmetic(x.device):
         # Forward-only segments first, so that an objective may look at them when its pair's turn comes.
-        rest_logps = score(p.backend, p.head, x[rest], plan.targets[rest], p.capacity)
-        if not needs.any:
-            sums.fill(slice(0, len(plan.counts)), rest_logps)
-            return p.terms.losses(p.terms.sums(sums.table, sums.lengths)), sums.table, Gradients(None, None, None)
-        sums.fill(slice(plan.kinds_per_pair * plan.num_pairs, len(plan.counts)), rest_logps)
-
+        rest_scores = run.score(x[rest], plan.targets[rest])
+        sums.fill(slice(plan.kinds_per_pair * plan.num_pairs, len(plan.counts)), rest_scores)
+        gradients: Gradients | DeferredGradients
         if not graded:
-            losses, _ = sums.differentiate(slice(0, plan.num_pairs), rest_logps[:0])
-            gradients: Gradients | StagedGradients = Gradients.zeros(p.head, len(x), needs)
+            no_scores = run.score(x[:0], plan.targets[:0])
+            losses, _ = sums.differentiate(terms, slice(0, plan.num_pairs), no_scores)
+            gradients = Gradients.zeros(run.head, len(x), needs)
         elif needs.head:
-            losses, gradients = _one_pass(p, x, sums, needs)
+            losses, gradients = _one_pass(run, plan, terms, pair_capacity, x, sums, needs)
         else:
-            # A frozen head: per-token gradients are stored unscaled and meet their coefficients afterwards.
-            logps, dx = unit_gradients(p.backend, p.head, x, plan.targets, graded, p.capacity)
-            losses, by_row = sums.differentiate(slice(0, plan.num_pairs), logps)
+            dx = run.empty_rows(x)
+            scores = run.unit_gradients(x[:graded], plan.targets[:graded], dx[:graded])
+            losses, by_row = sums.differentiate(terms, slice(0, plan.num_pairs), scores)
             dx[:graded].mul_(by_row.unsqueeze(1))
+            pending = run.start_sum(dx[:graded])
             dx[rest].zero_()
+            pending()
             gradients = Gradients(dx, None, None)
-    return losses, sums.table, gradients
+    return losses, sums, gradients
 
 
-def _one_pass(p: Prepared, x: Tensor, sums: _Sums, needs: Needs) -> tuple[Tensor, Gradients | StagedGradients]:
+def _one_pass(
+    run: HeadPass, plan: ScoredRows, terms: PairTerms, pair_capacity: int, x: Tensor, sums: SegmentSums, needs: Needs
+) -> tuple[Tensor, Gradients | DeferredGradients]:
     """Losses (B,) and gradients, group by group."""
-    assert p.backend is not None
-    targets = p.plan.targets
-    groups = list(_groups(p.plan.pair_rows, p.plan.num_pairs if p.terms.objective.batch_coupled else 1, p.capacity))
+    targets = plan.targets
+    together = plan.num_pairs if terms.objective.batch_coupled or plan.sequence is not None else 1
+    groups = list(_groups(plan.pair_rows, together, run.capacity))
     largest = max(rows.stop - rows.start for _, rows in groups)
-    capacity = min(largest, p.pair_capacity)
-    if len(groups) == 1 and largest <= capacity and StagedGradients.pay(p.backend, p.head, largest, needs):
+    capacity = min(largest, pair_capacity)
+    tile = run.open(capacity)
+    if len(groups) == 1 and largest <= capacity and run.worth_deferring(largest, needs):
         pairs, rows = groups[0]
-        staging = p.backend.open_tile(p.head, capacity)
-        losses, by_row = sums.differentiate(pairs, staging.stage(x[rows], targets[rows]))
-        return losses, StagedGradients(p.backend, p.head, needs, len(x), by_row, staging.staged())
+        dx = run.empty_rows(x[rows]) if needs.x else None
+        scores = run.scores(run.stage(tile, x[rows], targets[rows], keep=True, dx=dx))
+        losses, by_row = sums.differentiate(terms, pairs, scores)
+        return losses, DeferredGradients(
+            run.backend,
+            run.head.without_weight(),
+            needs,
+            len(x),
+            run.workspace_bytes,
+            dx,
+            by_row,
+            tile.staged(),
+            run.group,
+        )
 
-    gradients = Gradients.empty(p.head, len(x), needs)
-    tile = _GradientTile(p.backend, p.head, capacity, gradients)
-    group_losses = []
+    gradients = Gradients.empty(run.head, len(x), needs)
+    head_gradients = {"dweight": gradients.weight, "dbias": gradients.bias}
+    group_losses, accumulate, pending = [], False, _nothing
     for pairs, rows in groups:
-        resident = slice(max(rows.start, rows.stop - capacity), rows.stop)
-        too_many = list(chunks(rows.start, resident.start, capacity))
-        logps = [tile.stage(x[part], targets[part]) for part in (*too_many, resident)]
-        losses, by_row = sums.differentiate(pairs, torch.cat(logps))
+        kept = slice(max(rows.start, rows.stop - capacity), rows.stop)
+        early = slice(rows.start, kept.start)
+        parts = [
+            run.stage(
+                tile, x[part], targets[part], keep=part is kept, dx=None if gradients.x is None else gradients.x[part]
+            )
+            for part in (early, kept)
+            if part.start < part.stop
+        ]
+        losses, by_row = sums.differentiate(terms, pairs, run.scores(RowSums.cat(parts)))
         group_losses.append(losses)
-        tile.add(resident, by_row[resident.start - rows.start :])
-        for part in too_many:
-            tile.stage(x[part], targets[part])
-            tile.add(part, by_row[part.start - rows.start : part.stop - rows.start])
+        if gradients.x is not None:
+            gradients.x[rows].mul_(by_row.unsqueeze(1))
+            if rows.stop == groups[-1][1].stop:  # while the last group's dW is computed
+                pending = run.start_sum(gradients.x[: rows.stop])
+        coefficients = by_row[: early.stop - early.start], by_row[early.stop - early.start :]
+        if kept.start < kept.stop:
+            tile.head_gradients(coefficients[1], accumulate=accumulate, **head_gradients)
+            accumulate = True
+        if early.start < early.stop:
+            tile.recompute_gradients(
+                x[early], targets[early], parts[0], coefficients[0], dx=None, accumulate=accumulate, **head_gradients
+            )
+            accumulate = True
     if gradients.x is not None:
-        gradients.x[sum(p.plan.pair_rows) :].zero_()
+        gradients.x[sum(plan.pair_rows) :].zero_()
+    pending()
     return torch.cat(group_losses), gradients
 
 
-class _Sums:
-    """The (kinds, B) table of summed log-probs as it fills up, and what follows from its complete columns."""
+class SegmentSums:
+    """The (kinds, B) tables of summed log-probs and statistics as they fill up, and what complete columns give."""
 
-    def __init__(self, plan: ScoredRows, terms: PairTerms) -> None:
-        self.plan, self.terms = plan, terms
+    def __init__(self, plan: ScoredRows, statistics: tuple[str, ...] = ()) -> None:
+        self.plan = plan
         self.lengths = plan.lengths.double()
         self.table = torch.zeros_like(self.lengths)
+        self.statistics = {name: torch.zeros_like(self.lengths) for name in statistics}
 
-    def fill(self, segments: slice, logps: Tensor) -> None:
-        """Enter the sums of ``plan.order[segments]``, whose rows' log-probs these are.
+    def fill(self, segments: slice, scores: TokenScores) -> None:
+        """Enter the sums of ``plan.order[segments]``, whose rows these are.
 
         Sums of consecutive runs, in float64, in an order that does not vary: deterministic on every device.
         """
         counts = self.plan.device_counts[segments]
         if not len(counts):
             return
-        sums = torch.segment_reduce(logps.double(), "sum", lengths=counts, unsafe=True)
-        self.table.view(-1)[self.plan.order[segments]] = sums
+        order = self.plan.order[segments]
+        values = {name: (table, scores.statistics[name]) for name, table in self.statistics.items()}
+        for table, rows in ((self.table, scores.logps), *values.values()):
+            table.view(-1)[order] = torch.segment_reduce(rows.double(), "sum", lengths=counts, unsafe=True)
 
-    def differentiate(self, pairs: slice, logps: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of ``pairs`` and dloss/dlogp of each of their gradient rows, whose log-probs are given."""
+    def add_other_ranks(self) -> None:
+        """Add the sums of the tokens that other ranks hold; all pairs must be complete here."""
+        if self.plan.sequence is not None:
+            names = list(self.statistics)
+            self.table, *others = self.plan.sequence.total(self.table, *self.statistics.values())
+            self.statistics = dict(zip(names, others))
+
+    def differentiate(self, terms: PairTerms, pairs: slice, scores: TokenScores) -> tuple[Tensor, Tensor]:
+        """Losses of ``pairs`` and dloss/dlogp of each of their gradient rows, whose scores are given."""
         k = self.plan.kinds_per_pair
         segments = slice(k * pairs.start, k * pairs.stop)
-        self.fill(segments, logps)
-        losses, coefficients = self.terms.coefficients(
-            self.table[:, pairs], self.lengths[:, pairs], pairs.start, self.plan.num_pairs
-        )
-        by_segment = coefficients.flatten().to(logps.dtype)
+        self.fill(segments, scores)
+        self.add_other_ranks()
+        losses, coefficients = terms.coefficients(self.table[:, pairs], self.lengths, pairs.start, self.plan.num_pairs)
+        by_segment = coefficients.flatten().to(scores.logps.dtype)
         counts = self.plan.device_counts[segments]
-        return losses, by_segment.repeat_interleave(counts, output_size=len(logps))
-
-
-class _GradientTile:
-    """A tile, its gradients' destination, and whether dW and db have been written yet."""
-
-    def __init__(self, backend: Backend, head: LMHead, capacity: int, gradients: Gradients) -> None:
-        self.tile = backend.open_tile(head, capacity)
-        self.gradients = gradients
-        self.stage = self.tile.stage
-        self.accumulate = False
-
-    def add(self, rows: slice, coefficients: Tensor) -> None:
-        g = self.gradients
-        dx = None if g.x is None else g.x[rows]
-        self.tile.gradients(coefficients, dx=dx, dweight=g.weight, dbias=g.bias, accumulate=self.accumulate)
-        self.accumulate = True
+        return losses, by_segment.repeat_interleave(counts, output_size=len(scores.logps))
 
 
 def _groups(pair_rows: list[int], pairs_together: int, capacity: int) -> Iterator[tuple[slice, slice]]:

@@ -1,4 +1,4 @@
-"""What a backend is: a workspace of logits rows that can be scored and then turned into gradients.
+"""What a backend is: a workspace in which rows of logits are summed up and turned into gradients.
 
 ``passes`` drives every backend through these few methods, so a backend holds kernels and nothing of pairs, groups,
 objectives or autograd. To add one, subclass ``Backend`` and ``HeadTile`` in a file of its own and list it in
@@ -7,6 +7,7 @@ objectives or autograd. To add one, subclass ``Backend`` and ``HeadTile`` in a f
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -14,54 +15,83 @@ import torch
 from torch import Tensor
 
 from ..head import LMHead
+from ..row_sums import RowSums
 
 
 class HeadTile(ABC):
-    """A workspace for up to ``capacity`` rows of logits over the whole vocabulary, reused for tile after tile."""
+    """A workspace, reused for block after block of rows.
+
+    A block goes through ``stage``, which sums it up, and ``finish``, which is given the sums over the whole vocabulary:
+    the block's own, or those that ranks with other words have combined. Rows staged with ``keep`` stay in the workspace
+    for ``head_gradients`` until the next ``stage``; at most ``capacity`` rows can be kept, any number staged otherwise.
+    """
+
+    # Rows that one ``stage`` with ``dx`` can take.
+    dx_rows: int = sys.maxsize
 
     def __init__(self, head: LMHead, capacity: int) -> None:
         self.head = head
         self.capacity = capacity
 
     @abstractmethod
-    def stage(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Log-probs (n,) in the accumulate dtype of ``targets`` (n,) given hidden states ``x`` (n, H).
+    def stage(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        *,
+        keep: bool = False,
+        dx: Tensor | None = None,
+        parts: frozenset[str] = frozenset(),
+    ) -> RowSums:
+        """Sums of hidden states ``x`` (n, H) and ``targets`` (n,), with the optional fields ``parts`` of ``RowSums``.
 
-        Leaves in the workspace what ``gradients`` needs; the next ``stage`` overwrites it. n <= capacity.
+        A target outside 0..V-1 is a word of another rank. ``dx`` (n, H), of the accumulate dtype, is where ``finish``
+        will leave gradients.
         """
+
+    @abstractmethod
+    def finish(self, sums: RowSums) -> None:
+        """Take the sums over the whole vocabulary of the rows staged last, and complete ``dx``: d logp / d x."""
 
     @abstractmethod
     def staged(self) -> tuple[Tensor, ...]:
-        """The tensors that ``gradients`` reads, of the rows staged last; they must not be staged over while in use."""
+        """The tensors that ``head_gradients`` reads; they must not be staged over while in use."""
 
     @abstractmethod
     def restore(self, staged: tuple[Tensor, ...]) -> None:
-        """Make ``gradients`` read these, from ``staged`` of a tile of the same head."""
+        """Make ``head_gradients`` read these, from ``staged`` of a tile of the same head."""
 
     @abstractmethod
-    def gradients(
-        self,
-        coefficients: Tensor,
-        *,
-        dx: Tensor | None = None,
-        dweight: Tensor | None = None,
-        dbias: Tensor | None = None,
-        accumulate: bool = False,
+    def head_gradients(
+        self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
     ) -> None:
-        """Gradients of sum(coefficients * log-probs) of the staged rows, into preallocated tensors.
+        """Gradients of sum(coefficients * log-probs) of the kept rows in weight and bias.
 
-        ``dx`` (n, H) is written. ``dweight`` (V, H) and ``dbias`` (V,) are added to, or written unless ``accumulate``.
-        They have the accumulate dtype; ``dx``, and ``dweight`` unless ``accumulate``, may have any other, to which they
-        are rounded once. Only what is given is computed. The staged rows stay as they are.
+        ``dweight`` (V, H) and ``dbias`` (V,), of the accumulate dtype, are added to, or written unless ``accumulate``.
+        Where ``dweight`` is written it may have any dtype, to which it is rounded once.
         """
 
-    def score(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Log-probs alone (N,), of any number of rows; a backend may know something cheaper than ``stage``."""
-        return torch.cat([self.stage(x[rows], targets[rows]) for rows in chunks(0, len(x), self.capacity)])
+    @abstractmethod
+    def recompute_gradients(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        sums: RowSums,
+        coefficients: Tensor,
+        *,
+        dx: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        accumulate: bool = False,
+    ) -> None:
+        """Gradients of sum(coefficients * log-probs) of any number of rows whose ``sums`` are known, the logits anew.
+
+        ``dx`` (n, H), of the accumulate dtype, is written; ``dweight`` and ``dbias`` as in ``head_gradients``.
+        """
 
 
 class Backend(ABC):
-    """A named way to run the head's products and the passes over its logits."""
+    """A named way to run the head's matmuls and the pass over its logits."""
 
     name: str
 
@@ -69,30 +99,37 @@ class Backend(ABC):
     def unsupported(self, head: LMHead, device: torch.device) -> str | None:
         """Why this head cannot run here and what to do instead, or None if it can."""
 
+    def prepared(self, head: LMHead) -> LMHead:
+        """The head as this backend multiplies it, for all tiles of a call: a cast weight is cast once."""
+        return head
+
     @abstractmethod
     def default_workspace_bytes(self, head: LMHead, device: torch.device) -> int:
         """Workspace when the user sets no bound: from the head's shape and the device alone, never from free memory."""
 
     @abstractmethod
-    def bytes_per_row(self, head: LMHead) -> int:
-        """Workspace that one row of a tile takes."""
+    def capacity(self, head: LMHead, device: torch.device, workspace_bytes: int) -> int:
+        """Rows that can be kept in a workspace of that size; 0 if not even one."""
 
     @abstractmethod
-    def staged_bytes(self, head: LMHead, rows: int) -> int:
-        """Memory that staged rows go on taking until their gradients are computed."""
+    def kept_bytes(self, head: LMHead, rows: int) -> int:
+        """Memory that kept rows go on taking until their gradients are computed."""
 
     @abstractmethod
-    def open_tile(self, head: LMHead, capacity: int) -> HeadTile:
-        """Allocate a workspace of ``capacity`` rows."""
+    def passing_bytes(self, head: LMHead, device: torch.device, rows: int, workspace_bytes: int) -> int:
+        """Memory of a tile in which so many rows are given d logp / d x without being kept."""
 
-    def capacity(self, head: LMHead, device: torch.device, max_workspace_bytes: int | None) -> int:
-        """Rows that fit the workspace bound, at least one."""
-        limit = self.default_workspace_bytes(head, device) if max_workspace_bytes is None else max_workspace_bytes
-        return max(1, limit // self.bytes_per_row(head))
+    @abstractmethod
+    def logits_bytes(self, head: LMHead, device: torch.device, workspace_bytes: int) -> int:
+        """Memory that logits and widened slices of the weight take beside kept rows."""
+
+    @abstractmethod
+    def open_tile(self, head: LMHead, capacity: int, workspace_bytes: int) -> HeadTile:
+        """A workspace of at most ``workspace_bytes`` that keeps up to ``capacity`` rows."""
 
 
 def chunks(start: int, stop: int, capacity: int) -> Iterator[slice]:
-    """As few slices of at most ``capacity`` as possible, nearly equal: a last one of few rows would waste a product."""
+    """As few slices of at most ``capacity`` as possible, nearly equal: a last one of few rows would waste a matmul."""
     if start < stop:
         count = -(-(stop - start) // capacity)
         size = -(-(stop - start) // count)

@@ -1,13 +1,13 @@
-"""The head on CUDA and ROCm: three large library products, and Triton kernels for all that lies between them.
+"""The head on CUDA and ROCm: large library matmuls, and Triton kernels for all that lies between them.
 
-The algorithm is that of ``torch_backend`` in fewer passes over memory. Logits are products accumulated and kept in
-float32 (``out_dtype``), ``STAGE_ROWS`` rows at a time; ``kernels.row_pass`` reads them once and leaves log-probs, S,
-and E in the compute dtype, which is what the two gradient products multiply:
+The algorithm is that of ``torch_backend``. Logits are accumulated in float32 (``out_dtype``), a tile of rows x words at
+a time that fits the chip's last-level cache; ``kernels.row_pass`` reads the tile there and leaves sums per row and,
+where gradients follow, E in the compute dtype, which is what the two gradient matmuls multiply:
 
     dX = -(c s / S) * (E W)        dW = -E^T (X * c s / S)        db = -E^T (c s / S)
 
-Per logit that is 4 + 4 + 2 bytes written and read between the products instead of the 16 of float32 in place, E needs
-half the memory, and both products are single calls over all rows of the tile.
+Per logit that is 2 + 2 + 2 bytes of memory traffic (E written once and read twice) and none for scoring, where float32
+logits in place would take 16. Both gradient matmuls are single calls over all kept rows.
 
 Accuracy. Log-probs never see a logit in the compute dtype: operands are multiplied exactly, and sums, logits, S and
 log-probs are float32 throughout; labels get logits of their own (``kernels.label_logits``). The gradients see E rounded
@@ -27,6 +27,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -34,17 +35,13 @@ from torch import Tensor
 
 from ..head import LMHead
 from ..kernels import config
-from .base import Backend, HeadTile
+from ..row_sums import RowSums
+from .base import Backend, HeadTile, chunks
 
-# Logits staged at a time: enough rows for a product at full speed and two waves of row programs on 132
-# multiprocessors, in 0.5 GB at V = 128256.
-STAGE_ROWS = 1024
-# Rows of a tile by default. Each tile but the first reads and writes dW in float32, 245/C of a tile's product time at C
-# rows (measured nowhere yet; from 790 TFLOP/s and 4.3 TB/s): 3% here. Most batches fit one tile and write dW once.
-TILE_ROWS = 8192
-# A product of n rows does n operations per byte of the head it reads; an H200 does 184 in that time (790 TFLOP/s and
-# 4.3 TB/s). Below this many rows at a time a product is bound by reading the head.
-FEW_ROWS = 128
+# Rows of E that are kept by default. Each group of rows but the first reads and writes dW in float32, 245/C of the
+# group's matmul time at C rows (calculated from 790 TFLOP/s and 4.3 TB/s, not measured): 3% here. Most batches fit one
+# group and write dW once.
+KEPT_ROWS = 8192
 
 
 class TritonBackend(Backend):
@@ -65,28 +62,32 @@ class TritonBackend(Backend):
             return f'needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less: use backend="torch"'
         return None
 
+    def prepared(self, head: LMHead) -> LMHead:
+        # Under autocast the rounded copy that autocast itself would make. A matmul copies an operand without any unit
+        # stride: once for all of them, then.
+        weight = head.weight.to(head.compute_dtype)
+        weight = weight if 1 in weight.stride() else weight.contiguous()
+        return replace(head, weight=weight, bias=None if head.bias is None else head.bias.to(head.compute_dtype))
+
     def default_workspace_bytes(self, head: LMHead, device: torch.device) -> int:
-        return max(64 << 20, self._bytes(head, TILE_ROWS))
+        return max(64 << 20, _tile_bytes(head, device) + KEPT_ROWS * _e_bytes(head))
 
-    def bytes_per_row(self, head: LMHead) -> int:
-        return self._bytes(head, 1)
-
-    def staged_bytes(self, head: LMHead, rows: int) -> int:
+    def kept_bytes(self, head: LMHead, rows: int) -> int:
         return rows * _e_bytes(head)
 
-    def capacity(self, head: LMHead, device: torch.device, max_workspace_bytes: int | None) -> int:
-        limit = self.default_workspace_bytes(head, device) if max_workspace_bytes is None else max_workspace_bytes
-        rows = limit // self._bytes(head, 1)
-        if rows >= STAGE_ROWS:
-            rows = STAGE_ROWS + (limit - self._bytes(head, STAGE_ROWS)) // _e_bytes(head)
-        return max(1, rows)
+    def capacity(self, head: LMHead, device: torch.device, workspace_bytes: int) -> int:
+        logits = self.logits_bytes(head, device, workspace_bytes)
+        return max(1, (workspace_bytes - logits) // _e_bytes(head))
 
-    def _bytes(self, head: LMHead, rows: int) -> int:
-        staged = 0 if _in_place(head) else min(rows, STAGE_ROWS) * _stride(head) * head.accumulate_dtype.itemsize
-        return rows * _e_bytes(head) + staged
+    def passing_bytes(self, head: LMHead, device: torch.device, rows: int, workspace_bytes: int) -> int:
+        kept = min(rows, self.capacity(head, device, workspace_bytes)) * _e_bytes(head)
+        return kept + self.logits_bytes(head, device, workspace_bytes)
 
-    def open_tile(self, head: LMHead, capacity: int) -> HeadTile:
-        return TritonTile(head, capacity)
+    def logits_bytes(self, head: LMHead, device: torch.device, workspace_bytes: int) -> int:
+        return min(_tile_bytes(head, device), workspace_bytes // 2)
+
+    def open_tile(self, head: LMHead, capacity: int, workspace_bytes: int) -> HeadTile:
+        return TritonTile(head, capacity, workspace_bytes)
 
 
 def _in_place(head: LMHead) -> bool:
@@ -102,146 +103,204 @@ def _e_bytes(head: LMHead) -> int:
     return _stride(head) * head.compute_dtype.itemsize
 
 
-def needs_no_logits(head: LMHead, rows: int, capacity: int) -> tuple[bool, str]:
-    """Whether to score ``rows`` rows by ``kernels.linear_logps`` instead of products and ``row_pass``, and why.
-
-    Products win by default: published Triton forwards reach 26-60% of a Hopper's matrix peak where libraries reach 95%,
-    and this one has not been measured.
-    """
-    if head.compute_dtype == torch.float64:
-        return False, "float64 has no tile product in Triton"
-    if head.weight.stride(1) != 1:
-        return False, "the weight's features are not contiguous"
-    if rows <= capacity:
-        return False, "one product holds all rows, and reads the head once"
-    if capacity >= FEW_ROWS:
-        return False, f"products of {capacity} rows are bound by arithmetic"
-    return True, f"each product of only {capacity} rows, all that the workspace holds, would read the whole head"
+def _tile_bytes(head: LMHead, device: torch.device) -> int:
+    """Logits beside E: none where E takes their place."""
+    if _in_place(head):
+        return 0
+    tile = config.logits_tile(config.architecture(device), device, head.accumulate_dtype.itemsize)
+    # E in float16 needs the maximum of the whole row before it is written.
+    words = _stride(head) if head.compute_dtype == torch.float16 else min(tile.words, _stride(head))
+    return tile.rows * words * head.accumulate_dtype.itemsize
 
 
 class TritonTile(HeadTile):
     """Memory is allocated when first needed: log-probs alone need no E."""
 
-    def __init__(self, head: LMHead, capacity: int) -> None:
+    def __init__(self, head: LMHead, capacity: int, workspace_bytes: int) -> None:
         super().__init__(head, capacity)
-        self.device = head.weight.device
+        self.device, self.dtype = head.weight.device, head.accumulate_dtype
         self.arch = config.architecture(self.device)
         self.stride = _stride(head)
-
-    @cached_property
-    def weight(self) -> Tensor:
-        # Under autocast, here and below, the rounded copy that autocast itself would make.
-        weight = self.head.weight.to(self.head.compute_dtype)
-        # A product copies an operand without any unit stride: once for all of them, then.
-        return weight if 1 in weight.stride() else weight.contiguous()
+        self.workspace_bytes = workspace_bytes
+        self.dx_rows = capacity or TritonBackend().capacity(head, self.device, workspace_bytes)
+        self.e_rows: Tensor | None = None
+        # How often a row's offset had to be raised, for tests and tuning.
+        self.raised: Tensor | None = None
 
     @cached_property
     def bias(self) -> Tensor | None:
-        head = self.head
-        if head.bias is None:
-            return None
-        return torch.nn.functional.pad(head.bias.to(head.compute_dtype), (0, self.stride - head.vocab_size))
+        bias, head = self.head.bias, self.head
+        return None if bias is None else torch.nn.functional.pad(bias, (0, self.stride - head.vocab_size))
 
-    @cached_property
-    def e_rows(self) -> Tensor:
-        return self._new(self.capacity, self.stride, dtype=self.head.compute_dtype)
-
-    @cached_property
-    def logits_rows(self) -> Tensor:
-        return self._new(min(self.capacity, STAGE_ROWS), self.stride)
+    def _rows_of_e(self, n: int) -> Tensor:
+        if self.e_rows is None or len(self.e_rows) < n:
+            self.e_rows = None
+            self.e_rows = self._new(max(n, self.capacity), self.stride, dtype=self.head.compute_dtype)
+        return self.e_rows[:n]
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.head.accumulate_dtype, device=self.device)
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def _on_device(self) -> AbstractContextManager:
         """Triton launches on the current device, which need not be the tensors'."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def stage(self, x: Tensor, targets: Tensor) -> Tensor:
+    def _tile_shape(self, n: int, keep: bool) -> config.LogitsTile:
+        """Rows and words of a tile of logits: from the cache, and never more than the workspace."""
+        tile = config.logits_tile(self.arch, self.device, self.dtype.itemsize)
+        elements = self.workspace_bytes // self.dtype.itemsize // (2 if keep else 1)
+        if keep and self.head.compute_dtype == torch.float16:
+            return config.LogitsTile(max(1, min(tile.rows, n, elements // self.stride)), self.stride)
+        words = min(tile.words, self.stride, max(64, elements // 64 * 64))
+        return config.LogitsTile(max(1, min(tile.rows, n, elements // words)), words)
+
+    def stage(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        *,
+        keep: bool = False,
+        dx: Tensor | None = None,
+        parts: frozenset[str] = frozenset(),
+    ) -> RowSums:
+        from ..kernels.row_pass import PARTS
+
         n = len(x)
-        self.x = x.to(self.head.compute_dtype)
-        self.e = self.e_rows[:n]
-        self.sums = self._new(n)
-        logps = self._new(n)
-        self._log_probs(self.x, targets, logps, self.sums, self.e)
-        return logps
+        self.x, self.targets, self.dx = x.to(self.head.compute_dtype), targets, dx
+        self.e = self._rows_of_e(n) if keep or dx is not None else None
+        offset, rest, sums = self._new(n), self._new(n), self._new(len(PARTS), n)
+        self.raised = self._new(n, dtype=torch.int32)
+        with self._on_device():
+            label = self._label_logits(self.x, targets)
+            if self.e is not None and _in_place(self.head):
+                self._sum_rows(slice(0, n), self.e, [(0, self.stride)], label, offset, rest, sums, parts)
+            else:
+                tile = self._tile_shape(n, self.e is not None)
+                buffer = self._new(tile.rows * tile.words)
+                words = [(v, min(v + tile.words, self.stride)) for v in range(0, self.stride, tile.words)]
+                for rows in _even(n, tile.rows):
+                    self._sum_rows(rows, buffer, words, label, offset, rest, sums, parts)
+        self.local_offset = offset
+        return RowSums(offset, rest, label, **{name: sums[PARTS.index(name)] for name in parts})
 
-    def staged(self) -> tuple[Tensor, ...]:
-        return self.x, self.e, self.sums
-
-    def restore(self, staged: tuple[Tensor, ...]) -> None:
-        self.x, self.e, self.sums = staged
-
-    def _log_probs(self, x: Tensor, targets: Tensor, logps: Tensor, sums: Tensor, e: Tensor | None) -> None:
-        """Fill ``logps`` (n,), ``sums`` (n,) and, if given, ``e`` (n, stride), one stage of logits after another."""
-        from ..kernels.label_logits import label_logits
+    def _sum_rows(
+        self,
+        rows: slice,
+        buffer: Tensor,
+        words: list[tuple[int, int]],
+        label: Tensor,
+        offset: Tensor,
+        rest: Tensor,
+        sums: Tensor,
+        parts: frozenset[str],
+    ) -> None:
+        """Multiply and sum up some rows, one tile of words after another, in ``buffer`` or where E will be."""
         from ..kernels.row_pass import row_pass
 
+        head, n = self.head, rows.stop - rows.start
+        some = self._new(len(sums), n)
+        assert self.raised is not None
+        for start, stop in words:
+            raw = buffer[rows] if buffer is self.e else buffer[: n * (stop - start)].view(n, stop - start)
+            last = min(stop, head.vocab_size)
+            _matmul(self.x[rows], head.weight[start:last].t(), raw[:, : last - start])
+            row_pass(
+                raw,
+                self.targets[rows],
+                label[rows],
+                offset[rows],
+                rest[rows],
+                some,
+                self.raised[rows],
+                first=start,
+                vocab=head.vocab_size,
+                e=None if self.e is None else self.e[rows],
+                bias=self.bias,
+                softcap=head.softcap,
+                outer=1.0 if head.softcap is None else head.softcap / head.temperature,
+                scale=head.slope if head.softcap is None else head.logit_scale,
+                wanted=parts,
+                all_words=head.all_words,
+                arch=self.arch,
+            )
+        if parts:
+            sums[:, rows] = some
+
+    def _label_logits(self, x: Tensor, targets: Tensor) -> Tensor:
+        """z' of the labels, -inf for those that are words of another rank; their D in ``label_slope``."""
+        from ..kernels.label_logits import label_logits
+
         head = self.head
-        in_place = e if _in_place(head) else None
-        with self._on_device():
-            labels = label_logits(x, self.weight, targets, arch=self.arch)
-            for rows in _stages(len(x), min(self.capacity, STAGE_ROWS)):
-                raw = self.logits_rows[: rows.stop - rows.start] if in_place is None else in_place[rows]
-                _product(x[rows], self.weight.t(), raw[:, : head.vocab_size])
-                row_pass(
-                    raw,
-                    targets[rows],
-                    labels[rows],
-                    logps[rows],
-                    sums[rows],
-                    vocab=head.vocab_size,
-                    e=None if e is None else e[rows],
-                    bias=self.bias,
-                    softcap=head.softcap,
-                    logit_scale=head.logit_scale,
-                    arch=self.arch,
-                )
+        label = label_logits(x, head.weight, targets, arch=self.arch)
+        if head.bias is not None:
+            label += head.bias[targets.clamp(0, head.vocab_size - 1) if head.is_shard else targets]
+        self.label_slope = None
+        if head.softcap is None:
+            if head.slope != 1.0:
+                label *= head.slope
+        else:
+            capped = torch.tanh(label * (head.logit_scale / head.softcap))
+            self.label_slope = 1 - capped.square()
+            label = capped * (head.softcap / head.temperature)
+        return torch.where(self._own(targets), label, -torch.inf) if head.is_shard else label
 
-    def score(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Log-probs of any number of rows; the logits, if any, never exceed ``capacity`` rows."""
-        head, x = self.head, x.to(self.head.compute_dtype)
-        if needs_no_logits(head, len(x), self.capacity)[0]:
-            from ..kernels.linear_logps import linear_logps
+    def _own(self, targets: Tensor) -> Tensor:
+        """Whether each label is a word of this rank."""
+        return (targets >= 0) & (targets < self.head.vocab_size)
 
-            with self._on_device():
-                return linear_logps(
-                    x,
-                    self.weight,
-                    targets,
-                    bias=self.bias,
-                    softcap=head.softcap,
-                    logit_scale=head.logit_scale,
-                    arch=self.arch,
-                    multiprocessors=config.multiprocessors(self.device),
-                )
-        logps = self._new(len(x))
-        self._log_probs(x, targets, logps, torch.empty_like(logps), e=None)
-        return logps
+    def finish(self, sums: RowSums) -> None:
+        if self.e is None:
+            return
+        head, e = self.head, self.e[:, : self.head.vocab_size]
+        self.total, entry = sums.total, -sums.rest
+        own = self._own(self.targets) if head.is_shard else None
+        if sums.offset is not self.local_offset:
+            factor = self._factor(sums, own)
+            if own is not None and e.dtype == torch.float16:
+                # float16 has no room for an entry in another offset's units.
+                e.mul_(factor.to(e.dtype).unsqueeze(1))
+            else:
+                self.total, entry = self.total / factor, entry / factor
+        if self.label_slope is not None:
+            entry *= self.label_slope
+        entry, column = entry.to(e.dtype).unsqueeze(1), self.targets.unsqueeze(1)
+        if own is not None:
+            column = column.clamp(0, head.vocab_size - 1)
+            entry = torch.where(own.unsqueeze(1), entry, e.gather(1, column))
+        e.scatter_(1, column, entry)
+        if self.dx is not None:
+            _matmul(e, head.weight, self.dx)
+            self.dx.mul_((-head.slope / self.total).unsqueeze(1))
 
-    def gradients(
-        self,
-        coefficients: Tensor,
-        *,
-        dx: Tensor | None = None,
-        dweight: Tensor | None = None,
-        dbias: Tensor | None = None,
-        accumulate: bool = False,
+    def _factor(self, sums: RowSums, own: Tensor | None) -> Tensor:
+        """exp(offset of each row of E - the final one), bounded so that the label's entry stays finite.
+
+        A row whose label another rank holds has no entry: it needs no bound. See ``torch_backend``.
+        """
+        factor, lowest = (self.local_offset - sums.offset).exp(), 2.0**-100
+        return factor.clamp_(min=lowest) if own is None else torch.where(own, factor.clamp(min=lowest), factor)
+
+    def staged(self) -> tuple[Tensor, ...]:
+        assert self.e is not None
+        return self.x, self.e, self.total
+
+    def restore(self, staged: tuple[Tensor, ...]) -> None:
+        self.x, self.e, self.total = staged
+
+    def head_gradients(
+        self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
     ) -> None:
         head = self.head
-        scale = coefficients * (-head.logit_scale) / self.sums
+        assert self.e is not None
+        scale = coefficients * (-head.slope) / self.total
         e = self.e[:, : head.vocab_size]
-        if dx is not None:
-            product = self._accumulator(dx)
-            _product(e, self.weight, product)
-            torch.mul(product, scale.unsqueeze(1), out=dx)
         if dweight is not None:
             if head.compute_dtype == torch.float16:
                 self._half_dweight(e, scale, dweight, accumulate)
             else:
                 scaled = torch.mul(self.x, scale.unsqueeze(1), out=torch.empty_like(self.x))
                 product = dweight if dweight.dtype == e.dtype else self._accumulator(dweight)
-                _product(e.t(), scaled, product, accumulate)
+                _matmul(e.t(), scaled, product, accumulate)
                 if product is not dweight:
                     dweight.copy_(product)
         if dbias is not None:
@@ -249,6 +308,26 @@ class TritonTile(HeadTile):
 
             with self._on_device():
                 bias_gradient(self.e, scale, dbias, accumulate=accumulate, arch=self.arch)
+
+    def recompute_gradients(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        sums: RowSums,
+        coefficients: Tensor,
+        *,
+        dx: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        accumulate: bool = False,
+    ) -> None:
+        for rows in chunks(0, len(x), self.dx_rows):
+            self.stage(x[rows], targets[rows], keep=True, dx=None if dx is None else dx[rows])
+            self.finish(sums[rows])
+            self.head_gradients(coefficients[rows], dweight=dweight, dbias=dbias, accumulate=accumulate)
+            accumulate = True
+        if dx is not None:
+            dx.mul_(coefficients.unsqueeze(1))
 
     def _accumulator(self, out: Tensor) -> Tensor:
         """``out``, or a tensor to take its place until it can be rounded."""
@@ -262,11 +341,11 @@ class TritonTile(HeadTile):
         unit = torch.ldexp(torch.ones_like(scale[0]), exponent.clamp(min=-86) - 14)
         if accumulate:
             product.div_(unit)
-        _product(e.t(), scaled.div_(unit).to(e.dtype), product, accumulate)
+        _matmul(e.t(), scaled.div_(unit).to(e.dtype), product, accumulate)
         torch.mul(product, unit, out=dweight)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+def _matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out = a @ b, or out += a @ b, accumulated in float32 at least and rounded to out's dtype at most once.
 
     ``out`` has the operands' dtype, or float32 for 16-bit ones: GPUs have no other mixed products. CPU tensors, which
@@ -282,10 +361,16 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Non
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(accumulate), out=out)
 
 
-def _stages(n: int, most: int) -> list[slice]:
-    """n rows in as few stages of at most ``most`` as possible, nearly equal, of whole product tiles (128) if many."""
+def _even(n: int, most: int) -> list[slice]:
+    """n rows in as few parts of at most ``most`` as possible, nearly equal, of whole matmul blocks (128) if many."""
     count = -(-n // most)
-    size = -(-n // max(1, count))
     if count > 1:
-        size = min(most, -(-size // 128) * 128)
-    return [slice(i, min(i + size, n)) for i in range(0, n, max(1, size))]
+        # The rows over go to the first parts, a block each: no part of few rows reads the whole head.
+        blocks = -(-n // 128)
+        if most % 128 == 0 and blocks >= count:
+            sizes = [128 * (blocks // count + (i < blocks % count)) for i in range(count)]
+            bounds = [0]
+            for size in sizes:
+                bounds.append(min(n, bounds[-1] + size))
+            return [slice(a, b) for a, b in zip(bounds, bounds[1:]) if a < b]
+    return list(chunks(0, n, most))

@@ -41,14 +41,11 @@ class BiasGradient:
 
 
 @dataclass(frozen=True)
-class LinearLogps:
-    """Tiles of ``block_rows`` tokens by ``block_vocab`` words, multiplied ``block_hidden`` features at a time."""
+class LogitsTile:
+    """Logits of ``rows`` rows and ``words`` words, which a matmul writes and ``row_pass`` reads from the cache."""
 
-    block_rows: int
-    block_vocab: int
-    block_hidden: int
-    num_warps: int
-    num_stages: int
+    rows: int
+    words: int
 
 
 def architecture(device: torch.device) -> str:
@@ -61,27 +58,24 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Programs that the device runs side by side at least; two for the interpreter, so that its tests see a split."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def padded_vocab(vocab: int) -> int:
     """Row stride of logits and E over ``vocab`` columns."""
     return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def row_pass(arch: str, vocab: int, accumulate_dtype: torch.dtype, softcap: float | None) -> RowPass:
-    """For ``kernels.row_pass``, by vocabulary and the dtype of the logits."""
+def row_pass(
+    arch: str, vocab: int, accumulate_dtype: torch.dtype, softcap: float | None, statistics: bool = False
+) -> RowPass:
+    """For ``kernels.row_pass``, by width and dtype of the tile, and by how much a thread has to hold."""
     if arch == "interpreter":
         return RowPass(block=256, num_warps=1)
     # 256 threads (AMD's warps have 64 lanes) handle 8 float32 columns each per step: two 16-byte loads and one 16-byte
-    # store of E. On sm_90 that takes 30 registers, so eight programs are resident, and the 1,024 rows of a stage run in
-    # one wave of an H200's 132 multiprocessors. 4096 columns take 40, which leaves 232 rows over for a second wave.
-    block = 1024 if accumulate_dtype == torch.float64 else 2048
-    # A short vocabulary: fewer threads, still eight columns each, which is 16 bytes of E.
-    block = min(block, max(256, _next_power_of_2(padded_vocab(vocab))))
-    threads = min(256, block // 8)
+    # store of E. On sm_90 that takes at most 32 registers, so eight programs are resident, and the 1,024 rows of a tile
+    # run in one wave of an H200's 132 multiprocessors. 4 columns each where registers would run out.
+    columns = 4 if accumulate_dtype == torch.float64 or statistics else 8
+    # A short vocabulary: fewer threads, still as many columns each.
+    block = min(256 * columns, max(256, _next_power_of_2(padded_vocab(vocab))))
+    threads = min(256, block // columns)
     return RowPass(block, num_warps=max(1, threads // (64 if arch.startswith("gfx") else 32)))
 
 
@@ -103,25 +97,33 @@ def bias_gradient(arch: str) -> BiasGradient:
     return BiasGradient(block_rows=32, block_cols=256, num_warps=4 if arch.startswith("gfx") else 8)
 
 
-def linear_logps(arch: str, compute_dtype: torch.dtype) -> LinearLogps:
-    """For ``kernels.linear_logps``, by the dtype of its operands."""
+def logits_tile(arch: str, device: torch.device, itemsize: int) -> LogitsTile:
+    """Size of the tiles that logits pass through, by the device's cache and multiprocessors."""
     if arch == "interpreter":
-        return LinearLogps(block_rows=16, block_vocab=32, block_hidden=16, num_warps=1, num_stages=1)
-    if compute_dtype == torch.float32:
-        # No tensor cores at full float32: a tile small enough for its accumulator and operands to stay in registers.
-        return LinearLogps(block_rows=64, block_vocab=64, block_hidden=32, num_warps=8, num_stages=2)
+        return LogitsTile(rows=16, words=64)
+    properties = torch.cuda.get_device_properties(device)
+    return tile_in_cache(arch, properties.L2_cache_size, properties.multi_processor_count, itemsize)
+
+
+def tile_in_cache(arch: str, cache_bytes: int, multiprocessors: int, itemsize: int) -> LogitsTile:
+    """Tile of 1,024 rows that leaves a third of the cache to the operands and whose matmul fills its waves best.
+
+    A matmul of 1,024 rows reads the head once per 1,024 operations a byte, which any of these chips can feed. Libraries
+    compute blocks of 128 x 256, one per multiprocessor at a time, so a tile is 8 blocks high. 33 blocks wide are two
+    whole waves of 132 multiprocessors, and 35 MB in float32 of the 50 MB of cache. Of equally full tiles, the widest.
+    """
     if arch.startswith("gfx"):
-        # 64 kB of LDS: (128 + 128) * 64 * 2 bytes = 32 kB per stage.
-        return LinearLogps(block_rows=128, block_vocab=128, block_hidden=64, num_warps=8, num_stages=2)
-    if arch.startswith("sm_9"):
-        # The widest tile whose accumulator (128 registers per thread of two warpgroups) leaves room for the epilogue;
-        # (128 + 256) * 64 * 2 bytes = 48 kB per stage.
-        return LinearLogps(block_rows=128, block_vocab=256, block_hidden=64, num_warps=8, num_stages=4)
-    if arch.startswith("sm_10"):
-        # At 256 words the epilogue, which takes the accumulator out of tensor memory, spills. 32 kB per stage.
-        return LinearLogps(block_rows=128, block_vocab=128, block_hidden=64, num_warps=8, num_stages=4)
-    # Ampere, Ada, consumer Blackwell: 16 kB per stage, under the 99 kB that the smallest of them have.
-    return LinearLogps(block_rows=128, block_vocab=128, block_hidden=32, num_warps=8, num_stages=4)
+        cache_bytes = max(cache_bytes, 256 << 20)  # CDNA 3 and 4: the last level, Infinity Cache, is not reported
+    rows, width, high = 1024, 256, 8
+    most = cache_bytes * 2 // 3 // (rows * itemsize)
+
+    def filled(wide: int) -> float:
+        waves = -(-high * wide // multiprocessors)
+        return round(high * wide / (waves * multiprocessors), 3)
+
+    if most >= width:
+        return LogitsTile(rows, width * max(range(1, most // width + 1), key=lambda wide: (filled(wide), wide)))
+    return LogitsTile(rows, max(ROW_ALIGNMENT, most // ROW_ALIGNMENT * ROW_ALIGNMENT))
 
 
 def _next_power_of_2(n: int) -> int:

@@ -1,31 +1,34 @@
-"""One pass over rows of logits: log-probs, and E for the gradient products.
+"""One pass over a tile of logits, rows x a range of words: E for the gradient matmuls, and sums carried per row.
 
-With z = SCALE * (raw + bias) and z' = cap * tanh(z / cap) (z' = z without a soft-cap; columns beyond V are -inf, set
-after the cap), row offset o, label y:
+With z = SCALE * (raw + bias) and z' = OUTER * tanh(z / SOFTCAP) (z' = z without a soft-cap), row offset o, label y:
 
-    E_v = exp(z'_v - o)    S' = sum of E_v over v != y    S = S' + E_y    logp = z'_y - o - log S
-    stored: D_v E_v for v != y, -D_y S' for y, with D = dz'/dz = 1 - tanh(z / cap)^2 (1 without a soft-cap)
+    E_v = exp(z'_v - o), 0 at y        rest = sum of E_v        stored: D_v E_v, with D = 1 - tanh(z / SOFTCAP)^2
 
-so that dlogp/dz_v = -stored_v / S. Sums are float32 (float64 for float64), taken before E is rounded for storage, each
-lane adding V / BLOCK terms before the lanes are added as a tree. Where the label is likelier than not, logp is
--log1p(S' / E_y): no digit is lost where p is close to 1.
+(D = 1 without a soft-cap). The tile lies in the cache when this pass reads it, and the next tile takes its place, so
+logits never travel to memory. ``p_offset`` and ``p_rest`` carry each row's o and rest from one tile to the next. Sums
+are float32 (float64 for float64), taken before E is rounded for storage, each lane adding its columns of a block before
+the lanes are added as a tree. The label is left to its own dot product (``label_logits``, for the reason given there)
+and to whoever combines the sums: nothing cancels where the label is almost certain.
 
-The offset. float32's and bfloat16's exponents forgive any o with max - 57 ln 2 <= o <= max, so o is the maximum of the
-label and of the row's first BLOCK columns, known before the pass starts, and logits are read from memory once. S >=
-exp(max - o) says afterwards whether that was near enough: S > 2^57 (or not finite: a first block of -inf) sends the row
-round again with its true maximum, the logits being still there. float16 forgives nothing, and E in place of the logits
-(float32, float64) destroys what a second round would read: both take the maximum first and read twice (EXACT_OFFSET).
-In float16 -S' must stay below 65504 too, so o is then raised by SHIFT >= log(V) - log(32768).
+The offset. float32's and bfloat16's exponents forgive any o with max - 57 ln 2 <= o <= max, so a row's first offset is
+the maximum of the label and of the first BLOCK columns, and tiles are read once. rest <= 2^57 says afterwards whether
+that was near enough. If not (or not finite: a first block of -inf), the row's program takes the tile's maximum, raises
+o by a whole number k of powers of two, multiplies what the row has summed and stored by 2^-k, exactly, and reads the
+tile again; ``p_raised`` counts that. float16 forgives nothing, and E in place of the logits (float32, float64) destroys
+what a second reading would need: both come as one tile of the whole vocabulary and take its maximum first
+(EXACT_OFFSET). In float16 the label's later entry, -rest, must stay below 65504, too, so o is then raised by SHIFT >=
+log(V) - log(32768).
 
-The label's logit comes from ``label_logits``, for the reason given there, and never from ``raw``.
+Statistics, where asked for: MOMENT adds sum of E_v (z'_v - o), SQUARES sum of E_v^2, LOGITS sum of z'_v (y included),
+TOPS the largest z' before and after y.
 
 Launch invariants:
-- one program per row; row strides are equal for logits and E, and multiples of 64 elements (16-byte accesses for any
-  V); columns V..stride are read as garbage, masked, and written as 0;
-- ``bias`` has as many elements as a row has columns, padding included;
+- one program per row; columns of the tile start at word ``first``; ``stride_raw`` and ``stride_e`` are multiples of 64
+  elements, and so is ``first`` (16-byte accesses for any V); E's columns beyond V are written as 0;
+- ``bias`` has as many elements as E has columns, padding included;
 - E may be the logits' own memory if EXACT_OFFSET: each element is read and then written by one thread, and a barrier
   stands between the reads for the maximum and the first write;
-- a label outside 0..V-1 is neither read nor written at, and its log-prob is NaN.
+- a label outside 0..V-1 is a word of another rank: no column is left out for it; its logit must be -inf.
 """
 
 # Arguments of kernels are typed by Triton at launch.
@@ -43,43 +46,54 @@ from torch import Tensor
 from . import config
 from .softcap import softcap
 
+FAR = tl.constexpr(144115188075855872.0)  # 2^57
+# Offset of a row without any finite logit so far: exp(-inf - offset) must be 0.
+LOWEST = tl.constexpr(-1e30)
+LN2 = tl.constexpr(0.6931471805599453)
+# Order in which ``p_parts`` (5, n) holds the statistics' sums.
+PARTS = ("moment", "squares", "logits", "before", "after")
+
 
 @triton.jit
-def _logits(z, p_bias, cols, mask, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """z' and D of raw logits ``z`` at ``cols``."""
+def _logits(
+    z, p_bias, words, mask, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """z' and D of raw logits ``z`` of ``words``."""
     if HAS_BIAS:
-        z += tl.load(p_bias + cols, mask=mask, other=0.0).to(z.dtype)
+        z += tl.load(p_bias + words, mask=mask, other=0.0).to(z.dtype)
     if SCALE != 1.0:
         z = z * SCALE
     if SOFTCAP is not None:
-        z, derivative = softcap(z, SOFTCAP)
+        z, derivative = softcap(z, SOFTCAP, OUTER)
     else:
         derivative = tl.cast(1.0, z.dtype)
     return z, derivative
 
 
 @triton.jit
-def _row_max(
+def _tile_max(
     p_raw,
     p_bias,
     label,
-    label_z,
     num_cols,
+    first,
     vocab,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    OUTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Largest z' of the columns before ``num_cols``, and of the label, by its own logit wherever it is."""
+    """Largest z' of the tile's columns before ``num_cols``, the label left out."""
     b_max = tl.full([BLOCK], float("-inf"), p_raw.dtype.element_ty)
     for start in range(0, num_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = cols < num_cols
+        words = first + cols
         b_raw = tl.load(p_raw + cols, mask=mask, other=0.0)
-        b_z, _ = _logits(b_raw, p_bias, cols, mask, SCALE, SOFTCAP, HAS_BIAS)
-        b_max = tl.maximum(b_max, tl.where((cols < vocab) & (cols != label), b_z, float("-inf")))
-    return tl.maximum(tl.max(b_max, axis=0), label_z)
+        b_z, _ = _logits(b_raw, p_bias, words, mask, SCALE, SOFTCAP, OUTER, HAS_BIAS)
+        b_max = tl.maximum(b_max, tl.where(mask & (words < vocab) & (words != label), b_z, float("-inf")))
+    return tl.max(b_max, axis=0)
 
 
 @triton.jit
@@ -89,122 +103,236 @@ def _sum_exp(
     p_e,
     label,
     offset,
-    stride,
+    num_cols,
+    first,
     vocab,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    OUTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SQUARES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TOPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """S' of the row; stores D E with 0 at the label."""
+    """rest and the statistics' sums of the tile; stores D E with 0 at the label."""
     b_sum = tl.zeros([BLOCK], p_raw.dtype.element_ty)
-    for start in range(0, stride, BLOCK):
+    b_moment, b_squares, b_logits = b_sum, b_sum, b_sum
+    b_before = tl.full([BLOCK], float("-inf"), p_raw.dtype.element_ty)
+    b_after = b_before
+    for start in range(0, num_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        mask = cols < stride
+        mask = cols < num_cols
+        words = first + cols
         b_raw = tl.load(p_raw + cols, mask=mask, other=0.0)
-        b_z, b_derivative = _logits(b_raw, p_bias, cols, mask, SCALE, SOFTCAP, HAS_BIAS)
-        m_kept = (cols < vocab) & (cols != label)
-        b_e = tl.exp(b_z - offset)
-        b_sum += tl.where(m_kept, b_e, 0.0)
+        b_z, b_derivative = _logits(b_raw, p_bias, words, mask, SCALE, SOFTCAP, OUTER, HAS_BIAS)
+        m_words = mask & (words < vocab)
+        m_kept = m_words & (words != label)
+        b_e = tl.where(m_kept, tl.exp(b_z - offset), 0.0)
+        b_sum += b_e
+        if MOMENT:
+            b_moment += tl.where(b_e > 0, b_e * (b_z - offset), 0.0)
+        if SQUARES:
+            b_squares += b_e * b_e
+        if LOGITS:
+            b_logits += tl.where(m_words, b_z, 0.0)
+        if TOPS:
+            b_before = tl.maximum(b_before, tl.where(m_words & (words < label), b_z, float("-inf")))
+            b_after = tl.maximum(b_after, tl.where(m_words & (words > label), b_z, float("-inf")))
         if STORE:
-            tl.store(p_e + cols, tl.where(m_kept, b_e * b_derivative, 0.0).to(p_e.dtype.element_ty), mask=mask)
-    return tl.sum(b_sum, axis=0)
+            b_kept = tl.where(m_kept, b_e * b_derivative, 0.0)
+            tl.store(p_e + words, b_kept.to(p_e.dtype.element_ty), mask=mask)
+    return (
+        tl.sum(b_sum, axis=0),
+        tl.sum(b_moment, axis=0),
+        tl.sum(b_squares, axis=0),
+        tl.sum(b_logits, axis=0),
+        tl.max(b_before, axis=0),
+        tl.max(b_after, axis=0),
+    )
 
 
 @triton.jit(
-    do_not_specialize=["vocab"], do_not_specialize_on_alignment=["p_targets", "p_label_logits", "p_logps", "p_sums"]
+    do_not_specialize=["num_rows", "vocab"],
+    do_not_specialize_on_alignment=["p_targets", "p_label", "p_offset", "p_rest", "p_parts", "p_raised"],
 )
 def _row_pass_kernel(
     p_raw,
     p_bias,
     p_targets,
-    p_label_logits,
+    p_label,
     p_e,
-    p_logps,
-    p_sums,
-    stride,
+    p_offset,
+    p_rest,
+    p_parts,
+    p_raised,
+    num_rows,
+    num_cols,
+    first,
     vocab,
+    stride_raw,
+    stride_e,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    OUTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE: tl.constexpr,
+    IS_FIRST: tl.constexpr,
     EXACT_OFFSET: tl.constexpr,
     SHIFT: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SQUARES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TOPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    p_raw += i_row * stride
-    p_e += i_row * stride
+    p_raw += i_row * stride_raw
+    p_e += i_row * stride_e
     target = tl.load(p_targets + i_row)
-    valid = (target >= 0) & (target < vocab)
-    label = target.to(tl.int32)  # any number if not valid, and then used under a mask alone
-    label_z, label_derivative = _logits(tl.load(p_label_logits + i_row), p_bias, label, valid, SCALE, SOFTCAP, HAS_BIAS)
+    label = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+    element = p_raw.dtype.element_ty
 
-    first = stride if EXACT_OFFSET else tl.minimum(stride, BLOCK)
-    offset = _row_max(p_raw, p_bias, label, label_z, first, vocab, SCALE, SOFTCAP, HAS_BIAS, BLOCK) + SHIFT
-    tl.debug_barrier()
-    rest = _sum_exp(p_raw, p_bias, p_e, label, offset, stride, vocab, SCALE, SOFTCAP, HAS_BIAS, STORE, BLOCK)
-    label_e = tl.exp(label_z - offset)
-    if not EXACT_OFFSET:
-        near = rest + label_e <= 144115188075855872.0  # 2^57; false for NaN
-        if not near:
-            offset = _row_max(p_raw, p_bias, label, label_z, stride, vocab, SCALE, SOFTCAP, HAS_BIAS, BLOCK)
-            tl.debug_barrier()
-            rest = _sum_exp(p_raw, p_bias, p_e, label, offset, stride, vocab, SCALE, SOFTCAP, HAS_BIAS, STORE, BLOCK)
-            label_e = tl.exp(label_z - offset)
-    total = rest + label_e
-
-    ratio = rest / label_e
-    one_plus = 1.0 + ratio
-    log1p = tl.log(one_plus) + (ratio - (one_plus - 1.0)) / one_plus
-    logp = tl.where(label_e > rest, -log1p, label_z - offset - tl.log(total))
-    tl.store(p_logps + i_row, logp)
-    tl.store(p_sums + i_row, total)
-    if STORE:
-        # Another thread has stored the 0 that this replaces.
+    if IS_FIRST:
+        label_z = tl.load(p_label + i_row)
+        looked_at = num_cols if EXACT_OFFSET else tl.minimum(num_cols, BLOCK)
+        offset = _tile_max(p_raw, p_bias, label, looked_at, first, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS, BLOCK)
+        offset = tl.maximum(tl.maximum(offset, label_z), LOWEST) + SHIFT
+        before_tile = tl.cast(0.0, element)
         tl.debug_barrier()
-        tl.store(p_e + label, (-rest * label_derivative).to(p_e.dtype.element_ty), mask=valid)
+    else:
+        offset = tl.load(p_offset + i_row)
+        before_tile = tl.load(p_rest + i_row)
+    rest, moment, squares, logits, top_before, top_after = _sum_exp(
+        p_raw, p_bias, p_e, label, offset, num_cols, first, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS, STORE, MOMENT,
+        SQUARES, LOGITS, TOPS, BLOCK,
+    )  # fmt: skip
+    times = tl.cast(0, tl.int32)
+    factor = tl.cast(1.0, element)
+    shift = tl.cast(0.0, element)
+    if not EXACT_OFFSET:
+        near = before_tile + rest <= FAR  # false for NaN
+        if not near:
+            top = _tile_max(p_raw, p_bias, label, num_cols, first, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS, BLOCK)
+            raised = offset + tl.ceil((top - offset) / LN2) * LN2
+            if IS_FIRST:  # the offset may be LOWEST
+                raised = tl.maximum(tl.maximum(top, tl.load(p_label + i_row)), LOWEST)
+            else:
+                raised = tl.where(offset <= LOWEST, top, tl.maximum(raised, offset))
+                powers = tl.where(offset <= LOWEST, 0.0, tl.ceil((raised - offset) / LN2 - 0.5))
+                factor = tl.where(offset <= LOWEST, 0.0, tl.exp2(-powers))
+                shift = tl.where(offset <= LOWEST, 0.0, -powers * LN2)
+                raised = tl.where(offset <= LOWEST, raised, offset + powers * LN2)
+                if STORE:
+                    for start in range(0, first, BLOCK):
+                        cols = start + tl.arange(0, BLOCK)
+                        mask = cols < first
+                        b_e = tl.load(p_e + cols, mask=mask, other=0.0)
+                        tl.store(p_e + cols, (b_e.to(element) * factor).to(p_e.dtype.element_ty), mask=mask)
+            offset = raised
+            times += 1
+            tl.debug_barrier()
+            rest, moment, squares, logits, top_before, top_after = _sum_exp(
+                p_raw, p_bias, p_e, label, offset, num_cols, first, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS, STORE,
+                MOMENT, SQUARES, LOGITS, TOPS, BLOCK,
+            )  # fmt: skip
+    p_parts += i_row
+    if not IS_FIRST:
+        times_before = tl.load(p_raised + i_row)
+    # All threads have read what one of them now replaces.
+    tl.debug_barrier()
+    if IS_FIRST:
+        tl.store(p_raised + i_row, times)
+        tl.store(p_offset + i_row, offset)
+        tl.store(p_rest + i_row, rest)
+    else:
+        if not EXACT_OFFSET:
+            tl.store(p_raised + i_row, times_before + times)
+        if not EXACT_OFFSET:
+            tl.store(p_offset + i_row, offset)
+        tl.store(p_rest + i_row, before_tile * factor + rest)
+        if MOMENT:
+            moment += factor * (tl.load(p_parts) + shift * before_tile)
+        if SQUARES:
+            squares += factor * factor * tl.load(p_parts + num_rows)
+        if LOGITS:
+            logits += tl.load(p_parts + 2 * num_rows)
+        if TOPS:
+            top_before = tl.maximum(top_before, tl.load(p_parts + 3 * num_rows))
+            top_after = tl.maximum(top_after, tl.load(p_parts + 4 * num_rows))
+    if MOMENT:
+        tl.store(p_parts, moment)
+    if SQUARES:
+        tl.store(p_parts + num_rows, squares)
+    if LOGITS:
+        tl.store(p_parts + 2 * num_rows, logits)
+    if TOPS:
+        tl.store(p_parts + 3 * num_rows, top_before)
+        tl.store(p_parts + 4 * num_rows, top_after)
 
 
 def row_pass(
     raw: Tensor,
     targets: Tensor,
-    label_logits: Tensor,
-    logps: Tensor,
-    sums: Tensor,
+    label: Tensor,
+    offset: Tensor,
+    rest: Tensor,
+    parts: Tensor,
+    raised: Tensor,
     *,
+    first: int,
     vocab: int,
     e: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
-    logit_scale: float,
+    outer: float,
+    scale: float,
+    wanted: frozenset[str],
     arch: str,
+    all_words: int | None = None,
 ) -> None:
-    """Write ``logps`` (n,), ``sums`` S (n,) and, if given, ``e`` (n, stride) from ``raw`` = x W^T (n, stride).
+    """Add the words ``first``... of ``raw`` = x W^T (n, words, padded to 64) to ``offset``, ``rest`` and ``parts``.
 
-    ``raw``, ``label_logits`` (n,), ``logps`` and ``sums`` have the accumulate dtype; ``e`` may be ``raw``; ``bias`` is
-    (stride,) or None.
+    ``label`` (n,): z' of each row's target; ``offset`` and ``rest`` (n,), ``parts`` (5, n) in the order of ``PARTS``:
+    written where ``first`` is 0, of the accumulate dtype like ``raw``. ``raised`` (n,) int32 counts raised offsets.
+    ``e`` (n, all words, padded) receives D E of the tile's words, or is None; it may be ``raw`` itself. ``bias`` is
+    (all words, padded) or None. ``wanted``: the parts that are summed. ``all_words``: V, if other ranks hold some.
     """
+    if not len(raw):
+        return
     in_place = e is not None and e.data_ptr() == raw.data_ptr()
     half = e is not None and e.dtype == torch.float16
-    chosen = config.row_pass(arch, vocab, raw.dtype, softcap)
+    chosen = config.row_pass(arch, raw.shape[1], raw.dtype, softcap, bool(wanted))
     _row_pass_kernel[(len(raw),)](
         raw,
         raw if bias is None else bias,
         targets,
-        label_logits,
+        label,
         raw if e is None else e,
-        logps,
-        sums,
-        raw.stride(0),
+        offset,
+        rest,
+        parts,
+        raised,
+        len(raw),
+        raw.shape[1],
+        first,
         vocab,
-        SCALE=logit_scale,
+        raw.stride(0),
+        raw.stride(0) if e is None else e.stride(0),
+        SCALE=scale,
         SOFTCAP=softcap,
+        OUTER=outer,
         HAS_BIAS=bias is not None,
         STORE=e is not None,
+        IS_FIRST=first == 0,
         EXACT_OFFSET=in_place or half,
-        SHIFT=max(0.0, math.log(vocab / 32768)) if half else 0.0,
+        SHIFT=max(0.0, math.log((all_words or vocab) / 32768)) if half else 0.0,
+        MOMENT="moment" in wanted,
+        SQUARES="squares" in wanted,
+        LOGITS="logits" in wanted,
+        TOPS="before" in wanted,
         BLOCK=chosen.block,
         num_warps=chosen.num_warps,
     )

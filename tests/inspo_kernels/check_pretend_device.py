@@ -14,7 +14,7 @@ from torch import Tensor
 
 import inspo_kernels as ik
 from inspo_kernels.backends.triton_backend import TritonBackend
-from inspo_kernels.kernels import bias_gradient, label_logits, linear_logps, row_pass
+from inspo_kernels.kernels import bias_gradient, config, label_logits, row_pass
 
 pytestmark = triton_setup.quiet
 
@@ -32,7 +32,7 @@ _autocast.fallback(torch.library.fallthrough_kernel)
 def kernels_of_the_device(monkeypatch):
     """Triton's interpreter works on the values; each kernel counts as one launch."""
     monkeypatch.setattr(TritonBackend, "unsupported", lambda *_: None)
-    for module in (label_logits, row_pass, linear_logps, bias_gradient):
+    for module in (label_logits, row_pass, bias_gradient):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, name, partial(launch, name, getattr(module, name)))
 
@@ -157,11 +157,12 @@ def launches(device: Pretend, num_pairs: int, length: int) -> int:
     return len(device.ledger.launches) - before
 
 
-def test_launches_do_not_grow_with_the_batch(device):
+def test_launches_do_not_grow_with_the_batch(device, monkeypatch):
     """On a GPU each takes microseconds, however little it does."""
+    monkeypatch.setattr(config, "logits_tile", lambda *_: config.LogitsTile(1024, 8448))
     few = launches(device, 1, 2)
     assert launches(device, 3, 5) == few
-    assert few <= 60
+    assert few <= 75
 
 
 def test_tensors_of_two_devices_are_refused(device):

@@ -32,9 +32,9 @@ def pair_loss(hidden=True, weight=True, backward=True, **options):
         out.loss.backward()
 
 
-def per_token(hidden=True, weight=True):
+def per_token(hidden=True, weight=True, **options):
     h, w = CASE.hidden.clone().requires_grad_(hidden), CASE.weight.clone().requires_grad_(weight)
-    logps = ik.linear_logps(h[:, :-1], w, CASE.labels[:, 1:])
+    logps = ik.linear_logps(h[:, :-1], w, CASE.labels[:, 1:], **options)
     if logps.requires_grad:
         logps.square().sum().backward()
 
@@ -49,7 +49,8 @@ ROW = 4 * V
         (lambda: pair_loss(weight=False), 2),
         (lambda: pair_loss(hidden=False), 2),
         (lambda: pair_loss(hidden=False, weight=False, backward=False), 1),
-        (lambda: per_token(), 4),
+        (lambda: per_token(), 3),
+        (lambda: per_token(max_workspace_bytes=7 * ROW), 3 + (N - 7) / N),
         (lambda: per_token(weight=False), 2),
         (lambda: per_token(hidden=False, weight=False), 1),
         # groups of whole pairs recompute nothing
@@ -70,6 +71,37 @@ ROW = 4 * V
 )
 def test_products(run, products):
     assert flops(run) == pytest.approx(products, rel=1e-3)
+
+
+COUPLED = ("aot", "aot_unpaired", ik.Mixture([("dpo", 1.0), ("aot", 1.0)]))
+FROM_TRL = (
+    *("dpo", "hinge", "robust", "exo_pair", "nca_pair", "sppo_hard", "bco_pair", "apo_zero", "apo_down"),
+    *("discopop", "sigmoid_norm", "ipo_mean", ik.DPO(divergence="js"), ik.Mixture([("dpo", 1.0), ("sft", 1.0)])),
+)
+
+
+@pytest.mark.parametrize("rows", [32, N])
+@pytest.mark.parametrize("objective", [*FROM_TRL, *COUPLED], ids=str)
+def test_only_coupled_objectives_stage_rows_twice(objective, rows):
+    """Workspaces of 32 rows hold each pair, but not the batch."""
+    products = 3 + (N - rows) / N if objective in COUPLED else 3
+    assert flops(lambda: pair_loss(objective=objective, max_workspace_bytes=rows * ROW)) == pytest.approx(
+        products, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "objective, marginals, products",
+    [
+        ("sft", False, (3 * 35 + 41) / N),  # the rejected responses are forward-only
+        ("sft", True, (3 * 35 + 41 + N) / N),  # all are, but for the marginals of the chosen ones
+        (ik.Mixture([("one_sided", 1.0), ("sft", 1.0)]), True, (3 * 41 + 35 + 3 * 35 + 41) / N),
+    ],
+    ids=str,
+)
+def test_sft_differentiates_one_sum_a_pair(objective, marginals, products):
+    labels = CASE.marginal_labels if marginals else None
+    assert flops(lambda: pair_loss(objective=objective, marginal_labels=labels)) == pytest.approx(products, rel=1e-3)
 
 
 @pytest.mark.parametrize(("rows", "products"), [(32, 3), (8, 3), (7, 3 + (4 + 4) / N), (4, 3 + (16 + 16) / N)])
@@ -118,11 +150,11 @@ def test_default_workspace_follows_from_shapes_alone(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_slices_of_the_weight_and_blocks_of_rows_change_nothing_but_rounding(dtype, monkeypatch):
-    """Reduced-precision weights are widened slice by slice, and logits turned into gradients block by block."""
+    """Reduced-precision weights are widened tile by tile, and rows pass through in blocks."""
     case = CASE.to(dtype)
     whole = run_case(case, backend="torch")
-    monkeypatch.setattr(torch_backend, "WIDENED_BYTES", 50 * H * 4)
-    monkeypatch.setattr(torch_backend, "BLOCK_BYTES", 3 * ROW)
+    monkeypatch.setattr(torch_backend, "TILE_WORDS", 64)
+    monkeypatch.setattr(torch_backend, "TILE_ROWS", 3)
     sliced = run_case(case, backend="torch")
     assert relative_error(sliced[0].loss.detach(), whole[0].loss.detach()) < 1e-6
     for got, want in zip(sliced[1], whole[1]):

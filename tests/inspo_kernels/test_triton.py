@@ -22,6 +22,7 @@ import inspo_kernels as ik
 from inspo_kernels.backends import triton_backend
 from inspo_kernels.backends.triton_backend import TritonBackend
 from inspo_kernels.head import checked_head
+from inspo_kernels.kernels import config
 
 pytestmark = triton_setup.quiet
 
@@ -46,7 +47,7 @@ def head_of(case, dtype=torch.bfloat16):
 
 
 def rows_of_workspace(rows, case=SMALL, dtype=torch.float64):
-    return rows * TritonBackend().bytes_per_row(head_of(case, dtype))
+    return 2 * TritonBackend().kept_bytes(head_of(case, dtype), rows)  # at most half of it is taken by logits
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -149,7 +150,7 @@ def test_float16_groups_of_very_different_coefficients(far):
     for backend, dtype in (("triton", torch.float16), ("reference", torch.float64)):
         w = weight.detach().to(dtype).requires_grad_()
         workspace = {} if backend == "reference" else {
-            "max_workspace_bytes": 4 * TritonBackend().bytes_per_row(checked_head(hidden, weight, None, None, 1.0))
+            "max_workspace_bytes": 8 * TritonBackend().kept_bytes(checked_head(hidden, weight, None, None, 1.0), 1)
         }  # fmt: skip
         out = ik.fused_inspo_loss(hidden.detach().to(dtype), w, targets, backend=backend, **options, **workspace)
         gradients += gradients_of(out.loss, w)
@@ -199,16 +200,19 @@ def test_bias_of_minus_infinity_removes_words():
 def test_the_labels_logit_is_not_that_of_the_product(monkeypatch):
     """Products err toward zero on tensor cores, those of labels most. Here they are wrong for labels alone."""
     hidden, weight, bias, targets = inputs((8,), hidden_size=16, vocab=90, dtype=torch.bfloat16, ignored=0.0)
-    product, spoilt = triton_backend._product, []
+    matmul, spoilt = triton_backend._matmul, []
 
     def wrong_for_labels(a, b, out, accumulate=False):
-        product(a, b, out, accumulate)
-        spoilt.append(out.scatter_(1, targets[:, None], 99.0))
+        matmul(a, b, out, accumulate)
+        column = targets - 64 * len(spoilt)
+        inside = (column >= 0) & (column < out.shape[1])
+        out[inside, column[inside]] = 99.0
+        spoilt.append(int(inside.sum()))
 
-    monkeypatch.setattr(triton_backend, "_product", wrong_for_labels)
-    tile = TritonBackend().open_tile(checked_head(hidden, weight, bias, 20.0, 0.9), 8)
-    logps = tile.stage(hidden, targets)
-    assert len(spoilt) == 1
+    monkeypatch.setattr(triton_backend, "_matmul", wrong_for_labels)
+    head = checked_head(hidden, weight, bias, 20.0, 0.9)
+    logps = TritonBackend().open_tile(head, 0, 1 << 20).stage(hidden, targets).scores(torch.float32, 90).logps
+    assert len(spoilt) == 2 and sum(spoilt) == 8
     truth = plain(hidden.double(), weight.double(), targets, bias.double(), 20.0, 0.9)
     torch.testing.assert_close(logps.double(), truth, rtol=1e-6, atol=1e-6)
 
@@ -338,82 +342,68 @@ def test_one_pass_is_three_products():
     assert counter.get_total_flops() == 3 * 2 * 21 * 16 * 64
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bound", [1, 10_000, 37_000, 10**6])
-def test_workspace_stays_within_its_bound(dtype, bound, monkeypatch):
-    monkeypatch.setattr(triton_backend, "STAGE_ROWS", 8)
+def test_workspace_stays_within_its_bound(dtype, bound):
     head = head_of(SMALL, dtype)
     rows = TritonBackend().capacity(head, DEVICE, bound)
-    tile = TritonBackend().open_tile(head, rows)
-    buffers = {t.data_ptr(): t.nbytes for t in (tile.e_rows, *([] if dtype == torch.float32 else [tile.logits_rows]))}
-    workspace = sum(buffers.values())
-    assert rows == 1 or workspace <= bound
-    if rows > 1:  # and no row more would have fitted
-        assert workspace + TritonBackend().bytes_per_row(head) > bound
+    tile = TritonBackend().open_tile(head, rows, bound)
+    logits = tile._tile_shape(rows, True)
+    logits_bytes = 0 if dtype == torch.float32 else 4 * logits.rows * logits.words
+    assert rows == 1 or TritonBackend().kept_bytes(head, rows) + logits_bytes <= bound
+    alone = tile._tile_shape(10**6, False)
+    assert 4 * alone.rows * alone.words <= max(bound, 4 * 64)
 
 
 @pytest.mark.parametrize("most", [3, 100, 1024])
-def test_stages_cover_all_rows_in_whole_tiles(most):
-    for n in (0, 1, 7, 1024, 1025, 2100, 8192, 8200):
-        stages = triton_backend._stages(n, most)
-        assert [i for s in stages for i in range(s.start, s.stop)] == list(range(n))
-        assert all(s.stop - s.start <= most for s in stages)
-        if most == 1024:
-            assert len(stages) == -(-n // most) and all(s.start % 128 == 0 for s in stages)
+def test_blocks_of_rows_are_even_and_whole(most):
+    for n in (0, 1, 7, 1024, 1025, 2100, 7200, 8192, 8200):
+        blocks = triton_backend._even(n, most)
+        sizes = [block.stop - block.start for block in blocks]
+        assert [i for s in blocks for i in range(s.start, s.stop)] == list(range(n))
+        assert all(size <= most for size in sizes) and len(blocks) == -(-n // most)
+        if most == 1024 and len(blocks) > 1:
+            assert all(block.start % 128 == 0 for block in blocks) and min(sizes) > max(sizes) - 256
 
 
-def test_many_stages_equal_one(monkeypatch):
+@pytest.mark.parametrize("tile", [(4, 64), (3, 128), (16, 4096)])
+def test_tiles_of_logits_change_rounding_alone(tile, monkeypatch):
     case = RAGGED.to(torch.bfloat16)
     expected = run(case, backend="triton")
-    monkeypatch.setattr(triton_backend, "STAGE_ROWS", 4)
-    assert_same(run(case, backend="triton"), expected, 1e-6)
+    monkeypatch.setattr(config, "logits_tile", lambda *_: config.LogitsTile(*tile))
+    assert_same(run(case, backend="triton"), expected, 1e-2)
+    got, want = (run(RAGGED.to(torch.bfloat16), backend=backend)[0].logps for backend in ("triton", "torch"))
+    assert relative_error(got, want) < 1e-6
 
 
-class TestScoring:
-    """Log-probs alone: products with row statistics, or no logits at all where the workspace holds few rows."""
-
-    @pytest.mark.parametrize(
-        "rows, capacity, dtype, without, why",
-        [
-            (8192, 8192, torch.bfloat16, False, "reads the head once"),
-            (50, 50, torch.bfloat16, False, "reads the head once"),
-            (8192, 128, torch.bfloat16, False, "bound by arithmetic"),
-            (8192, 127, torch.bfloat16, True, "only 127 rows"),
-            (2, 1, torch.float32, True, "only 1 rows"),
-            (8192, 1, torch.float64, False, "float64"),
-        ],
-    )
-    def test_which_path_and_why(self, rows, capacity, dtype, without, why):
-        got = triton_backend.needs_no_logits(head_of(SMALL, dtype), rows, capacity)
-        assert got[0] == without and why in got[1]
-        transposed = replace(head_of(SMALL, dtype), weight=SMALL.weight.to(dtype).t().contiguous().t())
-        assert not triton_backend.needs_no_logits(transposed, rows, capacity)[0]
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    @pytest.mark.parametrize("capacity", [1, 5, 24])
-    def test_values_allocations_and_path(self, capacity, dtype, monkeypatch):
-        hidden, weight, bias, targets = inputs((24,), hidden_size=20, vocab=301, dtype=dtype, ignored=0.0)
-        head = checked_head(hidden, weight, bias, 20.0, 0.9)
-        tile = TritonBackend().open_tile(head, capacity)
-        logps = tile.score(hidden, targets)
-        truth = plain(hidden.double(), weight.double(), targets, bias.double(), 20.0, 0.9)
-        torch.testing.assert_close(logps.double(), truth, rtol=1e-6, atol=1e-6)
-        assert logps.dtype == head.accumulate_dtype
-        assert "e_rows" not in vars(tile)  # no gradient buffers
-        no_logits = "logits_rows" not in vars(tile)
-        assert no_logits == (capacity < 24 and dtype != torch.float64)
-        assert torch.equal(logps, tile.score(hidden, targets))
-
-    def test_nothing_to_score(self):
-        tile = TritonBackend().open_tile(head_of(SMALL), 1)
-        assert tile.score(SMALL.hidden[0, :0], SMALL.labels[0, :0]).shape == (0,)
+@pytest.mark.parametrize("workspace", [300, 3000, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scoring_needs_no_row_of_logits(dtype, workspace):
+    hidden, weight, bias, targets = inputs((24,), hidden_size=20, vocab=301, dtype=dtype, ignored=0.0)
+    head = checked_head(hidden, weight, bias, 20.0, 0.9)
+    tile = TritonBackend().open_tile(head, 0, workspace)
+    logps = tile.stage(hidden, targets).scores(head.accumulate_dtype, 301).logps
+    truth = plain(hidden.double(), weight.double(), targets, bias.double(), 20.0, 0.9)
+    torch.testing.assert_close(logps.double(), truth, rtol=1e-6, atol=1e-6)
+    assert logps.dtype == head.accumulate_dtype and tile.e_rows is None
+    assert torch.equal(logps, tile.stage(hidden, targets).scores(head.accumulate_dtype, 301).logps)
 
 
 def test_a_weight_without_unit_stride_is_copied_once():
     wide = torch.zeros(150, 12, device=DEVICE)
     for weight, copied in ((wide[:, ::2], True), (wide[:, :6], False), (torch.zeros(6, 150, device=DEVICE).t(), False)):
-        tile = TritonBackend().open_tile(checked_head(torch.zeros(1, 6, device=DEVICE), weight, None, None, 1.0), 1)
-        assert (tile.weight is not weight) == copied and tile.weight is tile.weight and 1 in tile.weight.stride()
+        prepared = TritonBackend().prepared(checked_head(torch.zeros(1, 6, device=DEVICE), weight, None, None, 1.0))
+        assert (prepared.weight is not weight) == copied and 1 in prepared.weight.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_casts_the_head_once_a_call(dtype, monkeypatch):
+    calls = []
+    prepared = TritonBackend.prepared
+    monkeypatch.setattr(TritonBackend, "prepared", lambda self, head: calls.append(1) or prepared(self, head))
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        run(RAGGED.to(dtype), backend="triton")
+    assert len(calls) == 1
 
 
 class TestUnsupported:

@@ -6,16 +6,13 @@ import pytest
 import torch
 import triton_setup
 from cases import relative_error
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from inspo_kernels.kernels import config
-from inspo_kernels.kernels import linear_logps as linear_logps_module
 from inspo_kernels.kernels.bias_gradient import bias_gradient
 from inspo_kernels.kernels.label_logits import label_logits
-from inspo_kernels.kernels.linear_logps import linear_logps
-from inspo_kernels.kernels.row_pass import row_pass
+from inspo_kernels.kernels.row_pass import PARTS, row_pass
 from inspo_kernels.kernels.softcap import softcap
+from inspo_kernels.row_sums import STATISTICS, RowSums
 
 pytestmark = triton_setup.quiet
 DEVICE = triton_setup.DEVICE
@@ -31,23 +28,42 @@ def rows_of_logits(vocab, n=4, scale=1.0, dtype=torch.float32, seed=0):
     return raw.to(DEVICE), torch.randint(vocab, (n,), generator=g).to(DEVICE)
 
 
-def run_row_pass(raw, targets, vocab, e=None, bias=None, softcap=None, logit_scale=1.0):
-    logps, sums = (torch.full((len(raw),), -7.0, dtype=raw.dtype, device=DEVICE) for _ in range(2))
-    labels = raw.gather(1, targets.clamp(0, vocab - 1)[:, None]).squeeze(1)
-    row_pass(
-        raw,
-        targets,
-        labels.masked_fill((targets < 0) | (targets >= vocab), torch.nan),
-        logps,
-        sums,
-        vocab=vocab,
-        e=e,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        arch=ARCH,
-    )
-    return logps, sums
+def run_row_pass(raw, targets, vocab, e=None, bias=None, softcap=None, logit_scale=1.0, words=None, wanted=frozenset()):
+    """Sums of the rows, tile by tile of ``words`` columns, and how often each row's offset was raised."""
+    n, stride = raw.shape
+    words = words or stride
+    outside = (targets < 0) | (targets >= vocab)
+    label = logit_scale * raw.gather(1, targets.clamp(0, vocab - 1)[:, None]).squeeze(1)
+    label = label if softcap is None else softcap * torch.tanh(label / softcap)
+    label = label.masked_fill(outside, torch.nan)
+    offset, rest = (torch.full((n,), -7.0, dtype=raw.dtype, device=DEVICE) for _ in range(2))
+    parts, raised = raw.new_full((len(PARTS), n), -7.0), torch.zeros(n, dtype=torch.int32, device=DEVICE)
+    for first in range(0, stride, words):
+        tile = raw if words == stride else raw[:, first : first + words].contiguous()
+        row_pass(
+            tile,
+            targets,
+            label,
+            offset,
+            rest,
+            parts,
+            raised,
+            first=first,
+            vocab=vocab,
+            e=e,
+            bias=bias,
+            softcap=softcap,
+            outer=1.0 if softcap is None else softcap,
+            scale=logit_scale,
+            wanted=wanted,
+            arch=ARCH,
+        )
+    sums = RowSums(offset, rest, label, **{name: parts[PARTS.index(name)] for name in wanted})
+    return sums, raised
+
+
+def logps_of(sums, vocab):
+    return sums.scores(sums.offset.dtype, vocab).logps
 
 
 def dlogits(raw, targets, vocab, softcap, logit_scale):
@@ -61,25 +77,61 @@ def dlogits(raw, targets, vocab, softcap, logit_scale):
 
 @pytest.mark.parametrize("vocab", [1, 63, 64, 500])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("e_dtype", [torch.bfloat16, torch.float16, torch.float32, None])
-def test_row_pass(e_dtype, softcap, vocab):
+@pytest.mark.parametrize(
+    "e_dtype, words",
+    [
+        (torch.bfloat16, None),
+        (torch.bfloat16, 64),
+        (torch.float16, None),
+        (torch.float32, None),
+        (None, None),
+        (None, 128),
+    ],
+)
+def test_row_pass(e_dtype, words, softcap, vocab):
+    if words and e_dtype in (torch.float16, torch.float32):
+        pytest.skip("E of these dtypes comes as one tile of the whole vocabulary")
     raw, targets = rows_of_logits(vocab, scale=3.0)
     original = raw.clone()
     in_place = e_dtype == torch.float32
     e = None if e_dtype is None else raw if in_place else torch.full_like(raw, torch.nan, dtype=e_dtype)
-    logps, sums = run_row_pass(raw, targets, vocab, e=e, softcap=softcap, logit_scale=0.7)
+    sums, _ = run_row_pass(raw, targets, vocab, e=e, softcap=softcap, logit_scale=0.7, words=words)
     true_logps, gradient = dlogits(original, targets, vocab, softcap, 0.7)
-    torch.testing.assert_close(logps.double(), true_logps, rtol=3e-7, atol=3e-7)
+    torch.testing.assert_close(logps_of(sums, vocab).double(), true_logps, rtol=4e-7, atol=4e-7)
     if not in_place:
         assert torch.equal(raw.nan_to_num(1e9), original.nan_to_num(1e9)), "logits are for reading"
     if e is not None:
-        assert (e[:, vocab:] == 0).all()
-        got = -e[:, :vocab].double() / sums.double()[:, None]
+        assert (e[:, vocab:] == 0).all() and (e.gather(1, targets[:, None]) == 0).all()
+        got = -e[:, :vocab].double() / sums.total.double()[:, None]
+        gradient.scatter_(1, targets[:, None], 0.0)
         eps = torch.finfo(e_dtype).eps
         torch.testing.assert_close(got, gradient, rtol=max(2 * eps, 2e-6), atol=1e-7)
 
 
-def test_offset_of_the_first_block_is_replaced_when_it_is_too_low():
+@pytest.mark.parametrize("words", [None, 64])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_statistics_of_a_row(softcap, words):
+    vocab = 200
+    raw, targets = rows_of_logits(vocab, n=6, scale=4.0)
+    raw[0, 70] = 90.0  # raises the offset
+    raw[1, [3, 150]] = 40.0
+    targets[1], targets[2] = 150, raw[2, :vocab].argmax()
+    wanted = frozenset(PARTS)
+    sums, _ = run_row_pass(raw, targets, vocab, softcap=softcap, words=words, wanted=wanted)
+    got = sums.scores(torch.float32, vocab, STATISTICS).statistics
+    z = raw[:, :vocab].double()
+    z = z if softcap is None else softcap * (z / softcap).tanh()
+    p = z.softmax(-1)
+    torch.testing.assert_close(got["entropy"].double(), torch.special.entr(p).sum(-1), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(got["mean_logit"].double(), z.mean(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got["logsumexp"].double(), z.logsumexp(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got["log_sum_sq_probs"].double(), p.square().sum(-1).log(), rtol=1e-5, atol=2e-6)
+    assert got["is_top1"].tolist() == (z.argmax(-1) == targets).tolist()
+    assert got["is_top1"][2] and not got["is_top1"][1]  # the lowest id of two equal ones
+
+
+@pytest.mark.parametrize("words", [None, 256])
+def test_an_offset_that_is_too_low_is_raised_exactly(words):
     block = config.row_pass(ARCH, 10**5, torch.float32, None).block
     vocab = 2 * block + 100
     raw, targets = rows_of_logits(vocab)
@@ -89,11 +141,19 @@ def test_offset_of_the_first_block_is_replaced_when_it_is_too_low():
     raw[3, :block] = -torch.inf
     targets[3] = block + 20
     e = torch.empty_like(raw, dtype=torch.bfloat16)
-    logps, sums = run_row_pass(raw, targets, vocab, e=e)
-    torch.testing.assert_close(logps.double(), dlogits(raw, targets, vocab, None, 1.0)[0], rtol=3e-7, atol=2e-6)
+    sums, raised = run_row_pass(raw, targets, vocab, e=e, words=words)
+    truth = dlogits(raw, targets, vocab, None, 1.0)
+    torch.testing.assert_close(logps_of(sums, vocab).double(), truth[0], rtol=4e-7, atol=2e-6)
+    got = -e[:, :vocab].double() / sums.total.double()[:, None]
+    torch.testing.assert_close(got, truth[1].scatter_(1, targets[:, None], 0.0), rtol=1e-2, atol=1e-7)
     assert (e.abs().amax(1) < 2.0**58).all() and e.isfinite().all()
-    # Row 0 alone has kept its first offset; that of row 3 is its label's.
-    assert sums[0] > 1e10 and (sums[1:3] < vocab).all() and (sums[3] < 100 * vocab)
+    assert raised.tolist() == [0, 1, 1, 0]
+
+
+def test_ordinary_rows_never_raise_their_offset():
+    raw, targets = rows_of_logits(2000, n=32, scale=6.0)
+    _, raised = run_row_pass(raw, targets, 2000, e=torch.empty_like(raw, dtype=torch.bfloat16), words=256)
+    assert raised.sum() == 0
 
 
 @pytest.mark.parametrize("position", ["label", "other"])
@@ -101,7 +161,8 @@ def test_nan_and_infinite_logits_are_not_hidden(position):
     for value in (torch.nan, torch.inf):
         raw, targets = rows_of_logits(200)
         raw[1, targets[1] if position == "label" else (targets[1] + 1) % 200] = value
-        logps, _ = run_row_pass(raw, targets, 200, e=torch.empty_like(raw, dtype=torch.bfloat16))
+        sums, _ = run_row_pass(raw, targets, 200, e=torch.empty_like(raw, dtype=torch.bfloat16))
+        logps = logps_of(sums, 200)
         assert logps[1].isnan() and logps[[0, 2, 3]].isfinite().all()
 
 
@@ -112,13 +173,12 @@ def test_labels_out_of_range_touch_no_memory_and_are_noticed(label, e_dtype):
     vocab, n = 100, 3
     raw, targets = rows_of_logits(vocab, n)
     targets[1] = label
-    expected, _ = run_row_pass(raw, torch.zeros_like(targets), vocab)
     memory = torch.full((3 * n, raw.shape[1]), 3.0, dtype=e_dtype, device=DEVICE)
     e = memory[n : 2 * n]
-    logps, _ = run_row_pass(raw, targets, vocab, e=e)
+    sums, _ = run_row_pass(raw, targets, vocab, e=e)
+    logps = logps_of(sums, vocab)
     assert logps[1].isnan() and logps[[0, 2]].isfinite().all()
     assert (memory[:n] == 3).all() and (memory[2 * n :] == 3).all() and (e[:, vocab:] == 0).all()
-    assert expected.isfinite().all()
 
 
 def test_float16_holds_the_complement_of_a_flat_row():
@@ -126,10 +186,10 @@ def test_float16_holds_the_complement_of_a_flat_row():
     vocab = 128256 if ARCH != "interpreter" else 70000
     raw = torch.zeros(1, config.padded_vocab(vocab), device=DEVICE)
     e = torch.empty_like(raw, dtype=torch.float16)
-    logps, sums = run_row_pass(raw, torch.tensor([5], device=DEVICE), vocab, e=e)
-    assert logps.item() == pytest.approx(-torch.tensor(vocab).log().item(), rel=1e-6)
-    assert e.isfinite().all()
-    assert (e[0, 5] / sums).item() == pytest.approx(-(vocab - 1) / vocab, rel=1e-3)
+    sums, _ = run_row_pass(raw, torch.tensor([5], device=DEVICE), vocab, e=e)
+    assert logps_of(sums, vocab).item() == pytest.approx(-torch.tensor(vocab).log().item(), rel=1e-6)
+    assert e.isfinite().all() and sums.rest.to(torch.float16).isfinite().all()
+    assert (sums.rest / sums.total).item() == pytest.approx((vocab - 1) / vocab, rel=1e-3)
 
 
 @pytest.mark.parametrize("label", [-1, 100, 2**32, -(2**40)])
@@ -164,104 +224,16 @@ def test_bias_gradient(dtype, accumulate):
     assert (memory[:100] == 2).all() and (memory[200:] == 2).all()
 
 
-def run_linear_logps(x, weight, targets, bias=None, softcap=None, logit_scale=1.0, multiprocessors=2):
-    return linear_logps(
-        x.to(DEVICE),
-        weight.to(DEVICE),
-        targets.to(DEVICE),
-        bias=None if bias is None else bias.to(DEVICE),
-        softcap=softcap,
-        logit_scale=logit_scale,
-        arch=ARCH,
-        multiprocessors=multiprocessors,
-    ).cpu()
-
-
 def matrices(n, hidden, vocab, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(n, hidden, generator=g), torch.randn(vocab, hidden, generator=g)
     return x.to(dtype), weight.to(dtype), torch.randint(vocab, (n,), generator=g)
 
 
-@settings(max_examples=20)
-@given(
-    n=st.sampled_from([1, 2, 16, 17]),
-    hidden=st.sampled_from([1, 16, 21]),
-    vocab=st.sampled_from([1, 31, 32, 100]),
-    multiprocessors=st.sampled_from([1, 3]),
-    transform=st.sampled_from([(False, None, 1.0), (True, None, -0.5), (True, 3.0, 0.7)]),
-    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-)
-def test_linear_logps(n, hidden, vocab, multiprocessors, transform, dtype):
-    with_bias, softcap, logit_scale = transform
-    x, weight, targets = matrices(n, hidden, vocab, dtype)
-    bias = torch.linspace(-2, 2, vocab).to(dtype) if with_bias else None
-    logps = run_linear_logps(x, weight, targets, bias, softcap, logit_scale, multiprocessors)
-    z = logit_scale * (x.double() @ weight.double().T + (0.0 if bias is None else bias.double()))
-    z = z if softcap is None else softcap * (z / softcap).tanh()
-    expected = z.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=2e-6)
-    assert (logps <= 0).all()
-
-
-def test_linear_logps_of_extreme_logits():
-    """All negative; a first tile of -inf; rows that differ by more than exp can hold; NaN is not hidden."""
-    x = torch.tensor([[1.0], [-1.0], [1e3], [torch.nan]])
-    weight = torch.linspace(-300, -200, 200)[:, None]
-    bias = torch.zeros(200)
-    bias[:70] = -torch.inf
-    targets = torch.tensor([150, 80, 199, 100])
-    logps = run_linear_logps(x, weight, targets, bias)
-    z = x.double() @ weight.double().T + bias
-    expected = z.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-4, equal_nan=True)
-    assert logps[3].isnan()
-
-
-@pytest.mark.parametrize("label", [-1, 100, 127, 2**32 + 3, -(2**40)])
-def test_linear_logps_notices_labels_out_of_range(label):
-    x, weight, targets = matrices(3, 16, 100, torch.float32)
-    targets[1] = label
-    logps = run_linear_logps(x, weight, targets)
-    assert logps[1].isnan() and logps[[0, 2]].isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "n, vocab, multiprocessors, grid",
-    [
-        (16, 3200, 4, (1, 8)),
-        (16, 3200, 1000, (1, 100)),
-        (33, 3200, 4, (3, 2)),
-        (900, 3200, 4, (57, 1)),
-        (1, 1, 9, (1, 1)),
-    ],
-)
-def test_linear_logps_splits_the_vocabulary_to_fill_the_device(n, vocab, multiprocessors, grid, monkeypatch):
-    class Recorder:
-        def __getitem__(self, grid):
-            self.grid = grid
-            return lambda *args, **options: None
-
-    recorder = Recorder()
-    monkeypatch.setattr(linear_logps_module, "_linear_logps_kernel", recorder)
-    x, weight, targets = matrices(n, 1, vocab, torch.float32)
-    options = {"bias": None, "softcap": None, "logit_scale": 1.0, "arch": "interpreter"}
-    linear_logps(x, weight, targets, multiprocessors=multiprocessors, **options)
-    assert recorder.grid == grid
-
-
-def test_linear_logps_of_strided_rows():
-    x, weight, targets = matrices(5, 16, 100, torch.float32)
-    wide_x, wide_weight = torch.full((5, 64), torch.nan), torch.full((100, 48), torch.nan)
-    wide_x[:, 16:32], wide_weight[:, :16] = x, weight
-    got = run_linear_logps(wide_x[:, 16:32], wide_weight[:, :16], targets)
-    assert torch.equal(got, run_linear_logps(x, weight, targets))
-
-
 @triton.jit
 def _softcap_kernel(p_z, p_out, p_derivative, CAP: tl.constexpr, BLOCK: tl.constexpr):
     cols = tl.arange(0, BLOCK)
-    capped, derivative = softcap(tl.load(p_z + cols), CAP)
+    capped, derivative = softcap(tl.load(p_z + cols), CAP, CAP)
     tl.store(p_out + cols, capped)
     tl.store(p_derivative + cols, derivative)
 

@@ -1,0 +1,130 @@
+"""Sums over the vocabulary that a backend leaves for each row, and what follows from them: log-probs and statistics.
+
+With z' a row's final logits, y its label and o any offset, a row is summed up by
+
+    rest = sum of exp(z'_v - o) over v != y        label = z'_y        S = rest + exp(label - o)
+
+so that logp = label - o - log S = log sigmoid(label - o - log rest). Keeping the label apart costs nothing and loses no
+digit where p(y) is close to 1: there 1 - p(y) = rest / S.
+
+The statistics need one more sum each. They are sums and maxima over words, so tiles of the vocabulary can be summed up
+one after another, and ranks that hold different words can combine theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import nearest
+
+# Statistic -> fields of RowSums that it needs besides offset, rest and label.
+STATISTICS: dict[str, tuple[str, ...]] = {
+    "entropy": ("moment",),
+    "mean_logit": ("logits",),
+    "is_top1": ("before", "after"),
+    "logsumexp": (),
+    "log_sum_sq_probs": ("squares",),
+}
+
+
+def checked_statistics(names: Iterable[str]) -> tuple[str, ...]:
+    """``names`` as a tuple; an unknown name is an error that lists the known ones."""
+    if isinstance(names, str):
+        raise TypeError(f'statistics must be a tuple of names, got the string {names!r}: write ("{names}",)')
+    names = tuple(names)
+    for name in names:
+        if not isinstance(name, str) or name not in STATISTICS:
+            raise ValueError(f"unknown statistic {name!r}{nearest(name, STATISTICS)}")
+    return names
+
+
+def parts_of(names: Iterable[str]) -> frozenset[str]:
+    """Fields of ``RowSums`` that these statistics need."""
+    return frozenset(part for name in names for part in STATISTICS[name])
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Log-probs (n,) of n rows and their statistics by name, (n,) each; ``is_top1`` is bool."""
+
+    logps: Tensor
+    statistics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """Sums of n rows over the words that one rank holds: (n,) each, in nats, optional ones None if not asked for.
+
+    ``offset`` o, ``rest`` and ``label`` as above; ``label`` is -inf where the label is another rank's word.
+    ``moment``: sum of exp(z' - o) (z' - o) over v != y. ``squares``: sum of exp(2 (z' - o)) over v != y.
+    ``logits``: sum of z' over all words. ``before``, ``after``: largest z' of the words with lower and higher ids than
+    the label.
+    """
+
+    offset: Tensor
+    rest: Tensor
+    label: Tensor
+    moment: Tensor | None = None
+    squares: Tensor | None = None
+    logits: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: list[RowSums]) -> RowSums:
+        """The sums of consecutive blocks of rows."""
+        if len(parts) == 1:
+            return parts[0]
+        columns: dict[str, Any] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        joined: dict[str, Any] = {k: None if column[0] is None else torch.cat(column) for k, column in columns.items()}
+        return cls(**joined)
+
+    def __getitem__(self, rows: slice) -> RowSums:
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns.items()}
+        return RowSums(**cut)
+
+    def to(self, dtype: torch.dtype) -> RowSums:
+        """These sums in another dtype."""
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        cast: dict[str, Any] = {name: None if column is None else column.to(dtype) for name, column in columns.items()}
+        return RowSums(**cast)
+
+    @property
+    def total(self) -> Tensor:
+        """S, in the units of ``offset``."""
+        return self.rest + (self.label - self.offset).exp()
+
+    def scores(self, dtype: torch.dtype, vocab_size: int, names: Iterable[str] = ()) -> TokenScores:
+        """Log-probs and the statistics ``names`` of softmax(z') over all ``vocab_size`` words, in ``dtype``."""
+        below = self.label - self.offset
+        # p = sigmoid(below - log rest): a label that is almost certain or all but impossible loses no digit.
+        logps = F.logsigmoid(below - self.rest.log())
+        label_e = below.exp() if names else below
+        statistics = {name: self._statistic(name, below, label_e, vocab_size) for name in names}
+        return TokenScores(
+            logps.to(dtype), {k: v if v.dtype == torch.bool else v.to(dtype) for k, v in statistics.items()}
+        )
+
+    def _statistic(self, name: str, below: Tensor, label_e: Tensor, vocab_size: int) -> Tensor:
+        log_total = (self.rest + label_e).log()
+        if name == "entropy":
+            assert self.moment is not None
+            label_moment = torch.where(label_e > 0, label_e * below, 0.0)
+            return log_total - (self.moment + label_moment) / (self.rest + label_e)
+        if name == "mean_logit":
+            assert self.logits is not None
+            return self.logits / vocab_size
+        if name == "is_top1":
+            assert self.before is not None and self.after is not None
+            return (self.label > self.before) & (self.label >= self.after)
+        if name == "logsumexp":
+            return self.offset + log_total
+        assert self.squares is not None
+        return (self.squares + label_e.square()).log() - 2 * log_total
