@@ -8,14 +8,13 @@ margins are small differences of long sums.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .objectives import OBJECTIVES, Objective, PairSums
+from .objectives import Objective, PairSums, evaluate, is_vector, kind_of
 
 KINDS = ("chosen", "rejected", "marginal_chosen", "marginal_rejected")
 
@@ -36,32 +35,36 @@ class PairTerms:
 
     @property
     def uses_marginals(self) -> bool:
-        """Whether the loss, not only the report, depends on marginal log-probs."""
+        """Whether the loss, not only the report, needs marginal log-probs."""
         return self.objective.needs_marginals or self.marginal_weight != 0.0
 
-    @property
-    def gradient_kinds(self) -> tuple[int, ...]:
-        """The kinds of segments that the loss is differentiated in; all others are forward-only."""
-        fields = set(self.objective.gradient_fields)
-        if not self.objective.needs_marginals:
-            fields -= {"marginal_chosen", "marginal_rejected"}
-        if self.marginal_weight != 0.0:
-            fields |= {f"marginal_{name}" for name in ("chosen", "rejected") if name in fields}
-        return tuple(kind for kind, name in enumerate(KINDS) if name in fields)
+    def gradient_kinds(self, num_kinds: int) -> tuple[int, ...]:
+        """The kinds, of the ``num_kinds`` scored, that the loss is differentiated in; all others are forward-only."""
+        return tuple(kind for kind in self._differentiated(num_kinds) if kind < num_kinds)
 
-    @property
-    def required_kinds(self) -> tuple[int, ...]:
-        """The kinds of segments that every pair must have scored tokens in."""
-        kinds = {0, 1, *self.gradient_kinds}
+    def required_kinds(self, num_kinds: int) -> tuple[int, ...]:
+        """The kinds of segments that every pair must have scored tokens in, scored in this call or not."""
+        kinds = {0, 1, *self._differentiated(num_kinds)}
         if self.objective.needs_marginals and not kinds & {2, 3}:
             kinds |= {2, 3}  # read by value, and nothing says which
         return tuple(sorted(kinds))
 
+    def _differentiated(self, num_kinds: int) -> list[int]:
+        fields = set(self.objective.differentiated(marginals=num_kinds == len(KINDS)))
+        if self.marginal_weight != 0.0:
+            fields |= {f"marginal_{name}" for name in ("chosen", "rejected") if name in fields}
+        return [kind for kind, name in enumerate(KINDS) if name in fields]
+
     def sums(self, logps: Tensor | Sequence[Tensor], lengths: Tensor, first: int = 0) -> PairSums:
-        """``PairSums`` of consecutive pairs, beginning with pair ``first`` of the batch; both tables float64."""
+        """``PairSums`` of consecutive pairs, beginning with pair ``first`` of the batch.
+
+        ``logps`` are these pairs', ``lengths`` (kinds, B) those of the whole batch; both float64.
+        """
         pairs = slice(first, first + len(logps[0]))
         fields = dict(zip(KINDS, logps))
-        fields |= {f"{name}_len": row for name, row in zip(KINDS, lengths)}
+        fields |= {f"{name}_len": row[pairs] for name, row in zip(KINDS, lengths)}
+        means = lengths.mean(1, keepdim=True).expand_as(lengths)
+        fields |= {f"{name}_len_mean": row[pairs] for name, row in zip(KINDS, means)}
         if self.ref_logps is not None:
             fields["ref_chosen"], fields["ref_rejected"] = (row[pairs] for row in self.ref_logps.view(2, -1))
         fields["index"] = torch.arange(pairs.start, pairs.stop, device=logps[0].device)
@@ -69,9 +72,9 @@ class PairTerms:
 
     def losses(self, s: PairSums) -> Tensor:
         """Loss of each pair, (pairs,) float64, its weight and its marginal term included, before the reduction."""
-        losses = self._evaluate(s)
+        losses = evaluate(self.objective, s)
         if self.marginal_weight != 0.0:
-            losses = losses + self.marginal_weight * self._evaluate(s.on_marginals())
+            losses = losses + self.marginal_weight * evaluate(self.objective, s.on_marginals())
         if self.pair_weights is not None:
             losses = losses * self.pair_weights[s.index]
         return losses
@@ -83,11 +86,11 @@ class PairTerms:
     def coefficients(self, logps: Tensor, lengths: Tensor, first: int, num_pairs: int) -> tuple[Tensor, Tensor]:
         """Losses (pairs,) and c = d loss / d logps, for a loss reduced over ``num_pairs`` pairs.
 
-        c is (pairs, gradient kinds), the kinds among ``gradient_kinds`` that ``logps`` (kinds, pairs) has. Runs torch
-        autograd on that table alone, which is how any objective gets the fused path. A kernel for the built-in ones was
-        left out: it would hold their mathematics a second time, to spare some 20 tiny launches a group.
+        ``logps`` are (kinds, pairs), ``lengths`` (kinds, B), c is (pairs, gradient kinds). Runs torch autograd on the
+        sums alone, which is how any objective gets the fused path. A kernel for the built-in ones was left out: it
+        would hold their mathematics a second time, to spare some 20 tiny launches a group.
         """
-        kinds = [kind for kind in self.gradient_kinds if kind < len(logps)]
+        kinds = self.gradient_kinds(len(logps))
         with torch.enable_grad():
             leaves = [row.detach().requires_grad_() for row in logps]
             losses = self.losses(self.sums(leaves, lengths, first))
@@ -105,23 +108,11 @@ class PairTerms:
         columns = (gradients[kind] for kind in kinds)
         return losses.detach(), torch.stack([torch.zeros_like(losses) if c is None else c for c in columns], 1)
 
-    def _evaluate(self, s: PairSums) -> Tensor:
-        if type(self.objective) not in OBJECTIVES.values():
-            # The user's code: writing to what it is given must not reach the report or the next call.
-            s = dataclasses.replace(s, **{name: value.clone() for name, value in vars(s).items() if value is not None})
-        losses = self.objective(s)
-        if not _is_vector(losses, s):
-            raise ValueError(
-                f"objective {type(self.objective).__name__} must return one loss per pair, a floating-point tensor of "
-                f"shape {tuple(s.chosen.shape)}; got {_kind_of(losses)}"
-            )
-        return losses.to(s.chosen.dtype)
-
     def rewards(self, s: PairSums) -> tuple[Tensor, Tensor]:
         """The objective's rewards of the chosen and the rejected responses, (pairs,) each."""
         rewards = self.objective.rewards(s)
-        if not isinstance(rewards, tuple) or len(rewards) != 2 or not all(_is_vector(r, s) for r in rewards):
-            got = ", ".join(map(_kind_of, rewards)) if isinstance(rewards, tuple) else _kind_of(rewards)
+        if not isinstance(rewards, tuple) or len(rewards) != 2 or not all(is_vector(r, s) for r in rewards):
+            got = ", ".join(map(kind_of, rewards)) if isinstance(rewards, tuple) else kind_of(rewards)
             raise ValueError(
                 f"{type(self.objective).__name__}.rewards must return two tensors of shape {tuple(s.chosen.shape)}, of "
                 f"the chosen and the rejected responses; got {got}"
@@ -144,14 +135,6 @@ class PairTerms:
             nodes.extend(parent for parent, _ in node.next_functions)
 
 
-def _is_vector(value: Any, s: PairSums) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == s.chosen.shape
-
-
-def _kind_of(value: Any) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
 @dataclass(frozen=True)
 class InSPOOutput:
     """What ``fused_inspo_loss`` returns, B pairs. Everything but ``loss`` is detached.
@@ -164,6 +147,7 @@ class InSPOOutput:
     - ``chosen_rewards``, ``rejected_rewards``, ``margins``: (B,) float64, see each objective's ``rewards``.
     - ``marginal_chosen_rewards``, ``marginal_rejected_rewards``: (B,) float64 or None, the same from the marginals;
       NaN for a pair of which a marginal is not scored.
+    - ``statistics``: {name: (2B,) float64}, sums over the scored tokens of the chosen, then of the rejected responses.
     """
 
     loss: Tensor
@@ -175,6 +159,7 @@ class InSPOOutput:
     rejected_rewards: Tensor
     marginal_chosen_rewards: Tensor | None
     marginal_rejected_rewards: Tensor | None
+    statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def margins(self) -> Tensor:
@@ -182,8 +167,16 @@ class InSPOOutput:
         return self.chosen_rewards - self.rejected_rewards
 
     @classmethod
-    def build(cls, loss: Tensor, losses: Tensor, logps: Tensor, lengths: Tensor, terms: PairTerms) -> InSPOOutput:
-        """From the differentiable ``loss``, detached ``losses`` and the (kinds, B) tables of sums and lengths."""
+    def build(
+        cls,
+        loss: Tensor,
+        losses: Tensor,
+        logps: Tensor,
+        lengths: Tensor,
+        terms: PairTerms,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> InSPOOutput:
+        """Report the differentiable ``loss``, detached ``losses`` and the (kinds, B) tables of sums and lengths."""
         marginal_chosen = marginal_rejected = None
         with torch.no_grad():
             s = terms.sums(logps.clone(), lengths.to(logps.dtype))  # rewards, too, may be the user's code
@@ -202,6 +195,7 @@ class InSPOOutput:
             rejected_rewards=rejected,
             marginal_chosen_rewards=marginal_chosen,
             marginal_rejected_rewards=marginal_rejected,
+            statistics={name: table[:2].flatten() for name, table in (statistics or {}).items()},
         )
 
     def metrics(self) -> dict[str, Tensor]:

@@ -1,0 +1,49 @@
+"""From summed log-probs of a pair to its loss: every objective's mathematics, once.
+
+An objective is plain torch on the float64 vectors of a :class:`PairSums`. Nothing here knows where the log-probs came
+from: the same object serves the conditioned pair, its plain twin and the marginals, on every backend. To add one,
+subclass :class:`Objective`; to give it a name, add the class to ``OBJECTIVES``.
+
+Notation: L = log pi(y | x, other response) summed over the tokens of y, R = log pi_ref(y | x), |y| = scored tokens,
+a = L - R, and the margin m = beta (a_chosen - a_rejected).
+"""
+
+from .base import Objective, PairSums
+from .batchwise import AOT, AOTUnpaired
+from .margin import DPO, EXO, IPO, RDPO, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
+from .mixture import Mixture
+from .pointwise import BCO, NCA, SPPO, APODown, APOZero, OneSided
+from .reference_free import ORPO, SFT, SimPO
+from .registry import OBJECTIVES, evaluate, find_objective, is_vector, kind_of, make_objective
+
+__all__ = [
+    "AOT",
+    "BCO",
+    "DPO",
+    "EXO",
+    "IPO",
+    "NCA",
+    "OBJECTIVES",
+    "ORPO",
+    "RDPO",
+    "SFT",
+    "SPPO",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
+    "DiscoPOP",
+    "Hinge",
+    "IPOMean",
+    "Mixture",
+    "Objective",
+    "OneSided",
+    "PairSums",
+    "Robust",
+    "SigmoidNorm",
+    "SimPO",
+    "evaluate",
+    "find_objective",
+    "is_vector",
+    "kind_of",
+    "make_objective",
+]

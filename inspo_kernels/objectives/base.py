@@ -1,0 +1,162 @@
+"""What every objective is made of: the sums it may look at, the base class, and checks of its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..arguments import finite
+
+
+@dataclass(frozen=True)
+class PairSums:
+    """What an objective may look at: one entry per pair, every field of shape (pairs,), float64 on one device.
+
+    - ``chosen``, ``rejected``: summed log-probs in nats, each conditioned on the other response.
+    - ``ref_*``: the reference model's sums; None without ``ref_logps``.
+    - ``*_len``: counts of scored tokens.
+    - ``marginal_*``: sums and counts for the same responses given the prompt alone; None where no marginals are scored.
+    - ``*_len_mean``: mean of that count over all pairs of the batch, the same number in every entry; None where the
+      pairs given are the whole batch.
+    - ``index`` (int64): the pair's position in the batch.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_len: Tensor
+    rejected_len: Tensor
+    index: Tensor
+    ref_chosen: Tensor | None = None
+    ref_rejected: Tensor | None = None
+    marginal_chosen: Tensor | None = None
+    marginal_rejected: Tensor | None = None
+    marginal_chosen_len: Tensor | None = None
+    marginal_rejected_len: Tensor | None = None
+    chosen_len_mean: Tensor | None = None
+    rejected_len_mean: Tensor | None = None
+    marginal_chosen_len_mean: Tensor | None = None
+    marginal_rejected_len_mean: Tensor | None = None
+
+    def on_marginals(self) -> PairSums:
+        """The same pairs scored without the alternative: marginals take the place of ``chosen`` and ``rejected``."""
+        assert self.marginal_chosen is not None and self.marginal_rejected is not None
+        assert self.marginal_chosen_len is not None and self.marginal_rejected_len is not None
+        return dataclasses.replace(
+            self,
+            chosen=self.marginal_chosen,
+            rejected=self.marginal_rejected,
+            chosen_len=self.marginal_chosen_len,
+            rejected_len=self.marginal_rejected_len,
+            chosen_len_mean=self.marginal_chosen_len_mean,
+            rejected_len_mean=self.marginal_rejected_len_mean,
+        )
+
+    def clone(self) -> PairSums:
+        """Copy every tensor, still attached to the graph, so that writing to the copy changes nothing here."""
+        copies = {name: value.clone() for name, value in vars(self).items() if value is not None}
+        return dataclasses.replace(self, **copies)
+
+
+# torch.compile's operators take no objects: they get an objective's id and find it here.
+LIVE: weakref.WeakValueDictionary[int, Objective] = weakref.WeakValueDictionary()
+
+
+class Objective:
+    """Base of all objectives: subclass it and write ``__call__(self, s: PairSums) -> losses`` of shape (pairs,).
+
+    Each loss may depend on its own pair alone, because pairs arrive in several groups; set ``batch_coupled = True`` to
+    get all pairs of the batch in one call instead. Class attributes say what the objective reads:
+
+    - ``needs_reference``: ``ref_logps`` must be given.
+    - ``needs_marginals``: ``marginal_labels`` (or marginal segments) must be given.
+    - ``gradient_fields``: the sums that the loss is differentiated in. Sums left out are computed without gradient
+      work; an objective that turns out to depend on one of them is an error, not a wrong gradient.
+
+    Parameters of the objective itself get no gradient; one that requires it is an error.
+    """
+
+    needs_reference: bool = True
+    needs_marginals: bool = False
+    batch_coupled: bool = False
+    gradient_fields: tuple[str, ...] = ("chosen", "rejected", "marginal_chosen", "marginal_rejected")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Objective:
+        self = super().__new__(cls)
+        LIVE[id(self)] = self
+        return self
+
+    def __call__(self, s: PairSums) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(self, s: PairSums) -> losses (pairs,)")
+
+    def rewards(self, s: PairSums) -> tuple[Tensor, Tensor]:
+        """Implicit rewards of the chosen and rejected responses, (pairs,) each: beta (L - R), or beta L without R.
+
+        ``beta`` is the objective's own attribute of that name, 1 if it has none.
+        """
+        beta = getattr(self, "beta", 1.0)
+        if s.ref_chosen is None or s.ref_rejected is None:
+            return beta * s.chosen, beta * s.rejected
+        return beta * (s.chosen - s.ref_chosen), beta * (s.rejected - s.ref_rejected)
+
+    def differentiated(self, marginals: bool) -> tuple[str, ...]:
+        """Which of ``gradient_fields`` a call differentiates; ``marginals``: whether the call scores marginals.
+
+        Marginals count only where the objective needs them. An objective that takes either of two sums overrides this.
+        """
+        return tuple(f for f in self.gradient_fields if self.needs_marginals or not f.startswith("marginal_"))
+
+    def _advantages(self, s: PairSums) -> tuple[Tensor, Tensor]:
+        """a_chosen and a_rejected, L - R each."""
+        assert s.ref_chosen is not None and s.ref_rejected is not None
+        return s.chosen - s.ref_chosen, s.rejected - s.ref_rejected
+
+
+def positive(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number above 0."""
+    if finite(name, value) <= 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+
+
+def at_least_zero(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number of at least 0."""
+    if finite(name, value) < 0:
+        raise ValueError(f"{name} must be zero or positive, got {value!r}")
+
+
+def below_half(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is in [0, 0.5): a larger share of flipped labels turns the preference."""
+    if not 0 <= finite(name, value) < 0.5:
+        raise ValueError(f"{name} must be in [0, 0.5), got {value!r}")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is among ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: must be " + " or ".join(f'"{choice}"' for choice in choices))
+
+
+class Preset(Objective):
+    """Base of the objectives that have a name: a frozen dataclass whose parameters are checked by their names."""
+
+    gradient_fields: tuple[str, ...] = ("chosen", "rejected")
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in ("beta", "tau"):
+                positive(name, value)
+            elif name in ("gamma", "alpha", "lam"):
+                at_least_zero(name, value)
+            elif name == "label_smoothing":
+                below_half(name, value)
+
+
+def logistic(margin: Tensor, flipped: float = 0.0) -> Tensor:
+    """-(1 - flipped) log sigma(margin) - flipped log sigma(-margin), as log sigma(-m) = log sigma(m) - m."""
+    losses = -F.logsigmoid(margin)
+    # Without the condition, 0 times the infinite margin of an impossible response would be NaN.
+    return losses + flipped * margin if flipped else losses

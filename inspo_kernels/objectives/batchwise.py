@@ -1,0 +1,57 @@
+"""Objectives that rank the pairs of a batch: each call gets all of them (``batch_coupled``).
+
+The batch is what one call of the loss is given: in data-parallel training that of one rank, with accumulated gradients
+one micro-batch, as in TRL. Equal values are ranked by their position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import PairSums, Preset, logistic
+
+
+@dataclass(frozen=True)
+class AOT(Preset):
+    """-(1 - eps) log sigma(beta (u - v)) - eps log sigma(-beta (u - v)), eps = ``label_smoothing``.
+
+    u = L_c - L_r of the pair, and v = R_c - R_r of that pair whose rank by R_c - R_r is the rank of this one by u.
+    Alignment via optimal transport, paired (arXiv 2406.05882). TRL lists the same losses by rank; here each stands at
+    its pair, so that ``pair_weights`` mean what they say. Rewards: beta (L - R).
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    batch_coupled = True
+
+    def __call__(self, s: PairSums) -> Tensor:
+        assert s.ref_chosen is not None and s.ref_rejected is not None
+        margins = s.chosen - s.rejected
+        matched = _of_same_rank(s.ref_chosen - s.ref_rejected, margins)
+        return logistic(self.beta * (margins - matched), self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class AOTUnpaired(Preset):
+    """-(1 - eps) log sigma(beta (a_c - a'_r)) - eps log sigma(-beta (a_c - a'_r)), eps = ``label_smoothing``.
+
+    a'_r = L_r - R_r is the rejected response's whose rank among the rejected ones is that of this pair's a_c among the
+    chosen ones. Alignment via optimal transport, unpaired (arXiv 2406.05882). A loss stands at the pair of its chosen
+    response. Rewards: beta (L - R).
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    batch_coupled = True
+
+    def __call__(self, s: PairSums) -> Tensor:
+        a_chosen, a_rejected = self._advantages(s)
+        return logistic(self.beta * (a_chosen - _of_same_rank(a_rejected, a_chosen)), self.label_smoothing)
+
+
+def _of_same_rank(values: Tensor, ranked: Tensor) -> Tensor:
+    """For each entry of ``ranked`` the entry of ``values`` that has the same rank; differentiable in ``values``."""
+    ranks = ranked.argsort(stable=True).argsort()
+    return values.sort(stable=True).values[ranks]

@@ -1,0 +1,205 @@
+"""Objectives of the margin, the difference between what the chosen and the rejected response score."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..arguments import finite
+from .base import PairSums, Preset, logistic, one_of
+
+# TRL's bound on the exponent in float32: a coefficient of more could not be a float32.
+_LARGEST_EXPONENT = 80.0
+
+
+@dataclass(frozen=True, repr=False)
+class Divergent(Preset):
+    """Base of the objectives that may measure the distance to the reference by another f-divergence (arXiv 2309.16240).
+
+    f'(t) of t = pi / pi_ref then takes the place of log t = a = L - R, with alpha = ``divergence_alpha``:
+
+    - "reverse_kl": a, the default
+    - "forward_kl": 1 - exp(-a)
+    - "js": log 2 + log sigma(a)
+    - "alpha": (exp((alpha - 1) a) - 1) / (alpha - 1)
+
+    ``divergence_alpha`` is TRL's ``f_alpha_divergence_coef``, which is 1 minus the paper's alpha. Exponents stop at 80,
+    as TRL's do for "alpha" (not for "forward_kl"): beyond, the loss is a constant. Rewards stay beta (L - R).
+    """
+
+    divergence: str = field(default="reverse_kl", kw_only=True)
+    divergence_alpha: float = field(default=0.5, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("divergence", self.divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
+        finite("divergence_alpha", self.divergence_alpha)
+
+    def __repr__(self) -> str:
+        shown = [f.name for f in dataclasses.fields(self) if not f.kw_only or getattr(self, f.name) != f.default]
+        shown.sort(key=lambda name: name.startswith("divergence"))
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+    def _scores(self, s: PairSums) -> tuple[Tensor, Tensor]:
+        """f'(pi / pi_ref) of the chosen and rejected responses, (pairs,) each."""
+        chosen, rejected = self._advantages(s)
+        return self._f_prime(chosen), self._f_prime(rejected)
+
+    def _f_prime(self, log_ratio: Tensor) -> Tensor:
+        if self.divergence == "js":
+            return math.log(2) + F.logsigmoid(log_ratio)
+        power = {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha": self.divergence_alpha - 1}[self.divergence]
+        if abs(power) < 1e-6:
+            return log_ratio
+        return torch.expm1((power * log_ratio).clamp(max=_LARGEST_EXPONENT)) / power
+
+    def _difference(self, s: PairSums) -> Tensor:
+        chosen, rejected = self._scores(s)
+        return chosen - rejected
+
+    def _difference_per_token(self, s: PairSums) -> Tensor:
+        chosen, rejected = self._scores(s)
+        return chosen / s.chosen_len - rejected / s.rejected_len
+
+
+@dataclass(frozen=True, repr=False)
+class DPO(Divergent):
+    """-(1 - eps) log sigma(m) - eps log sigma(-m), m = beta (a_chosen - a_rejected), eps = ``label_smoothing``.
+
+    Direct preference optimization (arXiv 2305.18290); on conditioned sequences InSPO-DPO (arXiv 2512.23126).
+    TRL's ``sigmoid`` is this without smoothing: it ignores ``label_smoothing``. Rewards: beta (L - R).
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __call__(self, s: PairSums) -> Tensor:
+        return logistic(self.beta * self._difference(s), self.label_smoothing)
+
+
+@dataclass(frozen=True, repr=False)
+class Robust(Divergent):
+    """(-(1 - eps) log sigma(m) + eps log sigma(-m)) / (1 - 2 eps): robust DPO (arXiv 2403.00409).
+
+    eps = ``label_smoothing``, the probability that a label is flipped, under which the loss is unbiased; the paper
+    suggests 0.1. For eps > 0 it falls without bound as m grows. Rewards: beta (L - R).
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __call__(self, s: PairSums) -> Tensor:
+        eps = self.label_smoothing
+        return logistic(self.beta * self._difference(s), -eps / (1 - 2 * eps))
+
+
+@dataclass(frozen=True, repr=False)
+class Hinge(Divergent):
+    """max(0, 1 - m): the hinge of SLiC-HF (arXiv 2305.10425) on the DPO margin. Rewards: beta (L - R)."""
+
+    beta: float = 0.1
+
+    def __call__(self, s: PairSums) -> Tensor:
+        return (1 - self.beta * self._difference(s)).relu()
+
+
+@dataclass(frozen=True, repr=False)
+class EXO(Divergent):
+    """KL(p || q) of p = (sigma(m), sigma(-m)) and q = (1 - eps, eps), eps = ``label_smoothing``: EXO-pref for a pair.
+
+    Efficient exact optimization (arXiv 2402.00856, equation 16), whose eps of 1e-3 is the default, as TRL's own
+    default of 0 is refused by TRL: q = 0 has no logarithm. Rewards: beta (L - R).
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_smoothing == 0:
+            raise ValueError("label_smoothing must be above 0 for EXO, which takes its logarithm: 1e-3 is the paper's")
+
+    def __call__(self, s: PairSums) -> Tensor:
+        eps = self.label_smoothing
+        m = (self.beta * self._difference(s)).clamp(-1e300, 1e300)  # 0 times an infinite logarithm would be NaN
+        losses = torch.sigmoid(m) * (F.logsigmoid(m) - math.log1p(-eps))
+        return losses + torch.sigmoid(-m) * (F.logsigmoid(-m) - math.log(eps))
+
+
+@dataclass(frozen=True, repr=False)
+class DiscoPOP(Divergent):
+    """-(1 - k) log sigma(m) + k exp(-m), k = sigma(m / tau): the log-ratio modulated loss (arXiv 2406.08414).
+
+    It is not monotone: with the default tau it rises for m between -0.12 and 0.07. ``tau`` is TRL's ``discopop_tau``.
+    At large negative margins, where TRL multiplies infinity by 0, this is the limit. Rewards: beta (L - R).
+    """
+
+    beta: float = 0.1
+    tau: float = 0.05
+
+    def __call__(self, s: PairSums) -> Tensor:
+        m = self.beta * self._difference(s)
+        exponential = torch.exp(F.logsigmoid(m / self.tau) - m)
+        return exponential - torch.sigmoid(-m / self.tau) * F.logsigmoid(m)
+
+
+@dataclass(frozen=True, repr=False)
+class SigmoidNorm(Divergent):
+    """-log sigma(beta (a_chosen/|c| - a_rejected/|r|)): length-normalised DPO (Tulu 3, arXiv 2411.15124).
+
+    Rewards: beta (L - R), not divided by the length, as TRL reports them.
+    """
+
+    beta: float = 0.1
+
+    def __call__(self, s: PairSums) -> Tensor:
+        return logistic(self.beta * self._difference_per_token(s))
+
+
+@dataclass(frozen=True)
+class IPO(Preset):
+    """(a_chosen - a_rejected - 1/(2 tau))^2: identity PO (arXiv 2310.12036). Rewards: tau (L - R)."""
+
+    tau: float = 0.1
+
+    @property
+    def beta(self) -> float:
+        return self.tau
+
+    def __call__(self, s: PairSums) -> Tensor:
+        a_chosen, a_rejected = self._advantages(s)
+        return (a_chosen - a_rejected - 1 / (2 * self.tau)).square()
+
+
+@dataclass(frozen=True, repr=False)
+class IPOMean(Divergent):
+    """(a_chosen/|c| - a_rejected/|r| - 1/(2 tau))^2: TRL's ``ipo``, whose ``beta`` is tau. Rewards: tau (L - R).
+
+    The IPO paper (arXiv 2310.12036) has the sums, as ``IPO`` does; the mean over tokens is TRL's.
+    """
+
+    tau: float = 0.1
+
+    @property
+    def beta(self) -> float:
+        return self.tau
+
+    def __call__(self, s: PairSums) -> Tensor:
+        return (self._difference_per_token(s) - 1 / (2 * self.tau)).square()
+
+
+@dataclass(frozen=True)
+class RDPO(Preset):
+    """-log sigma(m + alpha (|c| - |r|)): length-regularised DPO (arXiv 2403.19159). Rewards: beta (L - R)."""
+
+    beta: float = 0.1
+    alpha: float = 0.01
+
+    def __call__(self, s: PairSums) -> Tensor:
+        a_chosen, a_rejected = self._advantages(s)
+        return logistic(self.beta * (a_chosen - a_rejected) + self.alpha * (s.chosen_len - s.rejected_len))

@@ -1,0 +1,96 @@
+"""Objectives by name, and the one way to call any of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..arguments import nearest
+from .base import LIVE, Objective, PairSums
+from .batchwise import AOT, AOTUnpaired
+from .margin import DPO, EXO, IPO, RDPO, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
+from .pointwise import BCO, NCA, SPPO, APODown, APOZero, OneSided
+from .reference_free import ORPO, SFT, SimPO
+
+OBJECTIVES: Mapping[str, type[Objective]] = {
+    "dpo": DPO,
+    "one_sided": OneSided,
+    "ipo": IPO,
+    "simpo": SimPO,
+    "rdpo": RDPO,
+    "orpo": ORPO,
+    "hinge": Hinge,
+    # TRL's names, but for ipo_mean, which is TRL's "ipo", and dpo, which is its "sigmoid"
+    "robust": Robust,
+    "exo_pair": EXO,
+    "nca_pair": NCA,
+    "sppo_hard": SPPO,
+    "bco_pair": BCO,
+    "apo_zero": APOZero,
+    "apo_down": APODown,
+    "aot": AOT,
+    "aot_unpaired": AOTUnpaired,
+    "discopop": DiscoPOP,
+    "sft": SFT,
+    "sigmoid_norm": SigmoidNorm,
+    "ipo_mean": IPOMean,
+}
+
+
+def find_objective(name_or_id: str) -> Objective:
+    """The objective of that name, or the live instance whose id this is, in digits."""
+    return LIVE[int(name_or_id)] if name_or_id.isdecimal() else make_objective(name_or_id)
+
+
+def make_objective(objective: str | Objective, **parameters: Any) -> Objective:
+    """The objective called ``objective`` (a key of ``OBJECTIVES``) with ``parameters``, or the instance itself.
+
+    Raises ``ValueError`` for an unknown name or a parameter that the objective does not take, naming the nearest one.
+    """
+    if isinstance(objective, Objective):
+        if parameters:
+            raise ValueError("parameters go with an objective's name; an instance already has its own")
+        fields, possible = objective.gradient_fields, Objective.gradient_fields
+        if not isinstance(fields, tuple) or not set(fields) <= set(possible):
+            names = ", ".join(map(repr, possible))
+            raise ValueError(f"{type(objective).__name__}.gradient_fields must be a tuple of {names}; got {fields!r}")
+        return objective
+    if not isinstance(objective, str):
+        raise TypeError(
+            f"objective must be a name ({', '.join(OBJECTIVES)}) or an Objective instance, got {objective!r}"
+            + (": call the class to make one" if isinstance(objective, type) else "")
+        )
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}{nearest(objective, OBJECTIVES)}")
+    cls = OBJECTIVES[objective]
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]  # every named one is a dataclass
+    for name in parameters:
+        if name not in known:
+            raise ValueError(f"objective {objective!r} takes no {name!r}{nearest(name, known)}")
+    return cls(**parameters)
+
+
+def evaluate(objective: Objective, s: PairSums) -> Tensor:
+    """Losses (pairs,) in the sums' dtype; ``ValueError`` unless the objective returns one number per pair."""
+    if not type(objective).__module__.startswith(f"{__package__}."):
+        s = s.clone()  # the user's code: writing to what it is given must not reach the report or the next call
+    losses = objective(s)
+    if not is_vector(losses, s):
+        raise ValueError(
+            f"objective {type(objective).__name__} must return one loss per pair, a floating-point tensor of "
+            f"shape {tuple(s.chosen.shape)}; got {kind_of(losses)}"
+        )
+    return losses.to(s.chosen.dtype)
+
+
+def is_vector(value: Any, s: PairSums) -> bool:
+    """Whether ``value`` is a floating-point tensor with one entry per pair."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == s.chosen.shape
+
+
+def kind_of(value: Any) -> str:
+    """For error messages: dtype and shape of a tensor, the type of anything else."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
