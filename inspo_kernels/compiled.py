@@ -24,6 +24,7 @@ from .gradients import Needs, dtypes_of
 from .head import LMHead, checked_head
 from .objectives import Objective, find_objective
 from .pair_loss import InSPOOutput
+from .passes import KeptTokens
 from .prepare import prepare
 from .scored_tokens import ScoredTokens
 
@@ -47,6 +48,7 @@ def fused_inspo_loss(
     cu_seqlens: Tensor | None,
     num_pairs: int | None,
     marginal_labels: Tensor | None,
+    statistics: tuple[str, ...],
     **options: Any,
 ) -> InSPOOutput:
     """``inspo_kernels.fused_inspo_loss`` as traced. Compact input always reports marginals, 0 if it has none."""
@@ -57,33 +59,33 @@ def fused_inspo_loss(
         elif ref_logps is not None:
             num_pairs = ref_logps.shape[0] // 2
     needs = Needs.of(hidden, head)
-    results = _PairResults(
-        *_pair_loss(
-            hidden,
-            weight,
-            bias,
-            [needs.x, needs.weight, needs.bias],
-            labels,
-            marginal_labels,
-            cu_seqlens,
-            segment_ids,
-            ref_logps,
-            options["pair_weights"],
-            0 if num_pairs is None else num_pairs,
-            objective if isinstance(objective, str) else f"{id(objective)}",
-            softcap,
-            logit_scale,
-            options["ignore_index"],
-            options["shift"],
-            # As a tensor, and by a product, which torch.compile carries out on tensors: no new graph for a new value.
-            options["marginal_weight"] * torch.ones((), dtype=torch.float64, device="cpu"),
-            options["reduction"],
-            options["max_workspace_bytes"],
-            options["backend"],
-            torch.is_autocast_enabled(hidden.device.type),
-            head.compute_dtype,
-        )
+    outputs = _pair_loss(
+        hidden,
+        weight,
+        bias,
+        [needs.x, needs.weight, needs.bias],
+        labels,
+        marginal_labels,
+        cu_seqlens,
+        segment_ids,
+        ref_logps,
+        options["pair_weights"],
+        0 if num_pairs is None else num_pairs,
+        objective if isinstance(objective, str) else f"{id(objective)}",
+        softcap,
+        logit_scale,
+        options["ignore_index"],
+        options["shift"],
+        # As a tensor, and by a product, which torch.compile carries out on tensors: no new graph for a new value.
+        options["marginal_weight"] * torch.ones((), dtype=torch.float64, device="cpu"),
+        options["reduction"],
+        ",".join(statistics),
+        options["max_workspace_bytes"],
+        options["backend"],
+        torch.is_autocast_enabled(hidden.device.type),
+        head.compute_dtype,
     )
+    results = _PairResults(*outputs[: len(_PairResults._fields)])
     has_marginals = marginal_labels is not None or segment_ids is not None
     return InSPOOutput(
         loss=results.loss,
@@ -95,11 +97,20 @@ def fused_inspo_loss(
         rejected_rewards=results.rejected_rewards.detach(),
         marginal_chosen_rewards=results.marginal_chosen_rewards.detach() if has_marginals else None,
         marginal_rejected_rewards=results.marginal_rejected_rewards.detach() if has_marginals else None,
+        statistics={name: value.detach() for name, value in zip(statistics, outputs[len(results) :])},
     )
 
 
+def _names(statistics: str) -> tuple[str, ...]:
+    """Names from the comma-separated string that an operator is given: operators take no lists of strings."""
+    return tuple(filter(None, statistics.split(",")))
+
+
 class _PairResults(NamedTuple):
-    """What the operator returns: the fields of ``InSPOOutput``, then gradients; empty tensors for what there is not."""
+    """What the operator returns before the statistics: the fields of ``InSPOOutput``, then gradients.
+
+    An empty tensor stands for what there is not.
+    """
 
     loss: Tensor
     losses: Tensor
@@ -135,12 +146,13 @@ def _pair_loss(
     shift: bool,
     marginal_weight: Tensor,
     reduction: str,
+    statistics: str,
     max_workspace_bytes: int | None,
     backend: str,
     autocast: bool,
     compute_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The fields of ``_PairResults``."""
+    """The fields of ``_PairResults``, then the statistics."""
 
     def run() -> list[Tensor]:
         # The autocast under which the call was traced is over by now.
@@ -163,17 +175,18 @@ def _pair_loss(
                 marginal_weight=finite("marginal_weight", marginal_weight.item()),
                 pair_weights=pair_weights,
                 reduction=reduction,
+                statistics=_names(statistics),
                 max_workspace_bytes=max_workspace_bytes,
                 backend=backend,
             )
-        if p.backend is None:
+        if p.run is None:
             raise ValueError(_NO_REFERENCE)
         with torch.no_grad():
             x = hidden.reshape(-1, p.head.hidden_size).index_select(0, p.plan.rows)
-            losses, sums, gradients = passes.pair_losses(replace(p, head=p.head.detach()), x, Needs(*needs))
+            losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, x, Needs(*needs))
             gradients = gradients.computed()
             loss = p.terms.reduce(losses).to(p.head.accumulate_dtype)
-            out = InSPOOutput.build(loss, losses, sums, p.plan.lengths, p.terms)
+            out = InSPOOutput.build(loss, losses, sums.table, p.plan.lengths, p.terms, sums.statistics)
             if out.marginal_logps is None and segment_ids is not None:
                 nan = torch.full_like(out.chosen_rewards, torch.nan)
                 out = replace(out, marginal_logps=torch.zeros_like(out.logps))
@@ -183,10 +196,11 @@ def _pair_loss(
                 flat = gradients.x.new_zeros(hidden.numel() // p.head.hidden_size, p.head.hidden_size)
                 dhidden = flat.index_add_(0, p.plan.rows, gradients.x).view(hidden.shape)
         # An operator's results must not share memory, and the small ones may be views of one table.
-        fields = {name: value.clone() for name, value in vars(out).items() if value is not None}
+        fields: dict[str, Tensor | None] = {k: v.clone() for k, v in vars(out).items() if isinstance(v, Tensor)}
         fields |= {"dhidden": dhidden, "dweight": gradients.weight, "dbias": gradients.bias}
         named = ((name, fields.get(name)) for name in _PairResults._fields)
-        return [hidden.new_empty(0) if value is None else value for _, value in named]
+        results = [hidden.new_empty(0) if value is None else value for _, value in named]
+        return results + [value.clone() for value in out.statistics.values()]
 
     return _in_worker(run, hidden.device)
 
@@ -206,6 +220,7 @@ def _(
     num_pairs: int,
     *others: Any,
 ) -> list[Tensor]:
+    statistics = _names(others[7])
     accumulate = LMHead(weight, bias, None, 1.0, others[-1]).accumulate_dtype
     has_marginals = marginal_labels is not None or segment_ids is not None
 
@@ -227,7 +242,7 @@ def _(
         dweight=dweight,
         dbias=dbias,
     )
-    return list(results)
+    return [*results, *(new(2 * num_pairs) for _ in statistics)]
 
 
 def _fake_gradients(
@@ -241,7 +256,7 @@ def _fake_gradients(
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     hidden, weight, bias, ctx.needs, *others = inputs
-    results = _PairResults(*output)
+    results = _PairResults(*output[: len(_PairResults._fields)])
     ctx.save_for_backward(results.dhidden, results.dweight, results.dbias)
     ctx.dtypes, ctx.num_others = dtypes_of(hidden, weight, bias), len(others)
 
@@ -260,21 +275,46 @@ _pair_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 def linear_logps(
     hidden: Tensor,
-    weight: Tensor,
+    head: LMHead,
     targets: Tensor,
     *,
+    ignore_index: int,
+    statistics: tuple[str, ...],
+    max_workspace_bytes: int | None,
+    backend: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``inspo_kernels.linear_logps`` as traced. A trainable head keeps nothing for its backward pass here: 8NHV."""
+    needs = Needs.of(hidden, head)
+    transform = (head.softcap, head.logit_scale, head.temperature, head.compute_dtype)
+    logps, _, *found = _linear_logps(
+        hidden, head.weight, head.bias, [needs.x, needs.weight, needs.bias], targets, *transform, ignore_index,
+        max_workspace_bytes, backend, ",".join(statistics),
+    )  # fmt: skip
+    return logps, {name: value.detach() for name, value in zip(statistics, found)}
+
+
+def _scored_tokens(
+    hidden: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
+    targets: Tensor,
     softcap: float | None,
     logit_scale: float,
+    temperature: float,
+    compute_dtype: torch.dtype,
     ignore_index: int,
+    max_workspace_bytes: int | None,
     backend: str,
-) -> Tensor:
-    """``inspo_kernels.linear_logps`` as traced."""
-    head = checked_head(hidden, weight, bias, softcap, logit_scale)
-    needs = Needs.of(hidden, head)
-    options = (softcap, logit_scale, ignore_index, backend, head.compute_dtype)
-    logps, _ = _linear_logps(hidden, weight, bias, [needs.x, needs.weight, needs.bias], targets, *options)
-    return logps
+    statistics: str,
+) -> ScoredTokens:
+    head = LMHead(weight, bias, softcap, logit_scale, compute_dtype, temperature).detach()
+    scored = ScoredTokens.find(
+        hidden.detach(), targets, head, ignore_index=ignore_index, backend=backend,
+        max_workspace_bytes=max_workspace_bytes, statistics=_names(statistics),
+    )  # fmt: skip
+    if scored.run is None:
+        raise ValueError(_NO_REFERENCE)
+    return scored
 
 
 @torch.library.custom_op("inspo_kernels::linear_logps", mutates_args=(), tags=_TAGS)
@@ -286,28 +326,34 @@ def _linear_logps(
     targets: Tensor,
     softcap: float | None,
     logit_scale: float,
-    ignore_index: int,
-    backend: str,
+    temperature: float,
     compute_dtype: torch.dtype,
+    ignore_index: int,
+    max_workspace_bytes: int | None,
+    backend: str,
+    statistics: str,
 ) -> list[Tensor]:
-    """Log-probs, and for a frozen head the gradient of each in its own row of hidden (otherwise empty)."""
-    head = LMHead(weight.detach(), None if bias is None else bias.detach(), softcap, logit_scale, compute_dtype)
-    scored = ScoredTokens.find(hidden.detach(), targets, head, ignore_index, backend)
-    if scored.backend is None:
-        raise ValueError(_NO_REFERENCE)
-    logps, dx = scored.forward(Needs(*needs))
+    """Log-probs; for a frozen head the gradient of each in its own row of hidden (otherwise empty); statistics."""
+    scored = _scored_tokens(
+        hidden, weight, bias, targets, softcap, logit_scale, temperature, compute_dtype, ignore_index,
+        max_workspace_bytes, backend, statistics,
+    )  # fmt: skip
+    scores, dx = scored.forward(Needs(*needs), may_keep=False)
     return [
-        scored.scatter(logps, targets.shape),
-        hidden.new_empty(0) if dx is None else scored.scatter(dx, hidden.shape),
+        scored.scatter(scores.logps, targets.shape),
+        scored.scatter(dx, hidden.shape) if isinstance(dx, Tensor) else hidden.new_empty(0),
+        *scored.scatter_statistics(scores, targets.shape).values(),
     ]
 
 
 @_linear_logps.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], targets: Tensor, *o: Any) -> list[Tensor]:
-    accumulate = LMHead(weight, bias, None, 1.0, o[-1]).accumulate_dtype
+    accumulate = LMHead(weight, bias, None, 1.0, o[3]).accumulate_dtype
     frozen = needs[0] and not (needs[1] or needs[2])
     dhidden = hidden.new_empty(hidden.shape, dtype=accumulate) if frozen else hidden.new_empty(0)
-    return [hidden.new_empty(targets.shape, dtype=accumulate), dhidden]
+    dtypes = [torch.bool if name == "is_top1" else accumulate for name in _names(o[-1])]
+    statistics = [hidden.new_empty(targets.shape, dtype=dtype) for dtype in dtypes]
+    return [hidden.new_empty(targets.shape, dtype=accumulate), dhidden, *statistics]
 
 
 @torch.library.custom_op("inspo_kernels::linear_logps_backward", mutates_args=(), tags=_TAGS)
@@ -320,14 +366,20 @@ def _linear_logps_backward(
     upstream: Tensor,
     softcap: float | None,
     logit_scale: float,
-    ignore_index: int,
-    backend: str,
+    temperature: float,
     compute_dtype: torch.dtype,
+    ignore_index: int,
+    max_workspace_bytes: int | None,
+    backend: str,
 ) -> list[Tensor]:
     """Gradients in hidden, weight and bias in their own dtypes (empty where not needed)."""
-    head = LMHead(weight, bias, softcap, logit_scale, compute_dtype)
-    scored = ScoredTokens.find(hidden, targets, head, ignore_index, backend)
-    gradients = scored.backward(upstream.flatten()[scored.index], Needs(*needs))
+    scored = _scored_tokens(
+        hidden, weight, bias, targets, softcap, logit_scale, temperature, compute_dtype, ignore_index,
+        max_workspace_bytes, backend, "",
+    )  # fmt: skip
+    _, kept = scored.forward(Needs(*needs))
+    assert isinstance(kept, KeptTokens)
+    gradients = scored.backward(upstream.flatten()[scored.index], kept, Needs(*needs))
     x, dweight, dbias = gradients.scaled(1.0, *dtypes_of(hidden, weight, bias))
     dhidden = None if x is None else scored.scatter(x, hidden.shape)
     return [hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias)]
@@ -344,7 +396,7 @@ def _(
 
 
 def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, bias, ctx.needs, targets, *ctx.options = inputs
+    hidden, weight, bias, ctx.needs, targets, *ctx.options, _ = inputs
     ctx.frozen = ctx.needs[0] and not (ctx.needs[1] or ctx.needs[2])
     ctx.dtype = hidden.dtype
     if ctx.frozen:
@@ -362,7 +414,7 @@ def _token_gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Tensor | None, .
         hidden, weight, bias, targets = ctx.saved_tensors
         results = _linear_logps_backward(hidden, weight, bias, ctx.needs, targets, upstream[0], *ctx.options)
         gradients = [g if needed else None for g, needed in zip(results, ctx.needs)]
-    return (*gradients, None, None, *(None for _ in ctx.options))
+    return (*gradients, None, None, *(None for _ in ctx.options), None)
 
 
 _linear_logps.register_autograd(_token_gradients, setup_context=_save_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled, passes, reference
+from .agreement import Split, errors_shared, refuse_compiled
 from .first_order import first_order_only
 from .gradients import Needs, dtypes_of
+from .groups import local_shard
 from .objectives import Objective, make_objective
 from .pair_loss import InSPOOutput
 from .prepare import Prepared, check_tensors, checked_options, prepare
@@ -35,7 +38,9 @@ def fused_inspo_loss(
     marginal_weight: float = 0.0,
     pair_weights: Tensor | None = None,
     reduction: str = "mean",
+    statistics: Iterable[str] = (),
     process_group: Any = None,
+    sequence_group: Any = None,
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> InSPOOutput:
@@ -59,7 +64,7 @@ def fused_inspo_loss(
         hidden: hidden states after the model's final norm, float16, bfloat16, float32 or float64.
         weight: (V, H) LM head, hidden's dtype (any under autocast, whose dtype the products then use) and device.
         labels: int64 token ids, ``ignore_index`` where not scored; may live on the CPU, which spares a synchronisation.
-        objective: a name ("dpo", "one_sided", "ipo", "simpo", "rdpo", "orpo", "hinge") or an ``Objective`` instance.
+        objective: a name ("dpo", "simpo", "orpo", ...: the keys of ``objectives.OBJECTIVES``) or an ``Objective``.
         ref_logps: (2B,) summed reference log-probs in nats, log pi_ref(y_w | x) of each pair, then log pi_ref(y_l | x).
         bias, softcap, logit_scale: z = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(z / softcap).
         shift: labels are aligned with input_ids: hidden[t] predicts labels[t+1] of the same sequence.
@@ -67,7 +72,16 @@ def fused_inspo_loss(
         marginal_weight: adds this much of the same objective evaluated on the marginals, against the same ref_logps.
         pair_weights: (B,) factors of the pairs' losses.
         reduction: "mean" or "sum" over pairs.
-        process_group: reserved; anything but None raises ``NotImplementedError``.
+        statistics: names of statistics to sum over the scored tokens of each response ("entropy", "mean_logit",
+            "is_top1", "logsumexp", "log_sum_sq_probs": see ``linear_logps``), from the same pass over the logits.
+        process_group: vocabulary-parallel head. Each rank of this group passes its own consecutive rows of weight and
+            bias, in rank order and of any number, or a DTensor that the group shards over dimension 0. All else is the
+            same on every rank, labels being ids of the whole vocabulary, and so are all results, to the bit. dX comes
+            out summed over the group; dW and db are those of the rank's own rows. Every rank runs the backward pass.
+        sequence_group: context parallelism. Each rank of this group passes its own tokens of the same pairs, none of
+            some pairs if need be, with labels that were shifted before they were split (shift=False) or in the compact
+            form. Losses and sums are those of all tokens. Gradients are local: dX of the rank's rows, dW the part of a
+            sum over the group. Engines that average gradients over it need the loss times the group's size.
         max_workspace_bytes: bound on the logits workspace (at least one row). Results do not depend on it beyond
             rounding. The default follows from shapes and device, and grows up to fourfold for a pair longer than it. Of
             a batch that fits it, it lasts until the backward pass, in place of the weight's gradient.
@@ -81,8 +95,7 @@ def fused_inspo_loss(
     Raises:
         TypeError, ValueError: before any product runs; the message names the argument and what to change.
     """
-    if process_group is not None:
-        raise NotImplementedError("process_group is reserved for vocabulary-parallel heads: pass None")
+    refuse_compiled(process_group=process_group, sequence_group=sequence_group)
     plain: dict[str, Any] = {
         "objective": objective,
         "softcap": softcap,
@@ -92,6 +105,7 @@ def fused_inspo_loss(
         "num_pairs": num_pairs,
         "marginal_weight": marginal_weight,
         "reduction": reduction,
+        "statistics": statistics,
         "max_workspace_bytes": max_workspace_bytes,
         "backend": backend,
     }
@@ -102,19 +116,22 @@ def fused_inspo_loss(
         "marginal_labels": marginal_labels,
         "pair_weights": pair_weights,
     }
-    check_tensors(labels=labels, **tensors)
-    given = {**checked_options(plain), **tensors, "bias": bias}
-    if torch.compiler.is_compiling():
-        return compiled.fused_inspo_loss(hidden, weight, labels, **given)
-    p = prepare(hidden, weight, labels, **given)
-    if p.backend is None:
+    split = Split.of(process_group, sequence_group)
+    with errors_shared(split, hidden):
+        weight, bias = local_shard("weight", weight, process_group), local_shard("bias", bias, process_group)
+        check_tensors(labels=labels, **tensors)
+        given = {**checked_options(plain), **tensors, "bias": bias}
+        if torch.compiler.is_compiling():
+            return compiled.fused_inspo_loss(hidden, weight, labels, **given)
+        p = prepare(hidden, weight, labels, split=split, **given)
+    if p.run is None:
         return _reference(hidden, weight, labels, given, p)
     x = hidden.reshape(-1, p.head.hidden_size).index_select(0, p.plan.rows)
     needs = Needs.of(hidden, p.head)
-    loss, losses, sums = _FusedPairLoss.apply(x, weight, bias, replace(p, head=p.head.detach()), needs)
+    loss, losses, sums, *found = _FusedPairLoss.apply(x, weight, bias, replace(p, head=p.head.detach()), needs)
     if torch.is_grad_enabled() and not needs.any:
         _differentiate_objective(p, sums)
-    return InSPOOutput.build(loss, losses, sums, p.plan.lengths, p.terms)
+    return InSPOOutput.build(loss, losses, sums, p.plan.lengths, p.terms, dict(zip(p.run.statistics, found)))
 
 
 class InSPOLoss(nn.Module):
@@ -148,19 +165,22 @@ class _FusedPairLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, prepared: Prepared, needs: Needs
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        losses, sums, gradients = passes.pair_losses(prepared, x, needs)
+    ) -> tuple[Tensor, ...]:
+        p = prepared
+        assert p.run is not None
+        losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, x, needs)
         ctx.dtypes = dtypes_of(x, weight, bias)
         ctx.save_for_backward(*gradients.tensors)
         # What ctx itself holds lives as long as the loss, not only until its backward.
-        ctx.gradients = gradients.holding(*(None for _ in gradients.tensors))
-        ctx.mark_non_differentiable(losses, sums)
-        return prepared.terms.reduce(losses).to(prepared.head.accumulate_dtype), losses, sums
+        ctx.gradients = gradients.replace_tensors(*(None for _ in gradients.tensors))
+        outputs = (losses, sums.table, *sums.statistics.values())
+        ctx.mark_non_differentiable(*outputs)
+        return p.terms.reduce(losses).to(p.head.accumulate_dtype), *outputs
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.gradients.holding(*ctx.saved_tensors).scaled(upstream, *ctx.dtypes), None, None)
+        return (*ctx.gradients.replace_tensors(*ctx.saved_tensors).scaled(upstream, *ctx.dtypes), None, None)
 
 
 def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, given: dict[str, Any], p: Prepared) -> InSPOOutput:

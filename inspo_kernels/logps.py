@@ -1,18 +1,25 @@
-"""Where a log-prob is computed for users: ``linear_logps``, per token, differentiable with any upstream gradient."""
+"""Where a log-prob is computed for users: ``linear_logps`` per token, ``pair_logps`` summed over pairs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import compiled, reference
+from . import compiled, reference, scored_rows
+from .agreement import Split, errors_shared, refuse_compiled
 from .arguments import integer
+from .backends import resolve_backend
 from .first_order import first_order_only
 from .gradients import Needs, dtypes_of
+from .groups import local_shard
 from .head import checked_head
+from .passes import KeptTokens, pair_sums
+from .prepare import check_split, check_tensors, checked_options, common_arguments, find_candidates, head_pass
+from .row_sums import RowSums, checked_statistics
 from .scored_tokens import ScoredTokens
 
 
@@ -25,64 +32,173 @@ def linear_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    temperature: float = 1.0,
+    max_workspace_bytes: int | None = None,
+    statistics: Iterable[str] = (),
+    process_group: Any = None,
     backend: str = "auto",
-) -> Tensor:
-    """Per-token log-probs log softmax(z)[target] without materialising the logits of all tokens.
+) -> Any:
+    """Per-token log-probs log softmax(z' / temperature)[target] without materialising the logits of all tokens.
 
-    z = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(z / softcap) where a soft-cap is given.
+    z = logit_scale * (hidden @ weight.T + bias); z' = softcap * tanh(z / softcap) where a soft-cap is given, else z.
 
     Args:
         hidden: (..., H) hidden states after the model's final norm; float16, bfloat16, float32 or float64.
         weight: (V, H) LM head, hidden's dtype (any under autocast) and device.
         targets: (...) int64 token ids, *not* shifted: hidden[i] is scored on targets[i]. May live on the CPU.
-        bias: (V,) or None. softcap: positive or None. logit_scale: finite.
+        bias: (V,) or None. softcap: positive or None. logit_scale: finite. temperature: positive.
         ignore_index: targets with this value are skipped: log-prob 0, no gradient, no head work.
+        max_workspace_bytes: bound on the logits workspace, as for ``fused_inspo_loss``.
+        statistics: names of statistics of softmax(z' / temperature) to return as well, from the same pass over the
+            logits: "entropy" (nats), "mean_logit" and "logsumexp" of z' / temperature, "is_top1" (bool: the target is
+            the lowest id among the largest logits), "log_sum_sq_probs" (log of the sum of squared probabilities).
+        process_group: vocabulary-parallel head, as for ``fused_inspo_loss``. Log-probs and statistics are the same on
+            every rank; so must be what is made of them, because dX is summed over the ranks in the backward pass.
         backend: "auto", "triton", "torch" or "reference", as for ``fused_inspo_loss``.
 
     Returns:
         (...) log-probs in nats, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias; a
-        second derivative raises. Where weight and bias need no gradient (LoRA), d logp / d hidden is stored, one
-        H-vector a token, and backward recomputes nothing: 4NHV operations for N scored tokens instead of 8NHV.
-        Without gradients: 2NHV and no gradient buffers.
+        second derivative raises. Given ``statistics``, a pair: the log-probs, and {name: (...)} in the same dtype
+        without gradient, 0 (False) where ignored.
+
+        Costs for N scored tokens: 2NHV operations without gradients. Where weight and bias need no gradient (LoRA),
+        d logp / d hidden is stored, one H-vector a token, and backward recomputes nothing: 4NHV. With a trainable head
+        the last C tokens that the workspace holds are kept until the backward pass: 6NHV + 2HV max(0, N - C).
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or target values that do not fit; the message says which.
     """
-    ignore_index = integer("ignore_index", ignore_index)
-    options: dict[str, Any] = {
-        "bias": bias,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "ignore_index": ignore_index,
-    }
-    if torch.compiler.is_compiling():
-        return compiled.linear_logps(hidden, weight, targets, backend=backend, **options)
-    head = checked_head(hidden, weight, bias, softcap, logit_scale)
-    scored = ScoredTokens.find(hidden, targets, head.detach(), ignore_index, backend)
-    if scored.backend is None:
+    refuse_compiled(process_group=process_group)
+    split = Split.of(process_group)
+    with errors_shared(split, hidden):
+        weight, bias = local_shard("weight", weight, process_group), local_shard("bias", bias, process_group)
+        ignore_index, names = integer("ignore_index", ignore_index), checked_statistics(statistics)
+        if max_workspace_bytes is not None:
+            max_workspace_bytes = integer("max_workspace_bytes", max_workspace_bytes, minimum=1)
+        options: dict[str, Any] = {"ignore_index": ignore_index, "statistics": names}
+        resources: dict[str, Any] = {"max_workspace_bytes": max_workspace_bytes, "backend": backend}
+        head = checked_head(hidden, weight, bias, softcap, logit_scale, temperature)
+        if torch.compiler.is_compiling():
+            logps, found = compiled.linear_logps(hidden, head, targets, **options, **resources)
+            return (logps, found) if names else logps
+        needs = Needs.of(hidden, head)
+        scored = ScoredTokens.find(hidden, targets, head.detach(), **options, **resources, split=split, needs=needs)
+    if scored.run is None:
+        options |= {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
         return reference.linear_logps(hidden, weight, targets.to(hidden.device), **options)
-    logps = _LinearLogps.apply(scored.x, weight, bias, scored, Needs.of(hidden, head))
-    return scored.scatter(logps, targets.shape)
+    logps, *values = _LinearLogps.apply(scored.x, weight, bias, scored, needs)
+    logps = scored.scatter(logps, targets.shape)
+    return (logps, {name: scored.scatter(v, targets.shape) for name, v in zip(names, values)}) if names else logps
+
+
+@torch.no_grad()
+def pair_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    num_pairs: int | None = None,
+    marginal_labels: Tensor | None = None,
+    process_group: Any = None,
+    sequence_group: Any = None,
+    max_workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Summed log-probs of pairs, without gradients or an objective: for references and evaluation.
+
+    Args: as for ``fused_inspo_loss``, whose input forms are taken. 2NHV operations, in a workspace of one tile.
+
+    Returns:
+        sums (kinds, B) float64, in nats, and lengths (kinds, B) int64, scored tokens. Rows: chosen, rejected, and where
+        marginals are scored log pi(y_w | x) and log pi(y_l | x). A response without a scored token has length 0.
+
+    Raises:
+        TypeError, ValueError: as ``fused_inspo_loss``.
+    """
+    inputs: dict[str, Any] = {
+        "ref_logps": None,
+        "cu_seqlens": cu_seqlens,
+        "segment_ids": segment_ids,
+        "marginal_labels": marginal_labels,
+    }
+    split = Split.of(process_group, sequence_group)
+    with errors_shared(split, hidden):
+        weight, bias = local_shard("weight", weight, process_group), local_shard("bias", bias, process_group)
+        check_tensors(labels=labels, pair_weights=None, **inputs)
+        plain = checked_options(
+            {"ignore_index": ignore_index, "shift": shift, "num_pairs": num_pairs, "backend": backend}
+            | {"max_workspace_bytes": max_workspace_bytes}
+        )
+        head = checked_head(hidden, weight, bias, softcap, logit_scale)
+        resolved = resolve_backend(plain["backend"], head, hidden.device)
+        check_split(split, resolved, shift=shift and segment_ids is None)
+        given = {name: plain[name] for name in ("ignore_index", "shift", "num_pairs")} | inputs
+        candidates = find_candidates(hidden, labels, **given)
+        same: dict[str, Any] = {}
+        if split is not None:
+            same = common_arguments(hidden, head, resolved, plain["max_workspace_bytes"], plain["ignore_index"], ())
+            same["num_pairs"] = candidates.num_pairs
+        plan = scored_rows.plan(
+            candidates,
+            vocab_size=head.vocab_size,
+            gradient_kinds=lambda _: (),
+            required_kinds=lambda _: (),
+            device=hidden.device,
+            split=split,
+            same=same,
+        )
+    run = head_pass(resolved, head, hidden.device, plain["max_workspace_bytes"], split=split)
+    if run is None:
+        transform: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+        sums, lengths, _ = reference.pair_sums(hidden, weight, labels.to(hidden.device), **transform, **given)
+        return sums, lengths
+    x = hidden.reshape(-1, head.hidden_size).index_select(0, plan.rows)
+    return pair_sums(run, plan, x).table, plan.lengths
 
 
 class _LinearLogps(torch.autograd.Function):
+    """Log-probs and statistics; saves what the backward pass needs as ``ScoredTokens.forward`` left it."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scored: ScoredTokens, needs: Needs) -> Tensor:
-        logps, dx = scored.forward(needs)
-        ctx.scored, ctx.needs, ctx.dtype = replace(scored, x=x.new_empty(0)), needs, x.dtype
-        if dx is not None:
-            ctx.save_for_backward(dx)
-        elif needs.any:
-            ctx.save_for_backward(x, weight, bias)
-        return logps
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scored: ScoredTokens, needs: Needs
+    ) -> tuple[Tensor, ...]:
+        scores, state = scored.forward(needs)
+        run = scored.run
+        assert run is not None
+        ctx.needs, ctx.dtypes = needs, dtypes_of(x, weight, bias)
+        if isinstance(state, KeptTokens):
+            ctx.recomputes = state.sums is not None
+            sums = () if state.sums is None else (state.sums.offset, state.sums.rest, state.sums.label)
+            # Only recomputation reads the weight: an engine may take it away where all rows are kept.
+            head = (run.head.weight, run.head.bias) if ctx.recomputes else (None, None)
+            ctx.save_for_backward(scored.x, scored.targets, *head, state.dx, *sums, *state.kept)
+            empty = scored.x.new_empty(0)
+            ctx.scored = replace(scored, x=empty, targets=empty, run=replace(run, head=run.head.without_weight()))
+        elif state is not None:
+            ctx.save_for_backward(state)
+        outputs = (scores.logps, *scores.statistics.values())
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs.head:
             (dx,) = ctx.saved_tensors
-            return (dx * upstream.unsqueeze(1)).to(ctx.dtype), None, None, None, None
-        x, weight, bias = ctx.saved_tensors
-        scored = replace(ctx.scored, x=x, head=replace(ctx.scored.head, weight=weight, bias=bias))
-        gradients = scored.backward(upstream, ctx.needs)
-        return (*gradients.scaled(1.0, *dtypes_of(x, weight, bias)), None, None)
+            return (dx * upstream.unsqueeze(1)).to(ctx.dtypes[0]), None, None, None, None
+        x, targets, weight, bias, dx, *others = ctx.saved_tensors
+        run, sums = ctx.scored.run, None
+        if ctx.recomputes:
+            run = replace(run, head=replace(run.head, weight=weight, bias=bias))
+            sums, others = RowSums(*others[:3]), others[3:]
+        scored = replace(ctx.scored, x=x, targets=targets, run=run)
+        gradients = scored.backward(upstream, KeptTokens(sums, dx, tuple(others)), ctx.needs)
+        return (*gradients.scaled(1.0, *ctx.dtypes), None, None)

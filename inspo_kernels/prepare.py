@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from . import scored_rows
+from .agreement import Split
 from .arguments import finite, integer
 from .backends import Backend, check_backend, resolve_backend
+from .gradients import Needs
+from .groups import VocabGroup
 from .head import FLOATS, LMHead, checked_head, checked_softcap
 from .objectives import Objective, make_objective
 from .pair_loss import PairTerms
+from .passes import HeadPass
+from .row_sums import checked_statistics
 from .scored_rows import checked_labels
 
 # Without a bound by the user, a pair longer than the default workspace gets one of up to so many times its rows:
@@ -24,16 +29,15 @@ PAIR_GROWTH = 4
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked call of the loss: what the passes need. ``backend`` is None for the reference.
+    """A checked call of the loss: what the passes need. ``run`` is None for the reference.
 
-    ``capacity``: rows of workspace that pairs are grouped into; ``pair_capacity``: for a pair that is longer.
+    ``pair_capacity``: rows that may be kept for a pair that is longer than the workspace.
     """
 
     head: LMHead
-    backend: Backend | None
+    run: HeadPass | None
     plan: scored_rows.ScoredRows
     terms: PairTerms
-    capacity: int
     pair_capacity: int
 
 
@@ -58,6 +62,8 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
             checked[name] = finite(name, value)
         elif name in ("softcap", "logit_scale"):
             checked[name] = checked_softcap(value) if name == "softcap" else finite(name, value)
+        elif name == "statistics":
+            checked[name] = checked_statistics(value)
     return checked
 
 
@@ -93,15 +99,26 @@ def prepare(
     marginal_weight: float,
     pair_weights: Tensor | None,
     reduction: str,
+    statistics: tuple[str, ...],
     max_workspace_bytes: int | None,
     backend: str,
+    split: Split | None = None,
 ) -> Prepared:
     """Arguments, of which ``checked_options`` and ``check_tensors`` approve, and errors as for ``fused_inspo_loss``."""
     head = checked_head(hidden, weight, bias, softcap, logit_scale)
     resolved = resolve_backend(backend, head, hidden.device)
     objective = make_objective(objective)
-    candidates = _candidates(
-        hidden, labels, marginal_labels, cu_seqlens, segment_ids, num_pairs, ref_logps, shift, ignore_index
+    check_split(split, resolved, shift=shift and segment_ids is None)
+    candidates = find_candidates(
+        hidden,
+        labels,
+        marginal_labels=marginal_labels,
+        cu_seqlens=cu_seqlens,
+        segment_ids=segment_ids,
+        num_pairs=num_pairs,
+        ref_logps=ref_logps,
+        shift=shift,
+        ignore_index=ignore_index,
     )
     terms = PairTerms(
         objective=objective,
@@ -126,22 +143,92 @@ def prepare(
         gradient_kinds=terms.gradient_kinds,
         required_kinds=terms.required_kinds,
         device=hidden.device,
+        split=split,
+        same=None
+        if split is None
+        else {
+            **common_arguments(hidden, head, resolved, max_workspace_bytes, ignore_index, statistics),
+            "objective": objective,
+            "num_pairs": candidates.num_pairs,
+            "ref_logps": terms.ref_logps,
+            "pair_weights": terms.pair_weights,
+            "marginal_weight": marginal_weight,
+            "reduction": reduction,
+        },
     )
-    capacities = workspace_rows(resolved, head, hidden.device, max_workspace_bytes)
-    return Prepared(head, resolved, plan, terms, *capacities)
+    run = head_pass(resolved, head, hidden.device, max_workspace_bytes, statistics, split)
+    growth = PAIR_GROWTH if max_workspace_bytes is None else 1
+    return Prepared(head, run, plan, terms, 0 if run is None else run.capacity * growth)
 
 
-def workspace_rows(
-    backend: Backend | None, head: LMHead, device: torch.device, max_workspace_bytes: int | None = None
-) -> tuple[int, int]:
-    """``capacity`` and ``pair_capacity`` of ``Prepared``."""
-    capacity = 0 if backend is None else backend.capacity(head, device, max_workspace_bytes)
-    return capacity, capacity * (PAIR_GROWTH if max_workspace_bytes is None else 1)
+def check_split(split: Split | None, backend: Backend | None, *, shift: bool = False) -> None:
+    """Raise for what split heads and sequences cannot do."""
+    if split is None:
+        return
+    if backend is None:
+        raise ValueError('backend="reference" takes no groups, it needs whole logits: use "torch" or "triton"')
+    if shift and split.sequence is not None:
+        raise ValueError(
+            "sequence_group needs shift=False: the label of a rank's first position may belong to the hidden state of "
+            "another rank. Shift the labels of the whole sequence, then split them"
+        )
 
 
-def _candidates(
+def common_arguments(
+    hidden: Tensor,
+    head: LMHead,
+    backend: Backend | None,
+    max_workspace_bytes: int | None,
+    ignore_index: int,
+    statistics: tuple[str, ...],
+) -> dict[str, Any]:
+    """What the ranks of a split head must have in common, whichever function they call."""
+    return {
+        "hidden": (tuple(hidden.shape), head.compute_dtype),
+        "weight": (head.hidden_size, head.weight.dtype, head.bias is None),
+        "softcap": head.softcap,
+        "logit_scale": head.logit_scale,
+        "temperature": head.temperature,
+        "ignore_index": ignore_index,
+        "statistics": statistics,
+        "max_workspace_bytes": max_workspace_bytes,
+        "backend": None if backend is None else backend.name,
+        "requires_grad": Needs.of(hidden, head),
+    }
+
+
+def head_pass(
+    backend: Backend | None,
+    head: LMHead,
+    device: torch.device,
+    max_workspace_bytes: int | None,
+    statistics: tuple[str, ...] = (),
+    split: Split | None = None,
+) -> HeadPass | None:
+    """The head on its backend, with its workspace; None for the reference."""
+    if backend is None:
+        return None
+    vocab: VocabGroup | None = None if split is None else split.vocab
+    head = backend.prepared(head.detach())
+    largest = head
+    if vocab is not None:
+        head, largest = vocab.shard(head), vocab.largest(head)
+    if max_workspace_bytes is None:
+        max_workspace_bytes = backend.default_workspace_bytes(largest, device)
+        if vocab is not None:
+            # Room for the rows that a whole head would keep: a rank's share of its workspace.
+            whole = vocab.whole(head)
+            rows = backend.capacity(whole, device, backend.default_workspace_bytes(whole, device))
+            more = backend.capacity(largest, device, max_workspace_bytes) - rows
+            max_workspace_bytes -= backend.kept_bytes(largest, max(0, more))
+    capacity = backend.capacity(largest, device, max_workspace_bytes)
+    return HeadPass(head, backend, capacity, max_workspace_bytes, statistics, vocab)
+
+
+def find_candidates(
     hidden: Tensor,
     labels: Tensor,
+    *,
     marginal_labels: Tensor | None,
     cu_seqlens: Tensor | None,
     segment_ids: Tensor | None,

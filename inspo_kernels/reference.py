@@ -7,11 +7,15 @@ cut out one by one, and nothing is planned, grouped or reused.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .objectives import Objective, make_objective
 from .pair_loss import InSPOOutput, PairTerms
+from .row_sums import checked_statistics
 
 
 def linear_logps(
@@ -23,8 +27,13 @@ def linear_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
-) -> Tensor:
-    """Per-token log-probs: hidden (..., H), weight (V, H), targets (...) -> (...), 0 where ignored."""
+    temperature: float = 1.0,
+    statistics: Iterable[str] = (),
+) -> Any:
+    """Per-token log-probs: hidden (..., H), weight (V, H), targets (...) -> (...), 0 where ignored.
+
+    Given ``statistics``, a pair: the log-probs and {name: (...)}, detached.
+    """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     with torch.autocast(hidden.device.type, enabled=False):
         scored = targets != ignore_index
@@ -35,17 +44,33 @@ def linear_logps(
         logits = logit_scale * logits
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
+        logits = logits / temperature
         labels = targets.masked_fill(~scored, 0)
         logps = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        return torch.where(scored, logps, 0.0)
+        logps = torch.where(scored, logps, 0.0)
+        if not (names := checked_statistics(statistics)):
+            return logps
+        found = {name: _statistic(name, logits.detach(), labels).masked_fill(~scored, 0) for name in names}
+        return logps, found
 
 
-def fused_inspo_loss(
+def _statistic(name: str, logits: Tensor, labels: Tensor) -> Tensor:
+    if name == "entropy":
+        return torch.special.entr(logits.softmax(-1)).sum(-1)
+    if name == "mean_logit":
+        return logits.mean(-1)
+    if name == "is_top1":
+        return (logits == logits.amax(-1, keepdim=True)).int().argmax(-1) == labels
+    if name == "logsumexp":
+        return logits.logsumexp(-1)
+    return (2 * logits.log_softmax(-1)).logsumexp(-1)  # log_sum_sq_probs
+
+
+def pair_sums(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
-    objective: str | Objective = "dpo",
     ref_logps: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -56,28 +81,30 @@ def fused_inspo_loss(
     segment_ids: Tensor | None = None,
     num_pairs: int | None = None,
     marginal_labels: Tensor | None = None,
-    marginal_weight: float = 0.0,
-    pair_weights: Tensor | None = None,
-    reduction: str = "mean",
-) -> InSPOOutput:
-    """``inspo_kernels.fused_inspo_loss`` without its checks and its options of speed: same output, nothing fused."""
+    statistics: Iterable[str] = (),
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Tables (kinds, B): summed log-probs in float64, scored tokens, and summed statistics by name."""
+    names = checked_statistics(statistics)
 
-    def logps_of(hidden: Tensor, labels: Tensor) -> Tensor:
-        return linear_logps(
-            hidden, weight, labels, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
-        )
+    def tokens(hidden: Tensor, labels: Tensor) -> Tensor:
+        """Per label a row of: log-prob, whether it is scored, statistics."""
+        options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+        options |= {"ignore_index": ignore_index, "statistics": names or ("logsumexp",)}
+        logps, found = linear_logps(hidden, weight, labels, **options)
+        columns = [logps, labels != ignore_index, *(found[name] for name in names)]
+        return torch.stack([column.double() for column in columns], -1)
 
-    # table[kind][pair] = (sum of log-probs, scored tokens); kinds: chosen, rejected, marginal chosen, marginal rejected
+    # table[kind][pair]: sums over tokens; kinds: chosen, rejected, marginal chosen, marginal rejected
     if segment_ids is not None:
         if num_pairs is None:
             assert ref_logps is not None
             num_pairs = len(ref_logps) // 2
-        logps = logps_of(hidden, labels)
+        rows = tokens(hidden, labels)
         has_marginals = bool(((segment_ids >= 2 * num_pairs) & (labels != ignore_index)).any())
-        table = []
-        for kind in range(4 if has_marginals else 2):
-            members = [segment_ids == kind * num_pairs + pair for pair in range(num_pairs)]
-            table.append([(logps[m].double().sum(), (labels[m] != ignore_index).sum()) for m in members])
+        table = [
+            [rows[segment_ids == kind * num_pairs + pair].sum(0) for pair in range(num_pairs)]
+            for kind in range(4 if has_marginals else 2)
+        ]
     else:
         if cu_seqlens is None:
             cut: list[int | slice] = list(range(len(hidden)))
@@ -86,11 +113,11 @@ def fused_inspo_loss(
             cut = [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
         num_pairs = len(cut) // 2
 
-        def sequence(index: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+        def sequence(index: int, labels: Tensor) -> Tensor:
             h, y = hidden[cut[index]], labels[cut[index]]
             if shift:
                 h, y = h[:-1], y[1:]
-            return logps_of(h, y).double().sum(), (y != ignore_index).sum()
+            return tokens(h, y).sum(0)
 
         pairs = range(num_pairs)
         table = [[sequence(p, labels) for p in pairs], [sequence(num_pairs + p, labels) for p in pairs]]
@@ -99,8 +126,27 @@ def fused_inspo_loss(
             table.append([sequence(num_pairs + p, marginal_labels) for p in pairs])
             table.append([sequence(p, marginal_labels) for p in pairs])
 
-    sums = torch.stack([torch.stack([logp for logp, _ in row]) for row in table])
-    lengths = torch.stack([torch.stack([count for _, count in row]) for row in table])
+    sums, lengths, *found = torch.stack([torch.stack(row) for row in table]).unbind(-1)
+    return sums, lengths.detach().long(), dict(zip(names, (one.detach() for one in found)))
+
+
+def fused_inspo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    objective: str | Objective = "dpo",
+    ref_logps: Tensor | None = None,
+    marginal_weight: float = 0.0,
+    pair_weights: Tensor | None = None,
+    reduction: str = "mean",
+    **inputs: Any,
+) -> InSPOOutput:
+    """``inspo_kernels.fused_inspo_loss`` without its checks and its options of speed: same output, nothing fused.
+
+    ``inputs``: the other arguments of ``pair_sums``.
+    """
+    sums, lengths, statistics = pair_sums(hidden, weight, labels, ref_logps=ref_logps, **inputs)
     terms = PairTerms(
         objective=make_objective(objective),
         ref_logps=None if ref_logps is None else ref_logps.detach().to(sums.device, torch.float64),
@@ -110,4 +156,4 @@ def fused_inspo_loss(
     )
     losses = terms.losses(terms.sums(sums, lengths.double()))
     loss = terms.reduce(losses).to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    return InSPOOutput.build(loss, losses.detach(), sums.detach(), lengths, terms)
+    return InSPOOutput.build(loss, losses.detach(), sums.detach(), lengths, terms, statistics)

@@ -7,11 +7,15 @@ and sorts them. Where the labels live on an accelerator one host read serves all
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .agreement import Split, fingerprint
+from .groups import SequenceGroup
 from .pair_loss import KINDS
 
 
@@ -37,12 +41,14 @@ class Candidates:
 class ScoredRows:
     """The rows to score: those that need gradients first, pair by pair, then the forward-only ones.
 
-    - ``rows``, ``targets``: (N,) int64 on the compute device: row of the flattened hidden states, label.
-    - ``lengths``: (kinds, B) int64 on the compute device: scored tokens of each segment.
+    - ``rows``, ``targets``: (N,) int64 on the compute device: row of the flattened hidden states, label; labels count
+      from the first word that this rank holds.
+    - ``lengths``: (kinds, B) int64 on the compute device: scored tokens of each segment, on all ranks.
     - ``order``: (kinds * B,) int64 on the compute device: the segments in the order in which their rows come.
     - ``counts``: rows of each segment, in that order; on the host, and ``device_counts`` (kinds * B,) on the device.
     - ``kinds_per_pair``: how many segments of each pair need gradients, so that pair p owns the segments
       ``order[p * kinds_per_pair : (p + 1) * kinds_per_pair]``.
+    - ``sequence``: the ranks that hold the pairs' other tokens, if any.
     """
 
     rows: Tensor
@@ -52,6 +58,7 @@ class ScoredRows:
     counts: list[int]
     device_counts: Tensor
     kinds_per_pair: int
+    sequence: SequenceGroup | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -143,14 +150,16 @@ def plan(
     candidates: Candidates,
     *,
     vocab_size: int,
-    gradient_kinds: tuple[int, ...],
-    required_kinds: tuple[int, ...],
+    gradient_kinds: Callable[[int], tuple[int, ...]],
+    required_kinds: Callable[[int], tuple[int, ...]],
     device: torch.device,
+    split: Split | None = None,
+    same: Mapping[str, Any] | None = None,
 ) -> ScoredRows:
-    """Count, check and sort the candidates.
+    """Count, check and sort the candidates. Ranks of ``split`` agree on ``same`` and on the labels.
 
-    ``gradient_kinds`` are the kinds of segments that the loss is differentiated in, ``required_kinds`` those that every
-    pair must have scored tokens in.
+    Both callables take the number of kinds that are scored: ``gradient_kinds`` returns those that the loss is
+    differentiated in, ``required_kinds`` those that every pair must have scored tokens in.
 
     Raises ``ValueError`` for labels outside the vocabulary, malformed cu_seqlens or segment_ids, and pairs with a
     response that the loss needs but no label scores.
@@ -160,18 +169,29 @@ def plan(
     counts_device.scatter_add_(0, c.segments, c.scored.long())
     lowest_highest = _lowest_highest(c.targets, c.scored)
     # The one host read: everything the plan and the checks need.
-    valid, lowest, highest, *counts = torch.cat([c.valid.long().view(1), lowest_highest, counts_device]).tolist()
+    numbers = torch.cat([c.valid.long().view(1), lowest_highest, counts_device])
+    if split is None:
+        valid, lowest, highest, *counts = numbers.tolist()
+    else:
+        same = {**(same or {}), "labels": _fingerprint(c)}
+        valid, lowest, highest, *counts = split.agree(numbers, same, vocab_size, device)
+        vocab_size = split.vocab_size(vocab_size)
     if not valid:
         raise ValueError(c.invalid_message)
     _check_range("labels or marginal_labels" if c.marginals else "labels", lowest, highest, vocab_size)
-    num_kinds = 4 if c.marginals or (c.marginals is None and any(counts[2 * num_pairs :])) else 2
-    _check_scored(counts, num_pairs, required_kinds)
+    lengths, all_counts = counts_device, counts
+    if split is not None and split.sequence is not None:
+        # Their number depends on the batch, so that only ranks that agree may send them: a second host read.
+        (lengths,) = split.sequence.total(to_device(counts_device, device))
+        all_counts = lengths.tolist()
+    num_kinds = 4 if c.marginals or (c.marginals is None and any(all_counts[2 * num_pairs :])) else 2
+    _check_scored(all_counts, num_pairs, required_kinds(num_kinds))
 
-    gradient_kinds = tuple(kind for kind in gradient_kinds if kind < num_kinds)
-    forward_kinds = tuple(kind for kind in range(num_kinds) if kind not in gradient_kinds)
+    graded_kinds = gradient_kinds(num_kinds)
+    forward_kinds = tuple(kind for kind in range(num_kinds) if kind not in graded_kinds)
     segments = [
         kind * num_pairs + pair
-        for kinds in (gradient_kinds, forward_kinds)
+        for kinds in (graded_kinds, forward_kinds)
         for pair in range(num_pairs)
         for kind in kinds
     ]
@@ -182,13 +202,25 @@ def plan(
     order, counts_device = to_device(order, device), to_device(counts_device, device)
     return ScoredRows(
         rows=to_device(c.rows[index], device),
-        targets=to_device(c.targets[index], device),
-        lengths=counts_device[: num_kinds * num_pairs].view(num_kinds, num_pairs),
+        targets=_own_words(to_device(c.targets[index], device), split),
+        lengths=to_device(lengths, device)[: num_kinds * num_pairs].view(num_kinds, num_pairs),
         order=order,
         counts=[counts[segment] for segment in segments],
         device_counts=counts_device[order],
-        kinds_per_pair=len(gradient_kinds),
+        kinds_per_pair=len(graded_kinds),
+        sequence=None if split is None else split.sequence,
     )
+
+
+def _fingerprint(c: Candidates) -> Tensor:
+    """(1,) int64 of what is scored where."""
+    scored = c.scored.long()
+    return fingerprint(torch.stack([scored * (column + 1) for column in (c.targets, c.rows, c.segments)]))
+
+
+def _own_words(targets: Tensor, split: Split | None) -> Tensor:
+    """Labels counted from this rank's first word; words of other ranks lie outside 0..V-1."""
+    return targets if split is None or split.vocab is None else targets - split.vocab.first
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -196,10 +228,24 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
-def scored_positions(targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
+def scored_positions(
+    targets: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    device: torch.device,
+    split: Split | None = None,
+    same: Mapping[str, Any] | None = None,
+) -> Tensor:
     """Positions (N,) of flat ``targets`` that are scored, checked to be in the vocabulary, with one host read."""
     scored = targets != ignore_index
-    count, lowest, highest = torch.cat([scored.sum().view(1), _lowest_highest(targets, scored)]).tolist()
+    lowest_highest = _lowest_highest(targets, scored)
+    if split is None:
+        count, lowest, highest = torch.cat([scored.sum().view(1), lowest_highest]).tolist()
+    else:
+        numbers = torch.cat([lowest_highest.new_ones(1), lowest_highest, scored.sum().view(1)])
+        same = {**(same or {}), "labels": fingerprint(scored * (targets + 1))}
+        _, lowest, highest, count = split.agree(numbers, same, vocab_size, device)
+        vocab_size = split.vocab_size(vocab_size)
     _check_range("targets", lowest, highest, vocab_size)
     return torch.nonzero_static(scored, size=count).squeeze(1)
 

@@ -3,53 +3,91 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import passes
-from .backends import Backend, resolve_backend
+from .agreement import Split
+from .backends import resolve_backend
 from .gradients import Gradients, Needs
 from .head import LMHead, plain_arithmetic
+from .passes import HeadPass, KeptTokens
+from .prepare import check_split, common_arguments, head_pass
+from .row_sums import TokenScores
 from .scored_rows import checked_labels, scored_positions, to_device
 
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """The scored tokens of a call: their positions (N,) among all targets, rows x (N, H) of hidden, targets (N,)."""
+    """The scored tokens of a call: their positions (N,) among all targets, rows x (N, H) of hidden, targets (N,).
 
-    head: LMHead
-    backend: Backend | None
+    ``run`` is None for the reference.
+    """
+
+    run: HeadPass | None
     index: Tensor
     x: Tensor
     targets: Tensor
 
     @classmethod
-    def find(cls, hidden: Tensor, targets: Tensor, head: LMHead, ignore_index: int, backend: str) -> ScoredTokens:
+    def find(
+        cls,
+        hidden: Tensor,
+        targets: Tensor,
+        head: LMHead,
+        *,
+        ignore_index: int,
+        backend: str,
+        max_workspace_bytes: int | None,
+        statistics: tuple[str, ...],
+        split: Split | None = None,
+        needs: Needs | None = None,
+    ) -> ScoredTokens:
         targets = checked_labels("targets", targets, hidden.shape[:-1], hidden.device)
         resolved = resolve_backend(backend, head, hidden.device)
         flat = targets.flatten()
-        index = scored_positions(flat, ignore_index, head.vocab_size)
+        check_split(split, resolved)
+        same: dict[str, Any] = {}
+        if split is not None:
+            same = common_arguments(hidden, head, resolved, max_workspace_bytes, ignore_index, statistics)
+            same["requires_grad"] = needs
+        index = scored_positions(flat, ignore_index, head.vocab_size, hidden.device, split, same)
         flat, index = to_device(flat[index], hidden.device), to_device(index, hidden.device)
-        return cls(head, resolved, index, hidden.reshape(-1, head.hidden_size).index_select(0, index), flat)
+        run = head_pass(resolved, head, hidden.device, max_workspace_bytes, statistics, split)
+        if run is not None and run.group is not None:
+            flat = flat - run.group.first
+        return cls(run, index, hidden.reshape(-1, head.hidden_size).index_select(0, index), flat)
 
-    def forward(self, needs: Needs) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (N,), and with a frozen head the gradient (N, H) of each in its own row."""
-        assert self.backend is not None
-        capacity = self.backend.capacity(self.head, self.x.device, None)
+    def forward(self, needs: Needs, *, may_keep: bool = True) -> tuple[TokenScores, Tensor | KeptTokens | None]:
+        """Scores of the tokens, and what their gradients need.
+
+        With a frozen head that is the gradient (N, H) of each log-prob in its own row. With a trainable one, kept rows;
+        None where ``may_keep`` is false and for no gradients.
+        """
+        assert self.run is not None
         with plain_arithmetic(self.x.device):
             if needs.x and not needs.head:
-                return passes.unit_gradients(self.backend, self.head, self.x, self.targets, len(self.x), capacity)
-            return passes.score(self.backend, self.head, self.x, self.targets, capacity), None
+                dx = self.run.empty_rows(self.x)
+                scores = self.run.unit_gradients(self.x, self.targets, dx)
+                self.run.start_sum(dx)()
+                return scores, dx
+            if needs.head and may_keep:
+                return passes.token_logps(self.run, self.x, self.targets, needs)
+            return self.run.score(self.x, self.targets), None
 
-    def backward(self, upstream: Tensor, needs: Needs) -> Gradients:
-        """Gradients of sum(upstream * log-probs), upstream (N,), the logits computed anew."""
-        assert self.backend is not None
-        capacity = self.backend.capacity(self.head, self.x.device, None)
+    def backward(self, upstream: Tensor, kept: KeptTokens, needs: Needs) -> Gradients:
+        """Gradients of sum(upstream * log-probs), upstream (N,)."""
+        assert self.run is not None
         with plain_arithmetic(self.x.device):
-            return passes.regradients(self.backend, self.head, self.x, self.targets, upstream, capacity, needs)
+            return passes.token_gradients(self.run, self.x, self.targets, kept, upstream, needs)
 
     def scatter(self, values: Tensor, shape: torch.Size) -> Tensor:
         """``values`` (N, ...) at the scored positions of a tensor of that shape, 0 elsewhere."""
         total = shape.numel() if values.dim() == 1 else shape[:-1].numel()
         return values.new_zeros(total, *values.shape[1:]).index_copy(0, self.index, values).view(shape)
+
+    def scatter_statistics(self, scores: TokenScores, shape: torch.Size) -> dict[str, Tensor]:
+        """The statistics at the scored positions, 0 or False elsewhere."""
+        return {name: self.scatter(value, shape) for name, value in scores.statistics.items()}

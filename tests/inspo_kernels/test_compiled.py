@@ -39,7 +39,7 @@ def compile_(function):
     return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, ik.DPO(beta=0.3), MINE], ids=str)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, ik.DPO(beta=0.3), pytest.param(MINE, id="own")], ids=str)
 @pytest.mark.parametrize("needed", [(0, 1, 2), (0,), (1,), ()])
 def test_pair_loss_equals_eager(objective, needed):
     def loss(hidden, weight, bias):
@@ -53,6 +53,7 @@ def test_pair_loss_equals_eager(objective, needed):
             marginal_labels=RAGGED.marginal_labels,
             marginal_weight=0.5,
             softcap=3.0,
+            statistics=("entropy", "is_top1"),
         )
         return out, 3 * out.loss
 
@@ -60,8 +61,11 @@ def test_pair_loss_equals_eager(objective, needed):
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     expected, scaled = loss(*leaves)
     got, got_scaled = compile_(loss)[0](*leaves)
-    for name, value in vars(expected).items():
-        other = getattr(got, name)
+    fields = [vars(out) | out.statistics for out in (expected, got)]
+    for name, value in fields[0].items():
+        if name == "statistics":
+            continue
+        other = fields[1][name]
         assert other.dtype == value.dtype and other.shape == value.shape, name
         assert relative_error(other.detach(), value.detach()) < 1e-12, name
     assert got.metrics().keys() == expected.metrics().keys()
@@ -151,6 +155,8 @@ def test_everything_but_the_loss_is_detached():
 
     eager, compiled = output(hidden), compile_(output)[0](hidden)
     for name, value in vars(eager).items():
+        if name == "statistics":
+            continue
         assert getattr(compiled, name).requires_grad == value.requires_grad == (name == "loss"), name
     assert not any(value.requires_grad for value in compiled.metrics().values())
 
@@ -227,9 +233,9 @@ def test_operators_keep_their_promises_to_torch(needs):
     """Schema, fake shapes and autograd registration, by torch's own checks."""
     leaves = [t.clone().requires_grad_(n) for t, n in zip((RAGGED.hidden, RAGGED.weight, RAGGED.bias), needs)]
     pair = (*leaves, needs, RAGGED.labels, RAGGED.marginal_labels, None, None, RAGGED.ref_logps, None, 4, "dpo")
-    options = (None, 1.0, -100, True, torch.tensor(0.5), "mean", None, "torch", False, torch.float64)
+    options = (None, 1.0, -100, True, torch.tensor(0.5), "mean", "entropy", None, "torch", False, torch.float64)
     torch.library.opcheck(torch.ops.inspo_kernels.pair_loss.default, (*pair, *options))
-    tokens = (*leaves, needs, RAGGED.labels, None, 1.0, -100, "torch", torch.float64)
+    tokens = (*leaves, needs, RAGGED.labels, None, 1.0, 0.7, torch.float64, -100, None, "torch", "entropy,is_top1")
     torch.library.opcheck(torch.ops.inspo_kernels.linear_logps.default, tokens)
 
 

@@ -722,7 +722,7 @@ UNSCORED[1] = IGNORE
             ValueError,
             "no scored",
         ),
-        ({"process_group": object()}, NotImplementedError, "process_group"),
+        ({"process_group": object()}, TypeError, "process_group must be a"),
         ({"num_pairs": 3}, ValueError, "num_pairs=3 does not fit 8 rows"),
         ({**PACKED, "cu_seqlens": PACKED["cu_seqlens"][:-1]}, ValueError, "odd number"),
         ({**PACKED, "cu_seqlens": PACKED["cu_seqlens"] + 1}, ValueError, "cu_seqlens must start at 0"),

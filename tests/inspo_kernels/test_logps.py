@@ -92,13 +92,24 @@ def test_upstream_gradients_are_per_token_and_repeatable():
             torch.testing.assert_close(got, expected)
 
 
-def test_changing_the_weight_before_backward_is_noticed():
+def test_changing_a_weight_that_is_needed_again_is_noticed():
     hidden, weight, _, targets = inputs((4,), ignored=0.0)
-    logps = ik.linear_logps(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    logps = ik.linear_logps(hidden.requires_grad_(), weight.requires_grad_(), targets, max_workspace_bytes=1)
     with torch.no_grad():
         weight.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logps.sum().backward()
+
+
+def test_kept_rows_survive_a_changed_weight():
+    hidden, weight, _, targets = inputs((4,), ignored=0.0)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    expected = torch.autograd.grad(ik.linear_logps(*leaves, targets).sum(), leaves)
+    logps = ik.linear_logps(*leaves, targets)
+    with torch.no_grad():
+        weight.add_(1.0)
+    for got, want in zip(torch.autograd.grad(logps.sum(), leaves), expected):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("gap", [1, 10, 16, 20, 25, 60])
@@ -188,3 +199,12 @@ def test_ignore_index_must_be_an_integer(ignore_index, backend):
     hidden, weight, _, targets = inputs((4,))
     with pytest.raises(ValueError, match="ignore_index must be an integer"):
         ik.linear_logps(hidden, weight, targets, ignore_index=ignore_index, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_statistics_of_no_token_leave_logps_differentiable(backend):
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    ignored = torch.full((3,), -100)
+    logps, found = ik.linear_logps(hidden, weight, ignored, statistics=("entropy", "is_top1"), backend=backend)
+    gradients = torch.autograd.grad(logps.sum(), (hidden, weight))
+    assert not any(g.any() for g in gradients) and not found["entropy"].any() and not found["is_top1"].any()

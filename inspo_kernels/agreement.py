@@ -1,0 +1,191 @@
+"""Whether all ranks that share a loss were given the same arguments, found out by a few bytes in the first collective.
+
+Ranks that disagree would wait for each other forever, or compute nonsense. So every rank sends a word of 8 bytes for
+each argument, beside its number of words and the range of its labels, and all ranks read the same answer in the host
+read that planning needs anyway. A rank that refuses its own arguments says so, and the others raise as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .groups import SequenceGroup, VocabGroup, gather
+
+# What all ranks must have in common, in the order in which a difference is reported.
+_SAME = (
+    "hidden", "weight", "weight's rows", "labels", "objective", "num_pairs", "ref_logps", "pair_weights",
+    "marginal_weight", "softcap", "logit_scale", "temperature", "ignore_index", "reduction", "statistics",
+    "max_workspace_bytes", "backend", "requires_grad",
+)  # fmt: skip
+# Ranks of the vocabulary hold different rows; ranks of the sequence different tokens, each with its own passes.
+_MAY_DIFFER = {
+    "process_group": {"weight's rows"},
+    "sequence_group": {"hidden", "labels", "max_workspace_bytes", "backend", "requires_grad"},
+}
+_HEADER = ("status", "words", "valid", "lowest", "highest")
+_REFUSED, _ELSEWHERE = 1, 2
+
+
+class Split:
+    """The groups of a call that have more than one rank; ``vocab`` is known once the ranks have agreed."""
+
+    def __init__(self, groups: dict[str, Any]) -> None:
+        self.groups = groups
+        self.vocab: VocabGroup | None = None
+        self.agreed = False
+        self.sequence = SequenceGroup(groups["sequence_group"]) if "sequence_group" in groups else None
+
+    @classmethod
+    def of(cls, process_group: Any, sequence_group: Any = None) -> Split | None:
+        """None where no group has more than one rank."""
+        given = {"process_group": process_group, "sequence_group": sequence_group}
+        groups = {name: group for name, group in given.items() if group is not None and _size(name, group) > 1}
+        return cls(groups) if groups else None
+
+    @contextmanager
+    def errors_shared(self, hidden: Any) -> Iterator[None]:
+        """Let the other ranks know of an error before the first collective: they raise instead of waiting."""
+        try:
+            yield
+        except Exception:
+            if not self.agreed:
+                device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+                words = torch.zeros(len(_HEADER) + len(_SAME), dtype=torch.int64, device=device)
+                words[0] = _REFUSED
+                self._gather(words)
+            raise
+
+    def agree(self, plan: Tensor, same: Mapping[str, Any], words: int, device: torch.device) -> list[int]:
+        """Compare the ranks' arguments, and read ``plan`` on the host with the answer.
+
+        Args:
+            plan: (n,) int64; its first three are: whether segments make sense, lowest and highest label.
+            same: the arguments that the ranks must have in common, by name.
+            words: rows of this rank's weight.
+            device: where the group communicates.
+
+        Raises:
+            ValueError: on every rank; the message names the argument and the ranks that differ.
+        """
+        same = {**same, "weight's rows": words}
+        parts = [torch.tensor([0, words], device="cpu"), plan[:3], *(_word(same.get(name)) for name in _SAME)]
+        message = torch.cat([part.to(device, non_blocking=True) for part in parts])
+        tables = self._gather(message)
+        here = [table.flatten() for table in tables.values()]
+        if plan.device == message.device:
+            here.append(plan)
+        read = torch.cat(here).tolist()
+        for name, table in tables.items():
+            size, width = table.shape
+            messages = [read[i * width : (i + 1) * width] for i in range(size)]
+            _check(name, messages, self.vocab_size(words), self._rank(name))
+            if name == "process_group":
+                starts = tuple(accumulate((message[1] for message in messages), initial=0))
+                self.vocab = VocabGroup(self.groups[name], self._rank(name), starts)
+            read = read[size * width :]
+        return read if plan.device == message.device else plan.tolist()
+
+    def vocab_size(self, words: int) -> int:
+        """Words of all ranks, of which this one holds ``words``."""
+        return words if self.vocab is None else self.vocab.vocab_size
+
+    def _rank(self, name: str) -> int:
+        return dist.get_rank(self.groups[name])
+
+    def _gather(self, message: Tensor) -> dict[str, Tensor]:
+        """The messages of all ranks of each group; the second group hears of what went wrong in the first."""
+        self.agreed = True
+        tables: dict[str, Tensor] = {}
+        for name, group in self.groups.items():
+            table = tables[name] = gather(message, group)
+            columns = torch.tensor(_columns(name), device="cpu").to(message.device, non_blocking=True)
+            wrong = (table[:, columns] != message[columns]).any() | (table[:, 0] != 0).any()
+            message = torch.cat([torch.where(message[:1] == 0, wrong * _ELSEWHERE, message[:1]), message[1:]])
+        return tables
+
+
+def errors_shared(split: Split | None, hidden: Any) -> AbstractContextManager:
+    """``Split.errors_shared``, or nothing where nothing is split."""
+    return nullcontext() if split is None else split.errors_shared(hidden)
+
+
+def refuse_compiled(**groups: Any) -> None:
+    """Raise under ``torch.compile`` if a group is given."""
+    for name, group in groups.items():
+        if group is not None and torch.compiler.is_compiling():
+            raise ValueError(
+                f"{name} is not supported under torch.compile: call the loss outside the compiled function, or in one "
+                "that is decorated with torch.compiler.disable"
+            )
+
+
+def _columns(name: str) -> list[int]:
+    """Where a message holds what the ranks of this group have in common."""
+    return [len(_HEADER) + i for i, each in enumerate(_SAME) if each not in _MAY_DIFFER[name]]
+
+
+def _check(name: str, messages: list[list[int]], vocab_size: int, own: int) -> None:
+    """Raise unless the ranks of group ``name``, whose messages these are, agree."""
+    for status, text in ((_REFUSED, "refused its arguments: see its own error"), (_ELSEWHERE, "")):
+        ranks = [rank for rank, message in enumerate(messages) if message[0] == status]
+        if ranks and text:
+            raise ValueError(f"{_named(ranks)} of {name} {text}")
+    for column in _columns(name):
+        values = [message[column] for message in messages]
+        usual = Counter(values).most_common(1)[0][0]
+        ranks = [rank for rank, value in enumerate(values) if value != usual]
+        if ranks:
+            argument = _SAME[column - len(_HEADER)]
+            raise ValueError(
+                f"{name}: {_named(ranks)} got another {argument} than rank {values.index(usual)}; all ranks of the "
+                f"group must be given the same {argument}"
+            )
+    if any(message[0] == _ELSEWHERE for message in messages):
+        ranks = [rank for rank, message in enumerate(messages) if message[0] == _ELSEWHERE]
+        raise ValueError(f"{_named(ranks)} of {name} disagrees with its process_group: see its own error")
+    # Ranks of the vocabulary have the same labels.
+    wrong = [
+        rank
+        for rank, (_, _, valid, lowest, highest, *_) in enumerate(messages)
+        if not (valid and lowest >= 0 and highest < vocab_size)
+    ]
+    # This rank's own labels get an error that says more.
+    if name == "sequence_group" and wrong and own not in wrong:
+        raise ValueError(f"{_named(wrong)} of {name} refused its labels: see its own error")
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _size(name: str, group: Any) -> int:
+    if not isinstance(group, dist.ProcessGroup):
+        hint = ": pass mesh.get_group()" if type(group).__name__ == "DeviceMesh" else ""
+        raise TypeError(f"{name} must be a torch.distributed ProcessGroup or None, got {type(group).__name__}{hint}")
+    return dist.get_world_size(group)
+
+
+def _word(value: Any) -> Tensor:
+    """(1,) int64 that differs, all but surely, where the value does."""
+    if isinstance(value, Tensor):
+        return fingerprint(value)
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address is another one in every process
+    return torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")], device="cpu")
+
+
+def fingerprint(values: Tensor) -> Tensor:
+    """(1,) int64 of the int64 or float64 ``values``, on their device."""
+    bits = values.detach().flatten().view(torch.int64)
+    place = torch.arange(1, len(bits) + 1, device=bits.device)
+    mixed = (bits + place * -7046029254386353131) * -4658895280553007687
+    return ((mixed ^ (mixed >> 32)) * (2 * place + 1)).sum().view(1) + len(bits)

@@ -1,0 +1,195 @@
+"""Ranks that share one loss: they hold different words of the vocabulary, or different tokens of the same pairs.
+
+Vocabulary. Rank r has summed up its words, with an offset o_r of its own (see ``row_sums``). One gather of three floats
+a row, (o_r, rest_r, label), lets every rank compute
+
+    M = max o_r        rest = sum of exp(o_r - M) rest_r        label = max label_r
+
+in the same order from the same numbers, so that all get the same bits. A maximum and a sum that depends on it cannot be
+one all-reduce. The backend then takes M in place of o_r. dX is a sum over the words, hence over the ranks; dW and db
+belong to a rank's own words. Nothing of the vocabulary's size is ever sent.
+
+Sequences. Sums over tokens are added up over the ranks, once for the whole batch, before the objective sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .head import LMHead
+from .row_sums import RowSums
+
+# Its name before and since torch 2.13.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+# A rest above this is moved into the offset, so that sums over ranks stay in float32's range.
+LARGE_REST = 2.0**18
+
+
+def gather(tensor: Tensor, group: Any) -> Tensor:
+    """(ranks, ...): ``tensor`` of every rank of the group."""
+    ranks = dist.get_world_size(group)
+    everyone = tensor.new_empty(ranks * tensor.numel())
+    getattr(dist, GATHER)(everyone, tensor.flatten(), group=group)
+    return everyone.view(ranks, *tensor.shape)
+
+
+@dataclass(frozen=True)
+class VocabGroup:
+    """Ranks that hold consecutive words, in rank order; rank r holds ``starts[r]`` to ``starts[r + 1]`` - 1."""
+
+    group: Any
+    rank: int
+    starts: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """First word of this rank."""
+        return self.starts[self.rank]
+
+    @property
+    def vocab_size(self) -> int:
+        """Words of all ranks."""
+        return self.starts[-1]
+
+    def shard(self, head: LMHead) -> LMHead:
+        """Mark this rank's head as a part of the whole one."""
+        return replace(head, whole_vocab=self.vocab_size)
+
+    def largest(self, head: LMHead) -> LMHead:
+        """A head of the largest rank's shape, without memory: what is decided by it is decided alike on all ranks."""
+        return _of_size(head, max(stop - start for start, stop in zip(self.starts, self.starts[1:])))
+
+    def whole(self, head: LMHead) -> LMHead:
+        """A head of all ranks' words, without memory."""
+        return _of_size(head, self.vocab_size)
+
+    def combine(self, sums: RowSums, targets: Tensor, dtype: torch.dtype) -> RowSums:
+        """Sums over the whole vocabulary from every rank's; ``dtype`` is what is sent.
+
+        ``targets`` (n,): the labels, counted from this rank's first word.
+        """
+        offset = torch.where(sums.rest > LARGE_REST, sums.offset + sums.rest.log(), sums.offset).to(dtype)
+        mine = _rebased(sums, offset.double())
+        sent: dict[str, Tensor] = {"offset": offset, "rest": mine.rest, "label": mine.label}
+        for name in ("moment", "squares", "logits"):
+            if (column := getattr(mine, name)) is not None:
+                sent[name] = column
+        if sums.before is not None and sums.after is not None:
+            # The label's rank knows on its own; of each other rank only the largest logit matters.
+            own = (targets >= 0) & (targets < self.starts[self.rank + 1] - self.first)
+            beaten = (sums.label <= sums.before) | (sums.label < sums.after)
+            sent["top"] = torch.where(
+                own, torch.where(beaten, torch.inf, -torch.inf), torch.maximum(sums.before, sums.after)
+            )
+        everyone = gather(torch.stack([column.to(dtype) for column in sent.values()]), self.group)
+        columns = dict(zip(sent, everyone.double().unbind(1)))
+        top = columns.pop("top", None)
+        whole_offset = columns["offset"].amax(0)
+        ranks = _rebased(RowSums(**columns), whole_offset)
+        whole = RowSums(
+            whole_offset,
+            ranks.rest.sum(0),
+            ranks.label.amax(0),
+            **{
+                name: column.sum(0)
+                for name in ("moment", "squares", "logits")
+                if (column := getattr(ranks, name)) is not None
+            },
+            **({} if top is None else self._tops(top, targets)),
+        )
+        return whole.to(sums.offset.dtype)
+
+    def _tops(self, top: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """``before`` and ``after`` from each rank's (ranks, n) largest logit."""
+        starts = torch.tensor(self.starts[:-1], device="cpu").to(targets.device, non_blocking=True)
+        later = starts.unsqueeze(1) > targets + self.first
+        return {
+            "before": top.masked_fill(later, -torch.inf).amax(0),
+            "after": top.masked_fill(~later, -torch.inf).amax(0),
+        }
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], Any]:
+        """Start adding up ``tensor`` over the ranks, in place; returns what waits for the sum."""
+        if not tensor.numel():
+            return lambda: None
+        return dist.all_reduce(tensor, group=self.group, async_op=True).wait
+
+
+def _of_size(head: LMHead, words: int) -> LMHead:
+    return replace(head, weight=head.weight.new_zeros(()).expand(words, head.hidden_size), bias=None)
+
+
+def _rebased(sums: RowSums, offset: Tensor) -> RowSums:
+    """``sums`` in units of ``offset``, in float64; a row without any finite logit adds nothing."""
+    rest = sums.rest.double()
+    shift = torch.where(rest == 0, 0.0, sums.offset.double() - offset)
+    factor = shift.exp()
+    moment = None
+    if sums.moment is not None:
+        # Far below, 0 times a large number instead of 0 times infinity.
+        moment = factor * (sums.moment.double() + shift.clamp(min=-1e30) * rest)
+    return replace(
+        sums,
+        offset=offset,
+        rest=factor * rest,
+        moment=moment,
+        squares=None if sums.squares is None else factor.square() * sums.squares.double(),
+    )
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """Ranks that hold different tokens of the same pairs."""
+
+    group: Any
+
+    def total(self, *tables: Tensor) -> list[Tensor]:
+        """Each table summed over the ranks, in rank order: the same bits on every rank. One collective."""
+        return list(gather(torch.stack(tables), self.group).sum(0).unbind())
+
+
+def gathered(*parameters: Tensor | None) -> AbstractContextManager:
+    """Have the whole of these parameters at hand inside the block, where DeepSpeed's ZeRO-3 holds parts of them.
+
+        with ik.gathered(head.weight):
+            loss = ik.fused_inspo_loss(hidden, head.weight, labels, ...).loss
+
+    Parameters that DeepSpeed does not manage are left alone. The backward pass may run outside the block: what it needs
+    of the weight is kept.
+    """
+    managed = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    if not managed:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(managed)
+
+
+def local_shard(name: str, tensor: Any, process_group: Any) -> Any:
+    """This rank's rows of a DTensor that ``process_group`` shards over dimension 0; any other tensor as it is.
+
+    Its gradient becomes a DTensor of the same placement.
+    """
+    if type(tensor).__name__ != "DTensor" or process_group is None:
+        return tensor
+    from torch.distributed.tensor import Shard
+
+    mesh = tensor.device_mesh
+    split = [i for i, placement in enumerate(tensor.placements) if mesh.size(i) > 1 or type(placement) is Shard]
+    if len(split) == 1 and tensor.placements[split[0]] == Shard(0):
+        ranks = dist.get_process_group_ranks(mesh.get_group(split[0]))
+        if ranks == dist.get_process_group_ranks(process_group):
+            return tensor.to_local()
+    raise TypeError(
+        f"{name} is a DTensor with placements {tensor.placements} on {mesh}: with process_group it must be sharded "
+        "over dimension 0 by just that group, Shard(0) on a mesh of one dimension whose get_group() is process_group. "
+        "If other dimensions are FSDP2's, call inside the wrapped module's forward, where these are gathered; "
+        f"or pass this rank's rows as a plain tensor, {name}.to_local()"
+    )

@@ -1,0 +1,501 @@
+"""What ranks do in the tests of split heads: compute their part and compare it with that of one process."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+import warnings
+
+import torch
+import torch.distributed as dist
+import triton_setup  # noqa: F401  (the interpreter rounds as GPUs do)
+from cases import IGNORE, Case, make_case, relative_error
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+import inspo_kernels as ik
+from inspo_kernels.groups import GATHER
+
+warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, where the interpreter computes inf - inf
+STATISTICS = ("entropy", "mean_logit", "is_top1", "logsumexp", "log_sum_sq_probs")
+
+
+def cuts(vocab: int, ranks: int, sizes: list[int] | None = None) -> list[slice]:
+    """Consecutive words of each rank: of these sizes, or as equal as possible."""
+    sizes = sizes or [vocab // ranks + (rank < vocab % ranks) for rank in range(ranks)]
+    assert sum(sizes) == vocab and len(sizes) == ranks
+    ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    return [slice(a, b) for a, b in zip(ends, ends[1:])]
+
+
+def same_on_every_rank(group: Any, *tensors: Tensor) -> None:
+    for tensor in tensors:
+        everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, tensor.contiguous(), group=group)
+        for other in everyone:
+            assert torch.equal(other.nan_to_num(nan=-7.0), tensor.nan_to_num(nan=-7.0))
+
+
+def leaves(needs: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Copies, those that ``needs`` has a letter for (x, w, b) requiring grad."""
+    return [None if t is None else t.detach().clone().requires_grad_(name in needs) for name, t in zip("xwb", tensors)]
+
+
+def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(loss, wanted) if wanted else ())
+    return [next(found) if t is not None and t.requires_grad else None for t in tensors]
+
+
+def assert_near(got: Any, plain: Any, true: Any, dtype: torch.dtype) -> None:
+    """Each error at most twice plain torch's, or twice the rounding of the result."""
+    floor = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
+    for g, p, t in zip(got, plain, true, strict=True):
+        if t is None:
+            assert g is None
+            continue
+        if t.double().norm() < 1e-30:  # float32 has no room for it
+            assert g.double().norm() < 1e-30
+            continue
+        error, base = relative_error(g, t), relative_error(p, t)
+        assert error <= 2 * max(base, floor), (error, base)
+
+
+def form_of(case: Case, form: str) -> dict[str, Any]:
+    if form == "rows":
+        return {"hidden": case.hidden, "labels": case.labels, "marginal_labels": case.marginal_labels}
+    return case.packed() if form == "packed" else case.compact()
+
+
+def vocabulary_loss(
+    lengths: list[tuple[int, int, int]],
+    *,
+    sizes: list[int] | None = None,
+    vocab: int = 29,
+    dtype: torch.dtype = torch.float64,
+    form: str = "rows",
+    needs: str = "xwb",
+    bias: bool = True,
+    seed: int = 0,
+    scale: float = 1.0,
+    backend: str = "torch",
+    **options: Any,
+) -> None:
+    """The loss of a head that all ranks share, against float64 and plain torch."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    case = make_case(lengths, vocab=vocab, bias=bias, seed=seed, scale=scale).to(dtype)
+    own = cuts(vocab, dist.get_world_size(), sizes)[rank]
+    options = {"objective": "dpo", "ref_logps": case.ref_logps, "statistics": STATISTICS, **options}
+    limits = {"max_workspace_bytes": options.pop("max_workspace_bytes", None), "backend": backend}
+
+    def outcome(dtype: torch.dtype, words: slice, function: Any, **more: Any) -> list[Any]:
+        given = form_of(case.to(dtype), form)
+        hidden, weight, b = leaves(needs, given.pop("hidden"), case.weight[words].to(dtype), case.to(dtype).bias)
+        b = None if b is None else leaves(needs, None, None, b[words])[2]
+        out = function(hidden, weight, given.pop("labels"), bias=b, **given, **options, **more)
+        found = [out.loss.detach(), out.logps, out.marginal_logps, *out.statistics.values()]
+        if function is ik.fused_inspo_loss:
+            same_on_every_rank(group, *found, out.losses, out.margins)
+        grads = gradients(out.loss, hidden, weight, b) if needs else [None, None, None]
+        if function is not ik.fused_inspo_loss:
+            return [*found, grads[0], *(None if g is None else g[own] for g in grads[1:])]
+        if grads[0] is not None:
+            same_on_every_rank(group, grads[0])
+        return [*found, *grads]
+
+    everything = slice(0, vocab)
+    got = outcome(dtype, own, ik.fused_inspo_loss, process_group=group, **limits)
+    plain = outcome(dtype, everything, ik.reference.fused_inspo_loss)
+    true = outcome(torch.float64, everything, ik.reference.fused_inspo_loss)
+    if dtype == torch.float64:
+        for g, t in zip(got, true, strict=True):
+            assert (g is None) == (t is None)
+            if t is not None:
+                torch.testing.assert_close(g, t, rtol=1e-10, atol=1e-11)
+    else:
+        assert_near(got, plain, true, dtype)
+    again = outcome(dtype, own, ik.fused_inspo_loss, process_group=group, **limits)
+    for one, other in zip(got, again):
+        assert one is None or torch.equal(one, other)
+
+
+def vocabulary_tokens(
+    weight: Tensor,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    sizes: list[int] | None = None,
+    dtype: torch.dtype = torch.float64,
+    needs: str = "xw",
+    bias: Tensor | None = None,
+    backend: str = "torch",
+    max_workspace_bytes: int | None = None,
+    check_statistics: bool = True,
+    **options: Any,
+) -> Tensor:
+    """Single tokens of a head that all ranks share, with any upstream gradient; returns the log-probs."""
+    rank, vocab = dist.get_rank(), len(weight)
+    own = cuts(vocab, dist.get_world_size(), sizes)[rank]
+    upstream = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
+    weight, hidden, bias = (None if t is None else t.to(dtype) for t in (weight, hidden, bias))
+
+    def outcome(to: torch.dtype, words: slice, function: Any, **more: Any) -> list[Any]:
+        part = None if bias is None else bias[words]
+        x, w, b = leaves(needs, *(None if t is None else t.to(to) for t in (hidden, weight[words], part)))
+        logps, found = function(x, w, targets, bias=b, statistics=STATISTICS, **options, **more)
+        loss = (logps * upstream.to(logps.dtype)).sum()
+        grads = gradients(loss, x, w, b) if needs else [None, None, None]
+        cut = slice(None) if words == own else own
+        grads = [grads[0], *(None if g is None else g[cut] for g in grads[1:])]
+        return [logps.detach(), *found.values(), *grads]
+
+    more = {"backend": backend, "max_workspace_bytes": max_workspace_bytes, "process_group": dist.group.WORLD}
+    got = outcome(dtype, own, ik.linear_logps, **more)
+    whole = slice(0, vocab + 1)  # any slice but this rank's own
+    true = outcome(torch.float64, whole, ik.reference.linear_logps)
+    if dtype.itemsize == 2:  # the reference would compute in float32 throughout
+        plain = outcome(dtype, whole, ik.linear_logps, backend=backend)
+    else:
+        plain = outcome(dtype, whole, ik.reference.linear_logps)
+    same_on_every_rank(dist.group.WORLD, *got[:6], *([] if got[6] is None else [got[6]]))
+    if not check_statistics:
+        got, plain, true = ([one[0], *one[6:]] for one in (got, plain, true))
+    if dtype == torch.float64:
+        for g, t in zip(got, true, strict=True):
+            assert (g is None) == (t is None)
+            if t is not None:
+                torch.testing.assert_close(g.to(t.dtype), t, rtol=1e-10, atol=1e-10)
+    else:
+        assert_near(got, plain, true, dtype)
+    return got[0]
+
+
+def vocabulary_sums(lengths: list[tuple[int, int, int]], form: str = "rows", **options: Any) -> None:
+    case = make_case(lengths)
+    own = cuts(29, dist.get_world_size())[dist.get_rank()]
+    given = form_of(case, form)
+    hidden, labels = given.pop("hidden"), given.pop("labels")
+    if form == "compact":
+        given["num_pairs"] = len(lengths)
+    expected = ik.pair_logps(hidden, case.weight, labels, bias=case.bias, **given)
+    got = ik.pair_logps(
+        hidden, case.weight[own], labels, bias=case.bias[own], process_group=dist.group.WORLD, **given, **options
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+    same_on_every_rank(dist.group.WORLD, *got)
+
+
+def sequence_loss(
+    lengths: list[tuple[int, int, int]],
+    *,
+    form: str = "compact",
+    words: int = 1,
+    needs: str = "xwb",
+    seed: int = 0,
+    empty: bool = False,
+    backend: str = "torch",
+    **options: Any,
+) -> None:
+    """Each rank holds some tokens of the pairs, and with ``words`` > 1 some rows of the head, too."""
+    case, ranks = make_case(lengths, seed=seed), dist.get_world_size()
+    parts, vocabulary, sequence = ranks // words, None, dist.group.WORLD
+    place, part = dist.get_rank() % words, dist.get_rank() // words
+    if words > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh("cpu", (parts, words), mesh_dim_names=("sequence", "words"))
+        vocabulary, sequence = mesh.get_group("words"), mesh.get_group("sequence")
+    own = cuts(29, words)[place]
+    options = {"objective": "dpo", "ref_logps": case.ref_logps, "statistics": STATISTICS, **options}
+    limits = {"max_workspace_bytes": options.pop("max_workspace_bytes", None), "backend": backend}
+    whole = form_of(case, form)
+    if form == "compact":
+        # Rank 0 may hold nothing at all.
+        count = len(whole["labels"])
+        mine = (torch.arange(count) * 7 // 3 % parts == part) if not empty else torch.full((count,), part == parts - 1)
+        mine = mine.nonzero().squeeze(1)
+        here = {name: tensor[mine] for name, tensor in whole.items()}
+        take = lambda dx: dx[mine]  # noqa: E731
+    else:
+        # Shifted first, then cut along the sequence.
+        shifted = {k: torch.full_like(v, IGNORE) for k, v in whole.items() if k != "hidden"}
+        for name, labels in shifted.items():
+            labels[:, :-1] = whole[name][:, 1:]
+        columns = cuts(whole["labels"].shape[1], parts)[part]
+        here = {k: v[:, columns] for k, v in (whole | shifted).items()}
+        take = lambda dx: dx[:, columns]  # noqa: E731
+
+    def outcome(given: dict[str, Tensor], rows: slice, function: Any, **more: Any) -> list[Any]:
+        given = dict(given)
+        x, w, b = leaves(needs, given.pop("hidden"), case.weight[rows], case.bias[rows])
+        out = function(x, w, given.pop("labels"), bias=b, **given, **options, **more)
+        assert out.lengths.sum() > 0
+        found = [out.loss.detach(), out.logps, out.marginal_logps, out.lengths.double(), *out.statistics.values()]
+        return [*found, *(gradients(out.loss, x, w, b) if needs else [None] * 3)]
+
+    groups = {"process_group": vocabulary, "sequence_group": sequence}
+    shift = {} if form == "compact" else {"shift": False}
+    got = outcome(here, own, ik.fused_inspo_loss, **groups, **limits, **shift)
+    same_on_every_rank(dist.group.WORLD, *got[:-3])
+    for one, other in zip(got, outcome(here, own, ik.fused_inspo_loss, **groups, **limits, **shift)):
+        assert one is None or torch.equal(one, other)
+    true = outcome(whole, slice(0, 29), ik.reference.fused_inspo_loss)
+    *found, dx, dw, db = got
+    for g, t in zip(found, true[:-3], strict=True):
+        torch.testing.assert_close(g, t, rtol=1e-10, atol=1e-11)
+    if dx is not None:
+        torch.testing.assert_close(dx, take(true[-3]), rtol=1e-10, atol=1e-11)
+    for part_of_sum, t in ((dw, true[-2]), (db, true[-1])):
+        if part_of_sum is not None:
+            dist.all_reduce(part_of_sum, group=sequence)
+            torch.testing.assert_close(part_of_sum, t[own], rtol=1e-10, atol=1e-11)
+    sums, lengths_found = ik.pair_logps(
+        here["hidden"], case.weight[own], here["labels"], bias=case.bias[own], **groups, **shift,
+        **{k: v for k, v in here.items() if k not in ("hidden", "labels")},
+        **({"num_pairs": len(lengths)} if form == "compact" else {}),
+    )  # fmt: skip
+    torch.testing.assert_close(sums[:2].flatten(), true[1], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(lengths_found[:2].flatten().double(), true[3])
+
+
+def error_of(kind: str, rank: int) -> str:
+    """The error that this rank gets where ``rank`` passes something else, and how long it took is the caller's."""
+    case = make_case([(2, 3, 2), (1, 2, 4)])
+    own = cuts(29, dist.get_world_size())[dist.get_rank()]
+    given: dict[str, Any] = {"hidden": case.hidden, "labels": case.labels, "ref_logps": case.ref_logps}
+    other: dict[str, Any] = {
+        "labels": {"labels": case.labels.where(case.labels == IGNORE, (case.labels + 1) % 29)},
+        "hidden": {"hidden": case.hidden[:, :-1], "labels": case.labels[:, :-1]},
+        "objective": {"objective": ik.DPO(beta=0.2)},
+        "ref_logps": {"ref_logps": case.ref_logps + 1},
+        "requires_grad": {"hidden": case.hidden.clone().requires_grad_()},
+        "refused": {"softcap": -1.0},
+        "pairs": {"hidden": case.hidden[:2], "labels": case.labels[:2], "ref_logps": case.ref_logps[:2]},
+    }[kind]
+    given |= other if dist.get_rank() == rank else {}
+    try:
+        ik.fused_inspo_loss(
+            given.pop("hidden"), case.weight[own], given.pop("labels"), bias=case.bias[own],
+            process_group=dist.group.WORLD, **given,
+        )  # fmt: skip
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def error_in_mesh(rank: int) -> str:
+    """The error that this rank of a 2 x 2 mesh gets where ``rank`` has another objective."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sequence", "words"))
+    case = make_case([(2, 3, 2)])
+    given = case.compact()
+    own = cuts(29, 2)[dist.get_rank() % 2]
+    try:
+        ik.fused_inspo_loss(
+            given.pop("hidden"), case.weight[own], given.pop("labels"), **given, ref_logps=case.ref_logps,
+            objective="ipo" if dist.get_rank() == rank else "dpo",
+            process_group=mesh.get_group("words"), sequence_group=mesh.get_group("sequence"),
+        )  # fmt: skip
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def unscored() -> str:
+    hidden = torch.randn(2, 6)
+    labels, segments = torch.tensor([1, 2]), torch.tensor([[0, 1], [2, 0], [1, 2]])[dist.get_rank()]
+    try:
+        ik.fused_inspo_loss(
+            hidden, torch.randn(9, 6), labels, segment_ids=segments, num_pairs=2, objective="simpo",
+            sequence_group=dist.group.WORLD,
+        )  # fmt: skip
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def shifted() -> str:
+    case = make_case([(2, 3, 2)])
+    try:
+        ik.fused_inspo_loss(
+            case.hidden, case.weight, case.labels, ref_logps=case.ref_logps, sequence_group=dist.group.WORLD
+        )
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+class Counted:
+    """Bytes that this rank gives to collectives inside the block, call by call."""
+
+    def __enter__(self) -> Counted:
+        self.gathered: list[int] = []
+        self.reduced: list[int] = []
+        self._own = getattr(dist, GATHER), dist.all_reduce
+
+        def gather(out: Tensor, tensor: Tensor, *args: Any, **options: Any) -> Any:
+            self.gathered.append(tensor.numel() * tensor.element_size())
+            return self._own[0](out, tensor, *args, **options)
+
+        def reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
+            self.reduced.append(tensor.numel() * tensor.element_size())
+            return self._own[1](tensor, *args, **options)
+
+        setattr(dist, GATHER, gather)
+        dist.all_reduce = reduce
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        setattr(dist, GATHER, self._own[0])
+        dist.all_reduce = self._own[1]
+
+
+def bytes_sent() -> None:
+    case = make_case([(3, 5, 2), (1, 4, 7)], vocab=5000, bias=False).to(torch.bfloat16)
+    own, group = cuts(5000, dist.get_world_size())[dist.get_rank()], dist.group.WORLD
+    rows, width = 5 + 2 + 4 + 7, 6
+    for count, names in enumerate([(), ("entropy",), ("entropy", "is_top1"), STATISTICS[:3]]):
+        hidden, weight, _ = leaves("xw", case.hidden, case.weight[own], None)
+        with Counted() as sent:
+            out = ik.fused_inspo_loss(
+                hidden, weight, case.labels, ref_logps=case.ref_logps, statistics=names, process_group=group
+            )
+            out.loss.backward()
+        arguments, *sums = sent.gathered
+        assert arguments < 256 and sum(sums) == rows * (12 + 4 * count)
+        assert sent.reduced == [rows * width * 4]
+    hidden, weight, _ = leaves("x", case.hidden, case.weight[own], None)
+    with Counted() as sent:
+        logps = ik.linear_logps(hidden, weight, case.labels, process_group=group)
+        logps.sum().backward()
+    scored = int((case.labels != IGNORE).sum())
+    assert sum(sent.gathered[1:]) == scored * 12 and sent.reduced == [scored * width * 4]
+
+
+def group_of_one() -> None:
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    case = make_case([(3, 5, 2), (1, 4, 7)])
+    own = groups[dist.get_rank()]
+    results = []
+    for more in ({}, {"process_group": own, "sequence_group": own}):
+        hidden, weight, bias = leaves("xwb", case.hidden, case.weight, case.bias)
+        with Counted() as sent:
+            out = ik.fused_inspo_loss(hidden, weight, case.labels, bias=bias, ref_logps=case.ref_logps, **more)
+            results.append([out.loss, *gradients(out.loss, hidden, weight, bias)])
+        assert not sent.gathered and not sent.reduced
+    assert all(torch.equal(one, other) for one, other in zip(*results))
+
+
+def dtensor_head() -> None:
+    """A weight and bias that tensor parallelism shards, with the group that says so; gradients are DTensors, too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    case = make_case([(3, 5, 2), (1, 4, 7)])
+    given = {"ref_logps": case.ref_logps, "statistics": STATISTICS}
+    expected = leaves("xwb", case.hidden, case.weight, case.bias)
+    true = ik.fused_inspo_loss(expected[0], expected[1], case.labels, bias=expected[2], **given)
+    true.loss.backward()
+    weight, bias = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (case.weight, case.bias))
+    hidden = case.hidden.clone().requires_grad_()
+    out = ik.fused_inspo_loss(hidden, weight, case.labels, bias=bias, process_group=mesh.get_group(), **given)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, true.loss)
+    torch.testing.assert_close(hidden.grad, expected[0].grad)
+    for got, t in ((weight, expected[1]), (bias, expected[2])):
+        assert got.grad.placements == (Shard(0),)
+        torch.testing.assert_close(got.grad.full_tensor(), t.grad)
+    refused = {
+        "sharded otherwise": (distribute_tensor(case.weight[:, :6], mesh, [Shard(1)]), mesh.get_group()),
+        "replicated": (distribute_tensor(case.weight, mesh, [Replicate()]), mesh.get_group()),
+        "no group": (weight, None),
+    }
+    for name, (wrong, group) in refused.items():
+        try:
+            ik.linear_logps(case.hidden, wrong, case.labels, process_group=group)
+        except TypeError as error:
+            words = (
+                ("FSDP2", "process_group=weight.device_mesh.get_group()") if group is None else ("Shard(0)", "FSDP2")
+            )
+            assert all(word in str(error) for word in words), error
+        else:
+            raise AssertionError(f"{name}: no error")
+
+
+def advice_for_tensor_parallelism() -> None:
+    """What the error without a group advises gives the gradients of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight, hidden, labels = torch.randn(33, 8), torch.randn(6, 8), torch.randint(0, 33, (6,))
+    for tensor in (weight, hidden, labels):
+        dist.broadcast(tensor, 0)
+    expected = weight.clone().requires_grad_()
+    ik.linear_logps(hidden, expected, labels).sum().backward()
+    weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    ik.linear_logps(hidden, weight, labels, process_group=weight.device_mesh.get_group()).sum().backward()
+    assert relative_error(weight.grad.full_tensor(), expected.grad) < 1e-6
+
+
+def compiled_call() -> str:
+    case = make_case([(2, 3, 2)])
+    own = cuts(29, dist.get_world_size())[dist.get_rank()]
+
+    def loss(hidden: Tensor) -> Tensor:
+        return ik.linear_logps(hidden, case.weight[own], case.labels, process_group=dist.group.WORLD)
+
+    try:
+        torch.compile(loss, backend="eager", fullgraph=True)(case.hidden)
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+class _Head(torch.nn.Module):
+    """Trunk, norm and head in one module that returns the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = torch.nn.Linear(6, 6, dtype=torch.float64)
+        self.norm = torch.nn.LayerNorm(6, dtype=torch.float64)
+        self.head = torch.nn.Linear(6, 29, bias=False, dtype=torch.float64)
+
+    def forward(self, function: str, hidden: Tensor, labels: Tensor, ref_logps: Tensor, limit: int | None) -> Tensor:
+        states = self.norm(self.trunk(hidden))
+        if isinstance(self.head, FSDPModule):  # a unit of its own: nobody runs its forward
+            self.head.unshard()
+        if function == "tokens":
+            return -ik.linear_logps(states, self.head.weight, labels, max_workspace_bytes=limit).sum()
+        return ik.fused_inspo_loss(
+            states, self.head.weight, labels, ref_logps=ref_logps, max_workspace_bytes=limit
+        ).loss
+
+
+def fsdp2(layout: str, function: str, limit: int | None) -> None:
+    """Gradients over two micro-batches, the first without synchronisation, equal those of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    batches = [[make_case([(2, 3, 2), (1, 2, 4)], seed=s * ranks + r) for r in range(ranks)] for s in range(2)]
+    single = _Head()
+    for cases in batches:
+        losses = [single(function, c.hidden, c.labels, c.ref_logps, limit) for c in cases]
+        (sum(losses) / ranks).backward()
+    model, mesh = _Head(), init_device_mesh("cpu", (ranks,))
+    if layout == "head alone":
+        fully_shard(model.head, mesh=mesh)
+    elif layout == "head with norm":
+        fully_shard([model.norm, model.head], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for step, cases in enumerate(batches):
+        model.set_requires_gradient_sync(step == 1)
+        own = cases[rank]
+        model(function, own.hidden, own.labels, own.ref_logps, limit).backward()
+    for (name, got), true in zip(model.named_parameters(), single.parameters()):
+        torch.testing.assert_close(got.grad.full_tensor(), true.grad, msg=name)

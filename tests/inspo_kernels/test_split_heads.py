@@ -1,0 +1,130 @@
+"""A head whose words are split over ranks equals that of one process."""
+
+from __future__ import annotations
+
+import pytest
+import split_checks
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rank_pool import RankPool
+
+from inspo_kernels.objectives import DPO, OBJECTIVES, SFT, Mixture
+
+LENGTHS = [(3, 5, 2), (1, 1, 7), (4, 3, 3), (2, 6, 1)]
+UNEQUAL = [17, 2, 10]
+ROW = 8 * 17  # bytes of a row of logits on the rank with most words
+
+
+@pytest.fixture(scope="module")
+def three():
+    pool = RankPool(3)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def two():
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, Mixture([(DPO(), 1.0), (SFT(), 0.3)])], ids=str)
+def test_every_objective(three, objective):
+    three.run(split_checks.vocabulary_loss, LENGTHS, sizes=UNEQUAL, objective=objective, marginal_weight=0.5)
+
+
+@pytest.mark.parametrize("needs", ["xwb", "xw", "x", "w", "b", ""])
+@pytest.mark.parametrize("workspace", [None, 5 * ROW, 1])
+def test_every_mode_within_any_workspace(three, needs, workspace):
+    three.run(split_checks.vocabulary_loss, LENGTHS, sizes=UNEQUAL, needs=needs, max_workspace_bytes=workspace)
+
+
+@pytest.mark.parametrize("form", ["rows", "packed", "compact"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "logit_scale": -0.7}], ids=["plain", "capped"])
+def test_every_form(three, form, options):
+    three.run(split_checks.vocabulary_loss, LENGTHS, sizes=UNEQUAL, form=form, **options)
+    three.run(split_checks.vocabulary_sums, LENGTHS, form=form)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_error_at_most_twice_that_of_plain_torch(two, backend, dtype):
+    shape = {"vocab": 300, "sizes": [180, 120], "scale": 0.5}
+    two.run(split_checks.vocabulary_loss, [(3, 9, 12)], dtype=dtype, backend=backend, **shape)
+
+
+def tokens(n=9, vocab=29, hidden=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(vocab, hidden, generator=g), torch.randn(n, hidden, generator=g)
+    return weight, x, torch.randint(vocab, (n,), generator=g)
+
+
+@pytest.mark.parametrize("needs", ["xwb", "xw", "x", "b", ""])
+@pytest.mark.parametrize("workspace", [None, 4 * ROW])
+def test_single_tokens_with_any_upstream_gradient(three, needs, workspace):
+    weight, hidden, targets = tokens()
+    targets[2] = -100
+    options = {"temperature": 1.7, "softcap": 4.0, "bias": weight[:, 0]}
+    three.run(
+        split_checks.vocabulary_tokens, weight, hidden, targets, sizes=UNEQUAL, needs=needs,
+        max_workspace_bytes=workspace, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("nats", [-100.0, 100.0, -5000.0])
+def test_label_whose_shard_lies_far_from_the_others(two, backend, dtype, nats):
+    """Its entry in E would overflow in the units of its own shard."""
+    weight, hidden, targets = tokens(vocab=40)
+    hidden[:, 0] = 1.0
+    weight[:15, 0] += nats
+    targets = targets % 15
+    two.run(
+        split_checks.vocabulary_tokens, weight, hidden, targets, sizes=[15, 25], dtype=dtype, backend=backend
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("shard", [0, 1])
+def test_shard_of_which_every_logit_is_minus_infinity(two, backend, shard):
+    weight, hidden, _ = tokens(vocab=40)
+    bias = torch.zeros(40)
+    bias[slice(0, 15) if shard == 0 else slice(15, 40)] = -torch.inf
+    targets = torch.arange(9) + (20 if shard == 0 else 0)
+    for dtype in (torch.float64, torch.bfloat16):
+        two.run(
+            split_checks.vocabulary_tokens, weight, hidden, targets, sizes=[15, 25], dtype=dtype, bias=bias,
+            backend=backend, check_statistics=False,
+        )  # fmt: skip
+
+
+ANY_BATCH = given(
+    lengths=st.lists(st.tuples(*[st.integers(1, 5)] * 3), min_size=1, max_size=3),
+    sizes=st.tuples(*[st.integers(1, 20)] * 3),
+    rows=st.integers(0, 12),
+    seed=st.integers(0, 3),
+    form=st.sampled_from(["rows", "packed", "compact"]),
+)
+
+
+def check_batch(three, lengths, sizes, rows, seed, form):
+    three.run(
+        split_checks.vocabulary_loss, lengths, sizes=list(sizes), vocab=sum(sizes), seed=seed, form=form,
+        max_workspace_bytes=max(1, rows * max(sizes) * 8), marginal_weight=0.3,
+    )  # fmt: skip
+
+
+@settings(max_examples=12)
+@ANY_BATCH
+def test_any_batch_over_any_shards(three, lengths, sizes, rows, seed, form):
+    check_batch(three, lengths, sizes, rows, seed, form)
+
+
+@pytest.mark.sweep
+@settings(max_examples=300)
+@ANY_BATCH
+def test_many_batches_over_any_shards(three, lengths, sizes, rows, seed, form):
+    check_batch(three, lengths, sizes, rows, seed, form)
