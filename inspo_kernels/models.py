@@ -1,78 +1,23 @@
-"""Final hidden states and output head of a transformers causal LM, without computing its logits."""
+"""Final hidden states and output head of any transformers causal LM, without computing its logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from .head_parts import HeadError, HeadParts, head_parts, qualified_name
+from .model_head import Tail, in_fsdp, known_in_any_mode, run_model
+from .packing import mixes_packed_sequences
+from .small_runs import device_of, small_ids, undisturbed
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
 
-
-class _Tail(NamedTuple):
-    """How logits follow from the head's output y: ``softcap * tanh(z / softcap)`` with ``z = logit_scale * y``."""
-
-    softcap: float | None = None
-    logit_scale: float = 1.0
-
-
-def _plain(model: Any) -> _Tail:
-    return _Tail()
-
-
-def _softcapped(model: Any) -> _Tail:
-    return _Tail(softcap=model.config.final_logit_softcapping)
-
-
-def _scaled(model: Any) -> _Tail:
-    return _Tail(logit_scale=model.logit_scale)
-
-
-def _divided(model: Any) -> _Tail:
-    return _Tail(logit_scale=1.0 / model.config.logits_scaling)
-
-
-# config.model_type -> how that architecture turns its head's output into logits. The head itself (weight and bias) is
-# always get_output_embeddings(). An architecture belongs here only if nothing else stands between the base model's
-# last_hidden_state and the logits; each entry has a tiny model in the tests.
-_TAILS: dict[str, Callable[[Any], _Tail]] = {
-    "cohere": _scaled,
-    "cohere2": _scaled,
-    "gemma": _plain,
-    "gemma2": _softcapped,
-    "gemma3": _plain,  # the multimodal wrapper: unlike gemma3_text it never soft-caps
-    "gemma3_text": _softcapped,
-    "gpt2": _plain,
-    "gpt_neox": _plain,
-    "gptj": _plain,
-    "granite": _divided,
-    "granitemoe": _divided,
-    "llama": _plain,
-    "mistral": _plain,
-    "mixtral": _plain,
-    "olmo": _plain,
-    "olmo2": _plain,
-    "olmo3": _plain,
-    "opt": _plain,
-    "phi": _plain,
-    "phi3": _plain,
-    "qwen2": _plain,
-    "qwen2_moe": _plain,
-    "qwen3": _plain,
-    "qwen3_moe": _plain,
-    "smollm3": _plain,
-    "stablelm": _plain,
-    "starcoder2": _plain,
-}
-
-# Architectures that build their causal mask without position_ids, so that packed sequences would see each other.
-_CANNOT_PACK = frozenset({"opt"})
-
-# Arguments of the causal LM's forward that its base model would swallow without effect.
+# Arguments of the causal LM's forward that would have no effect, or another one than they have there.
 _HEAD_ARGUMENTS = frozenset({"labels", "logits_to_keep", "num_logits_to_keep", "shift_labels", "num_items_in_batch"})
 
 
@@ -81,99 +26,210 @@ def hidden_and_head(
     input_ids: Tensor | None = None,
     attention_mask: Tensor | BlockMask | dict[str, Tensor | BlockMask] | None = None,
     position_ids: Tensor | None = None,
+    *,
+    return_outputs: bool = False,
     **model_kwargs: Any,
-) -> tuple[Tensor, dict[str, Any]]:
-    """Run the trunk of a transformers causal LM once and return what its logits are made of.
+) -> tuple[Any, ...]:
+    """Run a transformers causal LM once, without its logits, and return what they are made of.
 
-    The two results satisfy ``model(...).logits == cap(logit_scale * (hidden @ weight.T + bias))`` with
+    The results satisfy ``model(...).logits == cap(logit_scale * (hidden @ weight.T + bias))`` with
     ``cap(z) = softcap * tanh(z / softcap)``, or ``cap(z) = z`` where ``softcap`` is None. They are ready for
     ``fused_inspo_loss(hidden, labels=labels, **head)``.
 
-    The trunk runs without a key-value cache, in the model's own train or eval mode and under the caller's grad and
-    autocast modes. Losses a model adds by itself (the router loss of a mixture of experts) are not part of the result.
+    The model's own forward runs, without a key-value cache, in the model's train or eval mode and under the caller's
+    grad and autocast modes. Its output head runs on no rows. On the first call in each mode the head runs on a few
+    rows, and the formula above is verified on their logits; a change of the config or of the head's adapters makes the
+    next call a first one. Inside ``torch.compile`` the base model runs instead; the head is verified while tracing.
+
+    Call it inside the forward of the module that DDP, FSDP2 or DeepSpeed wraps, on the inner model.
 
     Args:
-        model: a transformers causal LM itself, not a wrapper around one. The table covers transformers' own classes;
-            code loaded from elsewhere under a known ``model_type`` is taken to compute its logits in the same way.
+        model: a transformers causal LM, or a ``PeftModel`` around one.
         input_ids: (batch, T) int64, or (1, N) for packed sequences.
         attention_mask: (batch, T), 1 on tokens; None for packed sequences or where nothing is padded; for trees what
             ``tree_attention_mask`` makes of the batch.
         position_ids: (batch, T) int64. With ``attention_mask=None`` its restarts separate packed sequences.
-        model_kwargs: further arguments of the base model, e.g. ``inputs_embeds`` or ``token_type_ids``.
+        return_outputs: also return the model's outputs, whose ``logits`` are of no use. With
+            ``output_router_logits=True`` they hold the router loss of a mixture of experts as ``aux_loss``; add
+            ``model.config.router_aux_loss_coef * outputs.aux_loss`` to the loss.
+        model_kwargs: further arguments of the model, e.g. ``inputs_embeds``, ``token_type_ids`` or ``pixel_values``.
 
     Returns:
         ``hidden`` (batch, T, H), the input of the output head; and ``head`` with ``"weight"`` (V, H) and ``"bias"``
-        (V,) or None, which are the model's own parameters (so gradients reach them, tied or not), ``"softcap"``
-        (float or None) and ``"logit_scale"`` (float).
+        (V,) or None, ``"softcap"`` (float or None) and ``"logit_scale"`` (float). Weight and bias are the model's own
+        parameters, tied or not, or made of them, so gradients reach them: without the rows that pad a vocabulary;
+        copied where an engine gathers them for the head's forward alone; and with r further columns, in ``hidden``,
+        too, for a LoRA adapter of rank r on the head. With ``return_outputs`` the model's outputs are third.
 
     Raises:
-        TypeError: ``model`` is a wrapper (DDP, FSDP, DeepSpeed, peft, torch.compile) or no transformers model, or an
+        TypeError: ``model`` is a wrapper (DDP, FSDP, DeepSpeed, torch.compile) or no transformers model, or an
             argument concerns the logits.
-        ValueError: the architecture is not in the table or its head is not a plain ``nn.Linear``; the message says
-            what to pass to ``fused_inspo_loss`` by hand. Also packed sequences for an architecture that mixes them.
+        ValueError: the logits do not follow from what the head is given; the message says by how much they differ.
+            Also position ids that the model does not take, and packed sequences for a model that mixes them.
     """
-    _refuse_wrapper(model)
+    model = _inner_model(model)
     if fixed := {"use_cache", "return_dict"}.intersection(model_kwargs):
         names = ", ".join(sorted(fixed))
         raise TypeError(f"the trunk runs without a cache, for which {names} is set here; remove it")
     if misplaced := _HEAD_ARGUMENTS.intersection(model_kwargs):
         names = ", ".join(sorted(misplaced))
         raise TypeError(f"no logits are computed here, so {names} would have no effect; remove it")
-    model_type = model.config.model_type
-    if model_type not in _TAILS:
-        raise ValueError(_by_hand(f"model_type {model_type!r} is not in the table of known output heads"))
-    if model_type in _CANNOT_PACK and attention_mask is None and _has_restarts(position_ids):
-        raise ValueError(
-            f"{model_type!r} lets packed sequences attend to each other; use padded rows and their attention_mask"
-        )
-    linear = model.get_output_embeddings()
-    # Exact type: adapters, quantised and parametrised layers subclass or replace nn.Linear and compute something else.
-    # So does FSDP2 where it shards the head by itself, and then the weight is not whole here.
-    if type(linear) is not nn.Linear:
-        raise ValueError(_by_hand(f"the output head of this {model_type!r} model is {_name(linear)}, not nn.Linear"))
+    head = _output_head(model)
+    accepted = _accepted(model)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **model_kwargs}
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    inputs |= {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in accepted}
+    if position_ids is not None:
+        if "position_ids" in accepted:
+            inputs["position_ids"] = position_ids
+        else:
+            _check_implied_positions(model, position_ids, attention_mask)
+        if attention_mask is None and not torch.compiler.is_compiling() and mixes_packed_sequences(model):
+            _refuse_restarts(model, position_ids)
+    _drop_router_loss(model, inputs, accepted, return_outputs)
 
-    outputs = model.base_model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=False,
-        return_dict=True,
-        **model_kwargs,
-    )
-    tail = _TAILS[model_type](model)
-    head = {"weight": linear.weight, "bias": linear.bias, "softcap": tail.softcap, "logit_scale": tail.logit_scale}
-    return outputs.last_hidden_state, head
+    tokens = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
+    if tokens is None:
+        raise TypeError("give input_ids or inputs_embeds")
+    try:
+        if torch.compiler.is_compiling():
+            hidden, parts, tail, outputs = _compiled(model, head, inputs)
+        else:
+            call, tail = run_model(model, head, inputs, (tokens.shape[0], tokens.shape[1]))
+            assert call.hidden is not None and call.parts is not None
+            hidden, parts, outputs = call.hidden, call.parts, call.outputs
+    except HeadError as error:
+        raise _refusal(model, error) from None
+    result = _composed(hidden, parts, tail)
+    return (*result, outputs) if return_outputs else result
 
 
-def _refuse_wrapper(model: Any) -> None:
+def check_head(model: PreTrainedModel) -> None:
+    """Raise what ``hidden_and_head`` would for this model's class and head; nothing is computed.
+
+    A model on the meta device, which has no weights, can be checked in this way alone.
+    """
+    model = _inner_model(model)
+    try:
+        head_parts(_output_head(model))
+    except HeadError as error:
+        raise _refusal(model, error) from None
+
+
+def _refusal(model: Any, error: HeadError) -> ValueError:
+    problem = f"{model.config.model_type!r}: {error}"
+    return ValueError(f"{problem}. {error.advice}" if error.advice else _by_hand(problem))
+
+
+def _composed(hidden: Tensor, parts: HeadParts, tail: Tail) -> tuple[Tensor, dict[str, Any]]:
+    hidden, weight = parts.joined(hidden)
+    bias = parts.bias
+    if tail.vocab_size is not None:
+        weight, bias = weight[: tail.vocab_size], None if bias is None else bias[: tail.vocab_size]
+    return hidden, {"weight": weight, "bias": bias, "softcap": tail.softcap, "logit_scale": tail.logit_scale}
+
+
+def _compiled(model: Any, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, HeadParts, Tail, Any]:
+    """Run the base model, whose states the head is given: hooks on the head cannot be traced."""
+    tail = _tail_while_tracing(model)
+    outputs = model.base_model(**inputs)
+    return outputs.last_hidden_state, head_parts(head), tail, outputs
+
+
+@torch.compiler.assume_constant_result
+def _tail_while_tracing(model: Any) -> Tail:
+    """Return the verified tail, verifying it on two tokens where no call outside torch.compile has."""
+    head = model.get_output_embeddings()
+    tail = known_in_any_mode(model, head)
+    if tail is None:
+        with undisturbed(model):
+            ids = small_ids(model, 2)[None].to(device_of(model))
+            _, tail = run_model(model, head, {"input_ids": ids}, (1, 2))
+    if not tail.from_base:
+        raise HeadError("its head is given other states than its base model returns: call it outside torch.compile")
+    return tail
+
+
+def _inner_model(model: Any) -> Any:
+    """Return the causal LM itself, out of peft's wrapper; refuse any other wrapper."""
     if hasattr(model, "get_base_model"):
-        raise TypeError(
-            f"{_name(model)} is an adapter wrapper; if its adapter sits inside the model's own layers (LoRA does), "
-            "pass model.get_base_model(), which keeps it active"
-        )
-    sharded = any(base.__name__ == "FSDPModule" for base in type(model).__mro__)
+        if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
+            raise TypeError(
+                f"{qualified_name(model)} learns a prompt, whose positions have no token: use an adapter inside the "
+                "model's layers, such as LoRA"
+            )
+        model = model.get_base_model()
+    # FSDP2 makes a wrapper of the model itself, some of whose parameters are whole while its own forward runs.
+    sharded = in_fsdp(model) and all(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
     if sharded or isinstance(getattr(model, "module", None), nn.Module) or hasattr(model, "_orig_mod"):
         raise TypeError(
-            f"{_name(model)} is a wrapper, and calling the model inside it would bypass its hooks; put the model and "
-            "the loss into one nn.Module whose forward calls hidden_and_head on the inner model and returns the loss, "
-            "and wrap that module instead"
+            f"{qualified_name(model)} is a wrapper, and calling the model inside it would bypass its hooks; put the "
+            "model and the loss into one nn.Module whose forward calls hidden_and_head on the inner model and returns "
+            "the loss, and wrap that module instead"
         )
     if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "model_type"):
-        raise TypeError(f"expected a transformers causal LM, got {_name(model)}")
+        raise TypeError(f"expected a transformers causal LM, got {qualified_name(model)}")
+    return model
+
+
+def _output_head(model: Any) -> nn.Module:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        problem = f"{qualified_name(model)} has no single output head: get_output_embeddings() gives {head!r}"
+        raise ValueError(_by_hand(problem))
+    return head
+
+
+def _accepted(model: Any) -> set[str]:
+    """Return the names among the arguments of interest that the model's forward takes."""
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    base = inspect.signature(model.base_model.forward).parameters if anything else {}
+    return {*parameters, *base}
+
+
+def _drop_router_loss(model: Any, inputs: dict[str, Any], accepted: set[str], return_outputs: bool) -> None:
+    """Keep a mixture of experts from computing a router loss that nobody reads, or that its mask does not fit."""
+    if "output_router_logits" not in accepted:
+        return
+    mask = inputs.get("attention_mask")
+    if not return_outputs:
+        inputs["output_router_logits"] = False
+    elif mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        wanted = inputs.get("output_router_logits", getattr(model.config, "output_router_logits", False))
+        if wanted:
+            raise ValueError(
+                "the router loss needs an attention_mask (batch, T), which trees do not have: use layout='rows', or "
+                "output_router_logits=False"
+            )
+
+
+def _check_implied_positions(model: Any, position_ids: Tensor, attention_mask: Any) -> None:
+    """Refuse positions other than those that a model counts by itself, where it takes none."""
+    mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+    counted = torch.ones_like(position_ids) if mask is None else mask.to(position_ids.dtype)
+    differs = position_ids != counted.cumsum(-1) - 1
+    if mask is not None:
+        differs &= mask.bool()
+    if differs.any():
+        raise ValueError(
+            f"{model.config.model_type!r} takes no position_ids: it counts tokens from 0 in each row. Use padded rows "
+            "(layout='rows') and leave position_ids out"
+        )
+
+
+def _refuse_restarts(model: Any, position_ids: Tensor) -> None:
+    if (torch.diff(position_ids, dim=-1) != 1).any():
+        raise ValueError(
+            f"{model.config.model_type!r} lets packed sequences attend to each other; use padded rows and their "
+            "attention_mask"
+        )
 
 
 def _by_hand(problem: str) -> str:
     return (
-        f"{problem}. Call fused_inspo_loss with its parts instead: hidden, the state after the final norm; "
-        "weight=model.get_output_embeddings().weight; and where the model's forward uses them, bias, softcap "
-        "(logits = softcap * tanh(z / softcap)) and logit_scale (a factor on the logits). A head that does anything "
-        "else to hidden or to the logits cannot be fused"
+        f"{problem}. Call fused_inspo_loss with its parts instead: hidden, the states that the output head is given; "
+        "weight; and where the model's forward uses them, bias, softcap (logits = softcap * tanh(z / softcap)) and "
+        "logit_scale (a factor on the logits). A head that does anything else to hidden or to the logits cannot be "
+        "fused"
     )
-
-
-def _has_restarts(position_ids: Tensor | None) -> bool:
-    return position_ids is not None and bool((torch.diff(position_ids, dim=-1) != 1).any())
-
-
-def _name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -16,61 +16,18 @@ and nobody sees it. The pairs of a packed row cannot see each other, since each 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.utils.rnn import pad_sequence
 
-from .path_attention import PathMask
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Mask: TypeAlias = Tensor | BlockMask
-
 # Longest row of eager attention's mask, whose bytes grow with the square of the row.
 MAX_DENSE_TOKENS = 8192
 
 _BLOCK = 128  # queries and keys per block of a BlockMask: flex_attention's default
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-
-# config.model_type -> the masks that the architecture's layers take: "full" (one causal mask), "window" (one mask,
-# sliding where config.sliding_window is set) or "layer_types" (a mask for each of config.layer_types). An architecture
-# belongs here only if it hands a mask it is given to its attention as it is and takes positions from position_ids
-# alone; each entry has a tiny model in the tests, whose hidden states must be those of separate rows.
-_MASKS: dict[str, str] = {
-    "cohere": "full",
-    "cohere2": "layer_types",
-    "gemma": "full",
-    "gemma2": "layer_types",
-    "gemma3": "layer_types",
-    "gemma3_text": "layer_types",
-    "gpt2": "full",
-    "gpt_neox": "full",
-    "gptj": "full",
-    "granite": "full",
-    "granitemoe": "full",
-    "llama": "full",
-    "mistral": "window",
-    "mixtral": "window",
-    "olmo": "full",
-    "olmo2": "full",
-    "olmo3": "layer_types",
-    "opt": "full",
-    "phi": "full",
-    "phi3": "window",
-    "qwen2": "layer_types",
-    "qwen2_moe": "layer_types",
-    "qwen3": "layer_types",
-    "qwen3_moe": "window",
-    "smollm3": "layer_types",
-    "stablelm": "full",
-    "starcoder2": "window",
-}
 
 
 def tree_batch(
@@ -146,87 +103,7 @@ def _tree(prompt: Tensor, chosen: Tensor, rejected: Tensor, separator: Tensor, c
     }
 
 
-def tree_unsupported(model: PreTrainedModel) -> str | None:
-    """Why a transformers causal LM cannot read the tree layouts of ``condition_pairs``, and what to set instead.
-
-    None where it can: its architecture is known to attend by a mask that it is given, its attention implementation
-    takes one, and a token's hidden state follows from its ancestors alone.
-    """
-    rows = "or use layout='rows'"
-    config, model_type = model.config.get_text_config(), model.config.model_type
-    if getattr(model, "_is_stateful", False):
-        return f"{model_type!r} carries a state from token to token, which no mask can branch: use layout='rows'"
-    if model_type not in _MASKS:
-        return (
-            f"model_type {model_type!r} is not among the architectures known to take a mask of their user's making "
-            f"({', '.join(_MASKS)}): use layout='rows'"
-        )
-    if not type(model.base_model).__module__.startswith("transformers."):
-        return f"{type(model.base_model).__name__} is not transformers' own code for {model_type!r}: use layout='rows'"
-    if _MASKS[model_type] == "layer_types" and (unknown := set(config.layer_types) - {_FULL, _SLIDING}):
-        return f"no mask is known for layers of type {', '.join(sorted(unknown))}: use layout='rows'"
-    if changing := {name for name in _rope_types(config) if name in ("dynamic", "longrope")}:
-        return (
-            f"its rotary embedding ({', '.join(sorted(changing))}) depends on the longest sequence of the batch, "
-            "so a pair's log-probs would depend on which pairs share its batch in either layout: use layout='rows'"
-        )
-    if (attention := config._attn_implementation) not in ("eager", "sdpa", "flex_attention"):
-        return (
-            f"attention implementation {attention!r} takes no mask of its user's making: load the model with "
-            f"attn_implementation='sdpa', 'eager' or 'flex_attention', {rows}"
-        )
-    return None
-
-
-def tree_attention_mask(batch: Mapping[str, Any], model: PreTrainedModel) -> Mask | dict[str, Mask]:
-    """The ``attention_mask`` with which ``model`` reads a tree batch, to be passed on to ``hidden_and_head``.
-
-    The form follows from the model's attention implementation, and the mask lies on the device of
-    ``batch["tree_ends"]``. Nothing in it waits for the device. Where layers have a sliding window of w tokens, a token
-    sees the last w tokens of its own branch and prompt, exactly as in a row.
-
-    Args:
-        batch: what ``condition_pairs`` made with ``layout="tree"`` or ``"packed_tree"``; ``position_ids``,
-            ``tree_ends``, ``paths`` and ``path_of`` are read.
-        model: the transformers causal LM itself.
-
-    Returns:
-        For ``"sdpa"`` a ``PathMask``, with which attention runs over the paths as ordinary causal sequences; for
-        ``"eager"`` (rows, 1, T, T) numbers to be added to the scores, in the model's dtype; for ``"flex_attention"`` a
-        ``BlockMask``, which skips the empty blocks between branches and pairs. For an architecture whose layers
-        differ, a dict of them by layer type.
-
-    Raises:
-        ValueError: ``model`` cannot read trees (``tree_unsupported`` says why), or a row is too long for a dense mask
-            (``MAX_DENSE_TOKENS``).
-        KeyError: ``batch`` has another layout.
-    """
-    if reason := tree_unsupported(model):
-        raise ValueError(reason)
-    config = model.config.get_text_config()
-    ends, positions = batch["tree_ends"], batch["position_ids"]
-    attention = config._attn_implementation
-    if attention == "eager" and ends.shape[1] > MAX_DENSE_TOKENS:
-        raise ValueError(
-            f"a row of {ends.shape[1]} tokens is too long for a mask of eager attention (at most {MAX_DENSE_TOKENS}): "
-            "load the model with attn_implementation='sdpa' or 'flex_attention', lower max_length, or use layout='rows'"
-        )
-
-    def mask(window: int | None) -> Mask:
-        if attention == "flex_attention":
-            return _block_mask(ends, positions, window)
-        if attention == "sdpa":
-            return PathMask.of(batch["paths"], batch["path_of"], positions, window)
-        allowed = _dense_mask(ends, positions, window)
-        return torch.zeros((), dtype=model.dtype, device=ends.device).where(allowed, torch.finfo(model.dtype).min)
-
-    kind = _MASKS[model.config.model_type]
-    if kind == "layer_types":
-        return {name: mask(config.sliding_window if name == _SLIDING else None) for name in set(config.layer_types)}
-    return mask(config.sliding_window if kind == "window" else None)
-
-
-def _dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
+def dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
     """(rows, 1, T, T) bool: whether query q attends to key k."""
     index = torch.arange(ends.shape[1], device=ends.device)
     allowed = (index[:, None] >= index) & (index[:, None] < ends[:, None, :])
@@ -235,7 +112,7 @@ def _dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
     return allowed[:, None]
 
 
-def _block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMask:
+def block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMask:
     """The same for flex_attention, from T * T / 128 numbers instead of T * T.
 
     A key's descendants and itself are one interval of queries, so its share of a block of queries is the overlap of
@@ -276,10 +153,3 @@ def _block_table(kept: Tensor) -> tuple[Tensor, Tensor]:
     """Per block of queries, how many blocks of keys are kept, and which: their numbers, ascending, come first."""
     kept = kept[:, None].int()  # the same for every head
     return kept.sum(-1, dtype=torch.int32), kept.argsort(dim=-1, descending=True, stable=True).int()
-
-
-def _rope_types(config: Any) -> set[str]:
-    """Names of the rotary embeddings in a config: ``rope_parameters`` is one dict, or one for each type of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return {str(part.get("rope_type", "default")) for part in (nested or [parameters])}

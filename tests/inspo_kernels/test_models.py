@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import MODEL_TYPES, VOCAB, make_model, model_inputs
+from tiny_models import MODEL_TYPES, VOCAB, make_model, model_inputs, transformers
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from inspo_kernels import condition_pairs, fused_inspo_loss, hidden_and_head
-from inspo_kernels.models import _CANNOT_PACK
 
 
 def compose(hidden, head):
@@ -75,7 +75,7 @@ def test_every_option_that_shapes_the_logits_matters_here(model_type, rows):
 def test_packed_sequences_give_the_hidden_states_of_rows(model_type, pairs, rows):
     model = make_model(model_type, torch.float64)
     packed = condition_pairs(pairs, pad_token_id=2, layout="packed")
-    if model_type in _CANNOT_PACK:
+    if model_type == "opt":
         with pytest.raises(ValueError, match=f"{model_type!r} lets packed sequences attend to each other"):
             hidden_and_head(model, **model_inputs(packed))
         return
@@ -137,14 +137,16 @@ def test_the_models_own_mode_decides_about_dropout(rows):
     assert model.training
 
 
-def test_the_trunk_runs_once_without_cache_and_the_head_never(rows):
+def test_the_trunk_runs_once_without_cache_or_logits(rows):
     model = make_model("llama")
-    calls = []
-    model.model.register_forward_hook(lambda _, args, kwargs, out: calls.append(out), with_kwargs=True)
-    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head was run"))
-    hidden_and_head(model, **model_inputs(rows))
-    assert len(calls) == 1
-    assert calls[0].past_key_values is None
+    states, logits = [], []
+    model.model.register_forward_hook(lambda module, args, output: states.append(output))
+    model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
+    for _ in range(2):
+        hidden_and_head(model, **model_inputs(rows))
+    assert [output.past_key_values for output in states] == [None, None]
+    assert logits[0].numel() <= 6 * VOCAB  # the head is verified on six rows, once
+    assert logits[1].numel() == 0
 
 
 def test_mask_and_positions_reach_the_trunk(rows):
@@ -174,11 +176,72 @@ def test_arguments_about_logits_are_refused(name, rows):
         hidden_and_head(make_model("llama"), rows["input_ids"], **{name: rows["labels"]})
 
 
-def test_an_unknown_architecture_says_what_to_pass_by_hand(rows):
+class Tailed(transformers.LlamaForCausalLM):
+    """A model with something of its own between head and logits."""
+
+    change = staticmethod(lambda logits, states: logits)
+
+    def forward(self, **inputs):
+        states = self.model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).last_hidden_state
+        return CausalLMOutput(logits=self.change(self.lm_head(states), states))
+
+
+def tailed(change):
     model = make_model("llama")
-    model.config.model_type = "lama"
-    with pytest.raises(ValueError, match=r"model_type 'lama'.*get_output_embeddings\(\)\.weight.*softcap"):
+    model.__class__, model.change = Tailed, change
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits, states: 0.71 * logits,
+        lambda logits, states: 1.3 * (2.5 * (logits / 1.3)),
+        lambda logits, states: 11.0 * torch.tanh(logits / 11.0),
+        lambda logits, states: 3.0 * torch.tanh(0.4 * logits / 3.0),
+        lambda logits, states: logits[..., : VOCAB - 5],
+        lambda logits, states: logits.index_fill(-1, torch.arange(VOCAB - 5, VOCAB), float("-inf")),
+    ],
+)
+def test_scale_cap_and_padding_are_found_by_themselves(change, rows):
+    model = tailed(change)
+    real = rows["attention_mask"].bool()
+    own = model(**model_inputs(rows)).logits
+    composed = compose(*hidden_and_head(model, **model_inputs(rows)))
+    own = own[..., : composed.shape[-1]]
+    torch.testing.assert_close(composed[real], own[real], rtol=0, atol=float(1e-5 * own[real].detach().abs().max()))
+    assert composed.shape[-1] in (VOCAB, VOCAB - 5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits, states: logits + 0.01 * logits.square(),
+        lambda logits, states: logits + states.mean(),
+        lambda logits, states: logits.log_softmax(-1),
+        lambda logits, states: torch.cat([logits, logits[..., :1]], -1),
+        lambda logits, states: logits.flip(-1),
+    ],
+)
+def test_other_logits_are_refused_with_the_difference(change, rows):
+    with pytest.raises(
+        ValueError, match=r"'llama': its (logits differ .* by \d|head knows 83 words).*fused_inspo_loss"
+    ):
+        hidden_and_head(tailed(change), **model_inputs(rows))
+
+
+def test_a_learned_scale_is_refused_by_name(rows):
+    model = tailed(lambda logits, states: logits * model.temperature)
+    model.temperature = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="its logits depend on temperature beside"):
         hidden_and_head(model, **model_inputs(rows))
+
+
+def test_a_changed_config_is_verified_anew(rows):
+    model = make_model("granite")
+    assert hidden_and_head(model, **model_inputs(rows))[1]["logit_scale"] == pytest.approx(1 / 3.7)
+    model.config.logits_scaling = 2.5
+    assert hidden_and_head(model, **model_inputs(rows))[1]["logit_scale"] == 0.4
 
 
 class ScaledLinear(nn.Linear):
@@ -186,24 +249,86 @@ class ScaledLinear(nn.Linear):
         return 2 * super().forward(hidden)
 
 
-@pytest.mark.parametrize("head", [nn.Sequential(nn.Linear(32, VOCAB)), ScaledLinear(32, VOCAB), None])
-def test_a_head_that_is_not_a_plain_linear_is_refused(head, rows):
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (nn.Sequential(nn.Linear(32, VOCAB)), r"output head is .*Sequential, which has no weight"),
+        (ScaledLinear(32, VOCAB), r"ScaledLinear, is no linear map .* differs from .* by \d\.\de"),
+        (None, "has no single output head"),
+    ],
+)
+def test_a_head_that_is_no_linear_map_is_refused(head, message, rows):
     model = make_model("llama")
     model.lm_head = head
-    with pytest.raises(ValueError, match=r"output head of this 'llama' model is .*, not nn\.Linear.*fused_inspo_loss"):
+    with pytest.raises(ValueError, match=message + ".*fused_inspo_loss"):
         hidden_and_head(model, **model_inputs(rows))
 
 
-def test_a_parametrized_head_is_refused(rows):
-    model = make_model("llama")
+def test_a_parametrized_head_gets_its_gradients(rows):
+    model = make_model("llama", torch.float64)
     nn.utils.parametrizations.weight_norm(model.lm_head)
-    with pytest.raises(ValueError, match=r"not nn\.Linear"):
-        hidden_and_head(model, **model_inputs(rows))
+    parameters = list(model.lm_head.parameters())
+    own, mine = (
+        torch.autograd.grad(logits.square().mean(), parameters)
+        for logits in (
+            model(**model_inputs(rows)).logits,
+            compose(*hidden_and_head(model, **model_inputs(rows))),
+        )
+    )
+    assert len(own) == 2
+    torch.testing.assert_close(mine, own)
 
 
 def test_a_model_without_a_head_is_refused(rows):
-    with pytest.raises(ValueError, match=r"not nn\.Linear"):
+    with pytest.raises(ValueError, match="has no single output head"):
         hidden_and_head(make_model("llama").model, **model_inputs(rows))
+
+
+def test_verification_leaves_no_trace(rows):
+    model = make_model("gpt2").train()  # with dropout
+    state, before = torch.get_rng_state(), {name: buffer.clone() for name, buffer in model.named_buffers()}
+    first = hidden_and_head(model, **model_inputs(rows))[0]
+    torch.set_rng_state(state)
+    assert torch.equal(first, hidden_and_head(model, **model_inputs(rows))[0])  # as many random numbers
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert not model.lm_head._forward_hooks and not model.lm_head._forward_pre_hooks
+
+
+def test_packing_is_tried_without_a_trace(rows):
+    model = make_model("gpt2").train()
+    packed = {"input_ids": torch.ones(1, 4).long(), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    state = torch.get_rng_state()
+    first = hidden_and_head(model, **packed)[0]
+    torch.set_rng_state(state)
+    assert torch.equal(first, hidden_and_head(model, **packed)[0])
+    assert all(module.training for module in model.modules())
+
+
+def test_router_losses_stay_reachable(rows):
+    model = make_model("mixtral")
+    hidden, _, outputs = hidden_and_head(model, **model_inputs(rows), output_router_logits=True, return_outputs=True)
+    expected = model(**model_inputs(rows), output_router_logits=True).aux_loss
+    torch.testing.assert_close(outputs.aux_loss, expected)
+    assert outputs.aux_loss.requires_grad
+    model.config.output_router_logits = True  # a router loss that nobody asks for is not computed
+    assert torch.equal(hidden_and_head(model, **model_inputs(rows))[0], hidden)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("called_before", [True, False])
+def test_compiled_steps_equal_eager_ones(fullgraph, called_before, rows):
+    torch._dynamo.reset()
+    model = make_model("gemma2")
+
+    def step(input_ids, attention_mask):
+        return compose(*hidden_and_head(model, input_ids, attention_mask)).log_softmax(-1)
+
+    inputs = rows["input_ids"], torch.ones_like(rows["attention_mask"])
+    own = model(*inputs).logits.log_softmax(-1)
+    if called_before:
+        step(*inputs)
+    torch.testing.assert_close(torch.compile(step, fullgraph=fullgraph, backend="aot_eager")(*inputs), own)
 
 
 class Engine(nn.Module):

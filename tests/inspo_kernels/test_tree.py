@@ -22,8 +22,7 @@ from inspo_kernels import (
     tree_attention_mask,
     tree_unsupported,
 )
-from inspo_kernels.models import _TAILS
-from inspo_kernels.tree import _MASKS, MAX_DENSE_TOKENS, _block_mask, _dense_mask
+from inspo_kernels.tree import MAX_DENSE_TOKENS, block_mask, dense_mask
 
 PAD = 2
 TREES = ("tree", "packed_tree")
@@ -57,7 +56,7 @@ def events_of_rows(batch, num_pairs):
 
 def events_of_tree(batch):
     """The same, read off the mask: the context of a scored row is what it sees, in the order of its positions."""
-    mask = _dense_mask(batch["tree_ends"], batch["position_ids"], None)[:, 0].flatten(0, 1)
+    mask = dense_mask(batch["tree_ends"], batch["position_ids"], None)[:, 0].flatten(0, 1)
     length = batch["input_ids"].shape[1]
     events = Counter()
     for row, label, segment in zip(batch["rows"].tolist(), batch["labels"].tolist(), batch["segment_ids"].tolist()):
@@ -77,7 +76,7 @@ def test_every_scored_row_sees_its_own_sequence_and_nothing_else(pairs, separato
     assert events_of_tree(tree) == events_of_rows(condition_pairs(pairs, **options), len(pairs))
     assert tree["num_pairs"] == len(pairs)
     assert "attention_mask" not in tree
-    seen = _dense_mask(tree["tree_ends"], tree["position_ids"], None)[:, 0]
+    seen = dense_mask(tree["tree_ends"], tree["position_ids"], None)[:, 0]
     for row, length in enumerate([seen.shape[1]] if layout == "packed_tree" else tree["tree_ends"][:, 0].tolist()):
         for token in range(length):
             on = tree["paths"][tree["path_of"][row, token]][: tree["position_ids"][row, token] + 1]
@@ -93,7 +92,7 @@ def test_a_tree_holds_the_prompt_once_and_padding_sees_and_is_seen_by_itself(pai
     lengths = [len(x) + copies * (len(w) + len(l) + len(separator) * (copies - 1)) for x, w, l in pairs]
     assert tree["input_ids"].shape == (len(pairs), max(lengths))
     assert packed["input_ids"].shape == (1, sum(lengths))
-    mask = _dense_mask(tree["tree_ends"], tree["position_ids"], None)[:, 0]
+    mask = dense_mask(tree["tree_ends"], tree["position_ids"], None)[:, 0]
     for row, length in enumerate(lengths):
         assert tree["input_ids"][row, length:].eq(PAD).all()
         assert tree["position_ids"][row, length:].eq(0).all()
@@ -138,8 +137,8 @@ def test_truncation_and_errors_are_those_of_every_layout(layout):
 def test_the_block_mask_says_of_each_block_and_token_what_the_dense_mask_says(lengths, layout, window):
     batch = condition_pairs([[[1] * n for n in pair] for pair in lengths], pad_token_id=0, layout=layout)
     ends, positions = batch["tree_ends"], batch["position_ids"]
-    dense = _dense_mask(ends, positions, window)
-    mask = _block_mask(ends, positions, window)
+    dense = dense_mask(ends, positions, window)
+    mask = block_mask(ends, positions, window)
     rows, length = ends.shape
     grid = torch.meshgrid(*map(torch.arange, (rows, 1, length, length)), indexing="ij")
     assert torch.equal(mask.mask_mod(*grid), dense)
@@ -198,14 +197,19 @@ def use_attention(model, attention):
 
 @pytest.fixture
 def all_float64(monkeypatch):
-    """Norms and eager softmax round to float32 whatever the model's dtype; here they leave float64 alone."""
+    """Norms, rotary embeddings and eager softmax compute in float32 whatever the model's dtype; here in float64.
+
+    Integers too become float64 where the model's code says float32: it multiplies position ids by float64 frequencies.
+    """
     to, softmax = torch.Tensor.to, torch.nn.functional.softmax
 
     def exact_to(tensor, *args, **kwargs):
-        return tensor if tensor.dtype == torch.float64 and args == (torch.float32,) else to(tensor, *args, **kwargs)
+        args = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in kwargs.items()}
+        return to(tensor, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", exact_to)
-    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: exact_to(tensor, torch.float32))
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 
 
@@ -238,10 +242,6 @@ def test_every_architecture_gives_the_logps_of_rows(model_type, attention, all_f
         expected = torch.stack([getattr(out, name) for out in rows], 1).flatten()
         for tree in trees:
             close(getattr(tree, name), expected, 1e-9)
-
-
-def test_the_table_of_masks_covers_the_table_of_heads():
-    assert set(_MASKS) == set(_TAILS)
 
 
 SEVEN = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "mixtral"]
@@ -357,8 +357,10 @@ def tiny(model_type, **options):
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-class Llama(transformers.LlamaModel):
-    pass
+class Bidirectional(transformers.LlamaModel):
+    def forward(self, input_ids, attention_mask=None, **inputs):
+        everything = torch.zeros(len(input_ids), 1, input_ids.shape[1], input_ids.shape[1])
+        return super().forward(input_ids, attention_mask=everything, **inputs)
 
 
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -370,7 +372,7 @@ DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     ("make", "reason"),
     [
         (lambda: tiny("mamba"), "'mamba' carries a state from token to token.*use layout='rows'"),
-        (lambda: tiny("bloom"), "'bloom' is not among the architectures known to take a mask.*llama.*layout='rows'"),
+        (lambda: tiny("bloom"), "'bloom' takes no position_ids.*layout='rows'"),
         (
             lambda: tiny("phi3", rope_parameters=LONG_ROPE),
             "rotary embedding .longrope. depends on the longest sequence",
@@ -390,8 +392,11 @@ def test_a_model_that_was_changed_is_refused_with_the_reason():
     model.config._attn_implementation = "flash_attention_2"
     assert re.search("'flash_attention_2' takes no mask.*attn_implementation='sdpa'", tree_unsupported(model))
     model = make_model("llama")
-    model.model = Llama(model.config)
-    assert re.search("Llama is not transformers' own code for 'llama'", tree_unsupported(model))
+    assert tree_unsupported(model) is None
+    model.model = Bidirectional(model.config)
+    assert re.search(
+        r"'llama' does not read a small pair as a tree .* differ by \d.*layout='rows'", tree_unsupported(model)
+    )
     model = make_model("olmo3")
     model.config.layer_types = ["full_attention", "chunked_attention"]
     assert re.search("no mask is known for layers of type chunked_attention", tree_unsupported(model))

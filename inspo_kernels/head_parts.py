@@ -1,0 +1,126 @@
+"""The weight and bias of an output head, whether it is one layer or carries an adapter of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+_FUSED_ADAPTERS = (
+    "Of adapters on the head, plain LoRA and modules_to_save can be fused: use either of them, leave the head out of "
+    "target_modules, or call merge_and_unload() first; its base weight alone would leave the adapter out"
+)
+
+
+class HeadError(ValueError):
+    """The head cannot be fused, for the reason in the message; ``advice`` is what to do, where it is particular."""
+
+    def __init__(self, problem: str, advice: str | None = None) -> None:
+        super().__init__(problem)
+        self.advice = advice
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A LoRA adapter on the head: it adds ``scaling * up(down(dropout(hidden)))`` to the head's output."""
+
+    down: Tensor  # (r, H)
+    up: Tensor  # (V, r)
+    scaling: float
+    dropout: nn.Module | None
+
+
+@dataclass(frozen=True)
+class HeadParts:
+    """Tensors that make up a head, all of them the model's own: gradients reach the parameters through them."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    adapters: tuple[LowRank, ...] = ()
+
+    def joined(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hidden (..., H + r) and weight (V, H + r) whose product is that of the head with its adapters.
+
+        Adding ``scaling * up @ down`` to the weight would round the adapter to the weight's dtype. The longer product
+        does not, and it lets dropout act on the adapter's input alone.
+        """
+        if not self.adapters:
+            return hidden, self.weight
+        columns, rows = [hidden], [self.weight]
+        for adapter in self.adapters:
+            states = hidden if adapter.dropout is None else adapter.dropout(hidden)
+            low = linear(states.to(adapter.down.dtype), adapter.down) * adapter.scaling
+            columns.append(low.to(hidden.dtype))
+            rows.append(adapter.up.to(self.weight.dtype))
+        return torch.cat(columns, -1), torch.cat(rows, -1)
+
+    def apply(self, hidden: Tensor) -> Tensor:
+        """Return the head's output for ``hidden`` (..., H), computed from the parts."""
+        return linear(*self.joined(hidden), self.bias)
+
+    def copied(self) -> HeadParts:
+        """Return parts that outlive parameters which exist only while the head runs; gradients pass the copies."""
+        adapters = tuple(replace(each, down=each.down.clone(), up=each.up.clone()) for each in self.adapters)
+        return HeadParts(self.weight.clone(), None if self.bias is None else self.bias.clone(), adapters)
+
+
+def head_parts(module: Any) -> HeadParts:
+    """Read the parts of an output head: any layer with a weight (V, H), also under peft's wrappers.
+
+    Raises:
+        HeadError: the layer has no such weight, or an adapter of a kind whose weight is not known here.
+    """
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        return head_parts(_saved_module(module))
+    if hasattr(module, "base_layer"):
+        return _with_adapters(module)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        shape = f"a weight of {weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
+        raise HeadError(f"its output head is {qualified_name(module)}, which has {shape} instead of a float (V, H)")
+    return HeadParts(weight, bias if isinstance(bias, Tensor) else None)
+
+
+def adapter_state(module: nn.Module) -> tuple[Any, ...]:
+    """Return what decides which of the head's adapters act; empty for a head without any."""
+    names = ("active_adapters", "active_adapter", "merged_adapters", "disable_adapters", "scaling")
+    layers = [part for part in module.modules() if hasattr(part, "base_layer") or hasattr(part, "original_module")]
+    return tuple((id(layer), *(str(getattr(layer, name, None)) for name in names)) for layer in layers)
+
+
+def _saved_module(wrapper: Any) -> nn.Module:
+    """Return the copy that peft's ``modules_to_save`` runs in place of the head."""
+    if wrapper.disable_adapters:
+        return wrapper.original_module
+    active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    return wrapper.modules_to_save[active[0]] if active else wrapper.original_module
+
+
+def _with_adapters(layer: Any) -> HeadParts:
+    """Return the parts of a head that a peft layer wraps, with the adapters that act now."""
+    parts = head_parts(layer.base_layer)
+    if layer.disable_adapters or layer.merged:
+        return parts
+    if not hasattr(layer, "lora_A"):
+        raise HeadError(f"its output head carries an adapter of the kind {qualified_name(layer)}", _FUSED_ADAPTERS)
+    adapters, bias = [], parts.bias
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        up, scaling = layer.lora_B[name], float(layer.scaling[name])
+        if name in (getattr(layer, "lora_variant", None) or {}) or type(up) is not nn.Linear:
+            raise HeadError(f"the adapter {name!r} on its output head is a variant of LoRA", _FUSED_ADAPTERS)
+        dropout = layer.lora_dropout[name]
+        acting = dropout if isinstance(dropout, nn.Dropout) else None
+        adapters.append(LowRank(layer.lora_A[name].weight, up.weight, scaling, acting))
+        if up.bias is not None:
+            bias = up.bias * scaling if bias is None else bias + up.bias * scaling
+    return HeadParts(parts.weight, bias, tuple(adapters))
+
+
+def qualified_name(value: Any) -> str:
+    """Return the module and name of the value's class."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"

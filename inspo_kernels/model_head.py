@@ -1,0 +1,293 @@
+"""How a causal LM turns the states given to its output head into logits: found once per model and verified.
+
+A model runs its own forward, so that whatever it does before its head is done here, too. Hooks on the head keep the
+states that it is given and hand it no rows in their place, so that no logits are computed. On the first call they hand
+it a few rows instead, of growing size: the model's own logits of those rows show scale, soft-cap and vocabulary, and
+whether the logits follow from the states at all.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .head_fit import fit_tail, named_numbers, numbers, row_difference, rows_of, tolerance_of
+from .head_parts import HeadError, HeadParts, adapter_state, head_parts, qualified_name
+
+# Factors on a hidden state in the rows that are tried: small logits show scales, large ones show where they bend.
+_SIZES = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """How logits follow from the head's output y: ``softcap * tanh(z / softcap)`` with ``z = logit_scale * y``.
+
+    ``vocab_size`` is the number of leading columns that are words; None for all. ``from_base`` says that the head is
+    given what the base model returns as ``last_hidden_state``.
+    """
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    vocab_size: int | None = None
+    from_base: bool = True
+
+
+_TAILS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Tail]] = weakref.WeakKeyDictionary()
+
+
+def known_tail(model: Any, head: nn.Module) -> Tail | None:
+    """Return the tail found by an earlier call, unless something that it depends on has changed since."""
+    return _TAILS.get(model, {}).get(_state(model, head))
+
+
+def known_in_any_mode(model: Any, head: nn.Module) -> Tail | None:
+    """Return the same, whatever the train and grad modes were in which it was found."""
+    wanted = _state(model, head)[2:]
+    return next((tail for state, tail in _TAILS.get(model, {}).items() if state[2:] == wanted), None)
+
+
+def _state(model: Any, head: nn.Module) -> tuple[Any, ...]:
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}
+    kinds = sorted({"cpu", "cuda", next(head.parameters()).device.type} - {"meta"})
+    return (
+        torch.is_grad_enabled(),
+        model.training,
+        id(head),
+        type(head),
+        adapter_state(head),
+        tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in kinds),
+        tuple(numbers(model).items()),
+        tuple(tuple(numbers(config).items()) for config in configs.values()),
+    )
+
+
+@dataclass
+class HeadCall:
+    """What one forward of the model gave its head, and what the head made of it."""
+
+    shape: tuple[int, int]
+    hidden: Tensor | None = None
+    parts: HeadParts | None = None
+    rows: Tensor | None = None  # what the head was handed instead of hidden
+    output: Tensor | None = None
+    expected: Tensor | None = None  # the output according to the parts
+    base_states: Tensor | None = None  # last_hidden_state of the base model
+    outputs: Any = field(default=None, repr=False)
+
+
+def run_model(model: Any, head: nn.Module, inputs: dict[str, Any], shape: tuple[int, int]) -> tuple[HeadCall, Tail]:
+    """Run the model's own forward on ``inputs`` of ``shape`` (B, T) tokens without computing logits.
+
+    The first call in a mode verifies the head, too.
+
+    Raises:
+        HeadError: the logits do not follow from what the head is given; the message says how far they are off.
+    """
+    tail = known_tail(model, head)
+    call = HeadCall(shape)
+    # A compiled forward would be compiled again for the hooks of each call.
+    forward = model if model._compiled_call_impl is None and not in_fsdp(model) else model.forward
+    with _intercepted(model, head, call, few=tail is None):
+        call.outputs = forward(**inputs)
+    if call.hidden is None:
+        raise HeadError(f"it computes its logits without calling its output head, {qualified_name(head)}")
+    if tail is None:
+        tail = _verified(model, call)
+        if not call.hidden.is_meta:
+            _TAILS.setdefault(model, {})[_state(model, head)] = tail
+    return call, tail
+
+
+def in_fsdp(model: Any) -> bool:
+    """Tell whether FSDP2 shards the model itself: then its hooks have run, and must not run again inside it."""
+    return any(base.__name__ == "FSDPModule" for base in type(model).__mro__)
+
+
+@contextmanager
+def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iterator[None]:
+    """Let the head run on a few rows or on none, and record in ``call`` what it would have run on."""
+    before_forward = _identity(head)
+    offloaded = _LinearArguments()
+    dropouts: list[nn.Module] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if call.hidden is not None:
+            raise HeadError("it calls its output head more than once")
+        call.hidden = args[0] if args else next(iter(kwargs.values()))
+        if call.hidden.dim() != 3 or call.hidden.shape[:2] != call.shape:
+            raise HeadError(f"its head is given states {tuple(call.hidden.shape)} for tokens {tuple(call.shape)}")
+        call.rows = _few_rows(call.hidden) if few else call.hidden[:, :0].detach()
+        dropouts.extend(part for part in module.modules() if isinstance(part, nn.Dropout) and part.training)
+        for part in dropouts:
+            part.training = False
+        if any(parameter.is_meta for parameter in module.parameters()):
+            offloaded.__enter__()
+        return (call.rows, *args[1:]), ({} if not args else kwargs)
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if offloaded.active:
+            offloaded.__exit__(None, None, None)
+        assert call.hidden is not None and call.rows is not None
+        if offloaded.weight is not None and not call.hidden.is_meta:
+            call.parts = HeadParts(offloaded.weight, offloaded.bias)
+        else:
+            call.parts = head_parts(module)
+            if _identity(module) != before_forward or hasattr(call.parts.weight, "ds_id"):
+                call.parts = call.parts.copied()
+        if few:
+            call.output = output
+            call.expected = call.parts.apply(call.rows)
+            if call.parts.adapters:
+                _check_adapters(module, call.rows)
+        for part in dropouts:
+            part.training = True
+
+    def base_done(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call.base_states = getattr(output, "last_hidden_state", None)
+
+    # Before the hooks with which engines gather a head's weight ours would see no weight; after those with which they
+    # release it, neither.
+    hooks = [
+        head.register_forward_pre_hook(before, with_kwargs=True),
+        head.register_forward_hook(after, with_kwargs=True, prepend=True),
+    ]
+    if few and model.base_model is not model:
+        hooks.append(model.base_model.register_forward_hook(base_done, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if offloaded.active:
+            offloaded.__exit__(None, None, None)
+        for part in dropouts:
+            part.training = True
+
+
+class _LinearArguments(TorchFunctionMode):
+    """Keep weight and bias of the first linear map: accelerate puts offloaded weights in place inside the forward."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    active = False
+
+    def __enter__(self) -> Any:
+        self.active = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.active = False
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and self.weight is None:
+            named = dict(zip(("input", "weight", "bias"), args)) | (kwargs or {})
+            self.weight, self.bias = named["weight"], named.get("bias")
+        return func(*args, **(kwargs or {}))
+
+
+def _identity(head: nn.Module) -> list[tuple[int, int, int]]:
+    """Tell whether an engine has put other tensors in the place of parameters, or filled empty ones."""
+    return [(id(p), p.numel(), p.untyped_storage().size() if _has_storage(p) else 0) for p in head.parameters()]
+
+
+def _has_storage(parameter: Tensor) -> bool:
+    return type(parameter).__name__ != "DTensor" and not parameter.is_meta
+
+
+def _few_rows(hidden: Tensor) -> Tensor:
+    """Return (B, k, H): states of the first places in every size of ``_SIZES``, without gradient."""
+    batch, length = hidden.shape[0], hidden.shape[1]
+    count = -(-len(_SIZES) // max(batch, 1))
+    places = torch.arange(count, device=hidden.device) % max(length, 1)
+    sizes = torch.tensor(_SIZES, device=hidden.device).repeat(-(-batch * count // len(_SIZES)))[: batch * count]
+    states = torch.nan_to_num(hidden.detach()[:, places])
+    # Any scale fits states of 0, which padding tokens may have.
+    pattern = torch.arange(hidden.shape[2], device=hidden.device).cos().to(hidden.dtype)
+    states = torch.where((states != 0).any(-1, keepdim=True), states, pattern)
+    return torch.nan_to_num(states * sizes.view(batch, count, 1).to(hidden.dtype))
+
+
+def _verified(model: Any, call: HeadCall) -> Tail:
+    """Return the tail with which the call's logits follow from the head's output, or raise HeadError."""
+    logits = getattr(call.outputs, "logits", None)
+    if not isinstance(logits, Tensor) or not isinstance(call.output, Tensor):
+        raise HeadError(f"its forward returns no logits, but {qualified_name(call.outputs)}")
+    assert call.expected is not None and call.hidden is not None and call.parts is not None
+    base = call.base_states
+    from_base = base is not None and base.shape == call.hidden.shape and base.data_ptr() == call.hidden.data_ptr()
+    if call.hidden.is_meta:
+        return Tail(from_base=from_base)
+    if call.output.shape != call.expected.shape or logits.shape[:-1] != call.output.shape[:-1]:
+        raise HeadError(
+            f"its head made {tuple(call.output.shape)} and its forward {tuple(logits.shape)} of states "
+            f"{tuple(call.hidden.shape)}"
+        )
+    tolerance = tolerance_of(call.output, logits, call.expected)
+    output, expected, logits_ = (rows_of(t) for t in (call.output, call.expected, logits))
+    if (error := row_difference(output, expected)) > 10 * tolerance:
+        raise HeadError(
+            f"its output head, {qualified_name(model.get_output_embeddings())}, is no linear map by its weight: its "
+            "output differs from "
+            f"hidden @ weight.T + bias by {error:.1e} of the largest logit"
+        )
+    softcap, scale, words = fit_tail(output, logits_, named_numbers(model), tolerance)
+    _check_leaves(model, logits, call.expected)
+    return Tail(softcap, scale, None if words == output.shape[1] else words, from_base)
+
+
+def _check_leaves(model: Any, logits: Tensor, expected: Tensor) -> None:
+    """Raise HeadError where a parameter acts on the logits that is no part of the head: it would get no gradient."""
+    missing = _leaves(logits).keys() - _leaves(expected).keys()
+    if missing:
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in missing]
+        raise HeadError(f"its logits depend on {', '.join(names[:3]) or 'a parameter'} beside its output head's weight")
+
+
+def _leaves(tensor: Tensor) -> dict[int, Tensor]:
+    """Return the tensors that a gradient of ``tensor`` would reach, by id."""
+    found, waiting, seen = {}, [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _check_adapters(module: nn.Module, rows: Tensor) -> None:
+    """Compare a head with its parts while its adapters hold random numbers: fresh ones are zero and show nothing."""
+    generator = torch.Generator().manual_seed(0)
+    other = {}
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            values = (
+                torch.randn(parameter.shape, generator=generator) * module.get_parameter(name).new_tensor(0.1).item()
+            )
+            other[f"head.{name}"] = values.to(parameter.device, parameter.dtype)
+    with torch.no_grad():
+        output, expected = torch.func.functional_call(_WithParts(module), other, (rows,))
+    error = row_difference(rows_of(output), rows_of(expected))
+    if error > 10 * tolerance_of(output, expected):
+        raise HeadError(f"its head's adapter is no plain LoRA: its output differs by {error:.1e} of the largest logit")
+
+
+class _WithParts(nn.Module):
+    """A head beside what its parts make of the same rows."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return type(self.head).forward(self.head, rows), head_parts(self.head).apply(rows)

@@ -1,0 +1,222 @@
+"""Which models read trees, and with which masks: decided by what a model makes of two small pairs."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from .packing import states
+from .path_attention import PathMask
+from .small_runs import device_of, is_rounding, relative_difference, small_ids, undisturbed
+from .tree import MAX_DENSE_TOKENS, block_mask, dense_mask, tree_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Mask: TypeAlias = Tensor | BlockMask
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+# Lengths of the two pairs that are tried: rows without padding, trees with some, paths longer than the window below.
+_PAIRS = ((6, 5, 8), (9, 7, 3))
+_WINDOW = 5
+
+# model -> state of its config -> the form of its masks ("full": one causal mask; "window": one sliding mask;
+# "layer_types": a mask for each of config.layer_types), or the reason why there is none.
+_FORMS: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[str | None, str | None]]] = weakref.WeakKeyDictionary()
+
+
+def tree_unsupported(model: PreTrainedModel) -> str | None:
+    """Return why a transformers causal LM cannot read the tree layouts of ``condition_pairs``; None where it can.
+
+    Two small pairs are read as trees and in rows, once per model, config and attention implementation: the states that
+    the model gives its output head must agree. Sliding windows are shortened for that, so that they show. The model's
+    modes, buffers and gradients and the random numbers stay as they are. On the meta device nothing can be compared,
+    and the config alone decides.
+    """
+    return _form(_inner(model))[1]
+
+
+def tree_attention_mask(batch: Mapping[str, Any], model: PreTrainedModel) -> Mask | dict[str, Mask]:
+    """Return the ``attention_mask`` with which ``model`` reads a tree batch, to be passed on to ``hidden_and_head``.
+
+    The form follows from the model and its attention implementation, and the mask lies on the device of
+    ``batch["tree_ends"]``. Nothing in it waits for the device, the first call for a model aside. Where layers have a
+    sliding window of w tokens, a token sees the last w tokens of its own branch and prompt, exactly as in a row.
+
+    Args:
+        batch: what ``condition_pairs`` made with ``layout="tree"`` or ``"packed_tree"``; ``position_ids``,
+            ``tree_ends``, ``paths`` and ``path_of`` are read.
+        model: the transformers causal LM itself.
+
+    Returns:
+        For ``"sdpa"`` a ``PathMask``, with which attention runs over the paths as ordinary causal sequences; for
+        ``"eager"`` (rows, 1, T, T) numbers to be added to the scores, in the model's dtype; for ``"flex_attention"`` a
+        ``BlockMask``, which skips the empty blocks between branches and pairs. For a model whose layers differ, a dict
+        of them by layer type.
+
+    Raises:
+        ValueError: ``model`` cannot read trees (``tree_unsupported`` says why), or a row is too long for a dense mask
+            (``MAX_DENSE_TOKENS``).
+        KeyError: ``batch`` has another layout.
+    """
+    model = _inner(model)
+    form, reason = _form(model)
+    if form is None:
+        raise ValueError(reason)
+    return _masks(batch, model, form)
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _masks(batch: Mapping[str, Any], model: Any, form: str) -> Mask | dict[str, Mask]:
+    config = model.config.get_text_config()
+    ends, positions = batch["tree_ends"], batch["position_ids"]
+    attention = config._attn_implementation
+    if attention == "eager" and ends.shape[1] > MAX_DENSE_TOKENS:
+        raise ValueError(
+            f"a row of {ends.shape[1]} tokens is too long for a mask of eager attention (at most {MAX_DENSE_TOKENS}): "
+            "load the model with attn_implementation='sdpa' or 'flex_attention', lower max_length, or use layout='rows'"
+        )
+
+    def mask(window: int | None) -> Mask:
+        if attention == "flex_attention":
+            return block_mask(ends, positions, window)
+        if attention == "sdpa":
+            return PathMask.of(batch["paths"], batch["path_of"], positions, window)
+        allowed = dense_mask(ends, positions, window)
+        return torch.zeros((), dtype=model.dtype, device=ends.device).where(allowed, torch.finfo(model.dtype).min)
+
+    if form == "layer_types":
+        return {name: mask(config.sliding_window if name == _SLIDING else None) for name in set(config.layer_types)}
+    return mask(config.sliding_window if form == "window" else None)
+
+
+def _form(model: Any) -> tuple[str | None, str | None]:
+    """Return (form of the masks, None) or (None, why there is none)."""
+    config = model.config.get_text_config()
+    names = ("_attn_implementation", "sliding_window", "layer_types", "rope_parameters")
+    try:
+        state = (type(model.base_model), *(str(getattr(config, name, None)) for name in names))
+    except RuntimeError as error:  # transformers gives no value for all layers where theirs differ
+        return None, f"its layers differ in what decides about masks ({error}): use layout='rows'"
+    known = _FORMS.setdefault(model, {})
+    if state not in known:
+        reason = _known_reason(model)
+        forms = _candidates(config)
+        if reason is not None:
+            known[state] = None, reason
+        elif device_of(model).type == "meta":
+            return forms[0], None
+        else:
+            known[state] = _tried(model, forms)
+    return known[state]
+
+
+def _known_reason(model: Any) -> str | None:
+    """Return a reason that needs no trial, or that no trial on a few tokens would show."""
+    config, model_type = model.config.get_text_config(), model.config.model_type
+    if getattr(model, "_is_stateful", False):
+        return f"{model_type!r} carries a state from token to token, which no mask can branch: use layout='rows'"
+    if unknown := set(getattr(config, "layer_types", None) or ()) - {_FULL, _SLIDING}:
+        return f"no mask is known for layers of type {', '.join(sorted(unknown))}: use layout='rows'"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return f"{model_type!r} takes no position_ids, so it cannot count along branches: use layout='rows'"
+    if changing := {name for name in _rope_types(config) if name in ("dynamic", "longrope")}:
+        return (
+            f"its rotary embedding ({', '.join(sorted(changing))}) depends on the longest sequence of the batch, "
+            "so a pair's log-probs would depend on which pairs share its batch in either layout: use layout='rows'"
+        )
+    if (attention := config._attn_implementation) not in ("eager", "sdpa", "flex_attention"):
+        return (
+            f"attention implementation {attention!r} takes no mask of its user's making: load the model with "
+            "attn_implementation='sdpa', 'eager' or 'flex_attention', or use layout='rows'"
+        )
+    return None
+
+
+def _candidates(config: Any) -> list[str]:
+    """Return the forms that a config allows, the most particular first."""
+    window = getattr(config, "sliding_window", None) is not None
+    types = set(getattr(config, "layer_types", None) or ())
+    return ["layer_types"] * bool(types) + ["window"] * window + ["full"]
+
+
+def _tried(model: Any, forms: list[str]) -> tuple[str | None, str | None]:
+    """Read two small pairs as trees and in rows, with each form of mask until the states agree."""
+    tree, rows, places = _small_pairs(model)
+    problems = []
+    with undisturbed(model), _short_window(model.config.get_text_config()):
+        try:
+            expected = states(model, *rows).flatten(0, 1)[places]
+            blind = {"attention_mask": torch.ones_like(tree["input_ids"])}
+            unmasked = states(model, tree["input_ids"], tree["position_ids"], **blind)
+        except Exception as error:  # whatever a model raises where it is given ids and positions
+            return None, f"it cannot read two small pairs ({type(error).__name__}: {error}): use layout='rows'"
+        control = relative_difference(unmasked.flatten(0, 1)[tree["rows"]], expected)
+        for form in forms:
+            try:
+                mask = _masks(tree, model, form)
+                found = states(model, tree["input_ids"], tree["position_ids"], mask).flatten(0, 1)[tree["rows"]]
+            except Exception as error:  # a mask of this form does not suit the model
+                problems.append(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+                continue
+            difference = relative_difference(found, expected)
+            if is_rounding(difference, expected.dtype, control):
+                return form, None
+            problems.append(f"its states differ by {difference:.1e} of the largest")
+    return None, (
+        f"{model.config.model_type!r} does not read a small pair as a tree as it does in rows "
+        f"({'; '.join(dict.fromkeys(problems))}): use layout='rows'"
+    )
+
+
+def _small_pairs(model: Any) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Tensor]:
+    """Return a tree batch, ids and positions of the same pairs in rows, and the place in rows of each scored row."""
+    ids = small_ids(model, sum(map(sum, _PAIRS)))
+    parts = iter(ids.split([length for lengths in _PAIRS for length in lengths]))
+    pairs = [(next(parts), next(parts), next(parts)) for _ in _PAIRS]
+    tree = tree_batch(pairs, ids[:0], conditioned=True, pad_token_id=int(ids[0]), packed=False)
+    rows = [torch.cat([x, l, w]) for x, w, l in pairs] + [torch.cat([x, w, l]) for x, w, l in pairs]
+    length, places = len(rows[0]), []
+    # Segments score, in this order: chosen, rejected, marginal chosen (in the rejected one's row), marginal rejected.
+    tokens = tree["rows"] % tree["input_ids"].shape[1]
+    depths = tree["position_ids"].flatten()[tree["rows"]]
+    for segment, depth, _ in zip(tree["segment_ids"].tolist(), depths.tolist(), tokens.tolist()):
+        kind, pair = divmod(segment, len(pairs))
+        row = pair + len(pairs) * (kind in (1, 2))
+        places.append(row * length + depth)
+    device = device_of(model)
+    tree = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tree.items()}
+    positions = torch.arange(length, device=device).expand(len(rows), -1)
+    return tree, (torch.stack(rows).to(device), positions), torch.tensor(places, device=device)
+
+
+@contextmanager
+def _short_window(config: Any) -> Iterator[None]:
+    """Shorten sliding windows, so that a few tokens show whether a mask has them."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or window <= _WINDOW:
+        yield
+        return
+    config.sliding_window = _WINDOW
+    try:
+        yield
+    finally:
+        config.sliding_window = window
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Names of the rotary embeddings in a config: ``rope_parameters`` is one dict, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {str(part.get("rope_type", "default")) for part in (nested or [parameters])}

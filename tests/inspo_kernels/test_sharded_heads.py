@@ -1,0 +1,81 @@
+"""Heads that an engine shards, gathers for a moment or keeps elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sharded_heads
+import torch
+from test_models import compose
+from tiny_models import make_model
+
+from inspo_kernels import hidden_and_head
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What two gloo processes found."""
+    file = tmp_path_factory.mktemp("sharded") / "found.pt"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    done = subprocess.run(
+        [*launcher, sharded_heads.__file__, str(file)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert file.exists(), done.stderr[-3000:]
+    return torch.load(file)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2", "FSDP2 with the head by itself"])
+def test_gradients_equal_those_of_one_process(engine, tied, found):
+    if tied and "by itself" in engine:
+        pytest.skip("FSDP2 takes no parameter in two groups")
+    one, two = found[f"one, tied={tied}"], found[f"{engine}, tied={tied}"]
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, rtol=0, atol=float(1e-12 * expected.abs().max()))
+
+
+def test_the_advice_for_a_sharded_weight_is_right(found):
+    call = "full_tensor(grad_placements=[Partial('avg')])"
+    assert f"weight.{call}" in found["refusal"]
+    assert found["advice"][call] < 1e-6
+    assert found["advice"]["full_tensor()"] > 0.5
+
+
+def test_a_weight_gathered_for_the_heads_forward_gets_its_gradient():
+    """DeepSpeed's ZeRO-3 empties a parameter outside the forward of the layer that has it."""
+    model, ids = make_model("gemma2", torch.float64), torch.randint(3, 60, (2, 5))
+    own = torch.autograd.grad(model(ids).logits.sin().sum(), model.lm_head.weight)[0]
+    weight, full = model.lm_head.weight, model.lm_head.weight.data
+    weight.data = full.new_empty(0)
+    model.lm_head.register_forward_pre_hook(lambda *_: setattr(weight, "data", full))
+    model.lm_head.register_forward_hook(lambda *_: setattr(weight, "data", full.new_empty(0)))
+    for _ in range(2):
+        hidden, head = hidden_and_head(model, ids)
+        assert weight.numel() == 0
+        logits = compose(hidden, head)
+        weight.data = full  # as in its backward pass
+        torch.testing.assert_close(torch.autograd.grad(logits.sin().sum(), weight)[0], own)
+        weight.data = full.new_empty(0)
+
+
+def test_an_offloaded_head_is_read_while_it_is_in_place():
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = make_model("phi"), torch.randint(3, 60, (2, 5))
+    own = model(ids).logits.detach()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.is_meta
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compose(*hidden_and_head(model, ids)), own)
