@@ -8,31 +8,76 @@ the same mathematics in plain torch.
 from . import reference
 from .conditioning import condition_pairs
 from .fused_loss import InSPOLoss, fused_inspo_loss
-from .logps import linear_logps
+from .groups import gathered
+from .logps import linear_logps, pair_logps
+from .memory import workspace_bytes
 from .models import hidden_and_head
-from .objectives import DPO, IPO, ORPO, RDPO, Hinge, Objective, OneSided, PairSums, SimPO
+from .objectives import (
+    AOT,
+    BCO,
+    DPO,
+    EXO,
+    IPO,
+    NCA,
+    ORPO,
+    RDPO,
+    SFT,
+    SPPO,
+    AOTUnpaired,
+    APODown,
+    APOZero,
+    DiscoPOP,
+    Hinge,
+    IPOMean,
+    Mixture,
+    Objective,
+    OneSided,
+    PairSums,
+    Robust,
+    SigmoidNorm,
+    SimPO,
+)
 from .pair_loss import InSPOOutput
-from .tree import tree_attention_mask, tree_unsupported
+from .preference_batch import condition_batch
+from .tree_models import tree_attention_mask, tree_unsupported
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AOT",
+    "BCO",
     "DPO",
+    "EXO",
     "IPO",
+    "NCA",
     "ORPO",
     "RDPO",
+    "SFT",
+    "SPPO",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
+    "DiscoPOP",
     "Hinge",
+    "IPOMean",
     "InSPOLoss",
     "InSPOOutput",
+    "Mixture",
     "Objective",
     "OneSided",
     "PairSums",
+    "Robust",
+    "SigmoidNorm",
     "SimPO",
+    "condition_batch",
     "condition_pairs",
     "fused_inspo_loss",
+    "gathered",
     "hidden_and_head",
     "linear_logps",
+    "pair_logps",
     "reference",
     "tree_attention_mask",
     "tree_unsupported",
+    "workspace_bytes",
 ]

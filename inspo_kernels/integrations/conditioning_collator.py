@@ -1,0 +1,105 @@
+"""The data side of ``InSPOTrainer``: pairs that are too long are left out and counted, the rest is laid out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..preference_batch import pair_positions
+from .pair_layouts import CONDITIONED, REFERENCES, conditioned, is_text
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class Fits:
+    """Say whether a tokenized pair can be conditioned: nothing empty, and no more than ``max_length`` tokens.
+
+    ``reference_options`` decides nothing. TRL caches the reference's log-probs by the data's fingerprint, which depends
+    on the attributes of this filter: options that change those log-probs make a new cache.
+    """
+
+    def __init__(self, max_length: int | None, separator_length: int, reference_options: Any = None) -> None:
+        self.max_length, self.separator_length = max_length, separator_length
+        self.reference_options = reference_options
+
+    def __call__(self, example: Mapping[str, Any]) -> bool:
+        lengths = [len(example[part]) for part in PARTS]
+        total = sum(lengths) + self.separator_length
+        return min(lengths) > 0 and (self.max_length is None or total <= self.max_length)
+
+    def reason(self, dropped: int, of: int | None, name: str) -> str:
+        share = f"{dropped}" if of is None else f"{dropped} of {of}"
+        limit = "" if self.max_length is None else (
+            f", or prompt, both responses and separator are more than max_length={self.max_length} tokens (raise it to "
+            "keep them; responses are never cut)")  # fmt: skip
+        return f"{name}: dropped {share} pairs: an empty prompt or response{limit}"
+
+
+class CountingFits(Fits):
+    """The same for a stream, of which nobody knows the length: warns at the 1st, 2nd, 4th, 8th ... pair dropped."""
+
+    def __init__(self, max_length: int | None, separator_length: int, name: str) -> None:
+        super().__init__(max_length, separator_length)
+        self.name, self.dropped = name, 0
+
+    def __call__(self, example: Mapping[str, Any]) -> bool:
+        fits = super().__call__(example)
+        if not fits:
+            self.dropped += 1
+            if self.dropped & (self.dropped - 1) == 0:
+                logger.warning(self.reason(self.dropped, None, self.name))
+        return fits
+
+
+class ConditioningCollator:
+    """Add to each batch of another collator its conditioned version, under ``"conditioned"``.
+
+    The batch itself stays: the reference reads it, and so does everything that counts rows.
+
+    Args:
+        collator: makes preference batches, text or vision, as TRL's collators do.
+        layout: how text batches are laid out; others are laid out in rows.
+        strict: refuse a batch that only rows can hold, where ``layout`` is another.
+        max_length: bound on prompt, both responses and separator; longer pairs are left out and counted.
+    """
+
+    def __init__(
+        self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]], *, layout: str, strict: bool,
+        pad_token_id: int, separator_ids: Sequence[int], max_length: int | None,
+    ) -> None:  # fmt: skip
+        self.collator, self.layout, self.strict = collator, layout, strict
+        self.pad_token_id, self.separator_ids, self.max_length = pad_token_id, separator_ids, max_length
+        self.dropped = 0
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self._fitting(examples)
+        layout = self.layout
+        if not is_text(batch):
+            if self.strict and layout != "rows":
+                raise ValueError(f"layout={layout!r} holds token ids alone, and this batch has more: use layout='rows'")
+            layout = "rows"
+        twin = conditioned(batch, layout, pad_token_id=self.pad_token_id, separator_ids=self.separator_ids)
+        if all(name in batch for name in REFERENCES):  # as numbers, for DeepSpeed rounds tensors to its dtype
+            twin["ref_logps"] = [logp for name in REFERENCES for logp in batch[name].tolist()]
+        return batch | {CONDITIONED: twin}
+
+    def _fitting(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate the examples that fit. Only a processor knows how long an image's prompt is, hence two passes."""
+        batch = dict(self.collator([dict(example) for example in examples]))  # TRL's writes into its examples
+        if self.max_length is None:
+            return batch
+        lengths = [sum(map(len, pair)) + len(self.separator_ids) for pair in pair_positions(batch)]
+        kept = [example for example, length in zip(examples, lengths) if length <= self.max_length]
+        if len(kept) == len(examples):
+            return batch
+        if not kept:
+            raise ValueError(
+                f"no pair of this batch fits max_length={self.max_length}: the shortest takes {min(lengths)} tokens "
+                "with both responses; raise max_length, drop long pairs from the data, or use larger batches"
+            )
+        self.dropped += len(examples) - len(kept)
+        logger.warning("dropped %d pairs so far: longer than max_length=%d", self.dropped, self.max_length)
+        return dict(self.collator([dict(example) for example in kept]))

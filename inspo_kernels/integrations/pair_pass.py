@@ -1,0 +1,186 @@
+"""One forward pass over preference pairs, from inside the model's own ``forward``.
+
+Engines (DDP, FSDP2, DeepSpeed) see a model through its ``forward``: there parameters are whole, and gradients are
+waited for. So the loss is computed there. ``accept_pair_pass`` lets a model's forward take a ``PairPass``, which runs
+the trunk, picks the scored rows and hands them to a function of this file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import fused_inspo_loss, hidden_and_head, linear_logps, pair_logps, tree_attention_mask
+from ..objectives import SFT, Objective, PairSums
+
+Finish = Callable[[Tensor, dict[str, Any], dict[str, Any]], dict[str, Any]]
+
+_FLAG = "_accepts_pair_pass"
+
+
+def accept_pair_pass(model: nn.Module) -> None:
+    """Let ``model(..., pair_pass=PairPass(...))`` return that pass's results; other calls stay as they are."""
+    if getattr(model, _FLAG, False):
+        return
+    original = model.forward
+
+    @functools.wraps(original)  # generate() checks its arguments against this signature
+    def forward(self: nn.Module, *args: Any, pair_pass: PairPass | None = None, **kwargs: Any) -> Any:
+        return original(*args, **kwargs) if pair_pass is None else pair_pass(self, **kwargs)
+
+    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+    setattr(model, _FLAG, True)
+
+
+class PairPass:
+    """What one forward pass does with its pairs.
+
+    It is no dataclass and no container: engines cast and move the tensors of those, and the reference's log-probs must
+    not be rounded to 16 bits.
+
+    Args:
+        laid_out: a result of ``pair_layouts``, on the model's device.
+        finish: takes the scored hidden states (M, H), the head and ``scored``; returns a dict of tensors.
+        marginals: whether the marginals are among the scored rows.
+    """
+
+    def __init__(self, laid_out: Mapping[str, Any], finish: Finish, *, marginals: bool = False) -> None:
+        self.tree, self.finish = laid_out["tree"], finish
+        self.scored = dict(laid_out["scored"])
+        if not marginals:
+            for name in ("rows", "labels", "segment_ids"):
+                self.scored[name] = self.scored[name][: self.scored["num_own"]]
+
+    def __call__(self, model: Any, **inputs: Any) -> dict[str, Any]:
+        inputs = {name: value for name, value in inputs.items() if value is not None}  # adapters add empty arguments
+        if self.tree is not None:
+            inputs["attention_mask"] = tree_attention_mask(self.tree, model)
+        hidden, head, outputs = hidden_and_head(model, **inputs, return_outputs=True)
+        # Prompt-learning adapters put virtual tokens before the rows.
+        hidden = hidden[:, -self.scored["width"] :].flatten(0, 1)
+        scored = {name: _to(value, hidden.device) for name, value in self.scored.items()}
+        results = self.finish(hidden.index_select(0, scored["rows"]), head, scored)
+        if inputs.get("output_router_logits"):
+            results["aux_loss"] = outputs.aux_loss
+        return results
+
+
+def reference_logps(
+    x: Tensor, head: dict[str, Any], scored: dict[str, Any], *, ld_alpha: float | None
+) -> dict[str, Any]:
+    """Finish with ``logps`` (2B,) float64, the summed log-probs of chosen, then rejected responses."""
+    if ld_alpha is not None:
+        logps = linear_logps(x, targets=scored["labels"], **head)
+        assert isinstance(logps, Tensor)  # as no statistics are asked for
+        return {"logps": _sums(logps * _tail_weights(scored, ld_alpha), scored)[:2].flatten()}
+    segments = {name: scored[name] for name in ("segment_ids", "num_pairs")}
+    sums, _ = pair_logps(x, labels=scored["labels"], **segments, **head)
+    return {"logps": sums[:2].flatten()}
+
+
+def pair_loss(
+    x: Tensor, head: dict[str, Any], scored: dict[str, Any], *,
+    objective: Objective, ref_logps: Tensor, marginal_weight: float, statistics: tuple[str, ...],
+) -> dict[str, Any]:  # fmt: skip
+    """Finish with the fused loss: no token's log-prob is kept."""
+    out = fused_inspo_loss(
+        x,
+        labels=scored["labels"],
+        segment_ids=scored["segment_ids"],
+        num_pairs=scored["num_pairs"],
+        objective=objective,
+        ref_logps=ref_logps,
+        marginal_weight=marginal_weight,
+        statistics=statistics,
+        **head,
+    )
+    found = {"loss": out.loss, "logps": out.logps, "lengths": out.lengths, "statistics": out.statistics}
+    return found if out.marginal_logps is None else found | {"marginal_logps": out.marginal_logps}
+
+
+def token_loss(
+    x: Tensor, head: dict[str, Any], scored: dict[str, Any], *,
+    parts: list[tuple[Objective, float]], ref_logps: Tensor, marginal_weight: float, statistics: tuple[str, ...],
+    ld_alpha: float | None, use_weighting: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Finish with a loss that weighs single tokens (LD-DPO) or whole pairs by the policy's own log-probs (WPO)."""
+    needed = marginal_weight != 0 or any(isinstance(objective, SFT) for objective, _ in parts)
+    differentiated = len(x) if needed else scored["num_own"]
+    asked = (*statistics, "log_sum_sq_probs") if use_weighting else statistics
+    logps, values = linear_logps(
+        x[:differentiated], targets=scored["labels"][:differentiated], statistics=asked, **head
+    )
+    if differentiated < len(x):  # marginals that are only reported
+        with torch.no_grad():
+            others = linear_logps(x[differentiated:], targets=scored["labels"][differentiated:], **head)
+        assert isinstance(others, Tensor)
+        logps = torch.cat([logps, others])
+    whole = _sums(logps, scored)
+    weighed = whole if ld_alpha is None else _sums(logps * _tail_weights(scored, ld_alpha), scored)
+    lengths = _sums(torch.ones_like(logps), scored)
+    confidence = None
+    if use_weighting:  # arXiv 2406.11827, equation 2: how likely each response is, against the policy's own samples
+        aligned = logps[:differentiated].detach() - values["log_sum_sq_probs"]
+        confidence = (_sums(aligned, scored) / lengths[: 4 if needed else 2].clamp(min=1)).exp()
+
+    def losses(kinds: slice) -> Tensor:
+        total: Tensor | float = 0.0
+        for objective, weight in parts:
+            sums = whole if isinstance(objective, SFT) else weighed  # SFT fits every token alike
+            total = total + weight * objective(_pair_sums(sums, lengths, ref_logps, kinds))
+        assert isinstance(total, Tensor)
+        return total if confidence is None else total * confidence[kinds].prod(0)
+
+    loss = losses(slice(0, 2)).mean()
+    if marginal_weight:
+        loss = loss + marginal_weight * losses(slice(2, 4)).mean()
+    own = scored["segment_ids"][: scored["num_own"]]
+    kept = {name: values[name][: scored["num_own"]].double() for name in statistics}
+    found = {
+        "loss": loss.to(logps.dtype),
+        "logps": weighed[:2].flatten().detach(),
+        "lengths": lengths[:2].flatten(),
+        "statistics": {n: v.new_zeros(2 * scored["num_pairs"]).index_add_(0, own, v) for n, v in kept.items()},
+    }
+    return found if len(weighed) == 2 else found | {"marginal_logps": weighed[2:].flatten().detach()}
+
+
+def _pair_sums(sums: Tensor, lengths: Tensor, ref_logps: Tensor, kinds: slice) -> PairSums:
+    chosen, rejected = sums[kinds]
+    chosen_len, rejected_len = lengths[kinds]
+    ref_chosen, ref_rejected = ref_logps.double().chunk(2)
+    marginals = {}
+    if len(sums) == 4:
+        marginals = {
+            "marginal_chosen": sums[2], "marginal_rejected": sums[3],
+            "marginal_chosen_len": lengths[2], "marginal_rejected_len": lengths[3],
+        }  # fmt: skip
+    index = torch.arange(sums.shape[1], device=sums.device)
+    return PairSums(chosen, rejected, chosen_len, rejected_len, index, ref_chosen, ref_rejected, **marginals)
+
+
+def _sums(values: Tensor, scored: dict[str, Any]) -> Tensor:
+    """Sum over each segment: (2, B) float64, or (4, B) with marginals."""
+    kinds = 2 if len(values) == scored["num_own"] else 4
+    zeros = values.new_zeros(kinds * scored["num_pairs"], dtype=torch.float64)
+    return zeros.index_add(0, scored["segment_ids"][: len(values)], values.double()).view(kinds, -1)
+
+
+def _tail_weights(scored: dict[str, Any], ld_alpha: float) -> Tensor:
+    """Weigh each token of LD-DPO (arXiv 2409.06411): 1 up to the length of the shorter response, then ``ld_alpha``."""
+    segments, pairs = scored["segment_ids"], scored["num_pairs"]
+    index = torch.arange(len(segments), device=segments.device)
+    first = torch.full((4 * pairs,), len(segments), device=segments.device)
+    first = first.scatter_reduce(0, segments, index, "amin")  # a segment's rows stand together, in order
+    lengths = torch.bincount(segments, minlength=4 * pairs).view(4, pairs)
+    shared = torch.minimum(lengths[[0, 0, 2, 2]], lengths[[1, 1, 3, 3]]).flatten()
+    return torch.where(index - first[segments] < shared[segments], 1.0, ld_alpha)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

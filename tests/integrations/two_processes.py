@@ -1,0 +1,84 @@
+"""Run by test_trl_processes.py in each of two gloo processes: ``two_processes.py FOLDER`` leaves FOLDER/RANK.pt."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl_setup import LENGTHS, VOCAB, model, pairs, run
+
+import inspo_kernels as ik
+from inspo_kernels.integrations.pair_layouts import conditioned
+from inspo_kernels.integrations.pair_metrics import STATISTICS
+from inspo_kernels.integrations.pair_pass import PairPass, accept_pair_pass, pair_loss
+from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
+
+# Of one length within each rank's batch, so that ranks have different numbers of tokens.
+RUNS = {
+    "theirs": (DPOTrainer, DPOConfig, {}),
+    "ours": (InSPOTrainer, InSPOConfig, {"conditioned": False}),
+    "conditioned": (InSPOTrainer, InSPOConfig, {}),
+    "dropping": (InSPOTrainer, InSPOConfig, {"max_length": 16, "layout": "rows", "max_steps": 1}),
+}
+
+
+def sharded(layout: str, head_by_itself: bool) -> dict[str, float]:
+    """Return how far loss and gradients of a model that FSDP2 shards are from those of a whole one.
+
+    Accelerate shards nothing on a CPU, so torch does it here, as accelerate would.
+    """
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    names, lengths = ("prompt_ids", "chosen_ids", "rejected_ids"), ((3, 4, 5), (5, 2, 3))
+    draw = lambda count: torch.randint(VOCAB - 2, (count,), generator=generator).tolist()  # noqa: E731
+    examples = [dict(zip(names, map(draw, triple))) for triple in lengths]
+    batch = DataCollatorForPreference(pad_token_id=VOCAB - 2)(examples)
+    laid_out = conditioned(batch, layout, pad_token_id=VOCAB - 2, separator_ids=[])
+    terms = {"ref_logps": torch.full((4,), -15.0), "marginal_weight": 0.5, "statistics": STATISTICS}
+
+    def loss_of(policy: torch.nn.Module) -> torch.Tensor:
+        finish = partial(pair_loss, objective=ik.DPO(), **terms)
+        loss = policy(**laid_out["inputs"], pair_pass=PairPass(laid_out, finish, marginals=True))["loss"]
+        loss.backward()
+        return loss.detach()
+
+    whole, parts = model(), model()
+    for policy in (whole, parts):
+        accept_pair_pass(policy)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in [*parts.model.layers, *([parts.lm_head] if head_by_itself else []), parts]:
+        fully_shard(module, mesh=mesh)
+    difference = {"loss": (loss_of(parts) - loss_of(whole)).abs().item()}
+    for (name, parameter), found in zip(whole.named_parameters(), parts.parameters()):
+        dist.all_reduce(parameter.grad)
+        mean = parameter.grad / dist.get_world_size()
+        difference[name] = ((found.grad.full_tensor() - mean).norm() / mean.norm()).item()
+    return difference
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    outcome = {}
+    for name, (trainer, config, options) in RUNS.items():
+        made = run(trainer, config, folder / name, policy=model(), reference=model(seed=5), data=pairs(LENGTHS),
+                   **{"per_device_train_batch_size": 2} | options)  # fmt: skip
+        outcome[name] = {"losses": made.losses, "gradients": made.gradients, "logs": made.logs}
+    for layout in ("rows", "packed_tree"):
+        for head_by_itself in (False, True):
+            outcome[f"sharded {layout} {head_by_itself}"] = {"difference": sharded(layout, head_by_itself)}
+    torch.save(outcome, folder / f"{os.environ['RANK']}.pt")
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may not see the interpreter's end
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

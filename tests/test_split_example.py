@@ -1,0 +1,28 @@
+"""The example of a head that is split over ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def losses(processes: int) -> list[float]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(ROOT / "examples" / "tensor_parallel.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]
+
+
+def test_tensor_parallel_trains_as_one_process_does():
+    one, two = losses(1), losses(2)
+    assert two == pytest.approx(one, abs=1e-4)
+    assert len(one) == 10 and one[-1] < one[0] / 2
