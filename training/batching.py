@@ -1,11 +1,52 @@
-"""Which pairs go through the model together, and in which process."""
+"""Which pairs make a step, and which of them go through the model together, and in which process."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+
+class EpochBatches:
+    """The indices of ``size`` pairs at a time; each epoch is a permutation that follows from seed and epoch alone.
+
+    Every process gets all of them, so that the pairs of a step do not depend on the number of processes.
+    """
+
+    def __init__(self, num_pairs: int, size: int, seed: int) -> None:
+        self.num_pairs, self.size, self.seed, self.epoch = num_pairs, size, seed, 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_pairs / self.size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_pairs)
+        for start in range(0, self.num_pairs, self.size):
+            yield order[start : start + self.size].tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class EpochLoader(DataLoader):
+    """Lists of indices from ``EpochBatches``, as ``Trainer`` takes them."""
+
+    def __init__(self, num_pairs: int, size: int, seed: int) -> None:
+        super().__init__(range(num_pairs), batch_sampler=EpochBatches(num_pairs, size, seed), collate_fn=list)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def used_indices(num_pairs: int, wanted: int, seed: int) -> Sequence[int]:
+    """The pairs that the first ``wanted`` places of a run take, ascending: all of them from an epoch on."""
+    if wanted >= num_pairs:
+        return range(num_pairs)
+    return sorted(next(iter(EpochBatches(num_pairs, wanted, seed))))
 
 
 class MicroBatch(NamedTuple):

@@ -1,30 +1,66 @@
-"""The model card that goes with a trained model: what it is, how it was made, and what was measured. Nothing else."""
+"""The trained model's folder, whole or not there, with its card: what it is, how it was made, what was measured."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
 
 import inspo_kernels as ik
 
+from .adapters import has_adapter
+from .checkpoint import on_first_process, whole_folder
 from .config import TrainConfig
+from .data import trained_ends
+from .engine import process_count, whole_weights
+from .inputs import Inputs
+from .save_model import save_final
 
 # Settings that say nothing about the model.
-_LEFT_OUT = {"model", "train_data", "eval_data", "output_dir", "resume", "resume_changed", "report_to", "save_every",
-             "save_total", "reference_cache", "log_every"}  # fmt: skip
+_LEFT_OUT = {"model", "train_data", "eval_data", "output_dir", "resume_from_checkpoint", "resume_changed", "report_to",
+             "save_steps", "save_strategy", "save_total_limit", "reference_cache", "logging_steps", "disable_tqdm",
+             "logging_nan_inf_filter", "ddp_timeout", "ddp_find_unused_parameters", "ddp_broadcast_buffers",
+             "dry_run"}  # fmt: skip
 _PACKAGES = ("torch", "transformers", "accelerate")
+
+
+def write_model(
+    folder: Path, module: nn.Module, inputs: Inputs, config: TrainConfig, *, title: str, step: int, steps: int,
+    evaluations: list[dict[str, Any]], log: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Write the model in ``module``, a PairModel in its engine, after ``step`` of ``steps``, to ``folder``.
+
+    All processes call it, the first one writes. Raises SaveError, in all of them, and leaves what was there before.
+    """
+    model = inputs.model
+    state_dict = {name.removeprefix("model."): tensor for name, tensor in whole_weights(module).items()}
+
+    def write() -> None:
+        with whole_folder(folder) as to:
+            ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
+            save_final(to, model, inputs.tokenizer, state_dict, config, ends=ends, log=log)
+            model_card(
+                config, title=title, name=f"{folder.parent.name}/{folder.name}", step=step, steps=steps,
+                pairs=len(inputs.train_pairs), parameters=sum(p.numel() for p in model.parameters()),
+                trained=sum(p.numel() for p in model.parameters() if p.requires_grad), processes=process_count(),
+                evaluations=evaluations, library="peft" if has_adapter(model) else "transformers",
+            ).save(to / "README.md")  # fmt: skip
+
+    on_first_process(write)
 
 
 def model_card(
     config: TrainConfig, *, title: str, name: str, step: int, steps: int, pairs: int, parameters: int, trained: int,
     processes: int, evaluations: list[dict[str, Any]], library: str,
 ) -> ModelCard:  # fmt: skip
-    """Of the model after ``step`` of ``steps``. ``evaluations``: rows of ``metrics.jsonl``, on the same held-out pairs.
+    """Describe the model after ``step`` of ``steps``.
+
+    ``evaluations`` are rows of ``metrics.jsonl``, on the same held-out pairs.
 
     ``name`` is the folder's; ``library`` the one that loads the model ("transformers" or "peft").
     """
@@ -39,14 +75,14 @@ def model_card(
         else "Each response was scored given the prompt alone."
     )
     share = "" if trained == parameters else f", {trained:,} of them trained"
-    settings = {k: v for k, v in asdict(config).items() if k not in _LEFT_OUT and v is not None}
+    settings = {k: v for k, v in config.settings().items() if k not in _LEFT_OUT and v is not None}
     sections = [
         f"# {name}",
         f"A language model fine-tuned on preference pairs with `{title}`. {method}",
         f"- Base model: {f'`{base}`' if base else built if config.model else 'given in memory'}\n"
         f"- Parameters: {parameters:,}{share}\n"
         f"- Training data: {f'`{config.train_data}`' if config.train_data else 'given in memory'}, {pairs:,} pairs\n"
-        f"- Training: {step:,} of {steps:,} steps, {config.batch_size} pairs each, in {processes} "
+        f"- Training: {step:,} of {steps:,} steps, {config.pairs_per_step} pairs each, in {processes} "
         f"process{'es' if processes > 1 else ''}",
         _results(evaluations, step, config),
         "## Use\n\n```bash\n"

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from functools import cached_property, lru_cache
+import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
-from .config import InputError, TrainConfig
+from .errors import InputError
+from .messages import Messages, check_text, given_texts
 
-Messages = list[dict[str, Any]]
 # Content that no template has a reason to change, and that appears nowhere else in what one writes.
 _QUESTION, _ANSWER = "Quaestio", "Responsum"
+_ASKED: Messages = [{"role": "user", "content": _QUESTION}]
+_ANSWERED: Messages = [*_ASKED, {"role": "assistant", "content": _ANSWER}]
+# Variables of a template that are no columns of the data: transformers sets them.
+_OWN = {"messages", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "prompt", "chosen"}
+# A tag of transformers' own, which marks what the assistant says.
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*[-+]?%\}")
+LEFT_OUT, BEHIND_END = "text left out by the chat template", "text behind the end of an answer"
 
 
 class Turn(NamedTuple):
@@ -37,8 +48,20 @@ class TextEncoder:
         self.tokenizer = tokenizer
         bos = tokenizer.bos_token_id
         self._bos = bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
-        # A prompt is read once for itself and once for each response.
-        self._encode = lru_cache(maxsize=8)(lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        self._known: dict[str, list[int]] = {}
+        self.is_used = False  # whether a pair was rendered by the chat template
+
+    def prefetch(self, texts: Iterable[str]) -> None:
+        """Tokenise ``texts`` together, on all cores; later calls look them up. Forgets those of the call before."""
+        wanted = list(dict.fromkeys(texts))
+        ids = self.tokenizer(wanted, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        self._known = dict(zip(wanted, ids, strict=True))
+
+    def _encode(self, text: str) -> list[int]:
+        if (ids := self._known.get(text)) is None:
+            check_text(text, "text")
+            ids = self._known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def prompt(self, text: str) -> list[int]:
         """Ids of ``text`` with exactly one BOS in front, if the tokenizer uses one (a template may have put it)."""
@@ -51,10 +74,18 @@ class TextEncoder:
         A text that is blank apart from its end gives [].
         """
         ids = self.continuation(text, prompt) if text.strip() else []
-        ends = {self.tokenizer.eos_token_id, *([self.turn.end_id] if chat else [])}
+        ends = self.ends(chat=chat)
         if all(token in ends for token in ids):
             return []
         return ids if ids[-1] in ends else [*ids, self.tokenizer.eos_token_id]
+
+    def ends(self, *, chat: bool) -> set[int]:
+        """Ids that end a response: EOS, and with ``chat`` the template's end of turn."""
+        end_of_turn = None
+        if chat:
+            with suppress(InputError):  # a template that cannot be used at all, beside strings
+                end_of_turn = self.turn.end_id
+        return {i for i in (self.tokenizer.eos_token_id, end_of_turn) if i is not None}
 
     def continuation(self, text: str, before: str) -> list[int]:
         """Ids of ``text`` where it follows the text ``before``, whose own ids stay as they are."""
@@ -66,26 +97,40 @@ class TextEncoder:
                 break
         return list(joint[len(head) :])
 
-    def render(self, messages: Messages, *, answer_next: bool, origin: str) -> str:
-        """The chat template's text; ``answer_next`` lets it end where the assistant begins to answer."""
+    def render(self, messages: Messages, *, answer_next: bool, origin: str, **columns: Any) -> str:
+        """Return the chat template's text; ``answer_next`` lets it end where the assistant begins to answer.
+
+        ``columns`` of the record are passed to the template.
+        """
+        text = self._render(messages, answer_next, origin, **columns)
+        return text + (self.header if answer_next else "")
+
+    def _render(self, messages: Messages, answer_next: bool, origin: str, **columns: Any) -> str:
         if not self.tokenizer.chat_template:
             raise InputError(f"{origin}: holds messages, but the tokenizer has no chat template; use strings")
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
-        except (TemplateError, TypeError, ValueError) as error:  # a template refuses with TemplateError, or breaks
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer_next, **columns
+            )
+        except Exception as error:  # a template refuses with TemplateError, or breaks in any way of Python's
             roles = ", ".join(message["role"] for message in messages)
+            problem = str(error) if isinstance(error, TemplateError | TypeError | ValueError) else repr(error)
             raise InputError(
-                f"{origin}: the tokenizer's chat template cannot render these messages (roles: {roles}): {error}"
+                f"{origin}: the tokenizer's chat template cannot render these messages (roles: {roles}): {problem}"
             ) from None
         assert isinstance(text, str)  # of one conversation
+        check_text(text, origin)
         return text
 
-    def render_pair(self, prompt: Messages, responses: list[Messages], origin: str) -> tuple[str, list[str]]:
-        """Prompt text, and each response as what the template adds to it; "" for a response without content."""
-        opening = self.render(prompt, answer_next=True, origin=origin)
+    def render_pair(
+        self, prompt: Messages, responses: list[Messages], origin: str, **columns: Any
+    ) -> tuple[str, list[str]]:
+        """Prompt text, and each response as what the template adds to it; "" for a response that has no content."""
+        self.is_used = True
+        opening = self.render(prompt, answer_next=True, origin=origin, **columns)
         texts = []
         for response in responses:
-            whole = self.render(prompt + response, answer_next=False, origin=origin)
+            whole = self.render(prompt + response, answer_next=False, origin=origin, **columns)
             if not whole.startswith(opening):
                 at = next(i for i, (a, b) in enumerate(zip(opening + "\0", whole + "\0")) if a != b)
                 raise InputError(
@@ -93,15 +138,41 @@ class TextEncoder:
                     f"{opening[at : at + 40]!r} becomes {whole[at : at + 40]!r}. Use a template that only appends, or "
                     "set its switches in chat_template_kwargs (for example {enable_thinking: false})"
                 )
-            empty = not any(message["content"].strip() for message in response)
+            empty = not any(text.strip() for message in response for text in given_texts(message))
             texts.append("" if empty else whole[len(opening) :].removesuffix(self.turn.after))
         return opening, texts
 
     @cached_property
+    def columns(self) -> set[str]:
+        """Names of the columns that the chat template reads beside the messages."""
+        templates = self.tokenizer.chat_template or ""
+        texts = [templates] if isinstance(templates, str) else list(templates.values())
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        names: set[str] = set()
+        for text in texts:
+            names |= meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", text)))
+        return names - _OWN - {"rejected", *self.tokenizer.special_tokens_map}
+
+    @cached_property
+    def header(self) -> str:
+        """What the template writes before each answer although it has no generation prompt; it belongs to the prompt.
+
+        Blanks alone stay with the answer: the model writes them.
+        """
+        try:
+            asked, prompted = (self._render(_ASKED, answer_next, "") for answer_next in (False, True))
+            whole = self._render(_ANSWERED, False, "")
+        except InputError:  # no template, or one that reads other conversations; whoever renders with it is told
+            return ""
+        if asked != prompted or not whole.startswith(asked) or _ANSWER not in whole:
+            return ""
+        header = whole[len(asked) : whole.index(_ANSWER)]
+        return header if header.strip() else ""
+
+    @cached_property
     def turn(self) -> Turn:
         """How the chat template closes an assistant's turn."""
-        messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-        tail = self._after_answer(self.render(messages, answer_next=False, origin="chat template"))
+        tail = self._after_answer(self.render(_ANSWERED, answer_next=False, origin="chat template"))
         known = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items()}
         known |= {token: i for i, token in zip(self.tokenizer.all_special_ids, self.tokenizer.all_special_tokens)}
         first = min((t for t in known if t in tail), key=lambda t: (tail.index(t), -len(t)), default=None)
@@ -123,11 +194,11 @@ class TextEncoder:
             raise InputError(
                 "alternative=chat: the tokenizer has no chat template; use alternative=plain, or give it a template"
             )
-        first = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+        check_text(instruction, "alternative_instruction")
         ask = {"role": "user", "content": instruction}
         texts = [
             self._after_answer(self.render([*messages, ask], answer_next=True, origin="alternative=chat"))
-            for messages in (first, [first[0], {"role": "assistant", "content": "a"}, *first])
+            for messages in (_ANSWERED, [*_ASKED, {"role": "assistant", "content": "a"}, *_ANSWERED])
         ]
         if texts[0] != texts[1]:
             raise InputError(
@@ -150,20 +221,52 @@ class TextEncoder:
             raise InputError("the tokenizer's chat template leaves out what an assistant says; use another template")
         return tail
 
+    @cached_property
+    def reads_clock(self) -> bool:
+        """Whether the chat template writes the time at which it is rendered."""
+        try:
+            template = self.tokenizer.get_chat_template()
+            clocks = [f"{{%- macro strftime_now(form) %}}{hour}{{%- endmacro %}}" + template for hour in (1, 2)]
+            return len({self._render(_ASKED, True, "", chat_template=text) for text in clocks}) > 1
+        except (InputError, ValueError):  # no template, or one that reads other conversations
+            return False
 
-def separator_ids(tokenizer: PreTrainedTokenizerBase | None, config: TrainConfig) -> list[int]:
-    """What stands between the other response and the one that is scored given it, by ``config.alternative``."""
-    if config.alternative == "plain":
+    def today(self) -> str:
+        """The part of what the chat template writes that changes by itself."""
+        return self._render(_ASKED, True, "") if self.reads_clock else ""
+
+
+def separator_ids(tokenizer: PreTrainedTokenizerBase | None, options: Any) -> list[int]:
+    """What stands between the other response and the one that is scored given it, by ``options.alternative``."""
+    if options.alternative == "plain":
         return []
     if tokenizer is None:
         raise InputError("alternative=chat needs a tokenizer, whose chat template it follows")
-    return TextEncoder(tokenizer).separator(config.alternative_instruction)
+    return TextEncoder(tokenizer).separator(options.alternative_instruction)
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, options: Any, log: Callable[[str], None]
+) -> PreTrainedTokenizerBase:
+    """Return a copy of ``tokenizer`` with ``options.chat_template_kwargs`` and a generation prompt in its template."""
+    tokenizer = copy.deepcopy(tokenizer)
+    set_template_kwargs(tokenizer, options.chat_template_kwargs or {})
+    encoder = TextEncoder(tokenizer)
+    if header := encoder.header:
+        log(
+            f"the chat template has no generation prompt: {header!r}, which it writes before each answer, belongs to "
+            "the prompt, and is added to the template as its generation prompt"
+        )
+        ending = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(header)} }}}}{{% endif %}}"
+        _edit_template(tokenizer, lambda text: text.removesuffix("\n") + ending)
+    return tokenizer
 
 
 def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> None:
     """Fixes ``kwargs``, switches of the chat template, within the template itself, so that a saved tokenizer has them.
 
-    Raises InputError for a tokenizer without a template and for values that are not str, bool, int, float or None.
+    ``strftime_now`` is the date that a template writes as today's. Raises InputError for a tokenizer without a template
+    and for values that are not str, bool, int, float or None.
     """
     if not kwargs:
         return
@@ -174,10 +277,20 @@ def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, An
             raise InputError(
                 f"chat_template_kwargs: {name}={value!r} is not a name with a string, number or truth value"
             )
+    values = {name: "none" if value is None else json.dumps(value) for name, value in kwargs.items()}
     lines = "".join(
-        f"{{%- set {name} = {'none' if value is None else json.dumps(value)} %}}" for name, value in kwargs.items()
+        f"{{%- macro {name}(form) %}}{{{{ {value} }}}}{{%- endmacro %}}"
+        if name == "strftime_now"
+        else f"{{%- set {name} = {value} %}}"
+        for name, value in values.items()
     )
+    _edit_template(tokenizer, lambda text: text if text.startswith(lines) else lines + text)
+
+
+def _edit_template(tokenizer: PreTrainedTokenizerBase, edit: Callable[[str], str]) -> None:
+    """Changes the chat template, or each of several by name."""
     given = tokenizer.chat_template
-    templates = {"default": given} if isinstance(given, str) else given
-    fixed = {name: text if text.startswith(lines) else lines + text for name, text in templates.items()}
-    tokenizer.chat_template = fixed["default"] if isinstance(given, str) else fixed
+    if isinstance(given, str):
+        tokenizer.chat_template = edit(given)
+    elif given:
+        tokenizer.chat_template = {name: edit(text) for name, text in given.items()}

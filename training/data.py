@@ -1,238 +1,244 @@
-"""Preference pairs from a file or the hub to token ids, with every pair that is left out or cut counted and named."""
+"""Sources of preference pairs to token ids, with every pair that is left out or cut counted and named."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat import Messages, TextEncoder
-from .config import InputError, NotAtHandError, TrainConfig
+from .chat import BEHIND_END, LEFT_OUT, TextEncoder
+from .errors import InputError
+from .pairs import Pair, Pairs, Store, Writer, open_store
+from .records import CUT_TURNS, ONE_REPEATS, REPEATS_PROMPT, draft, encode
+from .sources import Records, Source, check_source, parse_sources
+
+__all__ = ["Pair", "Pairs", "check_pairs", "check_source", "load_pairs", "select_pairs", "trained_ends"]
+
+FORMAT = 1  # of the cache; after a change of what is tokenised, another number makes all of it be done again
+PROBLEMS = ("", LEFT_OUT, BEHIND_END, CUT_TURNS, REPEATS_PROMPT, ONE_REPEATS)
+FAULTS = (LEFT_OUT, BEHIND_END)  # such pairs are not used
+_BATCH = 256  # records tokenised together
+_CACHED_FROM = 4_000_000  # bytes of a text file; a smaller one is tokenised again each time, within seconds
 
 
-class Pair(NamedTuple):
-    """Token ids of one pair. The prompt carries the BOS, each response its EOS. ``origin`` is what messages call it."""
+def load_pairs(
+    source: Any, tokenizer: PreTrainedTokenizerBase, options: Any = None, log: Callable[[str], None] = lambda note: None
+) -> Pairs:
+    """Read and tokenise ``source``: what ``parse_sources`` takes, with the columns and weights it gives.
 
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    origin: str = ""
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
-
-def load_pairs(source: str, tokenizer: PreTrainedTokenizerBase, *, messages_only: bool = False) -> list[Pair]:
-    """Reads and tokenises ``source``: a local JSONL file, or ``NAME[:SPLIT]`` of a dataset that ``datasets`` loads.
-
-    Records hold ``prompt``, ``chosen`` and ``rejected`` as strings or as lists of messages ``{"role", "content"}``.
-    Without ``prompt``, it is what ``chosen`` and ``rejected`` have in common at their beginning. An empty response
-    gives an empty list of ids. Raises InputError, naming file and line, for anything that is not such a record, and
-    with ``messages_only`` for strings.
+    Large sources are tokenised once a node and kept in the cache of ``datasets``. An empty response gives an empty list
+    of ids. Raises InputError, naming file and line, for anything that is not a pair.
     """
     encoder = TextEncoder(tokenizer)
-    return [tokenize_record(record, encoder, origin, messages_only) for origin, record in read_records(source)]
-
-
-def read_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (origin, record); origin is "FILE:LINE" for a local file."""
-    check_source(source)
-    path = Path(source)
-    if not path.is_file():
-        yield from _read_dataset(source)
-        return
-    yield from read_lines(path)
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (FILE:LINE, JSON object) for each line of ``path`` that is not blank."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.strip())
-            except ValueError as error:  # not JSON, or not UTF-8
-                where = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-                raise InputError(f"{path}:{number}: not a line of JSON ({where}); one JSON object per line") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{path}:{number}: must be a JSON object, one per line")
-            yield f"{path}:{number}", record
-
-
-def check_source(source: str) -> None:
-    """Raises InputError for a local file that is not there; costs nothing, so that it can be asked first."""
-    if Path(source).suffix in (".jsonl", ".json") and not Path(source).is_file():
-        raise InputError(f"{source}: no such file (working directory: {Path.cwd()})")
-
-
-def _read_dataset(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets  # slow to import, and local files do without
-
-    name, _, split = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # each way to fail has a class of its own: network, missing, gated, split, format
-        raise NotAtHandError(
-            f"{source}: neither a local file nor a dataset that could be loaded ({type(error).__name__}: {error}); "
-            "offline, give a local .jsonl file"
-        ) from None
-    for row, record in enumerate(rows):
-        yield f"{source} row {row}", record
-
-
-def tokenize_record(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_only: bool = False) -> Pair:
-    """Prompt and responses are tokenised so that the prompt's ids are the same in front of either response."""
-    prompt, chosen, rejected = (_field(record, name, origin) for name in ("prompt", "chosen", "rejected"))
-    chat = isinstance(chosen, list)
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        if not isinstance(prompt, list):
-            shared = _shared(chosen[:-1], rejected[:-1])
-            if not shared and prompt is None:
-                raise InputError(
-                    f"{origin}: no 'prompt', and 'chosen' and 'rejected' do not begin with the same messages"
-                )
-            # A string beside whole conversations repeats what they begin with; otherwise it is the user's message.
-            prompt = chosen[:shared] or [{"role": "user", "content": prompt}]
-            chosen, rejected = chosen[shared:], rejected[shared:]
-        text, responses = encoder.render_pair(prompt, [chosen, rejected], origin)
-    elif not isinstance(chosen, str) or not isinstance(rejected, str):
-        raise InputError(f"{origin}: 'chosen' and 'rejected' must both be strings or both be lists of messages")
-    elif isinstance(prompt, list):
-        raise InputError(f"{origin}: 'prompt' is a list of messages, so 'chosen' and 'rejected' must be, too")
-    elif messages_only:
-        raise InputError(f"{origin}: holds strings; alternative=chat needs messages. Use those, or alternative=plain")
-    elif prompt is None:
-        text, *responses = _split_strings(chosen, rejected, origin)
-    else:
-        text, responses = prompt, [chosen, rejected]
-    y_w, y_l = (encoder.response(response, text, chat=chat) for response in responses)
-    pair = Pair(encoder.prompt(text) if text.strip() else [], y_w, y_l, origin)
-    # Where BOS is EOS, too, it may stand anywhere.
-    if (bos := encoder.tokenizer.bos_token_id) is not None and bos != encoder.tokenizer.eos_token_id:
-        for name, ids in (("prompt", pair.prompt[1:2]), ("chosen", pair.chosen[:1]), ("rejected", pair.rejected[:1])):
-            if ids == [bos]:
-                raise InputError(
-                    f"{origin}: a second {encoder.tokenizer.bos_token!r} stands at the beginning of {name!r}; take it "
-                    "out of the text, or out of the chat template"
-                )
-    return pair
-
-
-def _field(record: dict[str, Any], name: str, origin: str) -> str | Messages | None:
-    value = record.get(name)
-    if value is None:
-        if name == "prompt" and name not in record:
-            return None
-        found = ", ".join(map(repr, record)) or "none"
-        problem = "is null" if name in record else f"is missing (keys found: {found})"
-        raise InputError(f"{origin}: {name!r} {problem}; a pair has prompt, chosen and rejected")
-    is_messages = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )
-    if not isinstance(value, str) and not (is_messages and value):
-        raise InputError(
-            f'{origin}: {name!r} must be a string or a list of messages {{"role": ..., "content": ...}} with string '
-            f"values, got {json.dumps(value, default=str)[:80]}"
+    columns, seed = getattr(options, "columns", None), getattr(options, "seed", 0)
+    sources = parse_sources(source, columns)
+    pairs = Pairs.of_stores([_store(one, encoder, options, log) for one in sources])
+    if encoder.is_used and encoder.reads_clock:
+        log(
+            "note: the chat template writes today's date, so on another day the data are others, and a run cannot be "
+            "resumed. Fix it: chat_template_kwargs: {strftime_now: 26 Jul 2024}"
         )
-    return value
+    if all(one.weight == 1 for one in sources):
+        return pairs
+    sizes = np.bincount(pairs.sources, minlength=len(sources)).tolist()
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    return pairs[np.concatenate([
+        start + weighted(size, one.weight, seed) for start, size, one in zip(starts, sizes, sources, strict=True)
+    ])]  # fmt: skip
 
 
-def _split_strings(chosen: str, rejected: str, origin: str) -> tuple[str, str, str]:
-    shared = chosen[: _shared(chosen, rejected)]
-    shared = shared[: max(shared.rfind(" "), shared.rfind("\n"), 0)]  # neither all of a response nor half a word
-    if not shared:
-        raise InputError(f"{origin}: no 'prompt', and 'chosen' and 'rejected' do not begin with the same words")
-    return shared, chosen[len(shared) :], rejected[len(shared) :]
+def weighted(size: int, weight: float, seed: int) -> np.ndarray:
+    """Indices of ``size`` pairs, each as often as ``weight`` says; which have the fraction, ``seed`` decides."""
+    whole, part = divmod(weight, 1)
+    drawn = np.random.default_rng([seed, size]).permutation(size)[: round(part * size)]
+    return np.concatenate([*[np.arange(size)] * int(whole), np.sort(drawn)]).astype(np.int64)
 
 
-def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items two sequences begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _store(source: Source, encoder: TextEncoder, options: Any, log: Callable[[str], None]) -> Store:
+    """The pairs of ``source``, from the cache where they are there."""
+    records = Records(source)
+    if getattr(options, "dry_run", False) or (records.is_text and records.total < _CACHED_FROM):
+        return _tokenise(records, encoder, options, Writer(None)).store(records.origin)
+    folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")) / "preference_pairs"
+    final = folder / _key(records, encoder, options)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{final}.lock"):  # the first process of a node tokenises, the others wait for it
+            try:
+                store = open_store(final, records.origin)
+                draft(next(iter(records)).values, encoder, "")  # whether the template is used
+                log(f"{records.name}: {len(store.ends)} tokenised pairs read from {final}")
+                return store
+            except (OSError, ValueError, IndexError):  # not there, or not whole
+                pass
+            writer = Writer(Path(tempfile.mkdtemp(dir=folder)))
+            try:
+                return _tokenise(records, encoder, options, writer).store(records.origin, final)
+            finally:
+                if writer.folder is not None:
+                    shutil.rmtree(writer.folder, ignore_errors=True)
+    except OSError as error:
+        log(f"WARNING: {folder}: tokenised pairs cannot be kept there ({error}); they are kept in memory")
+        return _tokenise(records, encoder, options, Writer(None)).store(records.origin)
+
+
+def _key(records: Records, encoder: TextEncoder, options: Any) -> str:
+    """Hash of everything that the tokenised pairs depend on."""
+    digest = hashlib.blake2b(digest_size=16)
+    tokenizer = encoder.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    today = encoder.today()
+    parts = [FORMAT, type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template, today,
+             asdict(records.source), getattr(options, "alternative", ""), records.identity]  # fmt: skip
+    digest.update(repr(parts).encode())
+    if records.is_text:
+        with Path(records.source.path).open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _tokenise(records: Records, encoder: TextEncoder, options: Any, writer: Writer) -> Writer:
+    messages_only = getattr(options, "alternative", "plain") == "chat"
+    bar = tqdm(total=records.total, unit=records.unit, unit_scale=True, desc=f"tokenising {records.name}", disable=None)
+    with bar:
+        rows = iter(records)
+        while batch := list(islice(rows, _BATCH)):
+            drafts = [draft(r.values, encoder, records.origin(r.number), messages_only) for r in batch]
+            encoder.prefetch(text for one in drafts for text in one.texts)
+            for one, record in zip(drafts, batch):
+                pair, problem = encode(one, encoder)
+                writer.add(pair, record.number, PROBLEMS.index(problem))
+            bar.update(batch[-1].done - bar.n)
+    return writer
 
 
 def select_pairs(
-    pairs: Iterable[Pair | Sequence[Sequence[int]]], name: str, config: TrainConfig, *, vocab_size: int,
+    pairs: Iterable[Pair | Sequence[Sequence[int]]], name: str, options: Any, *, vocab_size: int,
     bos_token_id: int | None, log: Callable[[str], None], separator_length: int = 0,
-) -> list[Pair]:  # fmt: skip
-    """The pairs that can be trained on; says how many were left out or cut, why, and where the first ones are.
+) -> Pairs:  # fmt: skip
+    """Return the pairs that can be trained on; say how many were left out or cut, why, and where the first ones are.
 
-    ``name`` is what messages call the collection. ``config.max_length`` bounds a pair's tokens together with the
+    ``name`` is what messages call the collection. ``options.max_length`` bounds a pair's tokens together with the
     ``separator_length`` tokens between its responses. A prompt that is cut keeps its BOS and its end. Raises InputError
-    where ``config.truncation`` or ``config.invalid_pairs`` is "error", for a token id outside the vocabulary, and if
+    where ``options.truncation`` or ``options.invalid_pairs`` is "error", for a token id outside the vocabulary, and if
     nothing is left.
     """
-    kept: list[Pair] = []
-    reasons: dict[str, list[str]] = {
-        key: [] for key in ("empty prompt", "empty response", "identical responses", "too long", "truncated")
-    }
-    for number, item in enumerate(pairs):
-        if isinstance(item, Pair):
-            pair = item
-        else:
-            prompt, chosen, rejected = ([int(token) for token in ids] for ids in item)
-            pair = Pair(prompt, chosen, rejected, f"{name} pair {number}")
-        if not pair.prompt:
-            reasons["empty prompt"].append(pair.origin)
-        elif not pair.chosen or not pair.rejected:
-            reasons["empty response"].append(pair.origin)
-        elif pair.chosen == pair.rejected:
-            reasons["identical responses"].append(pair.origin)
-        elif (excess := pair.tokens + separator_length - config.max_length) > 0:
-            head = 1 if pair.prompt[0] == bos_token_id else 0
-            if config.truncation == "prompt_left" and excess < len(pair.prompt) - head:
-                reasons["truncated"].append(pair.origin)
-                kept.append(pair._replace(prompt=pair.prompt[:head] + pair.prompt[head + excess :]))
-            else:
-                reasons["too long"].append(pair.origin)
-        else:
-            kept.append(pair)
-        if (top := max(max(ids, default=0) for ids in pair[:3])) >= vocab_size:
-            raise InputError(f"{pair.origin}: token id {top}, but the model's vocabulary ends at {vocab_size - 1}")
+    given = pairs if isinstance(pairs, Pairs) else Pairs.of_lists(pairs, name)
+    reasons: dict[str, list[str]] = {}
+    kept: list[int] = []
+    cuts: list[int] = []
+    lengths = given.lengths.tolist()
+    for index, (number, sizes) in enumerate(zip(given.problems, lengths)):
+        parts = given.arrays(index)
+        if (top := max(int(part.max(initial=0)) for part in parts)) >= vocab_size:
+            raise InputError(
+                f"{given.origin(index)}: token id {top}, but the model's vocabulary ends at {vocab_size - 1}"
+            )
+        problem, excess = PROBLEMS[number], sum(sizes) + separator_length - options.max_length
+        reason = _fault(parts, problem)
+        if not reason and excess > 0:
+            head = 1 if parts[0][0] == bos_token_id else 0
+            fits = options.truncation == "prompt_left" and excess < sizes[0] - head
+            reason = "truncated" if fits else "too long"
+        if reason in ("", "truncated"):
+            kept.append(index)
+            cuts.append(max(0, excess))
+        for one in {reason, problem} - {""}:
+            reasons.setdefault(one, []).append(given.origin(index))
+    _report(reasons, name, len(given), len(kept), options, separator_length, log)
+    return given.cut(kept, cuts, bos_token_id)
+
+
+def _fault(parts: list[np.ndarray], problem: str) -> str:
+    prompt, chosen, rejected = parts
+    if not len(prompt):
+        return "empty prompt"
+    if problem in FAULTS:  # before what may follow from it
+        return problem
+    if not len(chosen) or not len(rejected):
+        return "empty response"
+    return "identical responses" if np.array_equal(chosen, rejected) else ""
+
+
+def _report(
+    reasons: dict[str, list[str]], name: str, read: int, kept: int, options: Any, between: int,
+    log: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Say what became of the pairs that were read; raise InputError where that must not be."""
 
     def named(keys: Iterable[str]) -> str:
-        return ", ".join(f"{len(reasons[k])} {k} ({_first(reasons[k])})" for k in keys if reasons[k])
+        return ", ".join(f"{len(reasons[k])} {k} ({_first(reasons[k])})" for k in keys if k in reasons)
 
-    if config.truncation == "error" and reasons["too long"]:
+    if options.truncation == "error" and "too long" in reasons:
         raise InputError(
-            f"{named(['too long'])}: more than max_length={config.max_length} tokens of prompt, chosen and rejected"
-            + (f" (and {separator_length} between them)" if separator_length else "")
+            f"{named(['too long'])}: more than max_length={options.max_length} tokens of prompt, chosen and rejected"
+            + (f" (and {between} between them)" if between else "")
             + "; raise max_length, or set truncation to prompt_left or drop"
         )
-    invalid = named(["empty prompt", "empty response", "identical responses"])
-    if config.invalid_pairs == "error" and invalid:
+    invalid = named(["empty prompt", "empty response", "identical responses", *FAULTS])
+    if options.invalid_pairs == "error" and invalid:
         raise InputError(f"{name}: {invalid}; remove these pairs or set invalid_pairs=drop")
-    read = len(kept) - len(reasons["truncated"]) + sum(map(len, reasons.values()))
     dropped = ", ".join(filter(None, [invalid, named(["too long"])]))
-    log(f"{name}: {read} pairs read, {len(kept)} kept; dropped: {dropped or 'none'}"
-        + (f"; {named(['truncated'])}" if reasons["truncated"] else ""))  # fmt: skip
+    also = named(["truncated", CUT_TURNS, ONE_REPEATS, REPEATS_PROMPT])
+    log(f"{name}: {read} pairs read, {kept} kept; dropped: {dropped or 'none'}" + (f"; {also}" if also else ""))
+    if LEFT_OUT in reasons:
+        log(f"note: {name}: to keep those, use a chat template that writes thoughts and tool calls, too")
     if not kept:
-        raise InputError(f"{name}: no pair is left to use")
-    return kept
+        raise InputError(f"{name}: no pair is left to use" + (f"; dropped: {dropped}" if dropped else ""))
+    if len(reasons.get(REPEATS_PROMPT, [])) == read:
+        raise InputError(
+            f"{name}: 'chosen' begins with the prompt, and so does 'rejected', in each pair "
+            f"({_first(reasons[REPEATS_PROMPT])}): it would be read twice, and scored. Take it out of both"
+        )
 
 
 def check_pairs(
-    pairs: list[Pair], held_out: list[Pair], model: PreTrainedModel, config: TrainConfig, log: Callable[[str], None],
-    separator_length: int = 0,
+    pairs: Sequence[Pair], held_out: Sequence[Pair], model: PreTrainedModel, options: Any,
+    log: Callable[[str], None], separator_length: int = 0,
 ) -> None:  # fmt: skip
-    """Raises InputError where model or options do not fit the pairs; says how many held-out prompts are trained on."""
-    if config.eval_every and not held_out:
-        raise InputError("eval_every needs eval_data")
-    longest = max([*pairs, *held_out], key=lambda pair: pair.tokens)
-    positions = getattr(model.config, "max_position_embeddings", None)
+    """Raise InputError where the model does not fit the pairs; say how many held-out prompts are trained on."""
+    longest = max((some[int(np.argmax(Pairs.lengths_of(some).sum(1)))] for some in (pairs, held_out) if len(some)),
+                  key=lambda pair: pair.tokens)  # fmt: skip
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = longest.tokens + separator_length
     if positions and tokens > positions:
         raise InputError(
             f"{longest.origin}: prompt, chosen and rejected have {tokens} tokens, but the model {positions} "
             f"positions; set max_length={positions} and truncation to prompt_left or drop, or use another model"
         )
-    known = {tuple(pair.prompt) for pair in pairs}
-    if shared := sum(tuple(pair.prompt) in known for pair in held_out):
+    if not held_out:
+        return
+    known = {hash(tuple(pair.prompt)) for pair in pairs}
+    if shared := sum(hash(tuple(pair.prompt)) in known for pair in held_out):
         log(f"note: {shared} of {len(held_out)} eval_data pairs have a prompt of train_data; they are not held out")
+
+
+def trained_ends(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+    """Ids that end the responses of ``pairs``, out of those that ``tokenizer`` has for it: EOS and end of turn."""
+    if tokenizer is None:
+        return set()
+    ends = TextEncoder(tokenizer).ends(chat=bool(tokenizer.chat_template))
+    found: set[int] = set()
+    for pair in pairs:
+        found |= ends.intersection((pair.chosen[-1], pair.rejected[-1]))
+        if found == ends:
+            break
+    return found
 
 
 def _first(origins: list[str], most: int = 3) -> str:

@@ -13,14 +13,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import inspo_kernels as ik
 
-from .config import InputError, TrainConfig
+from .config import TrainConfig
 from .data import Pair
-from .scoring import PairModel, Scores, correct
+from .errors import InputError
+from .scoring import Scores, correct
 
 Z95 = 1.959964
 # Nats per token: below it, the model takes responses noticeably worse after the other one than right after the prompt.
@@ -31,15 +32,15 @@ def evaluate(
     scores: Scores, ref_logps: Tensor | None, pairs: Sequence[Pair], objective: ik.Objective, *, conditioned: bool,
     marginal_weight: float, marginal_ref_logps: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Metrics of conditioned ``scores``: what is trained, and what inference uses (``marginal``), for any run.
+    """Compute metrics of conditioned ``scores``: what is trained, and what inference uses (``marginal``), for any run.
 
     ``ref_logps`` (2, n) are those that the run trains with. Where they are conditioned, ``marginal_ref_logps`` (2, n)
     are the reference's given the prompt alone.
 
     Keys: ``eval_loss`` (the run's own loss), and for layout in ``conditioned``, ``marginal``:
     ``eval_LAYOUT/rewards/{chosen,rejected,accuracies,margins}``, ``eval_LAYOUT/logps/{chosen,rejected}`` and, in nats
-    per token, ``eval_LAYOUT/logps_per_token/{chosen,rejected}``. Accuracies and margins have a 95% interval under the
-    same name + ``_ci``, in which pairs that share a prompt are one cluster. Accuracy counts ties as half.
+    per token, ``eval_LAYOUT/logps_per_token/{chosen,rejected}``. Accuracies, margins and these have a 95% interval
+    under the same name + ``_ci``, in which pairs that share a prompt are one cluster. Accuracy counts ties as half.
 
     ``eval_marginal/longer_preferred`` (+ ``_ci``): the share of pairs whose longer response has the larger reward;
     ``eval_longer_chosen``: the share whose longer response is the chosen one. Absent where all lengths are equal.
@@ -76,8 +77,12 @@ def evaluate(
         metrics[name + "rewards/margins_ci"] = mean_interval(margins, groups)
         metrics[name + "logps/chosen"] = sums.chosen.mean().item()
         metrics[name + "logps/rejected"] = sums.rejected.mean().item()
-        metrics[name + "logps_per_token/chosen"] = (sums.chosen / sums.chosen_len).mean().item()
-        metrics[name + "logps_per_token/rejected"] = (sums.rejected / sums.rejected_len).mean().item()
+        for kind, values in (
+            ("chosen", sums.chosen / sums.chosen_len),
+            ("rejected", sums.rejected / sums.rejected_len),
+        ):
+            metrics[name + f"logps_per_token/{kind}"] = values.mean().item()
+            metrics[name + f"logps_per_token/{kind}_ci"] = mean_interval(values, groups)
     longer = (scores.lengths[0] - scores.lengths[1]).sign()  # margins are the marginal ones now
     if (unequal := longer != 0).any():
         preferred = correct(margins * longer)[unequal]
@@ -103,7 +108,7 @@ def is_better(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
 
 
 def conditioning_gap(scores: Scores) -> tuple[float, float]:
-    """Mean of (log pi(y|x,other) - log pi(y|x)) / |y|, nats per token: of the chosen and of the rejected responses."""
+    """Return the mean of (log pi(y|x,other) - log pi(y|x)) / |y|, nats per token, of chosen and rejected responses."""
     assert scores.marginal_logps is not None
     chosen, rejected = ((scores.logps - scores.marginal_logps) / scores.lengths).mean(1).tolist()
     return chosen, rejected
@@ -111,12 +116,12 @@ def conditioning_gap(scores: Scores) -> tuple[float, float]:
 
 @torch.no_grad()
 def sample_answers(
-    module: PairModel, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, ends: set[int],
-    max_new_tokens: int,
+    module: nn.Module, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, ends: set[int],
+    max_new_tokens: int, pad_token_id: int, device: torch.device,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Greedy answers to prompts (token ids) alone, up to an id in ``ends``: texts, length in tokens, whether it ended.
+    """Answer prompts (token ids) alone, greedily, up to an id in ``ends``: texts, length in tokens, whether it ended.
 
-    ``module`` is the one inside the engine's wrappers. All processes call it with the same prompts, and all do the same
+    ``module`` has a ``generate`` for one prompt. All processes call it with the same prompts, and all do the same
     work: where the weights are sharded, each layer is gathered for it.
     """
     # Whatever the model's generation_config says, so that the answers of all models are comparable.
@@ -128,14 +133,12 @@ def sample_answers(
         "top_k": 50,
         "repetition_penalty": 1.0,
     }
-    positions = getattr(module.model.config, "max_position_embeddings", None) or math.inf
+    positions = getattr(module.config, "max_position_embeddings", None) or math.inf
     samples = []
     for prompt in prompts:  # one at a time: a handful needs no padding
         room = min(max_new_tokens, positions - len(prompt))
-        ids = torch.tensor([prompt], device=module.model.device)
-        out = module.answer(
-            ids, max_new_tokens=room, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, **greedy
-        )
+        ids = torch.tensor([prompt], device=device)
+        out = module.generate(ids, max_new_tokens=room, eos_token_id=sorted(ends), pad_token_id=pad_token_id, **greedy)
         answer = out[0, len(prompt) :].tolist()
         texts = {name: tokenizer.decode(list(part), skip_special_tokens=True) for name, part in
                  (("prompt", prompt), ("answer", answer))}  # fmt: skip
@@ -144,7 +147,7 @@ def sample_answers(
 
 
 def mean_interval(values: Tensor, groups: Tensor) -> list[float] | None:
-    """95% interval of a mean, normal, robust to dependence within groups; None where all values are of one group."""
+    """Return the 95% interval of a mean, robust to dependence within groups; None where there is one group."""
     if len(groups.unique()) < 2:
         return None
     mean, half = values.mean().item(), Z95 * math.sqrt(_variance_of_mean(values, groups))
@@ -152,7 +155,7 @@ def mean_interval(values: Tensor, groups: Tensor) -> list[float] | None:
 
 
 def proportion_interval(right: Tensor, groups: Tensor) -> list[float]:
-    """95% Wilson interval of a share; dependence within groups reduces the number of observations it counts."""
+    """Return the 95% Wilson interval of a share; dependence within groups reduces the observations it counts."""
     p, size = right.mean().item(), float(len(right))
     count = len(groups.unique())
     if count < 2 or p in (0.0, 1.0):
@@ -171,16 +174,18 @@ def _variance_of_mean(values: Tensor, groups: Tensor) -> float:
     return (sums.square().sum() / len(values) ** 2 * count / (count - 1)).item()
 
 
-def starting_report(scores: Scores, ref_logps: Tensor | None, config: TrainConfig, log: Callable[[str], None]) -> None:
-    """From the untrained model's conditioned ``scores`` of the first pairs: how it takes the conditioned layout.
+def starting_report(
+    scores: Scores, ref_logps: Tensor | None, config: TrainConfig, log: Callable[[str], None], *, coarse: bool = False
+) -> None:  # fmt: skip
+    """Say from the untrained model's conditioned ``scores`` of the first pairs how it takes the conditioned layout.
 
-    Raises InputError if ``ref_logps`` (2, n) are not this model's own.
+    Raises InputError if ``ref_logps`` (2, n) are not this model's own. ``coarse``: they are rounded as in bfloat16.
     """
     assert scores.marginal_logps is not None
     if ref_logps is not None:
         expected = scores.logps if config.reference_conditioned else scores.marginal_logps
         drift = ((expected - ref_logps[:, : expected.shape[1]]) / scores.lengths).abs().max().item()
-        if not drift < (1e-3 if config.mixed_precision == "no" else 0.05):
+        if not drift < (0.05 if coarse or config.bf16 else 1e-3):
             raise InputError(
                 f"the reference log-probs differ from the model's by {drift:.2g} a token; delete the file reference-*"
             )

@@ -21,13 +21,13 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .chat import Messages
-from .config import InputError
-from .data import read_lines
+from .errors import InputError
+from .messages import Messages, check_text
+from .sources import Records, Source
 
 FORMATS = ("alpaca_eval", "arena_hard", "mt_bench")
 TEMPERATURES = {
@@ -56,35 +56,19 @@ class Answer(NamedTuple):
 
 
 def read_questions(file: str, form: str, *, chat: bool) -> list[Question]:
-    """The records of ``file``, JSON lines or one JSON list, each able to fill ``form``.
+    """The records of ``file``, in any format that training data may have, each able to fill ``form``.
 
     A record holds ``messages`` (a conversation to be answered), ``turns`` (strings or ``{"content"}``, each answered),
     ``instruction`` (a user's message) or ``prompt`` (text as it stands; a user's message with ``chat``, and in
     Arena-Hard's questions). Raises InputError, naming file and line.
     """
-    questions = [_question(origin, record, form, chat) for origin, record in _records(file)]
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such file (working directory: {Path.cwd()})")
+    records = Records(Source(file))
+    questions = [_question(records.origin(record.number), record.values, form, chat) for record in records]
     if not questions:
         raise InputError(f"{file}: holds no record")
     return questions
-
-
-def _records(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = Path(file)
-    if not path.is_file():
-        raise InputError(f"{file}: no such file (working directory: {Path.cwd()})")
-    with path.open("rb") as lines:
-        first = lines.read(256).lstrip()[:1]
-    if first != b"[":
-        yield from read_lines(path)
-        return
-    try:
-        records = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{file}: not a JSON list ({error})") from None
-    for number, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise InputError(f"{file} record {number}: must be a JSON object")
-        yield f"{file} record {number}", record
 
 
 def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Question:
@@ -119,8 +103,12 @@ def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Que
             isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
         ):
             raise InputError(f"{origin}: each message needs a role and a content, both strings")
+        for message in messages:
+            check_text(message["content"], origin)
     if not turns and not isinstance(record["prompt"], str):
         raise InputError(f"{origin}: 'prompt' must be a string")
+    if not turns:
+        check_text(record["prompt"], origin)
     if form == "alpaca_eval" and len(turns) > 1:
         raise InputError(f"{origin}: {len(turns)} turns, but alpaca_eval has one; use --format mt_bench")
     return Question(origin, record, None if turns else record["prompt"], turns)

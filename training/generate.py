@@ -28,9 +28,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .chat import Messages, TextEncoder
-from .config import InputError, TrainConfig
+from .chat import TextEncoder
+from .data_options import DataOptions
+from .errors import InputError
 from .exports import DEFAULT_TEMPERATURE, FORMATS, TEMPERATURES, Answer, Question, read_questions, write_answers
+from .messages import Messages
 from .model import load_model, padding_id
 
 
@@ -265,7 +267,7 @@ def _run(options: argparse.Namespace) -> None:
         questions = read_questions(options.prompts, options.format, chat=options.chat)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype: Literal["float32", "bfloat16"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model, tokenizer = load_model(TrainConfig(model=options.model, param_dtype=dtype), adapter=True)
+    model, tokenizer = load_model(DataOptions(model=options.model, dtype=dtype), training=False)
     model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the signature
     if not options.out:
         print(generate(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat import separator_ids, set_template_kwargs
-from .checkpoint import digest_of
-from .config import InputError, TrainConfig
-from .data import Pair, check_pairs, check_source, load_pairs, select_pairs
-from .engine import check_same, together
-from .model import add_lora, check_architecture, load_model, padding_id
+from .adapters import add_lora
+from .chat import prepare_tokenizer, separator_ids
+from .config import TrainConfig
+from .data import Pair, Pairs, check_pairs, check_source, load_pairs, select_pairs
+from .data_options import DataOptions
+from .engine import check_same, raise_on_all_ranks
+from .errors import InputError
+from .model import check_architecture, load_model, padding_id
 from .scoring import weights_digest
 
 # (prompt ids, chosen ids, rejected ids), each response with its EOS
@@ -30,70 +32,81 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase | None
     pad_token_id: int
     separator: tuple[int, ...]
-    train_pairs: list[Pair]
-    held_out: list[Pair]
+    train_pairs: Pairs
+    held_out: Pairs
     digests: dict[str, str]
 
 
-def load_inputs(
-    config: TrainConfig, pairs: TokenPairs | None, eval_pairs: TokenPairs | None, model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None, pad_token_id: int, log: Callable[[str], None],
-) -> Inputs:  # fmt: skip
-    """What is None is read as ``config`` says; adapters are added. The arguments are those of ``train``.
+@dataclass(frozen=True)
+class Given:
+    """What the caller of ``train`` has in memory; None is read as the options say."""
+
+    pairs: TokenPairs | None = None
+    eval_pairs: TokenPairs | None = None
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    pad_token_id: int = 0
+
+
+def load_inputs(config: TrainConfig, given: Given, log: Callable[[str], None]) -> Inputs:
+    """Read what is not given, and add the adapter.
 
     Raises InputError, in all processes, for what does not fit together, or is not the same in all of them.
     """
-    with together():
-        check_sources(config.train_data if pairs is None else None, config.eval_data if eval_pairs is None else None)
+    model, tokenizer = given.model, given.tokenizer
+    with raise_on_all_ranks():
+        check_sources(config, given)
         if model is None:
             model, tokenizer = load_model(config)
         check_architecture(model)
-        if model.dtype != getattr(torch, config.param_dtype):
-            raise InputError(f"the model is in {model.dtype}, but param_dtype={config.param_dtype}; make them agree")
-        inputs = read_inputs(config, model, tokenizer, log, pairs, eval_pairs, pad_token_id)
+        inputs = read_inputs(config, model, replace(given, tokenizer=tokenizer), log)
         weights = weights_digest(model)
-        if config.lora:
+        if config.lora is not None:
             add_lora(model, config.lora, config.seed)
-    check_same((weights, inputs.train_pairs, inputs.held_out), "model or data")
-    return replace(inputs, digests={"model": weights, **inputs.digests})
+    digests = {"model": weights, **inputs.digests}
+    check_same(digests, "model or data")
+    return replace(inputs, digests=digests)
 
 
-def check_sources(*sources: str | None) -> None:
-    """Raises InputError for a local file that is not there."""
-    for source in sources:
-        if source is not None:
+def check_sources(config: DataOptions, given: Given) -> None:
+    """Raise InputError for a local file that is not there."""
+    for source, held in ((config.train_data, given.pairs), (config.eval_data, given.eval_pairs)):
+        if source is not None and held is None:
             check_source(source)
 
 
 def read_inputs(
-    config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, log: Callable[[str], None],
-    pairs: TokenPairs | None = None, eval_pairs: TokenPairs | None = None, pad_token_id: int = 0,
+    config: TrainConfig, model: PreTrainedModel, given: Given, log: Callable[[str], None]
 ) -> Inputs:  # fmt: skip
-    """The pairs, read as ``config`` says where they are None, and what follows from the tokenizer.
+    """Read the pairs, and what follows from the tokenizer.
 
     Of ``model`` shapes alone are read. Raises InputError for what does not fit together.
     """
+    tokenizer, pad_token_id, separator = given.tokenizer, given.pad_token_id, []
     if tokenizer is not None:
-        set_template_kwargs(tokenizer, config.chat_template_kwargs or {})
+        tokenizer = prepare_tokenizer(tokenizer, config, log)
         pad_token_id = padding_id(tokenizer, log)
-    bos_token_id = None if tokenizer is None else tokenizer.bos_token_id
     separator = separator_ids(tokenizer, config)
 
-    def select(given: TokenPairs | None, source: str | None, name: str) -> list[Pair]:
+    def select(held: TokenPairs | None, source: Any, name: str) -> Pairs:
         found: Iterable[Pair | Sequence[Sequence[int]]]
-        if given is not None:
-            found = given
+        if held is not None:
+            found = held
         elif tokenizer is not None and source is not None:
-            found = load_pairs(source, tokenizer, messages_only=config.alternative == "chat")
+            found = load_pairs(source, tokenizer, config, log)
         else:
             raise InputError(f"{name}: give {name}, or tokenised pairs in memory")
         return select_pairs(
             found, name, config, vocab_size=model.get_output_embeddings().weight.shape[0],
-            bos_token_id=bos_token_id, log=log, separator_length=len(separator),
+            bos_token_id=None if tokenizer is None else tokenizer.bos_token_id, log=log,
+            separator_length=len(separator),
         )  # fmt: skip
 
-    train_pairs = select(pairs, config.train_data, "train_data")
-    held_out = select(eval_pairs, config.eval_data, "eval_data") if eval_pairs or config.eval_data else []
+    train_pairs = select(given.pairs, config.train_data, "train_data")
+    wants_held_out = given.eval_pairs or config.eval_data
+    held_out = select(given.eval_pairs, config.eval_data, "eval_data") if wants_held_out else Pairs.of_lists([], "")
+    if config.eval_strategy != "no" and not held_out:
+        raise InputError("eval_steps and eval_strategy need eval_data")
     check_pairs(train_pairs, held_out, model, config, log, separator_length=len(separator))
-    digests = {"train_data": digest_of(train_pairs), "eval_data": digest_of(held_out)}
+    digests = {"train_data": train_pairs.digest, "eval_data": held_out.digest}
     return Inputs(model, tokenizer, pad_token_id, tuple(separator), train_pairs, held_out, digests)

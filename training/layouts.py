@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,22 +13,23 @@ from transformers import PreTrainedModel
 import inspo_kernels as ik
 from inspo_kernels.tree import MAX_DENSE_TOKENS
 
-from .config import InputError
 from .data import Pair
-from .scoring import Batcher, score
+from .errors import InputError
+from .scoring import Batcher, Lengths, score
 
 # Nats a token by which trees and rows may differ before a tree is thought wrong: rounding stays far below.
 _TOLERANCE = {True: 5e-2, False: 2e-4}  # computed in bfloat16 or not
 
 
 def choose_layout(
-    wanted: str, model: PreTrainedModel, batcher: Batcher, pairs: Sequence[Pair], *, conditioned: bool,
+    wanted: str, model: PreTrainedModel, batcher: Batcher, lengths: Lengths, *, conditioned: bool,
     log: Callable[[str], None],
 ) -> Batcher:  # fmt: skip
-    """``batcher`` with the layout that ``wanted`` ("auto", "tree" or "rows") means for this model and these pairs.
+    """Return ``batcher`` with the layout that ``wanted`` ("auto", "tree" or "rows") means here.
 
-    "auto" is a tree where the model can read one and it costs less than rows. Raises InputError where a tree is wanted
-    and the model cannot read it. One line of ``log`` says which layout it is, and why.
+    ``lengths`` (n, 3) are the pairs' tokens. "auto" is a tree where the model can read one and it costs less than rows.
+    Raises InputError where a tree is wanted and the model cannot read it. One line of ``log`` says which layout it is,
+    and why.
     """
     rows = dataclasses.replace(batcher, layout="rows")
     if wanted == "rows":
@@ -39,7 +41,7 @@ def choose_layout(
     reason = ik.tree_unsupported(model)
     if reason is None and attention == "eager":
         # Log-probs of held-out pairs are taken conditioned, too.
-        longest = max(tree.tokens(pair, conditioned=True) for pair in pairs)
+        longest = int(tree.tokens(lengths, conditioned=True).max())
         if longest > MAX_DENSE_TOKENS:
             reason = (
                 f"the longest pair takes {longest} tokens as a tree, above the {MAX_DENSE_TOKENS} of eager attention's "
@@ -50,7 +52,7 @@ def choose_layout(
     if reason is not None:
         log(f"layout: rows, because {reason}")
         return rows
-    costs = [operations(model, some, pairs, conditioned=conditioned) for some in (tree, rows)]
+    costs = [operations(model, some, lengths, conditioned=conditioned) for some in (tree, rows)]
     ratio = costs[0] / costs[1]
     if wanted == "auto" and ratio >= 1:
         log(f"layout: rows, because eager attention over trees would take {ratio:.2f} times their operations")
@@ -60,11 +62,11 @@ def choose_layout(
     return tree
 
 
-def operations(model: PreTrainedModel, batcher: Batcher, pairs: Sequence[Pair], *, conditioned: bool) -> float:
-    """Operations of the trunk's forward pass over ``pairs``, without padding: products by weights, and attention.
+def operations(model: PreTrainedModel, batcher: Batcher, lengths: Lengths, *, conditioned: bool) -> float:
+    """Count operations of the trunk's forward pass without padding: matmuls by weights, and attention.
 
     Rows are attended causally, trees along each path as in rows, or by blocks with flex_attention. The mask of eager
-    attention hides nothing from its products.
+    attention hides nothing from its matmuls.
     """
     config = model.config.get_text_config()
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
@@ -73,25 +75,22 @@ def operations(model: PreTrainedModel, batcher: Batcher, pairs: Sequence[Pair], 
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     eager = config._attn_implementation == "eager"
-    total = 0.0
-    for pair in pairs:
-        prompt, both = len(pair.prompt), len(pair.chosen) + len(pair.rejected)
-        between = len(batcher.separator_ids)
-        branches = [both + between] * 2 if conditioned else [len(pair.chosen), len(pair.rejected)]
-        if eager and batcher.layout == "tree":
-            seen = float((prompt + sum(branches)) ** 2)
-        else:
-            seen = sum((prompt + branch) ** 2 for branch in branches) / (1 if eager else 2)
-        total += 2 * weights * batcher.tokens(pair, conditioned=conditioned)
-        total += 4 * config.num_hidden_layers * width * seen
-    return total
+    prompt, chosen, rejected = (lengths[:, i].astype(float) for i in range(3))
+    both = chosen + rejected + len(batcher.separator_ids)
+    branches = [both, both] if conditioned else [chosen, rejected]
+    if eager and batcher.layout == "tree":
+        seen = (prompt + branches[0] + branches[1]) ** 2
+    else:
+        seen = sum((prompt + branch) ** 2 for branch in branches) / (1 if eager else 2)
+    read = batcher.tokens(lengths, conditioned=conditioned)
+    return float(2 * weights * read.sum() + 4 * config.num_hidden_layers * width * np.sum(seen))
 
 
 def check_layout(
     batcher: Batcher, module: nn.Module, pairs: Sequence[Pair], *, bf16: bool, required: bool,
     log: Callable[[str], None],
 ) -> Batcher:  # fmt: skip
-    """``batcher`` if ``module`` gives two small pairs the log-probs that it gives them in rows; else one of rows.
+    """Return ``batcher`` if ``module`` gives two small pairs the log-probs that they have in rows; else one of rows.
 
     With ``required`` that is an InputError instead. All processes call it, and find the same.
     """
@@ -103,7 +102,7 @@ def check_layout(
     rows = dataclasses.replace(batcher, layout="rows")
     differences = []
     for conditioned in (True, False):
-        expected, found = (score(module, small, b, conditioned=conditioned, progress=None) for b in (rows, batcher))
+        expected, found = (score(module, small, b, conditioned=conditioned) for b in (rows, batcher))
         differences.append((found.logps - expected.logps) / expected.lengths)
         if expected.marginal_logps is not None and found.marginal_logps is not None:
             differences.append((found.marginal_logps - expected.marginal_logps) / expected.lengths)

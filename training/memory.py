@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from inspo_kernels.backends import resolve_backend
-from inspo_kernels.gradients import Needs, StagedGradients
+from inspo_kernels.gradients import DeferredGradients, Needs
 from inspo_kernels.head import LMHead
 from inspo_kernels.pair_loss import PairTerms
-from inspo_kernels.prepare import workspace_rows
+from inspo_kernels.prepare import PAIR_GROWTH
 
 from .config import TrainConfig
-from .data import Pair
-from .engine import is_sharded, process_count
+from .engine import process_count
+from .scoring import Lengths
 
 GIB = 2**30
 LOST_UPDATES_WARNING = 0.5  # share of weights that steps of the learning rate's size leave as they are
@@ -54,20 +56,20 @@ class Memory:
         if self.total <= capacity:
             return None
         changes = ["a smaller max_batch_tokens"] if self.activations + self.head > 0.1 * self.total else []
-        changes += [] if config.gradient_checkpointing else ["gradient_checkpointing: true"]
+        changes += [] if config.activation_checkpointing else ["activation_checkpointing: true"]
         changes += [] if self.gathered else ["several processes that share the model (FSDP2)"]
-        changes += [] if config.lora else ["lora"]
+        changes += [] if config.lora is not None else ["lora"]
         return (
             f"WARNING: that is more than the device has ({capacity / GIB:.2f} GiB). What helps: {', '.join(changes)}"
             + ("" if processes == 1 or not self.gathered else ", or more processes")
         )
 
 
-def graded_tokens(pair: Pair, config: TrainConfig) -> int:
-    """Scored tokens of ``pair`` that the loss of a run is differentiated in, in each context anew."""
+def graded_tokens(lengths: Lengths, config: TrainConfig) -> int:
+    """Return the most scored tokens of a pair that the loss is differentiated in, in each context anew."""
     terms = PairTerms(config.make_objective(), None, None, marginal_weight=config.marginal_weight, mean=False)
-    kinds = [kind for kind in terms.gradient_kinds if config.conditioned or kind < 2]
-    return sum(len(pair.rejected if kind % 2 else pair.chosen) for kind in kinds)
+    kinds = terms.gradient_kinds(4 if config.conditioned else 2)
+    return int(sum(lengths[:, 1 + kind % 2] for kind in kinds).max())
 
 
 def estimate_memory(
@@ -83,7 +85,7 @@ def estimate_memory(
     trained = [p for p in model.parameters() if p.requires_grad]
     parameters, gradients = (sum(p.nbytes for p in some) for some in (list(model.parameters()), trained))
     share = processes if sharded else 1
-    bf16 = config.mixed_precision == "bf16"
+    bf16 = config.bf16
     compute = 2 if bf16 else model.dtype.itemsize
     residual = compute if sharded else model.dtype.itemsize  # autocast leaves the residual stream as it is
 
@@ -97,7 +99,7 @@ def estimate_memory(
     norms = 2 * (4 * 2 * hidden + compute * hidden)
     layer = tokens * (norms + compute * (5 * attention + 4 * inner))
     kept = tokens * residual * hidden
-    activations = layers * kept + layer if config.gradient_checkpointing else layers * layer
+    activations = layers * kept + layer if config.activation_checkpointing else layers * layer
     weight = model.get_output_embeddings().weight
     if bf16 and not sharded:  # autocast's copies of the matrices, which the backward pass needs
         activations += sum(2 * p.numel() for p in model.parameters() if p.ndim > 1) - 2 * weight.numel()
@@ -127,18 +129,18 @@ def _head_memory(
     """
     backend = resolve_backend("auto", head, device)
     assert backend is not None
-    capacity, pair_capacity = workspace_rows(backend, head, device)
-    staged = min(rows, capacity)
+    most = backend.default_workspace_bytes(head, device)
+    capacity = backend.capacity(head, device, most)
+    kept = min(rows, capacity)
     if trained:  # the rows of a pair stay in the workspace together
-        staged = min(max(staged, longest_pair), pair_capacity)
-    fitting = min(staged, capacity)
-    workspace = min(fitting * backend.bytes_per_row(head), backend.default_workspace_bytes(head, device))
-    workspace += backend.staged_bytes(head, staged - fitting)
+        kept = min(max(kept, longest_pair), capacity * PAIR_GROWTH)
+    fitting = min(kept, capacity)
+    workspace = min(backend.kept_bytes(head, fitting), most) + backend.kept_bytes(head, kept - fitting)
     if not trained:
         return workspace
     accumulated = head.vocab_size * head.hidden_size * head.accumulate_dtype.itemsize
     needs = Needs(x=True, weight=True, bias=False)
-    if rows > staged or not StagedGradients.pay(backend, head, rows, needs):
+    if rows > kept or not DeferredGradients.worth_deferring(backend, head, rows, needs):
         return accumulated + max(workspace, others)  # in the accumulate dtype first, and then, in its own, beside it
     direct = backend.name == "triton" or head.weight.dtype == head.accumulate_dtype
     return workspace + others + (0 if direct else accumulated)
@@ -146,17 +148,18 @@ def _head_memory(
 
 def tokens_of_pass(longest: int, config: TrainConfig, processes: int) -> int:
     """The most that a forward pass of one process reads, where the largest pair takes ``longest`` tokens."""
-    return min(max(config.max_batch_tokens, longest), longest * math.ceil(config.batch_size / processes))
+    return min(max(config.max_batch_tokens, longest), longest * math.ceil(config.pairs_per_micro_step / processes))
 
 
 def report_memory(
-    model: PreTrainedModel, config: TrainConfig, device: torch.device, tokens: int, longest_pair: int,
+    model: PreTrainedModel, config: TrainConfig, device: torch.device, longest: int, lengths: Lengths,
     log: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Says what a process of this run will need, and warns where that, or the parameters' precision, will not do."""
+    tokens = tokens_of_pass(longest, config, process_count())
     memory = estimate_memory(
-        model, config, device, tokens=tokens, longest_pair=longest_pair, processes=process_count(),
-        sharded=is_sharded(),
+        model, config, device, tokens=tokens, longest_pair=graded_tokens(lengths, config),
+        processes=process_count(), sharded=config.sharded,
     )  # fmt: skip
     log(memory.text(tokens))
     if device.type == "cuda":
@@ -165,6 +168,28 @@ def report_memory(
             log(warning)
     if warning := precision_warning(model, config.learning_rate):
         log(warning)
+
+
+def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Callable[[str], None]) -> None:
+    """Say how much a run will write at most, and warn where that is not free. AdamW's state is taken as float32."""
+    if config.folder is None:
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    one = sum(p.nbytes + 8 * p.numel() for p in trained)
+    every = config.save_steps if config.save_steps >= 1 else max(1, round(config.save_steps * steps))
+    saved = 0 if config.save_strategy == "no" else math.ceil(steps / every)
+    kept = min(saved, (config.save_total_limit or saved) + 1)  # the oldest one goes after the newest is there
+    finals = sum(p.nbytes for p in trained) * (2 if config.keep_best and config.eval_data else 1)
+    total, place = kept * one + finals, config.folder
+    log(
+        f"disk a run takes, estimated: {kept} checkpoints of {one / GIB:.2f} GiB + models {finals / GIB:.2f} = "
+        f"{total / GIB:.2f} GiB"
+    )
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if total > free:
+        log(f"WARNING: that is more than {place} has ({free / GIB:.2f} GiB). What helps: a smaller save_total_limit")
 
 
 def lost_updates(model: PreTrainedModel, learning_rate: float) -> float:
@@ -188,5 +213,12 @@ def precision_warning(model: PreTrainedModel, learning_rate: float) -> str | Non
         return None
     return (
         f"WARNING: at learning_rate={learning_rate:g}, a step of AdamW is rounded away on {lost:.0%} of the bfloat16\n"
-        "weights: they would stay as they are. Use param_dtype: float32 with mixed_precision: bf16 (master weights)."
+        "weights: they would stay as they are. Use dtype: float32 with bf16: true (master weights)."
     )
+
+
+def in_use(device: torch.device) -> dict[str, float]:
+    """Return what this process takes: the peak of a GPU, or its resident memory."""
+    if device.type == "cuda":
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / GIB}
+    return {"rss_gib": psutil.Process().memory_info().rss / GIB}

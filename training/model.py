@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 import inspo_kernels as ik
+from inspo_kernels.models import check_head
 
-from .config import InputError, LoraOptions, NotAtHandError, TrainConfig, check_names
+from .adapters import adapter_off as adapter_off
+from .adapters import add_lora as add_lora
+from .adapters import continue_adapter, has_adapter, read_adapter
+from .errors import InputError, check_names
+from .reading import local_path, reading
 
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
@@ -32,45 +41,131 @@ _CHAT_TEMPLATE = (
 )
 
 
-def load_model(config: TrainConfig, *, adapter: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """``config.model`` in ``config.param_dtype`` with its tokenizer.
+def load_model(options: Any, *, training: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return ``options.model`` in ``options.dtype`` with its tokenizer.
 
     A section of config fields builds a small random model. It may name a ``model_type`` (default llama); its tokenizer
-    is byte-level. A folder that holds an adapter gives its base with the adapter active, if ``adapter`` allows it.
+    is byte-level. A folder that holds an adapter gives its base with the adapter active and, with ``training``, ready
+    to be trained further. Raises InputError for a model that cannot be trained as ``options`` say, and where a tensor
+    is missing that ``from_pretrained`` would make up.
     """
-    dtype = getattr(torch, config.param_dtype)
-    settings = load_settings(config)
-    if isinstance(config.model, dict):
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                model = AutoModelForCausalLM.from_config(
-                    settings, dtype=dtype, attn_implementation=config.attn_implementation
-                )
-        except Exception as error:  # transformers checks the fields in many places, each with its own class of error
-            raise InputError(f"model: {config.model} does not make a model ({error})") from None
-        return model, byte_tokenizer()
-    tokenizer = load_tokenizer(config.model)
-    with _loading(config.model, "weights (model.safetensors, or its parts)"):
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=dtype, attn_implementation=config.attn_implementation
-        )
-    if has_adapter(model) and not adapter:
-        raise InputError(
-            f"model {config.model!r} holds an adapter. Training starts from a whole model: merge it first, with "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER)"
-        )
+    settings = load_settings(options, training=training)
+    if isinstance(options.model, dict):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            return build_model(options, settings), byte_tokenizer()
+    name = local_path(options.model)
+    generation = None
+    if Path(name, "generation_config.json").is_file():
+        with reading(name, "generation_config.json"):  # transformers goes on without a damaged one
+            generation = json.loads(Path(name, "generation_config.json").read_text())
+    tokenizer = load_tokenizer(name)
+    model = _from_pretrained(options, name, **_quantization(options))
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype_of(options) and not has_adapter(model):
+            parameter.data = parameter.data.to(dtype_of(options))  # what a quantised folder keeps in its own dtype
+    if has_adapter(model) and generation is not None:  # the adapter's own, of which transformers reads the base's
+        model.generation_config = GenerationConfig(**generation)
+    if has_adapter(model) and training:
+        if options.lora is not None:
+            raise InputError(
+                f"model {name!r} holds an adapter, and lora asks for another one. Leave out lora to train it further, "
+                "or merge it first, with peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+                ".save_pretrained(OTHER)"
+            )
+        continue_adapter(model)
     return model, tokenizer
 
 
-def load_settings(config: TrainConfig) -> PretrainedConfig:
-    """The configuration of the architecture, without any weights."""
-    if not isinstance(config.model, dict):
-        file = Path(config.model, "adapter_config.json")
-        base = json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else config.model
-        with _loading(base, "config.json"):
-            return AutoConfig.from_pretrained(base)
-    fields = dict(config.model)
+def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained``, which refuses what it would otherwise initialise anew."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # what the report of the tensors says is said here, or is of no matter
+    try:
+        with reading(name, "weights (model.safetensors, or its parts)"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype_of(options), attn_implementation=options.attn_implementation,
+                output_loading_info=True, ignore_mismatched_sizes=True, **more,
+            )  # fmt: skip
+    finally:
+        logging.set_verbosity(level)
+    model, info = loaded
+    sizes = sorted(f"{key} ({tuple(found)} in the weights, {tuple(asked)} by config.json)"
+                   for key, found, asked in info["mismatched_keys"])  # fmt: skip
+    if sizes:
+        raise InputError(f"model {name!r}: weights and config.json do not fit together: {_some(sizes)}")
+    missing = set(info["missing_keys"])
+    if missing and has_adapter(model) and Path(name, "adapter_model.safetensors").is_file():
+        missing = read_adapter(model, Path(name), missing)
+    if missing:
+        found = sorted(info["unexpected_keys"])
+        raise InputError(
+            f"model {name!r}: its weights lack {len(missing)} tensors, which would be random: {_some(sorted(missing))}"
+            + (f"; they hold {_some(found)} instead. Rename these, or save the model again" if found else "")
+        )
+    shape = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
+    if extra := sorted(key for key in info["unexpected_keys"] if re.sub(r"\d+", "#", key) in shape):
+        raise InputError(f"model {name!r}: by its config.json the model has no {_some(extra)}, but its weights do")
+    return model
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def dtype_of(options: Any) -> torch.dtype:
+    return getattr(torch, options.dtype)
+
+
+def build_model(options: Any, settings: PretrainedConfig) -> PreTrainedModel:
+    """A model with random weights."""
+    try:
+        return AutoModelForCausalLM.from_config(
+            settings, dtype=dtype_of(options), attn_implementation=options.attn_implementation
+        )
+    except Exception as error:  # transformers checks the fields in many places, each with its own class of error
+        raise InputError(f"model: {options.model} does not make a causal language model ({error})") from None
+
+
+def _quantization(options: Any) -> dict[str, Any]:
+    if not (bits := getattr(options, "quantization", None)):
+        return {}
+    settings = BitsAndBytesConfig(
+        load_in_4bit=bits == "4bit", load_in_8bit=bits == "8bit", bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype_of(options), bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
+    return {"quantization_config": settings}
+
+
+def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
+    """Return the configuration of the architecture, without any weights. Raises InputError for one that cannot run."""
+    if options.attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        raise InputError("attn_implementation=flex_attention has no backward pass on a CPU; use sdpa or eager")
+    if not isinstance(options.model, dict):
+        name = local_path(options.model)
+        file = Path(name, "adapter_config.json")
+        base = name
+        if file.is_file():
+            with reading(name, "adapter_config.json"):
+                base = json.loads(file.read_text())["base_model_name_or_path"]
+        with reading(base, "config.json"):
+            settings = AutoConfig.from_pretrained(base)
+        quantized = getattr(settings, "quantization_config", None) or {}
+        if getattr(options, "quantization", None):
+            if quantized:
+                raise InputError(f"quantization: the weights of {name!r} are quantised already; leave it out")
+            quantized = {"quant_method": "bitsandbytes"}
+        if training and quantized and options.lora is None and not file.is_file():
+            raise InputError(
+                f"model {name!r} is quantised, and quantised weights cannot be trained; train an adapter on them, with "
+                "a section lora (lora: {})"
+            )
+        if dict(quantized).get("quant_method") == "bitsandbytes" and find_spec("bitsandbytes") is None:
+            raise InputError(f"model {name!r}: 4- and 8-bit weights need bitsandbytes: pip install bitsandbytes")
+        return settings
+    if getattr(options, "quantization", None):
+        raise InputError("quantization: needs a model that is read, not one built from a section")
+    fields = dict(options.model)
     model_type = fields.pop("model_type", "llama")
     check_names([model_type], list(CONFIG_MAPPING), "model.model_type=")
     check_names(fields, list(CONFIG_MAPPING[model_type]().to_dict()), "model.")
@@ -83,7 +178,9 @@ def load_settings(config: TrainConfig) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    with _loading(name, "tokenizer (tokenizer.json, tokenizer_config.json)"):
+    """Return the tokenizer of a folder or hub id. Raises InputError for one that knows no text."""
+    name = local_path(name)
+    with reading(name, "tokenizer (tokenizer.json, tokenizer_config.json)"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         # Of a folder that has a model's config.json alone, transformers makes a tokenizer that knows no text.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -91,93 +188,44 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return tokenizer
 
 
-def meta_model(config: TrainConfig) -> PreTrainedModel:
-    """The model without weights, on the meta device: shapes and names, and no memory."""
-    settings = load_settings(config)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                settings, dtype=getattr(torch, config.param_dtype), attn_implementation=config.attn_implementation
-            )
-    except Exception as error:  # as in load_settings: some fields are looked at only when the model is built
-        raise InputError(f"model: {config.model} does not make a causal language model ({error})") from None
+def meta_model(options: Any) -> PreTrainedModel:
+    """Return the model without weights, on the meta device: shapes and names, and no memory.
 
-
-@contextmanager
-def _loading(name: str, what: str) -> Iterator[None]:
-    """What goes wrong while ``what`` of the model ``name`` is read becomes an InputError that says how to mend it.
-
-    A path that is not there is refused at once: the hub would be asked for it for half a minute, or call it ill-formed.
+    Of a local folder with weights, names and shapes of the weights are compared with its configuration. Raises
+    InputError as ``load_model`` does.
     """
-    if not Path(name).is_dir():
-        first, _, rest = name.partition("/")
-        is_path = name.startswith((".", "/", "~")) or "/" in rest
-        is_below = rest != "" and Path(first).is_dir()
-        if is_path or is_below:
-            hint = "" if is_path else f"; a model of the hub is not looked for where there is a folder {first!r}"
-            raise InputError(f"model {name!r}: no such folder (working directory: {Path.cwd()}){hint}")
-    try:
-        yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        remedy = "" if Path(name).is_dir() else (
-            f". Without the hub: give a local folder instead (elsewhere, `hf download {name} --local-dir DIR` fills "
-            "one), or set HF_HUB_OFFLINE=1 where HF_HOME holds a cache that has it"
-        )  # fmt: skip
-        problem = " ".join(str(error).split())
-        raise NotAtHandError(
-            f"model {name!r}: its {what} could not be loaded as a local folder or from the hub ({problem}){remedy}"
-        ) from None
+    settings = load_settings(options)
+    if not isinstance(options.model, dict) and Path(name := local_path(options.model)).is_dir():
+        weights = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
+        if weights and getattr(settings, "quantization_config", None) is None:
+            model = _from_pretrained(options, name, device_map="meta")
+            if has_adapter(model):
+                continue_adapter(model)
+            return model
+    with torch.device("meta"):
+        return build_model(options, settings)
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raises InputError where ``hidden_and_head`` cannot take the model apart; found out on one token."""
-    # On the meta device no mask can be looked into: one that is prepared already is taken as it is.
-    mask = torch.zeros(1, 1, 1, 1, device="meta") if model.device.type == "meta" else None
+    """Raises InputError where ``hidden_and_head`` cannot take the model apart; found out on a few tokens."""
     try:
+        if model.device.type == "meta":  # nothing can be computed
+            check_head(model)
+            return
+        words = model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(4, device=model.device) + words // 2  # no padding, whose states may be 0 and fit any head
         with torch.no_grad():
-            ik.hidden_and_head(
-                model, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), attention_mask=mask
-            )
+            ik.hidden_and_head(model, input_ids=ids[None] % words)
     except (TypeError, ValueError) as error:
-        raise InputError(f"model: {error}") from None
-
-
-def add_lora(model: PreTrainedModel, options: LoraOptions, seed: int) -> None:
-    """Puts a fresh LoRA adapter into ``model`` and freezes everything else; it changes nothing before it is trained.
-
-    The adapter's own parameters are float32, whatever the model's dtype is. Raises InputError where it would sit on the
-    output head, whose loss needs the head as one matrix, or where no layer has such a name.
-    """
-    from peft import LoraConfig as PeftLoraConfig  # slow to import
-
-    if has_adapter(model):
-        raise InputError("lora: the model has an adapter already; merge it first, or leave out lora")
-    head = model.get_output_embeddings()
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
-    targets = options.target_modules
-    if names.intersection([targets] if isinstance(targets, str) else targets):
+        problem = str(error).split(". ")[0]  # what follows is advice to those who call the library
         raise InputError(
-            f"lora.target_modules: {', '.join(names)} is the output head, which takes no adapter here; leave it out, "
-            'or use "all-linear", which does'
-        )
-    settings = PeftLoraConfig(
-        r=options.r,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # divided by r alone
-        lora_dropout=0.0,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model.add_adapter(settings)
-    except ValueError as error:
-        raise InputError(f"lora: {error}") from None
-    if model.get_output_embeddings() is not head:
-        raise InputError(f"lora.target_modules={targets!r} matches the output head, which takes no adapter here")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            f"model: {type(model).__name__} cannot be trained here: {problem}; choose a model of another architecture"
+        ) from None
+
+
+def rounds_by_batch(model: PreTrainedModel) -> bool:
+    """Whether a row's log-probs depend on the rows beside it: 8-bit layers treat a batch's outliers apart."""
+    return any(getattr(getattr(module, "state", None), "threshold", 0) > 0 for module in model.modules())
 
 
 def size_text(model: PreTrainedModel) -> str:
@@ -187,30 +235,13 @@ def size_text(model: PreTrainedModel) -> str:
     return f"{total:,.2f}M parameters" + ("" if trained == total else f", {trained:,.2f}M of them trained (LoRA)")
 
 
-def has_adapter(model: PreTrainedModel) -> bool:
-    return getattr(model, "_hf_peft_config_loaded", False)
-
-
-@contextmanager
-def adapter_off(model: PreTrainedModel) -> Iterator[None]:
-    """The model without its adapter, if it has one, for the time being."""
-    if not has_adapter(model):
-        yield
-        return
-    model.disable_adapters()
-    try:
-        yield
-    finally:
-        model.enable_adapters()
-
-
 def padding_id(tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]) -> int:
     """The id that pads; EOS where the tokenizer has none. Raises InputError for a tokenizer without EOS."""
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no EOS token, so responses would never end; set its eos_token and save it")
     if tokenizer.pad_token_id is None:
         log("the tokenizer has no padding token; EOS is used (padding is known by position: a real EOS stays scored)")
-        tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer.eos_token_id
     return tokenizer.pad_token_id
 
 

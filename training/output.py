@@ -1,35 +1,31 @@
-"""What a run tells: lines on the screen, metrics.jsonl, samples.jsonl, curves.png, and a tracker that shows them."""
+"""What a run tells: lines on the screen and in log.txt, metrics.jsonl, samples.jsonl, and curves.png."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
-from .checkpoint import find_checkpoint
-from .config import InputError, TrainConfig
+from .errors import InputError
 
-METRICS, SAMPLES, CURVES = "metrics.jsonl", "samples.jsonl", "curves.png"
+METRICS, SAMPLES, CURVES, LOG = "metrics.jsonl", "samples.jsonl", "curves.png", "log.txt"
 
 
 @contextmanager
 def locked(folder: Path | None) -> Iterator[None]:
-    """One run at a time in ``folder``. The lock ends with the process, however that ends."""
+    """Admit one run at a time to ``folder``. The lock ends with the process, however that ends."""
     if folder is None:
         yield
         return
-    _check_folder(folder)
+    check_folder(folder)
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,21 +40,17 @@ def locked(folder: Path | None) -> Iterator[None]:
         lock.release()
 
 
-def check_output(config: TrainConfig, log: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a run goes on from, with its state, if it does.
-
-    Raises InputError where the run cannot write as it is told to. Nothing is written.
-    """
-    check_tracker(config.report_to)
-    if config.folder is None:
-        return None
-    _check_folder(config.folder)
-    return find_checkpoint(config.folder, config, log)
-
-
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raise InputError for an ``output_dir`` that is a file."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file; choose a folder")
+
+
+def duration(seconds: float) -> str:
+    """Return 75 s as "1m15s", 4,000 s as "1h06m"."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
 class JsonLines:
@@ -111,15 +103,14 @@ def _json_lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 class RunLog:
-    """What a run tells: metrics, sample answers and, unless ``quiet``, lines on the screen.
+    """What a run tells: metrics, sample answers and, unless ``quiet``, lines with the time of day.
 
-    Metrics are kept in memory and, with a folder, in ``metrics.jsonl``; with ``report_to`` a tracker gets them, too.
+    With a folder, metrics are in ``metrics.jsonl`` and lines in ``log.txt``, too.
     """
 
-    def __init__(self, folder: Path | None, quiet: bool, report_to: str | None = None) -> None:
-        self.quiet = quiet
-        self._folder, self._report_to = folder, report_to
-        self._tracker: GeneralTracker | None = None
+    def __init__(self, folder: Path | None, quiet: bool) -> None:
+        self.quiet, self.folder = quiet, folder
+        self._opened, self._waiting = False, []  # type: ignore[var-annotated]
         self._metrics = JsonLines(folder and folder / METRICS, self.say)
         self._samples = JsonLines(folder and folder / SAMPLES, self.say)
 
@@ -128,19 +119,30 @@ class RunLog:
         return self._metrics.rows
 
     def say(self, text: str) -> None:
-        if not self.quiet:
-            with suppress(OSError):  # a line that a full disk or a closed pipe does not take is not worth a run
-                tqdm.write(text)
+        line = f"{time.strftime('%H:%M:%S')} {text}\n"
+        with suppress(OSError):  # a line that a full disk or a closed pipe does not take is not worth a run
+            if not self.quiet:
+                sys.stdout.write(line)
                 sys.stdout.flush()  # in a file, too, a warning is seen at once
+            self._waiting.append(f"{time.strftime('%Y-%m-%d')} {line}")
+            if self._opened and self.folder is not None:
+                lines, self._waiting = self._waiting, []
+                with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
 
-    def start(self, config: TrainConfig, texts: dict[str, str]) -> None:
-        """Begins anew, or with what ``texts`` of the checkpoint hold from which a run is resumed."""
+    def open(self) -> None:
+        """Keep lines in ``log.txt`` from the next one on, and those before it: a run that is refused writes nothing."""
+        self._opened = True
+
+    def start(self, texts: dict[str, str]) -> None:
+        """Begin anew, or with what ``texts`` of the checkpoint hold from which a run is resumed."""
         self._metrics.start(texts.get(METRICS, ""))
         self._samples.start(texts.get(SAMPLES, ""))
-        if self._folder is not None and self._report_to is not None:
-            self._tracker = start_tracker(self._report_to, self._folder, config)
-            for row in self.rows:  # a tracker knows nothing of checkpoints: it is told everything again
-                self._track(row)
+
+    def forget_evaluation(self, step: int) -> None:
+        """Take back the evaluation of ``step``, which is made again with other pairs."""
+        rows = [row for row in self.rows if not (row["step"] == step and "eval_loss" in row)]
+        self._metrics.start("".join(json.dumps(row) + "\n" for row in rows))
 
     def texts(self) -> dict[str, str]:
         """The files as they should be now; a checkpoint keeps them, so that it is resumed with the rows up to it."""
@@ -148,84 +150,40 @@ class RunLog:
 
     def add(self, row: dict[str, Any]) -> None:
         self._metrics.add(row)
-        self._track(row)
 
     def add_samples(self, rows: Sequence[dict[str, Any]]) -> None:
         self._samples.add(*rows)
 
     def draw(self, title: str) -> None:
-        if self._folder is not None:
+        if self.folder is not None:
             try:
-                plot_curves(self.rows, title, self._folder / CURVES)
+                plot_curves(self.rows, title, self.folder / CURVES)
             except OSError as error:  # a picture is not worth a run
                 self.say(f"WARNING: {CURVES} could not be written: {error}")
-
-    def close(self) -> None:
-        if self._tracker is not None:
-            self._try_tracker(self._tracker.finish)
-
-    def _track(self, row: dict[str, Any]) -> None:
-        if self._tracker is not None:
-            numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
-            self._try_tracker(functools.partial(self._tracker.log, numbers, step=row["step"]))
-
-    def _try_tracker(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # each tracker has classes of its own: no network, no space, a run that was deleted
-            self._tracker = None
-            self.say(
-                f"WARNING: {self._report_to} failed ({type(error).__name__}: {error}); the run goes on without it. A "
-                "resumed run shows it everything again"
-            )
-
-
-def check_tracker(name: str | None) -> None:
-    """Raises InputError for a ``report_to`` whose package is not installed; costs nothing, so that it is asked first.
-
-    A folder ``wandb`` in the working directory, as its runs leave it, is no package.
-    """
-    if name is not None and name not in map(str, get_available_trackers()):
-        raise InputError(f"report_to={name}: the package is not installed; pip install {name}")
-
-
-def start_tracker(name: str, folder: Path, config: TrainConfig) -> GeneralTracker:
-    """TensorBoard writes to ``folder/tensorboard``; wandb and trackio name their project inspo."""
-    if name == "tensorboard":
-        shutil.rmtree(folder / name, ignore_errors=True)  # of the part of the run that is told again
-        tracker = LOGGER_TYPE_TO_CLASS[name](name, logging_dir=str(folder))
-    else:
-        tracker = LOGGER_TYPE_TO_CLASS[name]("inspo", name=folder.resolve().name)
-    tracker.start()
-    settings = asdict(config).items()
-    tracker.store_init_configuration({k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in settings})
-    return tracker
 
 
 @dataclass
 class Window:
-    """Sums of the steps since the last logged line, so that a line shows means over them. Survives a checkpoint."""
+    """Sums of the steps since the last logged line, so that a line shows means over them. Survives a checkpoint.
 
-    sums: dict[str, float] | None = None
-    pairs: int = 0
+    ``sums`` has (total, pairs) of each metric: what is computed on logged steps alone is a mean over their pairs.
+    """
+
+    sums: dict[str, list[float]] = field(default_factory=dict)
     tokens: int = 0
-    scored: int = 0
     seconds: float = 0.0
 
-    def add(self, row: dict[str, float], count: int, tokens: int, scored: int, seconds: float) -> None:
-        old = self.sums or {}
-        self.sums = {name: old.get(name, 0.0) + value * count for name, value in row.items()}
-        self.pairs += count
-        self.tokens += tokens
-        self.scored += scored
-        self.seconds += seconds
+    def add(self, row: dict[str, float], pairs: int) -> None:
+        for name, value in row.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = [total + value * pairs, count + pairs]
 
     def means(self) -> dict[str, float]:
-        return {name: total / self.pairs for name, total in (self.sums or {}).items()}
+        return {name: total / count for name, (total, count) in self.sums.items()}
 
 
-def training_line(row: dict[str, Any], total_steps: int) -> str:
-    """One logged step for a reader."""
+def training_line(row: dict[str, Any], total_steps: int, elapsed: float, left: float) -> str:
+    """Describe one logged step, and the time that the run has taken and will take."""
     alone = ""
     if "marginal/rewards/margins" in row:
         alone = (
@@ -235,12 +193,13 @@ def training_line(row: dict[str, Any], total_steps: int) -> str:
     return (
         f"step {row['step']:>5}/{total_steps} | loss {row['loss']:.4f} | margin {row['rewards/margins']:+.3f} "
         f"acc {row['rewards/accuracies']:.2f}{alone} | grad {row['grad_norm']:.2f} | lr {row['learning_rate']:.1e} "
-        f"| {row['tokens_per_second']:.0f} tok/s" + (f" | mfu {row['mfu']:.1%}" if "mfu" in row else "")
-    )
+        f"| {row['tokens_per_second']:.0f} tok/s"
+        + f" | {duration(elapsed)} gone, {duration(left)} left"
+    )  # fmt: skip
 
 
 def evaluation_line(row: dict[str, Any]) -> str:
-    """One evaluation for a reader."""
+    """Describe one evaluation."""
     parts = [f"eval at step {row['step']}: loss {row['eval_loss']:.4f}"]
     for layout, name in (("conditioned", "conditioned"), ("marginal", "prompt alone")):
         accuracy, margin = (row[f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "margins"))
@@ -254,7 +213,7 @@ def evaluation_line(row: dict[str, Any]) -> str:
 
 
 def plot_curves(rows: list[dict[str, Any]], title: str, file: Path) -> None:
-    """Loss, reward accuracy, reward margin and chosen log-prob over steps; conditioned and prompt-alone together."""
+    """Draw loss, reward accuracy, margin and chosen log-prob over steps; conditioned and prompt-alone together."""
     from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display and no global state
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")

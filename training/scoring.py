@@ -6,93 +6,107 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import inspo_kernels as ik
 
 from .batching import MicroBatch, micro_batches
-from .data import Pair
-from .engine import (
-    checkpointed,
-    decoder_layers,
-    in_any_process,
-    process_count,
-    process_index,
-    sum_over_processes,
-)
-from .stopping import StopRequested
+from .engine import checkpointed, decoder_layers, in_any_process, process_count, process_index, sum_over_processes
+from .pairs import Pair, Pairs
 
+Lengths = NDArray[np.int64]
 _SCORED_OF_ROWS, _SCORED_OF_TREES = ("labels", "marginal_labels"), ("labels", "segment_ids", "num_pairs")
 _READ_BY_MODEL = ("input_ids", "attention_mask", "position_ids", "tree_ends", "paths", "path_of", "rows")
 TIE = 1e-4  # margins this small are rounding: before training all of them are 0 where there is a reference
+
+
+class StopRequested(RuntimeError):
+    """Some process was asked to stop while pairs were scored."""
+
+
+@dataclass
+class Batch:
+    """What a forward pass of ``PairModel`` takes. Engines cast tensors that they find; they do not look into this.
+
+    ``tensors`` as ``condition_pairs`` gives them, ``ref_logps`` (2B,) float64. The loss is ``scale`` times the sum over
+    the pairs. With ``sums_only`` there is no loss.
+    """
+
+    tensors: dict[str, Any]
+    ref_logps: Tensor | None = None
+    scale: float = 1.0
+    sums_only: bool = False
+
+
+@dataclass
+class Report:
+    """What a forward pass reports: metrics as float64 sums over the pairs, or the table of ``sums_only``."""
+
+    metrics: dict[str, Tensor]
+    table: Tensor | None = None
 
 
 class PairModel(nn.Module):
     """A causal LM whose forward takes a batch of pairs and returns the loss summed over them, with all that is logged.
 
     Training engines wrap this module, not the model inside: the head's weight is read within the wrapped forward.
-    ``autocast`` runs that forward in bfloat16 autocast; ``gradient_checkpointing`` keeps one activation a layer.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, objective: ik.Objective, marginal_weight: float = 0.0, *,
-        autocast: bool = False, gradient_checkpointing: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: PreTrainedModel, objective: ik.Objective, marginal_weight: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self.loss = ik.InSPOLoss(objective, marginal_weight=marginal_weight, reduction="sum")
-        # Any objective without a reference would do: of its output only the sums are read.
-        self.sums = ik.InSPOLoss(ik.SimPO(), reduction="sum")
-        self.autocast = autocast
-        self.checkpointed = tuple(decoder_layers(model, "gradient_checkpointing")) if gradient_checkpointing else ()
+        self.checkpointed: tuple[Any, ...] = ()
+        # What Trainer and accelerate ask a model for.
+        self.config = model.config
+        self.quantization_method = getattr(model, "quantization_method", None)
+        self._no_split_modules = list(model._no_split_modules or ())
 
-    def forward(
-        self, batch: dict[str, Any], ref_logps: Tensor | None = None, *, sums_only: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Plain tensors, which every engine looks into: (loss, metrics summed over the pairs).
-
-        With ``sums_only``: (table of summed log-probs and lengths as ``Scores`` has them, {}).
-        """
-        if ref_logps is not None and ref_logps.dtype != torch.float64:
-            raise TypeError(f"ref_logps came as {ref_logps.dtype}: the engine must not cast the inputs of PairModel")
-        is_tree = "tree_ends" in batch
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        scored = {name: batch[name] for name in (_SCORED_OF_TREES if is_tree else _SCORED_OF_ROWS)}
-        mask = ik.tree_attention_mask(batch, self.model) if is_tree else batch["attention_mask"]
-        autocast = torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.autocast)
-        with autocast, checkpointed(self.checkpointed if torch.is_grad_enabled() else ()):
-            hidden, head = ik.hidden_and_head(self.model, attention_mask=mask, **inputs)
+    def forward(self, batch: Batch) -> tuple[Tensor, Report]:
+        tensors = batch.tensors
+        is_tree = "tree_ends" in tensors
+        scored = {name: tensors[name] for name in (_SCORED_OF_TREES if is_tree else _SCORED_OF_ROWS)}
+        mask = ik.tree_attention_mask(tensors, self.model) if is_tree else tensors["attention_mask"]
+        with checkpointed(self.checkpointed if torch.is_grad_enabled() else ()):
+            hidden, head = ik.hidden_and_head(
+                self.model, attention_mask=mask, input_ids=tensors["input_ids"], position_ids=tensors["position_ids"]
+            )
             if is_tree:
-                hidden = hidden.flatten(0, 1).index_select(0, batch["rows"])
-            if not sums_only:
-                out = self.loss(hidden, **scored, ref_logps=ref_logps, **head)
-                return out.loss, {"loss": out.losses.double().sum(), **summed_metrics(out)}
-            out = self.sums(hidden, **scored, **head)
-        marginals = [] if out.marginal_logps is None else [out.marginal_logps.view(2, -1)]
-        return torch.cat([out.logps.view(2, -1), out.lengths.view(2, -1), *marginals]), {}
+                hidden = hidden.flatten(0, 1).index_select(0, tensors["rows"])
+            if batch.sums_only:
+                sums, lengths = ik.pair_logps(hidden, **scored, **head)
+                return sums.new_zeros(()), Report({}, torch.cat([sums[:2], lengths[:2].to(sums), sums[2:]]))
+            out = self.loss(hidden, **scored, ref_logps=batch.ref_logps, **head)
+        return out.loss * batch.scale, Report({"loss": out.losses.double().sum(), **summed_metrics(out)})
 
-    def answer(self, input_ids: Tensor, **settings: Any) -> Tensor:
-        """The ids of ``input_ids`` (1, T) with what the model generates after them; an entry of its own for engines."""
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.autocast):
-            generate = cast(Callable[..., Tensor], self.model.generate)  # as any causal language model has it
-            return generate(input_ids, attention_mask=torch.ones_like(input_ids), **settings)
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Keep the inputs of each ``every_n_layers``-th decoder layer alone; Trainer calls it."""
+        self.checkpointed = tuple(decoder_layers(self.model, "activation_checkpointing"))[::every_n_layers]
+
+    def generate(self, input_ids: Tensor, **settings: Any) -> Tensor:
+        """Continue one prompt (1, T) of token ids."""
+        generate: Callable[..., Tensor] = self.model.generate  # type: ignore[assignment]
+        return generate(input_ids, attention_mask=torch.ones_like(input_ids), **settings)
 
 
 def unwrap(module: nn.Module) -> PairModel:
-    """The PairModel in ``module``, which is one in its engine."""
-    inner = module.module if isinstance(module, DistributedDataParallel) else module
+    """Return the PairModel in ``module``, which is one in its engine."""
+    inner = module.module if isinstance(module, DistributedDataParallel) or hasattr(module, "module") else module
     assert isinstance(inner, PairModel)
     return inner
 
 
 def summed_metrics(out: ik.InSPOOutput) -> dict[str, Tensor]:
-    """Sums over the pairs, float64, under TRL's names; behind "marginal/" the same given the prompt alone."""
+    """Return sums over the pairs, float64, under TRL's names; behind "marginal/" the same given the prompt alone."""
     kinds = [("", out.chosen_rewards, out.rejected_rewards, out.logps)]
     if out.marginal_logps is not None:
         assert out.marginal_chosen_rewards is not None and out.marginal_rejected_rewards is not None
@@ -109,7 +123,7 @@ def summed_metrics(out: ik.InSPOOutput) -> dict[str, Tensor]:
 
 
 def correct(margins: Tensor) -> Tensor:
-    """1 where the chosen response has the higher reward, 0 where the rejected one has it, 1/2 for a tie; float64."""
+    """Return 1 where the chosen response has the higher reward, 0 where the rejected one, 1/2 for a tie; float64."""
     return ((margins > TIE).double() + (margins >= -TIE).double()) / 2
 
 
@@ -128,30 +142,41 @@ class Batcher:
     separator_ids: tuple[int, ...] = ()
     layout: str = "rows"
 
-    def __call__(self, pairs: Sequence[Pair], *, conditioned: bool) -> dict[str, Any]:
+    def __call__(self, pairs: Sequence[Pair], *, conditioned: bool, marginals: bool = True) -> dict[str, Any]:
+        """Return the batch; without ``marginals`` no row meets the head for the log-probs given the prompt alone."""
         batch = ik.condition_pairs(
             [p[:3] for p in pairs], pad_token_id=self.pad_token_id, conditioned=conditioned,
             separator_ids=self.separator_ids, layout=self.layout,
         )  # fmt: skip
+        if not marginals and "rows" in batch:
+            scored = batch["segment_ids"] < 2 * batch["num_pairs"]
+            batch |= {name: batch[name][scored] for name in ("rows", "labels", "segment_ids")}
+        elif not marginals:
+            batch["marginal_labels"] = None
         return batch | {name: batch[name].to(self.device) for name in _READ_BY_MODEL if name in batch}
 
-    def tokens(self, pair: Pair, *, conditioned: bool) -> int:
-        """Tokens that the model reads for a pair, without padding."""
-        in_rows = 2 * (pair.tokens + len(self.separator_ids)) if conditioned else pair.tokens + len(pair.prompt)
-        return in_rows if self.layout == "rows" else in_rows - len(pair.prompt)
+    def tokens(self, lengths: Lengths, *, conditioned: bool) -> Lengths:
+        """Tokens that the model reads for pairs of ``lengths`` (n, 3), without padding; (n,)."""
+        prompt, both = lengths[:, 0], lengths[:, 1] + lengths[:, 2]
+        in_rows = 2 * (prompt + both + len(self.separator_ids)) if conditioned else 2 * prompt + both
+        return in_rows if self.layout == "rows" else in_rows - prompt
 
-    def padded(self, pair: Pair, *, conditioned: bool) -> int:
-        """Tokens that a pair takes in a forward pass of which it is the largest."""
-        if self.layout != "rows":
-            return self.tokens(pair, conditioned=conditioned)
-        longest = max(len(pair.chosen), len(pair.rejected))
-        return 2 * (pair.tokens + len(self.separator_ids) if conditioned else len(pair.prompt) + longest)
+    def padded(self, lengths: Lengths, *, conditioned: bool) -> Lengths:
+        """Tokens that each pair takes in a forward pass of which it is the largest; (n,)."""
+        if conditioned or self.layout != "rows":
+            return self.tokens(lengths, conditioned=conditioned)
+        return 2 * (lengths[:, 0] + lengths[:, 1:].max(1))
 
     def plan(self, pairs: Sequence[Pair], *, conditioned: bool) -> list[MicroBatch]:
         """The forward passes of this process, as many in each process."""
-        sizes = [self.padded(pair, conditioned=conditioned) for pair in pairs]
+        sizes = self.padded(lengths_of(pairs), conditioned=conditioned).tolist()
         packed = self.layout == "packed_tree"
         return micro_batches(sizes, self.max_tokens, process_count(), packed=packed)[process_index()]
+
+
+def lengths_of(pairs: Sequence[Pair]) -> Lengths:
+    """Return the tokens of prompts, chosen and rejected responses, (n, 3)."""
+    return Pairs.lengths_of(pairs)
 
 
 @dataclass(frozen=True)
@@ -165,28 +190,29 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    module: nn.Module, pairs: Sequence[Pair], batcher: Batcher, *, conditioned: bool, progress: str | None,
+    module: nn.Module, pairs: Sequence[Pair], batcher: Batcher, *, conditioned: bool,
     stop_requested: Callable[[], bool] | None = None,
 ) -> Scores:  # fmt: skip
-    """Log-probs of all pairs; conditioned ones bring the marginals along. ``progress`` names the bar, None hides it.
+    """Score all pairs; conditioned log-probs bring the marginals along.
 
     The processes share the work, and each returns all of it. Raises StopRequested in all of them before the next pass
     where ``stop_requested`` has become true in one.
     """
     table = torch.zeros(6 if conditioned else 4, len(pairs), dtype=torch.float64, device=batcher.device)
-    plan = batcher.plan(pairs, conditioned=conditioned)
-    for part in tqdm(plan, desc=progress, disable=progress is None or None, leave=False):
+    for part in batcher.plan(pairs, conditioned=conditioned):
         if stop_requested is not None and in_any_process(stop_requested(), batcher.device):
             raise StopRequested
-        rows, _ = module(batcher([pairs[i] for i in part.pairs], conditioned=conditioned), sums_only=True)
+        batch = Batch(batcher([pairs[i] for i in part.pairs], conditioned=conditioned), sums_only=True)
+        _, report = module(batch)
         if part.weight:
-            table[:, part.pairs] = rows.double()
+            assert report.table is not None
+            table[:, part.pairs] = report.table.double()
     table = sum_over_processes(table).cpu()
     return Scores(table[:2], table[2:4], table[4:] if conditioned else None)
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Of configuration and weights, before an engine takes the model."""
+    """Hash configuration and weights, before an engine takes the model."""
     digest = hashlib.blake2b(digest_size=16)
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -11,14 +11,6 @@ from types import FrameType
 EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell reports a process that SIGTERM ended
 
 
-class StopRequested(RuntimeError):
-    """Some process was asked to stop while held-out pairs were scored."""
-
-
-class Stopped(RuntimeError):
-    """The run was asked to stop, and has saved a checkpoint; the message says how to go on."""
-
-
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Within it, SIGTERM ends nothing; the function it yields says whether one has come.

@@ -12,24 +12,28 @@ from .scoring import TIE
 
 FALL = -0.1  # nats per token that both responses lose
 PREFERENCE = 0.15  # share of pairs by which longer responses win more often than they are the chosen ones
+TOGETHER = 0.5  # share of the rejected responses' fall by which the chosen ones fall, too
+PATIENCE = {"opposite": 3, "falling": 3, "longer answers": 2}
 GROWTH, GROWTH_TOKENS = 1.5, 8  # answers longer by this factor, and by this many tokens
 REMEDY = "Lower learning_rate, or set marginal_weight (0.1 to 1)."
 
 
 class Watch:
-    """Says each warning once, and again only after it has cleared, or at the end of the run."""
+    """Says each warning once, and again only after it has cleared, or at the end of the run.
+
+    A kind of ``PATIENCE`` is seen in few pairs: it is said once it has stood for so many rows in a row.
+    """
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self._log = log
-        self._standing: set[str] = set()
+        self._standing: dict[str, int] = {}  # rows in a row
 
     def __call__(self, warnings: dict[str, str | None], *, last: bool) -> None:
         """``warnings`` by kind; ``last``: what stands at the end is said once more."""
         for kind, text in warnings.items():
-            if text is None:
-                self._standing.discard(kind)
-            elif last or kind not in self._standing:
-                self._standing.add(kind)
+            rows = self._standing[kind] = 0 if text is None else self._standing.get(kind, 0) + 1
+            patience = PATIENCE.get(kind, 1)
+            if rows == patience or (last and rows > patience):
                 self._log(f"WARNING: {text}")
 
 
@@ -71,16 +75,18 @@ def _fall_from_reference(row: dict[str, Any]) -> tuple[float, float] | None:
     return chosen, rejected
 
 
-def _fall_from_start(row: dict[str, Any], first: dict[str, Any]) -> tuple[float, float]:
-    chosen, rejected = (
-        row[f"eval_marginal/logps_per_token/{kind}"] - first[f"eval_marginal/logps_per_token/{kind}"]
-        for kind in ("chosen", "rejected")
-    )
+def _fall_from_start(row: dict[str, Any], first: dict[str, Any]) -> tuple[float, float] | None:
+    """Change of the held-out log-probs given the prompt alone; None where the intervals do not tell it from noise."""
+    name = "eval_marginal/logps_per_token/"
+    now, then = row.get(f"{name}chosen_ci"), first.get(f"{name}chosen_ci")
+    if now is None or then is None or not now[1] < then[0]:
+        return None
+    chosen, rejected = (row[name + kind] - first[name + kind] for kind in ("chosen", "rejected"))
     return chosen, rejected
 
 
 def _falling(change: tuple[float, float] | None, where: str) -> str | None:
-    if change is None or not max(change) < FALL:
+    if change is None or not max(change) < FALL or change[0] > TOGETHER * change[1]:
         return None
     return (
         f"from the prompt alone, the log-probs of both responses fall together ({where}, nats per token\n"

@@ -49,5 +49,5 @@ def metrics(output_dir: Path) -> list[dict[str, Any]]:
 
 def without_timings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What two runs of the same settings have in common."""
-    measured = {"tokens_per_second", "mfu", "rss_gib", "peak_memory_gib"}
+    measured = {"time", "tokens_per_second", "rss_gib", "peak_memory_gib"}
     return [{name: value for name, value in row.items() if name not in measured} for row in rows]

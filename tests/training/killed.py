@@ -48,7 +48,7 @@ def patch(target: str, call: int | str, how: str) -> None:
             kill()
         result = original(*args, **kwargs)
         if how == "within":
-            written = next(a for a in (*args, result) if isinstance(a, Path) and a.is_file())
+            written = next(Path(a) for a in args if isinstance(a, str | Path) and Path(a).is_file())
             os.truncate(written, written.stat().st_size // 2)
         kill()
         return result

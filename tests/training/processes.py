@@ -1,6 +1,6 @@
 """Small runs that tests compare between one process and several; the program of each of the several.
 
-``processes.py FOLDER`` leaves FOLDER/ENGINE/NAME.RANK.pt with what each run gave in each process, and then crashes.
+``processes.py FOLDER`` leaves FOLDER/NAME.RANK.pt with what each run gave in each process, and then crashes.
 """
 
 from __future__ import annotations
@@ -13,62 +13,115 @@ from typing import Any
 
 import torch
 from helpers import tiny_model, token_pairs
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 import training.train
-import training.update
-from training.config import LoraOptions, TrainConfig
-from training.engine import clip_gradients, process_index, together
-from training.scoring import PairModel
+from training.adapters import add_lora
+from training.config import TrainConfig
+from training.data import Pair
+from training.engine import decoder_layers, process_count, process_index, raise_on_all_ranks
+from training.scoring import Batch, Batcher, PairModel, score
+from training.trainer import PairTrainer
 
-# Steps of 5, 3, 5 and 3 pairs (7 and 1), with 60 tokens a forward pass: several passes in each process, ragged steps,
-# and a last step of one pair, which two processes cannot share.
-COMMON = {"max_steps": 4, "learning_rate": 1e-2, "warmup": 0.0, "log_every": 1, "eval_every": 2, "batch_size": 5,
-          "max_batch_tokens": 60, "max_grad_norm": 0.3}  # fmt: skip
+# Steps of 6, 2, 6 and 2 pairs (8 and 8), with 60 tokens a forward pass: several passes in each process, ragged steps.
+COMMON = {"max_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1, "eval_steps": 2,
+          "max_batch_tokens": 60, "max_grad_norm": 0.3, "seed": 0}  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "ragged": {},
-    "tied": {"tie_word_embeddings": True, "batch_size": 7, "marginal_weight": 0.5},
-    "plain": {"objective": "simpo", "conditioned": False, "batch_size": 7, "weight_decay": 0.1},
-    "checkpointed": {"gradient_checkpointing": True, "num_hidden_layers": 3},
-    "tree": {"layout": "tree", "marginal_weight": 0.5, "gradient_checkpointing": True, "num_hidden_layers": 2},
+    "accumulated": {"gradient_accumulation_steps": 3, "pairs": 2},
+    "tied": {"tie_word_embeddings": True, "pairs": 8, "marginal_weight": 0.5},
+    "plain": {"objective": "simpo", "conditioned": False, "pairs": 8, "weight_decay": 0.1},
+    "checkpointed": {"activation_checkpointing": True, "num_hidden_layers": 3},
+    "tree": {"layout": "tree", "marginal_weight": 0.5, "activation_checkpointing": True, "num_hidden_layers": 2},
     "frozen head": {"freeze": "lm_head.weight"},
-    "lora": {"lora": LoraOptions(r=2, alpha=4.0), "max_grad_norm": 3.0},
-    "bf16": {"mixed_precision": "bf16", "learning_rate": 1e-3},
+    "lora": {"lora": {"r": 2, "alpha": 4.0}, "max_grad_norm": 3.0},
+    "bf16": {"bf16": True, "learning_rate": 1e-3},
 }
-
-
+# Sharded by torch's own FSDP2, which accelerate does not start on a CPU.
+SHARDED = ("ragged", "tied", "tree", "frozen head", "lora", "bf16")
 MODEL_FIELDS = ("tie_word_embeddings", "num_hidden_layers")
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
-    """Metrics, gradients before clipping of each step (from all processes), final weights, and all lines written."""
-    fields = {key: RUNS[name][key] for key in MODEL_FIELDS if key in RUNS[name]}
-    options = {key: value for key, value in RUNS[name].items() if key not in (*fields, "freeze")}
-    model = tiny_model(**fields)
+def model_of(name: str) -> LlamaForCausalLM:
+    model = tiny_model(**{key: RUNS[name][key] for key in MODEL_FIELDS if key in RUNS[name]})
     if "freeze" in RUNS[name]:
         model.get_parameter(RUNS[name]["freeze"]).requires_grad_(False)
+    return model
+
+
+def config_of(name: str, folder: Path | None = None) -> TrainConfig:
+    """The options of a run; ``pairs`` of a micro-step are shared by the processes."""
+    options = {key: value for key, value in RUNS[name].items() if key not in (*MODEL_FIELDS, "freeze", "pairs")}
+    pairs = RUNS[name].get("pairs", 6)
+    config = TrainConfig(**{**COMMON, **options, "output_dir": folder and str(folder)})
+    config.per_device_train_batch_size = pairs // config.world_size
+    return config
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """Metrics, gradients before clipping of each step (from all processes), and final weights."""
     gradients: list[dict[str, torch.Tensor]] = []
+    clip = PairTrainer._clip_grad_norm
 
-    def spy(module: torch.nn.Module, max_norm: float) -> torch.Tensor:
-        found = {name: whole(p.grad) for name, p in module.named_parameters() if p.grad is not None}
-        gradients.append({name.removeprefix("module."): grad.clone() for name, grad in found.items()})
-        return clip_gradients(module, max_norm)
+    def spy(self: PairTrainer, model: nn.Module) -> Any:
+        gradients.append(gradients_of(model))
+        return clip(self, model)
 
-    training.update.clip_gradients = spy
     out = folder / name if name in ("ragged", "tied") else None
-    config = TrainConfig(**{**COMMON, **options, "output_dir": out and str(out)})
+    config = config_of(name, out)
+    PairTrainer._clip_grad_norm = spy  # type: ignore[method-assign]
     try:
         result = training.train.train(
-            config, token_pairs(8), eval_pairs=token_pairs(3, seed=5), model=model, quiet=True
+            config, token_pairs(8), eval_pairs=token_pairs(3, seed=5), model=model_of(name), quiet=True
         )
     finally:
-        training.update.clip_gradients = clip_gradients
-    weights = {name: whole(tensor).detach() for name, tensor in result.model.state_dict().items()}
+        PairTrainer._clip_grad_norm = clip  # type: ignore[method-assign]
+    weights = result.model.state_dict()
     if out and process_index() == 0:
         weights = LlamaForCausalLM.from_pretrained(out / "final").state_dict()
     return {"metrics": result.metrics, "gradients": gradients, "weights": weights}
+
+
+def sharded(name: str, folder: Path) -> dict[str, Any]:
+    """Log-probs, losses and gradients of two updates by hand, each layer and the whole in FSDP2 where there are two."""
+    config, model, pairs = config_of(name), model_of(name), [Pair(*ids) for ids in token_pairs(7)]
+    if config.lora is not None:
+        add_lora(model, config.lora, 0)
+    module: nn.Module = PairModel(model.eval(), config.make_objective(), config.marginal_weight)
+    if process_count() > 1:
+        mesh = init_device_mesh("cpu", (process_count(),))
+        low = torch.bfloat16 if config.bf16 else None
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, output_dtype=low)
+        for layer in decoder_layers(module, "FSDP2"):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    batcher = Batcher(0, torch.device("cpu"), 60, layout="tree" if config.layout == "tree" else "rows")
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
+    scores, found = score(module, pairs, batcher, conditioned=True), []
+    for _ in range(2):
+        total = torch.zeros((), dtype=torch.float64)
+        for part in batcher.plan(pairs, conditioned=True):
+            ref = scores.logps[:, part.pairs].reshape(-1) + 0.1
+            tensors = batcher([pairs[i] for i in part.pairs], conditioned=True)
+            loss, report = module(Batch(tensors, ref, part.weight * process_count() / len(pairs)))
+            loss.backward()
+            total += part.weight * report.metrics["loss"]
+        if process_count() > 1:
+            torch.distributed.all_reduce(total)
+        found.append({"loss": total, **gradients_of(module)})
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"logps": scores.logps, "steps": found}
+
+
+def gradients_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    found = {name: whole(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+    return {name.removeprefix("module."): grad.clone() for name, grad in found.items()}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,7 +134,7 @@ def nan(folder: Path) -> dict[str, Any]:
     pairs[4][1].insert(0, 200)  # a token of this pair alone
     with torch.no_grad():
         model.model.embed_tokens.weight[200] = float("nan")
-    config = TrainConfig(objective="simpo", batch_size=6, max_batch_tokens=60, max_steps=1)
+    config = TrainConfig(objective="simpo", per_device_train_batch_size=3, max_batch_tokens=60, max_steps=1)
     training.train.train(config, pairs, model=model, quiet=True)
     return {}
 
@@ -97,7 +150,7 @@ def other_weights(folder: Path) -> dict[str, Any]:
 
 
 def one_fails(folder: Path) -> dict[str, Any]:
-    with together():
+    with raise_on_all_ranks():
         if process_index() == 1:
             raise OSError("the disk of process 1")
     return {}
@@ -138,17 +191,15 @@ def crash() -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     logging.disable_progress_bar()
-    for engine, environment in (("DDP", {}), ("FSDP2", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})):
-        os.environ |= environment
-        (folder / engine).mkdir(exist_ok=True)
-        for name in [*RUNS, *FAILURES]:
-            try:
-                outcome = FAILURES[name](folder) if name in FAILURES else run(name, folder / engine)
-            except Exception as error:
-                if name in RUNS:
-                    raise
-                outcome = {"error": f"{type(error).__name__}: {error}"}
-            torch.save(outcome, folder / engine / f"{name}.{os.environ['RANK']}.pt")
+    programs = {name: run for name in RUNS} | {f"sharded {name}": sharded for name in SHARDED}
+    for name, act in {**programs, **FAILURES}.items():
+        try:
+            outcome = act(name.removeprefix("sharded "), folder) if name in programs else FAILURES[name](folder)
+        except Exception as error:
+            if name in programs:
+                raise
+            outcome = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(outcome, folder / f"{name}.{os.environ['RANK']}.pt")
     crash()
 
 

@@ -1,10 +1,10 @@
-"""A run in several processes that SIGTERM reaches in one of them; the program that a launcher starts.
+"""Runs in several processes that SIGTERM reaches in one of them; the program that a launcher starts.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/training/stopped_processes.py FOLDER ENGINE
+    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/training/stopped_processes.py FOLDER
 
 FOLDER/one holds checkpoint-2 of a run in one process. Leaves FOLDER/whole (uninterrupted), FOLDER/stopped (stopped and
-resumed), FOLDER/broken_off (the same in an evaluation), FOLDER/continued (resumed from FOLDER/one) and FOLDER/RANK.json
-with what each process saw.
+resumed), FOLDER/broken_off (the same in an evaluation), FOLDER/reference (the same in the reference pass),
+FOLDER/continued (resumed from FOLDER/one) and FOLDER/RANK.json with what each process saw.
 """
 
 from __future__ import annotations
@@ -13,79 +13,83 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from helpers import PAIRS, options
 
-import training.train
+import training.references
+import training.resumable
+import training.trainer
 from training import checkpoint, output
-from training.checkpoint import SaveError
-from training.config import parse_config
 from training.engine import end_processes, process_index
-from training.stopping import Stopped
+from training.errors import SaveError, Stopped
+from training.options import parse_config
 from training.train import train
 
-RUN = ["--max_steps", "4", "--batch_size", "7", "--max_batch_tokens", "400", "--save_every", "2", "--log_every", "1",
-       "--eval_data", str(PAIRS), "--eval_every", "2", "--weight_decay", "0.1", "--learning_rate", "1e-2"]  # fmt: skip
+RUN = ["--max_steps", "4", "--max_batch_tokens", "400", "--save_steps", "2", "--logging_steps", "1",
+       "--eval_data", str(PAIRS), "--eval_steps", "2", "--weight_decay", "0.1", "--learning_rate", "1e-2"]  # fmt: skip
+PAIRS_OF_A_STEP = 8
+TWO = [*RUN, "--per_device_train_batch_size", str(PAIRS_OF_A_STEP // 2)]
+
+
+def run(folder: Path, *more: str) -> str | None:
+    """What stopped the run, if something did."""
+    try:
+        train(parse_config(options(folder, *TWO, *more)), quiet=True)
+    except (Stopped, SaveError) as stop:
+        return str(stop)
+    return None
+
+
+def terminate_one() -> None:
+    if process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped_in(owner: Any, name: str, when: Callable[..., bool], folder: Path) -> str | None:
+    """The run in ``folder`` gets SIGTERM, in one process, at the first call of ``owner.name`` for which ``when``."""
+    original = getattr(owner, name)
+
+    def patched(*what: Any, **how: Any) -> Any:
+        if when(*what, **how):
+            setattr(owner, name, original)
+            terminate_one()
+        return original(*what, **how)
+
+    setattr(owner, name, patched)
+    said = run(folder)
+    setattr(owner, name, original)
+    assert run(folder, "--resume_from_checkpoint", "auto") is None
+    return said
 
 
 def main() -> None:
-    folder, engine = Path(sys.argv[1]), sys.argv[2]
-    if engine == "FSDP2":
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    folder = Path(sys.argv[1])
     output.plot_curves = lambda *what: None
+    training.references.CHUNK = 8
     seen = {}
-    train(parse_config(options(folder / "whole", *RUN)), quiet=True)
-
-    original = output.Window.add
-
-    def add(self: output.Window, *what: object) -> None:
-        original(self, *what)
-        if process_index() == 1 and self.pairs:
-            output.Window.add = original
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    output.Window.add = add
-    try:
-        train(parse_config(options(folder / "stopped", *RUN)), quiet=True)
-    except Stopped as stopped:
-        seen["stopped"] = str(stopped)
-    output.Window.add = original
-    train(parse_config(options(folder / "stopped", *RUN, "--resume", "auto")), quiet=True)
-
-    score = training.train.score
-
-    def score_and_stop(*what: Any, **how: Any) -> Any:
-        if how["stop_requested"] is not None and process_index() == 1 and list((folder / "broken_off").glob("ch*-2")):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return score(*what, **how)
-
-    training.train.score = score_and_stop
-    try:
-        train(parse_config(options(folder / "broken_off", *RUN)), quiet=True)
-    except Stopped as stopped:
-        seen["broken_off"] = str(stopped)
-    training.train.score = score
-    train(parse_config(options(folder / "broken_off", *RUN, "--resume", "auto")), quiet=True)
-
-    resume = ["--resume", str(folder / "one" / "checkpoint-2")]
-    train(parse_config(options(folder / "continued", *RUN, *resume)), quiet=True)
-
-    write = checkpoint.save_file
+    assert run(folder / "whole") is None
+    seen["stopped"] = stopped_in(output.Window, "add", lambda *_: True, folder / "stopped")
+    in_evaluation = lambda *_, stop_requested=None, **__: (  # noqa: E731
+        stop_requested is not None and (folder / "broken_off" / "metrics.jsonl").read_text().count("\n") > 1
+    )
+    seen["broken_off"] = stopped_in(training.trainer, "score", in_evaluation, folder / "broken_off")
+    scored = iter(range(99))
+    seen["reference"] = stopped_in(
+        training.references, "score", lambda *_, **__: next(scored) == 1, folder / "reference"
+    )
+    assert run(folder / "continued", "--resume_from_checkpoint", str(folder / "one" / "checkpoint-2")) is None
 
     def full(*what: object) -> None:
         raise OSError("no space in the first process")
 
-    checkpoint.save_file = full
-    train(parse_config(options(folder / "full", *RUN, "--keep_best", "false")), quiet=True)
-    checkpoint.save_file = write
-    checkpoint._publish, publish = full, checkpoint._publish
-    try:
-        train(parse_config(options(folder / "fuller", *RUN, "--keep_best", "false")), quiet=True)
-    except SaveError as error:
-        seen["full"] = str(error)
-    checkpoint._publish = publish
+    write, training.resumable.save_file = training.resumable.save_file, full
+    assert run(folder / "full", "--keep_best", "false") is None
+    training.resumable.save_file = write
+    checkpoint.publish = full
+    seen["full"] = run(folder / "fuller", "--keep_best", "false")
     (folder / f"{process_index()}.json").write_text(json.dumps(seen))
 
 

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import inspo_kernels as ik
 from training.chat import TextEncoder, separator_ids, set_template_kwargs
-from training.config import InputError, TrainConfig
+from training.config import TrainConfig
 from training.data import Pair, load_pairs
+from training.errors import InputError
 from training.model import byte_tokenizer
 from training.references import reference_logps
 from training.scoring import Batcher, PairModel
@@ -325,7 +326,7 @@ def test_rows_read_as_a_conversation_and_score_the_same_tokens_as_without_the_tu
     tokenizer = byte_level(LLAMA_3)
     config = TrainConfig(alternative="chat", alternative_instruction="Do better.")
     separator = separator_ids(tokenizer, config)
-    pairs = load_pairs(messages_file(tmp_path), tokenizer, messages_only=True)
+    pairs = load_pairs(messages_file(tmp_path), tokenizer, config)
     batches = [Batcher(0, torch.device("cpu"), 10**6, tuple(ids))(pairs, conditioned=True) for ids in (separator, [])]
     ask = {"role": "user", "content": "Do better."}
     for row, first, second in ((0, REJECTED, CHOSEN), (2, CHOSEN, REJECTED)):
@@ -343,11 +344,11 @@ def test_the_turn_counts_in_lengths_and_tokens(tmp_path, capsys):
     pairs = load_pairs(data, tokenizer)
     separator = separator_ids(tokenizer, TrainConfig(alternative="chat"))
     plain, chat = (Batcher(0, torch.device("cpu"), 10**6, tuple(ids)) for ids in ([], separator))
-    for pair in pairs:
-        for count in ("tokens", "padded"):
-            with_turn, without = (getattr(batcher, count)(pair, conditioned=True) for batcher in (chat, plain))
-            assert with_turn == without + 2 * len(separator)
-            assert len({getattr(batcher, count)(pair, conditioned=False) for batcher in (chat, plain)}) == 1
+    for count in ("tokens", "padded"):
+        with_turn, without = (getattr(batcher, count)(pairs.lengths, conditioned=True) for batcher in (chat, plain))
+        assert (with_turn == without + 2 * len(separator)).all()
+        alone = [getattr(batcher, count)(pairs.lengths, conditioned=False) for batcher in (chat, plain)]
+        assert (alone[0] == alone[1]).all()
     longest = max(pair.tokens for pair in pairs) + len(separator)
     common = ["--model", model, "--train_data", data, "--max_steps", "1", "--alternative", "chat"]
     main([*common, "--output_dir", str(tmp_path / "o"), "--max_length", str(longest)])
@@ -362,11 +363,11 @@ def test_the_turn_makes_another_reference_only_where_the_reference_sees_the_othe
     module, found = PairModel(model, ik.DPO()), []
     for conditioned in (False, True):
         for separator in ((), (7, 8), (7, 9)):
+            batcher = Batcher(0, torch.device("cpu"), 10**6, separator)
             found.append(reference_logps(
-                module, "weights", pairs, Batcher(0, torch.device("cpu"), 10**6, separator), conditioned=conditioned,
-                mixed_precision="no", cache=tmp_path, progress=None, log=said.append,
+                module, pairs, range(len(pairs)), batcher, conditioned=conditioned, file=None, log=said.append,
+                stop_requested=lambda: False,
             ))  # fmt: skip
-    assert ["computed" in line for line in said] == [True, False, False, True, True, True]
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[4], found[5], atol=1e-3)
 
 

@@ -2,131 +2,101 @@ from __future__ import annotations
 
 import errno
 import json
-import pickle
-import random
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import tiny_model, token_pairs
+from safetensors.torch import load_file
 
-import inspo_kernels as ik
 from training import checkpoint
 from training.checkpoint import (
     DamagedError,
     SaveError,
     check_checkpoint,
     checkpoints,
-    clear_for,
-    load_checkpoint,
+    discard_later_checkpoints,
     newest_valid,
     rotate,
     save_checkpoint,
     whole_folder,
 )
-from training.config import InputError
-from training.scoring import PairModel
+from training.config import TrainConfig
+from training.errors import InputError
+from training.train import train
 
 
-def module_and_optimizer(frozen=(), seed=0, steps=0, **fields):
-    module = PairModel(tiny_model(seed, **fields), ik.DPO())
-    for name, parameter in module.named_parameters():
+def save(folder, step=1):
+    """A checkpoint with the files of a real one."""
+
+    def write(to):
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"):
+            (to / name).write_text(f"{name} of step {step}")
+
+    save_checkpoint(folder / f"checkpoint-{step}", write, {"step": step}, {"metrics.jsonl": '{"step": 1}\n'})
+    return folder / f"checkpoint-{step}"
+
+
+def run(folder, frozen=(), **given):
+    model = tiny_model(**{key: given.pop(key) for key in ("tie_word_embeddings", "vocab_size") if key in given})
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if (p.ndim > 1) == large], "weight_decay": 0.1} for large in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    for _ in range(steps):
-        for parameter in trained:
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-    return module, optimizer
-
-
-def state_of(module, optimizer):
-    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    for name, parameter in module.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"{key} of {name}"] = value.clone()
-    return state
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def save(folder, step=1, **given):
-    module, optimizer = module_and_optimizer(**{"steps": 2, **given})
-    return save_checkpoint(folder, step, module, optimizer, {"step": step}, {"metrics.jsonl": '{"step": 1}\n'})
+    settings = {"max_steps": 2, "learning_rate": 1e-2, "save_steps": 1, "output_dir": str(folder), **given}
+    train(TrainConfig(**settings), token_pairs(), model=model, quiet=True)
+    return model
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("frozen", [(), ("embed_tokens", "lm_head", "mlp")], ids=["all", "some_frozen"])
-def test_what_is_loaded_is_what_was_saved(tmp_path, tied, frozen):
-    module, optimizer = module_and_optimizer(frozen, steps=2, tie_word_embeddings=tied)
-    path = save_checkpoint(tmp_path, 2, module, optimizer, {"step": 2, "tokens": 9}, {"metrics.jsonl": "{}\n"})
-    assert check_checkpoint(path) == {"step": 2, "tokens": 9}
-    saved = state_of(module, optimizer)
-
-    other, fresh = module_and_optimizer(frozen, tie_word_embeddings=tied)
-    assert not same(state_of(other, fresh), saved)
-    assert load_checkpoint(path, other, fresh, print) == {"metrics.jsonl": "{}\n"}
-    assert same(state_of(other, fresh), saved)
-    assert [group["lr"] for group in fresh.param_groups] == [1e-2, 1e-2]
-    for one in (module, other):
-        torch.manual_seed(1)
-        for parameter in one.parameters():
-            parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
-    optimizer.step()
-    fresh.step()
-    assert same(state_of(module, optimizer), state_of(other, fresh))
+@pytest.mark.parametrize("frozen", [(), ("embed_tokens", "lm_head", "mlp", "layernorm")], ids=["all", "some_frozen"])
+def test_what_is_trained_is_written_and_comes_back(tmp_path, tied, frozen):
+    trained = run(tmp_path / "one", frozen, tie_word_embeddings=tied)
+    names = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    written = load_file(tmp_path / "one/checkpoint-2/model.safetensors")
+    assert {name.removeprefix("model.") for name in written} == {
+        "model." + name.removeprefix("model.") if "lm_head" not in name else name for name in names
+    }
+    again = run(
+        tmp_path / "two", frozen, tie_word_embeddings=tied,
+        resume_from_checkpoint=str(tmp_path / "one/checkpoint-1"),
+    )  # fmt: skip
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in trained.state_dict().items())
 
 
-def test_of_a_partly_frozen_model_only_what_is_trained_is_written(tmp_path):
-    path = save(tmp_path, frozen=("embed_tokens", "lm_head", "mlp", "layernorm"))
-    with checkpoint.safe_open(path / "model.safetensors", "pt") as tensors:
-        assert set(tensors.keys()) == {
-            "model.model.norm.weight", *(f"model.model.layers.0.self_attn.{x}_proj.weight" for x in "qkvo")
-        }  # fmt: skip
+def test_a_checkpoint_of_another_model_says_which_tensors_differ(tmp_path):
+    run(tmp_path / "one")
+    resume = {"resume_from_checkpoint": str(tmp_path / "one/checkpoint-1"), "resume_changed": True}
+    with pytest.raises(
+        InputError, match=r"2 tensors differ \(model.model.embed_tokens.weight: \(259, 16\) there, \(26"
+    ):
+        run(tmp_path / "two", vocab_size=260, **resume)
+    with pytest.raises(InputError, match=r"lm_head.weight: .* there, nothing here"):
+        run(tmp_path / "three", ("lm_head",), **resume)
 
 
-def test_random_generators_go_on_where_they_were(tmp_path):
-    module, optimizer = module_and_optimizer(steps=1)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(5)
-    random.gauss(0, 1)  # leaves a second value behind
-    np.random.standard_normal()
-    path = save_checkpoint(tmp_path, 1, module, optimizer, {}, {})
-
-    def draw():
-        return random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()
-
-    expected = draw()
-    draw()
-    load_checkpoint(path, module, optimizer, print)
-    assert draw() == expected
+def test_more_steps_are_no_change(tmp_path):
+    """A finished run goes on, with the rates that the longer schedule has then."""
+    run(tmp_path / "out")
+    with pytest.raises(InputError, match="holds a finished run of 2 steps; raise max_steps or num_train_epochs"):
+        run(tmp_path / "out", resume_from_checkpoint="auto")
+    run(tmp_path / "out", resume_from_checkpoint="auto", max_steps=4, logging_steps=1)
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row][-2:] == [3, 4]
+    run(tmp_path / "fresh", max_steps=4, logging_steps=1)
+    fresh = [json.loads(line) for line in (tmp_path / "fresh/metrics.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows][-2:] == [row["learning_rate"] for row in fresh][-2:]
+    assert (tmp_path / "out/checkpoint-4").is_dir()
 
 
-def test_random_states_of_another_number_of_processes_are_left_out_and_said_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("file", "what"), [("optimizer.pt", "optimizer state"), ("model.safetensors", "model")])
+def test_a_checkpoint_without_a_part_is_no_checkpoint(tmp_path, file, what):
+    """Even where the manifest knows of nothing else, a run does not silently go on with a fresh part."""
     path = save(tmp_path)
-    said = []
-    monkeypatch.setattr(checkpoint, "process_count", lambda: 2)
-    load_checkpoint(path, *module_and_optimizer(), said.append)
-    assert "written by 1 processes" in said[0]
-
-
-def test_nothing_is_pickled_or_unpickled(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("pickle was used")
-
-    for owner, name in ((torch, "load"), (torch, "save"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"),
-                        (pickle, "dump"), (pickle, "dumps"), (pickle, "Pickler")):  # fmt: skip
-        monkeypatch.setattr(owner, name, refuse)
-    path = save(tmp_path)
-    assert {file.suffix for file in path.rglob("*") if file.is_file()} == {".safetensors", ".json", ".jsonl"}
-    check_checkpoint(path)
-    load_checkpoint(path, *module_and_optimizer(), print)
+    (path / file).unlink()
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"][file]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedError, match=f"it has no {what}"):
+        check_checkpoint(path)
 
 
 def truncate(file):
@@ -140,14 +110,14 @@ def flip(file):
 
 
 DAMAGES = [
-    (lambda path: truncate(path / "optimizer.safetensors"), r"optimizer.safetensors has \d+ bytes, \d+ were written"),
+    (lambda path: truncate(path / "optimizer.pt"), r"optimizer.pt has \d+ bytes, \d+ were written"),
     (lambda path: flip(path / "model.safetensors"), r"model.safetensors is not what was written"),
     (lambda path: flip(path / "metrics.jsonl"), r"metrics.jsonl is not what was written"),
     (lambda path: (path / "state.json").unlink(), r"state.json is missing"),
     (lambda path: (path / "manifest.json").unlink(), r"it has no manifest.json"),
     (lambda path: truncate(path / "manifest.json"), r"manifest.json cannot be read"),
-    (lambda path: (path / "manifest.json").write_text('{"format": 9}'), r"manifest.json is not of format 1"),
-    (lambda path: (path / "manifest.json").write_text('{"format": 1, "files": {}}'), r"does not name all files"),
+    (lambda path: (path / "manifest.json").write_text('{"format": 9}'), r"manifest.json is not of format 2"),
+    (lambda path: (path / "manifest.json").write_text('{"format": 2, "files": {}}'), r"it has no model"),
     (
         lambda path: (path / "manifest.json").write_text(
             (path / "manifest.json").read_text().replace('"metrics.jsonl"', '"../metrics.jsonl"')
@@ -174,19 +144,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dama
 
 def test_where_all_are_damaged_the_run_does_not_silently_begin_anew(tmp_path):
     assert newest_valid(tmp_path, print) is None
-    truncate(save(tmp_path, 3) / "random.json")
+    truncate(save(tmp_path, 3) / "rng_state.pth")
     with pytest.raises(InputError, match=r"every checkpoint .* is damaged"):
         newest_valid(tmp_path, [].append)
-
-
-def test_a_checkpoint_of_another_model_says_which_tensors_differ(tmp_path):
-    path = save(tmp_path)
-    with pytest.raises(
-        InputError, match=r"2 tensors differ \(model.model.embed_tokens.weight: \(259, 16\) there, \(26"
-    ):
-        load_checkpoint(path, *module_and_optimizer(vocab_size=260), print)
-    with pytest.raises(InputError, match=r"lm_head.weight: .* there, nothing here"):
-        load_checkpoint(path, *module_and_optimizer(("lm_head",)), print)
 
 
 def test_a_checkpoint_may_be_moved(tmp_path):
@@ -194,17 +154,18 @@ def test_a_checkpoint_may_be_moved(tmp_path):
     assert newest_valid(tmp_path / "two", print) == (tmp_path / "two" / "checkpoint-4", {"step": 4})
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_sync"])
+@pytest.mark.parametrize("failing", ["_measure", "_sync"])
 def test_a_failed_save_leaves_the_earlier_one_and_nothing_else(tmp_path, monkeypatch, failing):
     before = save(tmp_path, 1)
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, failing, full)
-    for step in (1, 2):
-        with pytest.raises(SaveError, match=rf"checkpoint-{step} could not be written: .*No space left"):
-            save(tmp_path, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, failing, full)
+        for step in (1, 2):
+            with pytest.raises(SaveError, match=rf"checkpoint-{step} could not be written: .*No space left"):
+                save(tmp_path, step)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     check_checkpoint(before)
 
@@ -224,7 +185,7 @@ def test_rotation_counts_back_from_the_step_that_was_saved(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     said = []
-    clear_for(tmp_path, 6, said.append)
+    discard_later_checkpoints(tmp_path, 6, said.append)
     assert list(checkpoints(tmp_path)) == [2, 4, 6] and len(said) == 2
     assert {path.stem for path in tmp_path.glob("*.set-aside")} == {"checkpoint-10", "checkpoint-12"}
     rotate(tmp_path, 6, 2, print)
@@ -238,5 +199,5 @@ def test_rotation_counts_back_from_the_step_that_was_saved(tmp_path):
 def test_manifest_is_readable_and_complete(tmp_path):
     path = save(tmp_path, 7)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["format"] == 1 and manifest["step"] == 7
+    assert manifest["format"] == 2
     assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {"manifest.json"}

@@ -7,8 +7,9 @@ from helpers import PAIRS, tiny_model, write_jsonl
 from tokenizers import processors
 
 from training.chat import TextEncoder
-from training.config import InputError, TrainConfig
+from training.config import TrainConfig
 from training.data import Pair, check_pairs, load_pairs, select_pairs
+from training.errors import InputError
 from training.model import byte_tokenizer
 
 BOS, EOS = 1, 2
@@ -64,7 +65,7 @@ def test_a_second_bos_is_an_error(tmp_path, name, record):
 def test_only_messages_can_be_asked_for(tmp_path):
     file = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(InputError, match=r"d\.jsonl:1: holds strings; alternative=chat needs messages"):
-        load_pairs(file, TOKENIZER, messages_only=True)
+        load_pairs(file, TOKENIZER, TrainConfig(alternative="chat"))
 
 
 def test_text_outside_ascii_survives():

@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from training import generate
-from training.config import InputError
 from training.demo.__main__ import main
 from training.demo.stages import (
     CUT,
@@ -27,6 +26,7 @@ from training.demo.stages import (
     sample_pairs,
 )
 from training.demo.world import Prompt, World
+from training.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_pair_of_a_prompt(world: World, answers: list[str], rejected: str | None
 
 
 def test_fine_tunes_differ_in_the_method_alone(tmp_path: Path) -> None:
-    configs = {name: vars(fine_tune_config(name, Settings(), tmp_path)) for name in FINE_TUNES}
+    configs = {name: fine_tune_config(name, Settings(), tmp_path).settings() for name in FINE_TUNES}
     dpo, inspo = configs["dpo"], configs["inspo"]
     assert {key for key in dpo if dpo[key] != inspo[key]} == {"conditioned", "output_dir"}
     assert inspo["conditioned"] and not dpo["conditioned"]

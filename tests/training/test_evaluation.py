@@ -7,8 +7,9 @@ import torch
 from helpers import token_pairs
 
 import inspo_kernels as ik
-from training.config import InputError, TrainConfig
+from training.config import TrainConfig
 from training.data import Pair
+from training.errors import InputError
 from training.evaluation import conditioning_gap, evaluate, mean_interval, proportion_interval, starting_report
 from training.scoring import Scores
 
@@ -47,7 +48,7 @@ def test_pairs_of_one_prompt_are_one_cluster_of_an_evaluation():
         for some, some_pairs in ((scores, pairs), (twice, 2 * pairs))
     )
     intervals = [name for name in once if name.endswith("_ci")]
-    assert len(intervals) == 5
+    assert len(intervals) == 9
     for name in intervals:
         assert again[name] == pytest.approx(once[name], rel=1e-6), name
 

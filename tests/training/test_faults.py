@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,33 +20,36 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import training.save_model
+import training.card
+import training.resumable
 import training.train
-import training.update
-from training import checkpoint, output
+import training.trainer
+from training import output
 from training.checkpoint import check_checkpoint, checkpoints
-from training.config import InputError, TrainConfig
+from training.config import TrainConfig
+from training.errors import InputError, Stopped
 from training.output import JsonLines, locked
 from training.train import main
 
-RUN = ["--max_steps", "6", "--batch_size", "10", "--max_batch_tokens", "500", "--eval_data", str(PAIRS),
-       "--save_every", "2", "--eval_every", "2", "--log_every", "3", "--weight_decay", "0.1"]  # fmt: skip
+RUN = ["--max_steps", "6", "--per_device_train_batch_size", "10", "--max_batch_tokens", "500",
+       "--eval_data", str(PAIRS),
+       "--save_steps", "2", "--eval_steps", "2", "--logging_steps", "3", "--weight_decay", "0.1"]  # fmt: skip
 
 # Name: (function, number of its call or text in an argument, when the run is killed: see killed.py).
 KILLS = {
     "before the first checkpoint": ("training.output.Window.add", 1, "after"),
     "after a step that was not logged yet": ("training.output.Window.add", 4, "after"),
-    "in the middle of the model's file": ("training.checkpoint.save_file", "checkpoint-4.partial/model", "within"),
-    "in the middle of the optimizer's file": ("training.checkpoint.save_file", "checkpoint-4.partial/opt", "within"),
-    "with all files of a checkpoint but its name": ("training.checkpoint._publish", "checkpoint-4", "before"),
-    "after a checkpoint, before the evaluation of its step": ("training.train.rotate", 2, "before"),
+    "in the middle of the model's file": ("training.resumable.save_file", "checkpoint-4/model", "within"),
+    "in the middle of the optimizer's file": ("torch.save", "checkpoint-4/optimizer", "within"),
+    "with all files of a checkpoint but its name": ("training.checkpoint.publish", "checkpoint-4", "before"),
+    "after a checkpoint, before older ones are deleted": ("training.resumable.rotate", 2, "before"),
     "after sample answers, before the row of their evaluation": ("training.output.RunLog.add_samples", 3, "after"),
-    "while the best model is written": ("training.checkpoint._publish", "best", "before"),
+    "while the best model is written": ("training.checkpoint.publish", "best", "before"),
     "after the row of an evaluation": ("training.output.RunLog.draw", 3, "before"),
     "in the middle of a row": ("training.output.JsonLines._append", 5, "within"),
     "after the last step": ("training.output.Window.add", 6, "after"),
-    "while the final model is written": ("training.checkpoint._publish", "final", "before"),
-    "after the final model": ("training.output.RunLog.close", 1, "before"),
+    "while the final model is written": ("training.checkpoint.publish", "final", "before"),
+    "after the final model": ("training.train.end_processes", 1, "before"),
 }
 
 
@@ -95,10 +99,10 @@ def test_a_killed_run_that_is_resumed_equals_the_uninterrupted_one(killed, unint
     assert statuses[name] == -signal.SIGKILL
     if name == "after the final model":
         with pytest.raises(SystemExit, match="2"):
-            main(options(folder / name, *RUN, "--resume", "auto"))
+            main(options(folder / name, *RUN, "--resume_from_checkpoint", "auto"))
     else:
         assert not (folder / name / "final").exists()
-        main(options(folder / name, *RUN, "--resume", "auto"))
+        main(options(folder / name, *RUN, "--resume_from_checkpoint", "auto"))
     assert_equal_runs(uninterrupted, folder / name)
 
 
@@ -108,7 +112,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(killed, uninterrupted):
     assert statuses["limited"] == 0
     printed = (folder / "limited.txt").read_text()
     for step in (2, 4, 6):
-        assert f"checkpoint-{step} could not be written: " in printed and "File too large" in printed
+        assert f"checkpoint-{step} could not be written: " in printed and "the run goes on" in printed
     assert "the run goes on. If it ended now: no checkpoint was kept" in printed
     assert not list((folder / "limited").glob("checkpoint-*"))
     assert_equal_runs(uninterrupted, folder / "limited")
@@ -122,19 +126,21 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_checkpoints_and_says_so(
     tmp_path, uninterrupted, monkeypatch, capsys
 ):
     out = tmp_path / "out"
-    original = training.save_model.model_card
+    original = training.card.model_card
     monkeypatch.setattr(
-        training.save_model, "model_card", lambda *a, **k: full() if "/final" in k["name"] else original(*a, **k)
+        training.card, "model_card", lambda *a, **k: full() if "/final" in k["name"] else original(*a, **k)
     )
     with pytest.raises(SystemExit) as stopped:
         main(options(out, *RUN))
     assert stopped.value.code == 1
     error = capsys.readouterr().err
-    assert "final could not be written" in error and "No space left" in error and "--resume auto" in error
+    assert (
+        "final could not be written" in error and "No space left" in error and "--resume_from_checkpoint auto" in error
+    )
     assert not (out / "final").exists() and not (out / "final.partial").exists()
     monkeypatch.undo()
     monkeypatch.setattr(output, "plot_curves", lambda *what: None)
-    main(options(out, *RUN, "--resume", "auto"))
+    main(options(out, *RUN, "--resume_from_checkpoint", "auto"))
     assert_equal_runs(uninterrupted, out)
 
 
@@ -181,10 +187,13 @@ def test_sigterm_saves_after_the_step_and_says_how_to_go_on(tmp_path, uninterrup
         with pytest.raises(SystemExit) as stopped:
             main(options(out, *RUN))
     assert stopped.value.code == 143
-    assert f"stopped by SIGTERM after step 4: {out / 'checkpoint-4'} is kept: --resume auto" in capsys.readouterr().err
+    assert (
+        f"stopped by SIGTERM after step 4: {out / 'checkpoint-4'} is kept: --resume_from_checkpoint auto"
+        in capsys.readouterr().err
+    )
     assert signal.getsignal(signal.SIGTERM) == before
     assert [row["step"] for row in metrics(out)] == [0, 2, 3]  # the evaluation of step 4 waits
-    main(options(out, *RUN, "--resume", "auto"))
+    main(options(out, *RUN, "--resume_from_checkpoint", "auto"))
     assert_equal_runs(uninterrupted, out)
 
 
@@ -199,20 +208,24 @@ def test_sigterm_breaks_an_evaluation_off_and_keeps_its_step(
             os.kill(os.getpid(), signal.SIGTERM)
             return module(*batch, **how)
 
-        broken_off = more["progress"] == "eval" and next(evaluations) == evaluation
+        broken_off = more["stop_requested"] is not None and next(evaluations) == evaluation
         return original(counted if broken_off else module, pairs, *given, **more)
 
-    out, passes, original, evaluations = tmp_path / "out", [], training.train.score, iter(range(1, 99))
-    run = [*RUN, "--save_every", save_every]
+    out, passes, original, evaluations = tmp_path / "out", [], training.trainer.score, iter(range(1, 99))
+    run = [*RUN, "--save_steps", save_every]
     with monkeypatch.context() as patch:
-        patch.setattr(training.train, "score", score)
+        patch.setattr(training.trainer, "score", score)
         with pytest.raises(SystemExit, match="143"):
             main(options(out, *run))
     assert len(passes) == 1  # of several
-    kept = f"after step {step}: {out / f'checkpoint-{step}'} is kept: --resume auto" if step else "before step 1: no"
+    kept = (
+        f"after step {step}: {out / f'checkpoint-{step}'} is kept: --resume_from_checkpoint auto"
+        if step
+        else "before step 1: no"
+    )
     assert f"stopped by SIGTERM {kept}" in capsys.readouterr().err
     assert [row["step"] for row in metrics(out) if "eval_loss" in row] == [*range(0, step, 2)]
-    main(options(out, *run, "--resume", "auto"))
+    main(options(out, *run, "--resume_from_checkpoint", "auto"))
     assert_equal_runs(uninterrupted, out)
 
 
@@ -224,13 +237,13 @@ def test_sigterm_saves_a_run_that_keeps_no_checkpoints_otherwise(tmp_path, monke
     assert check_checkpoint(tmp_path / "out" / "checkpoint-2")["step"] == 2
     with monkeypatch.context() as patch:
         terminate_after(patch, 1)
-        with pytest.raises(training.train.Stopped, match="could not be kept, no checkpoint was kept"):
+        with pytest.raises(Stopped, match="could not be kept, no checkpoint was kept"):
             training.train.train(TrainConfig(max_steps=3), token_pairs(), model=tiny_model(), quiet=True)
 
 
 def test_a_full_disk_after_sigterm_is_said(tmp_path, monkeypatch, capsys):
     terminate_after(monkeypatch, 1)
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(training.resumable, "save_file", full)
     with pytest.raises(SystemExit, match="143"):
         main(options(tmp_path / "out"))
     assert "its state could not be kept, no checkpoint was kept" in capsys.readouterr().err
@@ -239,20 +252,20 @@ def test_a_full_disk_after_sigterm_is_said(tmp_path, monkeypatch, capsys):
 def test_the_newest_checkpoint_that_is_whole_is_used(uninterrupted, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(uninterrupted, out, ignore=shutil.ignore_patterns("final"))
-    file = out / "checkpoint-6" / "optimizer.safetensors"
+    file = out / "checkpoint-6" / "optimizer.pt"
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(SystemExit, match="2"):
-        main(options(out, *RUN, "--resume", str(out / "checkpoint-6")))
-    assert "checkpoint-6: damaged: optimizer.safetensors has" in capsys.readouterr().err
-    main(options(out, *RUN, "--resume", "auto"))
+        main(options(out, *RUN, "--resume_from_checkpoint", str(out / "checkpoint-6")))
+    assert "checkpoint-6: damaged: optimizer.pt has" in capsys.readouterr().err
+    main(options(out, *RUN, "--resume_from_checkpoint", "auto"))
     printed = capsys.readouterr().out
-    assert "checkpoint-6 is damaged: optimizer.safetensors has" in printed and "checkpoint-4 after step 4" in printed
+    assert "checkpoint-6 is damaged: optimizer.pt has" in printed and "checkpoint-4 after step 4" in printed
     assert_equal_runs(uninterrupted, out)
     assert (out / "checkpoint-6.set-aside").is_dir() and check_checkpoint(out / "checkpoint-6")
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    main(options(tmp_path / "out", "--max_steps", "4", "--save_every", "1", "--save_total", "2"))
+    main(options(tmp_path / "out", "--max_steps", "4", "--save_steps", "1", "--save_total_limit", "2"))
     assert list(checkpoints(tmp_path / "out")) == [3, 4]
 
 
@@ -261,7 +274,7 @@ def test_a_checkpoint_of_the_last_step_only_needs_the_end_of_the_run(uninterrupt
     shutil.copytree(uninterrupted / "checkpoint-6", out / "checkpoint-6")  # nothing else: another machine, say
     data = shutil.copy(PAIRS, tmp_path / "moved.jsonl")
     monkeypatch.setattr(output.Window, "add", full)  # no step is made
-    main(options(out, *RUN, "--train_data", str(data), "--resume", "auto"))
+    main(options(out, *RUN, "--train_data", str(data), "--resume_from_checkpoint", "auto"))
     assert without_timings(metrics(out)) == without_timings(metrics(uninterrupted))
     one, other = (AutoModelForCausalLM.from_pretrained(run / "final").state_dict() for run in (out, uninterrupted))
     assert all(torch.equal(one[name], other[name]) for name in other)
@@ -271,7 +284,7 @@ def test_other_data_or_another_model_in_the_same_place_is_refused_unless_it_is_w
     records = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     data, base = write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "base"
     main(options(base))
-    more = ["--save_every", "2", "--train_data", data]
+    more = ["--save_steps", "2", "--train_data", data]
     given = ["--model", str(base / "final"), *options(tmp_path / "out", *more)[8:]]
     main(given)
     shutil.rmtree(tmp_path / "out" / "final")
@@ -282,20 +295,28 @@ def test_other_data_or_another_model_in_the_same_place_is_refused_unless_it_is_w
         model.lm_head.weight[0, 0] += 1
     model.save_pretrained(base / "final")
     with pytest.raises(SystemExit, match="2"):
-        main([*given, "--resume", "auto"])
+        main([*given, "--resume_from_checkpoint", "auto"])
     error = capsys.readouterr().err
     assert "(model holds something else; train_data holds something else)" in error
     with pytest.raises(SystemExit, match="2"):
-        main([*given, "--resume", "auto", "--weight_decay", "0.5"])
+        main([*given, "--resume_from_checkpoint", "auto", "--weight_decay", "0.5"])
     assert "(weight_decay was 0.0, is 0.5)" in capsys.readouterr().err
-    main([*given, "--resume", "auto", "--weight_decay", "0.5", "--resume_changed", "true"])
+    main([*given, "--resume_from_checkpoint", "auto", "--weight_decay", "0.5", "--resume_changed", "true"])
     printed = capsys.readouterr().out
     assert "WARNING" in printed and "resumed with other settings: weight_decay was 0.0, is 0.5" in printed
     assert "resumed with other settings: model holds something else; train_data holds something else" in printed
 
 
 def test_a_checkpoint_beyond_the_end_is_refused(tmp_path, uninterrupted, capsys):
-    more = [*RUN, "--max_steps", "5", "--resume_changed", "true", "--resume", str(uninterrupted / "checkpoint-6")]
+    more = [
+        *RUN,
+        "--max_steps",
+        "5",
+        "--resume_changed",
+        "true",
+        "--resume_from_checkpoint",
+        str(uninterrupted / "checkpoint-6"),
+    ]
     with pytest.raises(SystemExit, match="2"):
         main(options(tmp_path / "out", *more))
     assert "checkpoint-6 is of step 6, but the run has 5 steps" in capsys.readouterr().err
@@ -304,32 +325,32 @@ def test_a_checkpoint_beyond_the_end_is_refused(tmp_path, uninterrupted, capsys)
 def test_a_folder_with_checkpoints_of_its_own_is_not_mixed_with_another_run(tmp_path, uninterrupted, capsys):
     shutil.copytree(uninterrupted / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
     with pytest.raises(SystemExit, match="2"):
-        main(options(tmp_path / "out", *RUN, "--resume", str(uninterrupted / "checkpoint-4")))
+        main(options(tmp_path / "out", *RUN, "--resume_from_checkpoint", str(uninterrupted / "checkpoint-4")))
     assert "holds an unfinished run with checkpoint-2" in capsys.readouterr().err
 
 
 def test_divergence_leaves_a_checkpoint_to_go_on_from(tmp_path, uninterrupted, monkeypatch, capsys):
     """An update without bounds: the loss of step 2 was finite, the parameters after it are not."""
-    more = [*RUN, "--save_every", "1", "--save_total", "1"]
-    original = training.update.learning_rate
+    more = [*RUN, "--save_steps", "1", "--save_total_limit", "1"]
+    original = training.resumable._warm_up
     with monkeypatch.context() as patch:
         patch.setattr(
-            training.update, "learning_rate", lambda c, step, n: original(c, step, n) if step < 2 else float("inf")
+            training.resumable, "_warm_up", lambda n, shape, step: original(n, shape, step) if step < 1 else math.inf
         )
         with pytest.raises(SystemExit, match="1"):
             main(options(tmp_path / "out", *more))
     error = capsys.readouterr().err
     assert "after step 2 the model's parameters are not finite" in error and "checkpoint-1 is kept" in error
-    main(options(tmp_path / "out", *more, "--resume", "auto"))
+    main(options(tmp_path / "out", *more, "--resume_from_checkpoint", "auto"))
     assert_equal_runs(uninterrupted, tmp_path / "out")
 
 
 def test_a_loss_that_is_not_finite_names_the_checkpoint_before_it(tmp_path, monkeypatch, capsys):
-    original = training.update.learning_rate
-    patched = lambda c, step, n: original(c, step, n) if step < 3 else float("inf")  # noqa: E731
-    monkeypatch.setattr(training.update, "learning_rate", patched)
+    original = training.resumable._warm_up
+    patched = lambda n, shape, step: original(n, shape, step) if step < 2 else math.inf  # noqa: E731
+    monkeypatch.setattr(training.resumable, "_warm_up", patched)
     with pytest.raises(SystemExit, match="1"):
-        main(options(tmp_path / "out", "--max_steps", "5", "--save_every", "2"))
+        main(options(tmp_path / "out", "--max_steps", "5", "--save_steps", "2"))
     error = capsys.readouterr().err
     assert "step 4: loss nan" in error and f"{tmp_path / 'out' / 'checkpoint-2'} is kept" in error
     check_checkpoint(tmp_path / "out" / "checkpoint-2")
@@ -349,11 +370,12 @@ def test_evaluations_on_other_held_out_pairs_are_not_compared(tmp_path, uninterr
     shutil.copytree(uninterrupted / "checkpoint-4", out / "checkpoint-4")
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(records[:5]) + "\n")
-    main(options(out, *RUN, "--eval_data", str(other), "--resume", "auto", "--resume_changed", "true"))
+    main(options(out, *RUN, "--eval_data", str(other), "--resume_from_checkpoint", "auto", "--resume_changed", "true"))
     rows = [row for row in metrics(out) if "eval_loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
     best = check_checkpoint(out / "checkpoint-6")["best"]
-    assert best == rows[2]  # of step 4, on the new pairs; before it, nothing counts
+    rank = lambda row: [row[f"eval_marginal/rewards/{kind}"] for kind in ("accuracies", "margins")]  # noqa: E731
+    assert best == max(rows[2:], key=rank)  # on the new pairs; before step 4, nothing counts
     card = (out / "final" / "README.md").read_text()
     assert "after step 4" in card and "before training" not in card
 
@@ -370,7 +392,7 @@ def test_of_lora_a_checkpoint_holds_the_adapter_and_resumes_exactly(tmp_path):
     with safe_open(tmp_path / "whole" / "checkpoint-4" / "model.safetensors", "pt") as tensors:
         assert tensors.keys() and all("lora_" in name for name in tensors.keys())
     shutil.copytree(tmp_path / "whole", tmp_path / "again", ignore=shutil.ignore_patterns("final", "checkpoint-6"))
-    run("again", "--resume", "auto")
+    run("again", "--resume_from_checkpoint", "auto")
     one, other = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("whole", "again"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert without_timings(metrics(tmp_path / "whole")) == without_timings(metrics(tmp_path / "again"))

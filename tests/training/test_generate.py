@@ -331,7 +331,7 @@ def test_bad_files_and_options_are_named(saved, tmp_path, capsys):
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
     (tmp_path / "there.json").write_text("kept")
     (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "broken.json").write_text("[1, ")
+    (tmp_path / "broken.json").write_text('[{"prompt": "a"}, ')
     for words, message in (
         (["--prompts", prompts, "--out", str(tmp_path / "there.json")], "there.json exists; choose another file"),
         (["--prompts", prompts, "--out", str(tmp_path / "no/o.json")], "there is no folder"),

@@ -11,6 +11,7 @@ import torch
 from helpers import tiny_model, token_pairs
 from hypothesis import given
 from hypothesis import strategies as st
+from test_scoring import reference
 
 import inspo_kernels as ik
 import training.layouts
@@ -18,11 +19,11 @@ import training.scoring
 import training.train
 from inspo_kernels.tree import MAX_DENSE_TOKENS
 from training.batching import micro_batches
-from training.config import InputError, TrainConfig
+from training.config import TrainConfig
 from training.data import Pair
+from training.errors import InputError
 from training.layouts import check_layout, choose_layout, operations
-from training.references import reference_logps
-from training.scoring import Batcher, PairModel, score, weights_digest
+from training.scoring import Batch, Batcher, PairModel, lengths_of, score
 from training.train import train
 
 PAIRS = [Pair(*ids, f"pair {i}") for i, ids in enumerate(token_pairs(7))]
@@ -32,7 +33,7 @@ BATCHER = Batcher(pad_token_id=0, device=torch.device("cpu"), max_tokens=100, se
 def choose(wanted, model, pairs=PAIRS, conditioned=True):
     """The layout, and the line that says why."""
     said = []
-    batcher = choose_layout(wanted, model, BATCHER, pairs, conditioned=conditioned, log=said.append)
+    batcher = choose_layout(wanted, model, BATCHER, lengths_of(pairs), conditioned=conditioned, log=said.append)
     assert dataclasses.replace(batcher, layout="rows") == BATCHER
     (line,) = said
     return batcher.layout, line
@@ -89,7 +90,7 @@ def test_operations_are_those_of_the_attention_that_runs():
     ):  # fmt: skip
         model.set_attn_implementation(attention)
         batcher = dataclasses.replace(BATCHER, layout=layout)
-        found = operations(model, batcher, [pair], conditioned=True)
+        found = operations(model, batcher, lengths_of([pair]), conditioned=True)
         assert found == 2 * weights * tokens + 4 * 3 * 16 * seen, (attention, layout)
 
 
@@ -98,12 +99,12 @@ def test_operations_are_those_of_the_attention_that_runs():
 def test_scores_and_sizes_are_those_of_the_batches(layout, conditioned):
     model = PairModel(tiny_model(), ik.DPO())
     batcher = dataclasses.replace(BATCHER, layout=layout)
-    expected, found = (score(model, PAIRS, b, conditioned=conditioned, progress=None) for b in (BATCHER, batcher))
+    expected, found = (score(model, PAIRS, b, conditioned=conditioned) for b in (BATCHER, batcher))
     for name in ("logps", "lengths", "marginal_logps") if conditioned else ("logps", "lengths"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=0)
     ids = batcher(PAIRS, conditioned=conditioned)["input_ids"]
-    tokens = [batcher.tokens(pair, conditioned=conditioned) for pair in PAIRS]
-    assert tokens == [batcher.padded(pair, conditioned=conditioned) for pair in PAIRS]
+    tokens = batcher.tokens(lengths_of(PAIRS), conditioned=conditioned).tolist()
+    assert tokens == batcher.padded(lengths_of(PAIRS), conditioned=conditioned).tolist()
     assert ids.numel() == (sum(tokens) if layout == "packed_tree" else len(PAIRS) * max(tokens))
     for part in batcher.plan(PAIRS, conditioned=conditioned):
         used = batcher([PAIRS[i] for i in part.pairs], conditioned=conditioned)["input_ids"].numel()
@@ -127,7 +128,7 @@ def test_packed_passes_hold_every_pair_once_within_the_bound_in_nearly_equal_par
 @pytest.mark.parametrize("layout", ["tree", "packed_tree"])
 def test_a_tree_is_trusted_only_where_it_gives_the_logps_of_rows(layout, bf16, monkeypatch):
     model = tiny_model(initializer_range=0.5)  # context has to matter
-    module = PairModel(model, ik.DPO(), autocast=bf16)
+    module = Autocast(PairModel(model, ik.DPO()), bf16)
     batcher = dataclasses.replace(BATCHER, layout=layout)
     said = []
 
@@ -147,6 +148,18 @@ def test_a_tree_is_trusted_only_where_it_gives_the_logps_of_rows(layout, bf16, m
                 check(True)
 
 
+class Autocast(torch.nn.Module):
+    """Runs ``module`` as accelerate does."""
+
+    def __init__(self, module, enabled):
+        super().__init__()
+        self.module, self.enabled = module, enabled
+
+    def forward(self, *batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            return self.module(*batch)
+
+
 def see_everything(batch, model):
     """What a model sees that ignores its mask: all tokens before, of other branches and pairs, too."""
     length = batch["input_ids"].shape[1]
@@ -162,8 +175,14 @@ def without_positions(hidden_and_head):
 
 def run(layout, **options):
     model = tiny_model(num_hidden_layers=2)
-    settings = {"max_steps": 4, "batch_size": 5, "max_batch_tokens": 100, "learning_rate": 1e-2, "log_every": 1}
-    config = TrainConfig(layout=layout, eval_every=2, **{**settings, **options})
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 5,
+        "max_batch_tokens": 100,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+    }
+    config = TrainConfig(layout=layout, eval_steps=2, **{**settings, **options})
     result = train(config, token_pairs(9), eval_pairs=token_pairs(3, seed=1), model=model, quiet=True)
     return result.metrics, dict(result.model.named_parameters())
 
@@ -183,7 +202,7 @@ def assert_same_run(one, other, tolerance):
     [
         {"marginal_weight": 0.5},
         {"conditioned": False},
-        {"objective": "orpo", "gradient_checkpointing": True},
+        {"objective": "orpo", "activation_checkpointing": True},
         {"reference_conditioned": True},
     ],
 )
@@ -195,14 +214,14 @@ def test_a_run_in_trees_is_the_run_in_rows(options):
 def test_a_run_in_packed_trees_is_the_run_in_rows(monkeypatch):
     expected = run("rows")
     # flex_attention has no backward on a CPU: here the packed rows get a dense mask.
-    packed = lambda layout, model, batcher, pairs, **_: dataclasses.replace(batcher, layout="packed_tree")  # noqa: E731
+    packed = lambda layout, model, batcher, lengths, **_: dataclasses.replace(batcher, layout="packed_tree")  # noqa: E731
     monkeypatch.setattr(training.train, "choose_layout", packed)
     assert_same_run(run("auto"), expected, 2e-4)
 
 
 def test_autocast_runs_in_trees():
-    rows, _ = run("rows", mixed_precision="bf16")
-    tree, _ = run("tree", mixed_precision="bf16")
+    rows, _ = run("rows", bf16=True)
+    tree, _ = run("tree", bf16=True)
     for mine, theirs in zip(tree, rows, strict=True):
         if "loss" in mine:
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.05)
@@ -210,7 +229,9 @@ def test_autocast_runs_in_trees():
 
 def test_a_resumed_run_keeps_the_layout_it_began_with_unless_told_otherwise(tmp_path, monkeypatch, capsys):
     def start(**options):
-        config = TrainConfig(output_dir=str(tmp_path), max_steps=4, batch_size=5, save_every=2, **options)
+        config = TrainConfig(
+            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=5, save_steps=2, **options
+        )
         return train(config, token_pairs(9), model=tiny_model())
 
     with monkeypatch.context() as patch:
@@ -220,19 +241,28 @@ def test_a_resumed_run_keeps_the_layout_it_began_with_unless_told_otherwise(tmp_
     state = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())
     assert state["layout"] == "rows"
     shutil.rmtree(tmp_path / "final")
-    start(resume=str(tmp_path / "checkpoint-2"))
+    start(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert "layout: rows, as set" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "final")
-    start(resume=str(tmp_path / "checkpoint-2"), layout="tree")
+    start(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), layout="tree")
     assert "layout: tree" in capsys.readouterr().out
 
 
 def test_a_cached_reference_is_of_one_layout(tmp_path):
-    model, said = tiny_model(), []
+    said = []
     for layout in ("rows", "tree", "tree"):
-        batcher = dataclasses.replace(BATCHER, layout=layout)
-        reference_logps(
-            PairModel(model, ik.DPO()), weights_digest(model), PAIRS, batcher, conditioned=False,
-            mixed_precision="no", cache=tmp_path, progress=None, log=said.append,
-        )  # fmt: skip
+        reference(tiny_model(), tmp_path, said, PAIRS, batcher=dataclasses.replace(BATCHER, layout=layout))
     assert ["computed" in line for line in said] == [True, True, False]
+
+
+def test_without_marginals_no_row_of_theirs_meets_the_head():
+    module = PairModel(tiny_model(), ik.DPO())
+    ref = torch.zeros(2 * len(PAIRS), dtype=torch.float64)
+    for layout in ("rows", "tree", "packed_tree"):
+        batcher = dataclasses.replace(BATCHER, layout=layout)
+        (loss, full), (same, bare) = (
+            module(Batch(batcher(PAIRS, conditioned=True, marginals=some), ref)) for some in (True, False)
+        )
+        assert same.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert any(name.startswith("marginal/") for name in full.metrics)
+        assert not any(name.startswith("marginal/") for name in bare.metrics)

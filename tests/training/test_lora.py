@@ -13,8 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inspo_kernels import gradients
 from training import generate
-from training.config import InputError, LoraOptions, TrainConfig, parse_config
+from training.config import TrainConfig
+from training.data_options import LoraOptions
+from training.errors import InputError
 from training.model import adapter_off, add_lora, byte_tokenizer, check_architecture, load_model, size_text
+from training.options import parse_config
 from training.train import main, train
 
 
@@ -30,7 +33,7 @@ def lora_run(out, model, *more):
 
 
 def run(model, pairs=None, **given):
-    settings = {"max_steps": 2, "learning_rate": 1e-2, "log_every": 1, "lora": LoraOptions(r=4), **given}
+    settings = {"max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "lora": LoraOptions(r=4), **given}
     return train(TrainConfig(**settings), pairs or token_pairs(), model=model, quiet=True)
 
 
@@ -85,7 +88,7 @@ def test_the_first_loss_is_ln_2_and_so_is_that_of_an_adapter_of_another_seed():
 
 def test_the_reference_is_the_base_without_the_adapter_also_where_it_is_built_after_training(tmp_path, capsys):
     model = base(tmp_path / "base")
-    more = ["--save_every", "1", "--log_every", "1"]
+    more = ["--save_steps", "1", "--logging_steps", "1"]
     main(["--model", model, *options(tmp_path / "full", "--max_steps", "1")[8:]])
     lora_run(tmp_path / "lora", model, *more)
     (of_base,), (of_lora,) = ([*(tmp_path / run).glob("reference-*")] for run in ("full", "lora"))
@@ -96,7 +99,7 @@ def test_the_reference_is_the_base_without_the_adapter_also_where_it_is_built_af
     # As if killed after step 2, with the reference lost: it must not become the trained adapter's.
     broken = tmp_path / "broken"
     shutil.copytree(tmp_path / "lora", broken, ignore=shutil.ignore_patterns("final", "checkpoint-3", "reference-*"))
-    lora_run(broken, model, *more, "--resume", "auto")
+    lora_run(broken, model, *more, "--resume_from_checkpoint", "auto")
     assert "resumed from" in capsys.readouterr().out
     (again,) = broken.glob("reference-*")
     assert torch.equal(load_file(again)["logps"], load_file(of_base)["logps"])
@@ -109,7 +112,7 @@ def test_the_reference_is_the_base_without_the_adapter_also_where_it_is_built_af
 
 def test_checkpoints_hold_the_adapter_alone(tmp_path):
     model = base(tmp_path / "base")
-    lora_run(tmp_path / "out", model, "--save_every", "2")
+    lora_run(tmp_path / "out", model, "--save_steps", "2")
     kept = load_file(tmp_path / "out/checkpoint-2/model.safetensors")
     assert kept and all("lora_" in name for name in kept)
 
@@ -125,7 +128,7 @@ def test_final_is_an_adapter_that_generate_reads_and_peft_merges(tmp_path, capsy
     assert settings["base_model_name_or_path"] == model
     assert not list(final.glob("model*.safetensors"))
 
-    adapted, _ = load_model(TrainConfig(model=str(final)), adapter=True)
+    adapted, _ = load_model(TrainConfig(model=str(final)), training=False)
     merged = AutoPeftModelForCausalLM.from_pretrained(final).merge_and_unload()
     plain = AutoModelForCausalLM.from_pretrained(model)
     ids = torch.tensor([[1, 50, 60, 70]])
@@ -141,11 +144,10 @@ def test_final_is_an_adapter_that_generate_reads_and_peft_merges(tmp_path, capsy
     assert capsys.readouterr().out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
 
 
-def test_training_starts_from_no_adapter_and_says_how_to_merge_it(tmp_path):
-    model = base(tmp_path / "base")
-    lora_run(tmp_path / "out", model, "--max_steps", "1")
+def test_an_adapter_beside_another_is_refused(tmp_path):
+    lora_run(tmp_path / "out", base(tmp_path / "base"), "--max_steps", "1")
     with pytest.raises(InputError, match=r"holds an adapter.*merge_and_unload\(\)\.save_pretrained"):
-        load_model(TrainConfig(model=str(tmp_path / "out/final")))
+        load_model(TrainConfig(model=str(tmp_path / "out/final"), lora={}))
     result = run(tiny_model(), max_steps=1)
     with pytest.raises(InputError, match="has an adapter already"):
         run(result.model)
@@ -156,8 +158,9 @@ def test_training_starts_from_no_adapter_and_says_how_to_merge_it(tmp_path):
     [
         ("lm_head", "lm_head is the output head"),
         (["q_proj", "lm_head"], "lm_head is the output head"),
-        (".*(q_proj|lm_head)", "matches the output head"),
-        (["q_porj"], "lora: Target modules .*q_porj.* not found"),
+        (".*(q_proj|lm_head)", "is the output head"),
+        (["q_proj", "nope"], "lora.target_modules: nothing in the model is called 'nope'"),
+        (["q_porj"], "nothing in the model is called 'q_porj'; did you mean 'q_proj'"),
     ],
 )
 def test_targets_that_no_adapter_can_have_are_named(targets, message):
@@ -180,9 +183,9 @@ def test_the_adapter_is_float32_and_follows_the_seed_alone():
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_bfloat16_parameters_and_gradient_checkpointing_train_an_adapter():
+def test_bfloat16_parameters_and_activation_checkpointing_train_an_adapter():
     model = tiny_model().bfloat16()
-    result = run(model, param_dtype="bfloat16", gradient_checkpointing=True)
+    result = run(model, dtype="bfloat16", activation_checkpointing=True)
     assert all(math.isfinite(row["loss"]) for row in result.metrics)
     assert all(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
@@ -199,16 +202,16 @@ def test_the_section_is_read_from_yaml_and_the_command_line(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("model: m\ntrain_data: d.jsonl\noutput_dir: o\nlora: {r: 8, target_modules: [q_proj, v_proj]}\n")
     config = parse_config(["--config", str(file), "--lora.alpha", "4"])
-    assert config.lora == LoraOptions(8, 4.0, ["q_proj", "v_proj"])
+    assert config.lora == {"r": 8, "target_modules": ["q_proj", "v_proj"], "alpha": 4}
     file.write_text(config.to_yaml())
     assert parse_config(["--config", str(file)]) == config
     assert parse_config(["--config", str(file), "--lora", "null"]).lora is None
     words = ["--model", "m", "--train_data", "d", "--output_dir", "o"]
-    assert parse_config([*words, "--lora", "{}"]).lora == LoraOptions()
+    assert parse_config([*words, "--lora", "{}"]).lora == {}
     for bad, message in (
         (["--lora.r", "0"], "lora: r=0"),
         (["--lora.rank", "8"], "lora"),
-        (["--lora.modules_to_save", "[lm_head]"], "modules_to_save"),
+        (["--lora.lora_dropout", "0.1"], "must be 0"),
         (["--lora.r", "much"], "much"),
     ):
         with pytest.raises(InputError, match=message):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_model, token_pairs
@@ -17,15 +20,14 @@ from helpers import tiny_model, token_pairs
 from benchmarks.harness import own_peak
 from inspo_kernels import fused_inspo_loss
 from training.config import TrainConfig
-from training.data import Pair
-from training.memory import GIB, estimate_memory, graded_tokens, lost_updates, precision_warning
+from training.memory import GIB, estimate_memory, graded_tokens, in_use, lost_updates, precision_warning, report_disk
 from training.train import train
 
 CPU = torch.device("cpu")
 # Activations, weights and head each take a good part of the whole.
 FIELDS = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
           "vocab_size": 16_000}  # fmt: skip
-RUNS = {"kept": {}, "checkpointed": {"gradient_checkpointing": True}}
+RUNS = {"kept": {}, "checkpointed": {"activation_checkpointing": True}}
 TOKENS = 2 * 512
 # Vocabulary, hidden size, tokens of each response: workspaces above the default, one above all that a pair may get,
 # and rows that stay staged until their gradients are written.
@@ -33,15 +35,17 @@ HEADS = {"long pair": (32_000, 64, 700), "longer than the workspace": (32_000, 6
 
 
 def config_of(name: str) -> TrainConfig:
-    return TrainConfig(max_steps=2, batch_size=4, max_batch_tokens=TOKENS, layout="rows", **RUNS[name])
+    return TrainConfig(max_steps=2, per_device_train_batch_size=4, max_batch_tokens=TOKENS, layout="rows", **RUNS[name])
 
 
 def measure() -> None:
     """Bytes at the peak of each run of RUNS, above what the process held before it: the program of a fresh process."""
     generator = torch.Generator().manual_seed(0)
     pairs = [tuple(torch.randint(3, 9999, (n,), generator=generator).tolist() for n in (12, 250, 250)) for _ in "abcd"]
+    train(TrainConfig(max_steps=1), token_pairs(), model=tiny_model(), quiet=True)  # what is imported late
     peaks = {}
     for name in ("checkpointed", "kept"):  # the larger one last: it does not live in what the other has left
+        gc.collect()  # Trainer is in a cycle
         model = tiny_model(**FIELDS)
         peaks[name] = own_peak(functools.partial(train, config_of(name), pairs, model=model, quiet=True))
     peaks |= {name: own_peak(functools.partial(head_alone, name)) for name in HEADS}
@@ -140,27 +144,27 @@ def test_the_warning_names_what_helps_and_is_not_there_yet() -> None:
     )
     assert memory.warning(memory.total, config, 1) is None
     warning = memory.warning(memory.total - 1, config, 1)
-    assert all(name in warning for name in ("max_batch_tokens", "gradient_checkpointing: true", "FSDP2", "lora"))
-    checkpointed = dataclasses.replace(config, gradient_checkpointing=True)
+    assert all(name in warning for name in ("max_batch_tokens", "activation_checkpointing: true", "FSDP2", "lora"))
+    checkpointed = dataclasses.replace(config, activation_checkpointing=True)
     assert "gradient_checkpointing" not in memory.warning(0, checkpointed, 1)
 
 
 def test_a_run_says_what_it_will_need(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     train(TrainConfig(max_steps=1), token_pairs(), model=tiny_model())
     assert "memory a process needs, estimated: parameters" in capsys.readouterr().out
-    asked: list[int] = []
+    asked: list = []
     monkeypatch.setattr("training.train.report_memory", lambda *given: asked.append(given[4]))
     train(TrainConfig(max_steps=1), token_pairs(), model=tiny_model(), quiet=True)
-    assert asked == [max(len(chosen) + len(rejected) for _, chosen, rejected in token_pairs())]
+    assert asked[0].tolist() == [[len(ids) for ids in pair] for pair in token_pairs()]
 
 
 def test_scored_tokens_with_a_gradient_are_counted_in_each_context_that_is_trained() -> None:
-    pair = Pair([1], [3] * 5, [4] * 7)
+    lengths = np.array([[1, 5, 7], [9, 2, 2]])
     for given, expected in (
         ({}, 12), ({"conditioned": False}, 12), ({"marginal_weight": 0.5}, 24), ({"objective": "orpo"}, 17),
         ({"objective": "orpo", "conditioned": False}, 12),
     ):  # fmt: skip
-        assert graded_tokens(pair, TrainConfig(**given)) == expected, given
+        assert graded_tokens(lengths, TrainConfig(**given)) == expected, given
 
 
 def trained(dtype: torch.dtype, learning_rate: float) -> float:
@@ -168,8 +172,8 @@ def trained(dtype: torch.dtype, learning_rate: float) -> float:
     model = tiny_model(vocab_size=48).to(dtype)
     before = model.lm_head.weight.detach().clone()
     config = TrainConfig(
-        max_steps=4, warmup=0.0, lr_scheduler="constant", learning_rate=learning_rate,
-        param_dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        max_steps=4, warmup_steps=0, lr_scheduler_type="constant", learning_rate=learning_rate,
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
     )  # fmt: skip
     train(config, token_pairs(), model=model, quiet=True)
     return (model.lm_head.weight != before).float().mean().item()
@@ -185,3 +189,23 @@ def test_bfloat16_parameters_lose_small_updates_and_the_warning_says_how_many() 
     assert "rounded away on 9" in precision_warning(model, 5e-7)
     assert precision_warning(model, 1e-2) is None
     assert precision_warning(model.float(), 5e-7) is None
+
+
+def test_a_run_says_what_it_will_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, said = tmp_path / "out", []
+    config = TrainConfig(output_dir=str(out), max_steps=6, save_steps=2, save_total_limit=2, keep_best=False)
+    model = tiny_model(vocab_size=9_000, hidden_size=256)
+    report_disk(model, config, 6, said.append)
+    train(config, token_pairs(), model=model, quiet=True)
+    size = sum(file.stat().st_size for file in (out / "checkpoint-6").iterdir())
+    one = sum(12 * p.numel() for p in model.parameters())
+    assert f"3 checkpoints of {one / GIB:.2f} GiB" in said[0] and size == pytest.approx(one, rel=0.01)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=one))
+    report_disk(model, config, 6, said.append)
+    assert said[-1].startswith("WARNING: that is more than") and "save_total_limit" in said[-1]
+
+
+def test_memory_in_use_is_the_processs_own() -> None:
+    before = in_use(CPU)["rss_gib"]
+    held = torch.ones(GIB // 4, dtype=torch.uint8)
+    assert in_use(CPU)["rss_gib"] - before == pytest.approx(0.25, abs=0.02) and held[0] == 1

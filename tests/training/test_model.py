@@ -6,7 +6,9 @@ import torch
 from helpers import TINY, tiny_model
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from training.config import InputError, TrainConfig
+import inspo_kernels as ik
+from training.config import TrainConfig
+from training.errors import InputError
 from training.model import byte_tokenizer, check_architecture, load_model, padding_id
 
 
@@ -38,12 +40,24 @@ def test_a_model_that_cannot_be_made_is_named(model, message):
         load_model(TrainConfig(model=model))
 
 
-def test_an_architecture_whose_head_is_unknown_is_named_with_what_to_do():
+def test_any_architecture_is_accepted_whose_head_is_linear():
     check_architecture(tiny_model())
     section = {"model_type": "bloom", "hidden_size": 8, "n_layer": 1, "n_head": 2}
     model, _ = load_model(TrainConfig(model=section))
-    with pytest.raises(InputError, match=r"'bloom' is not in the table.*Call fused_inspo_loss with its parts"):
+    check_architecture(model)
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Tanh())
+    with pytest.raises(InputError, match=r"BloomForCausalLM cannot be trained here.*another architecture"):
         check_architecture(model)
+
+
+def test_checking_the_architecture_leaves_log_probs_right():
+    model = tiny_model().eval()  # the embedding of padding, id 0, is 0
+    check_architecture(model)
+    ids = torch.tensor([[1, 50, 60]])
+    with torch.no_grad():
+        hidden, head = ik.hidden_and_head(model, input_ids=ids)
+        assert head["logit_scale"] == 1.0
+        torch.testing.assert_close(hidden @ head["weight"].T, model(ids).logits)
 
 
 def test_truncated_weights_are_named(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from contextlib import suppress
 
@@ -14,27 +15,30 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import TensorBoardCallback
 
 import inspo_kernels as ik
-import training.save_model
-import training.train
+import training.card
+import training.resumable
+import training.trainer
 from training import output
 from training.checkpoint import SaveError, check_checkpoint
-from training.config import InputError, TrainConfig
+from training.config import TrainConfig
+from training.errors import InputError
 from training.evaluation import is_better, sample_answers
 from training.model import byte_tokenizer
 from training.scoring import PairModel
-from training.stopping import Stopped
 from training.train import main, train
+from training.trainer import PairTrainer
 
 RUN = [
     "--max_steps",
     "4",
     "--eval_data",
     str(PAIRS),
-    "--eval_every",
+    "--eval_steps",
     "1",
-    "--log_every",
+    "--logging_steps",
     "1",
     "--learning_rate",
     "3e-2",
@@ -44,51 +48,29 @@ RUN = [
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    main(options(folder, *RUN, "--save_every", "1", "--save_total", "9", "--report_to", "tensorboard"))
+    main(options(folder, *RUN, "--save_steps", "1", "--save_total_limit", "9", "--report_to", "tensorboard"))
     return folder
 
 
-def scalars(folder):
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def assert_tracked(folder):
-    shown, rows = scalars(folder), metrics(folder)
-    for name in {name for row in rows for name in row} - {"step"}:
-        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-        found = shown.get(name, [])
-        assert [step for step, _ in found] == [step for step, _ in points], name
-        assert [value for _, value in found] == pytest.approx([value for _, value in points], rel=1e-5), name
-
-
-def test_tensorboard_shows_every_number_of_every_row_also_after_a_resume(finished, tmp_path, monkeypatch):
-    assert_tracked(finished)
-    out = tmp_path / "out"
-    more = [*RUN, "--save_every", "1", "--report_to", "tensorboard"]
-    with monkeypatch.context() as patch:
-        patch.setattr(training.train, "is_better", lambda row, best: row["step"] == 3 and stop())
-        with pytest.raises(Stopped):
-            train(training.train.parse_config(options(out, *more)), quiet=True)
-    main(options(out, *more, "--resume", "auto"))
-    assert_tracked(out)
-
-
-def stop():
-    raise Stopped("in the middle of an evaluation")
+def test_tensorboard_shows_the_numbers_of_the_rows(finished, monkeypatch):
+    (events,) = finished.rglob("events.out.tfevents.*")
+    shown = EventAccumulator(str(events), size_guidance={"scalars": 0})
+    shown.Reload()
+    rows = metrics(finished)
+    for name, tag in (("loss", "train/loss"), ("eval_loss", "eval/loss"), ("grad_norm", "train/grad_norm"),
+                      ("eval_marginal/rewards/margins", "eval/marginal/rewards/margins")):  # fmt: skip
+        expected = [(row["step"], row[name]) for row in rows if name in row]
+        found = [(event.step, event.value) for event in shown.Scalars(tag)]
+        assert [step for step, _ in found] == [step for step, _ in expected], name
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-5)
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_read(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # as wandb leaves it in the working directory: no package
     monkeypatch.chdir(tmp_path)
     for name in ("trackio", "wandb"):
-        config = TrainConfig(
-            model=str(tmp_path / "nowhere"), train_data=str(tmp_path / "none.jsonl"), output_dir=str(tmp_path / "out"),
-            report_to=name,
-        )  # fmt: skip
         with pytest.raises(InputError, match=rf"report_to={name}: .* pip install {name}"):
-            train(config, quiet=True)
+            TrainConfig(model="nowhere", train_data="none.jsonl", output_dir=str(tmp_path / "out"), report_to=name)
 
 
 def test_curves_are_drawn_at_each_evaluation_and_a_failure_costs_only_them(tmp_path, monkeypatch, capsys):
@@ -114,7 +96,7 @@ def test_the_best_model_is_the_one_of_the_best_evaluation(finished):
     at_step = load_file(finished / f"checkpoint-{step}" / "model.safetensors")
     assert all(torch.equal(best[name.removeprefix("model.")], tensor) for name, tensor in at_step.items())
     assert f"After step {step}, on held-out pairs" in (finished / "best" / "README.md").read_text()
-    assert check_checkpoint(finished / "checkpoint-4")["best"] == best_of(rows[:3])  # before its evaluation
+    assert check_checkpoint(finished / "checkpoint-4")["best"] == best_of(rows)
 
 
 def test_better_is_by_accuracy_from_the_prompt_alone_and_ties_by_margin():
@@ -135,7 +117,7 @@ def test_better_is_by_accuracy_from_the_prompt_alone_and_ties_by_margin():
 
 
 def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    original = training.save_model.in_first_process
+    original = training.card.on_first_process
     calls = iter(range(99))
 
     def fail_first(write):
@@ -143,7 +125,7 @@ def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monk
             raise SaveError("best could not be written: full")
         original(write)
 
-    monkeypatch.setattr(training.save_model, "in_first_process", fail_first)
+    monkeypatch.setattr(training.card, "on_first_process", fail_first)
     main(options(tmp_path / "out", *RUN))
     assert "best could not be written: full; the run goes on" in capsys.readouterr().out
     assert (tmp_path / "out" / "best").is_dir() and (tmp_path / "out" / "final").is_dir()
@@ -170,13 +152,14 @@ def test_sample_answers_are_greedy_answers_to_held_out_prompts_alone(finished):
 
 def test_answers_stop_at_any_end_and_at_the_models_last_position():
     module, tokenizer = PairModel(tiny_model(max_position_embeddings=12).eval(), ik.DPO()), byte_tokenizer()
+    more = {"max_new_tokens": 50, "pad_token_id": 0, "device": torch.device("cpu")}
     module.model.generation_config.repetition_penalty = 5.0  # of another use: samples are plain greedy answers
-    (long,) = sample_answers(module, [[1, 5, 6]], tokenizer, ends={2}, max_new_tokens=50)
+    (long,) = sample_answers(module, [[1, 5, 6]], tokenizer, ends={2}, **more)
     assert long["tokens"] == 9 and not long["ended"]
     ids = [1, 5, 6]
     with torch.no_grad():
         first = module.model(torch.tensor([ids])).logits[0, -1].argmax().item()
-    (short,) = sample_answers(module, [ids], tokenizer, ends={2, first}, max_new_tokens=50)
+    (short,) = sample_answers(module, [ids], tokenizer, ends={2, first}, **more)
     assert short["tokens"] == 1 and short["ended"]
 
 
@@ -208,7 +191,11 @@ def test_the_card_of_a_run_without_evaluation_claims_nothing(tmp_path):
 
 def test_a_run_warns_where_answers_from_the_prompt_alone_get_worse(tmp_path, capsys):
     """A rate so large that a model of random weights forgets both responses."""
-    main(options(tmp_path / "out", *RUN, "--learning_rate", "0.5", "--lr_scheduler", "constant", "--warmup", "0"))
+    main(
+        options(
+            tmp_path / "out", *RUN, "--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--warmup_steps", "0"
+        )
+    )
     printed = capsys.readouterr().out
     assert "the log-probs of both responses fall together (training pairs" in printed
     assert "the log-probs of both responses fall together (held-out pairs" in printed
@@ -219,23 +206,23 @@ def test_a_run_warns_where_answers_from_the_prompt_alone_get_worse(tmp_path, cap
 def test_a_run_that_goes_on_in_another_folder_has_a_best_model_there(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(output, "plot_curves", lambda *what: None)
     out = tmp_path / "out"
-    monkeypatch.setattr(training.train, "is_better", lambda row, best: best is None and row["step"] > 0)
-    main(options(out, *RUN, "--resume", str(finished / "checkpoint-3")))
-    assert "After step 3, on held-out pairs" in (out / "best" / "README.md").read_text()
+    monkeypatch.setattr(training.trainer, "is_better", lambda row, best: best is None and row["step"] > 0)
+    main(options(out, *RUN, "--resume_from_checkpoint", str(finished / "checkpoint-3")))
+    assert "After step 4, on held-out pairs" in (out / "best" / "README.md").read_text()
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    def fail(*what, **more):
-        calls.append(more["step"])
+    def fail(self, args, state, *what, **more):
+        calls.append(state.global_step)
         raise ConnectionError("the tracker's server is gone")
 
     calls = []
     monkeypatch.setattr(output, "plot_curves", lambda *what: None)
-    monkeypatch.setattr(output.LOGGER_TYPE_TO_CLASS["tensorboard"], "log", fail)
-    main(options(tmp_path / "out", "--log_every", "1", "--report_to", "tensorboard"))
+    monkeypatch.setattr(TensorBoardCallback, "on_log", fail)
+    main(options(tmp_path / "out", "--logging_steps", "1", "--report_to", "tensorboard"))
     assert calls == [1] and [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3]
     said = capsys.readouterr().out
-    assert said.count("WARNING: tensorboard failed (ConnectionError: the tracker's server is gone)") == 1
+    assert said.count("WARNING: TensorBoardCallback failed (ConnectionError: the tracker's server is gone)") == 1
 
 
 def test_lines_reach_a_file_at_once_and_one_that_cannot_be_written_does_not_end_the_run(monkeypatch):
@@ -244,7 +231,7 @@ def test_lines_reach_a_file_at_once_and_one_that_cannot_be_written_does_not_end_
     with io.TextIOWrapper(raw) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         log.say("WARNING: at once")
-        assert raw.getvalue() == b"WARNING: at once\n"
+        assert raw.getvalue().endswith(b" WARNING: at once\n")
         monkeypatch.undo()
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
@@ -252,3 +239,35 @@ def test_lines_reach_a_file_at_once_and_one_that_cannot_be_written_does_not_end_
         monkeypatch.undo()
         with suppress(OSError):
             full.close()
+
+
+def test_lines_have_the_time_and_are_kept_in_a_file(tmp_path, capsys):
+    main(options(tmp_path / "out", "--logging_steps", "1"))
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if "step     2/3" in line)
+    assert any(re.search(r"checkpoint-3: 0\.00 GiB in \d\.\d s", line) for line in lines)  # what a launcher must wait
+    assert re.match(r"\d\d:\d\d:\d\d step", line) and re.search(r"\| \d+s gone, \d+s left$", line)
+    kept = (tmp_path / "out/log.txt").read_text().splitlines()
+    assert line in [row.split(" ", 1)[-1] for row in kept] and "output_dir=" in kept[0]
+    assert [len(row["time"]) for row in metrics(tmp_path / "out")] == [19] * 3
+
+
+def test_durations_read_well():
+    assert [output.duration(s) for s in (0.4, 75, 4000, 200_000)] == ["0s", "1m15s", "1h06m", "55h33m"]
+
+
+def test_the_trained_model_alone_is_uploaded(tmp_path, monkeypatch, capsys):
+    """The hub is not there: what would be sent to it is recorded."""
+    sent = []
+    monkeypatch.setattr(PairTrainer, "init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/mine"))
+    monkeypatch.setattr(training.resumable, "upload_folder", lambda **given: sent.append(given))
+    main(options(tmp_path / "out", "--push_to_hub", "true", "--hub_model_id", "me/mine", "--save_steps", "1"))
+    assert [(one["repo_id"], one["folder_path"]) for one in sent] == [("me/mine", tmp_path / "out/final")]
+
+    def fail(**given):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(training.resumable, "upload_folder", fail)
+    main(options(tmp_path / "two", "--push_to_hub", "true"))
+    assert "could not be uploaded (ConnectionError: no network)" in capsys.readouterr().out
+    assert (tmp_path / "two/final").is_dir()

@@ -12,21 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import metrics, options, without_timings
-from stopped_processes import RUN
+from stopped_processes import PAIRS_OF_A_STEP
+from stopped_processes import RUN as OPTIONS
 from transformers import AutoModelForCausalLM
 
 from training.train import main
 
 HERE = Path(__file__).parent
+RUN = [*OPTIONS, "--per_device_train_batch_size", str(PAIRS_OF_A_STEP)]
 
 
-@pytest.fixture(scope="module", params=["DDP", "FSDP2"])
-def folder(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
     main(options(folder / "one", *RUN))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parents[1])}
-    program = [*launcher, str(HERE / "stopped_processes.py"), str(folder), request.param]
+    program = [*launcher, str(HERE / "stopped_processes.py"), str(folder)]
     ran = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return folder
@@ -38,10 +40,15 @@ def weights(run):
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on_exactly(folder):
     seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-    for run in ("stopped", "broken_off"):
-        kept = folder / run / "checkpoint-2"
-        expected = f"stopped by SIGTERM after step 2: {kept} is kept: --resume auto goes on from it"
-        assert [one[run] for one in seen] == [expected] * 2
+    for run, step in (("stopped", 2), ("broken_off", 2), ("reference", None)):
+        assert seen[0][run] == seen[1][run]
+        kept = folder / run / f"checkpoint-{step}"
+        expected = (
+            f"stopped by SIGTERM after step {step}: {kept} is kept: --resume_from_checkpoint auto goes on from it"
+        )
+        if step is None:
+            expected = "stopped by SIGTERM: reference log-probs of 8 pairs are scored, kept in"
+        assert seen[0][run].startswith(expected)
         one, other = weights(folder / "whole"), weights(folder / run)
         assert all(torch.equal(one[name], other[name]) for name in one)
         assert without_timings(metrics(folder / "whole")) == without_timings(metrics(folder / run))
@@ -50,7 +57,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on_
 
 def test_one_process_and_two_read_each_others_checkpoints(folder, tmp_path):
     shutil.copytree(folder / "whole" / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
-    main(options(tmp_path / "out", *RUN, "--resume", "auto"))
+    main(options(tmp_path / "out", *RUN, "--resume_from_checkpoint", "auto"))
     runs = [folder / "one", folder / "whole", folder / "continued", tmp_path / "out"]
     alone = weights(runs[0])
     for run in runs[1:]:

@@ -6,26 +6,36 @@ from helpers import tiny_model, token_pairs
 from safetensors.torch import load_file, save_file
 
 import inspo_kernels as ik
-from training.config import InputError
-from training.data import Pair
-from training.references import reference_logps
+from training import references
+from training.config import TrainConfig
+from training.data import Pair, Pairs
+from training.errors import InputError, Stopped
+from training.inputs import Inputs
+from training.references import References
 from training.scoring import Batcher, PairModel, score, weights_digest
 
 BATCHER = Batcher(pad_token_id=0, device=torch.device("cpu"), max_tokens=60)
 PAIRS = [Pair(*ids, f"pair {i}") for i, ids in enumerate(token_pairs(5))]
 
 
-def reference(model, cache, said, pairs=PAIRS, mixed_precision="no"):
-    return reference_logps(
-        PairModel(model, ik.DPO()), weights_digest(model), pairs, BATCHER, conditioned=False,
-        mixed_precision=mixed_precision,
-        cache=cache, progress=None, log=said.append,
-    )  # fmt: skip
+def digest(pairs):
+    return Pairs.of_lists(pairs, "").digest
+
+
+def reference(model, cache, said, pairs=PAIRS, bf16=False, batcher=BATCHER, stop_requested=lambda: False):
+    """The reference log-probs of a run on ``pairs`` that keeps them in ``cache``."""
+    config = TrainConfig(reference_cache=cache and str(cache), bf16=bf16)
+    digests = {"model": weights_digest(model), "train_data": digest(pairs), "eval_data": digest([])}
+    inputs = Inputs(model, None, 0, (), pairs, [], digests)
+    return References.compute(
+        config, inputs, PairModel(model, ik.DPO()), batcher, range(len(pairs)), log=said.append,
+        stop_requested=stop_requested,
+    ).train  # fmt: skip
 
 
 def test_scores_are_the_models_own_log_probs_in_the_order_of_the_pairs():
     model = tiny_model()
-    scores = score(PairModel(model, ik.DPO()), PAIRS, BATCHER, conditioned=True, progress=None)
+    scores = score(PairModel(model, ik.DPO()), PAIRS, BATCHER, conditioned=True)
     for i, (x, y_w, y_l, _) in enumerate(PAIRS):
         for row, (y, other) in enumerate(((y_w, y_l), (y_l, y_w))):
             for table, context in ((scores.logps, x + other), (scores.marginal_logps, x)):
@@ -46,7 +56,7 @@ def test_reference_is_computed_once_and_follows_weights_and_data(tmp_path):
     assert not torch.equal(reference(changed, tmp_path, said), first)
     reference(tiny_model(), tmp_path, said, PAIRS[::-1])
     reference(tiny_model(rms_norm_eps=1e-3), tmp_path, said)
-    reference(tiny_model(), tmp_path, said, mixed_precision="bf16")
+    reference(tiny_model(), tmp_path, said, bf16=True)
     eager = tiny_model()
     eager.set_attn_implementation("eager")
     reference(eager, tmp_path, said)
@@ -75,3 +85,28 @@ def test_a_reference_that_is_not_finite_names_the_pairs():
     guilty = [p.origin for p in PAIRS if PAIRS[3].chosen[0] in p.prompt + p.chosen[:-1] + p.rejected[:-1]]
     with pytest.raises(InputError, match=rf"not finite on {len(guilty)} pairs \({', '.join(guilty)}\)"):
         reference(model, None, [])
+
+
+def test_a_reference_pass_that_is_stopped_goes_on_from_what_it_kept(tmp_path, monkeypatch):
+    """The passes after the stop score the rest alone, and all is as if nothing had happened."""
+    monkeypatch.setattr(references, "CHUNK", 2)
+    expected, said, asked = reference(tiny_model(), None, []), [], iter([False, False, False, True])
+    with pytest.raises(Stopped, match=r"SIGTERM: reference log-probs of \d pairs are scored, kept in .*reference-"):
+        reference(tiny_model(), tmp_path, said, stop_requested=lambda: next(asked))
+    scored = []
+    monkeypatch.setattr(
+        references, "score", lambda module, pairs, *a, **k: scored.extend(pairs) or score(module, pairs, *a, **k)
+    )
+    assert torch.equal(reference(tiny_model(), tmp_path, said), expected)
+    assert 0 < len(scored) < len(PAIRS)
+
+
+def test_a_full_disk_at_the_reference_costs_a_warning(tmp_path, monkeypatch):
+    def full(*what):
+        raise OSError("No space left on device")
+
+    expected, said = reference(tiny_model(), None, []), []
+    monkeypatch.setattr(references, "save_file", full)
+    assert torch.equal(reference(tiny_model(), tmp_path, said), expected)
+    assert "could not be written (No space left on device); the run goes on" in said[0]
+    assert not list(tmp_path.iterdir())

@@ -11,10 +11,12 @@ import torch
 from helpers import PAIRS, TINY, metrics, options, tiny_model, token_pairs, without_timings, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.config import InputError, TrainConfig, parse_config
+from training.batching import EpochBatches, used_indices
+from training.config import TrainConfig
+from training.errors import InputError, NonFiniteError
+from training.options import parse_config
 from training.output import locked
-from training.train import NonFiniteError, batch_indices, main, train
-from training.update import learning_rate
+from training.train import main, train
 
 OBJECTIVES = ("dpo", "one_sided", "ipo", "simpo", "rdpo", "orpo", "hinge")
 
@@ -29,13 +31,13 @@ def same(one, other):
 
 def run(model=None, pairs=None, **given):
     """A run in memory that writes nothing."""
-    config = TrainConfig(**{"max_steps": 1, "learning_rate": 1e-3, "log_every": 1, **given})
+    config = TrainConfig(**{"max_steps": 1, "learning_rate": 1e-3, "logging_steps": 1, **given})
     return train(config, pairs or token_pairs(), model=model or tiny_model(), quiet=True)
 
 
 def test_the_command_line_leaves_a_model_that_loads_and_generates(tmp_path, capsys):
     out = tmp_path / "out"
-    main(options(out, "--eval_data", str(PAIRS), "--eval_every", "2", "--log_every", "1"))
+    main(options(out, "--eval_data", str(PAIRS), "--eval_steps", "2", "--logging_steps", "1"))
     printed = capsys.readouterr().out
     assert "24 pairs read, 24 kept" in printed and "objective=dpo" in printed
     assert "log pi(y|x,other) - log pi(y|x) per token" in printed
@@ -53,7 +55,7 @@ def test_the_command_line_leaves_a_model_that_loads_and_generates(tmp_path, caps
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 3]
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert parse_config(["--config", str(out / "config.yaml")]) == parse_config(
-        options(out, "--eval_data", str(PAIRS), "--eval_every", "2", "--log_every", "1")
+        options(out, "--eval_data", str(PAIRS), "--eval_steps", "2", "--logging_steps", "1")
     )
 
 
@@ -61,8 +63,8 @@ def test_the_command_line_leaves_a_model_that_loads_and_generates(tmp_path, caps
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns_the_fixture(objective, conditioned):
     config = TrainConfig(
-        model=TINY, train_data=str(PAIRS), objective=objective, conditioned=conditioned, max_steps=6, log_every=1,
-        learning_rate=1e-2, warmup=0.0, lr_scheduler="constant", batch_size=24,
+        model=TINY, train_data=str(PAIRS), objective=objective, conditioned=conditioned, max_steps=6, logging_steps=1,
+        learning_rate=1e-2, warmup_steps=0.0, lr_scheduler_type="constant", per_device_train_batch_size=24,
     )  # fmt: skip
     rows = train(config, quiet=True).metrics
     assert len(rows) == 6
@@ -72,7 +74,7 @@ def test_every_objective_learns_the_fixture(objective, conditioned):
 
 @pytest.mark.parametrize("given", [{"conditioned": False}, {"reference_conditioned": True}])
 def test_the_first_loss_is_ln_2_where_policy_and_reference_see_the_same(given):
-    (row,) = run(**given, batch_size=6, max_batch_tokens=60).metrics
+    (row,) = run(**given, per_device_train_batch_size=6, max_batch_tokens=60).metrics
     assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert row["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
@@ -93,8 +95,8 @@ def test_marginal_weight_adds_the_objective_given_the_prompt_alone():
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_accumulation_equals_the_large_batch_also_where_the_last_part_is_ragged(conditioned):
     results = [
-        run(tiny_model(), token_pairs(7), batch_size=7, max_batch_tokens=tokens, conditioned=conditioned,
-            max_grad_norm=1e9)
+        run(tiny_model(), token_pairs(7), per_device_train_batch_size=7, max_batch_tokens=tokens,
+            conditioned=conditioned, max_grad_norm=1e9)
         for tokens in (10_000, 120, 1)
     ]  # fmt: skip
     for result in results[1:]:
@@ -118,8 +120,8 @@ def test_a_step_is_adamw_on_the_mean_loss_over_its_pairs():
     torch.nn.utils.clip_grad_norm_(mine.parameters(), 0.1)
     optimizer.step()
     trained = run(
-        model, pairs, objective="simpo", conditioned=False, learning_rate=1e-2, warmup=0.0, max_grad_norm=0.1,
-        batch_size=6, max_batch_tokens=60,
+        model, pairs, objective="simpo", conditioned=False, learning_rate=1e-2, warmup_steps=0.0, max_grad_norm=0.1,
+        per_device_train_batch_size=6, max_batch_tokens=60,
     )  # fmt: skip
     assert trained.metrics[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     for name, tensor in mine.state_dict().items():
@@ -138,8 +140,8 @@ def test_weight_decay_is_of_matrices_alone():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tied):
-    more = ["--max_steps", "7", "--batch_size", "10", "--max_batch_tokens", "500",
-            "--eval_data", str(PAIRS), "--save_every", "2", "--eval_every", "2", "--log_every", "3",
+    more = ["--max_steps", "7", "--per_device_train_batch_size", "10", "--max_batch_tokens", "500",
+            "--eval_data", str(PAIRS), "--save_steps", "2", "--eval_steps", "2", "--logging_steps", "3",
             "--weight_decay", "0.1", "--model.tie_word_embeddings", str(tied).lower()]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main(options(whole, *more))
@@ -150,7 +152,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tied):
     (broken / "checkpoint-6.partial").mkdir()
     with (broken / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
-    main(options(broken, *more, "--resume", "auto"))
+    main(options(broken, *more, "--resume_from_checkpoint", "auto"))
 
     one, other = (AutoModelForCausalLM.from_pretrained(run / "final").state_dict() for run in (whole, broken))
     assert same(one, other)
@@ -160,8 +162,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tied):
 
 def test_resume_takes_a_named_checkpoint_and_auto_starts_where_there_is_none(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
-    main(options(first, "--save_every", "1", "--resume", "auto"))
-    main(options(second, "--resume", str(first / "checkpoint-2")))
+    main(options(first, "--save_steps", "1", "--resume_from_checkpoint", "auto"))
+    main(options(second, "--resume_from_checkpoint", str(first / "checkpoint-2")))
     assert "after step 2" in capsys.readouterr().out
     assert without_timings(metrics(first)) == without_timings(metrics(second))  # a checkpoint brings the rows before it
     one, other = (AutoModelForCausalLM.from_pretrained(run / "final").state_dict() for run in (first, second))
@@ -171,16 +173,16 @@ def test_resume_takes_a_named_checkpoint_and_auto_starts_where_there_is_none(tmp
 def test_a_resumed_run_must_have_the_same_settings(tmp_path, capsys):
     """Another seed builds another base, whose reference log-probs would silently be used for the old weights."""
     out = tmp_path / "out"
-    main(options(out, "--save_every", "1"))
+    main(options(out, "--save_steps", "1"))
     shutil.rmtree(out / "final")
     before = (out / "config.yaml").read_text()
-    changed = ["--seed", "7", "--objective", "hinge", "--log_every", "2", "--resume", "auto"]
+    changed = ["--seed", "7", "--objective", "hinge", "--logging_steps", "2", "--resume_from_checkpoint", "auto"]
     with pytest.raises(SystemExit, match="2"):
-        main(options(out, "--save_every", "1", *changed))
+        main(options(out, "--save_steps", "1", *changed))
     error = capsys.readouterr().err
-    assert "objective was 'dpo', is 'hinge'; seed was 0, is 7" in error and "log_every" not in error
+    assert "seed was 42, is 7" in error and "objective was 'dpo', is 'hinge'" in error and "log_every" not in error
     assert (out / "config.yaml").read_text() == before
-    main(options(out, "--save_every", "1", "--log_every", "2", "--resume", "auto"))
+    main(options(out, "--save_steps", "1", "--logging_steps", "2", "--resume_from_checkpoint", "auto"))
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path, capsys):
@@ -193,7 +195,7 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, capsys):
 def test_a_failed_start_leaves_the_folder_as_it_was(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--model", str(tmp_path / "nowhere"), "--train_data", str(PAIRS), "--output_dir", str(tmp_path / "out")])
-    assert not (tmp_path / "out" / "config.yaml").exists()
+    assert not (tmp_path / "out" / "config.yaml").exists() and not (tmp_path / "out" / "log.txt").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="2"):
         main(options(tmp_path / "file"))
@@ -202,24 +204,26 @@ def test_a_failed_start_leaves_the_folder_as_it_was(tmp_path, capsys):
 
 def test_a_run_can_be_taken_back_to_an_earlier_checkpoint_of_its_own(tmp_path):
     out = tmp_path / "out"
-    main(options(out, "--save_every", "1", "--log_every", "1"))
+    main(options(out, "--save_steps", "1", "--logging_steps", "1"))
     first = AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
     shutil.rmtree(out / "final")
-    main(options(out, "--save_every", "1", "--log_every", "1", "--resume", str(out / "checkpoint-1")))
+    main(
+        options(out, "--save_steps", "1", "--logging_steps", "1", "--resume_from_checkpoint", str(out / "checkpoint-1"))
+    )
     assert same(AutoModelForCausalLM.from_pretrained(out / "final").state_dict(), first)
     assert [row["step"] for row in metrics(out)] == [1, 2, 3]
 
 
 def test_output_folders_of_other_runs_are_refused(tmp_path, capsys):
     done, unfinished = tmp_path / "done", tmp_path / "unfinished"
-    main(options(done, "--save_every", "2"))
+    main(options(done, "--save_steps", "2"))
     shutil.copytree(done, unfinished, ignore=shutil.ignore_patterns("final"))
     kept = (done / "metrics.jsonl").read_bytes()
     for out, more, message in (
         (done, [], "holds a finished run; choose another one"),
-        (done, ["--resume", "auto"], "holds a finished run"),
-        (unfinished, [], "unfinished run with checkpoint-2; continue it with --resume auto"),
-        (unfinished, ["--resume", str(tmp_path / "checkpoint-9")], "no checkpoint there"),
+        (done, ["--resume_from_checkpoint", "auto"], "holds a finished run of 3 steps; raise max_steps"),
+        (unfinished, [], "unfinished run with checkpoint-3; continue it with --resume_from_checkpoint auto"),
+        (unfinished, ["--resume_from_checkpoint", str(tmp_path / "checkpoint-9")], "no checkpoint there"),
     ):
         with pytest.raises(SystemExit):
             main(options(out, *more))
@@ -234,7 +238,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_pair():
         model.model.embed_tokens.weight[200] = float("nan")
     before = weights(model)
     with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*before the update.*cause it: train_data pair 4\."):
-        run(model, pairs, objective="simpo", batch_size=6, max_batch_tokens=60)
+        run(model, pairs, objective="simpo", per_device_train_batch_size=6, max_batch_tokens=60)
     after = weights(model)
     assert same({k: v.nan_to_num(7.0) for k, v in after.items()}, {k: v.nan_to_num(7.0) for k, v in before.items()})
 
@@ -282,8 +286,8 @@ def test_pairs_longer_than_the_models_positions_are_an_error():
 
 
 def test_evaluation_needs_pairs_and_says_when_they_are_not_held_out(tmp_path, capsys):
-    with pytest.raises(InputError, match="eval_every needs eval_data"):
-        run(eval_every=1)
+    with pytest.raises(InputError, match="eval_steps and eval_strategy need eval_data"):
+        run(eval_steps=1)
     prompts = ("Name a fruit that grows on trees.", "New?")
     seen = write_jsonl(tmp_path / "e.jsonl", [{"prompt": p, "chosen": "a", "rejected": "b"} for p in prompts])
     main(options(tmp_path / "out", "--eval_data", seen, "--max_steps", "1"))
@@ -291,7 +295,7 @@ def test_evaluation_needs_pairs_and_says_when_they_are_not_held_out(tmp_path, ca
 
 
 def test_bf16_autocast_keeps_float32_parameters():
-    result = run(conditioned=False, mixed_precision="bf16")
+    result = run(conditioned=False, bf16=True)
     assert {p.dtype for p in result.model.parameters()} == {torch.float32}
     exact = run(conditioned=False).metrics[0]
     assert 0 < abs(result.metrics[0]["logps/chosen"] - exact["logps/chosen"]) < 0.5
@@ -324,20 +328,26 @@ def test_reference_cache_is_shared_between_runs(tmp_path, capsys):
 
 
 def test_each_epoch_is_a_permutation_of_its_own():
-    epochs = [[i for step in steps for i in batch_indices(10, 4, step, seed=1)] for steps in ((1, 2, 3), (4, 5, 6))]
+    batches = EpochBatches(10, 4, seed=1)
+    epochs = []
+    for epoch in (0, 1):
+        batches.set_epoch(epoch)
+        parts = list(batches)
+        assert [len(part) for part in parts] == [4, 4, 2] and len(batches) == 3
+        epochs.append([i for part in parts for i in part])
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
     assert epochs[0] != epochs[1]
-    assert len(batch_indices(10, 4, 3, seed=1)) == 2
-    assert batch_indices(10, 4, 1, seed=1) != batch_indices(10, 4, 1, seed=2)
+    assert list(EpochBatches(10, 4, seed=1)) != list(EpochBatches(10, 4, seed=2))
+    assert used_indices(10, 7, seed=1) == sorted(epochs[0][:7]) and list(used_indices(10, 12, seed=1)) == [*range(10)]
 
 
-@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant_with_warmup"])
 def test_learning_rate_warms_up_from_above_zero_and_follows_its_shape(shape):
-    config = TrainConfig(learning_rate=1.0, lr_scheduler=shape, warmup=0.25)
-    rates = [learning_rate(config, step, 40) for step in range(1, 41)]
+    rows = run(learning_rate=1.0, lr_scheduler_type=shape, warmup_steps=0.25, max_steps=40, max_grad_norm=1e-9).metrics
+    rates = [row["learning_rate"] for row in rows]
     assert rates[:10] == pytest.approx([i / 11 for i in range(1, 11)])
     assert rates[10] == 1.0
-    halfway = {"cosine": 0.5, "linear": 0.5, "constant": 1.0}[shape]
+    halfway = {"cosine": 0.5, "linear": 0.5, "constant_with_warmup": 1.0}[shape]
     assert rates[25] == pytest.approx(halfway)
     assert all(rate > 0 for rate in rates)
 
@@ -369,7 +379,7 @@ def test_real_pairs_train_reload_and_generate(tmp_path, objective, conditioned):
 
 
 def test_with_a_conditioned_reference_rewards_from_the_prompt_alone_have_a_reference_of_their_own():
-    config = TrainConfig(max_steps=1, log_every=1, reference_conditioned=True)
+    config = TrainConfig(max_steps=1, logging_steps=1, reference_conditioned=True)
     start, trained, _ = train(
         config, token_pairs(), eval_pairs=token_pairs(seed=1), model=tiny_model(), quiet=True
     ).metrics

@@ -11,7 +11,9 @@ TRAINING = {
 }  # fmt: skip
 START = {
     "step": 0, "eval_marginal/logps_per_token/chosen": -2.0, "eval_marginal/logps_per_token/rejected": -2.5,
-    "eval_marginal/longer_preferred": 0.5, "eval_marginal/longer_preferred_ci": [0.4, 0.6], "eval_longer_chosen": 0.55,
+
+    "eval_marginal/logps_per_token/chosen_ci": [-2.1, -1.9], "eval_marginal/longer_preferred": 0.5,
+    "eval_marginal/longer_preferred_ci": [0.4, 0.6], "eval_longer_chosen": 0.55,
     "eval_samples/tokens": 20.0,
 }  # fmt: skip
 
@@ -48,8 +50,19 @@ def test_a_plain_run_has_its_own_log_probs_and_a_run_without_reference_none_to_c
     [
         ({}, set()),
         (
-            {"eval_marginal/logps_per_token/chosen": -2.2, "eval_marginal/logps_per_token/rejected": -2.9},
+            {"eval_marginal/logps_per_token/chosen": -2.3, "eval_marginal/logps_per_token/rejected": -2.9,
+             "eval_marginal/logps_per_token/chosen_ci": [-2.4, -2.2]},
             {"falling, held-out"},
+        ),
+        (  # noise
+            {"eval_marginal/logps_per_token/chosen": -2.3, "eval_marginal/logps_per_token/rejected": -2.9,
+             "eval_marginal/logps_per_token/chosen_ci": [-2.6, -2.0]},
+            set(),
+        ),
+        (  # mostly the rejected ones
+            {"eval_marginal/logps_per_token/chosen": -2.3, "eval_marginal/logps_per_token/rejected": -3.9,
+             "eval_marginal/logps_per_token/chosen_ci": [-2.4, -2.2]},
+            set(),
         ),
         ({"eval_marginal/logps_per_token/chosen": -1.9, "eval_marginal/logps_per_token/rejected": -2.9}, set()),
         (
@@ -75,6 +88,18 @@ def test_short_answers_may_grow_by_some_tokens_and_the_first_evaluation_has_noth
     assert raised(evaluation_warnings({**small, "step": 5, "eval_samples/tokens": 6.0}, small)) == set()
     eager = START | {"eval_marginal/longer_preferred": 0.9, "eval_marginal/longer_preferred_ci": [0.8, 1.0]}
     assert raised(evaluation_warnings(eager, eager)) == set()
+
+
+def test_what_few_pairs_show_is_said_only_once_it_stands():
+    said = []
+    watch = Watch(said.append)
+    for text in ("one", "two", None, "three", "four", "five", "six"):
+        watch({"falling": text}, last=False)
+    assert said == ["WARNING: five"]
+    watch({"falling": "seven"}, last=True)
+    assert said[-1] == "WARNING: seven"
+    watch({"opposite": "first"}, last=True)
+    assert len(said) == 2
 
 
 def test_a_warning_is_said_once_until_it_clears_and_again_at_the_end():

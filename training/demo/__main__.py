@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..config import InputError
+from ..errors import InputError
 from .report import assumption, examples, ranking, table
 from .stages import PICTURE, RESULTS, Settings, run_demo
 from .world import ECHO, RIGHT

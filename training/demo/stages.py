@@ -21,8 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 import inspo_kernels as ik
 
-from ..config import InputError, TrainConfig
+from ..config import TrainConfig
 from ..data import load_pairs
+from ..data_options import DataOptions
+from ..errors import InputError
 from ..evaluation import conditioning_gap, mean_interval, proportion_interval
 from ..scoring import Batcher, PairModel, score
 from ..train import train
@@ -260,9 +262,9 @@ def sample_pairs(
 
 def measure_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> dict[str, float]:
     """``conditioning_gap`` over the pairs in ``file``."""
-    pairs = load_pairs(str(file), tokenizer)
+    pairs = load_pairs(str(file), tokenizer, DataOptions(), lambda line: None)
     batcher = Batcher(tokenizer.pad_token_id, model.device, TrainConfig.max_batch_tokens)
-    scores = score(PairModel(model, ik.DPO()), pairs, batcher, conditioned=True, progress=None)
+    scores = score(PairModel(model, ik.DPO()), pairs, batcher, conditioned=True)
     chosen, rejected = conditioning_gap(scores)
     return {"chosen": chosen, "rejected": rejected}
 
@@ -274,9 +276,9 @@ def fine_tune_config(name: str, settings: Settings, folder: Path) -> TrainConfig
         model=str(folder / "base" / "final"), train_data=str(folder / PAIRS), eval_data=str(folder / UNSEEN_PAIRS),
         output_dir=str(folder / name), reference_cache=str(folder), max_length=64,
         beta=settings.beta if options["objective"] == "dpo" else None, **options,
-        max_steps=settings.steps, batch_size=settings.step_pairs, learning_rate=settings.learning_rate,
-        lr_scheduler="linear", seed=settings.seed, log_every=max(1, settings.steps // 10),
-        eval_every=max(1, settings.steps // 10), keep_best=False, sample_prompts=0,
+        max_steps=settings.steps, per_device_train_batch_size=settings.step_pairs, seed=settings.seed,
+        learning_rate=settings.learning_rate, lr_scheduler_type="linear", logging_steps=max(1, settings.steps // 10),
+        eval_steps=max(1, settings.steps // 10), save_strategy="no", keep_best=False, sample_prompts=0,
     )  # fmt: skip
 
 

@@ -1,0 +1,475 @@
+"""Models that others read or write wrong: each is refused before step 1, or read and written as it should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import PAIRS, options, tiny_model, token_pairs
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training import generate
+from training.adapters import adapter_off, has_adapter
+from training.chat import prepare_tokenizer
+from training.config import TrainConfig
+from training.data_options import DataOptions
+from training.errors import InputError, SaveError
+from training.model import add_lora, byte_tokenizer, check_architecture, load_model, meta_model, padding_id
+from training.save_model import check_saving, save_final
+from training.train import main, train
+
+ID = torch.tensor([[1, 50, 60, 70]])
+
+
+def base(folder, **fields):
+    """A saved model with its tokenizer."""
+    tiny_model(initializer_range=0.5, **fields).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def change_weights(folder, change, name="model.safetensors"):
+    weights = load_file(folder / name)
+    save_file(change(weights), folder / name, metadata={"format": "pt"})
+
+
+def edit(file, **changes):
+    settings = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+
+
+def run(folder, out, *more):
+    main(["--model", str(folder), *options(out, "--max_steps", "1", *more)[8:]])
+
+
+def refused(folder, tmp_path, capsys, *more):
+    """What is said by ``train``, and by its dry run, which must refuse it, too."""
+    said = []
+    for words in ([], ["--dry_run", "true"]):
+        with pytest.raises(SystemExit) as stopped:
+            run(folder, tmp_path / "refused", *more, *words)
+        said.append(capsys.readouterr().err)
+        assert stopped.value.code == 2 and "Traceback" not in said[-1]
+        assert not (tmp_path / "refused/final").exists()
+    return said
+
+
+# --- Whatever from_pretrained initialises anew ---
+
+
+DAMAGE = {
+    "prefixed": lambda w: {f"_orig_mod.{name}": tensor for name, tensor in w.items()},
+    "one missing": lambda w: {name: tensor for name, tensor in w.items() if "q_proj" not in name},
+    "no head": lambda w: {name: tensor for name, tensor in w.items() if "lm_head" not in name},
+    "renamed": lambda w: {name.replace("mlp", "ffn"): tensor for name, tensor in w.items()},
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ("prefixed", r"lack 12 tensors.*lm_head.weight.*they hold _orig_mod"),
+        ("one missing", r"lack 1 tensors.*model.layers.0.self_attn.q_proj.weight"),
+        ("no head", r"lack 1 tensors.*lm_head.weight"),
+        ("renamed", r"lack 3 tensors.*mlp.*they hold model.layers.0.ffn"),
+    ],
+)
+def test_weights_that_would_be_random_are_refused(tmp_path, capsys, damage, named):
+    folder = base(tmp_path / "m")
+    change_weights(folder, DAMAGE[damage])
+    for said in refused(folder, tmp_path, capsys):
+        assert_matches(named, said)
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(["--model", str(folder), "--prompt", "Why?"])
+    assert_matches(named, capsys.readouterr().err)
+
+
+def assert_matches(pattern, text):
+    with pytest.raises(ValueError, match=pattern):
+        raise ValueError(text)
+
+
+def test_a_tied_head_is_no_missing_tensor(tmp_path):
+    folder = base(tmp_path / "m", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model, _ = load_model(DataOptions(model=str(folder)))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    meta_model(DataOptions(model=str(folder)))
+
+
+def test_layers_that_the_configuration_lacks_are_refused(tmp_path, capsys):
+    folder = base(tmp_path / "m", num_hidden_layers=3)
+    edit(folder / "config.json", num_hidden_layers=2)
+    for said in refused(folder, tmp_path, capsys):
+        assert "by its config.json the model has no model.layers.2." in said
+
+
+def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path, capsys):
+    run(base(tmp_path / "m"), tmp_path / "out", "--lora.r", "2")
+    adapter = tmp_path / "out/final"
+    change_weights(adapter, lambda w: dict(list(w.items())[1:]), "adapter_model.safetensors")
+    for said in refused(adapter, tmp_path, capsys):
+        assert_matches("lack 1 tensors.*lora_", said)
+
+
+# --- Folders that are damaged ---
+
+
+def _vocabulary(folder):
+    edit(folder / "config.json", vocab_size=300)
+
+
+def _cut(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def _empty(name):
+    return lambda folder: (folder / name).write_text("{}")
+
+
+def _cut_text(name):
+    return lambda folder: (folder / name).write_text((folder / name).read_text()[:-20])
+
+
+def _lost_shard(folder):
+    tiny_model(hidden_size=64).save_pretrained(folder, max_shard_size="100KB")
+    next(folder.glob("model-00002-*")).unlink()
+    (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (
+            _vocabulary,
+            r"weights and config.json do not fit together: .*embed_tokens.weight \(\(259, 16\) in the weights",
+        ),
+        (_cut, r"weights .*could not be loaded.*model.safetensors is damaged"),
+        (_empty("tokenizer.json"), r"tokenizer .*could not be loaded.*tokenizer.json is damaged"),
+        (_cut_text("tokenizer.json"), r"tokenizer .*could not be loaded.*tokenizer.json is damaged"),
+        (_cut_text("tokenizer_config.json"), r"tokenizer .*could not be loaded.*tokenizer_config.json is damaged"),
+        (_cut_text("config.json"), r"config.json could not be loaded.*config.json is damaged"),
+        (_empty("config.json"), r"config.json could not be loaded.*config.json is damaged"),
+        (_lost_shard, r"weights .*could not be loaded.*model-00002-of"),
+        (_cut_text("generation_config.json"), r"generation_config.json is damaged"),
+    ],
+)
+def test_a_damaged_folder_names_its_file(tmp_path, capsys, damage, named):
+    folder = base(tmp_path / "m")
+    damage(folder)
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, tmp_path / "out")
+    assert stopped.value.code == 2
+    assert_matches(named, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_adapter_names_its_file(tmp_path, capsys, name):
+    run(base(tmp_path / "m"), tmp_path / "out", "--lora.r", "2")
+    file = tmp_path / "out/final" / name
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(SystemExit, match="2"):
+        run(file.parent, tmp_path / "more")
+    assert f"{name} is damaged" in capsys.readouterr().err
+
+
+# --- What can only fail at the end ---
+
+
+@pytest.mark.parametrize("touched", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.3, "do_sample": False}, {"top_p": 0.9, "do_sample": False}], ids=str
+)
+def test_a_generation_config_with_warnings_is_saved_as_it_is(tmp_path, settings, touched):
+    folder = base(tmp_path / "m")
+    edit(folder / "generation_config.json", **settings)
+    model, tokenizer = load_model(DataOptions(model=str(folder)))
+    if touched:
+        model.generation_config.pad_token_id = 2
+    check_saving(model, tokenizer, DataOptions())
+    save_final(folder, model, tokenizer, model.state_dict(), DataOptions())
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert settings.items() <= saved.items()
+    run(folder, tmp_path / "out", "--eval_data", str(PAIRS), "--lora.r", "2")
+    again = json.loads((tmp_path / "out/final/generation_config.json").read_text())
+    assert settings.items() <= again.items()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("no"), KeyError("no"), OSError("no")])
+def test_any_failure_to_save_is_a_save_error(tmp_path, monkeypatch, error):
+    model = tiny_model()
+
+    def fail(*arguments, **more):
+        raise error
+
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(SaveError, match=r"final could not be written: .*no"):
+        save_final(tmp_path / "final", model, None, model.state_dict(), DataOptions())
+    with pytest.raises(InputError, match=r"could not be saved after training: .*no"):
+        check_saving(model, None, DataOptions())
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "modules_to_save": ["norm"]}])
+def test_what_can_be_saved_passes_and_changes_nothing(lora):
+    model = tiny_model()
+    if lora:
+        add_lora(model, lora, 0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check_saving(model, byte_tokenizer(), DataOptions())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_are_saved_in_the_dtype_that_is_asked_for(tmp_path):
+    run(base(tmp_path / "m"), tmp_path / "out", "--save_dtype", "bfloat16")
+    final = tmp_path / "out/final"
+    assert {tensor.dtype for tensor in load_file(final / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(final).dtype == torch.bfloat16
+
+
+# --- Working state stays out of artefacts ---
+
+
+def test_final_has_the_bases_own_pad_token(tmp_path):
+    folder = base(tmp_path / "m")
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    run(folder, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out/final").pad_token is None
+
+
+def test_a_callers_tokenizer_is_not_changed():
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    before = tokenizer.chat_template
+    prepared = prepare_tokenizer(tokenizer, DataOptions(chat_template_kwargs={"a": 1}), lambda note: None)
+    assert padding_id(prepared, lambda note: None) == 2
+    assert tokenizer.pad_token is None is prepared.pad_token
+    assert tokenizer.chat_template == before != prepared.chat_template
+    config = TrainConfig(train_data=str(PAIRS), max_steps=1, chat_template_kwargs={"a": 1})
+    train(config, model=tiny_model(), tokenizer=tokenizer, quiet=True)
+    assert tokenizer.pad_token is None and tokenizer.chat_template == before
+
+
+# --- What cannot run here ---
+
+
+def test_flex_attention_on_a_cpu_is_refused_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder = base(tmp_path / "m")
+    for said in refused(folder, tmp_path, capsys, "--attn_implementation", "flex_attention"):
+        assert "attn_implementation=flex_attention" in said and "use sdpa or eager" in said
+    with pytest.raises(InputError, match="flex_attention has no backward pass on a CPU"):
+        load_model(DataOptions(model={"hidden_size": 16}, attn_implementation="flex_attention"))
+
+
+def test_an_error_of_the_library_gives_advice_for_the_command_line(tmp_path, capsys, monkeypatch):
+    def refuse(*arguments, **more):
+        raise ValueError("its head is bent. Call fused_inspo_loss with its parts instead")
+
+    monkeypatch.setattr("training.model.ik.hidden_and_head", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        run(base(tmp_path / "m"), tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "its head is bent; choose a model of another architecture" in said and "fused_inspo_loss" not in said
+
+
+# --- Adapters ---
+
+
+def test_an_adapter_is_trained_further(tmp_path, capsys):
+    folder = base(tmp_path / "m")
+    run(folder, tmp_path / "one", "--lora.r", "2", "--lora.lora_alpha", "8", "--learning_rate", "0.1")
+    first = tmp_path / "one/final"
+    run(first, tmp_path / "two", "--logging_steps", "1", "--conditioned", "false")
+    assert "M of them trained (LoRA)" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # its reference is the adapter as it was
+    settings = [json.loads((tmp_path / name / "final/adapter_config.json").read_text()) for name in ("one", "two")]
+    assert settings[0] == settings[1] and settings[1]["base_model_name_or_path"] == str(folder)
+    tensors = [load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("one", "two")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_the_reference_of_a_continued_adapter_has_it_on(tmp_path):
+    run(base(tmp_path / "m"), tmp_path / "out", "--lora.r", "2", "--learning_rate", "0.1")
+    model, _ = load_model(DataOptions(model=str(tmp_path / "out/final")))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    with torch.no_grad(), adapter_off(model):
+        reference = model(ID).logits
+    assert torch.equal(reference, model(ID).logits) and has_adapter(model)
+
+
+def test_a_continued_adapter_of_a_bfloat16_base_is_float32(tmp_path):
+    tiny_model().bfloat16().save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        run(tmp_path / "m", out, "--lora.r", "2", "--dtype", dtype)
+        model, _ = load_model(DataOptions(model=str(out / "final"), dtype=dtype))
+        dtypes = {"lora_" in name: p.dtype for name, p in model.named_parameters()}
+        assert dtypes == {True: torch.float32, False: getattr(torch, dtype)}
+
+
+def test_an_adapter_on_the_output_head_is_refused_with_what_to_do(tmp_path, capsys):
+    from peft import LoraConfig
+
+    folder = base(tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "a")
+    byte_tokenizer().save_pretrained(tmp_path / "a")
+    for said in refused(tmp_path / "a", tmp_path, capsys):
+        assert "its adapter changes the output head" in said and "merge_and_unload()" in said
+    merge(tmp_path / "a", tmp_path / "merged")  # as the message says
+    run(tmp_path / "merged", tmp_path / "out")
+
+
+def merge(folder, other):
+    from peft import AutoPeftModelForCausalLM
+
+    AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"target_modules": ["q_proj", "nope"]}, r"lora.target_modules: nothing in the model is called 'nope'"),
+        ({"target_modules": ["q_proj", "v_prj"]}, "'v_prj'; did you mean 'v_proj'"),
+        ({"target_modules": "nope"}, "lora.target_modules: nothing in the model is called 'nope'"),
+        ({"modules_to_save": ["embed_tokns"]}, "lora.modules_to_save: .*did you mean 'embed_tokens'"),
+        ({"modules_to_save": ["lm_head"]}, "lora.modules_to_save: lm_head is the output head"),
+        ({"exclude_modules": ["nope"]}, "lora.exclude_modules: nothing in the model is called 'nope'"),
+        ({"layers_to_transform": [0, 7], "target_modules": ["q_proj"]}, "there is no layer 7; the model has 1"),
+        ({"rank_pattern": {"q_porj": 4}}, "lora: .*'q_porj'"),
+        ({"alpha_pattern": {"embed_tokens": 4}}, "lora: .*'embed_tokens'"),
+        ({"rnak": 4}, r"lora\.rnak; did you mean 'rank_pattern'|lora\.rnak"),
+        ({"lora_dropout": 0.1}, "lora_dropout: must be 0"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa': must be true or gaussian"),
+        ({"r": 0}, "lora: r=0 must be a number above 0"),
+        ({"task_type": "SEQ_CLS"}, "task_type"),
+        ({"bias": "sometimes"}, "lora"),
+    ],
+)
+def test_a_lora_option_without_effect_is_refused(lora, message):
+    with pytest.raises(InputError, match=message):
+        add_lora(tiny_model(), lora, 0)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"bias": "lora_only", "target_modules": ["q_proj"]},
+        {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 8}},
+        {"modules_to_save": ["norm"]},
+        {"exclude_modules": ["v_proj"]},
+        {"target_modules": r".*\.(q|v)_proj", "init_lora_weights": "gaussian"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 0},
+        {"trainable_token_indices": [5, 6]},
+    ],
+    ids=str,
+)
+def test_options_of_peft_pass_through_to_a_whole_run(tmp_path, lora):
+    folder = base(tmp_path / "m")
+    more = [word for name, value in lora.items() for word in (f"--lora.{name}", json.dumps(value).strip('"'))]
+    if "target_modules" in lora and isinstance(lora["target_modules"], str):
+        (tmp_path / "c.yaml").write_text(json.dumps({"lora": lora}))
+        more = ["--config", str(tmp_path / "c.yaml")]
+    run(folder, tmp_path / "out", *more, "--learning_rate", "0.1")
+    settings = json.loads((tmp_path / "out/final/adapter_config.json").read_text())
+    assert {name: settings[name] for name in lora} == lora | (
+        {"target_modules": settings["target_modules"]} if "target_modules" in lora else {}
+    )
+    model, _ = load_model(DataOptions(model=str(tmp_path / "out/final")), training=False)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert (model(ID).logits - plain(ID).logits).abs().max() > 1e-4
+
+
+# --- Quantised bases ---
+
+
+def quantised(folder, bits, **fields):
+    """A base saved in 4 or 8 bit."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    source = folder.with_name("whole")
+    tiny_model(hidden_size=64, intermediate_size=128, initializer_range=0.3).to(fields.get("dtype")).save_pretrained(
+        source
+    )
+    settings = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=settings, **fields)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "quantization", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "gptq", "bits": 4}]
+)
+def test_a_quantised_base_without_an_adapter_is_refused(tmp_path, capsys, quantization):
+    folder = base(tmp_path / "m")
+    edit(folder / "config.json", quantization_config=quantization)
+    for said in refused(folder, tmp_path, capsys):
+        assert "is quantised, and quantised weights cannot be trained; train an adapter on them" in said
+
+
+def test_without_bitsandbytes_a_quantised_base_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.model.find_spec", lambda name: None)
+    folder = base(tmp_path / "m")
+    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    for said in refused(folder, tmp_path, capsys, "--lora.r", "2"):
+        assert "pip install bitsandbytes" in said
+    for said in refused(base(tmp_path / "n"), tmp_path, capsys, "--lora.r", "2", "--quantization", "8bit"):
+        assert "pip install bitsandbytes" in said
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantised_base_trains_an_adapter_that_is_saved_and_resumed(tmp_path, capsys, bits, dtype):
+    folder = quantised(tmp_path / "m", bits, dtype=dtype)
+    more = ["--lora.r", "2", "--save_steps", "1", "--max_steps", "3", "--learning_rate", "0.1"]
+    for out in ("whole", "broken"):
+        main(["--model", str(folder), *options(tmp_path / out, *more)[8:]])
+    shutil.rmtree(tmp_path / "broken/final")
+    shutil.rmtree(tmp_path / "broken/checkpoint-3")
+    main(["--model", str(folder), *options(tmp_path / "broken", *more, "--resume_from_checkpoint", "true")[8:]])
+    assert "resumed from" in capsys.readouterr().out
+    one, other = (load_file(tmp_path / out / "final/adapter_model.safetensors") for out in ("whole", "broken"))
+    assert one and all(torch.equal(one[name], other[name]) for name in one)
+    main(["--model", str(folder), *options(tmp_path / "dry", *more, "--dry_run", "true")[8:]])
+    generate.main(["--model", str(tmp_path / "whole/final"), "--prompt", "Why?", "--max_new_tokens", "4"])
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_whole_base_is_quantised_as_it_is_read(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    folder = base(tmp_path / "m", hidden_size=64, intermediate_size=128)
+    run(folder, tmp_path / "out", "--lora.r", "2", "--quantization", bits)
+    assert (tmp_path / "out/final/adapter_model.safetensors").is_file()
+    with pytest.raises(InputError, match="quantised already"):
+        load_model(DataOptions(model=str(quantised(tmp_path / "q", 4)), quantization="4bit", lora={}))
+
+
+def test_quantised_parameters_beside_are_in_the_dtype_of_the_run(tmp_path):
+    folder = quantised(tmp_path / "m", 4, dtype=torch.bfloat16)
+    model, _ = load_model(DataOptions(model=str(folder), lora={}))
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+    add_lora(model, {}, 0)
+    check_architecture(model)
+    assert train(
+        TrainConfig(max_steps=1, lora={"r": 2}),
+        token_pairs(),
+        model=load_model(DataOptions(model=str(folder), lora={}))[0],
+        quiet=True,
+    )

@@ -1,0 +1,339 @@
+"""Where pairs come from: every format, several sources at once, and what is said of a damaged one."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+
+import datasets
+import pytest
+from helpers import write_jsonl
+
+from training import data
+from training.config import TrainConfig
+from training.data import load_pairs
+from training.data_options import DataOptions
+from training.errors import InputError
+from training.model import byte_tokenizer
+from training.options import parse_config
+from training.sources import check_source, parse_sources
+
+TOKENIZER = byte_tokenizer()
+RECORDS = [{"prompt": f"Why {i}?", "chosen": f"Ja, {i}\nindeed", "rejected": "Nein"} for i in range(5)]
+CHAT = [
+    {
+        "prompt": [{"role": "user", "content": f"Why {i}?"}],
+        "chosen": [{"role": "assistant", "content": f"Ja {i}"}],
+        "rejected": [{"role": "assistant", "content": "Nein"}],
+    }
+    for i in range(3)
+]
+
+
+def write(folder, form, records):
+    """A file or folder that holds ``records``; its path."""
+    file = folder / f"d.{form}"
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if form == "saved":
+        datasets.Dataset.from_list(records).save_to_disk(file)
+    elif form == "splits":
+        split = datasets.Dataset.from_list(records)
+        datasets.DatasetDict({"test": split.select([0]), "train": split}).save_to_disk(file)
+    elif form == "folder":
+        file.mkdir()
+        (file / "train.jsonl").write_bytes(lines)
+    elif form == "parquet":
+        datasets.Dataset.from_list(records).to_parquet(file)
+    elif form in ("csv", "tsv"):
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, records[0].keys(), delimiter="\t" if form == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(records)
+    elif form == "json":
+        file.write_text(json.dumps(records, indent=2))
+    else:
+        packers = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.bz2": bz2.compress, "jsonl.xz": lzma.compress}
+        file.write_bytes(packers[form](lines))
+    return str(file)
+
+
+FORMS = ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "json", "csv", "tsv", "parquet", "saved", "splits", "folder"]
+
+
+def ids(pairs):
+    return [pair[:3] for pair in pairs]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("pairs")))
+        yield
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_format_gives_the_same_pairs(tmp_path, form):
+    expected = load_pairs(write_jsonl(tmp_path / "e.jsonl", RECORDS), TOKENIZER)
+    assert ids(load_pairs(write(tmp_path, form, RECORDS), TOKENIZER)) == ids(expected)
+
+
+@pytest.mark.parametrize("form", ["json", "parquet", "saved"])
+def test_every_format_gives_the_same_messages(tmp_path, form):
+    expected = load_pairs(write_jsonl(tmp_path / "e.jsonl", CHAT), TOKENIZER)
+    assert ids(load_pairs(write(tmp_path, form, CHAT), TOKENIZER)) == ids(expected)
+
+
+def test_messages_in_a_csv_cell_are_json(tmp_path):
+    expected = load_pairs(write_jsonl(tmp_path / "e.jsonl", CHAT), TOKENIZER)
+    cells = [{name: json.dumps(value) for name, value in record.items()} for record in CHAT]
+    assert ids(load_pairs(write(tmp_path, "csv", cells), TOKENIZER)) == ids(expected)
+    cells[1]["chosen"] = str(CHAT[1]["chosen"])
+    with pytest.raises(InputError, match=r"d\.csv:3: 'chosen' holds messages as text that is not JSON"):
+        load_pairs(write(tmp_path, "csv", cells), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("form", "origins"),
+    [
+        ("jsonl", ["d.jsonl:1", "d.jsonl:2"]),
+        ("jsonl.gz", ["d.jsonl.gz:1", "d.jsonl.gz:2"]),
+        ("json", ["d.json:2", "d.json:7"]),
+        ("csv", ["d.csv:2", "d.csv:4"]),  # a cell holds a newline
+        ("parquet", ["d.parquet row 0", "d.parquet row 1"]),
+        ("saved", ["d.saved row 0", "d.saved row 1"]),
+    ],
+)
+def test_pairs_know_their_line_or_row(tmp_path, form, origins):
+    pairs = load_pairs(write(tmp_path, form, RECORDS), TOKENIZER)
+    assert [pair.origin.rpartition("/")[2] for pair in pairs][:2] == origins
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "parquet", "saved", "jsonl.gz"])
+def test_a_bad_record_is_named_in_every_format(tmp_path, form):
+    records = [*RECORDS[:2], {**RECORDS[2], "rejected": "Why 2?", "chosen": "Why 2? Ja", "prompt": "Why 2?"}]
+    records[2]["rejected"] = "Why 2? Nein"
+    file = write(tmp_path, form, records)
+    where = {"json": ":12", "csv": ":6", "parquet": " row 2", "saved": " row 2", "jsonl.gz": ":3"}[form]
+    with pytest.raises(InputError, match=rf"d\.{form}{where}: 'chosen' begins with the prompt"):
+        load_pairs(file, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.json", b'[{"prompt": "a"}, 3]', r"d\.json:1: each entry of the list must be a JSON object"),
+        ("d.json", b'[{"prompt": "a"},\n {"prompt": ]', r"d\.json:2: not a JSON list"),
+        ("d.json", b'[{"prompt": "a", "chosen": "b", "rejected": "c"}\n', r"d\.json:2: not a JSON list"),
+        ("d.json", b'{\n "prompt": "a"\n}', r"d\.json:1: not a line of JSON"),
+        ("d.jsonl", b"[" * 100_000, r"d\.jsonl:1: not a JSON list|must be a JSON object"),
+        ("d.csv", b"prompt,chosen,rejected\na,b\n", r"d\.csv:2: has not as many cells"),
+        ("d.csv", b"prompt,chosen,rejected\na,b,c,d\n", r"d\.csv:2: has not as many cells"),
+        ("d.csv", b'prompt,chosen,rejected\na,b,"c\n', r"d\.csv:2: not a line of CSV"),
+        ("d.csv", b"prompt,chosen,rejected\n\xff,b,c\n", r"d\.csv:2: not a line of CSV"),
+        ("d.csv", b"question,chosen,rejected\na,b,c\n", r"d\.csv:2: no 'prompt'"),
+        ("d.jsonl.gz", b"no gzip", r"d\.jsonl\.gz: cannot be decompressed"),
+        ("d.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-9], r"d\.jsonl\.gz: cannot be decompressed"),
+        ("d.jsonl.xz", b"no xz", r"d\.jsonl\.xz: cannot be decompressed"),
+        ("d.parquet", b"no parquet", r"d\.parquet: could not be read"),
+        ("d.arrow", b"no arrow", r"d\.arrow: could not be read"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_pairs(str(tmp_path / name), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "name", ["no.jsonl", "no.json", "no.csv", "no.parquet", "no.jsonl.gz", "./no", "/no/such", "~/no"]
+)
+def test_a_missing_file_is_not_looked_for_at_the_hub(name):
+    for given in (name, {"path": name}, [name], json.dumps([{"path": name}])):
+        with pytest.raises(InputError, match="no such file"):
+            check_source(given)
+
+
+def test_home_and_variables_are_read_as_in_a_shell(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "d.jsonl", RECORDS)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MY_DATA", str(tmp_path))
+    for given in ("~/d.jsonl", "$MY_DATA/d.jsonl", {"path": "${MY_DATA}/d.jsonl"}):
+        assert len(load_pairs(given, TOKENIZER)) == 5
+
+
+def test_a_split_is_chosen_by_name_or_is_train(tmp_path):
+    folder = write(tmp_path, "splits", RECORDS)
+    assert len(load_pairs(folder, TOKENIZER)) == 5
+    assert (
+        len(load_pairs(f"{folder}:test", TOKENIZER))
+        == len(load_pairs({"path": folder, "split": "test"}, TOKENIZER))
+        == 1
+    )
+    with pytest.raises(InputError, match=r"has no split 'dev' \(found: 'test', 'train'\)"):
+        load_pairs(f"{folder}:dev", TOKENIZER)
+    with pytest.raises(InputError, match="was saved without splits"):
+        load_pairs(write(tmp_path, "saved", RECORDS) + ":train", TOKENIZER)
+
+
+def test_subset_split_and_revision_reach_the_hub(monkeypatch):
+    asked = []
+
+    def hub(path, name=None, *, split, revision=None):
+        asked.append((path, name, split, revision))
+        return datasets.Dataset.from_list(RECORDS)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    load_pairs("org/name", TOKENIZER)
+    load_pairs("org/name:test[:10%]", TOKENIZER)
+    pairs = load_pairs({"path": "org/name", "subset": "easy", "split": "dev", "revision": "v1"}, TOKENIZER)
+    assert asked == [("org/name", None, "train", None), ("org/name", None, "test[:10%]", None),
+                     ("org/name", "easy", "dev", "v1")]  # fmt: skip
+    assert pairs[0].origin == "org/name:easy:dev row 0"
+
+
+def test_several_sources_follow_one_another_as_often_as_they_weigh(tmp_path):
+    one = write_jsonl(tmp_path / "one.jsonl", RECORDS[:2])
+    other = write_jsonl(tmp_path / "other.jsonl", RECORDS * 2)
+    assert [p.origin[-7:] for p in load_pairs([one, one], TOKENIZER)] == ["jsonl:1", "jsonl:2"] * 2
+    mixed = [{"path": one, "weight": 2}, {"path": other, "weight": 0.5}]
+    pairs = load_pairs(mixed, TOKENIZER, DataOptions(seed=1))
+    origins = [pair.origin.rpartition("/")[2] for pair in pairs]
+    assert origins[:4] == ["one.jsonl:1", "one.jsonl:2"] * 2
+    assert len(origins) == 9 and len(set(origins[4:])) == 5 and all("other" in origin for origin in origins[4:])
+    again, seeded = (load_pairs(mixed, TOKENIZER, DataOptions(seed=seed)) for seed in (1, 2))
+    assert pairs == again and pairs != seeded
+
+
+def test_columns_have_the_names_that_the_user_gives(tmp_path):
+    records = [{"q": r["prompt"], "good": r["chosen"], "bad": r["rejected"], "chosen": "scores"} for r in RECORDS]
+    file = write_jsonl(tmp_path / "d.jsonl", records)
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    expected = ids(load_pairs(write_jsonl(tmp_path / "e.jsonl", RECORDS), TOKENIZER))
+    assert ids(load_pairs(file, TOKENIZER, DataOptions(columns=columns))) == expected
+    assert ids(load_pairs({"path": file, "columns": columns}, TOKENIZER)) == expected
+    with pytest.raises(InputError, match=r"d\.jsonl:1: no column 'best' \(found: 'q', 'good', 'bad', 'chosen'\)"):
+        load_pairs({"path": file, "columns": {"chosen": "best"}}, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "at least one"),
+        ({"split": "train"}, "section with path"),
+        ({"path": "d", "spilt": "train"}, "of the data source d: spilt; did you mean 'split'"),
+        ({"path": "d", "weight": 0}, "weight=0 must be a number above 0"),
+        ({"path": "d", "weight": "2"}, "must be a number"),
+        ({"path": "d", "columns": {"promt": "q"}}, "columns.promt; did you mean 'prompt'"),
+        ('[{"path": ', "not JSON"),
+        (3, "must be a string"),
+    ],
+)
+def test_a_source_that_is_ill_written_says_how(given, message):
+    with pytest.raises(InputError, match=message):
+        parse_sources(given)
+
+
+def test_sources_are_read_from_yaml_and_the_command_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\noutput_dir: o\ntrain_data:\n  - a.jsonl\n  - {path: org/b, weight: 0.5}\n")
+    config = parse_config(["--config", str(file)])
+    assert config.train_data == ["a.jsonl", {"path": "org/b", "weight": 0.5}]
+    words = ["--model", "m", "--output_dir", "o", "--columns.chosen", "good"]
+    config = parse_config([*words, "--train_data", '["a.jsonl", {"path": "b.csv"}]'])
+    assert [source.path for source in parse_sources(config.train_data)] == ["a.jsonl", "b.csv"]
+    assert config.columns == {"chosen": "good"}
+    with pytest.raises(InputError, match="did you mean 'weight'"):
+        parse_config([*words, "--train_data", '[{"path": "b", "wieght": 1}]'])
+
+
+def big_file(tmp_path):
+    return write_jsonl(tmp_path / "d.jsonl", RECORDS)
+
+
+def counted(monkeypatch):
+    """Counts the records that are tokenised; sources of any size are cached."""
+    monkeypatch.setattr(data, "_CACHED_FROM", 0)
+    calls = []
+    original = data.draft
+    monkeypatch.setattr(data, "draft", lambda *a: calls.append(a) or original(*a))
+    return calls
+
+
+def test_tokenised_pairs_are_kept_and_read_again(tmp_path, monkeypatch):
+    file, calls = big_file(tmp_path), counted(monkeypatch)
+    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)  # ids go to the file one pair at a time
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    first = load_pairs(file, TOKENIZER)
+    assert len(calls) == 5
+    said = []
+    again = load_pairs(file, TOKENIZER, log=said.append)
+    assert len(calls) == 6 and again == first and again.digest == first.digest  # 1: whether it is a chat
+    assert "5 tokenised pairs read from" in said[0]
+    assert first == load_pairs(file, TOKENIZER, TrainConfig(dry_run=True))
+
+
+@pytest.mark.parametrize("change", ["data", "template", "tokenizer", "columns"])
+def test_kept_pairs_are_not_used_for_other_inputs(tmp_path, monkeypatch, change):
+    file, calls = big_file(tmp_path), counted(monkeypatch)
+    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    load_pairs(file, TOKENIZER)
+    tokenizer, options = byte_tokenizer(), DataOptions()
+    if change == "data":
+        write_jsonl(tmp_path / "d.jsonl", RECORDS[::-1])
+    if change == "template":
+        tokenizer.chat_template = "{{ messages }}"
+    if change == "tokenizer":
+        tokenizer.add_tokens(["Ja"])
+    if change == "columns":
+        options = DataOptions(columns={"prompt": "rejected", "rejected": "prompt"})
+    load_pairs(file, tokenizer, options)
+    assert len(calls) == 10
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_damaged_kept_pairs_are_made_again(tmp_path, monkeypatch, damage):
+    file, calls = big_file(tmp_path), counted(monkeypatch)
+    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    first = [*load_pairs(file, TOKENIZER)]
+    (kept,) = (tmp_path / "cache").rglob("ids.bin")
+    if damage == "cut":
+        kept.write_bytes(kept.read_bytes()[:-8])
+    else:
+        kept.with_name("ends.npy").unlink()
+    assert load_pairs(file, TOKENIZER) == first and len(calls) == 10
+
+
+def test_without_a_place_for_the_cache_pairs_are_in_memory(tmp_path, monkeypatch):
+    file, said = big_file(tmp_path), []
+    counted(monkeypatch)
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert len(load_pairs(file, TOKENIZER, log=said.append)) == 5
+    assert "kept in memory" in said[0]
+
+
+def test_an_error_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    counted(monkeypatch)
+    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)
+    monkeypatch.setattr(data, "_BATCH", 1)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file = write_jsonl(tmp_path / "d.jsonl", [*RECORDS, {"prompt": "a"}])
+    with pytest.raises(InputError, match=r"d\.jsonl:6"):
+        load_pairs(file, TOKENIZER)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock" and path.is_file()]
+
+
+def test_a_slice_of_pairs_and_its_lengths(tmp_path):
+    pairs = load_pairs(big_file(tmp_path), TOKENIZER)
+    assert pairs[1:3] == [pairs[1], pairs[2]] and pairs[-1] == pairs[4]
+    assert pairs.lengths.tolist() == [[*map(len, pair[:3])] for pair in pairs]
+    assert pairs[1:3].lengths.tolist() == pairs.lengths[1:3].tolist()
+    assert pairs[:3].digest != pairs[1:4].digest == pairs[1:][:3].digest
+    with pytest.raises(IndexError):
+        pairs[5]

@@ -1,0 +1,174 @@
+"""LoRA adapters: fresh ones, and those of a folder that are trained further."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+from .errors import InputError, check_names
+
+# Set by the loop, or without effect in it.
+_FIXED = {"task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping",
+          "peft_version", "runtime_config"}  # fmt: skip
+_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def lora_settings(options: dict[str, Any]) -> LoraConfig:
+    """Return peft's configuration of ``options``, its fields; ``alpha`` is ``lora_alpha``. Raises InputError."""
+    from peft import LoraConfig  # slow to import
+
+    known = sorted({field.name for field in dataclasses.fields(LoraConfig)} - _FIXED)
+    check_names(options, [*known, "alpha"], "lora.")
+    given = {"lora_alpha" if name == "alpha" else name: value for name, value in options.items() if value is not None}
+    if given.get("lora_dropout"):
+        raise InputError("lora.lora_dropout: must be 0; policy and reference must be alike at step 1")
+    if given.get("init_lora_weights", True) not in (True, "gaussian"):
+        raise InputError(
+            f"lora.init_lora_weights={given['init_lora_weights']!r}: must be true or gaussian; others begin with "
+            "another model than the base, which is the reference"
+        )
+    needs_targets = "target_parameters" not in given and "trainable_token_indices" not in given
+    defaults = _DEFAULTS if needs_targets else {k: v for k, v in _DEFAULTS.items() if k != "target_modules"}
+    settings = {**defaults, **given}
+    for name in ("r", "lora_alpha"):
+        if isinstance(settings[name], bool) or not isinstance(settings[name], int | float) or not settings[name] > 0:
+            raise InputError(f"lora: {name}={settings[name]!r} must be a number above 0")
+    if needs_targets and not settings["target_modules"]:
+        raise InputError("lora: target_modules must not be empty")
+    try:
+        return LoraConfig(**settings, task_type="CAUSAL_LM")
+    except Exception as error:  # peft checks its fields in many ways
+        raise InputError(f"lora: {error}") from None
+
+
+def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None:
+    """Put a fresh LoRA adapter into ``model`` and freeze everything else; it changes nothing before it is trained.
+
+    The adapter's own parameters are float32, whatever the model's dtype is. Raises InputError where it would sit on the
+    output head, whose loss needs the head as one matrix, and for names that nothing in the model has.
+    """
+    if has_adapter(model):
+        raise InputError("lora: the model has an adapter already; leave out lora to train that one, or merge it first")
+    settings = lora_settings(options)
+    head = model.get_output_embeddings()
+    _check_targets(model, settings, head)
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("error", r"The following \w+ keys did not match")
+            torch.manual_seed(seed)
+            model.add_adapter(settings)
+    except Exception as error:  # peft refuses targets and layer types in many ways
+        raise InputError(f"lora: {error}") from None
+    if model.get_output_embeddings() is not head:
+        raise InputError(
+            f"lora.target_modules={options.get('target_modules')!r} matches the output head, which takes no adapter "
+            "here"
+        )
+    _in_float32(model)
+
+
+def continue_adapter(model: PreTrainedModel) -> None:
+    """Make the adapter that ``model`` was loaded with what is trained; the reference is the model as it is now."""
+    settings: Any
+    (settings,) = model.peft_config.values()
+    if settings.peft_type != "LORA":
+        raise InputError(f"model: its adapter is of peft's type {settings.peft_type}; only LoRA ones are trained here")
+    if _is_adapted(model.get_output_embeddings()):
+        raise InputError(
+            "model: its adapter changes the output head, which takes no adapter here. Merge it first: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER)"
+        )
+    settings.inference_mode = False
+    saved = [*(settings.modules_to_save or []), "lora_", "trainable_tokens"]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in saved) and "original_module" not in name)
+    _in_float32(model)
+    model._continued_adapter = True  # type: ignore[assignment]
+
+
+def read_adapter(model: PreTrainedModel, folder: Path, missing: set[str]) -> set[str]:
+    """Read the tensors ``missing`` in the adapter of ``model`` as peft does; return those that ``folder`` lacks.
+
+    transformers does not find some of them, as the magnitudes of DoRA.
+    """
+    from peft import set_peft_model_state_dict
+
+    (name,) = model.peft_config
+    weights = load_file(folder / "adapter_model.safetensors")
+    result: Any = set_peft_model_state_dict(
+        model, {key.removeprefix("base_model.model."): tensor for key, tensor in weights.items()}, adapter_name=name
+    )
+    return missing.intersection(result.missing_keys)
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+@contextmanager
+def adapter_off(model: PreTrainedModel) -> Iterator[None]:
+    """Make the model its reference, as long as nothing is trained: a fresh adapter is off, one trained further on."""
+    if not has_adapter(model) or getattr(model, "_continued_adapter", False):
+        yield
+        return
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def _check_targets(model: PreTrainedModel, settings: LoraConfig, head: Any) -> None:
+    """Raise InputError for each name in a list that matches nothing, and for the output head."""
+    modules = [name for name, _ in model.named_modules()]
+    heads = {name for name, module in model.named_modules() if module is head}
+    options = {"target_modules": modules, "modules_to_save": modules, "exclude_modules": modules,
+               "target_parameters": [name for name, _ in model.named_parameters()]}  # fmt: skip
+    for option, known in options.items():
+        given = getattr(settings, option)
+        if not given or given == "all-linear":
+            continue
+        if isinstance(given, str):  # a pattern of whole names
+            matches = {given: {one for one in known if re.fullmatch(given, one)}}
+            heads_taken = given in {name.rpartition(".")[2] for name in heads}
+        else:
+            matches = {name: {one for one in known if one == name or one.endswith(f".{name}")} for name in given}
+            heads_taken = False
+        for name, matched in matches.items():
+            if option in ("target_modules", "modules_to_save") and (heads_taken or matched & heads):
+                raise InputError(
+                    f"lora.{option}: {name} is the output head, which takes no adapter here; leave it out"
+                    + (', or use "all-linear", which does' if option == "target_modules" else "")
+                )
+            if not matched:
+                close = difflib.get_close_matches(name, {one.rpartition(".")[2] for one in known}, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise InputError(f"lora.{option}: nothing in the model is called {name!r}{hint}")
+    layers = settings.layers_to_transform
+    count = model.config.get_text_config().num_hidden_layers
+    for layer in [layers] if isinstance(layers, int) else layers or []:
+        if not 0 <= layer < count:
+            raise InputError(f"lora.layers_to_transform: there is no layer {layer}; the model has {count}, from 0")
+
+
+def _is_adapted(module: Any) -> bool:
+    return any(hasattr(module, name) for name in ("lora_A", "lora_embedding_A", "modules_to_save"))
+
+
+def _in_float32(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data = parameter.data.float()

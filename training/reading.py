@@ -1,0 +1,64 @@
+"""Reading the files of a model: what goes wrong names the file and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import InputError, NotAtHandError
+
+
+def local_path(name: str) -> str:
+    """``name`` with ``~`` and variables replaced, as a shell does."""
+    return os.path.expandvars(os.path.expanduser(name))
+
+
+@contextmanager
+def reading(name: str, what: str) -> Iterator[None]:
+    """What goes wrong while ``what`` of the model ``name`` is read becomes an InputError that says how to mend it.
+
+    A path that is not there is refused at once: the hub would be asked for it for half a minute, or call it ill-formed.
+    """
+    if not Path(name).is_dir():
+        first, _, rest = name.partition("/")
+        is_path = name.startswith((".", "/", "~")) or "/" in rest
+        is_below = rest != "" and Path(first).is_dir()
+        if is_path or is_below:
+            hint = "" if is_path else f"; a model of the hub is not looked for where there is a folder {first!r}"
+            raise InputError(f"model {name!r}: no such folder (working directory: {Path.cwd()}){hint}")
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file makes its readers fail in any way
+        remedy = "" if Path(name).is_dir() else (
+            f". Without the hub: give a local folder instead (elsewhere, `hf download {name} --local-dir DIR` fills "
+            "one), or set HF_HUB_OFFLINE=1 where HF_HOME holds a cache that has it"
+        )  # fmt: skip
+        problem = " ".join(str(error).split()) or repr(error)
+        damaged = damaged_file(Path(name))
+        raise (InputError if damaged else NotAtHandError)(
+            f"model {name!r}: its {what} could not be loaded as a local folder or from the hub "
+            f"({problem[:500]}){remedy}" + (f". {damaged} is damaged: copy it again" if damaged else "")
+        ) from None
+
+
+def damaged_file(folder: Path) -> Path | None:
+    """The first file of ``folder`` that is not what its name says."""
+    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        try:
+            if file.suffix == ".json":
+                if not json.loads(file.read_text(encoding="utf-8")):
+                    return file
+            else:
+                with safe_open(file, framework="pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError):
+            return file
+    return None

@@ -1,0 +1,161 @@
+"""``ResumableTrainer``: transformers' ``Trainer`` with checkpoints that are whole or not there, and resumed exactly."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import upload_folder
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+from .checkpoint import resume_hint, rotate, save_checkpoint
+from .config import TrainConfig
+from .engine import all_finite, process_count
+from .errors import InputError, NonFiniteError, SaveError
+from .output import RunLog
+
+
+class ResumableTrainer(Trainer):
+    """Writes what ``Trainer`` writes beside its place, verified and moved, with what ``run_state`` returns."""
+
+    config: TrainConfig
+    run_log: RunLog
+
+    def run_state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides Trainer's own, in JSON types."""
+        raise NotImplementedError
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, verify and move it. A full disk costs a warning, not the run."""
+        folder, step = self.config.folder, self.state.global_step
+        if folder is None:
+            return
+        if not all_finite(self.model):
+            raise NonFiniteError(f"after step {step} the model's parameters are not finite; {resume_hint(folder)}")
+        state = {**self.run_state(), "step": step, "processes": process_count()}
+
+        def write(to: Path) -> None:
+            self._get_output_dir = lambda trial: str(to)  # type: ignore[method-assign]
+            try:
+                super(ResumableTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                del self._get_output_dir
+
+        began = time.monotonic()
+        try:
+            size = save_checkpoint(folder / f"checkpoint-{step}", write, state, self.run_log.texts())
+        except SaveError as error:
+            self.run_log.say(f"WARNING: {error}; the run goes on. If it ended now: {resume_hint(folder)}")
+            return
+        self.run_log.say(f"checkpoint-{step}: {size / 2**30:.2f} GiB in {time.monotonic() - began:.1f} s")
+        if self.args.should_save:
+            rotate(folder, step, self.config.save_total_limit, self.run_log.say)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write what is trained of the module, and its buffers, for a checkpoint."""
+        if self.args.should_save and output_dir is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            tensors = trained_tensors(self.model, self.model.state_dict() if state_dict is None else state_dict)
+            save_file(tensors, Path(output_dir) / "model.safetensors")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Do nothing: what is uploaded is the trained model."""
+
+    def upload(self) -> None:
+        """Upload ``final/`` to the repository that Trainer has made. A failure costs a warning."""
+        assert self.config.folder is not None and self.hub_model_id is not None
+        final = self.config.folder / "final"
+        try:
+            upload_folder(
+                repo_id=self.hub_model_id, folder_path=final, token=self.args.hub_token,
+                revision=self.args.hub_revision, commit_message="Trained model",
+            )  # fmt: skip
+            self.run_log.say(f"{final} is uploaded to {self.hub_model_id}")
+        except Exception as error:  # the network fails in many ways, and the model is on the disk
+            self.run_log.say(f"WARNING: {final} could not be uploaded ({type(error).__name__}: {error})")
+
+    # ---- resuming ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Do nothing yet: the reference is scored with the weights that the run began with. See ``_restore``."""
+
+    def _init_training_state(self, max_steps: int, *more: Any) -> tuple[int, int]:
+        """Trainer's, with the intervals of these options, not of the checkpoint's."""
+        counts = super()._init_training_state(max_steps, *more)
+        self.state.compute_steps(self.args, max_steps)
+        return counts
+
+    def restore(self, path: Path) -> None:
+        """Put the checkpoint ``path`` into module, optimizer and schedule. Raises InputError where it does not fit."""
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model_wrapped, str(path))
+        elif self.is_fsdp_enabled:
+            super()._load_from_checkpoint(str(path), self.model_wrapped)
+        else:
+            load_trained(self.model, path)
+        # A checkpoint brings the optimizer's state; its rates and the like follow from the run's settings.
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        rates = getattr(self.lr_scheduler, "base_lrs", None)
+        self._load_optimizer_and_scheduler(str(path))
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)
+        if type(self.lr_scheduler) is LambdaLR:
+            self.lr_scheduler.base_lrs = rates
+            _set_rates(self.lr_scheduler)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:  # fmt: skip
+        """Return the schedule of ``lr_scheduler_type``; its warm-up begins above 0, so that no update is wasted."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        steps = self.args.get_warmup_steps(num_training_steps)
+        if steps and type(schedule) is LambdaLR and self.args.lr_scheduler_type != "constant":
+            schedule.lr_lambdas = [partial(_warm_up, steps, shape) for shape in schedule.lr_lambdas]
+            _set_rates(schedule)
+        return schedule
+
+
+def _warm_up(steps: int, shape: Callable[[int], float], step: int) -> float:
+    """Factor of the learning rate after ``step`` updates: linear, from above 0 to 1, then ``shape``."""
+    return (step + 1) / (steps + 1) if step < steps else shape(step)
+
+
+def _set_rates(schedule: LambdaLR) -> None:
+    """Give the optimizer the rates that ``schedule`` has for the next update."""
+    step, groups = schedule.last_epoch, schedule.optimizer.param_groups
+    for group, rate, shape in zip(groups, schedule.base_lrs, schedule.lr_lambdas):
+        group["lr"] = rate * shape(step)
+    schedule._last_lr = [group["lr"] for group in groups]
+
+
+def trained_tensors(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    """Return what of ``state_dict`` is trained, and buffers; a tied parameter once, under its first name."""
+    registered = dict(module.named_buffers(remove_duplicate=False))
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    # Not the scales that quantised layers add to their state.
+    buffers = [name for name in module.state_dict() if name in registered]
+    found = {name: state_dict.get(name) for name in [*trained, *buffers]}
+    return {name: value.detach().contiguous() for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def load_trained(module: nn.Module, path: Path) -> None:
+    """Put the model of checkpoint ``path`` into ``module``. Raises InputError where it does not fit."""
+    tensors = load_file(path / "model.safetensors")
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(value.shape) for name, value in trained_tensors(module, module.state_dict()).items()}
+    if found != expected:
+        names = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+        details = [f"{n}: {found.get(n, 'nothing')} there, {expected.get(n, 'nothing')} here" for n in names[:3]]
+        raise InputError(
+            f"{path} does not fit the model, or what is trained of it: {len(names)} tensors differ "
+            f"({'; '.join(details)})"
+        )
+    module.load_state_dict(tensors, strict=False)
