@@ -1,108 +1,57 @@
-"""Everything there is to measure on a GPU, in one command of under nine minutes.
+"""Everything there is to measure on a GPU, in order of value, in calls of a few minutes each.
 
-    python -m benchmarks.gpu --out DIR
+    python -m benchmarks.gpu --out DIR                  as many steps as fit into 9.5 minutes; again: goes on
+    python -m benchmarks.gpu --out DIR --steps smoke,main,decomposition --minutes 4
 
-In this order, DIR/gpu.json being written after every step, so that an interrupted run keeps what it has:
+Each step is a process of its own with its own time limit, and DIR/gpu.json is written when it ends. So a CUDA error
+that outlives its cause, a crash or a lack of time costs one step. Another call with the same DIR goes on with the steps
+and shapes that are missing; steps that are named are done again. DIR holds gpu.json, part.json (while a step runs),
+steps.log, tests.log, time.png and memory.png.
 
-1. tests: the package's tests, the Triton ones on the real device (log in DIR/tests.log).
-2. accuracy: both backends, and the peers, against float64 on the device. Our gradients may err at most twice as much as
-   plain torch in the same dtype, log-probs of 512 tokens at most 2e-3 nat.
-3. cells: time and peak memory of forward, frozen head and forward + backward for every contender, interleaved with the
-   bare products of the same operands. The main shape comes first, then its other lengths, then the other models at its
-   length, then the rest; what the time does not suffice for is listed as such.
-4. tuning, after the main shape: block sizes and workspaces next to the shipped ones. Reported, never applied.
-5. targets: met or missed, with the measured figure; plots of time and memory.
-
-``forward`` is without gradients (1 product), ``frozen head`` computes dX alone (2), ``forward+backward`` dX and dW (3).
+``forward`` is without gradients (1 matmul), ``frozen head`` computes dX alone (2), ``forward+backward`` dX and dW (3).
 Times are between CUDA events around one call that starts on an idle device, so they include the latency of Python and
-of launches. The exit status is 1 if a test or an accuracy check failed; a missed target is not an error.
+of launches. Matmuls keep full-precision sums: reduced-precision reductions of split-K bfloat16 matmuls and float16
+accumulation are off for every contender. The exit status is 1 if a step, a test or an accuracy check failed; a missed
+target is no error.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from .batches import MODELS, HeadShape, PairBatch, random_head, scored_tokens
-from .cells import table
-from .contenders import CONTENDERS, OURS, PEER_PACKAGES, PEERS, Contender, chosen
-from .gpu_accuracy import SEQUENCE_NAT, accuracy, accuracy_table
-from .gpu_tuning import tune, tuning_table, workspace_and_gradients
-from .harness import checked_device, provenance, reason, write_json
-from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN, measure
+from .contenders import PEER_PACKAGES, PEERS
+from .gpu_plan import CACHED_TARGETS, hardware, problems, targets
+from .gpu_processes import run_in_group
+from .gpu_steps import PART, STEPS
+from .harness import checked_device, provenance, write_json
 from .plots import peak_gib, plot_cells, times_floor
 
-ROOT = Path(__file__).parent.parent
-# Nothing starts with less time left than the slowest cell takes at its fewest rounds.
-RESERVE_SECONDS = 30.0
-# Of each sweep.
-TUNING_SECONDS = 6.0
-TARGETS = {TRAIN: 1.08, FORWARD: 1.10, FROZEN: 1.10}
-MEMORY_TARGET = 1.05
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured."""
-
-    models: dict[str, HeadShape]
-    tokens: tuple[int, ...]
-    main: tuple[str, int]
-    response: int
-    accuracy_pairs: int
-    tests: tuple[str, ...]
-    test_seconds: float
-    rounds: int
-    workspace_rows: tuple[int, ...]
-
-    def cells(self) -> list[tuple[str, int, str]]:
-        """(model, tokens, mode), the main shape first."""
-        model, tokens = self.main
-        lengths = [(model, n) for n in self.tokens]
-        at_main = [(m, tokens) for m in self.models]
-        rest = [(m, n) for m in self.models for n in self.tokens]
-        shapes = dict.fromkeys([self.main, *lengths, *at_main, *rest])
-        return [(m, n, mode) for m, n in shapes for mode in MODES]
-
-
-FULL = Plan(
-    models=MODELS,
-    tokens=(1024, 2048, 4096, 8192, 16384),
-    main=("llama3-8b", 8192),
-    response=512,
-    accuracy_pairs=2,
-    # Compiling ahead of time for GPUs that are not there needs none, and minutes.
-    tests=("tests/inspo_kernels", "--ignore=tests/inspo_kernels/test_triton_compile.py"),
-    test_seconds=150.0,
-    rounds=15,
-    workspace_rows=(1024, 2048, 4096, 8192),
-)
-QUICK = Plan(
-    models={"tiny": HeadShape(64, 1000), "tiny-softcap": HeadShape(48, 777, softcap=30.0)},
-    tokens=(64, 128),
-    main=("tiny", 128),
-    response=16,
-    accuracy_pairs=2,
-    tests=("tests/inspo_kernels/test_logps.py",),
-    test_seconds=60.0,
-    rounds=3,
-    workspace_rows=(32, 128),
-)
+# Held to by this form of the pass; see gpu_plan.
+TARGETS = CACHED_TARGETS
+LOG, LOG_BYTES = "steps.log", 8 << 20
+# Left at the end of a call for plots and the last result.
+CLOSING_SECONDS = 8.0
+WHEELS = """
+peers on a machine without a network: fetch their wheels elsewhere,
+  pip download --no-deps --only-binary=:all: --python-version 3.12 -d .whl \\
+    trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 jsonargparse
+and name the folder: --wheels .whl. All are pure Python, 2 MiB together, so they fit into 64 MiB with this repository.
+What is timed here of trl loads without trl's own requirements. jsonargparse is no peer: the training run needs it.
+"""
 
 
 class Clock:
@@ -120,223 +69,253 @@ class Clock:
         return self.seconds - self.elapsed
 
 
-# --- tests ---
-
-
-def run_tests(plan: Plan, out: Path, clock: Clock) -> dict[str, Any]:
-    """The package's tests in a process of their own, log in ``out``/tests.log."""
-    command = [sys.executable, "-m", "pytest", *plan.tests, "-p", "no:cacheprovider"]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    # An interpreter asked for elsewhere would keep the Triton tests off the device.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    log, start = out / "tests.log", time.perf_counter()
-    with log.open("w") as file:
-        tests = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        limit = min(plan.test_seconds, clock.left)
-        try:
-            code = tests.wait(limit)
-            status = "passed" if code == 0 else f"failed: pytest's exit status was {code}"
-        except subprocess.TimeoutExpired:
-            status = f"failed: not done after {limit:.0f} s"
-        finally:
-            # Its workers, too: they would go on using the GPU beside what is timed next.
-            with suppress(ProcessLookupError):
-                os.killpg(tests.pid, signal.SIGKILL)
-    lines = log.read_text().strip().splitlines()
-    return {
-        "status": status,
-        "summary": lines[-1] if lines else "",
-        "arguments": list(plan.tests),
-        "seconds": time.perf_counter() - start,
-        "log": log.name,
-    }
-
-
 # --- results ---
 
 
-def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the Triton backend is held to at Llama-3-8B's head and 8,192 tokens, stated for an H200."""
-    model, tokens = FULL.main
-    cells = {c["mode"]: c for c in result["cells"] if (c["model"], c["tokens"]) == (model, tokens)}
-    rows = []
-
-    def judge(what: str, limit: float, measured: float | None, why: str) -> None:
-        verdict = f"not measured: {why}" if measured is None else "met" if measured <= limit else "missed"
-        rows.append({"target": what, "limit": limit, "measured": measured, "verdict": verdict})
-
-    for mode, limit in TARGETS.items():
-        row, why = triton_row(cells.get(mode))
-        ratio = row["times_floor"]["median"] if row and row["times_floor"] else None
-        judge(f"{mode}: time / bare products ({PRODUCTS[mode]})", limit, ratio, why or "the products failed")
-    row, why = triton_row(cells.get(TRAIN))
-    peak = row["peak_bytes"] / cells[TRAIN]["workspace_and_gradients_bytes"] if row and row["peak_bytes"] else None
-    judge(f"{TRAIN}: peak memory / (workspace + dX + dW)", MEMORY_TARGET, peak, why)
-    errors = [
-        r["errors"]["sequence_nat"]
-        for r in result["accuracy"]
-        if (r["contender"], r["dtype"], r["response"]) == ("triton", "bfloat16", FULL.response)
-        and "sequence_nat" in r.get("errors", {})
-    ]
-    why = f"no bfloat16 log-probs of {FULL.response} tokens by triton"
-    judge(
-        f"bfloat16: log-probs of {FULL.response} tokens, nat from float64", SEQUENCE_NAT, max(errors, default=None), why
-    )
-    return rows
-
-
-def triton_row(cell: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
-    """The Triton backend's measured row of a cell, or why there is none."""
-    if cell is None:
-        return None, f"{FULL.main[0]} at {FULL.main[1]} tokens did not run"
-    row = cell["contenders"]["triton"]
-    return (row, "") if row["status"] == "measured" else (None, row["status"])
-
-
-def problems(result: dict[str, Any]) -> list[str]:
-    """What makes the run fail."""
-    found = [f"stopped, {result['stopped']}"] if "stopped" in result else []
-    if result["tests"] and result["tests"]["status"] != "passed":
-        found.append(f"tests {result['tests']['status']}; see {result['tests']['log']}")
-    for row in result["accuracy"]:
-        if not row.get("ok", True):
-            found.append(f"accuracy: {row['contender']}, {row['what']}, {row['dtype']}, soft-cap {row['softcap']}")
-    return found
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        return {"type": device.type}
-    properties = torch.cuda.get_device_properties(device)
+def fresh_result(command: str, device: torch.device) -> dict[str, Any]:
     return {
-        "type": device.type,
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        "capability": f"{properties.major}.{properties.minor}",
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
+        **provenance(command, PEER_PACKAGES),
+        "device": hardware(device),
+        "dtype": "bfloat16" if device.type == "cuda" else "float32",
+        "method": " ".join(__doc__.split("\n\n")[-1].split()),
+        "finished": False,
+        "seconds": 0.0,
+        "steps": {},
+        "smoke": [],
+        "tests": None,
+        "accuracy": [],
+        "cells": [],
+        "tuning": {},
+        "targets": [],
     }
 
 
-def run(
-    plan: Plan, options: argparse.Namespace, result: dict[str, Any], save: Callable[[], None], clock: Clock
+def merge(result: dict[str, Any], row: dict[str, Any]) -> None:
+    """Enter what a step has left. Lists and tables are replaced; contenders are added to the cells that are there.
+
+    A contender measured by two steps keeps the figures of the earlier step, unless that step is done again.
+    """
+    for key, value in row["part"].items():
+        if key != "cells":
+            result[key] = value
+            continue
+        for cell in value:
+            known = next((c for c in result["cells"] if c["name"] == cell["name"]), None)
+            if known is None:
+                known = {**cell, "contenders": {}}
+                result["cells"].append(known)
+            for name, figures in cell.get("contenders", {}).items():
+                old = known["contenders"].get(name)
+                if old is None or old["status"] != "measured" or old["step"] == row["step"]:
+                    known["contenders"][name] = figures | {"step": row["step"]}
+            known |= {key: value for key, value in cell.items() if key != "contenders"}
+    result["cells"] = [cell for cell in result["cells"] if cell["contenders"]]
+
+
+def collect(out: Path, result: dict[str, Any]) -> dict[str, Any] | None:
+    """Merge and remove the part that a step has left, and return its row for the table of steps, or None."""
+    file = out / PART
+    if not file.exists():
+        return None
+    row = json.loads(file.read_text())
+    merge(result, row)
+    file.unlink()
+    return {"step": row["step"], "status": row["status"], "notes": row["notes"]}
+
+
+def enter_interrupted(out: Path, result: dict[str, Any]) -> None:
+    """Enter what a step had when its call was interrupted or killed."""
+    if row := collect(out, result):
+        result["steps"][row["step"]] = step_row(
+            result, row["status"] or "stopped with its call; what it had is kept", row
+        )
+
+
+def step_row(result: dict[str, Any], status: str, row: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
+    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    about = {"commit": result["package"]["commit"], "date": today}
+    return {"status": status, "notes": row["notes"], "seconds": seconds, **about}
+
+
+def opened_result(parser: argparse.ArgumentParser, out: Path, command: str, device: torch.device) -> dict[str, Any]:
+    """The result of earlier calls with this folder, or a new one."""
+    file = out / "gpu.json"
+    result = fresh_result(command, device)
+    if not file.exists():
+        return result
+    try:
+        old = json.loads(file.read_text())
+    except ValueError as error:
+        parser.error(f"--out: {file} is not JSON ({error}); remove it or name another folder")
+    if "steps" not in old:
+        parser.error(f"--out: {file} is of an older version of this command; remove it or name another folder")
+    for key in ("device", "versions"):
+        if old[key] != result[key]:
+            parser.error(f"--out: {key} of {file} are {old[key]}, here {result[key]}; name another folder")
+    commands = dict.fromkeys([*old["command"].split("; "), command])
+    return old | {"command": "; ".join(commands), "date": result["date"]}
+
+
+# --- steps ---
+
+
+def pending(result: dict[str, Any], named: Sequence[str] | None) -> list[str]:
+    """The steps of this call in order: those named, or those never tried and then those that did not end well."""
+    if named is not None:
+        return [name for name in STEPS if name in named]
+    tried = [name for name in STEPS if name in result["steps"]]
+    unfinished = [name for name in tried if result["steps"][name]["status"] != "done"]
+    return [*(name for name in STEPS if name not in tried), *unfinished]
+
+
+def run_step(
+    name: str, options: argparse.Namespace, result: dict[str, Any], seconds: float, environment: dict[str, str]
 ) -> None:
-    """All steps in order, each entered in ``result`` and saved when done."""
-    device, peers = torch.device(options.device), options.peers
-    cells = plan.cells()
-    bar = tqdm(total=2 + 4 + len(cells), desc="gpu benchmark", unit="step", disable=None)
-
-    def done(text: str) -> None:
-        save()
-        bar.update()
-        tqdm.write(text)
-
-    result["tests"] = run_tests(plan, options.out, clock)
-    done(f"tests {result['tests']['status']}: {result['tests']['summary']}")
-    dtype = getattr(torch, result["dtype"])
-    main_head = plan.models[plan.main[0]]
-    for rows in accuracy(main_head, plan.accuracy_pairs, plan.response, peers, dtype, device):
-        result["accuracy"] += rows
-        done(accuracy_table(rows))
-    weight, weight_of = None, None
-    for i, (model, tokens, mode) in enumerate(cells):
-        shape = scored_tokens(plan.models[model], tokens, plan.response)
-        cell = {"name": f"{model}, {tokens} tokens, {mode}", "model": model, "tokens": tokens, "mode": mode}
-        cell |= shape.as_json()
-        is_main = (model, tokens) == plan.main
-        names = [*(n for n in OURS if is_main or CONTENDERS[n].variant_of is None), *peers]
-        if clock.left < RESERVE_SECONDS:
-            cell["contenders"] = {name: {"status": "not measured: out of time"} for name in ("floor", *names)}
-        else:
-            if weight_of != model:
-                weight = None
-                weight, weight_of = random_head(shape.head, dtype=dtype, device=device), model
-            batch = PairBatch(shape, dtype=dtype, device=device, weight=weight)
-            found = chosen(names, batch)
-            for name, outcome in found.items():
-                if isinstance(outcome, Contender) and outcome.compiles_per_shape and not is_main:
-                    found[name] = "not measured: compiles anew for every shape, so only the main one is"
-            share = (clock.left - RESERVE_SECONDS) / (len(cells) - i)
-            rounds, seconds = (2 * plan.rounds, 4 * share) if is_main else (plan.rounds, share / 2)
-            measure(batch, mode, found, rounds, seconds=seconds, with_errors=False, cell=cell)
-            if mode == TRAIN and not isinstance(found["triton"], str):
-                cell["workspace_and_gradients_bytes"] = workspace_and_gradients(batch, "triton")
-        result["cells"].append(cell)
-        done(table(cell))
-        if i == len(MODES) - 1:
-            if clock.left > 3 * RESERVE_SECONDS:
-                result["tuning"] = tune(batch, plan.workspace_rows, TUNING_SECONDS)
-            else:
-                result["tuning"] = {"all": {"status": "not measured: out of time"}}
-            done(tuning_table(result["tuning"]))
-    bar.close()
+    """Run a step in a process of its own and enter what it leaves, however it ends."""
+    before = result["steps"].get(name, {"status": "done"})
+    # A step that did not end well goes on; one that did, and is asked for, is done again.
+    known = [] if before["status"] == "done" else [cell["name"] for cell in result["cells"] if _has(cell, name)]
+    command = [sys.executable, "-m", "benchmarks.gpu_steps", name, "--out", str(options.out.absolute()), "--device"]
+    command += [options.device, "--seconds", f"{max(5.0, seconds - 5):.0f}", "--end-with-parent"]
+    command += ["--known", json.dumps(known), *(["--quick"] if options.quick else []), "--peers", *options.peers]
+    log, start = options.out / LOG, time.perf_counter()
+    shown = log.stat().st_size if log.exists() else 0
+    code = run_in_group(command, log, seconds, environment)
+    row = collect(options.out, result) or {"status": "", "notes": []}
+    status = row["status"]
+    if code is None:
+        status = f"stopped after {seconds:.0f} s; what it had is kept"
+    elif not status:
+        why = f"signal {-code}" if code < 0 else f"exit status {code}"
+        status = f"failed: the process ended with {why}; see {LOG}"
+    result["steps"][name] = step_row(result, status, row, time.perf_counter() - start)
+    with log.open(errors="replace") as file:
+        file.seek(shown)
+        print(file.read(20_000).rstrip(), flush=True)
+    shorten(log)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+def _has(cell: dict[str, Any], step: str) -> bool:
+    return any(row.get("step") == step for row in cell["contenders"].values())
+
+
+def shorten(log: Path) -> None:
+    """Keep the end of a log that has grown beyond what can be brought back."""
+    if log.stat().st_size > LOG_BYTES:
+        log.write_bytes(log.read_bytes()[-LOG_BYTES // 2 :])
+
+
+def installed_wheels(parser: argparse.ArgumentParser, folder: Path | None, target: str) -> dict[str, str]:
+    """The environment of the steps: with --wheels, the wheels unpacked for them alone."""
+    environment = dict(os.environ)
+    if folder is None:
+        return environment
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        parser.error(f"--wheels: there is no wheel in {folder}")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", target]
+    done = subprocess.run([*pip, *map(str, wheels)], capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip() or "pip failed").splitlines()[-1]
+        print(f"--wheels: not installed, their peers are left out: {why}")
+        return environment
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [target, environment.get("PYTHONPATH")]))
+    return environment
+
+
+def run(options: argparse.Namespace, result: dict[str, Any], clock: Clock, environment: dict[str, str]) -> None:
+    """The steps of this call, as far as its time goes."""
+    earlier = result["seconds"]
+    todo = pending(result, options.steps)
+    for i, name in enumerate(todo):
+        step, left = STEPS[name], clock.left - CLOSING_SECONDS
+        if left < step.least:
+            print(f"[{i + 1}/{len(todo)}] {name}: not started, {max(0.0, left):.0f} s are left; call again to go on")
+            continue
+        print(f"[{i + 1}/{len(todo)}] {name} ({step.about}), at most {min(step.seconds, left):.0f} s", flush=True)
+        run_step(name, options, result, min(step.seconds, left), environment)
+        print(f"    {name}: {result['steps'][name]['status']}, {result['steps'][name]['seconds']:.0f} s", flush=True)
+        result["seconds"] = earlier + clock.elapsed
+        save(options.out, result)
+
+
+def save(out: Path, result: dict[str, Any]) -> None:
+    result["finished"] = all(result["steps"].get(name, {}).get("status") == "done" for name in STEPS)
+    result["targets"] = targets(result, TARGETS)
+    write_json(out / "gpu.json", result)
+
+
+def draw(out: Path, result: dict[str, Any]) -> None:
+    """Plots of time and memory, where there is anything to show."""
+    for name, value, label in (
+        ("time", times_floor, "time / bare matmuls"),
+        ("memory", peak_gib, "peak memory above inputs, GiB"),
+    ):
+        if any(value(row) for cell in result["cells"] for row in cell["contenders"].values()):
+            plot_cells(result, value, label).savefig(out / f"{name}.png", dpi=100)
+
+
+# --- the command ---
+
+
+def step_names(text: str) -> list[str]:
+    """For argparse: names of steps, with commas between."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if wrong := [name for name in names if name not in STEPS]:
+        raise argparse.ArgumentTypeError(f"there is no step {', '.join(wrong)}: they are {', '.join(STEPS)}")
+    return names
+
+
+def parsed(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    steps = "\n".join(f"  {name:<14}{step.about}, at most {step.seconds:.0f} s" for name, step in STEPS.items())
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu", description=__doc__.splitlines()[0], epilog=f"steps, in order:\n{steps}\n{WHEELS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results, of earlier calls or new")
     parser.add_argument("--device", default="cuda", help='"cuda", "cuda:1", or "cpu" (with --quick) [cuda]')
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
+    parser.add_argument("--steps", type=step_names, metavar="A,B", help="do these [all that are missing]")
+    parser.add_argument("--minutes", type=float, default=9.5, help="of this call [9.5]")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER",
                         help=f"other libraries to time, of {', '.join(PEERS)} [all]")  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=8.5, help="no step starts that would end later [8.5]")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of wheels of peers that are not installed")
+    return parser, parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser, options = parsed(arguments)
     device = checked_device(parser, options.device)
     if device.type == "cpu" and not options.quick:
         parser.error("--device cpu takes hours at these shapes: add --quick, or use a GPU")
     options.out.mkdir(parents=True, exist_ok=True)
-
-    plan, clock = QUICK if options.quick else FULL, Clock(60 * options.minutes)
     given = sys.argv[1:] if arguments is None else arguments
     given = ["DIR" if a == str(options.out) else "--out=DIR" if a.startswith("--out=") else a for a in given]
-    result: dict[str, Any] = {
-        **provenance(shlex.join(["python", "-m", "benchmarks.gpu", *given]), PEER_PACKAGES),
-        "device": hardware(device),
-        "dtype": "bfloat16" if device.type == "cuda" else "float32",
-        "response_tokens": plan.response,
-        "method": " ".join(__doc__.split("\n\n")[-1].split()),
-        "finished": False,
-        "tests": None,
-        "accuracy": [],
-        "tuning": {},
-        "cells": [],
-        "targets": [],
-    }
-
-    def save() -> None:
-        result["seconds"] = clock.elapsed
-        result["targets"] = targets(result)
-        write_json(options.out / "gpu.json", result)
-
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *given])
+    result, clock = opened_result(parser, options.out, command, device), Clock(60 * options.minutes)
+    enter_interrupted(options.out, result)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     interrupted = False
-    try:
-        run(plan, options, result, save, clock)
-        result["finished"] = True
-    except KeyboardInterrupt:
-        interrupted = True
-        print("interrupted; what is done is kept", file=sys.stderr)
-    except Exception as error:
-        # A CUDA error outlives the contender that caused it; what is done is kept all the same.
-        traceback.print_exc()
-        result["stopped"] = reason(error)
-    for name, value, label in (
-        ("time", times_floor, "time / bare products"),
-        ("memory", peak_gib, "peak memory above inputs, GiB"),
-    ):
-        if any(value(row) for cell in result["cells"] for row in cell["contenders"].values()):
-            plot_cells(result, value, label).savefig(options.out / f"{name}.png", dpi=130)
-    save()
+    with tempfile.TemporaryDirectory() as site:
+        try:
+            run(options, result, clock, installed_wheels(parser, options.wheels, site))
+        except KeyboardInterrupt:
+            interrupted = True
+            enter_interrupted(options.out, result)
+            print("interrupted; what is done is kept, and another call goes on", file=sys.stderr)
+    save(options.out, result)
+    draw(options.out, result)
     for row in result["targets"]:
         figure = "" if row["measured"] is None else f": {row['measured']:.4g}"
         print(f"target {row['target']} <= {row['limit']:g}{figure}: {row['verdict']}")
+    for name in STEPS:
+        for note in result["steps"].get(name, {}).get("notes", []):
+            print(f"note, {name}: {note}")
     failures = problems(result)
     for failure in failures:
         print(f"FAILED {failure}")
-    print(f"{clock.elapsed:.0f} s; results in {options.out}")
+    missing = [name for name in STEPS if result["steps"].get(name, {}).get("status") != "done"]
+    print(f"{clock.elapsed:.0f} s; still to do: {', '.join(missing) or 'nothing'}; results in {options.out}")
     return 130 if interrupted else int(bool(failures))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from inspo_kernels import backends
 from inspo_kernels.head import checked_head
@@ -43,8 +44,8 @@ def tune(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dic
     result: dict[str, Any] = {}
     for name, runs in (
         ("row pass", tune_row_pass),
-        ("triton stage rows", tune_stages),
-        ("triton tile rows", tune_tiles),
+        ("triton logits tile", tune_tiles),
+        ("triton kept rows", tune_kept),
     ):
         why = CONTENDERS["triton"].unavailable(batch)
         try:
@@ -58,20 +59,42 @@ def tune(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dic
     return result
 
 
-def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[str, Any]:
-    """Block and warps of the pass over one stage of logits."""
+def launch_row_pass(
+    batch: PairBatch, rows: int, words: int | None = None, *, store: bool = True
+) -> tuple[Callable[[int], None], Tensor]:
+    """Return a launch of the pass over a tile of random logits, given its first word, and the tile (rows, words)."""
     from inspo_kernels.kernels import config, row_pass
 
-    rows = min(rows, batch.shape.scored)  # each row reads its target
-    vocab, device = batch.head.vocab, batch.hidden.device
-    arch = config.architecture(device)
+    device, vocab = batch.hidden.device, batch.head.vocab
+    narrow = torch.bfloat16 if batch.hidden.dtype == torch.float32 else batch.hidden.dtype
     stride = config.padded_vocab(vocab)
-    raw = torch.randn(rows, stride, device=device)
-    e = torch.empty(
-        rows, stride, dtype=batch.hidden.dtype if batch.hidden.dtype != torch.float32 else torch.bfloat16, device=device
+    raw = torch.randn(rows, stride if words is None else words, device=device)
+    e = torch.empty(rows, stride, dtype=narrow, device=device) if store else None
+    label, offset, rest = torch.zeros(3, rows, device=device)
+    parts, raised = (
+        torch.empty(len(row_pass.PARTS), rows, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
     )
-    labels, logps, sums = (torch.zeros(rows, device=device) for _ in range(3))
-    shipped = config.row_pass(arch, vocab, raw.dtype, batch.softcap)
+    softcap = batch.softcap
+
+    def launch(first: int = 0) -> None:
+        row_pass.row_pass(
+            raw, batch.targets[:rows], label, offset, rest, parts, raised, first=first, vocab=vocab, e=e, bias=None,
+            softcap=softcap, outer=1.0 if softcap is None else softcap, scale=1.0, wanted=frozenset(),
+            arch=config.architecture(device),
+        )  # fmt: skip
+
+    return launch, raw
+
+
+def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[str, Any]:
+    """Block and warps of the pass over one stage of logits."""
+    from inspo_kernels.kernels import config
+
+    rows = min(rows, batch.shape.scored)  # each row reads its target
+    launch, raw = launch_row_pass(batch, rows)
+    moved = raw.nbytes * 3 // 2  # E takes half as much
+    shipped = config.row_pass(config.architecture(batch.hidden.device), raw.shape[1], torch.float32, batch.softcap)
     pairs = [(2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (16384, 16)]
     candidates = dict.fromkeys([shipped, *(config.RowPass(*pair) for pair in pairs)])
     repeats = 10  # one launch is no longer than its own latency
@@ -79,72 +102,71 @@ def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[st
     def run(candidate: Any) -> None:
         with mock.patch.object(config, "row_pass", lambda *_: candidate):
             for _ in range(repeats):
-                row_pass.row_pass(
-                    raw,
-                    batch.targets[:rows],
-                    labels,
-                    logps,
-                    sums,
-                    vocab=vocab,
-                    e=e,
-                    bias=None,
-                    softcap=batch.softcap,
-                    logit_scale=1.0,
-                    arch=arch,
-                )
+                launch(0)
 
     runs = {row_pass_name(c): partial(run, c) for c in candidates}
-    swept = sweep(row_pass_name(shipped), runs, device, seconds, repeats)
-    moved = raw.nbytes + e.nbytes
+    swept = sweep(row_pass_name(shipped), runs, batch.hidden.device, seconds, repeats)
     for row in swept["candidates"].values():
         if row["status"] == "measured":
             row["terabytes_per_second"] = moved / row["seconds"]["median"] / 1e12
-    return swept | {"rows": rows, "vocab": vocab}
+    return swept | {"rows": rows, "vocab": batch.head.vocab}
 
 
 def row_pass_name(candidate: Any) -> str:
     return f"block {candidate.block}, {candidate.num_warps} warps"
 
 
-def tune_stages(batch: PairBatch, seconds: float) -> dict[str, Any]:
-    return tune_constant("STAGE_ROWS", (512, 1024, 1280, 2048, 4096), batch, seconds)
-
-
 def tune_tiles(batch: PairBatch, seconds: float) -> dict[str, Any]:
-    return tune_constant("TILE_ROWS", (2048, 4096, 8192), batch, seconds)
+    """Forward + backward with other tiles of logits, which stay in the cache or not."""
+    from inspo_kernels.kernels import config
 
+    device = batch.hidden.device
+    shipped = config.logits_tile(config.architecture(device), device, 4)
+    sizes = [(rows, words) for rows in (512, 1024, 2048) for words in (4224, 8448, 16896)]
+    whole = config.LogitsTile(1024, config.padded_vocab(batch.head.vocab))  # staged in memory
+    candidates = dict.fromkeys([shipped, *(config.LogitsTile(*size) for size in sizes), whole])
 
-def tune_constant(constant: str, values: tuple[int, ...], batch: PairBatch, seconds: float) -> dict[str, Any]:
-    """Forward + backward with another value of one of the Triton backend's constants."""
-    from inspo_kernels.backends import triton_backend
-
-    shipped = getattr(triton_backend, constant)
-
-    def run(value: int) -> None:
-        with mock.patch.object(triton_backend, constant, value):
+    def run(tile: Any) -> None:
+        with mock.patch.object(config, "logits_tile", lambda *_: tile):
             step(batch, TRAIN, CONTENDERS["triton"])
 
-    runs = {str(value): partial(run, value) for value in sorted({shipped, *values})}
-    return sweep(str(shipped), runs, batch.hidden.device, seconds)
+    runs = {f"{c.rows} x {c.words}": partial(run, c) for c in candidates}
+    return sweep(f"{shipped.rows} x {shipped.words}", runs, device, seconds)
+
+
+def tune_kept(batch: PairBatch, seconds: float) -> dict[str, Any]:
+    """Forward + backward with fewer rows of E kept at a time."""
+    from inspo_kernels.backends import triton_backend
+
+    def run(rows: int) -> None:
+        with mock.patch.object(triton_backend, "KEPT_ROWS", rows):
+            step(batch, TRAIN, CONTENDERS["triton"])
+
+    values = sorted({triton_backend.KEPT_ROWS, 2048, 4096, 8192})
+    runs = {str(value): partial(run, value) for value in values}
+    return sweep(str(triton_backend.KEPT_ROWS), runs, batch.hidden.device, seconds)
 
 
 def tune_torch(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dict[str, Any]:
     """Forward + backward of the torch backend with other workspaces."""
     head, resolved = _head_and_backend(batch, "torch")
-    shipped = f"default ({resolved.capacity(head, batch.hidden.device, None)})"
+    default = resolved.default_workspace_bytes(head, batch.hidden.device)
+    shipped = f"default ({resolved.capacity(head, batch.hidden.device, default)})"
 
     def run(limit: int | None) -> None:
         step(batch, TRAIN, Contender("torch", loss=ours("torch", max_workspace_bytes=limit)))
 
-    runs = {str(rows): partial(run, rows * resolved.bytes_per_row(head)) for rows in workspace_rows}
+    runs = {str(rows): partial(run, rows * resolved.kept_bytes(head, 1)) for rows in workspace_rows}
     return sweep(shipped, {shipped: partial(run, None), **runs}, batch.hidden.device, seconds)
 
 
 def workspace_and_gradients(batch: PairBatch, backend: str) -> int:
-    """Bytes of the default workspace (of N rows, if those need less) + dX + dW, both in the accumulate dtype."""
+    """Bytes of the default workspace (what N rows keep beside its tile, if less) + dX + dW in the accumulate dtype."""
     head, resolved = _head_and_backend(batch, backend)
     device, rows = batch.hidden.device, batch.shape.scored
-    workspace = min(resolved.default_workspace_bytes(head, device), rows * resolved.bytes_per_row(head))
+    default = resolved.default_workspace_bytes(head, device)
+    unused = max(0, resolved.capacity(head, device, default) - rows)
+    workspace = default - resolved.kept_bytes(head, unused)
     return workspace + (rows * batch.head.hidden + batch.weight.numel()) * head.accumulate_dtype.itemsize
 
 

@@ -320,13 +320,22 @@ def checked_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         parser.error(f"--device {name}: only cpu and cuda devices are measured")
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU; use --device cpu")
+        parser.error(f"--device cuda: torch sees no GPU ({_why_no_gpu()}); use --device cpu")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.index is not None and device.index >= count:
         parser.error(f"--device {name}: there is no such device, only {count} of type {device.type}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
+
+
+def _why_no_gpu() -> str:
+    """In torch's words: no driver, a driver that is too old, or a build without CUDA."""
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return str(error).splitlines()[0]
+    return "there is none"
 
 
 def command(module: str, arguments: Sequence[str], json_file: Path | None) -> str:

@@ -3,8 +3,8 @@
     python -m benchmarks.logps --json benchmarks/results/logps_cpu.json
 
 Three modes: forward + backward (dX and dW), frozen head (dX alone, as under LoRA) and forward without gradients. The
-floor of each is its bare products with preallocated outputs: three, two, one. A general per-token op that keeps no
-logits cannot reach the first: its backward has to form them a second time.
+floor of each is its bare matmuls with preallocated outputs, three, two, one: the fastest of several groups of rows and
+words. A general per-token op that keeps no logits cannot reach the first: its backward has to form them a second time.
 """
 
 from __future__ import annotations

@@ -15,21 +15,23 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
-import training.train
+from training.batching import EpochBatches
 from training.config import TrainConfig
 from training.data import Pair
 from training.model import load_model
-from training.scoring import Batcher, PairModel, score
+from training.scoring import Batch, Batcher, PairModel, score
+from training.train import train
 
 from .harness import positive, provenance, result_file, spread, write_json
 from .real_pairs import command_of, pairs_of
@@ -37,26 +39,23 @@ from .real_pairs import command_of, pairs_of
 MODEL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
+class Marks(TrainerCallback):
+    """The times at which steps begin."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter())
+
+
 def loop_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:
     """Of the steps of ``train`` from the second to number ``steps``, and the checkpoint after them."""
-    marks: list[float] = []
-    model, tokenizer = load_model(config)
-    plan = training.train.batch_indices
-
-    def marked(*arguments: Any) -> list[int]:
-        marks.append(time.perf_counter())
-        return plan(*arguments)
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(io.StringIO()),
-        mock.patch.object(training.train, "batch_indices", marked),
-    ):
-        run = dataclasses.replace(config, output_dir=f"{folder}/run", max_steps=steps + 1, save_every=steps)
-        training.train.train(run, pairs, model=model, tokenizer=tokenizer)
-    # The loop asks for the pairs of a step when it begins; before that, the reference asks for those of all steps.
-    began = marks[-(steps + 1) :]
-    return began[-1] - began[1]
+    marks, (model, tokenizer) = Marks(), load_model(config)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        run = dataclasses.replace(config, output_dir=f"{folder}/run", max_steps=steps + 1, save_steps=steps)
+        train(run, pairs, model=model, tokenizer=tokenizer, callbacks=[marks])
+    return marks.seconds[steps] - marks.seconds[1]
 
 
 def bare_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:
@@ -64,26 +63,34 @@ def bare_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:
     model, tokenizer = load_model(config)
     module = PairModel(model.eval(), config.make_objective())
     batcher = Batcher(tokenizer.pad_token_id, torch.device("cpu"), config.max_batch_tokens)
-    reference = score(module, pairs, batcher, conditioned=False, progress=None).logps
-    optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    reference = score(module, pairs, batcher, conditioned=False).logps
+    assert config.learning_rate is not None
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+    size, seed = config.pairs_per_step, config.seed
+    batches = itertools.chain.from_iterable(_epoch(len(pairs), size, seed, epoch) for epoch in itertools.count())
 
-    def step(number: int) -> None:
-        batch = training.train.batch_indices(len(pairs), config.batch_size, number, config.seed)
+    def step(batch: list[int]) -> None:
         some = [pairs[i] for i in batch]
         for part in batcher.plan(some, conditioned=True):
-            inputs = batcher([some[i] for i in part.pairs], conditioned=True)
+            tensors = batcher([some[i] for i in part.pairs], conditioned=True, marginals=False)
             ref: Tensor = reference[:, [batch[i] for i in part.pairs]].reshape(-1)
-            loss, _ = module(inputs, ref)
-            (loss / len(batch)).backward()
+            loss, _ = module(Batch(tensors, ref, scale=1 / len(batch)))
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-    step(1)
+    step(next(batches))
     began = time.perf_counter()
-    for number in range(2, steps + 1):
-        step(number)
+    for _ in range(2, steps + 1):
+        step(next(batches))
     return time.perf_counter() - began
+
+
+def _epoch(num_pairs: int, size: int, seed: int, epoch: int) -> EpochBatches:
+    batches = EpochBatches(num_pairs, size, seed)
+    batches.set_epoch(epoch)
+    return batches
 
 
 RUNS: dict[str, Callable[[TrainConfig, list[Pair], int], float]] = {"bare": bare_seconds, "loop": loop_seconds}
@@ -100,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.steps < 2:
         parser.error("--steps 1: the first step is not timed, so give at least 2")
     config = TrainConfig(
-        model=MODEL, max_length=512, truncation="drop", batch_size=8, max_batch_tokens=4096, learning_rate=1e-4,
-        max_steps=options.steps, log_every=10, layout="rows", keep_best=False,
+        model=MODEL, max_length=512, truncation="drop", per_device_train_batch_size=8, max_batch_tokens=4096,
+        learning_rate=1e-4, max_steps=options.steps, logging_steps=10, layout="rows", keep_best=False,
     )  # fmt: skip
     pairs = pairs_of(parser, options.pairs, config, load_model(config)[1], lambda line: None)
     seconds: dict[str, list[float]] = {name: [] for name in RUNS}
@@ -113,8 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ratio = spread([loop / bare for bare, loop in zip(seconds["bare"], seconds["loop"], strict=True)])
     result = {
         **provenance(command_of("benchmarks.loop_overhead", arguments, options)),
-        "model": MODEL, "pairs": len(pairs), "pairs_per_step": config.batch_size, "steps": options.steps,
-        "log_every": config.log_every, "save_every": options.steps, "seconds": seconds, "loop_over_bare": ratio,
+        "model": MODEL, "pairs": len(pairs), "pairs_per_step": config.pairs_per_step, "steps": options.steps,
+        "log_every": config.logging_steps, "save_every": options.steps, "seconds": seconds, "loop_over_bare": ratio,
     }  # fmt: skip
     write_json(options.json, result)
     shown = {f"{name}, s": spread(values) for name, values in seconds.items()} | {"loop / bare": ratio}

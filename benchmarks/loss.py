@@ -6,8 +6,8 @@ All contenders get the same double-conditioned batch: hidden states of every pos
 response, and labels of the response. Those that work on scored rows pick them first, as part of what is timed. Beside
 them stands
 
-- ``floor``: the three products of the scored rows with the head, X W^T, E W and E^T X, into preallocated outputs. Any
-  loss that computes dX and dW must do these.
+- ``floor``: the three matmuls of the scored rows with the head, X W^T, E W and E^T X, into preallocated outputs: the
+  fastest of several groups of rows and words. Any loss that computes dX and dW must do these.
 
 Errors are those against float64 in the same run. Time is the median over interleaved rounds, ratios are taken within
 rounds, and on a CPU peak memory is measured in a fresh process per contender, on its second call.

@@ -26,8 +26,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from training.config import InputError, TrainConfig
+from training.config import TrainConfig
 from training.data import Pair, load_pairs, select_pairs
+from training.errors import InputError
 from training.generate import generate
 from training.model import load_model
 from training.train import train
@@ -78,10 +79,10 @@ def pairs_of(
 ) -> list[Pair]:
     """The pairs of ``--pairs`` that ``config`` can train on, or the parser's error that says what is wrong."""
     try:
-        return select_pairs(
-            load_pairs(source, tokenizer), "pairs", config, vocab_size=len(tokenizer),
+        return list(select_pairs(
+            load_pairs(source, tokenizer, config), "pairs", config, vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id, log=log,
-        )  # fmt: skip
+        ))  # fmt: skip
     except InputError as error:
         parser.error(f"--pairs: {error}")
 
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     common = TrainConfig(
         model=MODEL, max_length=options.max_length, truncation="drop", max_steps=options.steps,
-        batch_size=8, learning_rate=options.learning_rate, seed=options.seed,
+        per_device_train_batch_size=8, save_strategy="no", learning_rate=options.learning_rate, seed=options.seed,
     )  # fmt: skip
     base, tokenizer = load_model(common)
     said: list[str] = []

@@ -81,11 +81,12 @@ def workspace_sweep(shape: Shape, rounds: int, device: torch.device, dtype: torc
     head = checked_head(batch.hidden, batch.weight, None, batch.softcap, 1.0)
     backend = backends.resolve_backend("auto", head, device)
     assert backend is not None
-    default = f"default ({backend.capacity(head, device, None)})"
+    default_rows = backend.capacity(head, device, backend.default_workspace_bytes(head, device))
+    default = f"default ({default_rows})"
     rows_of = {default: None} | {str(r): r for r in WORKSPACE_ROWS}
 
     def run(rows: int | None) -> None:
-        limit = None if rows is None else rows * backend.bytes_per_row(head)
+        limit = None if rows is None else backend.kept_bytes(head, rows)
         step(batch, TRAIN, Contender("ours", loss=ours("auto", max_workspace_bytes=limit)))
 
     runs = {name: partial(run, rows) for name, rows in rows_of.items()}
@@ -93,8 +94,8 @@ def workspace_sweep(shape: Shape, rounds: int, device: torch.device, dtype: torc
     to_default = ratios(times, default)
     return {
         name: {
-            "rows": rows if rows is not None else backend.capacity(head, device, None),
-            "bytes": (rows or backend.capacity(head, device, None)) * backend.bytes_per_row(head),
+            "rows": rows or default_rows,
+            "bytes": backend.kept_bytes(head, rows or default_rows),
             "seconds": spread(times[name]),
             "times_default": to_default[name],
             "peak_bytes": own_peak(runs[name], str(device)) if device.type == "cuda" else None,

@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import inspo_kernels as ik
 from training.data import Pair as TrainingPair
 from training.layouts import choose_layout
-from training.scoring import Batcher, PairModel, score
+from training.scoring import Batch, Batcher, PairModel, lengths_of, score
 
 from .batches import Lengths
 from .contenders import BETA
@@ -198,7 +198,7 @@ class Ours:
 class Loop:
     """The step of ``training.train``: forward passes of pairs of similar length, in the layout that costs less.
 
-    Like the loop, and unlike the others, it scores the marginals, too.
+    Like the loop between two logged lines, it does not score the marginals.
     """
 
     def __init__(self, job: Job) -> None:
@@ -207,21 +207,22 @@ class Loop:
         self.batches = [[TrainingPair(*pair) for pair in batch] for batch in job.batches]
         rows = Batcher(job.model.config.pad_token_id, job.model.device, LOOP_TOKENS)
         pairs = [pair for batch in self.batches for pair in batch]
-        self.batcher = choose_layout("auto", job.model, rows, pairs, conditioned=True, log=lambda line: None)
+        self.batcher = choose_layout(
+            "auto", job.model, rows, lengths_of(pairs), conditioned=True, log=lambda line: None
+        )
         start = now(job.model.device)
-        self.ref_logps = [
-            score(self.module, batch, self.batcher, conditioned=False, progress=None).logps for batch in self.batches
-        ]
+        self.ref_logps = [score(self.module, batch, self.batcher, conditioned=False).logps for batch in self.batches]
         self.reference_seconds = now(job.model.device) - start
 
     def __call__(self) -> Trained:
         def backward(i: int) -> Tensor:
             batch, total = self.batches[i], torch.zeros(())
             for part in self.batcher.plan(batch, conditioned=True):
-                inputs = self.batcher([batch[k] for k in part.pairs], conditioned=True)
-                loss, _ = self.module(inputs, self.ref_logps[i][:, part.pairs].reshape(-1))
-                (loss / len(batch)).backward()
-                total = total + loss.detach().cpu() / len(batch)
+                tensors = self.batcher([batch[k] for k in part.pairs], conditioned=True, marginals=False)
+                ref_logps = self.ref_logps[i][:, part.pairs].reshape(-1)
+                loss, _ = self.module(Batch(tensors, ref_logps, scale=1 / len(batch)))
+                loss.backward()
+                total = total + loss.detach().cpu()
             return total
 
         return sgd_loop(self.job, backward, Trained(reference_seconds=self.reference_seconds), [self.job.model])

@@ -1,0 +1,180 @@
+"""What the GPU benchmark measures, in full and in quick sizes, and what its results are held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .batches import MODELS, HeadShape
+from .gpu_accuracy import SEQUENCE_NAT
+from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN
+
+# What the bytes allow on an H200, by the form of the pass over the logits (``benchmarks.roofline`` derives them): rows
+# of logits staged in memory, or tiles of logits that stay in the cache.
+STAGED_TARGETS = {TRAIN: 1.08, FROZEN: 1.12, FORWARD: 1.18}
+CACHED_TARGETS = {TRAIN: 1.05, FROZEN: 1.08, FORWARD: 1.10}
+MEMORY_TARGET = 1.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of every step. ``response`` is the tokens of each response, ``main`` the model and tokens of most steps."""
+
+    models: dict[str, HeadShape]
+    tokens: tuple[int, ...]
+    main: tuple[str, int]
+    response: int
+    accuracy_pairs: int
+    tests: tuple[str, ...]
+    rounds: int
+    stage_rows: tuple[int, ...]
+    workspace_rows: tuple[int, ...]
+    tree_model: dict[str, Any]
+    tree_pairs: int
+    tree_lengths: tuple[int, int]
+    trained_model: dict[str, Any]
+    trained_lengths: tuple[int, int]
+    training_steps: int
+
+    @property
+    def main_head(self) -> HeadShape:
+        return self.models[self.main[0]]
+
+    def main_cells(self) -> list[tuple[str, int, str]]:
+        """(model, tokens, mode) of the main shape."""
+        return [(*self.main, mode) for mode in MODES]
+
+    def other_cells(self) -> list[tuple[str, int, str]]:
+        """All other shapes: the main model's lengths, then the models at the main length, then the rest."""
+        model, tokens = self.main
+        lengths = [(model, n) for n in self.tokens]
+        at_main = [(m, tokens) for m in self.models]
+        rest = [(m, n) for m in self.models for n in self.tokens]
+        shapes = [shape for shape in dict.fromkeys([*lengths, *at_main, *rest]) if shape != self.main]
+        return [(m, n, mode) for m, n in shapes for mode in MODES]
+
+
+ONE_BILLION = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+FULL = Plan(
+    models=MODELS,
+    tokens=(1024, 2048, 4096, 8192, 16384),
+    main=("llama3-8b", 8192),
+    response=512,
+    accuracy_pairs=2,
+    tests=("tests/inspo_kernels/test_triton.py", "tests/inspo_kernels/test_triton_kernels.py",
+           "tests/inspo_kernels/test_cuda.py"),
+    rounds=15,
+    stage_rows=(512, 1024, 2048, 4096),
+    workspace_rows=(1024, 2048, 4096, 8192),
+    tree_model=ONE_BILLION | {"num_hidden_layers": 4},
+    tree_pairs=8,
+    tree_lengths=(1024, 256),
+    trained_model=ONE_BILLION,
+    trained_lengths=(512, 256),
+    training_steps=200,
+)  # fmt: skip
+QUICK = Plan(
+    models={"tiny": HeadShape(64, 1000), "tiny-softcap": HeadShape(48, 777, softcap=30.0)},
+    tokens=(64, 128),
+    main=("tiny", 128),
+    response=16,
+    accuracy_pairs=2,
+    tests=("tests/inspo_kernels/test_logps.py",),
+    rounds=3,
+    stage_rows=(32, 64),
+    workspace_rows=(32, 128),
+    tree_model=TINY,
+    tree_pairs=2,
+    tree_lengths=(24, 8),
+    trained_model=TINY,
+    trained_lengths=(24, 12),
+    training_steps=3,
+)
+
+
+def targets(result: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
+    """What the Triton backend is held to at Llama-3-8B's head and 8,192 tokens, stated for an H200."""
+    model, tokens = FULL.main
+    cells = {c["mode"]: c for c in result["cells"] if (c["model"], c["tokens"]) == (model, tokens)}
+    rows = []
+
+    def judge(what: str, limit: float, measured: float | None, why: str) -> None:
+        verdict = f"not measured: {why}" if measured is None else "met" if measured <= limit else "missed"
+        rows.append({"target": what, "limit": limit, "measured": measured, "verdict": verdict})
+
+    for mode, limit in limits.items():
+        row, why = triton_row(cells.get(mode))
+        ratio = row["times_floor"]["median"] if row and row.get("times_floor") else None
+        judge(f"{mode}: time / bare matmuls ({PRODUCTS[mode]})", limit, ratio, why or "the matmuls failed")
+    row, why = triton_row(cells.get(TRAIN))
+    expected = cells.get(TRAIN, {}).get("workspace_and_gradients_bytes")
+    peak = row["peak_bytes"] / expected if row and row.get("peak_bytes") and expected else None
+    judge(f"{TRAIN}: peak memory / (workspace + dX + dW)", MEMORY_TARGET, peak, why)
+    errors = [
+        r["errors"]["sequence_nat"]
+        for r in result["accuracy"]
+        if (r["contender"], r["dtype"], r["response"]) == ("triton", "bfloat16", FULL.response)
+        and "sequence_nat" in r.get("errors", {})
+    ]
+    why = f"no bfloat16 log-probs of {FULL.response} tokens by triton"
+    what = f"bfloat16: log-probs of {FULL.response} tokens, nat from float64"
+    judge(what, SEQUENCE_NAT, max(errors, default=None), why)
+    return rows
+
+
+def triton_row(cell: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
+    """The Triton backend's measured row of a cell, or why there is none."""
+    if cell is None:
+        return None, f"{FULL.main[0]} at {FULL.main[1]} tokens did not run"
+    row = cell["contenders"].get("triton", {"status": "triton did not run"})
+    return (row, "") if row["status"] == "measured" else (None, row["status"])
+
+
+def problems(result: dict[str, Any]) -> list[str]:
+    """What makes the run fail: a step that broke, failing tests, or an accuracy check beyond its limit."""
+    found = [
+        f"step {name} {row['status']}" for name, row in result["steps"].items() if row["status"].startswith("failed")
+    ]
+    if result.get("tests") and result["tests"]["status"] != "passed":
+        found.append(f"tests {result['tests']['status']}; see {result['tests']['log']}")
+    for row in [*result.get("smoke", []), *result["accuracy"]]:
+        if not row.get("ok", True):
+            found.append(f"accuracy: {row['contender']}, {row['what']}, {row['dtype']}, soft-cap {row['softcap']}")
+    return found
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Name, memory, multiprocessors and capability of a device."""
+    if device.type != "cuda":
+        return {"type": device.type}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "type": device.type,
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }

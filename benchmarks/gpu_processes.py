@@ -1,0 +1,86 @@
+"""Processes of the GPU benchmark: a step, the tests and a training run, each ended with all that it has started."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_in_group(
+    command: Sequence[str], log: Path, seconds: float, environment: Mapping[str, str] | None = None
+) -> int | None:
+    """Run a command from the repository's root, output appended to ``log``; None if it took longer than ``seconds``.
+
+    Whatever of its process group is left is killed: it would go on using the GPU beside what is timed next. The process
+    is asked to end first, so that it can end groups that it started itself.
+    """
+    with log.open("a") as file:
+        running = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, process_group=0
+        )
+        try:
+            return running.wait(max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if running.poll() is None:
+                running.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    running.wait(3.0)
+            with suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+
+
+def exit_when_asked() -> None:
+    """Turn SIGTERM into an exception, so that ``run_in_group`` ends what this process has started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def end_with_parent() -> None:
+    """End this process when the process that started it is gone, however that one ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3.0)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_tests(tests: Sequence[str], log: Path, seconds: float) -> dict[str, Any]:
+    """Run the package's tests and return how they went; their output is in ``log``."""
+    command = [sys.executable, "-m", "pytest", *tests, "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    # An interpreter asked for elsewhere would keep the Triton tests off the device.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    start = time.perf_counter()
+    log.write_text("")
+    code = run_in_group(command, log, seconds, environment)
+    if code is None:
+        status = f"failed: not done after {seconds:.0f} s"
+    else:
+        status = "passed" if code == 0 else f"failed: pytest's exit status was {code}"
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return {
+        "status": status,
+        "summary": lines[-1] if lines else "",
+        "arguments": list(tests),
+        "seconds": time.perf_counter() - start,
+        "log": log.name,
+    }

@@ -1,0 +1,320 @@
+"""The steps of the GPU benchmark, each run in a process of its own.
+
+    python -m benchmarks.gpu_steps STEP --out DIR --device cuda --seconds 60
+
+``benchmarks.gpu`` starts these processes; by hand, one step can be repeated under a profiler. A step writes what it has
+to DIR/part.json after each figure, and ``benchmarks.gpu`` merges that into DIR/gpu.json when the process has ended,
+however it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import gpu_accuracy, gpu_decomposition, gpu_training, gpu_tuning
+from .batches import PairBatch, equal, random_head, scored_tokens
+from .cells import table
+from .contenders import CONTENDERS, OURS, PEER_PACKAGES, PEERS, Contender, chosen
+from .gpu_plan import FULL, QUICK, Plan, hardware
+from .gpu_processes import end_with_parent, exit_when_asked, run_tests
+from .harness import checked_device, provenance, reason, write_json
+from .measure import TRAIN, measure
+
+PART = "part.json"
+# No cell starts with less time left than the slowest one takes at its fewest rounds.
+RESERVE_SECONDS = 20.0
+
+
+@dataclass
+class Context:
+    """What a step works with: sizes, device, its own time, and the part of the results that it fills.
+
+    ``known`` holds the cells of earlier calls, which are not measured again.
+    """
+
+    name: str
+    plan: Plan
+    device: torch.device
+    peers: Sequence[str]
+    out: Path
+    seconds: float
+    known: Sequence[str] = ()
+    part: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.perf_counter() - self.start)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def main_batch(self) -> PairBatch:
+        shape = scored_tokens(self.plan.main_head, self.plan.main[1], self.plan.response)
+        return PairBatch(shape, dtype=self.dtype, device=self.device)
+
+    def save(self, status: str = "") -> None:
+        """Write the part so far; ``status`` ends the step."""
+        row = {"step": self.name, "status": status, "notes": self.notes, "part": self.part}
+        write_json(self.out / PART, row)
+
+    def say(self, text: str) -> None:
+        self.save()
+        print(text, flush=True)
+
+
+# --- the steps ---
+
+
+def smoke(context: Context) -> None:
+    """A small head through loss and gradients, both backends against float64."""
+    shape = equal(gpu_accuracy.SMOKE_HEAD, 2, 8, 32)
+    rows = context.part["smoke"] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        batch = PairBatch(shape, dtype=dtype, device=context.device)
+        found = chosen([n for n in OURS if CONTENDERS[n].variant_of is None], batch)
+        about = {"dtype": str(dtype).removeprefix("torch."), "softcap": None, "response": 32}
+        rows += [about | row for row in gpu_accuracy.loss_errors(batch, found)]
+        context.say(gpu_accuracy.accuracy_table(rows[-2 * len(found) :]))
+
+
+def main_shape(context: Context) -> None:
+    """Floor and ours at the main shape, three modes."""
+    measure_cells(context, context.plan.main_cells(), OURS, rounds=2 * context.plan.rounds)
+
+
+def decomposition(context: Context) -> None:
+    """Where the time goes: each matmul and pass by itself, idle and busy."""
+    for name, rows in gpu_decomposition.decompose(context.main_batch(), context.plan.stage_rows):
+        context.part.setdefault("decomposition", {})[name] = rows
+        context.say(gpu_decomposition.line(name, rows))
+
+
+def tests(context: Context) -> None:
+    """The Triton tests on the device itself."""
+    result = context.part["tests"] = run_tests(context.plan.tests, context.out / "tests.log", context.left)
+    context.say(f"tests {result['status']}: {result['summary']}")
+
+
+def accuracy(context: Context) -> None:
+    """Both backends and the peers against float64, with and without a soft-cap."""
+    plan = context.plan
+    peers = [peer for peer in context.peers if not CONTENDERS[peer].compiles_per_shape]
+    context.part["accuracy"] = []
+    for rows in gpu_accuracy.accuracy(
+        plan.main_head, plan.accuracy_pairs, plan.response, peers, context.dtype, context.device
+    ):
+        context.part["accuracy"] += rows
+        context.say(gpu_accuracy.accuracy_table(rows))
+
+
+def autocast(context: Context) -> None:
+    """Float32 hidden states and weights under autocast, without and with marginals, as training calls the loss."""
+    _fill(context, "autocast", gpu_training.autocast(context.main_batch(), context.plan.rounds, context.left))
+
+
+def statistics(context: Context) -> None:
+    """What entropy and the other statistics add to log-probs and loss."""
+    _fill(context, "statistics", gpu_training.statistics(context.main_batch(), context.plan.rounds, context.left))
+
+
+def peers(context: Context) -> None:
+    """The other libraries at the main shape, beside the Triton backend."""
+    names = [name for name in context.peers if not CONTENDERS[name].compiles_per_shape]
+    measure_cells(context, context.plan.main_cells(), ["triton", *names], rounds=context.plan.rounds)
+
+
+def trees(context: Context) -> None:
+    """A model's forward and backward over trees and rows, by attention."""
+    plan = context.plan
+    rows = gpu_training.trees(plan.tree_model, plan.tree_pairs, plan.tree_lengths, context.device, context.left)
+    _fill(context, "trees", rows)
+
+
+def training(context: Context) -> None:
+    """One real training run through the command line: tokens a second and MFU."""
+    plan = context.plan
+    result = gpu_training.training_run(
+        plan.trained_model, plan.trained_lengths, plan.training_steps, context.device, context.left
+    )
+    context.part["training"] = result
+    context.say(gpu_training.training_line(result))
+
+
+def shapes(context: Context) -> None:
+    """The other lengths and models."""
+    names = [name for name in context.peers if not CONTENDERS[name].compiles_per_shape]
+    ours = [name for name in OURS if CONTENDERS[name].variant_of is None]
+    measure_cells(context, context.plan.other_cells(), [*ours, *names], rounds=context.plan.rounds)
+
+
+def tuning(context: Context) -> None:
+    """Block sizes, stages and workspaces beside the shipped ones. Reported, never applied."""
+    result = gpu_tuning.tune(context.main_batch(), context.plan.workspace_rows, context.left / 5)
+    context.part["tuning"] = result
+    context.say(gpu_tuning.tuning_table(result))
+
+
+def compiled(context: Context) -> None:
+    """Baselines that torch.compile compiles, at the main shape."""
+    names = [name for name in context.peers if CONTENDERS[name].compiles_per_shape]
+    measure_cells(context, context.plan.main_cells(), names, rounds=context.plan.rounds)
+
+
+@dataclass(frozen=True)
+class Step:
+    """``seconds`` is the most it may take, ``least`` what must be left for it to start."""
+
+    run: Callable[[Context], None]
+    seconds: float
+    least: float = 20.0
+
+    @property
+    def about(self) -> str:
+        return (self.run.__doc__ or "").splitlines()[0].rstrip(".")
+
+
+# In order of value: what a call has no time for is what matters least.
+STEPS = {
+    "smoke": Step(smoke, 45),
+    "main": Step(main_shape, 90),
+    "decomposition": Step(decomposition, 75),
+    "tests": Step(tests, 180, least=60),
+    "accuracy": Step(accuracy, 90),
+    "autocast": Step(autocast, 60),
+    "statistics": Step(statistics, 45),
+    "peers": Step(peers, 120, least=40),
+    "trees": Step(trees, 90, least=40),
+    "training": Step(training, 240, least=90),
+    "shapes": Step(shapes, 300, least=40),
+    "tuning": Step(tuning, 60),
+    "compiled": Step(compiled, 150, least=60),
+}
+
+
+# --- what steps share ---
+
+
+def _fill(context: Context, key: str, rows: Any) -> None:
+    """Enter rows of (name, figures) as they come."""
+    for name, row in rows:
+        context.part.setdefault(key, {})[name] = row
+        context.say(gpu_training.line(name, row))
+
+
+def measure_cells(context: Context, cells: Sequence[tuple[str, int, str]], names: Sequence[str], rounds: int) -> None:
+    """Time ``names`` beside the bare matmuls in each cell, until the step's time is spent."""
+    weight, weight_of = None, None
+    done = context.part["cells"] = []
+    todo = [cell for cell in cells if cell_name(*cell) not in context.known]
+    for i, (model, tokens, mode) in enumerate(todo):
+        head = context.plan.models[model]
+        shape = scored_tokens(head, tokens, context.plan.response)
+        cell = {"name": cell_name(model, tokens, mode), "model": model, "tokens": tokens, "mode": mode}
+        cell |= shape.as_json()
+        if i and context.left < RESERVE_SECONDS:
+            context.notes.append(f"{len(todo) - i} cells not measured: out of time")
+            return context.save()
+        done.append(cell)
+        try:
+            if weight_of != model:
+                weight = None
+                weight, weight_of = random_head(head, dtype=context.dtype, device=context.device), model
+            batch = PairBatch(shape, dtype=context.dtype, device=context.device, weight=weight)
+        except torch.OutOfMemoryError as error:
+            cell["contenders"] = {name: {"status": reason(error)} for name in ("floor", *names)}
+            context.say(table(cell))
+            continue
+        found = chosen(names, batch)
+        share = max(0.0, context.left - RESERVE_SECONDS) / (len(todo) - i)
+        measure(batch, mode, found, rounds, seconds=share / 2, with_errors=False, cell=cell, save=context.save)
+        if mode == TRAIN and isinstance(found.get("triton"), Contender):
+            cell["workspace_and_gradients_bytes"] = gpu_tuning.workspace_and_gradients(batch, "triton")
+        context.say(table(cell))
+        if context.device.type == "cuda":
+            torch.cuda.synchronize()  # an error that outlives its contender ends the step here, and only the step
+
+
+def cell_name(model: str, tokens: int, mode: str) -> str:
+    return f"{model}, {tokens} tokens, {mode}"
+
+
+def pin_matmul_settings() -> dict[str, Any]:
+    """Have every contender multiply with full-precision sums, and return the settings that hold."""
+    matmul = torch.backends.cuda.matmul
+    wanted = {
+        "allow_bf16_reduced_precision_reduction": False,
+        "allow_fp16_reduced_precision_reduction": False,
+        "allow_fp16_accumulation": False,
+        "allow_tf32": False,
+    }
+    for name, value in wanted.items():
+        if hasattr(matmul, name):
+            setattr(matmul, name, value)
+    return {name: str(getattr(matmul, name)) for name in wanted if hasattr(matmul, name)}
+
+
+def device_notes(device: torch.device) -> list[str]:
+    """What a reader of the times must know of the device: too old for our kernels, or shared with others."""
+    if device.type != "cuda":
+        return []
+    notes, name = [], torch.cuda.get_device_name(device)
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        notes.append(f"{name} is too old for the Triton kernels: compute capability 8.0 is needed")
+    free, total = torch.cuda.mem_get_info(device)
+    if free < 0.9 * total:
+        notes.append(f"{name} is busy: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; others may slow it down")
+    return notes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu_steps", description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--out", type=Path, required=True, help="folder of part.json")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="small shapes")
+    parser.add_argument("--seconds", type=float, default=600.0, help="the step's time [600]")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER")
+    parser.add_argument("--known", type=json.loads, default=[], help="JSON list of cells that are not measured again")
+    parser.add_argument("--end-with-parent", action="store_true", help="end when the starting process ends")
+    options = parser.parse_args(arguments)
+    exit_when_asked()
+    if options.end_with_parent:
+        end_with_parent()
+    device = checked_device(parser, options.device)
+    context = Context(
+        options.step, QUICK if options.quick else FULL, device, options.peers, options.out, options.seconds,
+        known=options.known,
+    )  # fmt: skip
+    context.part["settings"] = pin_matmul_settings()
+    try:
+        context.notes += device_notes(device)
+        context.part |= {"device": hardware(device), "peers": provenance("", PEER_PACKAGES)["versions"]}
+        for note in context.notes:
+            print(f"note: {note}")
+        STEPS[options.step].run(context)
+    except Exception as error:
+        traceback.print_exc()
+        why = reason(error)
+        if why == "out of memory" and device.type == "cuda":
+            why += f": the device has {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
+        context.save(why if why.startswith("failed") else f"failed: {why}")
+        return 1
+    context.save("done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

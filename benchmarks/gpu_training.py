@@ -1,0 +1,261 @@
+"""Steps of the GPU benchmark that use the loss as training does: autocast, statistics, trees, and a whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import inspo_kernels as ik
+
+from .batches import PairBatch
+from .contenders import BETA
+from .gpu_processes import run_in_group
+from .harness import guarded, interleaved_times, own_peak, ratios, reason, spread
+from .measure import PRODUCTS, TRAIN, products
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+STATISTICS = ("entropy", "mean_logit", "is_top1", "logsumexp")
+
+
+def compared(
+    runs: Mapping[str, Callable[[], Any]], to: str, device: torch.device, rounds: int, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Time the runs in interleaved rounds, each beside the run named ``to``, with peak memory on a GPU."""
+    failed: dict[str, str] = {}
+    guards = guarded(runs, failed)
+    peaks: dict[str, int | None] = {}
+    for name, run in guards.items():
+        run()
+        if device.type == "cuda" and name not in failed:
+            peaks[name] = own_peak(run, str(device))
+    alive = {name: run for name, run in guards.items() if name not in failed}
+    times = interleaved_times(alive, rounds, device=str(device), seconds=seconds)
+    beside = ratios(times, to) if to in times else {}
+    result: dict[str, dict[str, Any]] = {name: {"status": why} for name, why in failed.items()}
+    for name, values in times.items():
+        if name not in failed:
+            result[name] = {"status": "measured", "seconds": spread(values), f"times_{to}": beside.get(name)}
+            result[name] |= {"peak_bytes": peaks[name]} if name in peaks else {}
+    return {name: result[name] for name in runs}
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """One line for a terminal."""
+    if row["status"] != "measured":
+        return f"  {name:<44}{row['status']}"
+    beside = next(
+        (f"{v['median']:6.2f} {k.replace('_', ' ')}" for k, v in row.items() if k.startswith("times_") and v), ""
+    )
+    return f"  {name:<44}{1e3 * row['seconds']['median']:9.2f} ms {beside}"
+
+
+# --- autocast and marginals ---
+
+
+def autocast(batch: PairBatch, rounds: int, seconds: float) -> Rows:
+    """Loss and gradients of float32 hidden states and weights under bfloat16 autocast, beside bfloat16 matmuls.
+
+    Marginals are the same rows once more, scored given the prompt alone: monitored (weight 0) or part of the loss.
+    """
+    device = batch.hidden.device
+    hidden, weight = batch.hidden.float(), batch.weight.float()
+    pairs = len(batch.ref_logps) // 2
+    twice = torch.cat([batch.segment_ids, batch.segment_ids + 2 * pairs])
+    forms: dict[str, tuple[Tensor, Tensor, Tensor, float]] = {
+        "autocast": (hidden, batch.targets, batch.segment_ids, 0.0),
+        "autocast, marginals monitored": (torch.cat([hidden] * 2), batch.targets.repeat(2), twice, 0.0),
+        "autocast, marginals in the loss": (torch.cat([hidden] * 2), batch.targets.repeat(2), twice, 0.5),
+    }
+
+    def step(x: Tensor, labels: Tensor, segment_ids: Tensor, marginal_weight: float, accumulated: int = 1) -> None:
+        leaf, head = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        for _ in range(accumulated):
+            with torch.autocast(device.type, torch.bfloat16):
+                out = ik.fused_inspo_loss(
+                    leaf, head, labels, segment_ids=segment_ids, num_pairs=pairs, ref_logps=batch.ref_logps,
+                    objective=ik.DPO(beta=BETA), marginal_weight=marginal_weight, softcap=batch.softcap,
+                )  # fmt: skip
+            out.loss.backward()
+
+    runs: dict[str, Callable[[], Any]] = {"floor": products(batch, PRODUCTS[TRAIN])}
+    runs |= {name: partial(step, *form) for name, form in forms.items()}
+    runs["autocast, 4 micro-batches: 12 matmuls"] = partial(step, *forms["autocast"], accumulated=4)
+    yield from compared(runs, "floor", device, rounds, seconds / 2).items()
+
+
+# --- statistics ---
+
+
+def statistics(batch: PairBatch, rounds: int, seconds: float) -> Rows:
+    """Log-probs and loss with and without entropy and the other statistics of the same pass."""
+
+    def log_probs(**options: Any) -> None:
+        with torch.no_grad():
+            ik.linear_logps(batch.hidden, batch.weight, batch.targets, softcap=batch.softcap, **options)
+
+    def loss(**options: Any) -> None:
+        hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()
+        out = ik.fused_inspo_loss(
+            hidden, weight, batch.targets, segment_ids=batch.segment_ids, ref_logps=batch.ref_logps,
+            objective=ik.DPO(beta=BETA), softcap=batch.softcap, **options,
+        )  # fmt: skip
+        out.loss.backward()
+
+    for what, run in (("log-probs", log_probs), ("loss", loss)):
+        runs: dict[str, Callable[[], Any]] = {"plain": run, "statistics": partial(run, statistics=STATISTICS)}
+        for name, row in compared(runs, "plain", batch.hidden.device, rounds, seconds / 4).items():
+            if "unexpected keyword argument 'statistics'" in row["status"]:
+                row = {"status": "not available: the function takes no statistics"}
+            yield f"{what}, {name}", row
+
+
+# --- trees ---
+
+
+def trees(
+    model_fields: dict[str, Any], pairs: int, lengths: tuple[int, int], device: torch.device, seconds: float
+) -> Rows:
+    """Forward and backward of a llama over conditioned pairs: rows, and trees with either attention."""
+    prompt, response = lengths
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, model_fields["vocab_size"], (count,), generator=generator).tolist()
+
+    examples: list[tuple[list[int], ...]] = [(ids(prompt), ids(response), ids(response)) for _ in range(pairs)]
+    ways = {
+        "rows, sdpa": ("rows", "sdpa"),
+        "tree, sdpa": ("tree", "sdpa"),
+        "packed tree, flex_attention": ("packed_tree", "flex_attention"),
+    }
+    runs: dict[str, Callable[[], Any]] = {}
+    missing: dict[str, dict[str, Any]] = {}
+    for name, (layout, attention) in ways.items():
+        if attention == "flex_attention" and device.type != "cuda":
+            missing[name] = {"status": "needs a GPU"}
+            continue
+        try:
+            runs[name] = tree_run(model_fields, examples, layout, attention, device)
+        except Exception as error:
+            missing[name] = {"status": reason(error)}
+    yield from missing.items()
+    yield from compared(runs, "rows, sdpa", device, 5, seconds / 3).items()
+
+
+def random_llama(fields: dict[str, Any], attention: str, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, **fields)
+    with device:  # a billion random numbers take a CPU long
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model.to(dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def tree_run(
+    fields: dict[str, Any], examples: list[tuple[list[int], ...]], layout: str, attention: str, device: torch.device
+) -> Callable[[], None]:
+    """Return one step, forward and backward, of a random llama over the pairs in a layout."""
+    model = random_llama(fields, attention, device)
+    batch = ik.condition_pairs(examples, pad_token_id=0, layout=layout)
+    scored = {name: batch[name] for name in ("labels", "marginal_labels", "segment_ids", "num_pairs") if name in batch}
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    ref_logps = torch.zeros(2 * len(examples), device=device)
+
+    def run() -> None:
+        mask = batch["attention_mask"] if layout == "rows" else ik.tree_attention_mask(batch, model)
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        hidden, head = ik.hidden_and_head(model, attention_mask=mask, **inputs)
+        if layout != "rows":
+            hidden = hidden.flatten(0, 1).index_select(0, batch["rows"])
+        ik.fused_inspo_loss(hidden, **scored, ref_logps=ref_logps, **head).loss.backward()
+        model.zero_grad()
+
+    return run
+
+
+# --- a training run ---
+
+
+def training_run(
+    model_fields: dict[str, Any], lengths: tuple[int, int], steps: int, device: torch.device, seconds: float
+) -> dict[str, Any]:
+    """Train a random model on random pairs through the command line, and return speed and MFU of its log."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = write_training_config(folder, model_fields, lengths, steps, device)
+        command = [sys.executable, "-m", "training.train", "--config", str(config)]
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
+        start, limit = time.perf_counter(), seconds - 5
+        code = run_in_group(command, folder / "log", limit, environment)
+        status = f"stopped after {limit:.0f} s" if code is None else "measured"
+        if code:
+            status = f"failed: exit status {code}"
+        result = {"status": status, "seconds": time.perf_counter() - start, **training_figures(folder / "run")}
+        if status != "measured":
+            result["end_of_log"] = (folder / "log").read_text().strip().splitlines()[-5:]
+        return result
+
+
+def write_training_config(
+    folder: Path, model_fields: dict[str, Any], lengths: tuple[int, int], steps: int, device: torch.device
+) -> Path:
+    """Write pairs of random letters and the run's options; the one place that knows the trainer's option names."""
+    generator = torch.Generator().manual_seed(0)
+    prompt, response = lengths
+
+    def text(count: int) -> str:
+        return "".join(chr(97 + i) for i in torch.randint(26, (count,), generator=generator).tolist())
+
+    pairs = [{"prompt": text(prompt), "chosen": text(response), "rejected": text(response)} for _ in range(128)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    on_gpu = device.type == "cuda"
+    options = {
+        "model": model_fields,
+        "train_data": str(folder / "pairs.jsonl"),
+        "output_dir": str(folder / "run"),
+        "max_length": model_fields["max_position_embeddings"],
+        "max_steps": steps,
+        "per_device_train_batch_size": 8 if on_gpu else 2,
+        "max_batch_tokens": 16384,
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "learning_rate": 1e-6,
+        "logging_steps": max(1, steps // 20),
+        "keep_best": False,
+    }
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(options))  # JSON is YAML
+    return path
+
+
+def training_figures(run: Path) -> dict[str, Any]:
+    """Speed of the later half of a run, when everything is warm, from its log; the one place that knows its format."""
+    file = run / "metrics.jsonl"
+    rows = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+    rows = [row for row in rows if "tokens_per_second" in row]
+    later = rows[len(rows) // 2 :]
+    found: dict[str, Any] = {"steps": rows[-1]["step"] if rows else 0}
+    for name in ("tokens_per_second", "mfu", "peak_memory_gib"):
+        if values := [row[name] for row in later if name in row]:
+            found[name] = spread(values)
+    return found
+
+
+def training_line(result: dict[str, Any]) -> str:
+    """One line for a terminal."""
+    text = f"  training, {result['steps']} steps: {result['status']}, {result['seconds']:.0f} s"
+    if "tokens_per_second" in result:
+        text += f", {result['tokens_per_second']['median']:,.0f} tokens/s"
+    if "mfu" in result:
+        text += f", MFU {result['mfu']['median']:.1%}"
+    return "\n".join([text, *("    " + line for line in result.get("end_of_log", []))])

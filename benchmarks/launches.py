@@ -1,0 +1,186 @@
+"""What the compile report compiles: each kernel as the backend launches it, and each launch that the tests make.
+
+``cases`` lists the shipped configurations by hand, with what the report holds them to. ``recorded`` replays launches
+that ``benchmarks.record_launches`` wrote down while the tests ran: any launcher, whatever its arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB, HIDDEN, ROWS, TILE_WORDS = 128256, 4096, 4, 8448
+HALF, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+NAMES = {HALF: "fp16", BF16: "bf16", FP32: "fp32", FP64: "fp64"}
+TRANSFORMS = {"plain": (False, None, 1.0), "cap": (False, 30.0, 1.0), "bias, cap, scale": (True, 30.0, 0.5)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration, and what holds for its machine code.
+
+    ``launch`` is called with the architecture's name as ``arch``. ``elements`` gives how many logits a thread handles
+    in one turn of the hot loop, by architecture. ``bytes`` and ``cache_bytes`` are the traffic of one of them with
+    memory and cache. Without ``shipped`` a kernel is reported once, whatever launches it, and its strides are not
+    checked: one of 1 is compiled in.
+    """
+
+    kernel: str
+    configuration: str
+    launch: Callable[..., Any]
+    wide_loads: bool = True
+    wide_stores: bool = False
+    shipped: bool = True
+    elements: Callable[[str], int] | None = None
+    bytes: float = 0.0
+    cache_bytes: float = 0.0
+
+
+def cases() -> Iterator[Case]:
+    """Yield every combination of dtypes and flags that the backend launches; cap 30 and scale 0.5 stand for any."""
+    for transform in TRANSFORMS:
+        for dtype in (BF16, HALF, FP32, FP64):
+            yield row_pass_case(dtype, True, transform, VOCAB)
+            if transform != "plain" or dtype in (FP32, FP64):  # sums see E's dtype through the bias alone
+                yield row_pass_case(dtype, False, transform, VOCAB)
+        yield row_pass_case(BF16, True, transform, VOCAB, first=TILE_WORDS)
+        yield row_pass_case(BF16, False, transform, VOCAB, first=TILE_WORDS, statistics=True)
+    for vocab in (1000, 50257):  # shorter blocks; a vocabulary that is no multiple of anything
+        yield row_pass_case(BF16, True, "plain", vocab)
+    yield from label_logits_cases()
+    yield from bias_gradient_cases()
+
+
+def row_pass_case(
+    dtype: torch.dtype, store: bool, transform: str, vocab: int, first: int = 0, statistics: bool = False
+) -> Case:
+    """A tile of logits from word ``first`` on; E in place of the logits, and float16, come as one tile of all words."""
+    from inspo_kernels.kernels import config
+    from inspo_kernels.kernels.row_pass import PARTS, row_pass
+
+    with_bias, softcap, logit_scale = TRANSFORMS[transform]
+    accumulate_dtype = FP64 if dtype == FP64 else FP32
+    stride = config.padded_vocab(vocab)
+    in_place = store and dtype == accumulate_dtype
+    words = stride if in_place or (store and dtype == HALF) else min(TILE_WORDS, stride)
+    raw = torch.empty(ROWS, words, dtype=accumulate_dtype)
+    e = None if not store else raw if in_place else torch.empty(ROWS, stride, dtype=dtype)
+    bias = torch.empty(stride, dtype=dtype) if with_bias else None
+    targets, raised = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, dtype=torch.int32)
+    label, offset, rest = torch.empty(3, ROWS, dtype=accumulate_dtype)
+    parts = torch.empty(len(PARTS), ROWS, dtype=accumulate_dtype)
+    launch = partial(
+        row_pass, raw, targets, label, offset, rest, parts, raised, first=first, vocab=vocab, e=e, bias=bias,
+        softcap=softcap, outer=1.0 if softcap is None else softcap, scale=logit_scale,
+        wanted=frozenset(PARTS if statistics else ()),
+    )  # fmt: skip
+
+    def elements(arch: str) -> int:
+        chosen = config.row_pass(arch, words, accumulate_dtype, softcap, statistics)
+        return chosen.block // (32 * chosen.num_warps)
+
+    what = "E in place" if in_place else f"{NAMES[dtype]} E" if store else "statistics" if statistics else "sums"
+    name = f"{NAMES[accumulate_dtype]} logits, {what}, {transform}, V={vocab}, word {first}"
+    whole = words == stride
+    return Case(
+        "row_pass",
+        name + (f", {NAMES[dtype]} bias" if with_bias else ""),
+        launch,
+        wide_stores=store,
+        elements=elements,
+        bytes=(accumulate_dtype.itemsize if whole else 0) + (dtype.itemsize if store else 0),
+        cache_bytes=accumulate_dtype.itemsize + (dtype.itemsize if store else 0),
+    )
+
+
+def label_logits_cases() -> Iterator[Case]:
+    from inspo_kernels.kernels.label_logits import label_logits
+
+    targets = torch.zeros(ROWS, dtype=torch.int64)
+    for dtype in (BF16, HALF, FP32, FP64):
+        for layout in ("words in rows", "words in columns"):
+            x, weight = torch.empty(ROWS, HIDDEN, dtype=dtype), torch.empty(VOCAB, HIDDEN, dtype=dtype)
+            weight = weight if layout == "words in rows" else weight.t().contiguous().t()
+            yield Case("label_logits", f"{NAMES[dtype]}, {layout}", partial(label_logits, x, weight, targets))
+
+
+def bias_gradient_cases() -> Iterator[Case]:
+    from inspo_kernels.kernels import config
+    from inspo_kernels.kernels.bias_gradient import bias_gradient
+
+    def elements(arch: str) -> int:
+        chosen = config.bias_gradient(arch)
+        return chosen.block_rows * chosen.block_cols // (32 * chosen.num_warps)
+
+    for dtype in (BF16, HALF, FP32, FP64):
+        for accumulate in (False, True):
+            e = torch.empty(ROWS, VOCAB, dtype=dtype)
+            scale = torch.empty(ROWS, dtype=FP64 if dtype == FP64 else FP32)
+            out = torch.empty(VOCAB, dtype=scale.dtype)
+            yield Case(
+                "bias_gradient",
+                f"{NAMES[dtype]} E, {'added to' if accumulate else 'written'}",
+                partial(bias_gradient, e, scale, out, accumulate=accumulate),
+                elements=elements,
+                bytes=dtype.itemsize,
+                cache_bytes=dtype.itemsize,
+            )
+
+
+# --- launches that the tests make ---
+
+
+def recorded(file: Path) -> Iterator[Case]:
+    """Yield a case for each launch in a file of ``record_launches``, on tensors laid out as its own were.
+
+    Such launches are held to less: strides and widths of tests are odd on purpose.
+    """
+    for i, line in enumerate(file.read_text().splitlines()):
+        call = json.loads(line)
+        launcher = getattr(importlib.import_module(call["module"]), call["name"])
+        tensors: list[torch.Tensor] = []
+        arguments = [_made(value, tensors) for value in call["args"]]
+        keywords = {name: _made(value, tensors) for name, value in call["kwargs"].items()}
+        yield Case(
+            call["name"],
+            f"test launch {i}: {_shown(call)}",
+            partial(launcher, *arguments, **keywords),
+            wide_loads=False,
+            shipped=False,
+        )
+
+
+def _made(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """The argument that ``record_launches.written`` wrote down; tensors of one address share it here, too."""
+    if not isinstance(value, dict):
+        return value
+    if "set" in value:
+        return frozenset(value["set"])
+    if "float" in value:
+        return float(value["float"])
+    if "dtype" not in value:
+        return value
+    shape, stride, dtype = value["shape"], value["stride"], getattr(torch, value["dtype"])
+    if value["same_as"] is not None:
+        tensor = torch.as_strided(tensors[value["same_as"]].view(dtype), shape, stride)
+    else:
+        reach = sum((n - 1) * s for n, s in zip(shape, stride)) + 1 if all(shape) else 0
+        start = value["offset"] // dtype.itemsize
+        tensor = torch.empty(reach + start, dtype=dtype).as_strided(shape, stride, start)
+    tensors.append(tensor)
+    return tensor
+
+
+def _shown(call: dict[str, Any]) -> str:
+    """The dtypes of a call's tensors and its options, for a table."""
+    values = [*call["args"], *call["kwargs"].values()]
+    dtypes = [v["dtype"] for v in values if isinstance(v, dict) and "dtype" in v]
+    options = {name: v for name, v in call["kwargs"].items() if not isinstance(v, dict)}
+    return ", ".join([*dict.fromkeys(dtypes), *(f"{name}={v}" for name, v in options.items())])

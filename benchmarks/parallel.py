@@ -1,0 +1,240 @@
+"""A head that is split over ranks by words: time, bytes sent and peak memory of a rank, on gloo processes.
+
+    python -m benchmarks.parallel --json benchmarks/results/parallel_cpu.json
+
+The floor is the three bare matmuls of a rank's own words, outputs preallocated, on as many processes at once. Each rank
+has one thread; times of more ranks than cores are left out, for they would show the machine. The second table is
+calculated, not measured: what the collectives of one call take on faster networks, beside the matmuls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import inspo_kernels as ik
+from inspo_kernels.groups import GATHER
+
+from .batches import HeadShape, Shape, equal
+from .harness import command, own_peak, positive, provenance, release_freed_memory, result_file, spread, write_json
+
+RANKS = (1, 2, 4)
+REFERENCE, QUICK = equal(HeadShape(512, 32_000), 4, 128, 256), equal(HeadShape(32, 500), 2, 8, 16)
+
+# --- what is calculated, and from what ---
+ASSUMPTIONS = {
+    "matmul": "790e12 operations a second: bf16 on one H200, random data",
+    "scored_tokens": "8192",
+    "sent": "dX in float32, and 12 bytes a row: offset, rest and the label's logit in float32",
+    "ring": "an all-reduce sends 2 (R - 1) / R of its bytes, a gather receives R - 1 parts, at the full bandwidth of "
+    "one direction; latency, launches and the pass over the logits count nothing",
+    "overlap": "dX travels while dW is computed, so that only what is longer than that matmul is waited for",
+}
+# Bytes a second and GPU, one direction: NVLink 4 has 900 GB/s in both, 400 Gb/s are 50 GB/s.
+NETWORKS = {"NVLink 4": 450e9, "400 Gb/s": 50e9}
+HEADS = {"Llama-3-70B": HeadShape(8192, 128_256), "Llama-4": HeadShape(5120, 202_048)}
+GPUS, TOKENS, FLOPS = (2, 4, 8), 8192, 790e12
+
+
+def calculated() -> list[dict[str, Any]]:
+    """One call's matmuls and collectives on GPUs, in milliseconds, for each head, network and number of ranks."""
+    rows = []
+    for head_name, head in HEADS.items():
+        for ranks in GPUS:
+            matmul = 2 * TOKENS * head.hidden * head.vocab / ranks / FLOPS
+            for network, bandwidth in NETWORKS.items():
+                reduced = 2 * (ranks - 1) / ranks * TOKENS * head.hidden * 4 / bandwidth
+                gathered = (ranks - 1) * TOKENS * 12 / bandwidth
+                waited = gathered + max(0.0, reduced - matmul)
+                rows.append(
+                    {
+                        "head": head_name,
+                        "hidden": head.hidden,
+                        "vocab": head.vocab,
+                        "ranks": ranks,
+                        "network": network,
+                        "matmuls_ms": 3e3 * matmul,
+                        "gather_ms": 1e3 * gathered,
+                        "dx_all_reduce_ms": 1e3 * reduced,
+                        "share_waited": waited / (3 * matmul + waited),
+                        "share_without_overlap": (gathered + reduced) / (3 * matmul + gathered + reduced),
+                    }
+                )
+    return rows
+
+
+@dataclass
+class Traffic:
+    """Seconds in collectives of one rank, waiting for the others included, and the bytes that it gives to each kind."""
+
+    seconds: float = 0.0
+    sent: dict[str, int] = field(default_factory=dict)
+
+    def watch(self) -> None:
+        """From now on."""
+        for name in (GATHER, "all_reduce"):
+            setattr(dist, name, self._timed(name, getattr(dist, name)))
+
+    def _timed(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*tensors: Tensor, async_op: bool = False, **options: Any) -> Any:
+            given = tensors[-1]
+            kind = "all_reduce" if name == "all_reduce" else "gather"
+            self.sent[kind] = self.sent.get(kind, 0) + given.numel() * given.element_size()
+            start = time.perf_counter()
+            work = collective(*tensors, async_op=async_op, **options)
+            self.seconds += time.perf_counter() - start
+            return None if work is None else _TimedWork(work, self)
+
+        return call
+
+
+class _TimedWork:
+    def __init__(self, work: Any, traffic: Traffic) -> None:
+        self.work, self.traffic = work, traffic
+
+    def wait(self) -> None:
+        start = time.perf_counter()
+        self.work.wait()
+        self.traffic.seconds += time.perf_counter() - start
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.parallel", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=result_file, help="result file")
+    parser.add_argument("--rounds", type=positive, default=7, help="after a warm-up [7]")
+    parser.add_argument("--quick", action="store_true", help="a small shape, to see that everything runs")
+    options = parser.parse_args(arguments)
+    shape = QUICK if options.quick else REFERENCE
+    given = command("benchmarks.parallel", sys.argv[1:] if arguments is None else arguments, options.json)
+    result: dict[str, Any] = provenance(given) | {
+        "what": "parallel",
+        "dtype": "float32",
+        "threads_per_rank": 1,
+        "cells": [],
+        "assumptions": {**ASSUMPTIONS, "bytes_per_second": NETWORKS},
+        "calculated": calculated(),
+    }
+    for ranks in RANKS:
+        result["cells"].append(measure(shape, ranks, options.rounds))
+        if options.json is not None:
+            write_json(options.json, result)
+    print("\n".join(table(result)))
+
+
+def measure(shape: Shape, ranks: int, rounds: int) -> dict[str, Any]:
+    """One row of the measured table."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_rank, (ranks, folder, shape, rounds), ranks, start_method="spawn")
+        found = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(ranks)]
+    cell: dict[str, Any] = {
+        "ranks": ranks,
+        "hidden": shape.head.hidden,
+        "vocab": shape.head.vocab,
+        "scored_tokens": shape.scored,
+        "rounds": rounds,
+        "bytes_sent_per_rank": found[0]["sent"],
+        "peak_memory_mib": max(one["peak"] for one in found) / 2**20,
+    }
+    if ranks <= (os.cpu_count() or 1):
+        # A round is over when its last rank is.
+        times = {name: [max(each) for each in zip(*(one[name] for one in found))] for name in ("ours", "floor")}
+        ratio = [ours / floor for ours, floor in zip(times["ours"], times["floor"])]
+        cell |= {"seconds": {name: spread(each) for name, each in times.items()}, "to_floor": spread(ratio)}
+        cell["share_in_collectives"] = statistics.median(found[0]["collectives"])
+    return cell
+
+
+def _rank(rank: int, ranks: int, folder: str, shape: Shape, rounds: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    ours, floor = _runs(shape, rank, ranks)
+    release_freed_memory()
+    peak = own_peak(ours)
+    traffic = Traffic()
+    traffic.watch()
+    times: dict[str, list[float]] = {"ours": [], "floor": [], "collectives": []}
+    for i in range(1 + rounds):
+        for name, run in (("ours", ours), ("floor", floor)):
+            dist.barrier()
+            traffic.seconds, traffic.sent = (0.0, {}) if name == "ours" else (traffic.seconds, traffic.sent)
+            start = time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - start
+            if i:
+                times[name].append(elapsed)
+                if name == "ours":
+                    times["collectives"].append(traffic.seconds / elapsed)
+    torch.save({**times, "peak": peak or 0, "sent": traffic.sent}, Path(folder, f"{rank}.pt"))
+    dist.barrier()
+    os._exit(0)
+
+
+def _runs(shape: Shape, rank: int, ranks: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The loss with its gradients on this rank's words, and the bare matmuls."""
+    g = torch.Generator().manual_seed(0)
+    pairs = [[torch.randint(shape.head.vocab, (n,), generator=g).tolist() for n in pair] for pair in shape.lengths]
+    labels = ik.condition_pairs(pairs, pad_token_id=0)["labels"]
+    hidden = torch.randn(*labels.shape, shape.head.hidden, generator=g).requires_grad_()
+    ends = [shape.head.vocab * i // ranks for i in range(ranks + 1)]
+    words = ends[rank + 1] - ends[rank]
+    weight = (torch.randn(words, shape.head.hidden, generator=g) / shape.head.hidden**0.5).requires_grad_()
+
+    def ours() -> None:
+        hidden.grad = weight.grad = None
+        out = ik.fused_inspo_loss(hidden, weight, labels, objective="simpo", process_group=dist.group.WORLD)
+        out.loss.backward()
+
+    x = hidden.detach().flatten(0, 1)[: shape.scored]
+    buffers: dict[str, Tensor] = {}
+
+    def floor() -> None:
+        if not buffers:
+            buffers["logits"] = torch.empty(shape.scored, words)
+            buffers["dx"], buffers["dw"] = torch.empty_like(x), torch.empty_like(weight)
+        torch.mm(x, weight.detach().t(), out=buffers["logits"])
+        torch.mm(buffers["logits"], weight.detach(), out=buffers["dx"])
+        torch.mm(buffers["logits"].t(), x, out=buffers["dw"])
+
+    return ours, floor
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Both tables, for people."""
+    lines = [
+        "ranks | ms | to the floor | in collectives | sent by a rank: sums, dX (KiB) | peak memory of a rank (MiB)"
+    ]
+    for cell in result["cells"]:
+        sent = cell["bytes_sent_per_rank"]
+        timed = ["not measured: more ranks than cores"]
+        if "seconds" in cell:
+            timed = [
+                f"{1e3 * cell['seconds']['ours']['median']:.0f}",
+                f"{cell['to_floor']['median']:.2f}",
+                f"{cell['share_in_collectives']:.0%}",
+            ]
+        kib = ", ".join(f"{sent.get(kind, 0) / 1024:.0f}" for kind in ("gather", "all_reduce"))
+        lines.append(" | ".join([str(cell["ranks"]), *timed, kib, f"{cell['peak_memory_mib']:.0f}"]))
+    lines += ["", "calculated: head | ranks | network | three matmuls ms | gather ms | dX ms | share waited"]
+    for row in result["calculated"]:
+        numbers = (f"{row[name]:.2f}" for name in ("matmuls_ms", "gather_ms", "dx_all_reduce_ms"))
+        lines.append(
+            " | ".join([row["head"], str(row["ranks"]), row["network"], *numbers, f"{row['share_waited']:.1%}"])
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()
