@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 RESULTS := benchmarks/results
 
-.PHONY: help install test demo lint benchmark benchmark-head benchmark-step benchmark-demo benchmark-pairs \
+.PHONY: help install test sanitize image demo lint benchmark benchmark-head benchmark-step benchmark-parallel benchmark-demo benchmark-pairs \
 	benchmark-study benchmark-compile benchmark-gpu pairs-given tables clean
 # Commands that are timed must not run beside others.
 .NOTPARALLEL:
@@ -13,16 +13,19 @@ RESULTS := benchmarks/results
 help:
 	@echo "make demo        fit, sample, fine-tune and compare a tiny model (1 to 3 minutes, no GPU)"
 	@echo "make test        run the tests"
+	@echo "make sanitize    run the tests of the Triton kernels with every memory access checked (one minute, no GPU)"
+	@echo "make image       run the package's tests with the versions of the GPU image (Python 3.12; installs 5 GB)"
 	@echo "make lint        ruff and mypy"
 	@echo "make benchmark PAIRS=FILE.jsonl"
 	@echo "                 all of the README's tables and plots anew, for hours on two cores; or parts of them:"
 	@echo "  benchmark-head     the loss and the log-probs by themselves, and how they scale"
 	@echo "  benchmark-step     whole training steps"
+	@echo "  benchmark-parallel a head that is split over ranks"
 	@echo "  benchmark-demo     the demo on ten seeds, and with a base fitted without drafts"
 	@echo "  benchmark-pairs    real pairs, of PAIRS: objectives and the loop's overhead"
 	@echo "  benchmark-study    docs/study.md; finished runs are kept"
 	@echo "  benchmark-compile  the Triton kernels compiled for GPUs that are not here"
-	@echo "  benchmark-gpu      on a GPU, under nine minutes; no part of make benchmark"
+	@echo "  benchmark-gpu      on a GPU, under ten minutes a call; no part of make benchmark"
 	@echo "  tables             write tables and plots from the result files, measuring nothing"
 
 install: $(VENV)/.installed-test
@@ -38,6 +41,25 @@ $(VENV)/.installed-%: setup.py pyproject.toml constraints.txt
 test: install
 	$(BIN)/python -m pytest
 
+sanitize: install
+	$(BIN)/python -m pytest --sanitize $(addprefix tests/inspo_kernels/test_,triton.py triton_kernels.py gradients.py)
+
+IMAGE := .venv-image
+IMAGE_PYTHON ?= python3.12
+IMAGE_TEST := $(IMAGE)/bin/python -m pytest tests/inspo_kernels -n 2 --timeout 300
+
+# In two orders, each shared out to two processes.
+image: $(IMAGE)/.installed
+	$(IMAGE_TEST) --shuffle 1
+	$(IMAGE_TEST) --shuffle 2
+
+$(IMAGE)/.installed: tests/image/requirements.txt
+	@$(IMAGE_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+		{ echo "Python 3.12 is needed: make image IMAGE_PYTHON=FILE"; exit 1; }
+	$(IMAGE_PYTHON) -m venv $(IMAGE)
+	$(IMAGE)/bin/python -m pip install --quiet --requirement tests/image/requirements.txt
+	@touch $@
+
 demo: $(VENV)/.installed-training
 	$(BIN)/python -m training.demo
 
@@ -47,7 +69,7 @@ lint: install
 	$(BIN)/python -m mypy
 
 # The commands that the result files name, and in their order: times on an idle machine first, then memory.
-benchmark: pairs-given benchmark-head benchmark-step benchmark-demo benchmark-pairs benchmark-study benchmark-compile tables
+benchmark: pairs-given benchmark-head benchmark-step benchmark-parallel benchmark-demo benchmark-pairs benchmark-study benchmark-compile tables
 
 # The README's "loss", "logps" and "scaling" and the scaling plot.
 benchmark-head: install
@@ -68,6 +90,10 @@ benchmark-step: install
 	$(STEP) --models small --shares 0.1 0.667 0.9 real --updates 1 --tokens 384 --pairs 2 --only memory --json $(RESULTS)/step_cpu.json --resume
 	$(STEP) --models trunk --shares 0.667 real --updates 1 --tokens 384 --pairs 2 --only memory --json $(RESULTS)/step_cpu.json --resume
 	$(STEP) --models trunk --shares real --updates 1 --pairs 8 --tokens 1024 --only memory --json $(RESULTS)/step_cpu.json --resume
+
+# No table: what the README says of split heads.
+benchmark-parallel: install
+	$(BIN)/python -m benchmarks.parallel --rounds 5 --json $(RESULTS)/parallel_cpu.json
 
 # "demo" and "no_drafts". The command by itself goes on with the seeds that a file has; this begins anew.
 benchmark-demo: install
@@ -102,4 +128,4 @@ tables: install
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(IMAGE) build dist *.egg-info

@@ -52,3 +52,12 @@ if INTERPRETED:
         return _dot(self, a, b, *rest)
 
     _builder.cast_impl, _builder.create_dot = _cast_to_nearest, _dot_of_values
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_with_index(tensor, scope):
+        """Triton 3.6 makes loop bounds by int(array of one element), which numpy 2.5 refuses."""
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = _patch_tensor_with_index
