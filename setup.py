@@ -12,7 +12,6 @@ training = [
     "accelerate>=1.10",
     "datasets>=4.0",
     "filelock>=3.12",
-    "jsonargparse>=4.40",
     "huggingface_hub>=1.0",
     "jinja2>=3.1",
     "matplotlib>=3.9",
@@ -23,7 +22,7 @@ training = [
     "safetensors>=0.5",
     "tokenizers>=0.22",
     "tqdm>=4.66",
-    "transformers>=5.17,<6",
+    "transformers>=5.23,<6",
 ]
 # All that benchmarks/ imports, and whom it compares with.
 benchmarks = [
@@ -59,6 +58,7 @@ setup(
     install_requires=["torch>=2.11,<3"],
     extras_require={
         "models": ["transformers>=5.17,<6"],
+        "trl": ["transformers>=5.17,<6", "trl>=1.16,<1.17"],
         "training": training,
         "benchmarks": benchmarks,
         "test": test,
