@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 RESULTS := benchmarks/results
 
-.PHONY: help install test sanitize image demo lint benchmark benchmark-head benchmark-step benchmark-parallel benchmark-demo benchmark-pairs \
+.PHONY: help install test sanitize image demo lint benchmark benchmark-head benchmark-step benchmark-trl benchmark-parallel benchmark-demo benchmark-pairs \
 	benchmark-study benchmark-compile benchmark-gpu pairs-given tables clean
 # Commands that are timed must not run beside others.
 .NOTPARALLEL:
@@ -20,6 +20,7 @@ help:
 	@echo "                 all of the README's tables and plots anew, for hours on two cores; or parts of them:"
 	@echo "  benchmark-head     the loss and the log-probs by themselves, and how they scale"
 	@echo "  benchmark-step     whole training steps"
+	@echo "  benchmark-trl      steps of TRL's trainer and of InSPOTrainer"
 	@echo "  benchmark-parallel a head that is split over ranks"
 	@echo "  benchmark-demo     the demo on ten seeds, and with a base fitted without drafts"
 	@echo "  benchmark-pairs    real pairs, of PAIRS: objectives and the loop's overhead"
@@ -69,7 +70,7 @@ lint: install
 	$(BIN)/python -m mypy
 
 # The commands that the result files name, and in their order: times on an idle machine first, then memory.
-benchmark: pairs-given benchmark-head benchmark-step benchmark-parallel benchmark-demo benchmark-pairs benchmark-study benchmark-compile tables
+benchmark: pairs-given benchmark-head benchmark-step benchmark-trl benchmark-parallel benchmark-demo benchmark-pairs benchmark-study benchmark-compile tables
 
 # The README's "loss", "logps" and "scaling" and the scaling plot.
 benchmark-head: install
@@ -90,6 +91,10 @@ benchmark-step: install
 	$(STEP) --models small --shares 0.1 0.667 0.9 real --updates 1 --tokens 384 --pairs 2 --only memory --json $(RESULTS)/step_cpu.json --resume
 	$(STEP) --models trunk --shares 0.667 real --updates 1 --tokens 384 --pairs 2 --only memory --json $(RESULTS)/step_cpu.json --resume
 	$(STEP) --models trunk --shares real --updates 1 --pairs 8 --tokens 1024 --only memory --json $(RESULTS)/step_cpu.json --resume
+
+# No table: a step of InSPOTrainer beside DPOTrainer on the same conditioned rows.
+benchmark-trl: install
+	$(BIN)/python -m benchmarks.trl_step --updates 2 --rounds 3 --json $(RESULTS)/trl_step_cpu.json
 
 # No table: what the README says of split heads.
 benchmark-parallel: install
