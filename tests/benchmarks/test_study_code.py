@@ -31,7 +31,7 @@ def function(module="some.module", names=("json",)):
     [
         ("\n    return a + b", 1.0),
         ("\n    return json.dumps(len(a))", 1.0),  # of the module, a builtin, a parameter
-        ("\n    c = a\n    return c + d", 0.75),  # one of two names is bound
+        ("\n    c = a\n    return c + d", 5 / 6),  # a and c of three names are bound
         ("\n    return [x for x in a if (y := x)]", 1.0),
         ("\n    try:\n        import os as z\n    except OSError as e:\n        z = e\n    return z", 1.0),
         ("\n    return unknown", 0.5),
