@@ -15,8 +15,9 @@ from .first_order import first_order_only
 from .gradients import Needs, dtypes_of
 from .groups import local_shard
 from .objectives import Objective, make_objective
+from .options import PairOptions, PairTensors, arguments_of, check_options
 from .pair_loss import InSPOOutput
-from .prepare import Prepared, check_tensors, checked_options, prepare
+from .prepare import Prepared, prepare
 
 
 def fused_inspo_loss(
@@ -96,36 +97,31 @@ def fused_inspo_loss(
         TypeError, ValueError: before any product runs; the message names the argument and what to change.
     """
     refuse_compiled(process_group=process_group, sequence_group=sequence_group)
-    plain: dict[str, Any] = {
-        "objective": objective,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "ignore_index": ignore_index,
-        "shift": shift,
-        "num_pairs": num_pairs,
-        "marginal_weight": marginal_weight,
-        "reduction": reduction,
-        "statistics": statistics,
-        "max_workspace_bytes": max_workspace_bytes,
-        "backend": backend,
-    }
-    tensors: dict[str, Any] = {
-        "ref_logps": ref_logps,
-        "cu_seqlens": cu_seqlens,
-        "segment_ids": segment_ids,
-        "marginal_labels": marginal_labels,
-        "pair_weights": pair_weights,
-    }
     split = Split.of(process_group, sequence_group)
     with errors_shared(split, hidden):
         weight, bias = local_shard("weight", weight, process_group), local_shard("bias", bias, process_group)
-        check_tensors(labels=labels, **tensors)
-        given = {**checked_options(plain), **tensors, "bias": bias}
+        tensors = PairTensors(
+            hidden, weight, labels, bias, marginal_labels, cu_seqlens, segment_ids, ref_logps, pair_weights
+        )
+        tensors.check_kinds()
+        options = PairOptions.checked(
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            statistics=statistics,
+            max_workspace_bytes=max_workspace_bytes,
+            backend=backend,
+            objective=objective,
+            shift=shift,
+            num_pairs=num_pairs,
+            marginal_weight=marginal_weight,
+            reduction=reduction,
+        )
         if torch.compiler.is_compiling():
-            return compiled.fused_inspo_loss(hidden, weight, labels, **given)
-        p = prepare(hidden, weight, labels, split=split, **given)
+            return compiled.fused_inspo_loss(tensors, options)
+        p = prepare(tensors, options, split)
     if p.run is None:
-        return _reference(hidden, weight, labels, given, p)
+        return _reference(tensors, options, p)
     x = hidden.reshape(-1, p.head.hidden_size).index_select(0, p.plan.rows)
     needs = Needs.of(hidden, p.head)
     loss, losses, sums, *found = _FusedPairLoss.apply(x, weight, bias, replace(p, head=p.head.detach()), needs)
@@ -150,7 +146,7 @@ class InSPOLoss(nn.Module):
                     "parameters go to the objective: objective=ik.DPO(beta=...)"
                 )
         self.objective = make_objective(objective)
-        self.options = checked_options(options)
+        self.options = check_options(options)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **inputs: Any) -> InSPOOutput:
         return fused_inspo_loss(hidden, weight, labels, **{"objective": self.objective, **self.options, **inputs})
@@ -183,11 +179,11 @@ class _FusedPairLoss(torch.autograd.Function):
         return (*ctx.gradients.replace_tensors(*ctx.saved_tensors).scaled(upstream, *ctx.dtypes), None, None)
 
 
-def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, given: dict[str, Any], p: Prepared) -> InSPOOutput:
-    given = {name: value for name, value in given.items() if name not in ("backend", "max_workspace_bytes")}
-    for name in ("segment_ids", "marginal_labels"):
-        given[name] = None if given[name] is None else given[name].to(hidden.device, torch.int64)
-    out = reference.fused_inspo_loss(hidden, weight, labels.to(hidden.device, torch.int64), **given)
+def _reference(tensors: PairTensors, options: PairOptions, p: Prepared) -> InSPOOutput:
+    given = arguments_of(tensors) | arguments_of(options, without=("backend", "max_workspace_bytes", "temperature"))
+    for name in ("labels", "segment_ids", "marginal_labels"):
+        given[name] = None if given[name] is None else given[name].to(tensors.hidden.device, torch.int64)
+    out = reference.fused_inspo_loss(**given)
     if torch.is_grad_enabled():
         # Objectives that the fused path refuses are refused here, too.
         sums = out.logps if out.marginal_logps is None else torch.cat([out.logps, out.marginal_logps])

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from . import compiled, reference, scored_rows
 from .agreement import Split, errors_shared, refuse_compiled
-from .arguments import integer
 from .backends import resolve_backend
 from .first_order import first_order_only
 from .gradients import Needs, dtypes_of
 from .groups import local_shard
 from .head import checked_head
+from .options import PairOptions, PairTensors, TokenOptions, arguments_of
 from .passes import KeptTokens, pair_sums
-from .prepare import check_split, check_tensors, checked_options, common_arguments, find_candidates, head_pass
-from .row_sums import RowSums, checked_statistics
+from .prepare import check_split, common_arguments, find_candidates, head_pass
+from .row_sums import RowSums
 from .scored_tokens import ScoredTokens
 
 
@@ -72,20 +72,25 @@ def linear_logps(
     split = Split.of(process_group)
     with errors_shared(split, hidden):
         weight, bias = local_shard("weight", weight, process_group), local_shard("bias", bias, process_group)
-        ignore_index, names = integer("ignore_index", ignore_index), checked_statistics(statistics)
-        if max_workspace_bytes is not None:
-            max_workspace_bytes = integer("max_workspace_bytes", max_workspace_bytes, minimum=1)
-        options: dict[str, Any] = {"ignore_index": ignore_index, "statistics": names}
-        resources: dict[str, Any] = {"max_workspace_bytes": max_workspace_bytes, "backend": backend}
-        head = checked_head(hidden, weight, bias, softcap, logit_scale, temperature)
+        options = TokenOptions.checked(
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            statistics=statistics,
+            max_workspace_bytes=max_workspace_bytes,
+            backend=backend,
+        )
+        names = options.statistics
+        head = checked_head(hidden, weight, bias, options.softcap, options.logit_scale, options.temperature)
         if torch.compiler.is_compiling():
-            logps, found = compiled.linear_logps(hidden, head, targets, **options, **resources)
+            logps, found = compiled.linear_logps(hidden, head, targets, options)
             return (logps, found) if names else logps
         needs = Needs.of(hidden, head)
-        scored = ScoredTokens.find(hidden, targets, head.detach(), **options, **resources, split=split, needs=needs)
+        scored = ScoredTokens.find(hidden, targets, head.detach(), options, split, needs)
     if scored.run is None:
-        options |= {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
-        return reference.linear_logps(hidden, weight, targets.to(hidden.device), **options)
+        given = arguments_of(options, without=("max_workspace_bytes", "backend"))
+        return reference.linear_logps(hidden, weight, targets.to(hidden.device), bias=bias, **given)
     logps, *values = _LinearLogps.apply(scored.x, weight, bias, scored, needs)
     logps = scored.scatter(logps, targets.shape)
     return (logps, {name: scored.scatter(v, targets.shape) for name, v in zip(names, values)}) if names else logps
@@ -122,29 +127,27 @@ def pair_logps(
     Raises:
         TypeError, ValueError: as ``fused_inspo_loss``.
     """
-    inputs: dict[str, Any] = {
-        "ref_logps": None,
-        "cu_seqlens": cu_seqlens,
-        "segment_ids": segment_ids,
-        "marginal_labels": marginal_labels,
-    }
     split = Split.of(process_group, sequence_group)
     with errors_shared(split, hidden):
         weight, bias = local_shard("weight", weight, process_group), local_shard("bias", bias, process_group)
-        check_tensors(labels=labels, pair_weights=None, **inputs)
-        plain = checked_options(
-            {"ignore_index": ignore_index, "shift": shift, "num_pairs": num_pairs, "backend": backend}
-            | {"max_workspace_bytes": max_workspace_bytes}
+        tensors = PairTensors(hidden, weight, labels, bias, marginal_labels, cu_seqlens, segment_ids)
+        tensors.check_kinds()
+        options = PairOptions.checked(
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            max_workspace_bytes=max_workspace_bytes,
+            backend=backend,
+            shift=shift,
+            num_pairs=num_pairs,
         )
-        head = checked_head(hidden, weight, bias, softcap, logit_scale)
-        resolved = resolve_backend(plain["backend"], head, hidden.device)
-        check_split(split, resolved, shift=shift and segment_ids is None)
-        given = {name: plain[name] for name in ("ignore_index", "shift", "num_pairs")} | inputs
-        candidates = find_candidates(hidden, labels, **given)
+        head = checked_head(hidden, weight, bias, options.softcap, options.logit_scale)
+        resolved = resolve_backend(options.backend, head, hidden.device)
+        check_split(split, resolved, shift=options.shift and segment_ids is None)
+        candidates = find_candidates(tensors, options)
         same: dict[str, Any] = {}
         if split is not None:
-            same = common_arguments(hidden, head, resolved, plain["max_workspace_bytes"], plain["ignore_index"], ())
-            same["num_pairs"] = candidates.num_pairs
+            same = common_arguments(hidden, head, resolved, options) | {"num_pairs": candidates.num_pairs}
         plan = scored_rows.plan(
             candidates,
             vocab_size=head.vocab_size,
@@ -154,10 +157,11 @@ def pair_logps(
             split=split,
             same=same,
         )
-    run = head_pass(resolved, head, hidden.device, plain["max_workspace_bytes"], split=split)
+    run = head_pass(resolved, head, hidden.device, options.max_workspace_bytes, split=split)
     if run is None:
-        transform: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-        sums, lengths, _ = reference.pair_sums(hidden, weight, labels.to(hidden.device), **transform, **given)
+        left_out = ("temperature", "max_workspace_bytes", "backend", "objective", "marginal_weight", "reduction")
+        given = arguments_of(tensors, without=("pair_weights",)) | arguments_of(options, without=left_out)
+        sums, lengths, _ = reference.pair_sums(**given | {"labels": labels.to(hidden.device)})
         return sums, lengths
     x = hidden.reshape(-1, head.hidden_size).index_select(0, plan.rows)
     return pair_sums(run, plan, x).table, plan.lengths
