@@ -1,4 +1,4 @@
-"""Where a log-prob is computed for users: ``linear_logps`` per token, ``pair_logps`` summed over pairs."""
+"""The public log-probs: ``linear_logps`` per token, ``pair_logps`` summed over the responses of pairs."""
 
 from __future__ import annotations
 
@@ -38,35 +38,38 @@ def linear_logps(
     process_group: Any = None,
     backend: str = "auto",
 ) -> Any:
-    """Per-token log-probs log softmax(z' / temperature)[target] without materialising the logits of all tokens.
+    """Compute per-token log-probs log softmax(z' / temperature)[target] without the logits of all tokens.
 
-    z = logit_scale * (hidden @ weight.T + bias); z' = softcap * tanh(z / softcap) where a soft-cap is given, else z.
+    z = logit_scale * (hidden @ weight.T + bias). z' = softcap * tanh(z / softcap) with a soft-cap, else z' = z.
 
     Args:
-        hidden: (..., H) hidden states after the model's final norm; float16, bfloat16, float32 or float64.
-        weight: (V, H) LM head, hidden's dtype (any under autocast) and device.
+        hidden: (..., H) hidden states after the model's final norm: float16, bfloat16, float32 or float64.
+        weight: (V, H) LM head on hidden's device, with hidden's dtype (any under autocast).
         targets: (...) int64 token ids, *not* shifted: hidden[i] is scored on targets[i]. May live on the CPU.
-        bias: (V,) or None. softcap: positive or None. logit_scale: finite. temperature: positive.
+        bias: (V,) or None.
+        softcap: positive or None.
+        logit_scale: finite.
         ignore_index: targets with this value are skipped: log-prob 0, no gradient, no head work.
+        temperature: positive.
         max_workspace_bytes: bound on the logits workspace, as for ``fused_inspo_loss``.
-        statistics: names of statistics of softmax(z' / temperature) to return as well, from the same pass over the
-            logits: "entropy" (nats), "mean_logit" and "logsumexp" of z' / temperature, "is_top1" (bool: the target is
-            the lowest id among the largest logits), "log_sum_sq_probs" (log of the sum of squared probabilities).
+        statistics: names of statistics of softmax(z' / temperature) to return from the same pass: "entropy" (nats),
+            "mean_logit" and "logsumexp" of z' / temperature, "is_top1" (bool: the target is the lowest id among the
+            largest logits), "log_sum_sq_probs" (log of the sum of squared probabilities).
         process_group: vocabulary-parallel head, as for ``fused_inspo_loss``. Log-probs and statistics are the same on
-            every rank; so must be what is made of them, because dX is summed over the ranks in the backward pass.
+            every rank. What you compute from them must be, too: the backward pass sums dX over the ranks.
         backend: "auto", "triton", "torch" or "reference", as for ``fused_inspo_loss``.
 
     Returns:
         (...) log-probs in nats, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias; a
-        second derivative raises. Given ``statistics``, a pair: the log-probs, and {name: (...)} in the same dtype
-        without gradient, 0 (False) where ignored.
-
-        Costs for N scored tokens: 2NHV operations without gradients. Where weight and bias need no gradient (LoRA),
-        d logp / d hidden is stored, one H-vector a token, and backward recomputes nothing: 4NHV. With a trainable head
-        the last C tokens that the workspace holds are kept until the backward pass: 6NHV + 2HV max(0, N - C).
+        second derivative raises. With ``statistics``, a tuple of the log-probs and {name: (...)}: same dtype, no
+        gradient, 0 (False) where ignored.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or target values that do not fit; the message says which.
+        TypeError, ValueError: for shapes, dtypes, devices or targets that do not fit. The message says which.
+
+    Cost for N scored tokens: 2NHV operations without gradients. If weight and bias need none (LoRA), each token keeps
+    d logp / d hidden, one H-vector, and backward recomputes nothing: 4NHV. With a trainable head, the C tokens that the
+    workspace holds are kept until the backward pass: 6NHV + 2HV max(0, N - C).
     """
     refuse_compiled(process_group=process_group)
     split = Split.of(process_group)
@@ -116,13 +119,15 @@ def pair_logps(
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Summed log-probs of pairs, without gradients or an objective: for references and evaluation.
+    """Sum log-probs over the responses of pairs, without gradients or an objective: for references and evaluation.
 
-    Args: as for ``fused_inspo_loss``, whose input forms are taken. 2NHV operations, in a workspace of one tile.
+    Takes the arguments and input forms of ``fused_inspo_loss``. 2NHV operations, in a workspace of one tile.
 
     Returns:
-        sums (kinds, B) float64, in nats, and lengths (kinds, B) int64, scored tokens. Rows: chosen, rejected, and where
-        marginals are scored log pi(y_w | x) and log pi(y_l | x). A response without a scored token has length 0.
+        sums: (kinds, B) float64, in nats.
+        lengths: (kinds, B) int64, scored tokens. 0 for a response without a scored token.
+
+        Rows: chosen, rejected, and where marginals are scored log pi(y_w | x) and log pi(y_l | x).
 
     Raises:
         TypeError, ValueError: as ``fused_inspo_loss``.
