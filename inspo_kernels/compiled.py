@@ -1,4 +1,4 @@
-"""What ``torch.compile`` sees of the package: three operators that it does not look into, and the shapes they return.
+"""Three operators that ``torch.compile`` does not look into, with the shapes that they return.
 
 Planning reads the labels, and objectives are differentiated inside: neither can be traced. Under ``torch.compile`` the
 public functions therefore become one operator each, with the same checks, plan and passes inside. Shapes of its results
@@ -78,9 +78,9 @@ def fused_inspo_loss(tensors: PairTensors, options: PairOptions) -> InSPOOutput:
 
 
 class _PairResults(NamedTuple):
-    """What the operator returns before the statistics: the fields of ``InSPOOutput``, then gradients.
+    """Results of the operator before the statistics: the fields of ``InSPOOutput``, then gradients.
 
-    An empty tensor stands for what there is not.
+    An empty tensor stands for a missing result.
     """
 
     loss: Tensor

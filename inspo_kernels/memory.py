@@ -1,4 +1,4 @@
-"""How much memory a call of the loss takes above its inputs, by the sizes of what it allocates."""
+"""Memory that a call of the loss takes above its inputs, from the sizes of its allocations."""
 
 from __future__ import annotations
 

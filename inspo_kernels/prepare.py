@@ -98,7 +98,7 @@ def check_split(split: Split | None, backend: Backend | None, *, shift: bool = F
 
 
 def common_arguments(hidden: Tensor, head: LMHead, backend: Backend | None, options: TokenOptions) -> dict[str, Any]:
-    """What the ranks of a split head must have in common, whichever function they call."""
+    """Return the arguments that all ranks of a split head must share, whichever function they call."""
     return {
         "hidden": (tuple(hidden.shape), head.compute_dtype),
         "weight": (head.hidden_size, head.weight.dtype, head.bias is None),
