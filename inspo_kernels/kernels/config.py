@@ -66,7 +66,7 @@ def padded_vocab(vocab: int) -> int:
 def row_pass(
     arch: str, vocab: int, accumulate_dtype: torch.dtype, softcap: float | None, statistics: bool = False
 ) -> RowPass:
-    """Return the launch sizes of ``kernels.row_pass``, by width and dtype of the tile, and by how much a thread has to hold."""
+    """Return the launch sizes of ``kernels.row_pass``, by width and dtype of the tile and registers a thread."""
     if arch == "interpreter":
         return RowPass(block=256, num_warps=1)
     # 256 threads (AMD's warps have 64 lanes) handle 8 float32 columns each per step: two 16-byte loads and one 16-byte
