@@ -97,7 +97,7 @@ def random_pairs(lengths: Sequence[Lengths], vocab: int) -> list[Pair]:
 
 @dataclass
 class Trained:
-    """Result of a run: losses, seconds from the first step's begin to the last one's end, positions through the trunk."""
+    """Result of a run: losses, seconds from the first step's begin to the last's end, positions through the trunk."""
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
