@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inspo_kernels.conditioning import IGNORE_INDEX
+from inspo_kernels.layouts.conditioning import IGNORE_INDEX
 
 Lengths = tuple[int, int, int]
 
