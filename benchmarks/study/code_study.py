@@ -53,6 +53,7 @@ HYPOTHESES = {
     "H2": ("InSPO beats plain at the epoch chosen on validation prompts", "inspo", "plain", BEST, BEST),
     "H3": ("the own alternative beats another pair's after the last epoch", "inspo", "shuffled", LAST, LAST),
 }
+CHOSEN = ("quality", "gain", "greedy", "greedy_gain", "compiles", "length", "win_rate")
 OTHERS = {
     "plain, last epoch - plain, chosen epoch": ("plain", "plain", LAST, BEST),
     "own - shuffled alternative, chosen epoch": ("inspo", "shuffled", BEST, BEST),
@@ -191,14 +192,9 @@ def summarize(size: Size, records: Records) -> dict[str, Any]:
         "planned_seeds": size.seeds,
         "arms": {arm: [{"epoch": e, **over_seeds(rows)} for e, rows in found.items()] for arm, found in table.items()},
         "chosen": {
-            arm: {"epochs": chosen[arm], **{w: t_interval(qualities(arm, BEST, w)) for w in ("quality", "greedy")}}
-            for arm in ARMS
+            arm: {"epochs": chosen[arm], **{w: t_interval(qualities(arm, BEST, w)) for w in CHOSEN}} for arm in ARMS
         },
         "hypotheses": tests,
-        "gains": {
-            arm: t_interval([mine - theirs["quality"] for mine, theirs in zip(qualities(arm, BEST), bases.values())])
-            for arm in ARMS
-        },
         "others": {name: contrast(*other) for name, other in OTHERS.items()},
         "pairs": [runs["base", seed]["pairs"] for seed in complete],
         "tokens": {arm: float(np.mean([runs[arm, seed]["tokens"] for seed in complete])) for arm in ARMS},
@@ -208,18 +204,23 @@ def summarize(size: Size, records: Records) -> dict[str, Any]:
 
 
 def measures(evaluation: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
-    """Return the means over answers; ``win_rate`` is the judge's mean probability of preferring them to the base's."""
+    """Return the means over answers.
+
+    ``win_rate`` is the judge's mean probability of preferring them to the base's, gains are differences from the base.
+    """
     judge = Judge()
     test = {name: np.array(values, dtype=float) for name, values in evaluation["test"].items()}
     theirs = {name: np.array(values, dtype=float) for name, values in base["test"].items()}
     ahead = judge.a * (test["quality"] - theirs["quality"]) / 1000 + judge.b * (test["length"] - theirs["length"])
-    compiled = test["quality"] > 0
+    quality, greedy = test["quality"].mean() / 1000, np.mean(evaluation["greedy"]["quality"]) / 1000
     return {
-        "quality": float(test["quality"].mean()) / 1000,
-        "compiles": float(compiled.mean()),
+        "quality": float(quality),
+        "gain": float(quality - theirs["quality"].mean() / 1000),
+        "compiles": float((test["quality"] > 0).mean()),
         "length": float(test["length"].mean()),
         "win_rate": float((1 / (1 + np.exp(-ahead))).mean()),
-        "greedy": float(np.mean(evaluation["greedy"]["quality"])) / 1000,
+        "greedy": float(greedy),
+        "greedy_gain": float(greedy - np.mean(base["greedy"]["quality"]) / 1000),
         "validation": float(np.mean(evaluation["validation"]["quality"])) / 1000,
     }
 
