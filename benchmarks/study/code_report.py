@@ -83,16 +83,15 @@ def _learned(result: Mapping[str, Any]) -> str:
     last = {arm: result["arms"][arm][-1]["gain"] for arm in ARMS}
     better, worse = among(chosen, 1), among(last, -1)
     drop = result["others"]["plain, last epoch - plain, chosen epoch"]["quality"]
+    learned = f"At the chosen epoch, quality was above the base's for {better}."
+    if not better:
+        learned = """At the chosen epoch, no arm's quality was measurably above the base's: nothing was learned. So
+            equal quality there says little."""
     words = [
-        "At the epoch chosen by validation, "
-        + (
-            f"quality was above the base's for {better}."
-            if better
-            else "no arm's quality was measurably above the base's: nothing was learned."
-        ),
-        f"After the last epoch it was below the base's for {worse}." if worse else "",
-        f"Plain DPO was {'over-trained' if drop['high'] < 0 else 'not measurably over-trained'} by then: "
+        f"Plain DPO was {'' if drop['high'] < 0 else 'not measurably '}over-trained after the last epoch: "
         f"{_signed(drop)} beside its chosen epoch.",
+        f"Quality was then below the base's for {worse}." if worse else "",
+        learned,
     ]
     return " ".join(filter(None, words))
 
@@ -123,10 +122,10 @@ def _world(result: Mapping[str, Any]) -> str:
     data = _filled(f"""
         **Text:** {library["files"]} files of the library of Python {started["versions"]["python"]}, each function
         rewritten by `ast.unparse`. Modules are split by name, so no module is in two splits. Functions whose prompt and
-        body fit in {size["most_tokens"]} tokens each: {library["training"][0]} for training, of which
-        {library["training"][1]} have a docstring and are prompts; {library["validation"][1]} validation and
-        {library["test"][1]} test prompts. Tokens: a byte-pair encoding of {size["vocabulary"]}, trained on the training
-        split.""")
+        body fit in {size["most_tokens"]} tokens each: {library["training"][0]:,} for training, of which
+        {library["training"][1]:,} have a docstring and are prompts; {library["validation"][1]:,} validation and
+        {library["test"][1]:,} test prompts. Tokens: a byte-pair encoding of {size["vocabulary"]:,}, trained on the
+        training split.""")
     model = _filled(f"""
         **Base:** a Llama with {started["base"]["parameters"] / 1e6:.2f}M parameters, fitted once and shared by all
         seeds. In {size["draft_share"]:.0%} of its rows a draft stands between prompt and body: a damaged body, or later
