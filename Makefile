@@ -118,8 +118,8 @@ benchmark-pairs: pairs-given install
 pairs-given:
 	@test -f "$(PAIRS)" || { echo "give the pairs: PAIRS=FILE.jsonl with prompt, chosen, rejected; or make the parts without them"; exit 1; }
 
-# "study", docs/study.md, docs/study_code.md and their plots. No speed is measured, so runs in the folders' runs.jsonl
-# are kept; to have them done anew, remove that file.
+# "study", docs/study.md and its plots. No speed is measured, so runs in results/study/runs.jsonl are kept; to have them
+# done anew, remove that file.
 benchmark-study: install
 	$(BIN)/python -m benchmarks.study.tabular --json $(RESULTS)/study_tabular.json
 	$(BIN)/python -m benchmarks.study
