@@ -62,7 +62,7 @@ def text(result: Mapping[str, Any]) -> str:
         "# Does InSPO help on real text? A second study",
         "<!-- written by python -m benchmarks.study.code_study; do not edit -->",
         *_warnings(result), _filled(_opening(result)), "![quality over epochs](study_code.png)", _world(result),
-        _hypotheses(result), _arms(result), _others(result), _deviations(result), _rerun(result),
+        _hypotheses(result), _arms(result), _others(result), _limits(result), _deviations(result), _rerun(result),
     ]  # fmt: skip
     return "\n\n".join(sections) + "\n"
 
@@ -189,6 +189,20 @@ def _others(result: Mapping[str, Any]) -> str:
     columns = ["", "quality (95%)", "greedy quality (95%)", "judge: wins over base (95%)", "tokens"]
     note = "Descriptive: 95% t intervals, not adjusted for their number. No conclusion rests on them."
     return "\n".join(["## Other differences", "", *_table(columns, rows), "", note])
+
+
+def _limits(result: Mapping[str, Any]) -> str:
+    size = result["settings"]["size"]
+    points = [
+        "All seeds share one base. The intervals cover pairs, prompts and sampling, not another base.",
+        """Quality does not ask whether a body does what its docstring says. A short body with bound names has quality 1.
+        """,
+        """The pairs' prompts are functions that the base was fitted to, so its answers there may be better than on the
+        validation and test prompts, which are from other modules.""",
+        f"""{size["pairs"]} pairs are few. All DPO arms have the learning rate {size["learning_rate"]:g}, which was not
+        tuned for any of them.""",
+    ]
+    return "\n".join(["## Limits", "", *(_item(point) for point in points)])
 
 
 def _deviations(result: Mapping[str, Any]) -> str:

@@ -62,7 +62,7 @@ def library():
     return read_library(most_files=120)
 
 
-def test_no_module_and_no_function_is_in_two_splits(library):
+def test_splits_share_no_module_and_no_function(library):
     assert all(library.parts.values())
     modules = [{f.module.split(".")[0] for f in found} for found in library.parts.values()]
     texts = [{f.prompt + f.body for f in found} for found in library.parts.values()]
@@ -126,7 +126,7 @@ def test_shuffled_alternatives_are_another_pairs_in_their_roles():
     assert len({tuple(pair.alternatives[0]) for pair in shuffled}) == len(pairs)
 
 
-def test_greedy_answers_are_the_most_likely_tokens_of_a_plain_loop():
+def test_greedy_answers_are_those_of_a_plain_loop():
     model = build(TINY)
     prompts = [[5, 9, 17], [8], [30, 31, 32, 33, 34]]
     answers = sample(model, prompts, 12, 1, seed=None)
