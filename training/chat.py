@@ -20,11 +20,12 @@ from .messages import Messages, check_text, given_texts
 _QUESTION, _ANSWER = "Quaestio", "Responsum"
 _ASKED: Messages = [{"role": "user", "content": _QUESTION}]
 _ANSWERED: Messages = [*_ASKED, {"role": "assistant", "content": _ANSWER}]
+_SYSTEM: Messages = [{"role": "system", "content": "Iussum"}]
 # Variables of a template that are no columns of the data: transformers sets them.
 _OWN = {"messages", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "prompt", "chosen"}
 # A tag of transformers' own, which marks what the assistant says.
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*[-+]?%\}")
-LEFT_OUT, BEHIND_END = "text left out by the chat template", "text behind the end of an answer"
+ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
 
 
 class Turn(NamedTuple):
@@ -143,36 +144,71 @@ class TextEncoder:
         return opening, texts
 
     @cached_property
-    def columns(self) -> set[str]:
-        """Names of the columns that the chat template reads beside the messages."""
-        templates = self.tokenizer.chat_template or ""
-        texts = [templates] if isinstance(templates, str) else list(templates.values())
-        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-        names: set[str] = set()
-        for text in texts:
-            names |= meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", text)))
-        return names - _OWN - {"rejected", *self.tokenizer.special_tokens_map}
+    def _templates(self) -> list[str]:
+        given = self.tokenizer.chat_template or {}
+        return [given] if isinstance(given, str) else [*given.values()]
 
     @cached_property
-    def header(self) -> str:
-        """What the template writes before each answer although it has no generation prompt; it belongs to the prompt.
+    def columns(self) -> set[str]:
+        """Names of the columns that the chat template reads beside the messages."""
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        names: set[str] = set()
+        with suppress(TemplateError):  # one that is ill written says so when it renders
+            for text in self._templates:
+                names |= meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", text)))
+        return names - _OWN - {"rejected", *self.tokenizer.special_tokens_map}
 
-        Blanks alone stay with the answer: the model writes them.
+    def knows(self, role: str) -> bool:
+        """Whether ``role`` is a usual one, or one that the chat template asks for; many write any role as it stands."""
+        return role in ROLES or any(repr(role) in text or f'"{role}"' in text for text in self._templates)
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """Matches any special token."""
+        return re.compile("|".join(map(re.escape, self.tokenizer.all_special_tokens)) or "(?!)")
+
+    @cached_property
+    def _start(self) -> Messages:
+        """The messages without which the template renders no question: none, or one of the system."""
+        for start in ([], _SYSTEM):
+            with suppress(InputError):
+                self._render([*start, *_ASKED], True, "")
+                return start
+        return []
+
+    @cached_property
+    def _opening(self) -> tuple[str, str]:
+        """What the template writes before each answer: with its generation prompt, and without any.
+
+        It belongs to the prompt. Blanks alone stay with the answer: the model writes them.
         """
         try:
-            asked, prompted = (self._render(_ASKED, answer_next, "") for answer_next in (False, True))
-            whole = self._render(_ANSWERED, False, "")
+            asked, prompted = (self._render([*self._start, *_ASKED], answer_next, "") for answer_next in (False, True))
+            whole = self._render([*self._start, *_ANSWERED], False, "")
         except InputError:  # no template, or one that reads other conversations; whoever renders with it is told
-            return ""
-        if asked != prompted or not whole.startswith(asked) or _ANSWER not in whole:
-            return ""
+            return "", ""
+        if asked != prompted:
+            return prompted.removeprefix(asked), ""
+        if not whole.startswith(asked) or _ANSWER not in whole:
+            return "", ""
         header = whole[len(asked) : whole.index(_ANSWER)]
-        return header if header.strip() else ""
+        return "", header if header.strip() else ""
+
+    @property
+    def header(self) -> str:
+        """What the template writes before each answer although it has no generation prompt."""
+        return self._opening[1]
+
+    @cached_property
+    def cue(self) -> str:
+        """What precedes each answer, if a special token is in it, so that no text of a person has it."""
+        cue = "".join(self._opening).strip()
+        return cue if self.special.search(cue) else ""
 
     @cached_property
     def turn(self) -> Turn:
         """How the chat template closes an assistant's turn."""
-        tail = self._after_answer(self.render(_ANSWERED, answer_next=False, origin="chat template"))
+        tail = self._after_answer(self.render([*self._start, *_ANSWERED], answer_next=False, origin="chat template"))
         known = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items()}
         known |= {token: i for i, token in zip(self.tokenizer.all_special_ids, self.tokenizer.all_special_tokens)}
         first = min((t for t in known if t in tail), key=lambda t: (tail.index(t), -len(t)), default=None)
@@ -197,7 +233,7 @@ class TextEncoder:
         check_text(instruction, "alternative_instruction")
         ask = {"role": "user", "content": instruction}
         texts = [
-            self._after_answer(self.render([*messages, ask], answer_next=True, origin="alternative=chat"))
+            self._after_answer(self.render([*self._start, *messages, ask], answer_next=True, origin="alternative=chat"))
             for messages in (_ANSWERED, [*_ASKED, {"role": "assistant", "content": "a"}, *_ANSWERED])
         ]
         if texts[0] != texts[1]:
@@ -227,13 +263,13 @@ class TextEncoder:
         try:
             template = self.tokenizer.get_chat_template()
             clocks = [f"{{%- macro strftime_now(form) %}}{hour}{{%- endmacro %}}" + template for hour in (1, 2)]
-            return len({self._render(_ASKED, True, "", chat_template=text) for text in clocks}) > 1
+            return len({self._render([*self._start, *_ASKED], True, "", chat_template=text) for text in clocks}) > 1
         except (InputError, ValueError):  # no template, or one that reads other conversations
             return False
 
     def today(self) -> str:
         """The part of what the chat template writes that changes by itself."""
-        return self._render(_ASKED, True, "") if self.reads_clock else ""
+        return self._render([*self._start, *_ASKED], True, "") if self.reads_clock else ""
 
 
 def separator_ids(tokenizer: PreTrainedTokenizerBase | None, options: Any) -> list[int]:

@@ -19,23 +19,24 @@ from huggingface_hub.constants import HF_HOME
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat import BEHIND_END, LEFT_OUT, TextEncoder
+from .chat import TextEncoder
 from .errors import InputError
 from .pairs import Pair, Pairs, Store, Writer, open_store
-from .records import CUT_TURNS, ONE_REPEATS, REPEATS_PROMPT, draft, encode
-from .sources import Records, Source, check_source, parse_sources
+from .records import FAULTS, LEFT_OUT, READ, REMARKS, REPEATS_PROMPT, draft, encode
+from .sources import Records, Source, check_source, files_of, parse_sources
+
+Log = Callable[[str], None]
 
 __all__ = ["Pair", "Pairs", "check_pairs", "check_source", "load_pairs", "select_pairs", "trained_ends"]
 
-FORMAT = 1  # of the cache; after a change of what is tokenised, another number makes all of it be done again
-PROBLEMS = ("", LEFT_OUT, BEHIND_END, CUT_TURNS, REPEATS_PROMPT, ONE_REPEATS)
-FAULTS = (LEFT_OUT, BEHIND_END)  # such pairs are not used
+FORMAT = 2  # of the cache; after a change of what is tokenised, another number makes all of it be done again
+PROBLEMS = ("", *FAULTS, *REMARKS)
 _BATCH = 256  # records tokenised together
 _CACHED_FROM = 4_000_000  # bytes of a text file; a smaller one is tokenised again each time, within seconds
 
 
 def load_pairs(
-    source: Any, tokenizer: PreTrainedTokenizerBase, options: Any = None, log: Callable[[str], None] = lambda note: None
+    source: Any, tokenizer: PreTrainedTokenizerBase, options: Any = None, log: Log = lambda note: None
 ) -> Pairs:
     """Read and tokenise ``source``: what ``parse_sources`` takes, with the columns and weights it gives.
 
@@ -43,21 +44,23 @@ def load_pairs(
     of ids. Raises InputError, naming file and line, for anything that is not a pair.
     """
     encoder = TextEncoder(tokenizer)
-    columns, seed = getattr(options, "columns", None), getattr(options, "seed", 0)
-    sources = parse_sources(source, columns)
-    pairs = Pairs.of_stores([_store(one, encoder, options, log) for one in sources])
+    stores, indices, start = [], [], 0
+    sources = parse_sources(source, getattr(options, "columns", None))
+    for one in sources:
+        found = [_store(file, encoder, options, log) for file in files_of(one)]
+        size = sum(len(store.ends) for store in found)
+        chosen = weighted(size, one.weight, getattr(options, "seed", 0))
+        if size and not len(chosen):
+            raise InputError(f"{one.name}: weight={one.weight} leaves none of its {size} pairs; raise it")
+        stores, indices, start = stores + found, [*indices, start + chosen], start + size
+    for name in {one.name for one in sources if [other.name for other in sources].count(one.name) > 1}:
+        log(f"note: {name} stands there more than once, and so does each of its pairs; weight says so, too")
     if encoder.is_used and encoder.reads_clock:
         log(
             "note: the chat template writes today's date, so on another day the data are others, and a run cannot be "
             "resumed. Fix it: chat_template_kwargs: {strftime_now: 26 Jul 2024}"
         )
-    if all(one.weight == 1 for one in sources):
-        return pairs
-    sizes = np.bincount(pairs.sources, minlength=len(sources)).tolist()
-    starts = np.cumsum([0, *sizes[:-1]]).tolist()
-    return pairs[np.concatenate([
-        start + weighted(size, one.weight, seed) for start, size, one in zip(starts, sizes, sources, strict=True)
-    ])]  # fmt: skip
+    return Pairs.of_stores(stores)[np.concatenate(indices)]
 
 
 def weighted(size: int, weight: float, seed: int) -> np.ndarray:
@@ -67,11 +70,11 @@ def weighted(size: int, weight: float, seed: int) -> np.ndarray:
     return np.concatenate([*[np.arange(size)] * int(whole), np.sort(drawn)]).astype(np.int64)
 
 
-def _store(source: Source, encoder: TextEncoder, options: Any, log: Callable[[str], None]) -> Store:
+def _store(source: Source, encoder: TextEncoder, options: Any, log: Log) -> Store:
     """The pairs of ``source``, from the cache where they are there."""
     records = Records(source)
     if getattr(options, "dry_run", False) or (records.is_text and records.total < _CACHED_FROM):
-        return _tokenise(records, encoder, options, Writer(None)).store(records.origin)
+        return _tokenise(records, encoder, options, Writer(None), log).store(records.origin)
     folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")) / "preference_pairs"
     final = folder / _key(records, encoder, options)
     try:
@@ -86,13 +89,13 @@ def _store(source: Source, encoder: TextEncoder, options: Any, log: Callable[[st
                 pass
             writer = Writer(Path(tempfile.mkdtemp(dir=folder)))
             try:
-                return _tokenise(records, encoder, options, writer).store(records.origin, final)
+                return _tokenise(records, encoder, options, writer, log).store(records.origin, final)
             finally:
                 if writer.folder is not None:
                     shutil.rmtree(writer.folder, ignore_errors=True)
     except OSError as error:
         log(f"WARNING: {folder}: tokenised pairs cannot be kept there ({error}); they are kept in memory")
-        return _tokenise(records, encoder, options, Writer(None)).store(records.origin)
+        return _tokenise(records, encoder, options, Writer(None), log).store(records.origin)
 
 
 def _key(records: Records, encoder: TextEncoder, options: Any) -> str:
@@ -112,8 +115,9 @@ def _key(records: Records, encoder: TextEncoder, options: Any) -> str:
     return digest.hexdigest()
 
 
-def _tokenise(records: Records, encoder: TextEncoder, options: Any, writer: Writer) -> Writer:
+def _tokenise(records: Records, encoder: TextEncoder, options: Any, writer: Writer, log: Log) -> Writer:
     messages_only = getattr(options, "alternative", "plain") == "chat"
+    names: set[str] = set()
     bar = tqdm(total=records.total, unit=records.unit, unit_scale=True, desc=f"tokenising {records.name}", disable=None)
     with bar:
         rows = iter(records)
@@ -121,15 +125,18 @@ def _tokenise(records: Records, encoder: TextEncoder, options: Any, writer: Writ
             drafts = [draft(r.values, encoder, records.origin(r.number), messages_only) for r in batch]
             encoder.prefetch(text for one in drafts for text in one.texts)
             for one, record in zip(drafts, batch):
+                names.update(record.values)
                 pair, problem = encode(one, encoder)
                 writer.add(pair, record.number, PROBLEMS.index(problem))
             bar.update(batch[-1].done - bar.n)
+    if unread := names.difference(READ, encoder.columns if encoder.is_used else ()):
+        log(f"note: {records.name}: columns not read: {', '.join(map(repr, sorted(unread)))}")
     return writer
 
 
 def select_pairs(
     pairs: Iterable[Pair | Sequence[Sequence[int]]], name: str, options: Any, *, vocab_size: int,
-    bos_token_id: int | None, log: Callable[[str], None], separator_length: int = 0,
+    bos_token_id: int | None, log: Log, separator_length: int = 0,
 ) -> Pairs:  # fmt: skip
     """Return the pairs that can be trained on; say how many were left out or cut, why, and where the first ones are.
 
@@ -177,7 +184,7 @@ def _fault(parts: list[np.ndarray], problem: str) -> str:
 
 def _report(
     reasons: dict[str, list[str]], name: str, read: int, kept: int, options: Any, between: int,
-    log: Callable[[str], None],
+    log: Log,
 ) -> None:  # fmt: skip
     """Say what became of the pairs that were read; raise InputError where that must not be."""
 
@@ -194,7 +201,7 @@ def _report(
     if options.invalid_pairs == "error" and invalid:
         raise InputError(f"{name}: {invalid}; remove these pairs or set invalid_pairs=drop")
     dropped = ", ".join(filter(None, [invalid, named(["too long"])]))
-    also = named(["truncated", CUT_TURNS, ONE_REPEATS, REPEATS_PROMPT])
+    also = named(["truncated", *REMARKS])
     log(f"{name}: {read} pairs read, {kept} kept; dropped: {dropped or 'none'}" + (f"; {also}" if also else ""))
     if LEFT_OUT in reasons:
         log(f"note: {name}: to keep those, use a chat template that writes thoughts and tool calls, too")
@@ -209,7 +216,7 @@ def _report(
 
 def check_pairs(
     pairs: Sequence[Pair], held_out: Sequence[Pair], model: PreTrainedModel, options: Any,
-    log: Callable[[str], None], separator_length: int = 0,
+    log: Log, separator_length: int = 0,
 ) -> None:  # fmt: skip
     """Raise InputError where the model does not fit the pairs; say how many held-out prompts are trained on."""
     longest = max((some[int(np.argmax(Pairs.lengths_of(some).sum(1)))] for some in (pairs, held_out) if len(some)),

@@ -149,7 +149,7 @@ def test_a_missing_file_is_named():
 
 def test_other_sources_go_through_datasets(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    assert load_pairs(str(tmp_path), TOKENIZER)[0].origin == f"{tmp_path} row 0"
+    assert load_pairs(str(tmp_path), TOKENIZER)[0].origin == f"{tmp_path}/train.jsonl:1"
     with pytest.raises(InputError, match="neither a local file nor a dataset"):
         load_pairs(f"{tmp_path}:missing_split", TOKENIZER)
 

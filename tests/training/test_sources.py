@@ -149,6 +149,89 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"d\.jsonl: is written in UTF-16"),
+        ("d.json", '[{"prompt": "a"}]'.encode("utf-16"), r"d\.json: is written in UTF-16"),
+        ("d.csv", "prompt,chosen\n".encode("utf-16"), r"d\.csv: is written in UTF-16"),
+        ("d.jsonl", b'{"chosen": "b", "prompt": "a", "chosen": "c"}', r"d\.jsonl:1: .*'chosen' stands there twice"),
+        ("d.json", b'[{"a": 1},\n{"a": {"b": 1, "b": 2}}]', r"d\.json:2: .*'b' stands there twice"),
+        ("d.csv", b"prompt,chosen,rejected,chosen\na,b,c,d\n", r"d\.csv:1: two columns have the same name"),
+        ("d.csv", b'prompt,chosen,rejected\n"a\n",b,c\n\xe9,b,c\n', r"d\.csv:4: not a line of CSV in UTF-8"),
+        ("d.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": NaN}', r"d\.jsonl:1: 'rejected' must be a string"),
+        ("d.jsonl", b"\0\0\0", r"d\.jsonl:1: not a line of JSON"),
+    ],
+)
+def test_text_that_others_read_wrong_is_refused(tmp_path, name, content, message):
+    if name == "d.json" and b"\0" not in content:
+        content = content.replace(b'"a": 1', b'"prompt": "a", "chosen": "b", "rejected": "c"')
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_pairs(str(tmp_path / name), TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.JSONL", "d.json", "d.csv"])
+def test_byte_order_marks_and_line_ends_are_no_text(tmp_path, name):
+    form = name[2:].lower()
+    content = open(write(tmp_path, form, RECORDS), "rb").read()
+    if form != "csv":
+        content = content.replace(b"\n", b"\r\n")
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    plain = load_pairs(write_jsonl(tmp_path / "plain.jsonl", RECORDS), TOKENIZER)
+    assert ids(load_pairs(str(tmp_path / name), TOKENIZER)) == ids(plain)
+
+
+def test_cells_that_look_like_nothing_are_text(tmp_path):
+    (tmp_path / "d.csv").write_text("prompt,chosen,rejected\nNA,None,nan\n")
+    pair = load_pairs(str(tmp_path / "d.csv"), TOKENIZER)[0]
+    assert [TOKENIZER.decode(part, skip_special_tokens=True) for part in pair[:3]] == ["NA", "None", "nan"]
+
+
+def test_folders_are_read_file_by_file(tmp_path):
+    days = {"prompt": "When? ", "chosen": "2024-01-02", "rejected": "2024-01-03"}
+    implicit = {"chosen": "On Monday", "rejected": "On Sunday"}
+    write_jsonl(tmp_path / "a.jsonl", [days])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(implicit).encode()))
+    pairs = load_pairs({"path": str(tmp_path), "weight": 0.5}, TOKENIZER)
+    assert len(pairs) == 1  # half of the folder, not of each file
+    pairs = load_pairs(str(tmp_path), TOKENIZER)
+    assert [pair.origin for pair in pairs] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.jsonl.gz:1"]
+    assert TOKENIZER.decode(pairs[0].chosen) == "2024-01-02<eos>"
+
+
+@pytest.mark.parametrize("name", ["more.csv", "sub/test.jsonl"])
+def test_a_file_of_a_folder_that_is_not_read_is_named(tmp_path, name):
+    write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".hidden.csv").write_text("")
+    assert len(load_pairs(str(tmp_path), TOKENIZER)) == 5
+    (tmp_path / name).write_text(json.dumps(RECORDS[0]))
+    left = "a.jsonl" if "test" in name else name
+    with pytest.raises(InputError, match=f"{left} would not be read"):
+        load_pairs(str(tmp_path), TOKENIZER)
+
+
+@pytest.mark.parametrize("form", ["folder", "saved"])
+def test_what_a_local_folder_does_not_have_is_refused(tmp_path, form):
+    folder = write(tmp_path, form, RECORDS)
+    for more in [{"revision": "v1"}] + [{"subset": "easy"}] * (form == "saved"):
+        with pytest.raises(InputError, match="a local folder has no revision, and a saved dataset no subset"):
+            load_pairs({"path": folder, **more}, TOKENIZER)
+
+
+def test_a_weight_that_leaves_nothing_is_refused(tmp_path):
+    one, other = (write_jsonl(tmp_path / f"{name}.jsonl", RECORDS) for name in "ab")
+    with pytest.raises(InputError, match=r"a\.jsonl: weight=0.05 leaves none of its 5 pairs"):
+        load_pairs([{"path": one, "weight": 0.05}, other], TOKENIZER)
+
+
+def test_a_source_that_is_named_twice_is_noted(tmp_path):
+    file, said = write_jsonl(tmp_path / "d.jsonl", RECORDS), []
+    assert len(load_pairs([file, file], TOKENIZER, log=said.append)) == 10
+    assert "d.jsonl stands there more than once" in said[0]
+
+
+@pytest.mark.parametrize(
     "name", ["no.jsonl", "no.json", "no.csv", "no.parquet", "no.jsonl.gz", "./no", "/no/such", "~/no"]
 )
 def test_a_missing_file_is_not_looked_for_at_the_hub(name):
@@ -228,6 +311,7 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
         ({"path": "d", "weight": 0}, "weight=0 must be a number above 0"),
         ({"path": "d", "weight": "2"}, "must be a number"),
         ({"path": "d", "columns": {"promt": "q"}}, "columns.promt; did you mean 'prompt'"),
+        ({"path": "d", "columns": {"chosen": "q", "rejected": "q"}}, "takes two columns of a pair from 'q'"),
         ('[{"path": ', "not JSON"),
         (3, "must be a string"),
     ],
