@@ -29,7 +29,7 @@ Log = Callable[[str], None]
 
 __all__ = ["Pair", "Pairs", "check_pairs", "check_source", "load_pairs", "select_pairs", "trained_ends"]
 
-FORMAT = 2  # of the cache; after a change of what is tokenised, another number makes all of it be done again
+FORMAT = 3  # of the cache; after a change of what is tokenised, another number makes all of it be done again
 PROBLEMS = ("", *FAULTS, *REMARKS)
 _BATCH = 256  # records tokenised together
 _CACHED_FROM = 4_000_000  # bytes of a text file; a smaller one is tokenised again each time, within seconds
@@ -48,7 +48,7 @@ def load_pairs(
     sources = parse_sources(source, getattr(options, "columns", None))
     for one in sources:
         found = [_store(file, encoder, options, log) for file in files_of(one)]
-        size = sum(len(store.ends) for store in found)
+        size = sum(len(store.rows) for store in found)
         chosen = weighted(size, one.weight, getattr(options, "seed", 0))
         if size and not len(chosen):
             raise InputError(f"{one.name}: weight={one.weight} leaves none of its {size} pairs; raise it")
@@ -83,7 +83,7 @@ def _store(source: Source, encoder: TextEncoder, options: Any, log: Log) -> Stor
             try:
                 store = open_store(final, records.origin)
                 draft(next(iter(records)).values, encoder, "")  # whether the template is used
-                log(f"{records.name}: {len(store.ends)} tokenised pairs read from {final}")
+                log(f"{records.name}: {len(store.rows)} tokenised pairs read from {final}")
                 return store
             except (OSError, ValueError, IndexError):  # not there, or not whole
                 pass
@@ -152,10 +152,11 @@ def select_pairs(
     lengths = given.lengths.tolist()
     for index, (number, sizes) in enumerate(zip(given.problems, lengths)):
         parts = given.arrays(index)
-        if (top := max(int(part.max(initial=0)) for part in parts)) >= vocab_size:
-            raise InputError(
-                f"{given.origin(index)}: token id {top}, but the model's vocabulary ends at {vocab_size - 1}"
-            )
+        for wrong in (part[(part < 0) | (part >= vocab_size)] for part in parts):
+            if len(wrong):
+                raise InputError(
+                    f"{given.origin(index)}: token id {wrong[0]}, but the model's vocabulary ends at {vocab_size - 1}"
+                )
         problem, excess = PROBLEMS[number], sum(sizes) + separator_length - options.max_length
         reason = _fault(parts, problem)
         if not reason and excess > 0:
@@ -236,16 +237,11 @@ def check_pairs(
 
 
 def trained_ends(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
-    """Ids that end the responses of ``pairs``, out of those that ``tokenizer`` has for it: EOS and end of turn."""
+    """Ids that end the responses of ``pairs``, out of those that ``tokenizer`` has for it: EOS and ends of turns."""
     if tokenizer is None:
         return set()
-    ends = TextEncoder(tokenizer).ends(chat=bool(tokenizer.chat_template))
-    found: set[int] = set()
-    for pair in pairs:
-        found |= ends.intersection((pair.chosen[-1], pair.rejected[-1]))
-        if found == ends:
-            break
-    return found
+    found = pairs if isinstance(pairs, Pairs) else Pairs.of_lists(pairs, "")
+    return found.last_ids.intersection(TextEncoder(tokenizer).all_ends)
 
 
 def _first(origins: list[str], most: int = 3) -> str:

@@ -32,12 +32,12 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Store:
-    """The pairs of one source. ``ids`` holds all token ids; ``ends`` (n, 3) where prompt, chosen and rejected end."""
+    """The pairs of one source. ``ids`` holds all token ids; ``rows`` (n, 5) has, of each pair, where prompt, chosen and
+    rejected end in it, the line or row that ``origin`` names, and the index of what is wrong with it.
+    """
 
     ids: NDArray[np.int32]
-    ends: NDArray[np.int64]
-    numbers: NDArray[np.int64]  # line or row
-    problems: NDArray[np.uint8]  # index into PROBLEMS
+    rows: NDArray[np.int64]
     origin: Callable[[int], str]
 
 
@@ -55,7 +55,7 @@ class Pairs(Sequence[Pair]):
     @classmethod
     def of_stores(cls, stores: list[Store]) -> Pairs:
         """All pairs of ``stores``, one after the other."""
-        where = [np.stack([np.full(len(s.ends), i), np.arange(len(s.ends))], 1) for i, s in enumerate(stores)]
+        where = [np.stack([np.full(len(s.rows), i), np.arange(len(s.rows))], 1) for i, s in enumerate(stores)]
         return cls(stores, np.concatenate(where), np.zeros(sum(map(len, where)), np.int64))
 
     @classmethod
@@ -86,13 +86,13 @@ class Pairs(Sequence[Pair]):
     def origin(self, index: int) -> str:
         """What messages call a pair."""
         i, row = self._where[index]
-        return self._stores[i].origin(int(self._stores[i].numbers[row]))
+        return self._stores[i].origin(int(self._stores[i].rows[row, 3]))
 
     def arrays(self, index: int) -> list[NDArray[np.int32]]:
         """Token ids of prompt, chosen and rejected, without copies where the prompt is not cut."""
         i, row = self._where[index]
         store, cut = self._stores[i], int(self._cuts[index])
-        bounds = [store.ends[row - 1, 2] if row else 0, *store.ends[row]]
+        bounds = [store.rows[row - 1, 2] if row else 0, *store.rows[row, :3]]
         parts = [store.ids[a:b] for a, b in zip(bounds, bounds[1:])]
         if cut:
             head = 1 if parts[0][0] == self._bos else 0
@@ -112,7 +112,7 @@ class Pairs(Sequence[Pair]):
         """(n, 3) numbers of tokens of prompt, chosen and rejected."""
         lengths = np.zeros((len(self), 3), np.int64)
         for i, store in enumerate(self._stores):
-            of_store = np.diff(store.ends.reshape(-1), prepend=0).reshape(-1, 3)
+            of_store = np.diff(store.rows[:, :3].reshape(-1), prepend=0).reshape(-1, 3)
             mine = self._where[:, 0] == i
             lengths[mine] = of_store[self._where[mine, 1]]
         lengths[:, 0] -= self._cuts
@@ -133,13 +133,18 @@ class Pairs(Sequence[Pair]):
         return digest.hexdigest()
 
     @property
-    def sources(self) -> NDArray[np.int64]:
-        """(n,) the number of the source that each pair is from."""
-        return self._where[:, 0]
-
-    @property
     def problems(self) -> list[int]:
-        return [int(self._stores[i].problems[row]) for i, row in self._where.tolist()]
+        """What is wrong with each pair, as its store has it."""
+        return [int(self._stores[i].rows[row, 4]) for i, row in self._where.tolist()]
+
+    @cached_property
+    def last_ids(self) -> set[int]:
+        """The ids that end responses."""
+        found: set[int] = set()
+        for i, store in enumerate(self._stores):
+            ends = store.rows[self._where[self._where[:, 0] == i, 1], 1:3]
+            found |= set(store.ids[ends.reshape(-1) - 1].tolist())
+        return found
 
     def cut(self, kept: Sequence[int], cuts: Sequence[int], bos: int | None) -> Pairs:
         """The pairs ``kept``; of their prompts, ``cuts`` tokens behind the BOS are left out."""
@@ -148,38 +153,33 @@ class Pairs(Sequence[Pair]):
 
 
 class Writer:
-    """Collects the pairs of a source; where they are many, in files of ``folder``, if it is not None."""
+    """Collects the pairs of a source; where they are many, in a file of ``folder``, if it is not None."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder, self.written = folder, 0
-        self.ids, self.ends, self.numbers, self.problems = array("i"), array("q"), array("q"), array("B")
+        self.ids, self.rows = array("i"), array("q")
 
     def add(self, pair: Pair, number: int, problem: int) -> None:
         for part in pair[:3]:
             self.ids.extend(part)
-            self.ends.append(self.written + len(self.ids))
-        self.numbers.append(number)
-        self.problems.append(problem)
+            self.rows.append(self.written + len(self.ids))
+        self.rows.extend((number, problem))
         if self.folder is not None and len(self.ids) >= _IN_MEMORY:
             self._flush(self.folder)
 
     def _flush(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         with (folder / "ids.bin").open("ab") as file:
             self.ids.tofile(file)
         self.written += len(self.ids)
         self.ids = array("i")
 
     def store(self, origin: Callable[[int], str], final: Path | None = None) -> Store:
-        """The pairs; those in files are in ``final`` from now on."""
-        ends, numbers = (np.frombuffer(a, np.int64) if a else np.zeros(0, np.int64) for a in (self.ends, self.numbers))
-        problems = np.frombuffer(self.problems, np.uint8) if self.problems else np.zeros(0, np.uint8)
+        """The pairs; those in a file are in the folder ``final`` from now on."""
+        rows = np.array(self.rows, np.int64).reshape(-1, 5)
         if not self.written or self.folder is None or final is None:
-            ids = np.frombuffer(self.ids, np.int32) if self.ids else np.zeros(0, np.int32)
-            return Store(ids, ends.reshape(-1, 3), numbers, problems, origin)
+            return Store(np.array(self.ids, np.int32), rows, origin)
         self._flush(self.folder)
-        for name, values in (("ends", ends.reshape(-1, 3)), ("numbers", numbers), ("problems", problems)):
-            np.save(self.folder / f"{name}.npy", values)
+        np.save(self.folder / "rows.npy", rows)
         shutil.rmtree(final, ignore_errors=True)
         self.folder.rename(final)
         return open_store(final, origin)
@@ -187,8 +187,7 @@ class Writer:
 
 def open_store(folder: Path, origin: Callable[[int], str]) -> Store:
     """The pairs that a ``Writer`` left in ``folder``. Raises OSError or ValueError where a file is missing or cut."""
-    ends, numbers, problems = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("ends", "numbers", "problems"))
-    ids = np.memmap(folder / "ids.bin", np.int32, mode="r")
-    if len(ends) != len(numbers) or len(ends) != len(problems) or len(ids) != ends[-1, 2]:
+    rows, ids = np.load(folder / "rows.npy", mmap_mode="r"), np.memmap(folder / "ids.bin", np.int32, mode="r")
+    if len(ids) != rows[-1, 2]:
         raise ValueError(f"{folder}: its files do not fit together")
-    return Store(ids, ends, numbers, problems, origin)
+    return Store(ids, rows, origin)

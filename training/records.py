@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .chat import ROLES, TextEncoder
+from .chat import TextEncoder
 from .errors import InputError
 from .messages import Messages, check_calls, check_text, given_texts, holds_all, squeeze
 from .pairs import Pair
+from .templates import ROLES
 
 # Pairs with one of these faults are not used; of the others, they are counted.
 LEFT_OUT, BEHIND_END = "text left out by the chat template", "text behind the end of an answer"
@@ -61,7 +62,7 @@ def draft(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_on
         raise InputError(f"{origin}: 'prompt' is a list of messages, so 'chosen' and 'rejected' must be, too")
     if messages_only:
         raise InputError(f"{origin}: holds strings; alternative=chat needs messages. Use those, or alternative=plain")
-    if record.get("tools"):
+    if _from_json(record.get("tools"), "tools", list, origin):
         raise InputError(f"{origin}: 'tools' are read by a chat template, which needs messages instead of strings")
     for name in _COLUMNS:
         check_text(record.get(name) or "", f"{origin}: {name!r}")
@@ -103,7 +104,7 @@ def _draft_chat(
         problem = LEFT_OUT
     elif encoder.cue and any(encoder.cue in text for given in said for text in given):
         problem = RENDERED
-    elif any(encoder.special.search(text) for given in said for text in given):
+    elif any(encoder.special_text.search(text) for given in said for text in given):
         problem = problem or SPECIAL
     return Draft(opening, texts, True, origin, problem)
 

@@ -66,11 +66,13 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
         head, _, split = given.partition(":")
         is_whole = not split or "://" in given or Path(_expand(given)).exists()
         given = {"path": given if is_whole else head} | ({} if is_whole else {"split": split})
-    if not isinstance(given, dict) or not given.get("path"):
+    if not isinstance(given, dict) or not given.get("path") or not isinstance(given["path"], str):
         raise InputError(f"data source {given!r}: must be a string, or a section with path, or a list of these")
-    path = _expand(str(given["path"]))
+    path = _expand(given["path"])
     check_names(given, list(Source.__dataclass_fields__), f"of the data source {path}: ")
     source = Source(**({"columns": columns or {}} | given | {"path": path}))
+    if not isinstance(source.columns, dict):
+        raise InputError(f"{path}: columns={source.columns!r} must be a section: {{prompt: q, chosen: good}}")
     if not isinstance(source.weight, int | float) or source.weight is True or not 0 < source.weight < math.inf:
         raise InputError(f"{path}: weight={source.weight!r} must be a number above 0")
     check_names(source.columns, ["prompt", "chosen", "rejected", "tools"], "columns.")

@@ -214,9 +214,10 @@ def test_what_stands_between_the_responses_counts_towards_the_length():
         check_pairs([pair], [], tiny_model(max_position_embeddings=9), TrainConfig(), said.append, separator_length=3)
 
 
-def test_token_ids_outside_the_vocabulary_are_an_error():
-    with pytest.raises(InputError, match=r"x:1: token id 300, but the model's vocabulary ends at 299"):
-        select([Pair([BOS], [300, EOS], [4, EOS], "x:1")])
+@pytest.mark.parametrize("token", [300, -100])
+def test_token_ids_outside_the_vocabulary_are_an_error(token):
+    with pytest.raises(InputError, match=rf"x:1: token id {token}, but the model's vocabulary ends at 299"):
+        select([Pair([BOS], [token, EOS], [4, EOS], "x:1")])
 
 
 def test_pairs_in_memory_need_no_origin():

@@ -8,10 +8,10 @@ import re
 import pytest
 from helpers import write_jsonl
 from test_boundaries import CHATML, TOOL, TOOLS, USER, load, says, texts, tokenizer_with
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from training.data import load_pairs
+from training.data import load_pairs, trained_ends
 from training.errors import InputError
 from training.model import byte_tokenizer
 
@@ -172,6 +172,20 @@ def test_a_template_that_needs_a_system_message_is_used(tmp_path):
     found = load(tmp_path, [record], tokenizer_with(NEEDS_SYSTEM))
     assert found[0][:3] == load(tmp_path, [record], tokenizer_with(CHATML))[0][:3]
     refused(tmp_path, CHAT, "the tokenizer's chat template cannot render .*no system", NEEDS_SYSTEM)
+
+
+@pytest.mark.parametrize("eos", ["<eos>", "<|im_end|>"])
+def test_a_call_ends_with_its_own_token(tmp_path, eos):
+    template = CALLS.replace("arguments }}", "arguments | tojson }}").replace(
+        "<|im_end|>", "{{ '<|eom|>' if m.tool_calls else '<|im_end|>' }}"
+    )
+    tokenizer = tokenizer_with(template)
+    tokenizer.add_tokens(AddedToken("<|eom|>", special=True))
+    tokenizer.eos_token = eos
+    pairs = load(tmp_path, [CHAT | {"chosen": calls({"a": 1})}], tokenizer)
+    assert [text[-9:] for text in texts(pairs[0], tokenizer)[1:]] == ["l><|eom|>", "|im_end|>"]
+    ends = tokenizer.convert_tokens_to_ids(["<|eom|>", "<|im_end|>"])
+    assert trained_ends(pairs, tokenizer) == set(ends)
 
 
 def test_an_ill_written_template_is_named(tmp_path):

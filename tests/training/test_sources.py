@@ -308,6 +308,8 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
         ([], "at least one"),
         ({"split": "train"}, "section with path"),
         ({"path": "d", "spilt": "train"}, "of the data source d: spilt; did you mean 'split'"),
+        ({"path": ["a", "b"]}, "must be a string, or a section"),
+        ({"path": "d", "columns": ["chosen"]}, "columns=.* must be a section"),
         ({"path": "d", "weight": 0}, "weight=0 must be a number above 0"),
         ({"path": "d", "weight": "2"}, "must be a number"),
         ({"path": "d", "columns": {"promt": "q"}}, "columns.promt; did you mean 'prompt'"),
@@ -389,7 +391,7 @@ def test_damaged_kept_pairs_are_made_again(tmp_path, monkeypatch, damage):
     if damage == "cut":
         kept.write_bytes(kept.read_bytes()[:-8])
     else:
-        kept.with_name("ends.npy").unlink()
+        kept.with_name("rows.npy").unlink()
     assert load_pairs(file, TOKENIZER) == first and len(calls) == 10
 
 
