@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -77,22 +77,21 @@ def _store(source: Source, encoder: TextEncoder, options: Any, log: Log) -> Stor
         return _tokenise(records, encoder, options, Writer(None), log).store(records.origin)
     folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")) / "preference_pairs"
     final = folder / _key(records, encoder, options)
+    partial = final.with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{final}.lock"):  # the first process of a node tokenises, the others wait for it
-            try:
+        with FileLock(final.with_suffix(".lock")):  # the first process of a node tokenises, the others wait for it
+            with suppress(OSError, ValueError, IndexError):  # not there, or not whole
                 store = open_store(final, records.origin)
                 draft(next(iter(records)).values, encoder, "")  # whether the template is used
                 log(f"{records.name}: {len(store.rows)} tokenised pairs read from {final}")
                 return store
-            except (OSError, ValueError, IndexError):  # not there, or not whole
-                pass
-            writer = Writer(Path(tempfile.mkdtemp(dir=folder)))
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
             try:
-                return _tokenise(records, encoder, options, writer, log).store(records.origin, final)
+                return _tokenise(records, encoder, options, Writer(partial), log).store(records.origin, final)
             finally:
-                if writer.folder is not None:
-                    shutil.rmtree(writer.folder, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         log(f"WARNING: {folder}: tokenised pairs cannot be kept there ({error}); they are kept in memory")
         return _tokenise(records, encoder, options, Writer(None), log).store(records.origin)
@@ -100,19 +99,15 @@ def _store(source: Source, encoder: TextEncoder, options: Any, log: Log) -> Stor
 
 def _key(records: Records, encoder: TextEncoder, options: Any) -> str:
     """Hash of everything that the tokenised pairs depend on."""
-    digest = hashlib.blake2b(digest_size=16)
-    tokenizer = encoder.tokenizer
+    tokenizer, content = encoder.tokenizer, records.identity
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    today = encoder.today()
-    parts = [FORMAT, type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template, today,
-             asdict(records.source), getattr(options, "alternative", ""), records.identity]  # fmt: skip
-    digest.update(repr(parts).encode())
     if records.is_text:
         with Path(records.source.path).open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+            content = hashlib.file_digest(file, "blake2b").hexdigest()
+    parts = [FORMAT, type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template,
+             encoder.today(), asdict(records.source), getattr(options, "alternative", ""), content]  # fmt: skip
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _tokenise(records: Records, encoder: TextEncoder, options: Any, writer: Writer, log: Log) -> Writer:

@@ -167,7 +167,7 @@ class Records:
 
     def _renamed(self, values: dict[str, Any], number: int) -> dict[str, Any]:
         for ours, theirs in self.source.columns.items():
-            if theirs not in values and not (ours == "prompt" and "prompt" not in values):
+            if theirs not in values and ours != "tools":  # few records may have tools
                 raise InputError(f"{self.origin(number)}: no column {theirs!r} (found: {_names(values)}); see columns")
         taken = set(self.source.columns.values())
         named = {ours: values[theirs] for ours, theirs in self.source.columns.items() if theirs in values}
@@ -191,12 +191,13 @@ def _loading(source: Source) -> Iterator[None]:
         raise
     except Exception as error:  # each way to fail has a class of its own: network, missing, gated, split, format
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        if path.is_file():
-            raise InputError(f"{path}: could not be read as data ({problem})") from None
-        unknown = "neither a local file nor a dataset that could be loaded"
-        what = "could not be read as data" if path.is_dir() and not source.split else unknown
-        remedy = "" if path.exists() else "; offline, give a local file (.jsonl, .json, .csv, .parquet) or folder"
-        raise NotAtHandError(f"{path}: {what} ({problem}){remedy}") from None
+        if path.exists():
+            split = f"; its split {source.split!r} was asked for" if source.split else ""
+            raise InputError(f"{path}: could not be read as data ({problem}){split}") from None
+        raise NotAtHandError(
+            f"{path}: neither a local file nor a dataset that could be loaded ({problem}); offline, give a local file "
+            "(.jsonl, .json, .csv, .parquet) or folder"
+        ) from None
 
 
 def _rows(source: Source) -> Any:

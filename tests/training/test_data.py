@@ -9,7 +9,7 @@ from tokenizers import processors
 from training.chat import TextEncoder
 from training.config import TrainConfig
 from training.data import Pair, check_pairs, load_pairs, select_pairs
-from training.errors import InputError
+from training.errors import InputError, NotAtHandError
 from training.model import byte_tokenizer
 
 BOS, EOS = 1, 2
@@ -150,8 +150,10 @@ def test_a_missing_file_is_named():
 def test_other_sources_go_through_datasets(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     assert load_pairs(str(tmp_path), TOKENIZER)[0].origin == f"{tmp_path}/train.jsonl:1"
-    with pytest.raises(InputError, match="neither a local file nor a dataset"):
-        load_pairs(f"{tmp_path}:missing_split", TOKENIZER)
+    with pytest.raises(InputError, match=r"could not be read as data .*; its split 'missing' was asked for"):
+        load_pairs(f"{tmp_path}:missing", TOKENIZER)
+    with pytest.raises(NotAtHandError, match="neither a local file nor a dataset"):
+        load_pairs("no_such/dataset", TOKENIZER)
 
 
 def test_messages_without_a_template_and_a_template_that_rewrites_the_prompt_are_errors(tmp_path):

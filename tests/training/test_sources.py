@@ -10,7 +10,7 @@ import lzma
 
 import datasets
 import pytest
-from helpers import write_jsonl
+from helpers import options, tiny_model, write_jsonl
 
 from training import data
 from training.config import TrainConfig
@@ -20,6 +20,7 @@ from training.errors import InputError
 from training.model import byte_tokenizer
 from training.options import parse_config
 from training.sources import check_source, parse_sources
+from training.train import main
 
 TOKENIZER = byte_tokenizer()
 RECORDS = [{"prompt": f"Why {i}?", "chosen": f"Ja, {i}\nindeed", "rejected": "Nein"} for i in range(5)]
@@ -219,6 +220,24 @@ def test_what_a_local_folder_does_not_have_is_refused(tmp_path, form):
             load_pairs({"path": folder, **more}, TOKENIZER)
 
 
+@pytest.mark.parametrize("name", ["empty", "empty:dev", "train.jsonl:dev", "config.json"])
+def test_a_dry_run_refuses_data_that_a_run_would(tmp_path, capsys, name):
+    (tmp_path / "empty").mkdir()
+    write_jsonl(tmp_path / "train.jsonl", RECORDS)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        main(options(tmp_path / "o", "--train_data", str(tmp_path / name), "--dry_run", "true"))
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_dry_run_refuses_weights_without_a_tokenizer(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "m")
+    words = ["--model", str(tmp_path / "m"), "--train_data", write_jsonl(tmp_path / "d.jsonl", RECORDS)]
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--output_dir", str(tmp_path / "o"), "--dry_run", "true"])
+    assert "its tokenizer (tokenizer.json, tokenizer_config.json) could not be loaded" in capsys.readouterr().err
+
+
 def test_a_weight_that_leaves_nothing_is_refused(tmp_path):
     one, other = (write_jsonl(tmp_path / f"{name}.jsonl", RECORDS) for name in "ab")
     with pytest.raises(InputError, match=r"a\.jsonl: weight=0.05 leaves none of its 5 pairs"):
@@ -298,8 +317,9 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
     expected = ids(load_pairs(write_jsonl(tmp_path / "e.jsonl", RECORDS), TOKENIZER))
     assert ids(load_pairs(file, TOKENIZER, DataOptions(columns=columns))) == expected
     assert ids(load_pairs({"path": file, "columns": columns}, TOKENIZER)) == expected
-    with pytest.raises(InputError, match=r"d\.jsonl:1: no column 'best' \(found: 'q', 'good', 'bad', 'chosen'\)"):
-        load_pairs({"path": file, "columns": {"chosen": "best"}}, TOKENIZER)
+    for ours in ("prompt", "chosen"):
+        with pytest.raises(InputError, match=r"d\.jsonl:1: no column 'best' \(found: 'q', 'good', 'bad', 'chosen'\)"):
+            load_pairs({"path": file, "columns": {ours: "best"}}, TOKENIZER)
 
 
 @pytest.mark.parametrize(
