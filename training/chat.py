@@ -54,25 +54,25 @@ class TextEncoder(ChatTemplate):
         A text that is blank apart from its end gives []. Some templates end a call of a tool in a way of its own.
         """
         ids = self.continuation(text, prompt) if text.strip() else []
-        ends = self.ends(chat=chat)
-        if all(token in ends for token in ids):
+        if all(token in self.ends for token in ids):
             return []
-        return ids if ids[-1] in (self.all_ends if chat else ends) else [*ids, self.tokenizer.eos_token_id]
-
-    def ends(self, *, chat: bool) -> set[int]:
-        """Ids that end a response: EOS, and with ``chat`` the template's end of turn."""
-        return {i for i in (self.tokenizer.eos_token_id, self._end_of_turn if chat else None) if i is not None}
+        return ids if ids[-1] in (self.all_ends if chat else self.ends) else [*ids, self.tokenizer.eos_token_id]
 
     @cached_property
-    def all_ends(self) -> set[int]:
-        """EOS, and where the template ends turns with special tokens, all of these."""
-        return self.ends(chat=True) if self._end_of_turn is None else {*self.ends(chat=True), *self.special.values()}
+    def ends(self) -> set[int]:
+        """Ids that end a response: EOS, and the chat template's end of turn, which text may hold without it."""
+        return {i for i in (self.tokenizer.eos_token_id, self._end_of_turn) if i is not None}
 
     @cached_property
     def _end_of_turn(self) -> int | None:
         with suppress(InputError):  # a template that cannot be used at all, beside strings
             return self.turn.end_id
         return None
+
+    @cached_property
+    def all_ends(self) -> set[int]:
+        """Ids that end what a template writes: where it ends turns with a special token, any of these."""
+        return {*self.ends, *self.special_ids} if self._end_of_turn is not None else self.ends
 
     def continuation(self, text: str, before: str) -> list[int]:
         """Ids of ``text`` where it follows the text ``before``, whose own ids stay as they are."""

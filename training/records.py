@@ -19,7 +19,7 @@ RENDERED, OTHERS = "messages that hold the chat template's own text", "turns of 
 FAULTS = (LEFT_OUT, BEHIND_END, RENDERED, OTHERS)
 CUT_TURNS, ONE_REPEATS = "with turns after the answer, not read", "with one answer that begins with the prompt"
 REPEATS_PROMPT, UNKNOWN = "with answers that begin with the prompt", "with text that the tokenizer does not know"
-SPECIAL, BLANKS = "with special tokens in a message", "with answers that differ in white space alone"
+SPECIAL, BLANKS = "with special tokens in messages or answers", "with answers that differ in white space alone"
 REMARKS = (CUT_TURNS, ONE_REPEATS, REPEATS_PROMPT, UNKNOWN, SPECIAL, BLANKS)
 
 READ = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
@@ -170,11 +170,12 @@ def encode(drafted: Draft, encoder: TextEncoder) -> tuple[Pair, str]:
                     f"{origin}: a second {encoder.tokenizer.bos_token!r} stands at the beginning of {name!r}; take it "
                     "out of the text, or out of the chat template"
                 )
-    ends = encoder.ends(chat=drafted.chat)
-    if problem not in FAULTS and any(not ends.isdisjoint(ids[:-1]) for ids in (y_w, y_l)):
+    if problem not in FAULTS and any(not encoder.ends.isdisjoint(ids[:-1]) for ids in (y_w, y_l)):
         problem = BEHIND_END
     if not problem and unknown not in (None, eos, bos) and any(unknown in ids for ids in pair[:3]):
         problem = UNKNOWN
+    if not problem and not drafted.chat and any(not encoder.special_ids.isdisjoint(ids[:-1]) for ids in (y_w, y_l)):
+        problem = SPECIAL
     if not problem and y_w != y_l and len({squeeze(response) for response in drafted.responses}) == 1:
         problem = BLANKS
     return pair, problem

@@ -109,6 +109,10 @@ class ChatTemplate:
         return added | dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids))
 
     @cached_property
+    def special_ids(self) -> set[int]:
+        return set(self.special.values())
+
+    @cached_property
     def special_text(self) -> re.Pattern[str]:
         """Matches any special token."""
         return re.compile("|".join(map(re.escape, self.special)) or "(?!)")

@@ -11,6 +11,7 @@ from test_boundaries import CHATML, TOOL, TOOLS, USER, load, says, texts, tokeni
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from training.chat import TextEncoder
 from training.data import load_pairs, trained_ends
 from training.errors import InputError
 from training.model import byte_tokenizer
@@ -82,7 +83,8 @@ def test_a_prompt_that_the_assistant_ends_is_refused(tmp_path, record):
     [
         (STRINGS | {"rejected": "b\n"}, "with answers that differ in white space alone"),
         (CHAT | {"rejected": says("A ")}, "with answers that differ in white space alone"),
-        (CHAT | {"prompt": [USER | {"content": "a<|im_end|>b"}]}, "with special tokens in a message"),
+        (CHAT | {"prompt": [USER | {"content": "a<|im_end|>b"}]}, "with special tokens in messages or answers"),
+        (STRINGS | {"rejected": "c<pad><pad>"}, "with special tokens in messages or answers"),
         (CHAT | {"chosen": says("A<eos>B<|im_start|>")}, None),
     ],
 )
@@ -201,6 +203,15 @@ def test_conversations_in_strings_end_at_their_last_turn(tmp_path):
     ]  # fmt: skip
     record["chosen"] += "\n\nHuman: And?\n\nAssistant: No."
     assert remark(tmp_path, record, kept=False) == "turns of others in an answer"
+
+
+def test_strings_that_are_rendered_end_once(tmp_path):
+    tokenizer = tokenizer_with(CHATML)
+    opening, texts_of = TextEncoder(tokenizer).render_pair([USER], [says("A"), says("B")], "d:1")
+    record = dict(zip(("prompt", "chosen", "rejected"), [opening, *texts_of]))
+    assert load(tmp_path, [record], tokenizer)[0][:3] == load(tmp_path, [CHAT], tokenizer)[0][:3]
+    record["chosen"] += "\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>"
+    assert remark(tmp_path, record, kept=False) == "text behind the end of an answer"
 
 
 def test_strings_need_no_chat_template_that_works(tmp_path):
