@@ -5,23 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
-from huggingface_hub.constants import HF_HOME
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import TextEncoder
 from .errors import InputError
-from .pairs import Pair, Pairs, Store, Writer, open_store
+from .pairs import SCHEMA, Pair, Pairs
 from .records import FAULTS, LEFT_OUT, READ, REMARKS, REPEATS_PROMPT, draft, encode
 from .sources import Records, Source, check_source, files_of, parse_sources
 
@@ -29,10 +28,9 @@ Log = Callable[[str], None]
 
 __all__ = ["Pair", "Pairs", "check_pairs", "check_source", "load_pairs", "select_pairs", "trained_ends"]
 
-FORMAT = 3  # of the cache; after a change of what is tokenised, another number makes all of it be done again
-PROBLEMS = ("", *FAULTS, *REMARKS)
+FORMAT = 2  # of what is kept; after a change of what is tokenised, another number makes all of it be done again
 _BATCH = 256  # records tokenised together
-_CACHED_FROM = 4_000_000  # bytes of a text file; a smaller one is tokenised again each time, within seconds
+_KEPT_FROM = 4_000_000  # bytes of a text file; a smaller one is tokenised again each time, within seconds
 
 
 def load_pairs(
@@ -44,23 +42,24 @@ def load_pairs(
     of ids. Raises InputError, naming file and line, for anything that is not a pair.
     """
     encoder = TextEncoder(tokenizer)
-    stores, indices, start = [], [], 0
+    tables, indices, start = [], [], 0
     sources = parse_sources(source, getattr(options, "columns", None))
     for one in sources:
-        found = [_store(file, encoder, options, log) for file in files_of(one)]
-        size = sum(len(store.rows) for store in found)
+        found = [_tokenised(file, encoder, options, log) for file in files_of(one)]
+        size = sum(map(len, found))
         chosen = weighted(size, one.weight, getattr(options, "seed", 0))
         if size and not len(chosen):
             raise InputError(f"{one.name}: weight={one.weight} leaves none of its {size} pairs; raise it")
-        stores, indices, start = stores + found, [*indices, start + chosen], start + size
+        tables, indices, start = tables + found, [*indices, start + chosen], start + size
     for name in {one.name for one in sources if [other.name for other in sources].count(one.name) > 1}:
         log(f"note: {name} stands there more than once, and so does each of its pairs; weight says so, too")
-    if encoder.is_used and encoder.reads_clock:
+    table = pa.concat_tables(tables)
+    if pc.any(table.column("chat")).as_py() and encoder.reads_clock:
         log(
             "note: the chat template writes today's date, so on another day the data are others, and a run cannot be "
             "resumed. Fix it: chat_template_kwargs: {strftime_now: 26 Jul 2024}"
         )
-    return Pairs.of_stores(stores)[np.concatenate(indices)]
+    return Pairs(table, np.concatenate(indices))
 
 
 def weighted(size: int, weight: float, seed: int) -> np.ndarray:
@@ -70,31 +69,27 @@ def weighted(size: int, weight: float, seed: int) -> np.ndarray:
     return np.concatenate([*[np.arange(size)] * int(whole), np.sort(drawn)]).astype(np.int64)
 
 
-def _store(source: Source, encoder: TextEncoder, options: Any, log: Log) -> Store:
-    """The pairs of ``source``, from the cache where they are there."""
+def _tokenised(source: Source, encoder: TextEncoder, options: Any, log: Log) -> pa.Table:
+    """The pairs of ``source``. ``datasets`` keeps those of large sources, and lets one process of a node work."""
     records = Records(source)
-    if getattr(options, "dry_run", False) or (records.is_text and records.total < _CACHED_FROM):
-        return _tokenise(records, encoder, options, Writer(None), log).store(records.origin)
-    folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")) / "preference_pairs"
-    final = folder / _key(records, encoder, options)
-    partial = final.with_suffix(".partial")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(final.with_suffix(".lock")):  # the first process of a node tokenises, the others wait for it
-            with suppress(OSError, ValueError, IndexError):  # not there, or not whole
-                store = open_store(final, records.origin)
-                draft(next(iter(records)).values, encoder, "")  # whether the template is used
-                log(f"{records.name}: {len(store.rows)} tokenised pairs read from {final}")
-                return store
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            try:
-                return _tokenise(records, encoder, options, Writer(partial), log).store(records.origin, final)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        log(f"WARNING: {folder}: tokenised pairs cannot be kept there ({error}); they are kept in memory")
-        return _tokenise(records, encoder, options, Writer(None), log).store(records.origin)
+    rows = partial(_rows, records, encoder, options, log)
+    if not getattr(options, "dry_run", False) and (not records.is_text or records.total >= _KEPT_FROM):
+        import datasets
+
+        datasets.disable_progress_bars()  # ours knows the total
+        try:
+            kept = datasets.Dataset.from_generator(
+                rows, features=datasets.Features.from_arrow_schema(SCHEMA), fingerprint=_key(records, encoder, options),
+                cache_dir=os.environ.get("HF_DATASETS_CACHE"),
+            )  # fmt: skip
+            log(f"{records.name}: {len(kept)} tokenised pairs are in {kept.cache_files[0]['filename']}")
+            return kept.data.table
+        except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise cause from None  # type: ignore[misc]
+            log(f"WARNING: {records.name}: tokenised pairs cannot be kept and read ({cause}); they are kept in memory")
+    return pa.Table.from_pylist([*rows()], SCHEMA)
 
 
 def _key(records: Records, encoder: TextEncoder, options: Any) -> str:
@@ -110,23 +105,23 @@ def _key(records: Records, encoder: TextEncoder, options: Any) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _tokenise(records: Records, encoder: TextEncoder, options: Any, writer: Writer, log: Log) -> Writer:
+def _rows(records: Records, encoder: TextEncoder, options: Any, log: Log) -> Iterator[dict[str, Any]]:
     messages_only = getattr(options, "alternative", "plain") == "chat"
-    names: set[str] = set()
-    bar = tqdm(total=records.total, unit=records.unit, unit_scale=True, desc=f"tokenising {records.name}", disable=None)
-    with bar:
+    unread: set[str] = set()
+    with tqdm(
+        total=records.total, unit=records.unit, unit_scale=True, desc=f"tokenising {records.name}", disable=None
+    ) as bar:
         rows = iter(records)
         while batch := list(islice(rows, _BATCH)):
             drafts = [draft(r.values, encoder, records.origin(r.number), messages_only) for r in batch]
             encoder.prefetch(text for one in drafts for text in one.texts)
             for one, record in zip(drafts, batch):
-                names.update(record.values)
+                unread |= record.values.keys() - READ - (encoder.columns if one.chat else set())
                 pair, problem = encode(one, encoder)
-                writer.add(pair, record.number, PROBLEMS.index(problem))
+                yield pair.row(problem, one.chat)
             bar.update(batch[-1].done - bar.n)
-    if unread := names.difference(READ, encoder.columns if encoder.is_used else ()):
+    if unread:
         log(f"note: {records.name}: columns not read: {', '.join(map(repr, sorted(unread)))}")
-    return writer
 
 
 def select_pairs(
@@ -145,14 +140,14 @@ def select_pairs(
     kept: list[int] = []
     cuts: list[int] = []
     lengths = given.lengths.tolist()
-    for index, (number, sizes) in enumerate(zip(given.problems, lengths)):
+    for index, (problem, sizes) in enumerate(zip(given.problems, lengths)):
         parts = given.arrays(index)
         for wrong in (part[(part < 0) | (part >= vocab_size)] for part in parts):
             if len(wrong):
                 raise InputError(
                     f"{given.origin(index)}: token id {wrong[0]}, but the model's vocabulary ends at {vocab_size - 1}"
                 )
-        problem, excess = PROBLEMS[number], sum(sizes) + separator_length - options.max_length
+        excess = sum(sizes) + separator_length - options.max_length
         reason = _fault(parts, problem)
         if not reason and excess > 0:
             head = 1 if parts[0][0] == bos_token_id else 0

@@ -22,8 +22,8 @@ REPEATS_PROMPT, UNKNOWN = "with answers that begin with the prompt", "with text 
 SPECIAL, BLANKS = "with special tokens in messages or answers", "with answers that differ in white space alone"
 REMARKS = (CUT_TURNS, ONE_REPEATS, REPEATS_PROMPT, UNKNOWN, SPECIAL, BLANKS)
 
-READ = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-_COLUMNS = READ[:3]
+_COLUMNS = ("prompt", "chosen", "rejected")
+READ = {*_COLUMNS, "tools", "chat_template_kwargs"}
 _NO_TEXT = ("images", "image", "videos", "video", "audios", "audio")
 _MESSAGES = re.compile(r"""\s*\[\s*\{.*["']role["']\s*:""", re.DOTALL)
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # conversations in one string, as in Anthropic's data

@@ -39,7 +39,6 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.is_used = False  # whether a pair was rendered
         given = tokenizer.chat_template or {}
         self._texts: list[str] = [given] if isinstance(given, str) else [*given.values()]
 
@@ -72,7 +71,6 @@ class ChatTemplate:
         self, prompt: Messages, responses: list[Messages], origin: str, **columns: Any
     ) -> tuple[str, list[str]]:
         """Prompt text, and each response as what the template adds to it; "" for a response that has no content."""
-        self.is_used = True
         opening = self.render(prompt, answer_next=True, origin=origin, **columns)
         texts = []
         for response in responses:

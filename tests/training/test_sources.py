@@ -362,7 +362,7 @@ def big_file(tmp_path):
 
 def counted(monkeypatch):
     """Counts the records that are tokenised; sources of any size are cached."""
-    monkeypatch.setattr(data, "_CACHED_FROM", 0)
+    monkeypatch.setattr(data, "_KEPT_FROM", 0)
     calls = []
     original = data.draft
     monkeypatch.setattr(data, "draft", lambda *a: calls.append(a) or original(*a))
@@ -371,21 +371,19 @@ def counted(monkeypatch):
 
 def test_tokenised_pairs_are_kept_and_read_again(tmp_path, monkeypatch):
     file, calls = big_file(tmp_path), counted(monkeypatch)
-    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)  # ids go to the file one pair at a time
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     first = load_pairs(file, TOKENIZER)
     assert len(calls) == 5
     said = []
     again = load_pairs(file, TOKENIZER, log=said.append)
-    assert len(calls) == 6 and again == first and again.digest == first.digest  # 1: whether it is a chat
-    assert "5 tokenised pairs read from" in said[0]
+    assert len(calls) == 5 and again == first and again.digest == first.digest
+    assert "5 tokenised pairs are in " in said[0]
     assert first == load_pairs(file, TOKENIZER, TrainConfig(dry_run=True))
 
 
 @pytest.mark.parametrize("change", ["data", "template", "tokenizer", "columns"])
 def test_kept_pairs_are_not_used_for_other_inputs(tmp_path, monkeypatch, change):
     file, calls = big_file(tmp_path), counted(monkeypatch)
-    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     load_pairs(file, TOKENIZER)
     tokenizer, options = byte_tokenizer(), DataOptions()
@@ -402,17 +400,18 @@ def test_kept_pairs_are_not_used_for_other_inputs(tmp_path, monkeypatch, change)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_damaged_kept_pairs_are_made_again(tmp_path, monkeypatch, damage):
+def test_damaged_kept_pairs_are_not_used(tmp_path, monkeypatch, damage):
     file, calls = big_file(tmp_path), counted(monkeypatch)
-    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     first = [*load_pairs(file, TOKENIZER)]
-    (kept,) = (tmp_path / "cache").rglob("ids.bin")
+    (kept,) = (tmp_path / "cache").rglob("*.arrow")
     if damage == "cut":
-        kept.write_bytes(kept.read_bytes()[:-8])
+        kept.write_bytes(kept.read_bytes()[:-300])
     else:
-        kept.with_name("rows.npy").unlink()
-    assert load_pairs(file, TOKENIZER) == first and len(calls) == 10
+        kept.unlink()
+    said = []
+    assert load_pairs(file, TOKENIZER, log=said.append) == first and len(calls) == 10
+    assert "cannot be kept and read" in said[0]
 
 
 def test_without_a_place_for_the_cache_pairs_are_in_memory(tmp_path, monkeypatch):
@@ -426,13 +425,12 @@ def test_without_a_place_for_the_cache_pairs_are_in_memory(tmp_path, monkeypatch
 
 def test_an_error_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
     counted(monkeypatch)
-    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)
     monkeypatch.setattr(data, "_BATCH", 1)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     file = write_jsonl(tmp_path / "d.jsonl", [*RECORDS, {"prompt": "a"}])
     with pytest.raises(InputError, match=r"d\.jsonl:6"):
         load_pairs(file, TOKENIZER)
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock" and path.is_file()]
+    assert not [*(tmp_path / "cache").rglob("*.arrow")]
 
 
 def test_a_slice_of_pairs_and_its_lengths(tmp_path):
