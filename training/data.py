@@ -135,7 +135,7 @@ def select_pairs(
     where ``options.truncation`` or ``options.invalid_pairs`` is "error", for a token id outside the vocabulary, and if
     nothing is left.
     """
-    given = pairs if isinstance(pairs, Pairs) else Pairs.of_lists(pairs, name)
+    given = Pairs.of_lists(pairs, name)
     reasons: dict[str, list[str]] = {}
     kept: list[int] = []
     cuts: list[int] = []
@@ -210,7 +210,8 @@ def check_pairs(
     log: Log, separator_length: int = 0,
 ) -> None:  # fmt: skip
     """Raise InputError where the model does not fit the pairs; say how many held-out prompts are trained on."""
-    longest = max((some[int(np.argmax(Pairs.lengths_of(some).sum(1)))] for some in (pairs, held_out) if len(some)),
+    given, unseen = (Pairs.of_lists(some, "") for some in (pairs, held_out))
+    longest = max((some[int(np.argmax(some.lengths.sum(1)))] for some in (given, unseen) if len(some)),
                   key=lambda pair: pair.tokens)  # fmt: skip
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = longest.tokens + separator_length
@@ -219,19 +220,16 @@ def check_pairs(
             f"{longest.origin}: prompt, chosen and rejected have {tokens} tokens, but the model {positions} "
             f"positions; set max_length={positions} and truncation to prompt_left or drop, or use another model"
         )
-    if not held_out:
-        return
-    known = {hash(tuple(pair.prompt)) for pair in pairs}
-    if shared := sum(hash(tuple(pair.prompt)) in known for pair in held_out):
-        log(f"note: {shared} of {len(held_out)} eval_data pairs have a prompt of train_data; they are not held out")
+    known = {hash(prompt) for prompt in given.prompts} if len(unseen) else set()
+    if shared := sum(hash(prompt) in known for prompt in unseen.prompts):
+        log(f"note: {shared} of {len(unseen)} eval_data pairs have a prompt of train_data; they are not held out")
 
 
 def trained_ends(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
     """Ids that end the responses of ``pairs``, out of those that ``tokenizer`` has for it: EOS and ends of turns."""
     if tokenizer is None:
         return set()
-    found = pairs if isinstance(pairs, Pairs) else Pairs.of_lists(pairs, "")
-    return found.last_ids.intersection(TextEncoder(tokenizer).all_ends)
+    return Pairs.of_lists(pairs, "").last_ids.intersection(TextEncoder(tokenizer).all_ends)
 
 
 def _first(origins: list[str], most: int = 3) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, overload
 
@@ -54,7 +54,9 @@ class Pairs(Sequence[Pair]):
 
     @classmethod
     def of_lists(cls, pairs: Iterable[Pair | Sequence[Sequence[int]]], name: str) -> Pairs:
-        """Pairs in memory; ``name`` and their number are the origin of those that have none."""
+        """``pairs`` as such a sequence; ``name`` and their number are the origin of those that have none."""
+        if isinstance(pairs, Pairs):
+            return pairs
         given = [pair if isinstance(pair, Pair) else Pair(*map(list, pair), f"{name} pair {i}")  # type: ignore[arg-type, call-arg]
                  for i, pair in enumerate(pairs)]  # fmt: skip
         return cls(pa.Table.from_pylist([pair.row() for pair in given], SCHEMA))
@@ -85,11 +87,21 @@ class Pairs(Sequence[Pair]):
 
     def arrays(self, index: int) -> list[NDArray[np.int32]]:
         """Token ids of prompt, chosen and rejected, without copies where the prompt is not cut."""
-        ids, cut = self._ids[int(self._where[index])].values.to_numpy(), int(self._cuts[index])
-        prompt, chosen, _ = self.lengths[index]
-        head, cut_prompt = 1 if len(ids) and ids[0] == self._bos else 0, prompt + cut
-        parts = [ids[:cut_prompt], ids[cut_prompt : cut_prompt + chosen], ids[cut_prompt + chosen :]]
-        return [np.delete(parts[0], slice(head, head + cut)), *parts[1:]] if cut else parts
+        prompt, *responses = self._whole(index)
+        if cut := int(self._cuts[index]):
+            head = 1 if prompt[0] == self._bos else 0
+            prompt = np.delete(prompt, slice(head, head + cut))
+        return [prompt, *responses]
+
+    def _whole(self, index: int) -> list[NDArray[np.int32]]:
+        ids = self._ids[int(self._where[index])].values.to_numpy()
+        first, second = len(ids) - self.lengths[index, 1] - self.lengths[index, 2], len(ids) - self.lengths[index, 2]
+        return [ids[:first], ids[first:second], ids[second:]]
+
+    @property
+    def prompts(self) -> Iterator[bytes]:
+        """The prompts, with what is cut."""
+        return (self._whole(index)[0].tobytes() for index in range(len(self)))
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:

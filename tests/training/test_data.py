@@ -216,6 +216,15 @@ def test_what_stands_between_the_responses_counts_towards_the_length():
         check_pairs([pair], [], tiny_model(max_position_embeddings=9), TrainConfig(), said.append, separator_length=3)
 
 
+def test_held_out_prompts_are_found_behind_their_cuts():
+    train, held_out = Pair([BOS, 5, 8, 9], [6, 6, EOS], [7, EOS]), Pair([BOS, 5, 8, 9], [6, EOS], [7, EOS])
+    cut = [select([pair], max_length=7, truncation="prompt_left") for pair in (train, held_out)]
+    said = []
+    assert cut[0][0].prompt != cut[1][0].prompt
+    check_pairs(*cut, tiny_model(), TrainConfig(), said.append)
+    assert said == ["note: 1 of 1 eval_data pairs have a prompt of train_data; they are not held out"]
+
+
 @pytest.mark.parametrize("token", [300, -100])
 def test_token_ids_outside_the_vocabulary_are_an_error(token):
     with pytest.raises(InputError, match=rf"x:1: token id {token}, but the model's vocabulary ends at 299"):
