@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 from helpers import PAIRS, tiny_model, write_jsonl
 from tokenizers import processors
@@ -147,12 +148,19 @@ def test_a_missing_file_is_named():
         load_pairs("nowhere.jsonl", TOKENIZER)
 
 
-def test_other_sources_go_through_datasets(tmp_path):
+def test_other_sources_go_through_datasets(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     assert load_pairs(str(tmp_path), TOKENIZER)[0].origin == f"{tmp_path}/train.jsonl:1"
     with pytest.raises(InputError, match=r"could not be read as data .*; its split 'missing' was asked for"):
         load_pairs(f"{tmp_path}:missing", TOKENIZER)
-    with pytest.raises(NotAtHandError, match="neither a local file nor a dataset"):
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(
+        NotAtHandError, match="neither a local file nor a dataset .* no network.*; offline, give a local"
+    ):
         load_pairs("no_such/dataset", TOKENIZER)
 
 
