@@ -42,15 +42,17 @@ def load_pairs(
     of ids. Raises InputError, naming file and line, for anything that is not a pair.
     """
     encoder = TextEncoder(tokenizer)
-    tables, indices, start = [], [], 0
+    tables: list[pa.Table] = []
+    indices: list[np.ndarray] = []
     sources = parse_sources(source, getattr(options, "columns", None))
     for one in sources:
         found = [_tokenised(file, encoder, options, log) for file in files_of(one)]
-        size = sum(map(len, found))
+        start, size = sum(map(len, tables)), sum(map(len, found))
         chosen = weighted(size, one.weight, getattr(options, "seed", 0))
         if size and not len(chosen):
             raise InputError(f"{one.name}: weight={one.weight} leaves none of its {size} pairs; raise it")
-        tables, indices, start = tables + found, [*indices, start + chosen], start + size
+        tables += found
+        indices.append(start + chosen)
     for name in {one.name for one in sources if [other.name for other in sources].count(one.name) > 1}:
         log(f"note: {name} stands there more than once, and so does each of its pairs; weight says so, too")
     table = pa.concat_tables(tables)

@@ -70,7 +70,8 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
         raise InputError(f"data source {given!r}: must be a string, or a section with path, or a list of these")
     path = _expand(given["path"])
     check_names(given, list(Source.__dataclass_fields__), f"of the data source {path}: ")
-    source = Source(**({"columns": columns or {}} | given | {"path": path}))
+    values: dict[str, Any] = {"columns": columns or {}} | given | {"path": path}
+    source = Source(**values)
     if not isinstance(source.columns, dict):
         raise InputError(f"{path}: columns={source.columns!r} must be a section: {{prompt: q, chosen: good}}")
     if not isinstance(source.weight, int | float) or source.weight is True or not 0 < source.weight < math.inf:
