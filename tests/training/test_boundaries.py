@@ -379,7 +379,7 @@ def test_ends_are_those_that_pairs_have():
     assert trained_ends(pairs[:1], tokenizer) == {2} and trained_ends(pairs, None) == set()
 
 
-def test_a_padding_token_that_the_model_lacks_is_not_used(tmp_path, capsys):
+def test_padding_outside_the_vocabulary_is_not_used(tmp_path, capsys):
     tokenizer = byte_tokenizer()
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "m")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})

@@ -96,13 +96,13 @@ def test_doubtful_pairs_are_kept_and_counted(tmp_path, record, said):
 
 
 @pytest.mark.parametrize("name", ["prompt", "chosen"])
-def test_messages_that_are_rendered_already_are_dropped(tmp_path, name):
+def test_messages_rendered_already_are_dropped(tmp_path, name):
     record = CHAT | {name: [CHAT[name][0] | {"content": "<|im_start|>assistant\nA"}]}
     for template in (CHATML, CHATML[: CHATML.index("{% if add")]):
         assert remark(tmp_path, record, template, kept=False) == "messages that hold the chat template's own text"
 
 
-def test_text_that_the_tokenizer_does_not_know_is_counted(tmp_path):
+def test_text_unknown_to_the_tokenizer_is_counted(tmp_path):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -112,7 +112,7 @@ def test_text_that_the_tokenizer_does_not_know_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["prompt", "chosen"])
-def test_messages_as_text_are_read_wherever_their_role_stands(tmp_path, name):
+def test_messages_as_text_are_read_as_messages(tmp_path, name):
     message = {"content": "x" * 300, **CHAT[name][0], "weight": 1}
     message["content"] = "x" * 300
     tokenizer = tokenizer_with(CHATML)
@@ -149,12 +149,12 @@ def test_arguments_of_calls_are_written_as_json(tmp_path, template, arguments, m
     assert len(load(tmp_path, [CHAT | {"chosen": calls(other)}], tokenizer_with(template))) == 1
 
 
-def test_numbers_in_calls_that_a_template_drops_are_missed(tmp_path):
+def test_numbers_dropped_from_calls_are_found(tmp_path):
     drops = CALLS.replace("{{ c.function.arguments }}", "")
     assert remark(tmp_path, CHAT | {"chosen": calls({"a": 12345})}, drops, kept=False).startswith("text left out")
 
 
-def test_a_message_left_out_is_found_beside_its_likes(tmp_path):
+def test_a_message_left_out_is_found(tmp_path):
     drops = CHATML.replace("in messages %}", "in messages if m.role != 'system' %}")
     record = CHAT | {"prompt": [{"role": "system", "content": "the sky"}, USER]}
     assert remark(tmp_path, record, drops, kept=False).startswith("text left out")
@@ -169,7 +169,7 @@ def test_nulls_in_messages_are_as_if_left_out(tmp_path):
     assert pairs[0][:3] == pairs[1][:3]
 
 
-def test_a_template_that_needs_a_system_message_is_used(tmp_path):
+def test_templates_that_need_a_system_message_work(tmp_path):
     record = CHAT | {"prompt": [SYSTEM, USER]}
     found = load(tmp_path, [record], tokenizer_with(NEEDS_SYSTEM))
     assert found[0][:3] == load(tmp_path, [record], tokenizer_with(CHATML))[0][:3]

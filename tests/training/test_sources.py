@@ -172,7 +172,7 @@ def test_text_that_others_read_wrong_is_refused(tmp_path, name, content, message
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.JSONL", "d.json", "d.csv"])
-def test_byte_order_marks_and_line_ends_are_no_text(tmp_path, name):
+def test_byte_order_marks_are_no_text(tmp_path, name):
     form = name[2:].lower()
     content = open(write(tmp_path, form, RECORDS), "rb").read()
     if form != "csv":
@@ -201,7 +201,7 @@ def test_folders_are_read_file_by_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["more.csv", "sub/test.jsonl"])
-def test_a_file_of_a_folder_that_is_not_read_is_named(tmp_path, name):
+def test_unread_files_of_a_folder_are_named(tmp_path, name):
     write_jsonl(tmp_path / "a.jsonl", RECORDS)
     (tmp_path / "sub").mkdir()
     (tmp_path / ".hidden.csv").write_text("")
@@ -213,7 +213,7 @@ def test_a_file_of_a_folder_that_is_not_read_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("form", ["folder", "saved"])
-def test_what_a_local_folder_does_not_have_is_refused(tmp_path, form):
+def test_local_folders_have_no_revision_or_subset(tmp_path, form):
     folder = write(tmp_path, form, RECORDS)
     for more in [{"revision": "v1"}] + [{"subset": "easy"}] * (form == "saved"):
         with pytest.raises(InputError, match="a local folder has no revision, and a saved dataset no subset"):
@@ -221,7 +221,7 @@ def test_what_a_local_folder_does_not_have_is_refused(tmp_path, form):
 
 
 @pytest.mark.parametrize("name", ["empty", "empty:dev", "train.jsonl:dev", "config.json"])
-def test_a_dry_run_refuses_data_that_a_run_would(tmp_path, capsys, name):
+def test_a_dry_run_refuses_unreadable_data(tmp_path, capsys, name):
     (tmp_path / "empty").mkdir()
     write_jsonl(tmp_path / "train.jsonl", RECORDS)
     (tmp_path / "config.json").write_text("{}")
