@@ -195,8 +195,8 @@ def _limits(result: Mapping[str, Any]) -> str:
     size = result["settings"]["size"]
     points = [
         "All seeds share one base. The intervals cover pairs, prompts and sampling, not another base.",
-        """Quality does not ask whether a body does what its docstring says. A short body with bound names has quality 1.
-        """,
+        """Quality does not ask whether a body does what its docstring says. A short body with bound names has quality
+        1.""",
         """The pairs' prompts are functions that the base was fitted to, so its answers there may be better than on the
         validation and test prompts, which are from other modules.""",
         f"""{size["pairs"]} pairs are few. All DPO arms have the learning rate {size["learning_rate"]:g}, which was not
