@@ -27,6 +27,7 @@ from ..data import load_pairs
 from ..data_options import DataOptions
 from ..errors import InputError
 from ..evaluation import conditioning_gap, mean_interval, proportion_interval
+from ..generate import answer_text
 from ..reflect import best_of_two, reflect_batch
 from ..scoring import Batcher, PairModel, score
 from ..train import train
@@ -314,7 +315,7 @@ def reflect_unseen(
     answers: dict[str, list[list[str]]] = {}
     ways = {"draft": [one.draft for one in found], "reflected": [one.answer for one in found], "best_of_two": best}
     for way, given in ways.items():
-        texts = [tokenizer.decode(one, skip_special_tokens=True) for one in given]
+        texts = [answer_text(one, tokenizer) for one in given]
         whole = [text if one[-1] == tokenizer.eos_token_id else text + CUT for text, one in zip(texts, given)]
         answers[way] = [whole[at : at + count] for at in range(0, len(whole), count)]
     return answers
