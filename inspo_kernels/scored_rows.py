@@ -280,6 +280,12 @@ def _check_scored(counts: list[int], num_pairs: int, required_kinds: tuple[int, 
         if empty:
             shown = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
             name = KINDS[kind].replace("_", " ")
+            if kind >= 2:
+                raise ValueError(
+                    f"the {name} response of pair(s) {shown} has no scored token, but the loss needs it. A pair laid "
+                    "out plain (conditioned=False, or dropped by alternative_dropout) has no marginals: condition "
+                    "these pairs, or use an objective without marginals and marginal_weight=0"
+                )
             raise ValueError(
                 f"the {name} response of pair(s) {shown} has no scored token; its loss would be a constant: drop these "
                 "pairs or mend their labels (with shift=True the label at a sequence's first position is not scored)"

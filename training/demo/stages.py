@@ -21,11 +21,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 import inspo_kernels as ik
 
+from ..chat import TextEncoder
 from ..config import TrainConfig
 from ..data import load_pairs
 from ..data_options import DataOptions
 from ..errors import InputError
 from ..evaluation import conditioning_gap, mean_interval, proportion_interval
+from ..generate import answer_text
+from ..reflect import best_of_two, reflect_batch
 from ..scoring import Batcher, PairModel, score
 from ..train import train
 from .report import NAMES, draw_picture
@@ -34,6 +37,7 @@ from .world import Prompt, World
 PICTURE, RESULTS, PAIRS, UNSEEN_PAIRS = "picture.png", "results.json", "pairs.jsonl", "unseen_pairs.jsonl"
 MARKER = "demo.json"  # says that a folder is the demo's own, and may be written anew
 MAX_NEW_TOKENS = 8
+REFLECTED = 4  # drafts to each prompt, of which reflected answers and best-of-two are compared
 CUT = "…"  # ends an answer that the model did not end
 
 # SFT is ORPO without its odds ratio: the mean log-prob of the chosen answer, given the prompt alone.
@@ -149,6 +153,7 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
         done(name, f"3. fine-tuned: {NAMES[name]}, {settings.steps} steps of {settings.step_pairs} pairs")
 
     answers = {name: answer_unseen(model, tokenizer, world.unseen, settings) for name, model in models.items()}
+    ways = reflect_unseen(models["inspo"], tokenizer, world.unseen, count=REFLECTED, seed=settings.seed)
     results = {
         "settings": asdict(settings) | {"lengths": list(settings.lengths)},
         "parameters": size,
@@ -168,8 +173,10 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
             for i, prompt in enumerate(world.unseen)
             if i % (settings.unseen_per_kind // 2) == 0
         ],
+        "reflection": {way: compare(world, texts, None if way == "draft" else ways["draft"])
+                       for way, texts in ways.items()},
         "seconds": seconds,
-    }
+    }  # fmt: skip
     draw_picture(results, metrics["inspo"], folder / PICTURE)
     done("evaluation", f"4. answered {len(world.unseen)} unseen prompts with each model")
     return results
@@ -290,6 +297,28 @@ def answer_unseen(
         "greedy": sample_answers(model, tokenizer, prompts, count=1, greedy=True, seed=settings.seed),
         "sampled": sample_answers(model, tokenizer, prompts, count=settings.samples, greedy=False, seed=settings.seed),
     }
+
+
+def reflect_unseen(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, count: int, seed: int
+) -> dict[str, list[list[str]]]:
+    """``count`` sampled drafts to each prompt, the answers given them, and the likelier of two drafts each."""
+    encoder, rows = TextEncoder(tokenizer), [(i, n) for i in range(len(prompts)) for n in range(count)]
+    settings: dict[str, Any] = {
+        "max_new_tokens": MAX_NEW_TOKENS, "temperatures": [1.0] * len(rows), "chat": False,
+        "seeds": [[seed, i, n] for i, n in rows],
+    }  # fmt: skip
+    ids = [encoder.prompt(str(prompts[i])) for i, _ in rows]
+    with torch.no_grad():
+        found = reflect_batch(model, encoder, ids, **settings)
+        best = best_of_two(model, encoder, ids, **settings)
+    answers: dict[str, list[list[str]]] = {}
+    ways = {"draft": [one.draft for one in found], "reflected": [one.answer for one in found], "best_of_two": best}
+    for way, given in ways.items():
+        texts = [answer_text(one, tokenizer) for one in given]
+        whole = [text if one[-1] == tokenizer.eos_token_id else text + CUT for text, one in zip(texts, given)]
+        answers[way] = [whole[at : at + count] for at in range(0, len(whole), count)]
+    return answers
 
 
 def compare(world: World, answers: list[list[str]], base: list[list[str]] | None) -> dict[str, Any]:
