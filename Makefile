@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 
 RESULTS := benchmarks/results
 
-.PHONY: help install test sanitize image demo lint benchmark benchmark-head benchmark-step benchmark-trl benchmark-parallel benchmark-demo benchmark-pairs \
+.PHONY: help install test sweep sanitize image demo lint benchmark benchmark-head benchmark-step benchmark-trl benchmark-parallel benchmark-demo benchmark-pairs \
 	benchmark-study benchmark-compile benchmark-gpu pairs-given tables clean
 # Commands that are timed must not run beside others.
 .NOTPARALLEL:
 
 help:
 	@echo "make demo        fit, sample, fine-tune and compare a tiny model (1 to 3 minutes, no GPU)"
-	@echo "make test        run the tests"
+	@echo "make test        run the tests, in two processes (WORKERS=N)"
+	@echo "make sweep       run the tests that take minutes"
 	@echo "make sanitize    run the tests of the Triton kernels with every memory access checked (one minute, no GPU)"
 	@echo "make image       run the package's tests with the versions of the GPU image (Python 3.12; installs 5 GB)"
 	@echo "make lint        ruff and mypy"
@@ -39,11 +40,19 @@ $(VENV)/.installed-%: setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
+# Half of the tests to each of two processes; the one that is done first takes over what the other has not begun. They run
+# in files' order, so what the tests of a file share is rarely made twice.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+sweep: install
+	$(PYTEST) -m sweep
 
 sanitize: install
-	$(BIN)/python -m pytest --sanitize $(addprefix tests/inspo_kernels/test_,triton.py triton_kernels.py gradients.py)
+	$(PYTEST) --sanitize $(addprefix tests/inspo_kernels/test_,triton.py triton_kernels.py gradients.py)
 
 IMAGE := .venv-image
 IMAGE_PYTHON ?= python3.12

@@ -68,20 +68,23 @@ class Budget:
 
 # By kernel, then by a regular expression over "configuration, target"; the first that matches holds, on NVIDIA targets.
 # 32 registers let eight programs of 256 threads run side by side, so that 1,024 rows are one wave of 132
-# multiprocessors; sm_120 holds six whatever they take. The first tile of a row finds its offset, too, and may take
-# more. What float64 takes nobody waits for.
+# multiprocessors; sm_120 holds six whatever they take, and so do all with the 40 registers of a soft-cap (on sm_100 up
+# to 44). A soft-cap's special functions are exp2 and a reciprocal for tanh and its derivative, and exp. The first tile
+# of a row finds its offset, too, and may take more. The figures hold for Triton 3.6 and 3.7, which differ a little.
+# What float64 takes nobody waits for.
 BUDGETS = {
     "row_pass": {
-        r"fp32 logits, statistics, plain": Budget(30, 1, 104, 2),
-        r"fp32 logits, statistics, (bias|cap)": Budget(57, 3, 120, 2),
-        r"fp32 logits, sums, plain.*sm_120": Budget(16.5, 1, 36, 6),
+        r"fp32 logits, statistics, plain": Budget(31, 1, 60, 4),
+        r"fp32 logits, statistics, (bias|cap)": Budget(58, 3, 62, 4),
+        r"fp32 logits, sums, plain.*sm_120": Budget(16.5, 1, 40, 6),
         r"fp32 logits, sums, plain": Budget(16.5, 1, 32, 8),
-        r"fp32 logits, (\w+ )?E( in place)?, plain.*(word 0|sm_120)": Budget(17.5, 1, 40, 6),
+        r"fp32 logits, (\w+ )?E( in place)?, plain.*(word 0|sm_120)": Budget(18, 1, 40, 6),
         r"fp32 logits, (\w+ )?E( in place)?, plain": Budget(17.5, 1, 32, 8),
         r"fp32 logits, sums, cap": Budget(38, 3, 40, 6),
-        r"fp32 logits, (\w+ )?E( in place)?, cap": Budget(44, 3, 72, 3),
+        r"fp32 logits, (\w+ )?E( in place)?, cap.*sm_100": Budget(42, 3, 48, 5),
+        r"fp32 logits, (\w+ )?E( in place)?, cap": Budget(44, 3, 40, 6),
         r"fp32 logits, sums, bias": Budget(42, 3, 48, 5),
-        r"fp32 logits, (\w+ )?E( in place)?, bias": Budget(47, 3, 72, 3),
+        r"fp32 logits, (\w+ )?E( in place)?, bias": Budget(48, 3, 48, 5),
     },
     "bias_gradient": {r"fp32 E|bf16 E|fp16 E": Budget(6, 0, 68, 3)},
 }
