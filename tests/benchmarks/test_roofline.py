@@ -11,6 +11,7 @@ from benchmarks import gpu_plan, roofline
 from benchmarks.batches import MODELS
 from benchmarks.chips import CHIPS
 from benchmarks.measure import FORWARD, FROZEN, MODES, TRAIN
+from inspo_kernels.kernels import config
 
 LLAMA, H200 = MODELS["llama3-8b"], CHIPS["H200"]
 
@@ -62,6 +63,12 @@ def test_tiles_of_the_cache_fill_whole_waves():
         tiles = roofline.TILE_ROWS * words / (128 * 256)
         assert 4 * roofline.TILE_ROWS * words <= 0.7 * chip.cache_bytes
         assert tiles / (-(-tiles // chip.multiprocessors) * chip.multiprocessors) > 0.96
+
+
+@pytest.mark.parametrize("cache_bytes, multiprocessors", [(6 << 20, 72), (0, 40), (6 << 20, 82)])
+def test_cache_below_a_wave_gets_whole_waves(cache_bytes, multiprocessors):
+    tile = config.tile_in_cache("sm_86", cache_bytes, multiprocessors, 4)
+    assert tile.rows * tile.words == 8 * multiprocessors * 128 * 256
 
 
 def test_second_group_of_rows_reads_and_writes_dweight():
