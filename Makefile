@@ -56,7 +56,7 @@ sanitize: install
 
 IMAGE := .venv-image
 IMAGE_PYTHON ?= python3.12
-IMAGE_TEST := $(IMAGE)/bin/python -m pytest tests/inspo_kernels -n 2 --timeout 300
+IMAGE_TEST := $(IMAGE)/bin/python -m pytest tests/inspo_kernels -n $(WORKERS) --dist worksteal --timeout 300
 
 # In two orders, each shared out to two processes.
 image: $(IMAGE)/.installed
