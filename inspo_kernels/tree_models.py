@@ -1,4 +1,4 @@
-"""Which models read trees, and with which masks: decided by what a model makes of two small pairs."""
+"""Decide which models read trees, and with which masks, by running two small pairs both ways."""
 
 from __future__ import annotations
 
