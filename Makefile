@@ -41,19 +41,19 @@ $(VENV)/.installed-%: setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-# Half of the tests to each of two processes; the one that is done first takes over what the other has not begun. They run
-# in files' order, so what the tests of a file share is rarely made twice.
+# A file's tests run in one process, in order: they share what takes seconds to make, such as a trained model. Where a few
+# files hold all the work, the process that is done first takes over what the other has not begun.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 test: install
-	$(PYTEST)
+	$(PYTEST) --dist loadfile
 
 sweep: install
-	$(PYTEST) -m sweep
+	$(PYTEST) --dist worksteal -m sweep
 
 sanitize: install
-	$(PYTEST) --sanitize $(addprefix tests/inspo_kernels/test_,triton.py triton_kernels.py gradients.py)
+	$(PYTEST) --dist worksteal --sanitize $(addprefix tests/inspo_kernels/test_,triton.py triton_kernels.py gradients.py)
 
 IMAGE := .venv-image
 IMAGE_PYTHON ?= python3.12
