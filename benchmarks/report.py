@@ -273,7 +273,7 @@ def demo(result: dict[str, Any]) -> str:
 
 
 def _demo_ranking(summary: dict[str, Any]) -> str:
-    """What the table says, in a sentence that cannot say anything else."""
+    """Say in a sentence what the table says; it is computed from the numbers."""
     names = {"base": "the base", "sft": "SFT", "dpo": "DPO", "inspo": "InSPO"}
     ranked = sorted(names, key=lambda name: -summary["sampled"][name]["accuracy"]["mean"])
     inspo = summary["sampled"]["inspo"]
@@ -307,7 +307,7 @@ def real_pairs(result: dict[str, Any]) -> str:
 
 
 def _beside_chance(runs: list[dict[str, Any]]) -> str:
-    """Which marginal accuracies differ from one half, in a sentence."""
+    """Say in a sentence which marginal accuracies differ from one half."""
     above: list[str] = []
     below: list[str] = []
     for run in runs:
@@ -322,7 +322,7 @@ def _beside_chance(runs: list[dict[str, Any]]) -> str:
 
 
 def no_drafts(result: dict[str, Any]) -> str:
-    """What happens to a base that has never seen the conditioned layout."""
+    """Report a base that has never seen the conditioned layout."""
     summary, gaps = result["summary"], [seed["conditioning_gap"] for seed in result["seeds"].values()]
     gap = min(value for seed in gaps for value in seed.values())
     gains = {name: summary["sampled"][name]["gain"] for name in ("inspo", "dpo", "sft")}
@@ -390,7 +390,7 @@ def _gain(row: dict[str, Any]) -> str:
 
 
 def _source(result: dict[str, Any], file: str) -> str:
-    """Where, with what and when it was measured; the full command is in the file."""
+    """Name hardware, versions and date of a measurement; the full command is in the file."""
     hardware, versions = result["hardware"], result["versions"]
     where, packages = f"{hardware['cpu']}, {hardware['cores']} cores", ["torch"]
     if gpu := result.get("device", {}).get("name"):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..preference_batch import pair_positions
+from ..layouts.preference_batch import pair_positions
 from .pair_layouts import CONDITIONED, REFERENCES, conditioned, is_text
 
 logger = logging.getLogger(__name__)

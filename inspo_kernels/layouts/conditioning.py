@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .arguments import integer, nearest
+from ..arguments import integer, nearest
 from .tree import tree_batch
 
 IGNORE_INDEX = -100

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from ..layouts.path_attention import PathMask
+from ..layouts.tree import MAX_DENSE_TOKENS, block_mask, dense_mask, tree_batch
 from .packing import states
-from .path_attention import PathMask
 from .small_runs import device_of, is_rounding, relative_difference, small_ids, undisturbed
-from .tree import MAX_DENSE_TOKENS, block_mask, dense_mask, tree_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
