@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,14 +97,19 @@ class RowSums:
         cast: dict[str, Any] = {name: None if column is None else column.to(dtype) for name, column in columns.items()}
         return RowSums(**cast)
 
+    @cached_property
+    def below(self) -> Tensor:
+        """The label's logit less the offset."""
+        return self.label - self.offset
+
     @property
     def total(self) -> Tensor:
         """S, in the units of ``offset``."""
-        return self.rest + (self.label - self.offset).exp()
+        return self.rest + self.below.exp()
 
     def scores(self, dtype: torch.dtype, vocab_size: int, names: Iterable[str] = ()) -> TokenScores:
         """Log-probs and the statistics ``names`` of softmax(z') over all ``vocab_size`` words, in ``dtype``."""
-        below = self.label - self.offset
+        below = self.below
         # p = sigmoid(below - log rest): a label that is almost certain or all but impossible loses no digit.
         logps = F.logsigmoid(below - self.rest.log())
         label_e = below.exp() if names else below
