@@ -27,7 +27,8 @@ def workspace_bytes(
 
     Counted are the scored rows, the workspace, and the gradients of scored rows and weight; not counted is the gradient
     of all hidden states, which has their size. Groups of pairs are taken to fill the workspace; where whole pairs leave
-    room in it, a call takes less.
+    room in it, a call takes less. On a CPU a workspace above 32 MiB stays allocated for the next call, see
+    ``release_workspace``.
 
     Args:
         num_rows: scored rows N, those of marginals included. longest_pair: rows of the pair with the most (default:
