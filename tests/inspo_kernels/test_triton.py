@@ -449,3 +449,12 @@ def test_bad_input_gives_the_same_errors_as_on_torch():
                 )
             messages.append(str(error.value))
         assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_statistics_of_an_all_but_certain_label(dtype):
+    hidden, weight, targets = (t.to(triton_setup.DEVICE) for t in cases.certain_label(dtype))
+    _, expected = ik.reference.linear_logps(hidden, weight, targets, statistics=test_logps.STATISTICS)
+    _, found = ik.linear_logps(hidden, weight, targets, statistics=test_logps.STATISTICS, backend="triton")
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], msg=name)
