@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 import os
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-7, 1e-5
 
 # Options of TrainingArguments that it sets itself, by others.
 _FOLLOWING = {"output_dir", "do_eval", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs",
-              "accelerator_config", "dataloader_pin_memory", "greater_is_better"}  # fmt: skip
+              "accelerator_config", "dataloader_pin_memory", "greater_is_better", "hub_token"}  # fmt: skip
 
 # Options of TrainingArguments that would be ignored here, or do harm: why, or what to use instead.
 UNSUPPORTED = {
@@ -232,29 +231,16 @@ class TrainConfig(DataOptions, TrainingArguments):
 
     def settings(self) -> dict[str, Any]:
         """Return every option of this project, and those of transformers that differ from transformers' defaults."""
-        theirs = {field.name: _plain(field.default) for field in dataclasses.fields(TrainingArguments)}
+        theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
         own = {*TrainConfig.__annotations__, *DataOptions.__annotations__}
         found: dict[str, Any] = {"output_dir": self.output_dir or None}
-        for field in dataclasses.fields(self):
-            value, default = _plain(getattr(self, field.name)), theirs.get(field.name)
+        for name, value in self.to_dict().items():
+            default = theirs.get(name)
             unset = value == default or (default in (None, "", "none", dataclasses.MISSING) and not value)
-            if field.name in own or not (unset or field.name in _FOLLOWING):
-                found[field.name] = value
+            if name in own or not (unset or name in _FOLLOWING):
+                found[name] = value
         return found
 
     def to_yaml(self) -> str:
         """A file that ``--config`` reads back."""
         return yaml.safe_dump(self.settings(), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as types that YAML and JSON have."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(part) for name, part in vars(value).items()}
-    if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value
