@@ -112,11 +112,19 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
     if not has_adapter(model) or getattr(model, "_continued_adapter", False):
         yield
         return
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.disable_adapters()
     try:
         yield
     finally:
         model.enable_adapters()
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, which transformers leaves off
+                module.enable_adapters(True)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
 
 
 def _check_targets(model: PreTrainedModel, settings: LoraConfig) -> None:

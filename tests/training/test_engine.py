@@ -160,6 +160,7 @@ end_processes(3)
 """
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("of", "status", "said"), [("several", 3, ""), ("one", 0, "the interpreter ends\n")])
 def test_threads_of_gloo_do_not_see_the_interpreter_end(tmp_path: Path, of: str, status: int, said: str) -> None:
     """They would abort the process, in one of some thirty runs on a busy machine."""

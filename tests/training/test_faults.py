@@ -334,8 +334,8 @@ def endless_rate(monkeypatch, step):
     """From ``step`` updates on, the learning rate is infinite."""
     original = training.resumable.ResumableTrainer.create_scheduler
 
-    def create(self, steps, optimizer=None):
-        schedule = original(self, steps, optimizer)
+    def create(self, num_training_steps, optimizer=None):
+        schedule = original(self, num_training_steps, optimizer)
         (shape,) = schedule.lr_lambdas
         schedule.lr_lambdas = [lambda now: shape(now) if now <= step else math.inf]  # warm-up begins at 1
         return schedule
