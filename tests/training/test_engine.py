@@ -48,7 +48,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (folder / f"output.{rank}").open("w") as file:
             children.append(subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT))
     try:
-        codes = [child.wait(timeout=240) for child in children]
+        codes = [child.wait(timeout=900) for child in children]
     finally:
         for child in children:
             child.kill()
