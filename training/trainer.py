@@ -183,15 +183,15 @@ class PairTrainer(ResumableTrainer):
         self.references = References.compute(
             config, self.inputs, self.model_wrapped, self.batcher, used, log=say, stop_requested=self.stop_requested
         )
-        if self.resumed is None:
-            sample = [pairs[i] for i in used[:STARTING_SAMPLE]]
-            references = self.references.of_batch(used[:STARTING_SAMPLE])
-            own = None if references is None else references.view(2, -1)
-            starting_report(self._scores(sample), own, config, say, coarse=coarse)
-        else:
+        if self.resumed is not None:
             self._restore(self.resumed)
         self.run_log.metrics.write(self.state.log_history, anew=True)
         self.run_log.samples.write(self.progress.samples, anew=True)
+        if self.resumed is None:
+            first = used[:STARTING_SAMPLE]
+            references = self.references.of_batch(first)
+            own = None if references is None else references.view(2, -1)
+            starting_report(self._scores([pairs[i] for i in first]), own, config, say, coarse=coarse)
         self.began = time.monotonic()
         return prepared
 
