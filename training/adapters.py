@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,14 +56,13 @@ def lora_settings(options: dict[str, Any]) -> LoraConfig:
 def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None:
     """Put a fresh LoRA adapter into ``model`` and freeze everything else; it changes nothing before it is trained.
 
-    The adapter's own parameters are float32, whatever the model's dtype is. Raises InputError where it would sit on the
-    output head, whose loss needs the head as one matrix, and for names that nothing in the model has.
+    The adapter's own parameters are float32, whatever the model's dtype is. Raises InputError for names that nothing in
+    the model has.
     """
     if has_adapter(model):
         raise InputError("lora: the model has an adapter already; leave out lora to train that one, or merge it first")
     settings = lora_settings(options)
-    head = model.get_output_embeddings()
-    _check_targets(model, settings, head)
+    _check_targets(model, settings)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("error", r"The following \w+ keys did not match")
@@ -72,11 +70,6 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None
             model.add_adapter(settings)
     except Exception as error:  # peft refuses targets and layer types in many ways
         raise InputError(f"lora: {error}") from None
-    if model.get_output_embeddings() is not head:
-        raise InputError(
-            f"lora.target_modules={options.get('target_modules')!r} matches the output head, which takes no adapter "
-            "here"
-        )
     _in_float32(model)
 
 
@@ -86,11 +79,6 @@ def continue_adapter(model: PreTrainedModel) -> None:
     (settings,) = model.peft_config.values()
     if settings.peft_type != "LORA":
         raise InputError(f"model: its adapter is of peft's type {settings.peft_type}; only LoRA ones are trained here")
-    if _is_adapted(model.get_output_embeddings()):
-        raise InputError(
-            "model: its adapter changes the output head, which takes no adapter here. Merge it first: "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER)"
-        )
     settings.inference_mode = False
     saved = [*(settings.modules_to_save or []), "lora_", "trainable_tokens"]
     for name, parameter in model.named_parameters():
@@ -124,36 +112,30 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
     if not has_adapter(model) or getattr(model, "_continued_adapter", False):
         yield
         return
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.disable_adapters()
     try:
         yield
     finally:
         model.enable_adapters()
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, which transformers leaves off
+                module.enable_adapters(True)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
 
 
-def _check_targets(model: PreTrainedModel, settings: LoraConfig, head: Any) -> None:
-    """Raise InputError for each name in a list that matches nothing, and for the output head."""
-    modules = [name for name, _ in model.named_modules()]
-    heads = {name for name, module in model.named_modules() if module is head}
+def _check_targets(model: PreTrainedModel, settings: LoraConfig) -> None:
+    """Raise InputError for each name in a list that matches nothing, which peft passes over while others match."""
+    modules, parameters = ([name for name, _ in found] for found in (model.named_modules(), model.named_parameters()))
     options = {"target_modules": modules, "modules_to_save": modules, "exclude_modules": modules,
-               "target_parameters": [name for name, _ in model.named_parameters()]}  # fmt: skip
+               "target_parameters": parameters}  # fmt: skip
     for option, known in options.items():
-        given = getattr(settings, option)
-        if not given or given == "all-linear":
-            continue
-        if isinstance(given, str):  # a pattern of whole names
-            matches = {given: {one for one in known if re.fullmatch(given, one)}}
-            heads_taken = given in {name.rpartition(".")[2] for name in heads}
-        else:
-            matches = {name: {one for one in known if one == name or one.endswith(f".{name}")} for name in given}
-            heads_taken = False
-        for name, matched in matches.items():
-            if option in ("target_modules", "modules_to_save") and (heads_taken or matched & heads):
-                raise InputError(
-                    f"lora.{option}: {name} is the output head, which takes no adapter here; leave it out"
-                    + (', or use "all-linear", which does' if option == "target_modules" else "")
-                )
-            if not matched:
+        given = getattr(settings, option) or []
+        for name in [] if isinstance(given, str) else given:
+            if not any(one == name or one.endswith(f".{name}") for one in known):
                 close = difflib.get_close_matches(name, {one.rpartition(".")[2] for one in known}, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise InputError(f"lora.{option}: nothing in the model is called {name!r}{hint}")
@@ -162,10 +144,6 @@ def _check_targets(model: PreTrainedModel, settings: LoraConfig, head: Any) -> N
     for layer in [layers] if isinstance(layers, int) else layers or []:
         if not 0 <= layer < count:
             raise InputError(f"lora.layers_to_transform: there is no layer {layer}; the model has {count}, from 0")
-
-
-def _is_adapted(module: Any) -> bool:
-    return any(hasattr(module, name) for name in ("lora_A", "lora_embedding_A", "modules_to_save"))
 
 
 def _in_float32(model: PreTrainedModel) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 import os
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from inspo_kernels.objectives import OBJECTIVES, Objective, make_objective
@@ -27,7 +27,7 @@ LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-7, 1e-5
 
 # Options of TrainingArguments that it sets itself, by others.
 _FOLLOWING = {"output_dir", "do_eval", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs",
-              "accelerator_config", "dataloader_pin_memory", "greater_is_better"}  # fmt: skip
+              "accelerator_config", "dataloader_pin_memory", "greater_is_better", "hub_token"}  # fmt: skip
 
 # Options of TrainingArguments that would be ignored here, or do harm: why, or what to use instead.
 UNSUPPORTED = {
@@ -70,7 +70,7 @@ class TrainConfig(DataOptions, TrainingArguments):
     gamma: Annotated[float | None, "simpo: margin aimed at"] = None
     alpha: Annotated[float | None, "rdpo: weight of the length difference"] = None
     lam: Annotated[float | None, "orpo: weight of the odds ratio"] = None
-    sft: Annotated[Literal["marginal", "chosen"] | None, "orpo: which log-prob of the chosen response is fitted"] = None
+    sft: Annotated[Literal["marginal", "chosen"] | None, "orpo, sft: the chosen response's log-prob to fit"] = None
     divergence: Annotated[str | None, "dpo and its relatives: reverse_kl, forward_kl, js or alpha"] = None
     divergence_alpha: Annotated[float | None, "divergence=alpha: its exponent"] = None
     max_batch_tokens: Annotated[int, "most tokens, padding included, in one forward pass of one process"] = 16384
@@ -140,11 +140,6 @@ class TrainConfig(DataOptions, TrainingArguments):
         if self.reference_conditioned and (self.marginal_weight or not self.conditioned):
             raise InputError("reference_conditioned needs conditioned=true and marginal_weight=0")
         objective = self.make_objective()
-        if objective.batch_coupled or self.objective == "sft":
-            raise InputError(
-                f"objective {self.objective!r} compares the pairs of a batch with each other, but a step is split into "
-                "passes here; use another one" + (", such as orpo with lam 0" if self.objective == "sft" else "")
-            )
         check_dropout(self, objective)
         if not objective.needs_reference and self.reference_conditioned:
             raise InputError(f"reference_conditioned: objective {self.objective!r} has no reference")
@@ -157,6 +152,11 @@ class TrainConfig(DataOptions, TrainingArguments):
             raise InputError("attn_implementation=flex_attention needs a GPU; use sdpa or eager")
 
     def _check_engine(self) -> None:
+        if self.couples_pairs and (self.world_size > 1 or self.gradient_accumulation_steps > 1):
+            raise InputError(
+                f"objective {self.objective!r} looks at all pairs of a step together: it needs one process and "
+                "gradient_accumulation_steps=1"
+            )
         if self.mixed_precision not in ("no", "bf16") or (self.mixed_precision == "bf16") != self.bf16:
             raise InputError(
                 f"the launcher's configuration has mixed_precision={self.mixed_precision}, but bf16={self.bf16}; set "
@@ -168,11 +168,9 @@ class TrainConfig(DataOptions, TrainingArguments):
             for name, right in (("FSDP_VERSION", "2"), ("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")):
                 if (given := os.environ.get(name, right)).lower() != right:
                     raise InputError(f"accelerate's configuration has {name.lower()}={given}; set it to {right}")
-        if self.deepspeed and self.hf_deepspeed_config.is_zero3():
-            raise InputError(
-                "deepspeed: stage 3 takes the output head apart, which the loss reads as a whole; use stage 2, or "
-                "FSDP2 (training/configs/accelerate/fsdp2_8gpu.yaml)"
-            )
+        if self.deepspeed:
+            # Else transformers would share the weights out in reading them, before head and reference are looked at.
+            unset_hf_deepspeed_config()
 
     @property
     def sharded(self) -> bool:
@@ -194,11 +192,18 @@ class TrainConfig(DataOptions, TrainingArguments):
         """At most one GPU a process: several are for ``accelerate launch``."""
         return min(1, super().n_gpu)
 
+    @property
+    def couples_pairs(self) -> bool:
+        """Whether a pair's loss depends on the others of its step, which then are one forward pass."""
+        return self.make_objective().batch_coupled or self.objective == "sft"
+
     def make_objective(self) -> Objective:
-        """Return the objective with its parameters. Plain ORPO fits the chosen response: it has no marginals."""
+        """Return the objective with its parameters. Plain ORPO and SFT fit the chosen response: it has no marginals."""
         given = {name: getattr(self, name) for name in OBJECTIVE_PARAMETERS if getattr(self, name) is not None}
-        if self.objective == "orpo" and not self.conditioned and given.setdefault("sft", "chosen") == "marginal":
-            raise InputError('sft="marginal" needs conditioned=true; the plain baseline has sft="chosen"')
+        if self.objective in ("orpo", "sft"):
+            given.setdefault("sft", "marginal" if self.conditioned else "chosen")
+            if given["sft"] == "marginal" and not self.conditioned:
+                raise InputError('sft="marginal" needs conditioned=true; the plain baseline has sft="chosen"')
         try:
             return make_objective(self.objective, **given)
         except ValueError as error:
@@ -242,33 +247,17 @@ class TrainConfig(DataOptions, TrainingArguments):
         return math.ceil(self.num_train_epochs * self.steps_per_epoch(pairs))
 
     def settings(self) -> dict[str, Any]:
-        """Every option of this project, and those of transformers that differ from transformers' defaults."""
-        theirs = {field.name: _plain(field.default) for field in dataclasses.fields(TrainingArguments)}
+        """Return every option of this project, and those of transformers that differ from transformers' defaults."""
+        theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
         own = {*TrainConfig.__annotations__, *DataOptions.__annotations__}
-        found: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = _plain(getattr(self, field.name))
-            if field.name not in own and field.name in theirs:
-                default = theirs[field.name]
-                unset = value == default or (default in (None, "", "none", dataclasses.MISSING) and not value)
-                if unset or field.name in _FOLLOWING:
-                    continue
-            found[field.name] = value
-        return {"output_dir": self.output_dir or None} | found
+        found: dict[str, Any] = {"output_dir": self.output_dir or None}
+        for name, value in self.to_dict().items():
+            default = theirs.get(name)
+            unset = value == default or (default in (None, "", "none", dataclasses.MISSING) and not value)
+            if name in own or not (unset or name in _FOLLOWING):
+                found[name] = value
+        return found
 
     def to_yaml(self) -> str:
         """A file that ``--config`` reads back."""
         return yaml.safe_dump(self.settings(), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as types that YAML and JSON have."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(part) for name, part in vars(value).items()}
-    if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value

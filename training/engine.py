@@ -13,9 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -112,19 +110,10 @@ def check_same(value: Any, what: str) -> None:
 
 def all_finite(module: nn.Module) -> bool:
     """Whether all trained parameters are, in all processes; one read from the device."""
-    parts = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters() if p.requires_grad]
+    trained = [getattr(p, "ds_tensor", p) for p in module.parameters() if p.requires_grad]  # DeepSpeed's own share
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
     bad = torch.stack([part.detach().isfinite().logical_not().any() for part in parts]).any()
     return not sum_over_processes(bad.double()).item()
-
-
-def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state of ``module``, unsharded, on the CPU in the first process and empty in the others."""
-    if not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters()):
-        inner = module.module if isinstance(module, DistributedDataParallel) else module
-        # torch's own gathering, which whole weights do not need, stumbles over the scales of 8-bit layers.
-        return {} if process_index() else {name: value.detach().cpu() for name, value in inner.state_dict().items()}
-    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 @contextmanager

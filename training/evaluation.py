@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,9 @@ def evaluate(
     ``eval_longer_chosen``: the share whose longer response is the chosen one. Absent where all lengths are equal.
     """
     assert scores.marginal_logps is not None
-    (ref_chosen, ref_rejected), (marginal_ref_chosen, marginal_ref_rejected) = (
-        (None, None) if ref is None else ref
-        for ref in (ref_logps, ref_logps if marginal_ref_logps is None else marginal_ref_logps)
+    alone_ref = ref_logps if marginal_ref_logps is None else marginal_ref_logps
+    (ref_chosen, ref_rejected), (alone_ref_chosen, alone_ref_rejected) = (
+        (None, None) if ref is None else ref for ref in (ref_logps, alone_ref)
     )
     both = ik.PairSums(
         chosen=scores.logps[0], rejected=scores.logps[1],
@@ -57,7 +57,7 @@ def evaluate(
         marginal_chosen=scores.marginal_logps[0], marginal_rejected=scores.marginal_logps[1],
         marginal_chosen_len=scores.lengths[0], marginal_rejected_len=scores.lengths[1],
     )  # fmt: skip
-    alone = replace(both.on_marginals(), ref_chosen=marginal_ref_chosen, ref_rejected=marginal_ref_rejected)
+    alone = replace(both.on_marginals(), ref_chosen=alone_ref_chosen, ref_rejected=alone_ref_rejected)
     losses = objective(both if conditioned else alone)
     if marginal_weight:
         losses = losses + marginal_weight * objective(alone)
@@ -68,27 +68,21 @@ def evaluate(
     for layout, sums in (("conditioned", both), ("marginal", alone)):
         chosen, rejected = objective.rewards(sums)
         margins = chosen - rejected
-        right = correct(margins)
-        name = f"eval_{layout}/"
-        metrics |= {name + "rewards/chosen": chosen.mean().item(), name + "rewards/rejected": rejected.mean().item()}
-        metrics[name + "rewards/accuracies"] = right.mean().item()
-        metrics[name + "rewards/accuracies_ci"] = proportion_interval(right, groups)
-        metrics[name + "rewards/margins"] = margins.mean().item()
-        metrics[name + "rewards/margins_ci"] = mean_interval(margins, groups)
-        metrics[name + "logps/chosen"] = sums.chosen.mean().item()
-        metrics[name + "logps/rejected"] = sums.rejected.mean().item()
-        for kind, values in (
-            ("chosen", sums.chosen / sums.chosen_len),
-            ("rejected", sums.rejected / sums.rejected_len),
-        ):
-            metrics[name + f"logps_per_token/{kind}"] = values.mean().item()
-            metrics[name + f"logps_per_token/{kind}_ci"] = mean_interval(values, groups)
+        columns = {
+            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": correct(margins),
+            "rewards/margins": margins, "logps/chosen": sums.chosen, "logps/rejected": sums.rejected,
+            "logps_per_token/chosen": sums.chosen / sums.chosen_len,
+            "logps_per_token/rejected": sums.rejected / sums.rejected_len,
+        }  # fmt: skip
+        for name, values in columns.items():
+            metrics[f"eval_{layout}/{name}"] = values.mean().item()
+            if name in INTERVALS:
+                metrics[f"eval_{layout}/{name}_ci"] = INTERVALS[name](values, groups)
     longer = (scores.lengths[0] - scores.lengths[1]).sign()  # margins are the marginal ones now
     if (unequal := longer != 0).any():
         preferred = correct(margins * longer)[unequal]
         metrics["eval_marginal/longer_preferred"] = preferred.mean().item()
-        _, numbered = groups[unequal].unique(return_inverse=True)
-        metrics["eval_marginal/longer_preferred_ci"] = proportion_interval(preferred, numbered)
+        metrics["eval_marginal/longer_preferred_ci"] = proportion_interval(preferred, groups[unequal])
         metrics["eval_longer_chosen"] = (longer[unequal] > 0).double().mean().item()
     return metrics
 
@@ -125,24 +119,18 @@ def sample_answers(
     work: where the weights are sharded, each layer is gathered for it.
     """
     # Whatever the model's generation_config says, so that the answers of all models are comparable.
-    greedy = {
-        "do_sample": False,
-        "num_beams": 1,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 50,
-        "repetition_penalty": 1.0,
-    }
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
+              "repetition_penalty": 1.0}  # fmt: skip
     positions = getattr(module.config, "max_position_embeddings", None) or math.inf
     samples = []
     for prompt in prompts:  # one at a time: a handful needs no padding
-        room = min(max_new_tokens, positions - len(prompt))
-        ids = torch.tensor([prompt], device=device)
-        out = module.generate(ids, max_new_tokens=room, eos_token_id=sorted(ends), pad_token_id=pad_token_id, **greedy)
+        out = cast(Any, module).generate(
+            torch.tensor([prompt], device=device), max_new_tokens=min(max_new_tokens, positions - len(prompt)),
+            eos_token_id=sorted(ends), pad_token_id=pad_token_id, **greedy,
+        )  # fmt: skip
         answer = out[0, len(prompt) :].tolist()
-        texts = {name: tokenizer.decode(list(part), skip_special_tokens=True) for name, part in
-                 (("prompt", prompt), ("answer", answer))}  # fmt: skip
-        samples.append({**texts, "tokens": len(answer), "ended": answer[-1] in ends})
+        asked, said = (tokenizer.decode(list(ids), skip_special_tokens=True) for ids in (prompt, answer))
+        samples.append({"prompt": asked, "answer": said, "tokens": len(answer), "ended": answer[-1] in ends})
     return samples
 
 
@@ -169,9 +157,16 @@ def proportion_interval(right: Tensor, groups: Tensor) -> list[float]:
 
 
 def _variance_of_mean(values: Tensor, groups: Tensor) -> float:
-    count = len(groups.unique())
-    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, values - values.mean())
+    _, numbers = groups.unique(return_inverse=True)
+    count = int(numbers.max()) + 1
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, numbers, values - values.mean())
     return (sums.square().sum() / len(values) ** 2 * count / (count - 1)).item()
+
+
+INTERVALS: dict[str, Callable[[Tensor, Tensor], list[float] | None]] = {
+    "rewards/accuracies": proportion_interval, "rewards/margins": mean_interval,
+    "logps_per_token/chosen": mean_interval, "logps_per_token/rejected": mean_interval,
+}  # fmt: skip
 
 
 def starting_report(
@@ -184,7 +179,7 @@ def starting_report(
     assert scores.marginal_logps is not None
     if ref_logps is not None:
         expected = scores.logps if config.reference_sees_alternative else scores.marginal_logps
-        drift = ((expected - ref_logps[:, : expected.shape[1]]) / scores.lengths).abs().max().item()
+        drift = ((expected - ref_logps) / scores.lengths).abs().max().item()
         if not drift < (0.05 if coarse or config.bf16 else 1e-3):
             raise InputError(
                 f"the reference log-probs differ from the model's by {drift:.2g} a token; delete the file reference-*"

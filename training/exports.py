@@ -73,52 +73,43 @@ def read_questions(file: str, form: str, *, chat: bool) -> list[Question]:
 
 def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Question:
     found = f"keys found: {', '.join(map(repr, record)) or 'none'}"
-    needed = {
-        "alpaca_eval": [],
-        "arena_hard": ["uid", "prompt"] if "uid" in record else ["question_id", "turns"],
-        "mt_bench": ["question_id", "turns"],
-    }[form]
+    needed = {"arena_hard": ["uid", "prompt"] if "uid" in record else ["question_id", "turns"],
+              "mt_bench": ["question_id", "turns"]}.get(form, [])  # fmt: skip
     if missing := [name for name in needed if name not in record]:
         raise InputError(f"{origin}: {missing[0]!r} is missing, which {form} needs ({found})")
-    if "messages" in record:
-        turns = [record["messages"]]
-    elif "turns" in record:
-        if not isinstance(record["turns"], list) or not record["turns"]:
-            raise InputError(f"{origin}: 'turns' must be a list with at least one entry")
-        contents = [turn.get("content") if isinstance(turn, dict) else turn for turn in record["turns"]]
-        turns = [[{"role": "user", "content": content}] for content in contents]
-    elif record.get("input"):
+    if record.get("input"):
         raise InputError(f"{origin}: 'input' is not read; write it into 'instruction'")
-    elif "instruction" in record:
-        turns = [[{"role": "user", "content": record["instruction"]}]]
-    elif "prompt" not in record:
+    name = next((name for name in ("messages", "turns", "instruction", "prompt") if name in record), None)
+    if name is None:
         raise InputError(f"{origin}: neither messages, turns, instruction nor prompt ({found})")
-    elif chat or form == "arena_hard":
-        turns = [[{"role": "user", "content": record["prompt"]}]]
-    else:
-        turns = []
+    value = record[name]
+    if name == "prompt" and not chat and form != "arena_hard":
+        if not isinstance(value, str):
+            raise InputError(f"{origin}: 'prompt' must be a string")
+        check_text(value, origin)
+        return Question(origin, record, value, [])
+    if name == "turns" and not (isinstance(value, list) and value):
+        raise InputError(f"{origin}: 'turns' must be a list with at least one entry")
+    contents = value if name == "turns" else [value]
+    turns = [value] if name == "messages" else [
+        [{"role": "user", "content": turn.get("content") if isinstance(turn, dict) else turn}] for turn in contents
+    ]  # fmt: skip
     for messages in turns:
-        is_list = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
-        if not is_list or not all(
-            isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-        ):
+        whole = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
+        if not whole or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
             raise InputError(f"{origin}: each message needs a role and a content, both strings")
         for message in messages:
-            check_text(message["content"], origin)
-    if not turns and not isinstance(record["prompt"], str):
-        raise InputError(f"{origin}: 'prompt' must be a string")
-    if not turns:
-        check_text(record["prompt"], origin)
+            check_text(str(message["content"]), origin)
     if form == "alpaca_eval" and len(turns) > 1:
         raise InputError(f"{origin}: {len(turns)} turns, but alpaca_eval has one; use --format mt_bench")
-    return Question(origin, record, None if turns else record["prompt"], turns)
+    return Question(origin, record, None, turns)
 
 
 def write_answers(
     file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[Answer]], name: str
 ) -> None:
-    """Writes ``answers``, one list for each of ``questions``, of the model ``name``; the file appears whole."""
-    entries = [_ENTRIES[form](question, given, name) for question, given in zip(questions, answers, strict=True)]
+    """Write ``answers``, one list for each of ``questions``, of the model ``name``; the file appears whole."""
+    entries = [_entry(form, question, given, name) for question, given in zip(questions, answers, strict=True)]
     if form == "alpaca_eval":
         text = json.dumps(entries, ensure_ascii=False, indent=2) + "\n"
     else:
@@ -128,37 +119,24 @@ def write_answers(
     partial.replace(file)
 
 
-def _alpaca_eval(question: Question, answers: Sequence[Answer], name: str) -> dict[str, Any]:
-    said = question.text if question.text is not None else question.turns[0][-1]["content"]
-    kept = {key: question.record[key] for key in ("dataset",) if key in question.record}
-    return {
-        **kept,
-        "instruction": question.record.get("instruction", said),
-        "output": answers[0].text,
-        "generator": name,
-    }
-
-
-def _arena_hard(question: Question, answers: Sequence[Answer], name: str) -> dict[str, Any]:
-    if "uid" not in question.record:
+def _entry(form: str, question: Question, answers: Sequence[Answer], name: str) -> dict[str, Any]:
+    record = question.record
+    if form == "alpaca_eval":
+        said = question.text if question.text is not None else question.turns[0][-1]["content"]
+        kept = {key: record[key] for key in ("dataset",) if key in record}
+        return {
+            **kept, "instruction": record.get("instruction", said), "output": answers[0].text, "generator": name
+        }  # fmt: skip
+    if form == "arena_hard" and "uid" in record:
+        reply = {"role": "assistant", "content": {"answer": answers[0].text}}
+        return {
+            "uid": record["uid"], "ans_id": uuid.uuid4().hex, "model": name, "messages": [*question.turns[0], reply],
+            "tstamp": time.time(),
+        }  # fmt: skip
+    turns: list[Any] = [answer.text for answer in answers]
+    if form == "arena_hard":
         turns = [{"content": answer.text, "token_len": answer.tokens} for answer in answers]
-        return _choices(question, turns, name)
-    reply = {"role": "assistant", "content": {"answer": answers[0].text}}
     return {
-        "uid": question.record["uid"], "ans_id": uuid.uuid4().hex, "model": name,
-        "messages": [*question.turns[0], reply], "tstamp": time.time(),
-    }  # fmt: skip
-
-
-def _mt_bench(question: Question, answers: Sequence[Answer], name: str) -> dict[str, Any]:
-    return _choices(question, [answer.text for answer in answers], name)
-
-
-def _choices(question: Question, turns: list[Any], name: str) -> dict[str, Any]:
-    return {
-        "question_id": question.record["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name,
+        "question_id": record["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name,
         "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(),
     }  # fmt: skip
-
-
-_ENTRIES = {"alpaca_eval": _alpaca_eval, "arena_hard": _arena_hard, "mt_bench": _mt_bench}

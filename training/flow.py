@@ -19,16 +19,17 @@ class Progress:
     """What a checkpoint holds of a run besides model, optimizer and random states.
 
     ``tokens``: read by the model so far. ``window``: since the last logged line. ``best``: the row of the evaluation
-    whose model is in ``best/``.
+    whose model is in ``best/``. ``samples``: rows of ``samples.jsonl``.
     """
 
     tokens: int = 0
     window: Window = field(default_factory=Window)
     best: dict[str, Any] | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Progress:
-        return cls(state["tokens"], Window(**state["window"]), state["best"])
+        return cls(state["tokens"], Window(**state["window"]), state["best"], state["samples"])
 
 
 class RunFlow(TrainerCallback):

@@ -10,8 +10,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -37,22 +36,12 @@ from .model import load_model
 
 
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    *,
-    max_new_tokens: int = 1024,
-    temperature: float = 0.0,
-    seed: int = 0,
-    chat: bool = False,
-) -> str:
-    """The answer's text. Temperature 0 is greedy. ``chat`` makes ``prompt`` a user's message of the chat template."""
-    encoder = TextEncoder(tokenizer)
-    if chat:
-        prompt = encoder.render([{"role": "user", "content": prompt}], answer_next=True, origin="--chat")
-    ids = encoder.prompt(prompt)
-    if not ids:
-        raise InputError("--prompt is empty, and the tokenizer has no BOS token to begin with")
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_new_tokens: int = 1024,
+    temperature: float = 0.0, seed: int = 0, chat: bool = False,
+) -> str:  # fmt: skip
+    """Return the answer's text. Temperature 0 is greedy. ``chat``: ``prompt`` is a user's message, for the template."""
+    encoder, turns = TextEncoder(tokenizer), [[{"role": "user", "content": prompt}]]
+    ids = prompt_ids(encoder, Question("--prompt", {}, None if chat else prompt, turns), [])
     (answer,) = generate_batch(
         model, encoder, [ids], max_new_tokens=max_new_tokens, temperatures=[temperature], seeds=[[seed]], chat=chat
     )
@@ -61,59 +50,45 @@ def generate(
 
 @torch.no_grad()
 def generate_batch(
-    model: PreTrainedModel,
-    encoder: TextEncoder,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperatures: Sequence[float],
-    seeds: Sequence[Sequence[int]],
-    chat: bool,
-) -> list[list[int]]:
-    """Answers to prompts of token ids: ids up to and with the end of the answer, if it ends.
+    model: PreTrainedModel, encoder: TextEncoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    temperatures: Sequence[float], seeds: Sequence[Sequence[int]], chat: bool,
+) -> list[list[int]]:  # fmt: skip
+    """Answer prompts of token ids: ids up to and with the end of the answer, if it ends.
 
     Each row is sampled at its own temperature (0: greedy) with random numbers from its own seed, so an answer does not
     depend on the prompts beside it, rounding aside. Nothing in the model's generation_config but its ends is used.
     """
-    ends = answer_ends(model, encoder, chat=chat)
+    own, ends = model.generation_config, answer_ends(model, encoder, chat=chat)
     pad = min(ends)  # masked, so that any token of the model's vocabulary does
     width = max(map(len, prompts))
-    rows = [[pad] * (width - len(ids)) + list(ids) for ids in prompts]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-    settings = GenerationConfig(
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    # In place of the model's, from which ``generate`` would take what these leave open.
+    model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends)
     )
-    with _settings(model, settings):
-        out = cast(Callable[..., torch.Tensor], model.generate)(
-            torch.tensor(rows, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
-            logits_processor=LogitsProcessorList([_Noise(temperatures, seeds, model.device)]),
-        )  # fmt: skip
+    try:
+        out = cast(Callable[..., Tensor], model.generate)(
+            ids, attention_mask=mask, logits_processor=LogitsProcessorList([_Noise(temperatures, seeds, model.device)])
+        )
+    finally:
+        model.generation_config = own
     answers = []
-    for ids in out[:, width:].tolist():
-        end = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
-        answers.append(ids[:end])
+    for row in out[:, width:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        answers.append(row[:end])
     return answers
-
-
-def answer_ends(model: PreTrainedModel, encoder: TextEncoder, *, chat: bool) -> set[int]:
-    """Return the ids that end an answer: EOS, the model's own, and with ``chat`` the template's end of turn."""
-    ends = {encoder.tokenizer.eos_token_id, *_ints(model.generation_config.eos_token_id)}
-    return ends | set(_ints(encoder.turn.end_id)) if chat else ends
 
 
 class _Noise(LogitsProcessor):
     """Makes greedy search sample: the largest of (score / temperature + Gumbel noise) is a draw from the softmax."""
 
     def __init__(self, temperatures: Sequence[float], seeds: Sequence[Sequence[int]], device: torch.device) -> None:
-        self.rows = [
-            (
-                row,
-                temperature,
-                torch.Generator(device).manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0])),
-            )
-            for row, (temperature, seed) in enumerate(zip(temperatures, seeds, strict=True))
-            if temperature > 0
-        ]
+        self.rows = []
+        for row, (temperature, seed) in enumerate(zip(temperatures, seeds, strict=True)):
+            if temperature > 0:
+                mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+                self.rows.append((row, temperature, torch.Generator(device).manual_seed(mixed)))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float().clone()
@@ -124,18 +99,10 @@ class _Noise(LogitsProcessor):
 
 
 def answer_questions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    *,
-    temperatures: Sequence[float],
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    journal: Path,
-    key: str,
-) -> list[list[Answer]]:
-    """All answers of each question. ``journal`` keeps them meanwhile; one with the same ``key`` is resumed."""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *,
+    temperatures: Sequence[float], max_new_tokens: int, batch_size: int, seed: int, journal: Path, key: str,
+) -> list[list[Answer]]:  # fmt: skip
+    """Return all answers of each question. ``journal`` keeps them meanwhile; one with the same ``key`` is resumed."""
     encoder = TextEncoder(tokenizer)
     done = _read_journal(journal, key)
     if done:
@@ -163,9 +130,8 @@ def answer_questions(
                 )  # fmt: skip
                 for i, ids in zip(left, outputs):
                     answers[i].append(Answer(answer_text(ids, tokenizer).strip(), len(ids)))
-            for i in batch:
-                done[i] = answers[i]
-                file.write(json.dumps({"index": i, "answers": answers[i]}) + "\n")
+            done |= answers
+            file.writelines(json.dumps({"index": i, "answers": answers[i]}) + "\n" for i in batch)
             file.flush()
             bar.update(len(batch))
     cut = sum(answer.tokens >= max_new_tokens for given in done.values() for answer in given)
@@ -176,9 +142,8 @@ def answer_questions(
 
 def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[Answer]) -> list[int]:
     """Return the ids that the next answer follows, ``answers`` being those to the question's first turns."""
-    if question.text is not None:
-        text = question.text
-    else:
+    text = question.text
+    if text is None:
         messages: Messages = []
         for turn, answer in zip(question.turns, [*answers, None]):
             messages = [*messages, *turn, *([] if answer is None else [{"role": "assistant", "content": answer.text}])]
@@ -190,7 +155,7 @@ def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[Answe
 
 
 def _read_journal(journal: Path, key: str) -> dict[int, list[Answer]]:
-    """Answers of an interrupted run with the same ``key``; any other journal begins anew."""
+    """Return the answers of an interrupted run with the same ``key``; any other journal begins anew."""
     lines = journal.read_text(encoding="utf-8").splitlines(keepends=True) if journal.exists() else []
     whole = [json.loads(line) for line in lines if line.endswith("}\n")]  # an interrupted run may leave half a line
     if not whole or whole[0] != {"key": key}:
@@ -201,37 +166,28 @@ def _read_journal(journal: Path, key: str) -> dict[int, list[Answer]]:
 
 def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text of an answer, without special tokens."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True)
-    assert isinstance(text, str)  # of one answer
-    return text
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def answer_ends(model: PreTrainedModel, encoder: TextEncoder, *, chat: bool) -> set[int]:
+    """Return the ids that end an answer: EOS, the model's own, and with ``chat`` the template's end of turn."""
+    ends = {encoder.tokenizer.eos_token_id, *_ints(model.generation_config.eos_token_id)}
+    return ends | set(_ints(encoder.turn.end_id)) if chat else ends
 
 
 def _ints(value: int | list[int] | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-@contextmanager
-def _settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """For the time being ``settings`` alone: what they leave open, ``generate`` would take from the model's own."""
-    own, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 def _fingerprint(prompts: Path, folder: Path, options: dict[str, object]) -> str:
-    """What answers depend on: prompts, options, and the model by its files' names, sizes and times."""
-    digest = hashlib.blake2b(prompts.read_bytes(), digest_size=16)
-    files = (
-        sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.glob("*")) if folder.is_dir() else []
-    )
-    digest.update(json.dumps([files, sorted(options.items())]).encode())
-    return digest.hexdigest()
+    """Hash what answers depend on: prompts, options, and the model by its files' names, sizes and times."""
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*"))]
+    what = json.dumps([files, sorted(options.items())]).encode()
+    return hashlib.blake2b(prompts.read_bytes() + what, digest_size=16).hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 2 on bad input, 130 on Ctrl-C."""
+    """Run the command line; exit with 2 on bad input, 130 on Ctrl-C."""
     from . import reflect  # here, because it imports this module
 
     parser = argparse.ArgumentParser(prog="python -m training.generate", description="Answers from the prompt alone.")
@@ -289,18 +245,18 @@ def _run(options: argparse.Namespace) -> None:
             temperature=options.temperature or 0.0, seed=options.seed, chat=options.chat,
         ))  # fmt: skip
         return
+    temperatures = [options.temperature or 0.0] * len(questions)
     if options.temperature is None and options.format == "mt_bench":
         temperatures = [TEMPERATURES.get(q.record.get("category", ""), DEFAULT_TEMPERATURE) for q in questions]
-    else:
-        temperatures = [options.temperature or 0.0] * len(questions)
     settings = {n: getattr(options, n) for n in ("model", "format", "chat", "max_new_tokens", "temperature", "seed")}
+    journal = out.with_name(out.name + ".partial")
     answers = answer_questions(
         model, tokenizer, questions, temperatures=temperatures, max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size, seed=options.seed, journal=out.with_name(out.name + ".partial"),
+        batch_size=options.batch_size, seed=options.seed, journal=journal,
         key=_fingerprint(Path(options.prompts), Path(options.model), settings | {"dtype": dtype}),
     )  # fmt: skip
     write_answers(out, options.format, questions, answers, options.name or options.model)
-    out.with_name(out.name + ".partial").unlink()
+    journal.unlink()
     print(f"{len(questions)} prompts answered in {out}", file=sys.stderr)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,9 +26,8 @@ def choose_layout(
 ) -> Batcher:  # fmt: skip
     """Return ``batcher`` with the layout that ``wanted`` ("auto", "tree" or "rows") means here.
 
-    ``lengths`` (n, 3) are the pairs' tokens. "auto" is a tree where the model can read one and it costs less than rows.
-    Raises InputError where a tree is wanted and the model cannot read it. One line of ``log`` says which layout it is,
-    and why.
+    ``lengths`` (n, 3) are the pairs' tokens. "auto" is a tree where the model can read one. Raises InputError where a
+    tree is wanted and the model cannot read it. One line of ``log`` says which layout it is, and why.
     """
     rows = dataclasses.replace(batcher, layout="rows")
     if wanted == "rows":
@@ -39,51 +37,21 @@ def choose_layout(
     packed = attention == "flex_attention"
     tree = dataclasses.replace(batcher, layout="packed_tree" if packed else "tree")
     reason = ik.tree_unsupported(model)
-    if reason is None and attention == "eager":
-        # Log-probs of held-out pairs are taken conditioned, too.
-        longest = int(tree.tokens(lengths, conditioned=True).max())
-        if longest > MAX_DENSE_TOKENS:
-            reason = (
-                f"the longest pair takes {longest} tokens as a tree, above the {MAX_DENSE_TOKENS} of eager attention's "
-                "mask; lower max_length, or set attn_implementation=sdpa or layout=rows"
-            )
+    most = int(tree.tokens(lengths, conditioned=True).max())  # log-probs of held-out pairs are taken conditioned, too
+    if reason is None and attention == "eager" and most > MAX_DENSE_TOKENS:
+        reason = (
+            f"the longest pair takes {most} tokens as a tree, above the {MAX_DENSE_TOKENS} of eager attention's mask; "
+            "lower max_length, or set attn_implementation=sdpa or layout=rows"
+        )
     if reason is not None and wanted == "tree":
         raise InputError(f"layout=tree: {reason}")
     if reason is not None:
         log(f"layout: rows, because {reason}")
         return rows
-    costs = [operations(model, some, lengths, conditioned=conditioned) for some in (tree, rows)]
-    ratio = costs[0] / costs[1]
-    if wanted == "auto" and ratio >= 1:
-        log(f"layout: rows, because eager attention over trees would take {ratio:.2f} times their operations")
-        return rows
+    read = [int(some.tokens(lengths, conditioned=conditioned).sum()) for some in (tree, rows)]
     form = "many in a row" if packed else "one in a row"
-    log(f"layout: tree, prompts read once a pair ({form}): {ratio:.2f} times the operations of rows")
+    log(f"layout: tree, prompts read once a pair ({form}): {read[0] / read[1]:.2f} times the tokens of rows")
     return tree
-
-
-def operations(model: PreTrainedModel, batcher: Batcher, lengths: Lengths, *, conditioned: bool) -> float:
-    """Count operations of the trunk's forward pass without padding: matmuls by weights, and attention.
-
-    Rows are attended causally, trees along each path as in rows, or by blocks with flex_attention. The mask of eager
-    attention hides nothing from its matmuls.
-    """
-    config = model.config.get_text_config()
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings and p.ndim > 1)
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    eager = config._attn_implementation == "eager"
-    prompt, chosen, rejected = (lengths[:, i].astype(float) for i in range(3))
-    both = chosen + rejected + len(batcher.separator_ids)
-    branches = [both, both] if conditioned else [chosen, rejected]
-    if eager and batcher.layout == "tree":
-        seen = (prompt + branches[0] + branches[1]) ** 2
-    else:
-        seen = sum((prompt + branch) ** 2 for branch in branches) / (1 if eager else 2)
-    read = batcher.tokens(lengths, conditioned=conditioned)
-    return float(2 * weights * read.sum() + 4 * config.num_hidden_layers * width * np.sum(seen))
 
 
 def check_layout(
@@ -103,10 +71,10 @@ def check_layout(
     differences = []
     for conditioned in (True, False):
         expected, found = (score(module, small, b, conditioned=conditioned) for b in (rows, batcher))
-        differences.append((found.logps - expected.logps) / expected.lengths)
-        if expected.marginal_logps is not None and found.marginal_logps is not None:
-            differences.append((found.marginal_logps - expected.marginal_logps) / expected.lengths)
-    worst = torch.cat(differences).abs().max().item()
+        for one, other in ((found.logps, expected.logps), (found.marginal_logps, expected.marginal_logps)):
+            if one is not None and other is not None:
+                differences.append((one - other) / expected.lengths)
+    worst = torch.cat(differences).abs().max().item()  # of NaN, NaN, which is no small number
     if worst <= _TOLERANCE[bf16]:
         return batcher
     message = f"this model gives a small pair laid out as a tree other log-probs than in rows: {worst:.1e} nats a token"

@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -28,8 +29,6 @@ from transformers.utils import logging
 import inspo_kernels as ik
 from inspo_kernels.models import check_head
 
-from .adapters import adapter_off as adapter_off
-from .adapters import add_lora as add_lora
 from .adapters import continue_adapter, has_adapter, read_adapter
 from .errors import InputError, check_names
 from .reading import local_path, reading
@@ -54,25 +53,26 @@ def load_model(options: Any, *, training: bool = True) -> tuple[PreTrainedModel,
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             return build_model(options, settings), byte_tokenizer()
-    name = local_path(options.model)
-    generation = None
-    if Path(name, "generation_config.json").is_file():
-        with reading(name, "generation_config.json"):  # transformers goes on without a damaged one
-            generation = json.loads(Path(name, "generation_config.json").read_text())
+    name, generation = local_path(options.model), None
+    if (file := Path(name, "generation_config.json")).is_file():
+        with reading(name, file.name):  # transformers goes on without a damaged one
+            generation = json.loads(file.read_text())
     tokenizer = load_tokenizer(name)
     model = _from_pretrained(options, name, **_quantization(options))
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.dtype != dtype_of(options) and not has_adapter(model):
-            parameter.data = parameter.data.to(dtype_of(options))  # what a quantised folder keeps in its own dtype
-    if has_adapter(model) and generation is not None:  # the adapter's own, of which transformers reads the base's
+    if not has_adapter(model):
+        for parameter in model.parameters():  # what a quantised folder keeps in its own dtype
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype_of(options))
+        return model, tokenizer
+    if generation is not None:  # the adapter's own, of which transformers reads the base's
         model.generation_config = GenerationConfig(**generation)
-    if has_adapter(model) and training:
-        if options.lora is not None:
-            raise InputError(
-                f"model {name!r} holds an adapter, and lora asks for another one. Leave out lora to train it further, "
-                "or merge it first, with peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
-                ".save_pretrained(OTHER)"
-            )
+    if training and options.lora is not None:
+        raise InputError(
+            f"model {name!r} holds an adapter, and lora asks for another one. Leave out lora to train it further, or "
+            "merge it first, with peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+            ".save_pretrained(OTHER)"
+        )
+    if training:
         continue_adapter(model)
     return model, tokenizer
 
@@ -118,7 +118,7 @@ def dtype_of(options: Any) -> torch.dtype:
 
 
 def build_model(options: Any, settings: PretrainedConfig) -> PreTrainedModel:
-    """A model with random weights."""
+    """Return a model with random weights."""
     try:
         return AutoModelForCausalLM.from_config(
             settings, dtype=dtype_of(options), attn_implementation=options.attn_implementation
@@ -141,31 +141,33 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     """Return the configuration of the architecture, without any weights. Raises InputError for one that cannot run."""
     if options.attn_implementation == "flex_attention" and not torch.cuda.is_available():
         raise InputError("attn_implementation=flex_attention has no backward pass on a CPU; use sdpa or eager")
-    if not isinstance(options.model, dict):
-        name = local_path(options.model)
-        file = Path(name, "adapter_config.json")
-        base = name
-        if file.is_file():
-            with reading(name, "adapter_config.json"):
-                base = json.loads(file.read_text())["base_model_name_or_path"]
-        with reading(base, "config.json"):
-            settings = AutoConfig.from_pretrained(base)
-        quantized = getattr(settings, "quantization_config", None) or {}
-        if getattr(options, "quantization", None):
-            if quantized:
-                raise InputError(f"quantization: the weights of {name!r} are quantised already; leave it out")
-            quantized = {"quant_method": "bitsandbytes"}
-        if training and quantized and options.lora is None and not file.is_file():
-            raise InputError(
-                f"model {name!r} is quantised, and quantised weights cannot be trained; train an adapter on them, with "
-                "a section lora (lora: {})"
-            )
-        if dict(quantized).get("quant_method") == "bitsandbytes" and find_spec("bitsandbytes") is None:
-            raise InputError(f"model {name!r}: 4- and 8-bit weights need bitsandbytes: pip install bitsandbytes")
-        return settings
-    if getattr(options, "quantization", None):
-        raise InputError("quantization: needs a model that is read, not one built from a section")
-    fields = dict(options.model)
+    wanted = getattr(options, "quantization", None)
+    if isinstance(options.model, dict):
+        if wanted:
+            raise InputError("quantization: needs a model that is read, not one built from a section")
+        return _built_settings(dict(options.model))
+    name = base = local_path(options.model)
+    file = Path(name, "adapter_config.json")
+    if file.is_file():
+        with reading(name, "adapter_config.json"):
+            base = json.loads(file.read_text())["base_model_name_or_path"]
+    with reading(base, "config.json"):
+        settings = AutoConfig.from_pretrained(base)
+    quantized = getattr(settings, "quantization_config", None)
+    if wanted and quantized:
+        raise InputError(f"quantization: the weights of {name!r} are quantised already; leave it out")
+    if training and (wanted or quantized) and options.lora is None and not file.is_file():
+        raise InputError(
+            f"model {name!r} is quantised, and quantised weights cannot be trained; train an adapter on them, with "
+            "a section lora (lora: {})"
+        )
+    method = "bitsandbytes" if wanted else dict(quantized or {}).get("quant_method")
+    if method == "bitsandbytes" and find_spec("bitsandbytes") is None:
+        raise InputError(f"model {name!r}: 4- and 8-bit weights need bitsandbytes: pip install bitsandbytes")
+    return settings
+
+
+def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
     model_type = fields.pop("model_type", "llama")
     check_names([model_type], list(CONFIG_MAPPING), "model.model_type=")
     check_names(fields, list(CONFIG_MAPPING[model_type]().to_dict()), "model.")
@@ -207,12 +209,12 @@ def meta_model(options: Any) -> PreTrainedModel:
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raises InputError where ``hidden_and_head`` cannot take the model apart; found out on a few tokens."""
+    """Raise InputError where ``hidden_and_head`` cannot take the model apart; found out on a few tokens."""
     try:
         if model.device.type == "meta":  # nothing can be computed
             check_head(model)
             return
-        words = model.get_input_embeddings().weight.shape[0]
+        words = cast(Tensor, model.get_input_embeddings().weight).shape[0]
         ids = torch.arange(4, device=model.device) + words // 2  # no padding, whose states may be 0 and fit any head
         with torch.no_grad():
             ik.hidden_and_head(model, input_ids=ids[None] % words)
@@ -229,14 +231,14 @@ def rounds_by_batch(model: PreTrainedModel) -> bool:
 
 
 def size_text(model: PreTrainedModel) -> str:
-    """Parameters, and how many of them are trained if not all."""
+    """Say how many parameters there are, and how many of them are trained if not all."""
     sizes = [(p.numel() / 1e6, p.requires_grad) for p in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     return f"{total:,.2f}M parameters" + ("" if trained == total else f", {trained:,.2f}M of them trained (LoRA)")
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]) -> int:
-    """The id that pads; EOS where the tokenizer has none. Raises InputError for a tokenizer without EOS."""
+    """Return the id that pads; EOS where the tokenizer has none. Raises InputError for a tokenizer without EOS."""
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no EOS token, so responses would never end; set its eos_token and save it")
     if tokenizer.pad_token_id is None:
@@ -246,7 +248,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]) -
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of the 256 bytes and ``<pad>``, ``<bos>``, ``<eos>``: reads any text, needs no download."""
+    """Return a tokenizer of the 256 bytes and ``<pad>``, ``<bos>``, ``<eos>``: reads any text, needs no download."""
     special = ["<pad>", "<bos>", "<eos>"]
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -256,10 +258,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        chat_template=_CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        chat_template=_CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
+    )  # fmt: skip

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import enum
 import os
+import re
 import textwrap
-import types
 from collections.abc import Sequence
+from enum import EnumType
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from .config import TrainConfig
@@ -48,16 +49,15 @@ OTHER_NAMES = {
 
 def parse_config(arguments: Sequence[str]) -> TrainConfig:
     """Read ``--config FILE`` and ``--option value``, which wins. Raises InputError."""
-    values: dict[str, Any] = {}
     given = _pairs_of(arguments)
+    values: dict[str, Any] = {}
     for name, value in given:
         if name == "config":
             values |= _read_yaml(value)
     for name, value in given:
         if name != "config":
             _put(values, name, value)
-    hints = _hints()
-    options = {name: _convert(name, value, hints[name]) for name, value in values.items()}
+    options = {name: _convert(name, value) for name, value in values.items()}
     for name in ("model", "train_data", "output_dir"):
         if not options.get(name):
             raise InputError(f"--{name} is missing; give it on the command line or in the --config file")
@@ -67,25 +67,25 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
 def help_text() -> str:
     """Return this project's options on one screen, and where the others are."""
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
-    fields = [field for field in dataclasses.fields(TrainConfig) if field.name not in theirs]
     hints = get_type_hints(TrainConfig, include_extras=True)
     lines = ["python -m training.train --config FILE.yaml [--option value ...]"]
-    for field in fields:
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in theirs:
+            continue
         shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
         default = "" if shown in (None, "") else f" [{shown}]"
         text = f"  --{field.name:<24}{hints[field.name].__metadata__[0]}{default}"
         lines += textwrap.wrap(text, 118, subsequent_indent=" " * 28)
-    lines.append("and each option of transformers.TrainingArguments, such as learning_rate [5e-7; adapter 1e-5],")
-    lines.append(
-        "per_device_train_batch_size [32], num_train_epochs [1], max_steps, eval_steps, save_steps, bf16, optim,"
+    more = (
+        "and each option of transformers.TrainingArguments, such as learning_rate [5e-7; adapter 1e-5], "
+        "per_device_train_batch_size [32], num_train_epochs [1], max_steps, eval_steps, save_steps, bf16, optim, "
+        "resume_from_checkpoint [auto: the newest in output_dir], report_to, deepspeed:"
     )
-    lines.append("resume_from_checkpoint [auto: the newest in output_dir], report_to, deepspeed:")
-    lines.append(DOCS)
-    return "\n".join(lines)
+    return "\n".join([*lines, *textwrap.wrap(more, 118), DOCS])
 
 
 def _pairs_of(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, value) of ``--name value`` and ``--name=value``."""
+    """Return (name, value) of each ``--name value`` and ``--name=value``."""
     pairs: list[tuple[str, str]] = []
     words = list(arguments)
     while words:
@@ -105,22 +105,20 @@ def _pairs_of(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 def _put(values: dict[str, Any], name: str, text: str) -> None:
     """Set the option, or the field of a section (``lora.r``), to what ``text`` is in YAML."""
-    section, dot, field = name.partition(".")
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         value = text
-    if _takes_text(_hints()[section]) and not dot and not isinstance(value, dict | list) and value is not None:
-        value = text  # 007 and 1e5 may be names
+    section, dot, field = name.partition(".")
     if dot:
         old = values.get(section)
         values[section] = {**(old if isinstance(old, dict) else {}), field: value}
-    else:
-        values[section] = value
+    else:  # the words themselves, but for sections, lists and null: 007 and 1e5 may be names
+        values[name] = value if isinstance(value, dict | list) or value is None else text
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may stand once."""
+    """YAML in which a key may stand once, and only true and false are booleans: ``save_strategy: no`` is a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -132,12 +130,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_BOOLEAN = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    letter: [entry for entry in entries if entry[0] != _BOOLEAN]
+    for letter, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|false)$", re.I), list("tTfF"))  # type: ignore[no-untyped-call]
+
+
 def _read_yaml(file: str) -> dict[str, Any]:
     try:
         content = yaml.load(Path(file).expanduser().read_text(encoding="utf-8"), _Loader) or {}
-    except InputError as error:
-        raise InputError(f"--config {file}: {error}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # InputError is a ValueError
         raise InputError(f"--config {file}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {file}: must hold lines of the form 'option: value'")
@@ -147,7 +151,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
 
 
 def _check_name(name: str, where: str) -> None:
-    known = _hints()
+    known = _types()
     if name in known:
         return
     if name in OTHER_NAMES:
@@ -158,78 +162,23 @@ def _check_name(name: str, where: str) -> None:
 
 
 @cache
-def _hints() -> dict[str, Any]:
-    hints = get_type_hints(TrainConfig, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(TrainConfig) if field.init}
+def _types() -> dict[str, TypeAdapter]:
+    """Return what converts the value of each option: numbers may be names, and a choice of words is not any text."""
+    hints, settings = get_type_hints(TrainConfig), ConfigDict(coerce_numbers_to_str=True)
+    types = {}
+    for field in dataclasses.fields(TrainConfig):
+        if field.init:
+            kinds = [kind for kind in get_args(hints[field.name]) if isinstance(kind, EnumType)]
+            types[field.name] = TypeAdapter(kinds[0] if kinds else hints[field.name], config=settings)
+    return types
 
 
-def _alternatives(hint: Any) -> list[Any]:
-    """The types that ``hint`` admits."""
-    if get_origin(hint) is Annotated:
-        return _alternatives(get_args(hint)[0])
-    if get_origin(hint) in (Union, types.UnionType):
-        return [one for part in get_args(hint) for one in _alternatives(part)]
-    return [hint]
-
-
-def _takes_text(hint: Any) -> bool:
-    kinds = _alternatives(hint)
-    return str in kinds and not any(isinstance(kind, type) and issubclass(kind, enum.Enum) for kind in kinds)
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as a type that ``hint`` admits. Raises InputError."""
+def _convert(name: str, value: Any) -> Any:
+    """Return ``value`` as the option's type. Raises InputError."""
     if isinstance(value, str) and name in PLACES:
         value = os.path.expandvars(os.path.expanduser(value))
-    kinds = _alternatives(hint)
-    if not _takes_text(hint):  # a choice of words is not any text
-        kinds = [kind for kind in kinds if kind is not str]
-    for kind in kinds:
-        try:
-            return _as_kind(value, kind)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-    names = ", ".join(_kind_text(kind) for kind in kinds if kind is not type(None))
-    raise InputError(f"{name}={value!r}: must be {names}")
-
-
-def _as_kind(value: Any, kind: Any) -> Any:
-    """``value`` as a ``kind``, or TypeError or ValueError."""
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        choices = tuple(member.value for member in kind)
-    if choices:  # YAML reads no and off as false
-        value = "no" if value is False and "no" in choices else value
-        return choices[choices.index(value)]
-    if kind is type(None) and value is None:
-        return None
-    if kind is bool and (isinstance(value, bool) or str(value).lower() in ("true", "false", "yes", "no")):
-        return value if isinstance(value, bool) else str(value).lower() in ("true", "yes")
-    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        number = float(value)
-        if kind is int and not number.is_integer():
-            raise ValueError
-        return int(number) if kind is int else number
-    if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    if (get_origin(kind) or kind) in (list, dict) and isinstance(value, get_origin(kind) or kind):
-        return value
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        known = [field.name for field in dataclasses.fields(kind)]
-        for field in value:
-            if field not in known:
-                raise InputError(f"unknown option {field} of a section; known: {', '.join(known)}")
-        hints = get_type_hints(kind, include_extras=True)
-        return kind(**{field: _convert(field, part, hints[field]) for field, part in value.items()})
-    raise TypeError
-
-
-def _kind_text(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(map(repr, get_args(kind)))
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return "one of " + ", ".join(member.value for member in kind)
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
-        kind, "a list" if (get_origin(kind) or kind) is list else "a section of fields"
-    )
+    try:
+        return _types()[name].validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Input should be ").split(", unable")[0]
+        raise InputError(f"{name}={value!r}: must be {problem}") from None

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import upload_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from .checkpoint import resume_hint, rotate, save_checkpoint
+from .checkpoint import rotate, save_checkpoint
 from .config import TrainConfig
-from .engine import all_finite, process_count
+from .engine import all_finite
 from .errors import InputError, NonFiniteError, SaveError
 from .output import RunLog
+from .resume import resume_hint
 
 
 class ResumableTrainer(Trainer):
@@ -28,9 +28,11 @@ class ResumableTrainer(Trainer):
 
     config: TrainConfig
     run_log: RunLog
+    model: nn.Module
+    optimizer: Optimizer
 
     def run_state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides Trainer's own, in JSON types."""
+        """Return what a checkpoint holds besides Trainer's own, in JSON types."""
         raise NotImplementedError
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -40,7 +42,6 @@ class ResumableTrainer(Trainer):
             return
         if not all_finite(self.model):
             raise NonFiniteError(f"after step {step} the model's parameters are not finite; {resume_hint(folder)}")
-        state = {**self.run_state(), "step": step, "processes": process_count()}
 
         def write(to: Path) -> None:
             self._get_output_dir = lambda trial: str(to)  # type: ignore[method-assign]
@@ -51,7 +52,7 @@ class ResumableTrainer(Trainer):
 
         began = time.monotonic()
         try:
-            size = save_checkpoint(folder / f"checkpoint-{step}", write, state, self.run_log.texts())
+            size = save_checkpoint(folder / f"checkpoint-{step}", write, self.run_state())
         except SaveError as error:
             self.run_log.say(f"WARNING: {error}; the run goes on. If it ended now: {resume_hint(folder)}")
             return
@@ -71,11 +72,10 @@ class ResumableTrainer(Trainer):
 
     def upload(self) -> None:
         """Upload ``final/`` to the repository that Trainer has made. A failure costs a warning."""
-        assert self.config.folder is not None and self.hub_model_id is not None
-        final = self.config.folder / "final"
+        final = Path(self.args.output_dir or "") / "final"
         try:
             upload_folder(
-                repo_id=self.hub_model_id, folder_path=final, token=self.args.hub_token,
+                repo_id=self.hub_model_id or "", folder_path=final, token=self.args.hub_token,
                 revision=self.args.hub_revision, commit_message="Trained model",
             )  # fmt: skip
             self.run_log.say(f"{final} is uploaded to {self.hub_model_id}")
@@ -103,37 +103,35 @@ class ResumableTrainer(Trainer):
             load_trained(self.model, path)
         # A checkpoint brings the optimizer's state; its rates and the like follow from the run's settings.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        rates = getattr(self.lr_scheduler, "base_lrs", None)
+        rates: list[Any] = getattr(self.lr_scheduler, "base_lrs", [])
         self._load_optimizer_and_scheduler(str(path))
         for group, own in zip(self.optimizer.param_groups, settings):
             group.update(own)
         if type(self.lr_scheduler) is LambdaLR:
             self.lr_scheduler.base_lrs = rates
-            _set_rates(self.lr_scheduler)
+            _step_to(self.lr_scheduler, self.lr_scheduler.last_epoch)
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> LRScheduler:  # fmt: skip
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Return the schedule of ``lr_scheduler_type``; its warm-up begins above 0, so that no update is wasted."""
-        schedule = super().create_scheduler(num_training_steps, optimizer)
         steps = self.args.get_warmup_steps(num_training_steps)
-        if steps and type(schedule) is LambdaLR and self.args.lr_scheduler_type != "constant":
-            schedule.lr_lambdas = [partial(_warm_up, steps, shape) for shape in schedule.lr_lambdas]
-            _set_rates(schedule)
+        if not steps or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        own, self.args.warmup_steps = self.args.warmup_steps, steps + 1
+        try:  # of a schedule that is one step longer, without its first step
+            schedule = super().create_scheduler(num_training_steps + 1, optimizer)
+        finally:
+            self.args.warmup_steps = own
+        if type(schedule) is LambdaLR:
+            _step_to(schedule, 1)
         return schedule
 
 
-def _warm_up(steps: int, shape: Callable[[int], float], step: int) -> float:
-    """Factor of the learning rate after ``step`` updates: linear, from above 0 to 1, then ``shape``."""
-    return (step + 1) / (steps + 1) if step < steps else shape(step)
-
-
-def _set_rates(schedule: LambdaLR) -> None:
-    """Give the optimizer the rates that ``schedule`` has for the next update."""
-    step, groups = schedule.last_epoch, schedule.optimizer.param_groups
-    for group, rate, shape in zip(groups, schedule.base_lrs, schedule.lr_lambdas):
-        group["lr"] = rate * shape(step)
-    schedule._last_lr = [group["lr"] for group in groups]
+def _step_to(schedule: LambdaLR, step: int) -> None:
+    """Give the optimizer the rates that ``schedule`` has at ``step``."""
+    schedule.last_epoch = step - 1
+    with warnings.catch_warnings():  # of a step of the schedule before one of the optimizer
+        warnings.simplefilter("ignore", UserWarning)
+        schedule.step()
 
 
 def trained_tensors(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, Tensor]:

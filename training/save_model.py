@@ -1,19 +1,52 @@
-"""The trained model as transformers, or peft, loads it; tried before the first step."""
+"""The trained model's folder, as transformers or peft loads it, with its card; tried before the first step."""
 
 from __future__ import annotations
 
 import json
+import platform
 import tempfile
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import inspo_kernels as ik
+
 from .adapters import has_adapter
+from .checkpoint import on_first_process, whole_folder
+from .config import TrainConfig
+from .data import trained_ends
+from .engine import process_count
 from .errors import InputError, SaveError
+from .inputs import Inputs
+from .model import size_text
+from .resume import MAY_CHANGE
+
+
+def write_model(
+    folder: Path, weights: dict[str, Any], inputs: Inputs, config: TrainConfig, *, step: int, steps: int,
+    evaluations: list[dict[str, Any]], log: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Write the model with ``weights``, a PairModel's, after ``step`` of ``steps``, to ``folder``.
+
+    All processes call it, the first one writes. Raises SaveError, in all of them, and leaves what was there before.
+    """
+
+    def write() -> None:
+        state_dict = {n.removeprefix("model."): t.detach().cpu() for n, t in weights.items() if isinstance(t, Tensor)}
+        with whole_folder(folder) as to:
+            ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
+            save_final(to, inputs.model, inputs.tokenizer, state_dict, config, ends=ends, log=log)
+            name = f"{folder.parent.name}/{folder.name}"
+            model_card(config, inputs, name, step=step, steps=steps, evaluations=evaluations).save(to / "README.md")
+
+    on_first_process(write)
 
 
 def save_final(
@@ -43,18 +76,15 @@ def save_final(
             _edit(folder / "config.json", {"dtype": dtype})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        own.to_json_file(folder / "generation_config.json")
-        _add_ends(folder / "generation_config.json", set(ends), log)
+        file = folder / "generation_config.json"
+        own.to_json_file(file)
+        known = json.loads(file.read_text()).get("eos_token_id")
+        known = [] if known is None else [known] if isinstance(known, int) else known
+        if added := sorted(set(ends).difference(known)):
+            _edit(file, {"eos_token_id": [*known, *added]})
+            log(f"{file.name}: eos_token_id gets {added}, with which the responses of the data end")
     except Exception as error:  # the libraries that write fail in any way
         raise SaveError(f"{folder} could not be written: {' '.join(str(error).split()) or repr(error)}") from error
-
-
-def _add_ends(file: Path, ends: set[int], log: Callable[[str], None]) -> None:
-    known = json.loads(file.read_text()).get("eos_token_id")
-    known = [] if known is None else [known] if isinstance(known, int) else known
-    if added := sorted(ends.difference(known)):
-        _edit(file, {"eos_token_id": [*known, *added]})
-        log(f"{file.name}: eos_token_id gets {added}, with which the responses of the data end")
 
 
 def _edit(file: Path, changes: dict[str, Any]) -> None:
@@ -73,3 +103,88 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
         except SaveError as error:
             problem = str(error).removeprefix(f"{folder} could not be written: ")
             raise InputError(f"model: it could not be saved after training: {problem}") from error
+
+
+def model_card(
+    config: TrainConfig, inputs: Inputs, name: str, *, step: int, steps: int, evaluations: list[dict[str, Any]]
+) -> ModelCard:  # fmt: skip
+    """Describe the model after ``step`` of ``steps``: how it was made, and its ``evaluations`` (rows of metrics.jsonl).
+
+    ``name`` is the folder's.
+    """
+    base = config.model if isinstance(config.model, str) else None
+    library = "peft" if has_adapter(inputs.model) else "transformers"
+    data = ModelCardData(
+        base_model=base if base and not Path(base).exists() else None, library_name=library,
+        tags=["preference-optimization", "inspo"],
+    )  # fmt: skip
+    method = (
+        "Each response of a pair was scored given the other one (InSPO, "
+        "[arXiv 2512.23126](https://arxiv.org/abs/2512.23126)); at inference the model sees the prompt alone."
+        if config.sees_alternative
+        else "Each response was scored given the prompt alone."
+    )
+    built = f"a model built on the spot with random weights: {config.model}"
+    kept = {k: v for k, v in config.settings().items() if k not in MAY_CHANGE | {"model"} and v is not None}
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "accelerate"))
+    auto = "peft.AutoPeftModelForCausalLM" if library == "peft" else "transformers.AutoModelForCausalLM"
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+A language model fine-tuned on preference pairs with `{config.make_objective()}`. {method}
+
+- Base model: {built if isinstance(config.model, dict) else _quoted(config.model)}
+- Size: {size_text(inputs.model)}
+- Training data: {_quoted(config.train_data)}, {len(inputs.train_pairs):,} pairs
+- Training: {step:,} of {steps:,} steps, {config.pairs_per_step} pairs each; number of processes: {process_count()}
+
+## Results
+
+{_results(evaluations, step, config)}
+
+## Use
+
+```bash
+python -m training.generate --model {name} --prompt "..."
+```
+
+The prompt is text in the form of the training data. `{auto}.from_pretrained` loads the folder, too.
+
+## Settings
+
+```yaml
+{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).strip()}
+```
+
+Made with inspo_kernels {ik.__version__}, {versions}, Python {platform.python_version()}.
+""")
+
+
+def _quoted(given: Any) -> str:
+    return f"`{given}`" if given else "given in memory"
+
+
+def _results(evaluations: list[dict[str, Any]], step: int, config: TrainConfig) -> str:
+    if not evaluations:
+        return "The model was not evaluated: the run had no held-out pairs."
+    first, last = evaluations[0], next(row for row in reversed(evaluations) if row["step"] <= step)
+    then = f"after step {first['step']}" if first["step"] else "before training"
+    lines = [f"| held-out pairs, 95% intervals | {then} | this model |", "|---|---|---|"]
+    for layout, what in (("marginal", "from the prompt alone"), ("conditioned", "given the other response")):
+        for metric, label in (("accuracies", "reward accuracy"), ("margins", "reward margin")):
+            key = f"eval_{layout}/rewards/{metric}"
+            lines.append(f"| {label}, {what} | {_measured(first, key)} | {_measured(last, key)} |")
+    lines.append(f"| loss | {first['eval_loss']:.4f} | {last['eval_loss']:.4f} |")
+    return (
+        f"After step {last['step']}, on held-out pairs{f' of `{config.eval_data}`' if config.eval_data else ''}. The "
+        "model is used from the prompt alone. These\nnumbers say how it ranks the two responses of a pair, not how "
+        "good its own answers are.\n\n" + "\n".join(lines)
+    )
+
+
+def _measured(row: dict[str, Any], key: str) -> str:
+    interval = row.get(f"{key}_ci")
+    return f"{row[key]:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")

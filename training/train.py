@@ -6,33 +6,38 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
-from .checkpoint import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
+from .adapters import add_lora
 from .config import TrainConfig
-from .dry_run import dry_run
 from .engine import end_processes, from_first_process, process_count, process_index, raise_on_all_ranks
-from .errors import InputError, NonFiniteError, SaveError, Stopped
-from .inputs import Given, Inputs, TokenPairs, load_inputs
+from .errors import InputError, NonFiniteError, NotAtHandError, SaveError, Stopped
+from .inputs import Given, TokenPairs, check_sources, load_inputs, read_inputs
 from .layouts import choose_layout
-from .memory import report_disk, report_memory
-from .model import size_text
+from .memory import report_disk, report_memory, report_precision
+from .model import byte_tokenizer, check_architecture, load_tokenizer, meta_model, size_text
 from .options import help_text, parse_config
-from .output import CURVES, RunLog, locked
+from .output import CURVES, RunLog, check_folder, locked
+from .resume import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
 from .save_model import check_saving
-from .scoring import Batcher, lengths_of
-from .stopping import EXIT_CODE, stop_requests
+from .scoring import Batcher, Lengths, lengths_of
 from .trainer import PairTrainer
+
+STOPPED = 128 + signal.SIGTERM  # 143, as a shell reports a process that SIGTERM ended
+SHARED_BY = 8  # processes of the FSDP2 launch whose memory a dry run tells beside that of one process
 
 
 @dataclass
@@ -49,16 +54,10 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig,
-    pairs: TokenPairs | None = None,
-    *,
-    eval_pairs: TokenPairs | None = None,
-    model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    pad_token_id: int = 0,
-    quiet: bool = False,
-    callbacks: Iterable[TrainerCallback] = (),
-) -> TrainResult:
+    config: TrainConfig, pairs: TokenPairs | None = None, *, eval_pairs: TokenPairs | None = None,
+    model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None, pad_token_id: int = 0,
+    quiet: bool = False, callbacks: Iterable[TrainerCallback] = (),
+) -> TrainResult:  # fmt: skip
     """Run ``config``.
 
     ``pairs`` and ``eval_pairs`` (prompt ids, chosen ids, rejected ids; each response with its EOS) and a ``model`` in
@@ -84,13 +83,18 @@ def train(
             found = find_checkpoint(folder, config, log.say) if main and folder else None
         found = from_first_process(found)
         inputs = load_inputs(config, given, log.say)
-        steps = config.total_steps(len(inputs.train_pairs))
+        lengths = lengths_of(inputs.train_pairs)
         if found is not None:
-            check_resumed(found, inputs.digests, steps, config, log.say)
+            check_resumed(found, inputs.digests, config.total_steps(len(lengths)), config, log.say)
         if folder is not None:
             with raise_on_all_ranks():
                 check_saving(inputs.model, inputs.tokenizer, config)
-        batcher = plan(config, inputs, steps, found, log.say)
+        batcher = Batcher(inputs.pad_token_id, config.device, config.max_batch_tokens, inputs.separator)
+        batcher = plan(config, inputs.model, lengths, batcher, found, log.say)
+        report_memory(
+            inputs.model, config, batcher, lengths, log.say, processes=process_count(), sharded=config.sharded
+        )
+        report_precision(inputs.model, config.learning_rate or 0.0, log.say)
         with raise_on_all_ranks():
             if folder and main:
                 discard_later_checkpoints(folder, found.state["step"] if found else 0, log.say)
@@ -100,30 +104,78 @@ def train(
             config, inputs, batcher, log, resumed=found, stop_requested=stop_requested, callbacks=callbacks
         )
         run(trainer, found)
-    return TrainResult(inputs.model, inputs.tokenizer, log.rows, folder / "final" if folder else None)
+    rows = trainer.state.log_history
+    return TrainResult(inputs.model, inputs.tokenizer, rows, folder / "final" if folder else None)
+
+
+def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Check what can be checked without weights, and say what the run would be. The model takes no memory.
+
+    Raises InputError as the run itself would, but for a tokenizer and data that are not at hand: these it says.
+    """
+    say("dry run: no weights are loaded, and nothing is written")
+    found = None
+    if config.folder is not None:
+        check_folder(config.folder)
+        found = find_checkpoint(config.folder, config, say)
+    check_sources(config, Given())
+    model = meta_model(config)
+    check_architecture(model)
+    if config.lora is not None:
+        add_lora(model, config.lora, config.seed)
+    separator: tuple[int, ...] = ()
+    lengths, known = np.array([[0, config.max_length, 0]]), False
+    try:
+        tokenizer = byte_tokenizer() if isinstance(config.model, dict) else load_tokenizer(config.model)
+        inputs = read_inputs(config, model, Given(tokenizer=tokenizer), say)
+    except NotAtHandError as error:
+        say(f"note: tokenizer and data are not checked: {error}")
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions and config.max_length > positions:
+            say(f"note: max_length={config.max_length}, but pairs of more than {positions} tokens would be refused")
+    else:
+        lengths, separator, known = lengths_of(inputs.train_pairs), inputs.separator, True
+        if found is not None:
+            check_resumed(found, inputs.digests, config.total_steps(len(lengths)), config, say)
+    if found is not None:
+        say(f"goes on from {found.path} after step {found.state['step']}")
+    batcher = Batcher(0, config.device, config.max_batch_tokens, separator)
+    batcher = plan(config, model, lengths, batcher, found, say, known=known)
+    for processes in (1, SHARED_BY):
+        report_memory(model, config, batcher, lengths, say, processes=processes, sharded=processes > 1)
 
 
 def plan(
-    config: TrainConfig, inputs: Inputs, steps: int, found: Resumed | None, say: Callable[[str], None]
+    config: TrainConfig, model: PreTrainedModel, lengths: Lengths, batcher: Batcher, found: Resumed | None,
+    say: Callable[[str], None], *, known: bool = True,
 ) -> Batcher:  # fmt: skip
-    """Say what the run will be, and return how it lays its pairs out."""
-    model, device = inputs.model, config.device
-    say(f"{type(model).__name__}, {size_text(model)}, on {device}; {config.title}")
-    processes = f", {process_count()} processes" if process_count() > 1 else ""
-    in_epoch = config.steps_per_epoch(len(inputs.train_pairs))
-    say(f"{steps} steps of {config.pairs_per_step} pairs, {in_epoch} an epoch{processes}")
+    """Say what a run on pairs of ``lengths`` (n, 3) will be, and return ``batcher`` in the layout of their pairs.
+
+    Of lengths that are not ``known``, but the longest possible, neither number nor average is told.
+    """
+    head, tied = model.get_output_embeddings().weight, " (tied)" if model.config.tie_word_embeddings else ""
+    say(
+        f"{type(model).__name__}, {size_text(model)}, in {config.dtype}, on {config.device}; output head of "
+        f"{head.shape[0]} x {head.shape[1]}{tied}"
+    )
+    say(config.title)
+    if known:
+        steps, totals = config.total_steps(len(lengths)), lengths.sum(1)
+        in_epoch = config.steps_per_epoch(len(lengths))
+        several = f", {process_count()} processes" if process_count() > 1 else ""
+        say(
+            f"{steps} steps of {config.pairs_per_step} pairs, {in_epoch} an epoch{several}; a "
+            f"pair has {totals.mean():.0f} tokens on average, the longest {totals.max()}"
+        )
+        report_disk(model, config, steps, say)
     if torch.cuda.device_count() > process_count():
         say(f"note: {torch.cuda.device_count()} GPUs, one is used; `accelerate launch` starts a process for each")
     # A resumed run goes on in the layout that it began with.
     layout = found.state["layout"] if found is not None and config.layout == "auto" else config.layout
-    batcher = Batcher(inputs.pad_token_id, device, config.max_batch_tokens, inputs.separator)
-    lengths = lengths_of(inputs.train_pairs)
     batcher = choose_layout(layout, model, batcher, lengths, conditioned=config.sees_alternative, log=say)
     sizes = batcher.padded(lengths, conditioned=config.sees_alternative)
     if large := int((sizes > config.max_batch_tokens).sum()):
         say(f"note: {large} pairs take more than max_batch_tokens alone (the largest {sizes.max()})")
-    report_memory(model, config, device, int(sizes.max()), lengths, say)
-    report_disk(model, config, steps, say)
     return batcher
 
 
@@ -133,11 +185,10 @@ def run(trainer: PairTrainer, found: Resumed | None) -> None:
     trainer.train(resume_from_checkpoint=str(found.path) if found else None)
     step, folder = trainer.state.global_step, config.folder
     if trainer.stopping:
-        if step == 0:
-            raise Stopped(f"stopped by SIGTERM before step 1: {resume_hint(folder)}")
         saved = folder is not None and (folder / f"checkpoint-{step}").is_dir()
-        hint = resume_hint(folder) if saved else f"its state could not be kept, {resume_hint(folder)}"
-        raise Stopped(f"stopped by SIGTERM after step {step}: {hint}")
+        lost = "" if saved or not step else "its state could not be kept, "
+        when = f"after step {step}" if step else "before step 1"
+        raise Stopped(f"stopped by SIGTERM {when}: {lost}{resume_hint(folder)}")
     if folder is None:
         return
     try:
@@ -145,10 +196,27 @@ def run(trainer: PairTrainer, found: Resumed | None) -> None:
     except SaveError as error:
         raise SaveError(f"{error}; {resume_hint(folder)}") from error
     if not trainer.inputs.held_out:  # an evaluation draws them
-        log.draw(config.title)
+        log.draw(trainer.state.log_history, config.title)
     log.say(f"the model is in {folder / 'final'}, the curves in {folder / CURVES}")
     if config.push_to_hub and config.should_save:
         trainer.upload()
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within it, SIGTERM ends nothing; the function it yields says whether one has come.
+
+    Outside the main thread, Python allows no handlers: there, SIGTERM does what it did before.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -171,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (InputError, NonFiniteError, SaveError, Stopped, OSError) as error:  # raised in all processes alike
         if os.environ.get("RANK", "0") == "0":
             print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
-        status = EXIT_CODE if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 1
+        status = STOPPED if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 1
         end_processes(status)
         sys.exit(status)
     except KeyboardInterrupt:

@@ -8,10 +8,11 @@ the run before the update, and SIGTERM stops all processes after the same step.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
+from inspo_kernels.objectives import Objective
+
 from .batching import EpochLoader, used_indices
-from .card import write_model
-from .checkpoint import Resumed, resume_hint, settings_to_keep
 from .config import TrainConfig
 from .dropout import conditioned_pairs
 from .engine import process_count, sum_over_processes
@@ -32,9 +33,11 @@ from .inputs import Inputs
 from .layouts import check_layout
 from .memory import in_use
 from .model import rounds_by_batch
-from .output import METRICS, SAMPLES, RunLog, Window, evaluation_line, training_line
+from .output import RunLog, Window, evaluation_line, training_line
 from .references import References
 from .resumable import ResumableTrainer
+from .resume import Resumed, resume_hint, settings_to_keep
+from .save_model import write_model
 from .scoring import Batch, Batcher, Conditioned, PairModel, StopRequested, lengths_of, score
 from .watch import Watch, evaluation_warnings, training_warnings
 
@@ -47,6 +50,8 @@ class PairTrainer(ResumableTrainer):
     ``stop_requested`` says whether this process was asked to stop; after ``train``, ``stopping`` says whether the run
     ended for that. ``callbacks`` are transformers' own kind.
     """
+
+    objective: Objective
 
     def __init__(
         self, config: TrainConfig, inputs: Inputs, batcher: Batcher, log: RunLog, *, resumed: Resumed | None = None,
@@ -86,14 +91,17 @@ class PairTrainer(ResumableTrainer):
         indices: list[int] = inputs
         marginals = self.is_logged(self.state.global_step + 1)
         syncs, share = self.accelerator.sync_gradients, torch.zeros((), device=self.args.device)
-        passes = self.batcher.plan([self.inputs.train_pairs[i] for i in indices], conditioned=self.conditioned(indices))
+        batcher = replace(self.batcher, max_tokens=sys.maxsize) if self.config.couples_pairs else self.batcher
+        # DeepSpeed would divide by the number of micro-steps, which ``scale`` has done.
+        engine_options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        passes = batcher.plan([self.inputs.train_pairs[i] for i in indices], conditioned=self.conditioned(indices))
         for number, part in enumerate(passes, 1):
             last = number == len(passes)
             # Engines average over the processes.
             scale = part.weight * process_count() / num_items_in_batch
             with self._syncing(model, only_if=last and syncs):
                 loss, report = model(self._batch([indices[i] for i in part.pairs], scale, marginals))
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss, **engine_options)
             share += loss.detach()
             for name, value in report.metrics.items():
                 self.step_sums[name] = self.step_sums.get(name, 0.0) + part.weight * value
@@ -110,7 +118,7 @@ class PairTrainer(ResumableTrainer):
         return Batch(tensors, references, scale, marginals=needed and self.config.sees_alternative)
 
     def conditioned(self, indices: Sequence[int]) -> Conditioned:
-        """Which of these training pairs are conditioned in the present epoch."""
+        """Return which of these training pairs are conditioned in the present epoch."""
         epoch = self.state.global_step // self.config.steps_per_epoch(len(self.inputs.train_pairs))
         return conditioned_pairs(self.config, epoch, indices)
 
@@ -124,7 +132,7 @@ class PairTrainer(ResumableTrainer):
         return nullcontext() if keep else self.accelerator.no_sync(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Trainer's, after clipping and before the update: here the step is checked, reading the device once.
+        """Return the gradient norm after checking the step, before its update; this reads the device once a step.
 
         Raises NonFiniteError, with the pairs that cause it.
         """
@@ -136,8 +144,6 @@ class PairTrainer(ResumableTrainer):
         mine = torch.cat([torch.stack(list(sums.values())) / len(indices), norm_tensor / process_count(), stop])
         row = dict(zip([*sums, "grad_norm", "stop"], sum_over_processes(mine).tolist(), strict=True))
         self.stopping = row.pop("stop") > 0 or self.stopping
-        if self.config.reference_sees_alternative:  # rewards from the prompt alone would need another reference
-            row = {name: value for name, value in row.items() if not name.startswith("marginal/rewards")}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; stopped "
@@ -145,24 +151,16 @@ class PairTrainer(ResumableTrainer):
                 f"lower learning_rate; {resume_hint(self.config.folder)}, with other settings if --resume_changed true "
                 "is given"
             )
-        self._count(row, indices)
-        return norm
-
-    def _count(self, row: dict[str, float], indices: Sequence[int]) -> None:
-        """Add a step to the window that the next logged line is about."""
-        pairs = [self.inputs.train_pairs[i] for i in indices]
-        lengths = lengths_of(pairs)
-        row["tokens/chosen"], row["tokens/rejected"] = lengths[:, 1:].mean(0).tolist()
-        references = None if self.config.reference_sees_alternative else self.references.of_batch(indices, False)
-        if references is not None:
+        if self.config.reference_sees_alternative:  # rewards from the prompt alone would need another reference
+            row = {name: value for name, value in row.items() if not name.startswith("marginal/rewards")}
+        elif (references := self.references.of_batch(indices, False)) is not None:
             row["ref_logps/chosen"], row["ref_logps/rejected"] = references.view(2, -1).mean(1).tolist()
-        window, read = (
-            self.progress.window,
-            int(self.batcher.tokens(lengths, conditioned=self.conditioned(indices)).sum()),
-        )
-        window.add(row, len(indices))
-        window.tokens += read
-        self.progress.tokens += read
+        lengths = lengths_of([self.inputs.train_pairs[i] for i in indices])
+        row["tokens/chosen"], row["tokens/rejected"] = lengths[:, 1:].mean(0).tolist()
+        tokens = int(self.batcher.tokens(lengths, conditioned=self.conditioned(indices)).sum())
+        self.progress.window.add(row, len(indices), tokens)
+        self.progress.tokens += tokens
+        return norm
 
     def _culprits(self, model: nn.Module, indices: Sequence[int]) -> str:
         """Name, of a step that went wrong, the pairs that go wrong alone. Every process looks at every pair."""
@@ -175,12 +173,11 @@ class PairTrainer(ResumableTrainer):
             if not sum_over_processes(loss.detach() + torch.as_tensor(norm)).isfinite():
                 guilty.append(i)
         model.zero_grad()
-        named = ", ".join(self.inputs.train_pairs[i].origin for i in (guilty or indices)[:8])
-        if len(guilty or indices) > 8:
-            named += f" and {len(guilty or indices) - 8} more"
+        named, more = guilty or list(indices), len(guilty or indices) - 8
+        text = ", ".join(self.inputs.train_pairs[i].origin for i in named[:8]) + (f" and {more} more" * (more > 0))
         if not guilty:
-            return f"none alone, only all together ({named})"
-        return named + (" (all pairs of the step)" if len(guilty) == len(indices) > 1 else "")
+            return f"none alone, only all together ({text})"
+        return text + (" (all pairs of the step)" if len(guilty) == len(indices) > 1 else "")
 
     # ---- before step 1, and resuming ----
 
@@ -197,12 +194,15 @@ class PairTrainer(ResumableTrainer):
         self.references = References.compute(
             config, self.inputs, self.model_wrapped, self.batcher, used, log=say, stop_requested=self.stop_requested
         )
-        if self.resumed is None:
-            self.run_log.start({})
-            sample = [pairs[i] for i in used[:STARTING_SAMPLE]]
-            starting_report(self._scores(sample), self.references.train, config, say, coarse=coarse)
-        else:
+        if self.resumed is not None:
             self._restore(self.resumed)
+        self.run_log.metrics.write(self.state.log_history, anew=True)
+        self.run_log.samples.write(self.progress.samples, anew=True)
+        if self.resumed is None:
+            first = used[:STARTING_SAMPLE]
+            references = self.references.of_batch(first, True)
+            own = None if references is None else references.view(2, -1)
+            starting_report(self._scores([pairs[i] for i in first]), own, config, say, coarse=coarse)
         self.began = time.monotonic()
         return prepared
 
@@ -210,23 +210,24 @@ class PairTrainer(ResumableTrainer):
         """Put the checkpoint into module, optimizer and schedule. Raises InputError where it does not fit the model."""
         path, state = resumed
         self.restore(path)
-        self.run_log.start({name: (path / name).read_text(encoding="utf-8") for name in (METRICS, SAMPLES)})
         self.progress = Progress.from_state(state)
         if state["inputs"]["eval_data"] != self.inputs.digests["eval_data"]:  # then earlier evaluations are of others
-            self.progress.best, self.compared_from = None, state["step"]
-            self.run_log.forget_evaluation(state["step"])
+            step = self.compared_from = state["step"]
+            rows = self.state.log_history
+            rows[:] = [row for row in rows if not (row["step"] == step and "eval_loss" in row)]
+            self.progress.best = None
         if self.config.folder is None or not (self.config.folder / "best").is_dir():
             self.progress.best = None  # its model stayed in another folder, or is lost
         if state["processes"] != process_count():
             self.run_log.say(f"note: {path} was written by {state['processes']} processes; random states may differ")
         self.run_log.say(f"resumed from {path} after step {state['step']}")
 
-    def _run_epoch(self, **arguments: Any) -> None:
+    def _run_epoch(self, *args: Any, **arguments: Any) -> None:
         """Trainer's, unless the run is over before its first step."""
         if self.stopping or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(**arguments)
+            super()._run_epoch(*args, **arguments)
 
     # ---- evaluation and logs ----
 
@@ -242,7 +243,7 @@ class PairTrainer(ResumableTrainer):
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Rows of evaluations of the present held-out pairs, the first one before step 1."""
-        return [row for row in self.run_log.rows if "eval_loss" in row and row["step"] >= self.compared_from]
+        return [row for row in self.state.log_history if "eval_loss" in row and row["step"] >= self.compared_from]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the held-out pairs and log what comes out; keep the model if it is the best so far.
@@ -263,7 +264,7 @@ class PairTrainer(ResumableTrainer):
         )  # fmt: skip
         metrics |= self._sample()
         self.log(metrics)
-        row = self.run_log.rows[-1]
+        row = self.state.log_history[-1]
         self.watch(evaluation_warnings(row, self.evaluations()[0]), last=step == self.state.max_steps)
         if config.folder and config.keep_best and is_better(row, self.progress.best):
             try:
@@ -271,7 +272,7 @@ class PairTrainer(ResumableTrainer):
                 self.progress.best = row
             except SaveError as error:
                 self.run_log.say(f"WARNING: {error}; the run goes on")
-        self.run_log.draw(config.title)
+        self.run_log.draw(self.state.log_history, config.title)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -287,59 +288,51 @@ class PairTrainer(ResumableTrainer):
                 self.model, prompts, tokenizer, ends=ends, max_new_tokens=self.config.sample_tokens,
                 pad_token_id=self.inputs.pad_token_id, device=self.args.device,
             )  # fmt: skip
-        self.run_log.add_samples([{"step": self.state.global_step, **sample} for sample in samples])
-        return {
-            f"eval_samples/{name}": sum(sample[name] for sample in samples) / len(samples)
-            for name in ("tokens", "ended")
-        }
+        self.progress.samples += [{"step": self.state.global_step, **sample} for sample in samples]
+        self.run_log.samples.write(self.progress.samples)
+        return {f"eval_samples/{k}": sum(sample[k] for sample in samples) / len(samples) for k in ("tokens", "ended")}
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log a row of metrics: in training the means of the window, in place of Trainer's; else ``logs``."""
-        if "train_runtime" in logs:  # of Trainer's last row nothing is missing in the others
+        if "train_runtime" in logs:  # Trainer's last row holds nothing that the others lack
             return
-        step, total = self.state.global_step, self.state.max_steps
-        epoch = step / self.config.steps_per_epoch(len(self.inputs.train_pairs))
-        training = "eval_loss" not in logs
+        step, total, training = self.state.global_step, self.state.max_steps, "eval_loss" not in logs
         if training:
             window, self.progress.window = self.progress.window, Window()
-            used = {"tokens_per_second": window.tokens / window.seconds, **in_use(self.args.device)}
             logs = {
-                **window.means(),
-                "num_tokens": self.progress.tokens,
-                "learning_rate": logs["learning_rate"],
-                **used,
-            }
+                **window.means(), "num_tokens": self.progress.tokens, "learning_rate": logs["learning_rate"],
+                "tokens_per_second": window.tokens / window.seconds, **in_use(self.args.device),
+            }  # fmt: skip
+        epoch = step / self.config.steps_per_epoch(len(self.inputs.train_pairs))
         row = {"step": step, "epoch": epoch, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **logs}
-        self.run_log.add(row)
+        self.state.log_history.append(row)
+        self.run_log.metrics.write(self.state.log_history)
         if training:
-            elapsed = time.monotonic() - self.began
-            made = step - (self.resumed.state["step"] if self.resumed else 0)
+            elapsed, made = time.monotonic() - self.began, step - self._initial_global_step
             self.run_log.say(training_line(row, total, elapsed, elapsed / made * (total - step)))
             self.watch(training_warnings(row), last=step == total)
         else:
             self.run_log.say(evaluation_line(row))
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         try:
-            super().log(numbers, start_time)
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, numbers)
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             self._drop_trackers(error)
 
     def _drop_trackers(self, error: Exception) -> None:
         """Go on without trackers after one has failed: no network, no space, a run that was deleted."""
-        own = (RunFlow,)
+        problem = f"failed ({type(error).__name__}: {error}); the run goes on without it"
         for callback in list(self.callback_handler.callbacks):
-            if type(callback).__module__.startswith("transformers.integrations") and not isinstance(callback, own):
+            if type(callback).__module__.startswith("transformers.integrations"):
                 self.remove_callback(callback)
-                self.run_log.say(
-                    f"WARNING: {type(callback).__name__} failed ({type(error).__name__}: {error}); the run goes on "
-                    "without it"
-                )
+                self.run_log.say(f"WARNING: {type(callback).__name__} {problem}")
 
     # ---- saving ----
 
     def run_state(self) -> dict[str, Any]:
         return {
-            **asdict(self.progress), "inputs": self.inputs.digests, "settings": settings_to_keep(self.config),
+            **asdict(self.progress), "step": self.state.global_step, "processes": process_count(),
+            "inputs": self.inputs.digests, "settings": settings_to_keep(self.config),
             "layout": "rows" if self.batcher.layout == "rows" else "tree",
         }  # fmt: skip
 
@@ -347,7 +340,7 @@ class PairTrainer(ResumableTrainer):
         """Write the model to ``output_dir/name`` with its card. Raises SaveError on all processes."""
         assert self.config.folder is not None
         write_model(
-            self.config.folder / name, self.model, self.inputs, self.config, title=str(self.objective),
+            self.config.folder / name, self.accelerator.get_state_dict(self.model_wrapped), self.inputs, self.config,
             step=self.state.global_step, steps=self.state.max_steps, evaluations=self.evaluations(),
             log=self.run_log.say,
         )  # fmt: skip

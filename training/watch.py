@@ -1,7 +1,4 @@
-"""What a run is warned of while it trains: signs that answers from the prompt alone, as inference asks for, get worse.
-
-Each function reads rows of ``metrics.jsonl`` and returns a warning, or None where there is nothing to say.
-"""
+"""Warnings while a run trains: signs that answers from the prompt alone, as inference asks for, get worse."""
 
 from __future__ import annotations
 
@@ -38,21 +35,21 @@ class Watch:
 
 
 def training_warnings(row: dict[str, Any]) -> dict[str, str | None]:
-    """Of a training row."""
-    return {"opposite": opposite_margins(row), "falling": _falling(_fall_from_reference(row), "training pairs")}
+    """Return the warnings of a training row, by kind."""
+    return {"opposite": _opposite_margins(row), "falling": _falling(_fall_from_reference(row), "training pairs")}
 
 
 def evaluation_warnings(row: dict[str, Any], first: dict[str, Any]) -> dict[str, str | None]:
-    """Of an evaluation, compared with the one before step 1."""
+    """Return the warnings of an evaluation, compared with the one before step 1."""
     return {
         "falling, held-out": _falling(_fall_from_start(row, first), "held-out pairs"),
-        "longer preferred": longer_preferred(row, first),
-        "longer answers": longer_answers(row, first),
+        "longer preferred": _longer_preferred(row, first),
+        "longer answers": _longer_answers(row, first),
     }
 
 
-def opposite_margins(row: dict[str, Any]) -> str | None:
-    """Where training goes one way and what inference uses the other way."""
+def _opposite_margins(row: dict[str, Any]) -> str | None:
+    """Training goes one way and what inference uses the other way."""
     conditioned, alone = row["rewards/margins"], row.get("marginal/rewards/margins", 0.0)
     if not (alone < -TIE and conditioned > TIE):
         return None
@@ -63,30 +60,28 @@ def opposite_margins(row: dict[str, Any]) -> str | None:
     )
 
 
-def _fall_from_reference(row: dict[str, Any]) -> tuple[float, float] | None:
-    """Change of the log-probs given the prompt alone since the reference, nats per token; None without a reference."""
+def _fall_from_reference(row: dict[str, Any]) -> list[float]:
+    """Change of the log-probs given the prompt alone since the reference, nats per token; empty without a reference."""
     if "ref_logps/chosen" not in row:
-        return None
+        return []
     alone = "marginal/" if "marginal/logps/chosen" in row else ""
-    chosen, rejected = (
+    return [
         (row[f"{alone}logps/{kind}"] - row[f"ref_logps/{kind}"]) / row[f"tokens/{kind}"]
         for kind in ("chosen", "rejected")
-    )
-    return chosen, rejected
+    ]
 
 
-def _fall_from_start(row: dict[str, Any], first: dict[str, Any]) -> tuple[float, float] | None:
-    """Change of the held-out log-probs given the prompt alone; None where the intervals do not tell it from noise."""
+def _fall_from_start(row: dict[str, Any], first: dict[str, Any]) -> list[float]:
+    """Change of the held-out log-probs given the prompt alone; empty where the intervals do not tell it from noise."""
     name = "eval_marginal/logps_per_token/"
     now, then = row.get(f"{name}chosen_ci"), first.get(f"{name}chosen_ci")
     if now is None or then is None or not now[1] < then[0]:
-        return None
-    chosen, rejected = (row[name + kind] - first[name + kind] for kind in ("chosen", "rejected"))
-    return chosen, rejected
+        return []
+    return [row[name + kind] - first[name + kind] for kind in ("chosen", "rejected")]
 
 
-def _falling(change: tuple[float, float] | None, where: str) -> str | None:
-    if change is None or not max(change) < FALL or change[0] > TOGETHER * change[1]:
+def _falling(change: list[float], where: str) -> str | None:
+    if not change or not max(change) < FALL or change[0] > TOGETHER * change[1]:
         return None
     return (
         f"from the prompt alone, the log-probs of both responses fall together ({where}, nats per token\n"
@@ -95,8 +90,8 @@ def _falling(change: tuple[float, float] | None, where: str) -> str | None:
     )
 
 
-def longer_preferred(row: dict[str, Any], first: dict[str, Any]) -> str | None:
-    """Whether longer responses win clearly more often than they are chosen, and than they did before training."""
+def _longer_preferred(row: dict[str, Any], first: dict[str, Any]) -> str | None:
+    """Longer responses win clearly more often than they are chosen, and than they did before training."""
     name = "eval_marginal/longer_preferred"
     if name not in row or row["step"] == first["step"]:
         return None
@@ -110,12 +105,9 @@ def longer_preferred(row: dict[str, Any], first: dict[str, Any]) -> str | None:
     )
 
 
-def longer_answers(row: dict[str, Any], first: dict[str, Any]) -> str | None:
-    name = "eval_samples/tokens"
-    if name not in row or name not in first:
-        return None
-    then, now = first[name], row[name]
-    if now < GROWTH * then or now < then + GROWTH_TOKENS:
+def _longer_answers(row: dict[str, Any], first: dict[str, Any]) -> str | None:
+    then, now = (some.get("eval_samples/tokens", 0) for some in (first, row))
+    if not then or now < GROWTH * then or now < then + GROWTH_TOKENS:
         return None
     return (
         f"sample answers grow: {now:.0f} tokens on average, {then:.0f} before training. Read them in\n"

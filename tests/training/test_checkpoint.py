@@ -15,14 +15,13 @@ from training.checkpoint import (
     SaveError,
     check_checkpoint,
     checkpoints,
-    discard_later_checkpoints,
-    newest_valid,
     rotate,
     save_checkpoint,
     whole_folder,
 )
 from training.config import TrainConfig
 from training.errors import InputError
+from training.resume import discard_later_checkpoints, newest_valid
 from training.train import train
 
 
@@ -31,9 +30,9 @@ def save(folder, step=1):
 
     def write(to):
         for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"):
-            (to / name).write_text(f"{name} of step {step}")
+            (to / f"checkpoint-{step}" / name).write_text(f"{name} of step {step}")
 
-    save_checkpoint(folder / f"checkpoint-{step}", write, {"step": step}, {"metrics.jsonl": '{"step": 1}\n'})
+    save_checkpoint(folder / f"checkpoint-{step}", write, {"step": step})
     return folder / f"checkpoint-{step}"
 
 
@@ -112,18 +111,12 @@ def flip(file):
 DAMAGES = [
     (lambda path: truncate(path / "optimizer.pt"), r"optimizer.pt has \d+ bytes, \d+ were written"),
     (lambda path: flip(path / "model.safetensors"), r"model.safetensors is not what was written"),
-    (lambda path: flip(path / "metrics.jsonl"), r"metrics.jsonl is not what was written"),
-    (lambda path: (path / "state.json").unlink(), r"state.json is missing"),
+    (lambda path: flip(path / "rng_state.pth"), r"rng_state.pth is not what was written"),
+    (lambda path: (path / "state.json").unlink(), r"state.json cannot be read"),
     (lambda path: (path / "manifest.json").unlink(), r"it has no manifest.json"),
     (lambda path: truncate(path / "manifest.json"), r"manifest.json cannot be read"),
-    (lambda path: (path / "manifest.json").write_text('{"format": 9}'), r"manifest.json is not of format 2"),
-    (lambda path: (path / "manifest.json").write_text('{"format": 2, "files": {}}'), r"it has no model"),
-    (
-        lambda path: (path / "manifest.json").write_text(
-            (path / "manifest.json").read_text().replace('"metrics.jsonl"', '"../metrics.jsonl"')
-        ),
-        r"names a file outside",
-    ),
+    (lambda path: (path / "manifest.json").write_text('{"format": 9}'), r"manifest.json is not of format 3"),
+    (lambda path: (path / "manifest.json").write_text('{"format": 3, "files": {}}'), r"it has no model"),
     (lambda path: (path / "model.safetensors").write_bytes(b""), r"model.safetensors has 0 bytes"),
 ]
 
@@ -199,5 +192,5 @@ def test_rotation_counts_back_from_the_step_that_was_saved(tmp_path):
 def test_manifest_is_readable_and_complete(tmp_path):
     path = save(tmp_path, 7)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
     assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {"manifest.json"}

@@ -9,11 +9,10 @@ from helpers import PAIRS, TINY, options, write_jsonl
 from transformers import BloomConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from training.config import TrainConfig
-from training.dry_run import dry_run
 from training.errors import InputError
 from training.model import byte_tokenizer
 from training.options import parse_config
-from training.train import main
+from training.train import dry_run, main
 
 CONFIGS = Path(__file__).parents[2] / "training/configs"
 # What the hub's config.json of each model says, as far as it makes the architecture; published parameter counts.

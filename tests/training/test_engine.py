@@ -48,7 +48,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (folder / f"output.{rank}").open("w") as file:
             children.append(subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT))
     try:
-        codes = [child.wait(timeout=240) for child in children]
+        codes = [child.wait(timeout=900) for child in children]
     finally:
         for child in children:
             child.kill()
@@ -160,6 +160,7 @@ end_processes(3)
 """
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("of", "status", "said"), [("several", 3, ""), ("one", 0, "the interpreter ends\n")])
 def test_threads_of_gloo_do_not_see_the_interpreter_end(tmp_path: Path, of: str, status: int, said: str) -> None:
     """They would abort the process, in one of some thirty runs on a busy machine."""

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import training.card
 import training.resumable
+import training.save_model
 import training.train
 import training.trainer
 from training import output
@@ -43,10 +43,10 @@ KILLS = {
     "in the middle of the optimizer's file": ("torch.save", "checkpoint-4/optimizer", "within"),
     "with all files of a checkpoint but its name": ("training.checkpoint.publish", "checkpoint-4", "before"),
     "after a checkpoint, before older ones are deleted": ("training.resumable.rotate", 2, "before"),
-    "after sample answers, before the row of their evaluation": ("training.output.RunLog.add_samples", 3, "after"),
+    "after sample answers, before the row of their evaluation": ("training.trainer.PairTrainer._sample", 3, "after"),
     "while the best model is written": ("training.checkpoint.publish", "best", "before"),
     "after the row of an evaluation": ("training.output.RunLog.draw", 3, "before"),
-    "in the middle of a row": ("training.output.JsonLines._append", 5, "within"),
+    "in the middle of a row": ("training.output.JsonLines._put", 6, "within"),
     "after the last step": ("training.output.Window.add", 6, "after"),
     "while the final model is written": ("training.checkpoint.publish", "final", "before"),
     "after the final model": ("training.train.end_processes", 1, "before"),
@@ -126,9 +126,9 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_checkpoints_and_says_so(
     tmp_path, uninterrupted, monkeypatch, capsys
 ):
     out = tmp_path / "out"
-    original = training.card.model_card
+    original = training.save_model.model_card
     monkeypatch.setattr(
-        training.card, "model_card", lambda *a, **k: full() if "/final" in k["name"] else original(*a, **k)
+        training.save_model, "model_card", lambda *a, **k: full() if "/final" in a[2] else original(*a, **k)
     )
     with pytest.raises(SystemExit) as stopped:
         main(options(out, *RUN))
@@ -145,28 +145,29 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_checkpoints_and_says_so(
 
 
 def test_rows_wait_for_space_on_the_disk(tmp_path, monkeypatch):
-    said = []
+    said, rows = [], []
     lines = JsonLines(tmp_path / "metrics.jsonl", said.append)
-    lines.start('{"step": 1}\n')
-    lines.add({"step": 2})
 
-    def half(self, file, rows):
-        with file.open("a") as to:
+    def add(row, **how):
+        rows.append(row)
+        lines.write(rows, **how)
+
+    def half(self, file, rows, mode):
+        with file.open(mode) as to:
             to.write('{"st')
         full()
 
+    add({"step": 1}, anew=True)
+    add({"step": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(JsonLines, "_append", half)
-        patch.setattr(JsonLines, "_write_all", full)
-        lines.add({"step": 3})
-        lines.add({"step": 4})
+        patch.setattr(JsonLines, "_put", half)
+        add({"step": 3})
+        add({"step": 4})
     assert len(said) == 1 and "metrics.jsonl cannot be written" in said[0]
-    lines.add({"step": 5, "text": "a\u2028b"})
+    add({"step": 5, "text": "a\u2028b"})
+    add({"step": 6})
     with (tmp_path / "metrics.jsonl").open() as file:
-        assert [json.loads(line)["step"] for line in file] == [1, 2, 3, 4, 5]
-    again = JsonLines(None, print)
-    again.start(lines.text())
-    assert again.rows == lines.rows
+        assert [json.loads(line) for line in file] == rows
 
 
 def terminate_after(monkeypatch, call):
@@ -329,14 +330,24 @@ def test_a_folder_with_checkpoints_of_its_own_is_not_mixed_with_another_run(tmp_
     assert "holds an unfinished run with checkpoint-2" in capsys.readouterr().err
 
 
+def endless_rate(monkeypatch, step):
+    """From ``step`` updates on, the learning rate is infinite."""
+    original = training.resumable.ResumableTrainer.create_scheduler
+
+    def create(self, num_training_steps, optimizer=None):
+        schedule = original(self, num_training_steps, optimizer)
+        (shape,) = schedule.lr_lambdas
+        schedule.lr_lambdas = [lambda now: shape(now) if now <= step else math.inf]  # warm-up begins at 1
+        return schedule
+
+    monkeypatch.setattr(training.resumable.ResumableTrainer, "create_scheduler", create)
+
+
 def test_divergence_leaves_a_checkpoint_to_go_on_from(tmp_path, uninterrupted, monkeypatch, capsys):
     """An update without bounds: the loss of step 2 was finite, the parameters after it are not."""
     more = [*RUN, "--save_steps", "1", "--save_total_limit", "1"]
-    original = training.resumable._warm_up
     with monkeypatch.context() as patch:
-        patch.setattr(
-            training.resumable, "_warm_up", lambda n, shape, step: original(n, shape, step) if step < 1 else math.inf
-        )
+        endless_rate(patch, step=1)
         with pytest.raises(SystemExit, match="1"):
             main(options(tmp_path / "out", *more))
     error = capsys.readouterr().err
@@ -346,9 +357,7 @@ def test_divergence_leaves_a_checkpoint_to_go_on_from(tmp_path, uninterrupted, m
 
 
 def test_a_loss_that_is_not_finite_names_the_checkpoint_before_it(tmp_path, monkeypatch, capsys):
-    original = training.resumable._warm_up
-    patched = lambda n, shape, step: original(n, shape, step) if step < 2 else math.inf  # noqa: E731
-    monkeypatch.setattr(training.resumable, "_warm_up", patched)
+    endless_rate(monkeypatch, step=2)
     with pytest.raises(SystemExit, match="1"):
         main(options(tmp_path / "out", "--max_steps", "5", "--save_steps", "2"))
     error = capsys.readouterr().err

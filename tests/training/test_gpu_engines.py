@@ -41,13 +41,17 @@ def launch(config: str, folder: Path, *more: str) -> None:
     assert ran.returncode == 0, ran.stderr[-4000:]
 
 
-@pytest.mark.parametrize("engine", ["fsdp2_8gpu.yaml", "deepspeed_8gpu.yaml"])
+@pytest.mark.parametrize("engine", ["fsdp2_8gpu.yaml", "deepspeed_zero2", "deepspeed_zero3"])
 def test_an_engine_computes_and_resumes_what_a_plain_process_does(engine: str, tmp_path: Path) -> None:
     more: tuple[str, ...] = ()
     if engine.startswith("deepspeed"):
         if importlib.util.find_spec("deepspeed") is None:
             pytest.skip("deepspeed is not installed: it is NOT tested")
-        more = ("--deepspeed", str(CONFIGS / "deepspeed_zero2.json"))
+        more = ("--deepspeed", str(CONFIGS / f"{engine}.json"))
+        text = (CONFIGS / "accelerate/deepspeed_8gpu.yaml").read_text()
+        file = tmp_path / "launch.yaml"
+        file.write_text(text.replace("training/configs/deepspeed_zero2.json", more[1]))
+        engine = str(file)
     launch("one_gpu.yaml", tmp_path / "plain")
     launch(engine, tmp_path / "engine", *more)
     expected = [row["loss"] for row in metrics(tmp_path / "plain") if "loss" in row]

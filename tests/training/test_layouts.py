@@ -22,7 +22,7 @@ from training.batching import micro_batches
 from training.config import TrainConfig
 from training.data import Pair
 from training.errors import InputError
-from training.layouts import check_layout, choose_layout, operations
+from training.layouts import check_layout, choose_layout
 from training.scoring import Batch, Batcher, PairModel, lengths_of, score
 from training.train import train
 
@@ -39,7 +39,7 @@ def choose(wanted, model, pairs=PAIRS, conditioned=True):
     return batcher.layout, line
 
 
-def test_a_tree_is_chosen_where_the_model_reads_one_and_it_is_cheaper():
+def test_a_tree_is_chosen_where_the_model_reads_one():
     model, pairs = tiny_model(), PAIRS
     layout, line = choose("auto", model, pairs)
     assert layout == "tree" and "layout: tree" in line and "one in a row" in line
@@ -65,33 +65,6 @@ def test_rows_are_chosen_with_the_reason_and_a_tree_that_was_asked_for_is_an_err
     with pytest.raises(InputError, match="lower max_length"):
         choose("tree", eager, long)
     assert choose("auto", tiny_model(), long)[0] == "tree"
-
-
-def test_rows_are_chosen_where_eager_attention_over_trees_costs_more():
-    model = tiny_model(hidden_size=256, intermediate_size=512)
-    model.set_attn_implementation("eager")
-    answers, reading = [Pair([1], [3] * 200, [4] * 200)], [Pair([1] * 300, [3] * 50, [4] * 50)]
-    layout, line = choose("auto", model, answers)
-    assert layout == "rows" and "times their operations" in line
-    assert choose("tree", model, answers)[0] == "tree"
-    assert choose("auto", model, reading)[0] == "tree"
-
-
-def test_operations_are_those_of_the_attention_that_runs():
-    model = tiny_model(num_hidden_layers=3)
-    pair = Pair([1] * 5, [3] * 7, [4] * 2)
-    weights = 3 * (4 * 16 * 16 + 3 * 16 * 32)
-    branch = 7 + 2 + len(BATCHER.separator_ids)
-    rows, tree = 2 * (5 + branch), 5 + 2 * branch  # tokens
-    causal = (5 + branch) ** 2  # of both rows, half of the square each
-    for attention, layout, tokens, seen in (
-        ("sdpa", "rows", rows, causal), ("eager", "rows", rows, 2 * causal),
-        ("sdpa", "tree", tree, causal), ("eager", "tree", tree, tree**2),
-    ):  # fmt: skip
-        model.set_attn_implementation(attention)
-        batcher = dataclasses.replace(BATCHER, layout=layout)
-        found = operations(model, batcher, lengths_of([pair]), conditioned=True)
-        assert found == 2 * weights * tokens + 4 * 3 * 16 * seen, (attention, layout)
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed_tree"])

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
-from helpers import PAIRS, options, tiny_model, token_pairs
+from helpers import PAIRS, metrics, options, tiny_model, token_pairs
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import generate
-from training.adapters import adapter_off, has_adapter
+from training.adapters import adapter_off, add_lora, has_adapter
 from training.chat import prepare_tokenizer
 from training.config import TrainConfig
 from training.data_options import DataOptions
 from training.errors import InputError, SaveError
-from training.model import add_lora, byte_tokenizer, check_architecture, load_model, meta_model, padding_id
+from training.model import byte_tokenizer, check_architecture, load_model, meta_model, padding_id
 from training.save_model import check_saving, save_final
 from training.train import main, train
 
@@ -291,6 +292,8 @@ def test_an_adapter_is_trained_further(tmp_path, capsys):
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # its reference is the adapter as it was
     settings = [json.loads((tmp_path / name / "final/adapter_config.json").read_text()) for name in ("one", "two")]
+    for one in settings:
+        one["target_modules"].sort()  # kept in a set
     assert settings[0] == settings[1] and settings[1]["base_model_name_or_path"] == str(folder)
     tensors = [load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("one", "two")]
     assert tensors[0].keys() == tensors[1].keys()
@@ -318,18 +321,27 @@ def test_a_continued_adapter_of_a_bfloat16_base_is_float32(tmp_path):
         assert dtypes == {True: torch.float32, False: getattr(torch, dtype)}
 
 
-def test_an_adapter_on_the_output_head_is_refused_with_what_to_do(tmp_path, capsys):
-    from peft import LoraConfig
-
-    folder = base(tmp_path / "m")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path / "a")
-    byte_tokenizer().save_pretrained(tmp_path / "a")
-    for said in refused(tmp_path / "a", tmp_path, capsys):
-        assert "its adapter changes the output head" in said and "merge_and_unload()" in said
-    merge(tmp_path / "a", tmp_path / "merged")  # as the message says
-    run(tmp_path / "merged", tmp_path / "out")
+@pytest.mark.parametrize("kind", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_on_the_output_head_is_trained_and_trained_further(tmp_path, kind):
+    """What is scored is the head with its adapter, as the merged model has it."""
+    folder, out = base(tmp_path / "m"), tmp_path / "out"
+    more = ["--lora", json.dumps({"r": 2, **kind}), "--learning_rate", "1e-1", "--conditioned", "false",
+            "--max_steps", "2", "--logging_steps", "1", "--save_steps", "1"]  # fmt: skip
+    run(folder, out, *more)
+    rows = metrics(out)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[-1]["loss"] < rows[0]["loss"]
+    merge(out / "final", tmp_path / "merged")
+    merged, _ = load_model(DataOptions(model=str(tmp_path / "merged")))
+    head = merged.lm_head.weight
+    assert not torch.equal(head, AutoModelForCausalLM.from_pretrained(folder).lm_head.weight)
+    losses = []
+    for name in (out / "final", tmp_path / "merged"):
+        run(name, tmp_path / f"{name.name}_on", "--objective", "simpo", "--logging_steps", "1")
+        losses.append(metrics(tmp_path / f"{name.name}_on")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    run(folder, tmp_path / "again", *more, "--resume_from_checkpoint", str(out / "checkpoint-1"))
+    again, whole = (load_file(run / "final/adapter_model.safetensors") for run in (tmp_path / "again", out))
+    assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def merge(folder, other):
@@ -344,9 +356,8 @@ def merge(folder, other):
     [
         ({"target_modules": ["q_proj", "nope"]}, r"lora.target_modules: nothing in the model is called 'nope'"),
         ({"target_modules": ["q_proj", "v_prj"]}, "'v_prj'; did you mean 'v_proj'"),
-        ({"target_modules": "nope"}, "lora.target_modules: nothing in the model is called 'nope'"),
+        ({"target_modules": "nope"}, "lora: .*nope not found"),
         ({"modules_to_save": ["embed_tokns"]}, "lora.modules_to_save: .*did you mean 'embed_tokens'"),
-        ({"modules_to_save": ["lm_head"]}, "lora.modules_to_save: lm_head is the output head"),
         ({"exclude_modules": ["nope"]}, "lora.exclude_modules: nothing in the model is called 'nope'"),
         ({"layers_to_transform": [0, 7], "target_modules": ["q_proj"]}, "there is no layer 7; the model has 1"),
         ({"rank_pattern": {"q_porj": 4}}, "lora: .*'q_porj'"),

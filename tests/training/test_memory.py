@@ -12,15 +12,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from helpers import tiny_model, token_pairs
 
 from benchmarks.harness import own_peak
-from inspo_kernels import fused_inspo_loss
 from training.config import TrainConfig
-from training.memory import GIB, estimate_memory, graded_tokens, in_use, lost_updates, precision_warning, report_disk
+from training.memory import GIB, estimate_memory, in_use, lost_updates, report_disk, report_precision
 from training.train import train
 
 CPU = torch.device("cpu")
@@ -29,9 +27,6 @@ FIELDS = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, 
           "vocab_size": 16_000}  # fmt: skip
 RUNS = {"kept": {}, "checkpointed": {"activation_checkpointing": True}}
 TOKENS = 2 * 512
-# Vocabulary, hidden size, tokens of each response: workspaces above the default, one above all that a pair may get,
-# and rows that stay staged until their gradients are written.
-HEADS = {"long pair": (32_000, 64, 700), "longer than the workspace": (32_000, 64, 1300), "staged": (32_000, 512, 64)}
 
 
 def config_of(name: str) -> TrainConfig:
@@ -48,20 +43,7 @@ def measure() -> None:
         gc.collect()  # Trainer is in a cycle
         model = tiny_model(**FIELDS)
         peaks[name] = own_peak(functools.partial(train, config_of(name), pairs, model=model, quiet=True))
-    peaks |= {name: own_peak(functools.partial(head_alone, name)) for name in HEADS}
     print(json.dumps(peaks))
-
-
-def head_alone(name: str) -> None:
-    """A step of two passes, each of one pair."""
-    vocab_size, hidden_size, length = HEADS[name]
-    weight = torch.randn(vocab_size, hidden_size, requires_grad=True)
-    labels = torch.randint(vocab_size, (2 * length,))
-    segments = torch.arange(2).repeat_interleave(length)
-    for _ in range(2):
-        hidden = torch.randn(2 * length, hidden_size, requires_grad=True)
-        fused_inspo_loss(hidden, weight, labels, segment_ids=segments, num_pairs=1, objective="simpo").loss.backward()
-        del hidden
 
 
 @pytest.fixture(scope="module")
@@ -73,21 +55,6 @@ def peaks() -> dict[str, int]:
     command = [sys.executable, "-c", "import test_memory; test_memory.measure()"]
     run = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_the_estimate_of_the_head_alone_is_right_within_a_tenth(peaks: dict[str, int], name: str) -> None:
-    if peaks[name] is None:
-        pytest.skip("no /proc to measure memory with: the estimate is NOT tested")
-    vocab_size, hidden_size, length = HEADS[name]
-    with torch.device("meta"):
-        model = tiny_model(vocab_size=vocab_size, hidden_size=hidden_size)
-    memory = estimate_memory(
-        model, TrainConfig(objective="simpo"), CPU, tokens=2 * length, longest_pair=2 * length, processes=1,
-        sharded=False,
-    )  # fmt: skip
-    weight = 4 * vocab_size * hidden_size  # made within the measurement, and its gradient
-    assert peaks[name] / 1.1 < memory.head + 2 * weight < peaks[name] * 1.1, (memory.head / GIB, peaks[name] / GIB)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -134,7 +101,7 @@ def test_frozen_parameters_have_neither_gradients_nor_optimizer_state() -> None:
         tiny_model(**FIELDS), TrainConfig(), CPU, tokens=100, longest_pair=50, processes=1, sharded=False
     )
     assert (memory.gradients, memory.optimizer) == (4 * 256, 8 * 256)
-    assert trained.head - memory.head == 4 * 16_000 * 256  # no dW
+    assert trained.head - memory.head > 4 * 16_000 * 256  # dW, at least
 
 
 def test_the_warning_names_what_helps_and_is_not_there_yet() -> None:
@@ -142,29 +109,20 @@ def test_the_warning_names_what_helps_and_is_not_there_yet() -> None:
     memory = estimate_memory(
         tiny_model(**FIELDS), config, CPU, tokens=4000, longest_pair=50, processes=1, sharded=False
     )
-    assert memory.warning(memory.total, config, 1) is None
-    warning = memory.warning(memory.total - 1, config, 1)
+    assert memory.warning(memory.total, config) is None
+    warning = memory.warning(memory.total - 1, config)
     assert all(name in warning for name in ("max_batch_tokens", "activation_checkpointing: true", "FSDP2", "lora"))
     checkpointed = dataclasses.replace(config, activation_checkpointing=True)
-    assert "gradient_checkpointing" not in memory.warning(0, checkpointed, 1)
+    assert "gradient_checkpointing" not in memory.warning(0, checkpointed)
 
 
 def test_a_run_says_what_it_will_need(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     train(TrainConfig(max_steps=1), token_pairs(), model=tiny_model())
-    assert "memory a process needs, estimated: parameters" in capsys.readouterr().out
+    assert "a process needs, estimated: parameters" in capsys.readouterr().out
     asked: list = []
-    monkeypatch.setattr("training.train.report_memory", lambda *given: asked.append(given[4]))
+    monkeypatch.setattr("training.train.report_memory", lambda *given, **more: asked.append(given[3]))
     train(TrainConfig(max_steps=1), token_pairs(), model=tiny_model(), quiet=True)
     assert asked[0].tolist() == [[len(ids) for ids in pair] for pair in token_pairs()]
-
-
-def test_scored_tokens_with_a_gradient_are_counted_in_each_context_that_is_trained() -> None:
-    lengths = np.array([[1, 5, 7], [9, 2, 2]])
-    for given, expected in (
-        ({}, 12), ({"conditioned": False}, 12), ({"marginal_weight": 0.5}, 24), ({"objective": "orpo"}, 17),
-        ({"objective": "orpo", "conditioned": False}, 12),
-    ):  # fmt: skip
-        assert graded_tokens(lengths, TrainConfig(**given)) == expected, given
 
 
 def trained(dtype: torch.dtype, learning_rate: float) -> float:
@@ -186,9 +144,12 @@ def test_bfloat16_parameters_lose_small_updates_and_the_warning_says_how_many() 
         # A step of AdamW is at most about the learning rate, so that many weights or more stay as they are.
         assert kept <= 1 - lost_updates(model, learning_rate) + 0.05
     assert trained(torch.bfloat16, 5e-7) < 0.05 < 0.9 < trained(torch.float32, 5e-7)
-    assert "rounded away on 9" in precision_warning(model, 5e-7)
-    assert precision_warning(model, 1e-2) is None
-    assert precision_warning(model.float(), 5e-7) is None
+    said: list[str] = []
+    report_precision(model, 5e-7, said.append)
+    assert "rounded away on 9" in said[0]
+    report_precision(model, 1e-2, said.append)
+    report_precision(model.float(), 5e-7, said.append)
+    assert len(said) == 1
 
 
 def test_a_run_says_what_it_will_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import TensorBoardCallback
 
 import inspo_kernels as ik
-import training.card
 import training.resumable
+import training.save_model
 import training.trainer
 from training import output
 from training.checkpoint import SaveError, check_checkpoint
@@ -117,7 +117,7 @@ def test_better_is_by_accuracy_from_the_prompt_alone_and_ties_by_margin():
 
 
 def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    original = training.card.on_first_process
+    original = training.save_model.on_first_process
     calls = iter(range(99))
 
     def fail_first(write):
@@ -125,7 +125,7 @@ def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monk
             raise SaveError("best could not be written: full")
         original(write)
 
-    monkeypatch.setattr(training.card, "on_first_process", fail_first)
+    monkeypatch.setattr(training.save_model, "on_first_process", fail_first)
     main(options(tmp_path / "out", *RUN))
     assert "best could not be written: full; the run goes on" in capsys.readouterr().out
     assert (tmp_path / "out" / "best").is_dir() and (tmp_path / "out" / "final").is_dir()
@@ -172,8 +172,8 @@ def test_the_model_card_says_what_was_done_and_measured(finished):
         assert f"{row['eval_marginal/rewards/accuracies']:.3f} ({low:.3f} to {high:.3f})" in card.text
         assert f"{row['eval_loss']:.4f}" in card.text
     facts = [
-        "a model built on the spot with random weights", "24 pairs", "4 of 4 steps", "| learning_rate | 0.03 |",
-        "| objective | dpo |", "before training", f"torch {torch.__version__}",
+        "a model built on the spot with random weights", "24 pairs", "4 of 4 steps", "learning_rate: 0.03",
+        "objective: dpo", "before training", f"torch {torch.__version__}",
         "python -m training.generate --model run/final",
     ]  # fmt: skip
     for fact in facts:

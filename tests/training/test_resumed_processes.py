@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from training.train import main
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.sweep  # a third kind of launch: others run in each call of the tests
 RUN = [*OPTIONS, "--per_device_train_batch_size", str(PAIRS_OF_A_STEP)]
 
 

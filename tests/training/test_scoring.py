@@ -22,13 +22,13 @@ def digest(pairs):
     return Pairs.of_lists(pairs, "").digest
 
 
-def reference(model, cache, said, pairs=PAIRS, bf16=False, batcher=BATCHER, stop_requested=lambda: False):
+def reference(model, cache, said, pairs=PAIRS, bf16=False, batcher=BATCHER, stop_requested=lambda: False, used=None):
     """The reference log-probs of a run on ``pairs`` that keeps them in ``cache``."""
     config = TrainConfig(reference_cache=cache and str(cache), bf16=bf16)
     digests = {"model": weights_digest(model), "train_data": digest(pairs), "eval_data": digest([])}
     inputs = Inputs(model, None, 0, (), pairs, [], digests)
     return References.compute(
-        config, inputs, PairModel(model, ik.DPO()), batcher, range(len(pairs)), log=said.append,
+        config, inputs, PairModel(model, ik.DPO()), batcher, used or range(len(pairs)), log=said.append,
         stop_requested=stop_requested,
     ).train  # fmt: skip
 
@@ -62,6 +62,15 @@ def test_reference_is_computed_once_and_follows_weights_and_data(tmp_path):
     reference(eager, tmp_path, said)
     assert len(said) == 7
     assert all("pairs computed" in line for line in said[2:])
+
+
+def test_a_longer_run_scores_only_the_pairs_that_are_new(tmp_path):
+    said, whole = [], reference(tiny_model(), tmp_path / "whole", [])
+    part = reference(tiny_model(), tmp_path, said, used=[1, 3])
+    assert part.isnan().any(0).tolist() == [True, False, True, False, True]
+    assert torch.equal(reference(tiny_model(), tmp_path, said)[:, [1, 3]], part[:, [1, 3]])
+    assert [line.split(",")[0] for line in said] == [f"reference log-probs: {n} pairs computed" for n in (2, 3)]
+    torch.testing.assert_close(reference(tiny_model(), tmp_path, said), whole)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "row missing", "not finite"])

@@ -18,7 +18,7 @@ from training.options import parse_config
 from training.output import locked
 from training.train import main, train
 
-OBJECTIVES = ("dpo", "one_sided", "ipo", "simpo", "rdpo", "orpo", "hinge")
+OBJECTIVES = ("dpo", "one_sided", "ipo", "simpo", "rdpo", "orpo", "hinge", "aot", "aot_unpaired", "sft")
 
 
 def weights(model):
@@ -102,6 +102,18 @@ def test_accumulation_equals_the_large_batch_also_where_the_last_part_is_ragged(
     for result in results[1:]:
         for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
             assert result.metrics[0][name] == pytest.approx(results[0].metrics[0][name], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["aot", "sft"])
+def test_objectives_of_a_whole_batch_are_not_split_into_passes(objective):
+    """``max_batch_tokens`` bounds other passes: the reference's and those of an evaluation."""
+    given = {"objective": objective, "per_device_train_batch_size": 7, "max_grad_norm": 1e9, "conditioned": False}
+    rows = [run(tiny_model(), token_pairs(7), max_batch_tokens=most, **given).metrics[0] for most in (10_000, 1)]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-6)
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-6)
+    if objective == "sft":  # the mean over all chosen tokens, not over responses
+        tokens = sum(len(pair[1]) for pair in token_pairs(7)) / 7
+        assert rows[0]["loss"] == pytest.approx(-rows[0]["logps/chosen"] / tokens, rel=1e-5)
 
 
 def test_a_step_is_adamw_on_the_mean_loss_over_its_pairs():

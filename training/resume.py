@@ -1,0 +1,153 @@
+"""Which checkpoint a run goes on from, and whether it is the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .checkpoint import MANIFEST, STATE, DamagedError, check_checkpoint, checkpoints
+from .config import TrainConfig
+from .errors import InputError
+
+# Options that a resumed run may change: they decide what is shown and kept, how far the run goes, or change no more
+# than rounding. Whether data and a model's files are the same, wherever they are now, is seen by what they hold.
+MAY_CHANGE = {
+    "output_dir", "resume_from_checkpoint", "resume_changed", "logging_steps", "logging_strategy",
+    "logging_first_step", "eval_steps", "eval_strategy", "eval_delay", "save_steps", "save_strategy",
+    "save_total_limit", "keep_best", "report_to", "run_name", "project", "sample_prompts", "sample_tokens",
+    "reference_cache", "max_batch_tokens", "activation_checkpointing", "activation_checkpointing_kwargs", "layout",
+    "attn_implementation", "train_data", "eval_data", "dry_run", "max_steps", "num_train_epochs", "use_cpu",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout", "push_to_hub", "hub_model_id",
+    "log_level", "disable_tqdm", "data_workers", "do_eval",
+}  # fmt: skip
+
+
+class Resumed(NamedTuple):
+    """The checkpoint that a run goes on from, with its run state."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+def newest_valid(folder: Path, log: Callable[[str], None]) -> Resumed | None:
+    """Return the newest whole checkpoint; say which newer ones are corrupted. None where there is none at all.
+
+    Raises InputError where all are corrupted: to begin anew is for the user to decide.
+    """
+    paths = checkpoints(folder)
+    for path in reversed(paths.values()):
+        try:
+            return Resumed(path, check_checkpoint(path))
+        except DamagedError as error:
+            log(f"WARNING: {path} is damaged: {error}; trying the one before it")
+    if paths:
+        raise InputError(
+            f"every checkpoint in {folder} is damaged; to begin anew, delete them or choose another folder"
+        )
+    return None
+
+
+def find_checkpoint(folder: Path, config: TrainConfig, log: Callable[[str], None]) -> Resumed | None:
+    """Return the checkpoint to go on from; None where the run begins anew.
+
+    Raises InputError for a folder in which another run would be lost, a checkpoint that is damaged, and settings other
+    than the run's.
+    """
+    wanted, found = config.resume_from_checkpoint, None
+    if wanted == "auto":
+        found = newest_valid(folder, log)
+    elif wanted:
+        try:
+            found = Resumed(Path(wanted), check_checkpoint(Path(wanted)))
+        except DamagedError as error:
+            there = any((Path(wanted) / name).exists() for name in (STATE, MANIFEST))
+            problem = f"damaged: {error}" if there else "no checkpoint there"
+            raise InputError(
+                f"--resume_from_checkpoint {wanted}: {problem}; give another checkpoint-* folder, or 'auto'"
+            ) from None
+    own = wanted == "auto" or (found is not None and found.path.resolve().parent == folder.resolve())
+    if (folder / "final").exists() and (found is None or not own):
+        raise InputError(
+            f"output_dir {folder} holds a finished run; choose another one, or give it more steps with "
+            "--resume_from_checkpoint auto and a larger max_steps or num_train_epochs"
+        )
+    if checkpoints(folder) and not own:
+        newest = list(checkpoints(folder).values())[-1].name
+        raise InputError(
+            f"output_dir {folder} holds an unfinished run with {newest}; continue it with --resume_from_checkpoint "
+            "auto, or choose another output_dir"
+        )
+    if found is not None:
+        _refuse(_changed_settings(found.state["settings"], config), found.path, config, log)
+    return found
+
+
+def settings_to_keep(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings by which a resumed run is compared with the one it goes on from."""
+    return json.loads(json.dumps({**config.settings(), "pairs in a step": config.pairs_per_step}))
+
+
+def _changed_settings(then: dict[str, Any], config: TrainConfig) -> list[str]:
+    now, defaults = settings_to_keep(config), {field.name: field.default for field in dataclasses.fields(config)}
+    changed = []
+    for name in {**now, **then}.keys() - MAY_CHANGE:
+        old, new = (settings.get(name, defaults.get(name)) for settings in (then, now))
+        moved = name == "model" and isinstance(old, str) and isinstance(new, str)  # compared by what it holds
+        if old != new and not moved:
+            changed.append(f"{name} was {old!r}, is {new!r}")
+    return sorted(changed)
+
+
+def check_resumed(
+    found: Resumed, inputs: dict[str, str], total_steps: int, config: TrainConfig, log: Callable[[str], None]
+) -> None:
+    """Raise InputError where model or data, by their digests, are not those that the checkpoint's run began with, and
+    where it is beyond the last step.
+    """
+    path, state = found
+    changed = [f"{name} holds something else" for name in inputs if inputs[name] != state["inputs"][name]]
+    _refuse(changed, path, config, log)
+    if state["step"] > total_steps:
+        raise InputError(f"{path} is of step {state['step']}, but the run has {total_steps} steps")
+    if state["step"] == total_steps and config.folder and (config.folder / "final").exists():
+        raise InputError(
+            f"output_dir {config.folder} holds a finished run of {total_steps} steps; raise max_steps or "
+            "num_train_epochs to go on, or choose another output_dir"
+        )
+
+
+def _refuse(differences: list[str], path: Path, config: TrainConfig, log: Callable[[str], None]) -> None:
+    if differences and not config.resume_changed:
+        raise InputError(
+            f"{path} belongs to a run with other settings ({'; '.join(differences)}); resume with the old ones, start "
+            "a new run in another output_dir, or mix them knowingly with --resume_changed true"
+        )
+    if differences:
+        log(f"WARNING: {path} is resumed with other settings: {'; '.join(differences)}")
+
+
+def resume_hint(folder: Path | None) -> str:
+    """Tell the user how to resume a run that ends before its time."""
+    kept = list(checkpoints(folder).values()) if folder else []
+    if not kept:
+        return "no checkpoint was kept"
+    return f"{kept[-1]} is kept: --resume_from_checkpoint auto goes on from it"
+
+
+def discard_later_checkpoints(folder: Path, step: int, log: Callable[[str], None]) -> None:
+    """Remove what an interrupted save has left, and rename checkpoints later than ``step``: none is taken for the new
+    run's.
+    """
+    for partial in folder.glob("*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    for number, path in checkpoints(folder).items():
+        if number > step:
+            aside = path.with_name(f"{path.name}.set-aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+            log(f"the run goes on after step {step}: {path.name} is renamed to {aside.name}, and may be deleted")
