@@ -336,8 +336,8 @@ def endless_rate(monkeypatch, step):
 
     def create(self, num_training_steps, optimizer=None):
         schedule = original(self, num_training_steps, optimizer)
-        (shape,) = schedule.lr_lambdas
-        schedule.lr_lambdas = [lambda now: shape(now) if now <= step else math.inf]  # warm-up begins at 1
+        # Warm-up begins at 1.
+        schedule.lr_lambdas = [lambda now, f=f: f(now) if now <= step else math.inf for f in schedule.lr_lambdas]
         return schedule
 
     monkeypatch.setattr(training.resumable.ResumableTrainer, "create_scheduler", create)
