@@ -16,6 +16,7 @@ from .data import Pair
 from .errors import InputError
 from .scoring import Batcher, Lengths, score
 
+_EAGER_SHARE = 0.7  # of the tokens of rows: above, eager attention over whole trees costs more than is saved
 # Nats a token by which trees and rows may differ before a tree is thought wrong: rounding stays far below.
 _TOLERANCE = {True: 5e-2, False: 2e-4}  # computed in bfloat16 or not
 
@@ -26,8 +27,9 @@ def choose_layout(
 ) -> Batcher:  # fmt: skip
     """Return ``batcher`` with the layout that ``wanted`` ("auto", "tree" or "rows") means here.
 
-    ``lengths`` (n, 3) are the pairs' tokens. "auto" is a tree where the model can read one. Raises InputError where a
-    tree is wanted and the model cannot read it. One line of ``log`` says which layout it is, and why.
+    ``lengths`` (n, 3) are the pairs' tokens. "auto" is a tree where the model can read one, with eager attention only
+    where it saves many tokens. Raises InputError where a tree is wanted and the model cannot read it. One line of
+    ``log`` says which layout it is, and why.
     """
     rows = dataclasses.replace(batcher, layout="rows")
     if wanted == "rows":
@@ -49,6 +51,9 @@ def choose_layout(
         log(f"layout: rows, because {reason}")
         return rows
     read = [int(some.tokens(lengths, conditioned=conditioned).sum()) for some in (tree, rows)]
+    if wanted == "auto" and attention == "eager" and read[0] > _EAGER_SHARE * read[1]:
+        log("layout: rows, because eager attention computes what a tree's mask hides, and trees would save few tokens")
+        return rows
     form = "many in a row" if packed else "one in a row"
     log(f"layout: tree, prompts read once a pair ({form}): {read[0] / read[1]:.2f} times the tokens of rows")
     return tree

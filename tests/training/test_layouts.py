@@ -50,6 +50,14 @@ def test_a_tree_is_chosen_where_the_model_reads_one():
     assert layout == "packed_tree" and "layout: tree" in line and "many in a row" in line
 
 
+def test_eager_attention_reads_trees_only_for_long_prompts():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    short, long = Pair([1], [2] * 9, [3] * 9, "short"), Pair([1] * 90, [2] * 9, [3] * 9, "long")
+    assert choose("auto", model, [short])[0] == "rows" and choose("tree", model, [short])[0] == "tree"
+    assert choose("auto", model, [long])[0] == "tree"
+
+
 def test_rows_are_chosen_with_the_reason_and_a_tree_that_was_asked_for_is_an_error():
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"
