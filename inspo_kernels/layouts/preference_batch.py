@@ -45,8 +45,10 @@ def condition_batch(
             image sizes) is passed on: each row keeps its prompt, hence its images.
         pad_token_id: id at the right end of the shorter rows; never scored and never attended to.
         separator_ids: ids between the two responses; never scored. Their token types are 0.
-        conditioned, alternative_dropout, dropout_seed: which pairs are conditioned, as for ``condition_pairs``. The
-            other pairs keep their rows ``x + y_w`` and ``x + y_l``.
+        conditioned: which pairs are conditioned, as for ``condition_pairs``. The other pairs keep their rows
+            ``x + y_w`` and ``x + y_l``.
+        alternative_dropout: as for ``condition_pairs``.
+        dropout_seed: as for ``condition_pairs``.
         marginals: also return ``marginal_mask`` (2B, T) int64, 1 on the other response of each row, whose log-probs
             are those given the prompt alone. It is 0 in the rows of a pair that is not conditioned.
 
