@@ -137,7 +137,7 @@ def test_a_bad_record_is_named_in_every_format(tmp_path, form):
         ("d.csv", b"prompt,chosen,rejected\n\xff,b,c\n", r"d\.csv:2: not a line of CSV"),
         ("d.csv", b"question,chosen,rejected\na,b,c\n", r"d\.csv:2: no 'prompt'"),
         ("d.jsonl.gz", b"no gzip", r"d\.jsonl\.gz: cannot be decompressed"),
-        ("d.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-9], r"d\.jsonl\.gz: cannot be decompressed"),
+        ("d.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-9], r"d\.jsonl\.gz: cannot be decompressed"),
         ("d.jsonl.xz", b"no xz", r"d\.jsonl\.xz: cannot be decompressed"),
         ("d.parquet", b"no parquet", r"d\.parquet: could not be read"),
         ("d.arrow", b"no arrow", r"d\.arrow: could not be read"),
@@ -192,7 +192,7 @@ def test_folders_are_read_file_by_file(tmp_path):
     days = {"prompt": "When? ", "chosen": "2024-01-02", "rejected": "2024-01-03"}
     implicit = {"chosen": "On Monday", "rejected": "On Sunday"}
     write_jsonl(tmp_path / "a.jsonl", [days])
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(implicit).encode()))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(implicit, mtime=0).encode()))
     pairs = load_pairs({"path": str(tmp_path), "weight": 0.5}, TOKENIZER)
     assert len(pairs) == 1  # half of the folder, not of each file
     pairs = load_pairs(str(tmp_path), TOKENIZER)
