@@ -80,7 +80,7 @@ class AxisJob:
         return self.arm, self.pairs, self.seed
 
     def execute(self, plan: AxisPlan, cache: Path, device: str) -> dict[str, Any]:
-        """The run's record. Its ``checkpoints`` hold quality and length for each decoding, and greedy answers' edits."""
+        """Returns the run's record: at each checkpoint quality and length by decoding, and greedy answers' edits."""
         began = time.perf_counter()
         begun = runs.start(plan.size, self.seed, drafts=True, cache=cache, device=device)
         model = runs.load(begun, plan.size, self.seed, device)

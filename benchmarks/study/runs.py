@@ -227,7 +227,7 @@ def train(
     model: PreTrainedModel, examples: Sequence[Example], arm: Arm, objective: ik.Objective, *, learning_rate: float,
     updates: int, update_pairs: int, seed: int, watch: Any = None, watch_every: int | None = None, decay: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains ``model`` in place. ``watch(step)`` is called before the first update, every ``watch_every`` and at the end.
+    """Trains ``model`` in place. ``watch(step)`` is called before each ``watch_every``-th update and after the last.
 
     None means each fifth of the updates. The learning rate rises over 8 updates, then falls linearly to 0, or with
     ``decay=False`` stays. The order of the pairs depends on ``seed`` alone. Returns counts of what was done; ``finite``

@@ -10,7 +10,7 @@ import torch
 from benchmarks.study import model as models
 from benchmarks.study import runs
 from benchmarks.study.arms import AXIS_ARMS
-from benchmarks.study.axis import AXIS_PLANS, AxisJob, AxisPlan, axis_jobs
+from benchmarks.study.axis import AxisJob, AxisPlan
 from benchmarks.study.runs import Example, Size
 from benchmarks.study.world import Judge, encode
 
