@@ -46,6 +46,8 @@ class AxisPlan:
             raise ValueError(f"unknown arms {unknown}; choose from {list(AXIS_ARMS)}")
         if self.tested_updates not in self.checkpoints or list(self.checkpoints) != sorted(set(self.checkpoints)):
             raise ValueError(f"checkpoints must ascend and hold {self.tested_updates}, got {self.checkpoints}")
+        if min(self.seeds, self.tested_seeds) < 1:
+            raise ValueError(f"each cell needs at least one seed, got {self.seeds} and {self.tested_seeds}")
         if max(self.pairs) > self.size.pairs:
             raise ValueError(f"a seed has at most {self.size.pairs} pairs, fewer than {max(self.pairs)}")
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import plan as planning
 from .arms import ARMS, AXIS_ARMS, FIXED, Arm
-from .axis import AxisJob, AxisPlan, axis_jobs
+from .axis import BASE, AxisJob, AxisPlan, axis_jobs
 from .axis import seconds as axis_seconds
 from .plan import Job, Plan, all_jobs, base_jobs, grid, seconds, test_jobs, tuned_arms, tuning_jobs, winners
 from .world import Judge
@@ -153,6 +153,6 @@ def axis_study(plan: AxisPlan, records: Mapping[int, Records], cache: Path, *, w
         for pairs, held in records.items():
             held.open()
             jobs = axis_jobs(plan, pairs)
-            bases = [job for job in jobs if job.arm == "base"]  # first, or workers would fit the same base
-            finish(bases, held, lambda job: submit(job, plan), done)
+            if workers > 1:  # bases first, or two workers would fit the same one
+                finish([job for job in jobs if job.arm == BASE], held, lambda job: submit(job, plan), done)
             finish(jobs, held, lambda job: submit(job, plan), done)
