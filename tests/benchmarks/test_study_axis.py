@@ -21,7 +21,7 @@ SIZE = Size(
     update_pairs=8, validation_prompts=8, test_prompts=8, held_out_pairs=8, samples=2,
 )  # fmt: skip
 PLAN = AxisPlan(
-    SIZE, pairs=(8, 16), checkpoints=(1, 2), tested_updates=2, tested_seeds=2, seeds=1,
+    SIZE, pairs=(8, 16), checkpoints=(1, 2), tested_updates=2, tested_seeds=3, seeds=1,
     arms=("plain", "inspo", "other", "dropout"),
 )  # fmt: skip
 EXAMPLES = [

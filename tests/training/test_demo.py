@@ -194,7 +194,6 @@ def test_long_runs_have_few_pairs_and_a_constant_rate(tmp_path: Path) -> None:
     assert config["lr_scheduler_type"] == "constant_with_warmup" and config["train_data"].endswith("few_pairs.jsonl")
     passes = settings.long_steps[-1] * settings.long_step_pairs / settings.long_pairs
     assert config["max_steps"] == settings.long_steps[-1] and passes >= 40
-    assert not any(step % config["save_steps"] for step in settings.long_steps)
 
 
 def test_quick_demo_shows_accuracy_of_long_runs(demo: tuple[Path, str]) -> None:

@@ -78,9 +78,9 @@ def fine_tune_config(name: str, settings: Settings, folder: Path) -> TrainConfig
 
 
 def long_config(name: str, settings: Settings, folder: Path) -> TrainConfig:
-    """Return the over-long run of one arm of ``FINE_TUNES``: few pairs, constant learning rate, a checkpoint at times.
+    """Return the over-long run of one arm of ``FINE_TUNES``: few pairs, many passes, constant learning rate.
 
-    The rate is constant so that a checkpoint is what a shorter run would have ended with.
+    The rate is constant so that the model after some steps is what a shorter run would have ended with.
     """
     options = FINE_TUNES[name]
     return TrainConfig(
@@ -89,6 +89,5 @@ def long_config(name: str, settings: Settings, folder: Path) -> TrainConfig:
         beta=settings.long_beta, **options,
         max_steps=settings.long_steps[-1], per_device_train_batch_size=settings.long_step_pairs, seed=settings.seed,
         learning_rate=settings.long_learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=8,
-        logging_steps=settings.long_steps[-1], save_strategy="steps", save_steps=settings.long_steps[0],
-        save_total_limit=settings.long_steps[-1] // settings.long_steps[0], keep_best=False, sample_prompts=0,
+        logging_steps=settings.long_steps[-1], save_strategy="no", keep_best=False, sample_prompts=0,
     )  # fmt: skip
