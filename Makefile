@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 RESULTS := benchmarks/results
 
-.PHONY: help install test sanitize image demo lint benchmark benchmark-head benchmark-step benchmark-trl benchmark-parallel benchmark-demo benchmark-pairs \
+.PHONY: help install test sanitize image demo docs lint benchmark benchmark-head benchmark-step benchmark-trl benchmark-parallel benchmark-demo benchmark-pairs \
 	benchmark-study benchmark-compile benchmark-gpu pairs-given tables clean
 # Commands that are timed must not run beside others.
 .NOTPARALLEL:
@@ -16,6 +16,7 @@ help:
 	@echo "make sanitize    run the tests of the Triton kernels with every memory access checked (one minute, no GPU)"
 	@echo "make image       run the package's tests with the versions of the GPU image (Python 3.12; installs 5 GB)"
 	@echo "make lint        ruff and mypy"
+	@echo "make docs        build the documentation as a site, in build/site"
 	@echo "make benchmark PAIRS=FILE.jsonl"
 	@echo "                 all of the README's tables and plots anew, for hours on two cores; or parts of them:"
 	@echo "  benchmark-head     the loss and the log-probs by themselves, and how they scale"
@@ -63,6 +64,9 @@ $(IMAGE)/.installed: tests/image/requirements.txt
 
 demo: $(VENV)/.installed-training
 	$(BIN)/python -m training.demo
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 lint: install
 	$(BIN)/python -m ruff check

@@ -62,6 +62,7 @@ setup(
         "training": training,
         "benchmarks": benchmarks,
         "test": test,
+        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0", "ruff>=0.12"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inspo_kernels.conditioning import IGNORE_INDEX
+from inspo_kernels.layouts.conditioning import IGNORE_INDEX
 
 Lengths = tuple[int, int, int]
 
@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def positions(self) -> int:
-        """Of the padded rows prompt + alternative + response."""
+        """Count positions of the padded rows prompt + alternative + response."""
         return 2 * len(self.lengths) * self.longest
 
     def as_json(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def real_lengths() -> tuple[Lengths, ...]:
 
 
 def sample_lengths(pairs: int, *, longest: int, seed: int = 0) -> tuple[Lengths, ...]:
-    """Of ``pairs`` real pairs of at most ``longest`` tokens in all, drawn without replacement."""
+    """Draw the lengths of ``pairs`` real pairs of at most ``longest`` tokens in all, without replacement."""
     fitting = [lengths for lengths in real_lengths() if sum(lengths) <= longest]
     return tuple(random.Random(seed).sample(fitting, pairs))
 

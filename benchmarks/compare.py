@@ -1,4 +1,4 @@
-"""What got slower or larger between two result files of one command, beyond the noise.
+"""Report what got slower or larger between two result files of one command, beyond the noise.
 
     python -m benchmarks.compare OLD.json NEW.json
 

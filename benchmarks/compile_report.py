@@ -134,7 +134,7 @@ def budget_of(case: Case, target: Target) -> Budget | None:
 
 
 def over_budget(budget: Budget, row: dict[str, Any]) -> list[str]:
-    """What a kernel takes beyond its budget."""
+    """Return what a kernel takes beyond its budget."""
     if "per_element" not in row:
         return ["no hot loop to hold against its budget"]
     per_element = row["per_element"]
@@ -154,7 +154,7 @@ def over_budget(budget: Budget, row: dict[str, Any]) -> list[str]:
 
 
 def problems(case: Case, target: Target, found: dict[str, Any]) -> list[str]:
-    """What this report fails for."""
+    """Return the reasons for which this report fails."""
     checks = {
         f"{found['stack_bytes']} bytes of stack": found["stack_bytes"] > 0 and not target.may_spill,
         f"shared memory above {target.shared_limit} bytes": found["shared_bytes"] > target.shared_limit,

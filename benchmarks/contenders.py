@@ -137,7 +137,7 @@ def torch_linear_cross_entropy(x: Tensor, weight: Tensor, batch: PairBatch) -> T
 
 @dataclass(frozen=True)
 class Contender:
-    """What to run and what it needs. ``package`` is its distribution's name, ``module`` what to import.
+    """A contender: its code, and what it needs. ``package`` is its distribution's name, ``module`` what to import.
 
     ``variant_of`` names another contender that this one is, but for how it is called: it is measured at the main shape
     on GPUs alone.
@@ -257,5 +257,5 @@ Outcome = Contender | str
 
 
 def chosen(names: Iterable[str], batch: PairBatch, *, per_token: bool = False) -> dict[str, Outcome]:
-    """Of each name: what to run, or why it does not."""
+    """Return, by name, the contender to run or the reason why it cannot run."""
     return {name: CONTENDERS[name].unavailable(batch, per_token=per_token) or CONTENDERS[name] for name in names}

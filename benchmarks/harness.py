@@ -33,7 +33,7 @@ FEWEST_ROUNDS = 3
 
 
 def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """What a result file must say about where its numbers come from; ``packages`` are named beside the usual ones."""
+    """Return the provenance that a result file must hold; ``packages`` are named beside the usual ones."""
     versions = {"python": platform.python_version()}
     for package in (*PACKAGES, *packages):
         try:
@@ -147,7 +147,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(times: Mapping[str, Sequence[float]], to: str) -> dict[str, dict[str, float]]:
-    """Of each contender's time to that of ``to`` in the same round."""
+    """Return the ratios of each contender's time to that of ``to`` in the same round."""
     return {name: spread([a / b for a, b in zip(t, times[to], strict=True)]) for name, t in times.items()}
 
 
@@ -161,7 +161,7 @@ def reason(error: Exception) -> str:
 
 
 def guarded(runs: Mapping[str, Callable[[], Any]], failed: dict[str, str]) -> dict[str, Callable[[], Any]]:
-    """The same runs, a failing one being entered in ``failed`` once and doing nothing from then on."""
+    """Wrap ``runs`` so that a failing run is entered in ``failed`` once and then does nothing."""
 
     def guard(name: str, run: Callable[[], Any]) -> Any:
         if name in failed:
@@ -246,7 +246,7 @@ def _cpu_name() -> str:
 
 
 def positive(text: str) -> int:
-    """For argparse: a count of at least one."""
+    """Parse a count of at least one, for argparse."""
     try:
         number = int(text)
     except ValueError:
@@ -257,7 +257,7 @@ def positive(text: str) -> int:
 
 
 def result_file(text: str) -> Path:
-    """For argparse: a file that can be written, seen before hours of measuring."""
+    """Parse a file that can be written, for argparse: checked before hours of measuring."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
@@ -298,7 +298,7 @@ def checked_result(
 
 
 def lacks(row: Mapping[str, Any] | None, what: str) -> bool:
-    """Whether a contender's row is still to get ``what``; one that cannot run gets nothing."""
+    """Return whether a contender's row still lacks ``what``; a contender that cannot run lacks nothing."""
     return not row or (row.get("status", "measured") == "measured" and what not in row)
 
 
@@ -330,7 +330,7 @@ def checked_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
 
 
 def _why_no_gpu() -> str:
-    """In torch's words: no driver, a driver that is too old, or a build without CUDA."""
+    """Return torch's own reason: no driver, a driver that is too old, or a build without CUDA."""
     try:
         torch.cuda.init()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What the compile report compiles: each kernel as the backend launches it, and each launch that the tests make.
+"""List what the compile report compiles: each kernel as the backend launches it, and each launch that the tests make.
 
 ``cases`` lists the shipped configurations by hand, with what the report holds them to. ``recorded`` replays launches
 that ``benchmarks.record_launches`` wrote down while the tests ran: any launcher, whatever its arguments.

@@ -1,4 +1,4 @@
-"""What the training loop costs beside the bare steps: metrics, logs, finite checks and checkpoints.
+"""Measure the training loop's cost beside its bare steps: metrics, logs, finite checks and checkpoints.
 
     python -m benchmarks.loop_overhead --pairs FILE.jsonl --json benchmarks/results/loop_overhead.json
 
@@ -50,7 +50,7 @@ class Marks(TrainerCallback):
 
 
 def loop_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:
-    """Of the steps of ``train`` from the second to number ``steps``, and the checkpoint after them."""
+    """Return the seconds of ``train``'s steps 2 to ``steps`` and of the checkpoint after them."""
     marks, (model, tokenizer) = Marks(), load_model(config)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = dataclasses.replace(config, output_dir=f"{folder}/run", max_steps=steps + 1, save_steps=steps)
@@ -59,7 +59,7 @@ def loop_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:
 
 
 def bare_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:
-    """The same steps by hand."""
+    """Return the seconds of the same steps, written by hand."""
     model, tokenizer = load_model(config)
     module = PairModel(model.eval(), config.make_objective())
     batcher = Batcher(tokenizer.pad_token_id, torch.device("cpu"), config.max_batch_tokens)

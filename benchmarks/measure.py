@@ -62,7 +62,7 @@ def upstream_of(logps: Tensor) -> Tensor:
 
 
 class Truth:
-    """The same in float64, from the batch's own values and without any of the contenders' code.
+    """Return loss and gradients in float64, from the batch's own values and without the contenders' code.
 
     dW is formed in blocks of the vocabulary as it is compared, so that a large head needs no float64 copy.
     """
@@ -123,7 +123,7 @@ def _spread(rows: Tensor, mask: Tensor) -> Tensor:
 
 
 def relative(errors: dict[str, float], truth: Truth) -> dict[str, float]:
-    """The same with loss, sums and log-probs relative, too: figures to read beside the gradients'."""
+    """Return all errors relative, those of loss, sums and log-probs included, to read beside the gradients'."""
     scale = {"loss_nat": "loss", "sequence_nat": "sums", "token_nat": "logps"}
     result = {}
     for name, value in errors.items():
@@ -151,7 +151,7 @@ def checked(
 
 
 def too_large(error: Exception) -> str:
-    """That memory ran out, as a status; any other error is raised again."""
+    """Return a status that says memory ran out; raise any other error again."""
     if reason(error) != "out of memory":
         raise error
     if torch.cuda.is_available():

@@ -25,7 +25,9 @@ TITLES = {name: contender.title for name, contender in CONTENDERS.items()}
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "benchmarks.md")
+DOCS = ROOT / "docs"
+BLOCK_START = "<!-- generated: "
+PAGES = tuple(page for page in (README, *sorted(DOCS.glob("*.md"))) if BLOCK_START in page.read_text())
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -57,8 +59,28 @@ def loss(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", peak, "", _source(result, "loss_cpu.json")])
 
 
+SAVINGS = ("floor", "torch", "full_log_softmax", "log_softmax", "trl", "liger")
+
+
+def savings(result: dict[str, Any]) -> str:
+    """Time and memory of the best-known ways at the first shape: the README's short form of ``loss``."""
+    cell = result["cells"][0]
+    lines = [
+        f"The pairwise loss, {result['dtype']}, forward + backward, {cell['pairs']} pairs (prompt "
+        f"{cell['mean_prompt']:.0f}, responses {cell['mean_response']:.0f}), H = {cell['hidden']}, V = "
+        f"{cell['vocab']:,}. Peak memory is what a fresh process takes above its inputs.",
+        "",
+        "| | time / bare matmuls (quartiles) | peak memory |",
+        "|---|---|---|",
+    ]
+    for name in SAVINGS:
+        row = cell["contenders"][name]
+        lines.append(f"| {_title(name)} | {_ratio(row['times_floor'], name == 'floor')} | {_mebibytes(row)} |")
+    return "\n".join([*lines, "", _source(result, "loss_cpu.json")])
+
+
 def _title(name: str) -> str:
-    return "floor: the bare products, outputs preallocated" if name == "floor" else TITLES[name]
+    return "floor: the bare matmuls, outputs preallocated" if name == "floor" else TITLES[name]
 
 
 def _cell_table(cell: dict[str, Any], base: str) -> list[str]:
@@ -139,7 +161,7 @@ def scaling(result: dict[str, Any]) -> str:
         f"({default[1]['bytes'] / 2**20:.0f} MiB) takes {share:.2f} of the time of the fastest tried, "
         f"{best[1]['rows']} rows ({best[1]['bytes'] / 2**20:.0f} MiB).",
         "",
-        "![time and memory](benchmarks/results/scaling_cpu.png)",
+        "![time and memory](docs/scaling_cpu.png)",
     ]
     return "\n".join([*lines, "", _source(result, "scaling_cpu.json")])
 
@@ -252,7 +274,7 @@ def demo(result: dict[str, Any]) -> str:
 
 
 def _demo_ranking(summary: dict[str, Any]) -> str:
-    """What the table says, in a sentence that cannot say anything else."""
+    """Say in a sentence what the table says; it is computed from the numbers."""
     names = {"base": "the base", "sft": "SFT", "dpo": "DPO", "inspo": "InSPO"}
     ranked = sorted(names, key=lambda name: -summary["sampled"][name]["accuracy"]["mean"])
     inspo = summary["sampled"]["inspo"]
@@ -286,7 +308,7 @@ def real_pairs(result: dict[str, Any]) -> str:
 
 
 def _beside_chance(runs: list[dict[str, Any]]) -> str:
-    """Which marginal accuracies differ from one half, in a sentence."""
+    """Say in a sentence which marginal accuracies differ from one half."""
     above: list[str] = []
     below: list[str] = []
     for run in runs:
@@ -301,7 +323,7 @@ def _beside_chance(runs: list[dict[str, Any]]) -> str:
 
 
 def no_drafts(result: dict[str, Any]) -> str:
-    """What happens to a base that has never seen the conditioned layout."""
+    """Report a base that has never seen the conditioned layout."""
     summary, gaps = result["summary"], [seed["conditioning_gap"] for seed in result["seeds"].values()]
     gap = min(value for seed in gaps for value in seed.values())
     gains = {name: summary["sampled"][name]["gain"] for name in ("inspo", "dpo", "sft")}
@@ -325,6 +347,7 @@ def loop_overhead(result: dict[str, Any]) -> str:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "savings": ("loss_cpu.json", savings),
     "loss": ("loss_cpu.json", loss),
     "logps": ("logps_cpu.json", logps),
     "scaling": ("scaling_cpu.json", scaling),
@@ -347,13 +370,15 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
 
 def render(page: Path) -> str:
     """The page's text with every generated block written anew, links to results as seen from its folder."""
-    up = "../" * (len(page.relative_to(ROOT).parts) - 1)
+    in_docs = page.parent == DOCS
 
     def block(match: re.Match[str]) -> str:
         file, section = SECTIONS[match[2]]
         path = RESULTS / file
         body = section(json.loads(path.read_text())) if path.exists() else "Not yet measured."
-        return f"{match[1]}{body.replace('](benchmarks/', f']({up}benchmarks/')}\n{match[3]}"
+        if in_docs:
+            body = body.replace("](benchmarks/", "](../benchmarks/").replace("](docs/", "](")
+        return f"{match[1]}{body}\n{match[3]}"
 
     return BLOCK.sub(block, page.read_text())
 
@@ -367,7 +392,7 @@ def _gain(row: dict[str, Any]) -> str:
 
 
 def _source(result: dict[str, Any], file: str) -> str:
-    """Where, with what and when it was measured; the full command is in the file."""
+    """Name hardware, versions and date of a measurement; the full command is in the file."""
     hardware, versions = result["hardware"], result["versions"]
     where, packages = f"{hardware['cpu']}, {hardware['cores']} cores", ["torch"]
     if gpu := result.get("device", {}).get("name"):
@@ -388,7 +413,7 @@ def main(arguments: list[str] | None = None) -> None:
     written = []
     for image, (file, plot) in PLOTS.items():
         if (RESULTS / file).exists():
-            plot(json.loads((RESULTS / file).read_text())).savefig(RESULTS / image, dpi=110)
+            plot(json.loads((RESULTS / file).read_text())).savefig(DOCS / image, dpi=110)
             written.append(image)
     pages = ", ".join(str(page.relative_to(ROOT)) for page in PAGES)
     print(f"wrote the generated parts of {pages}, and {', '.join(written) or 'no plots: no results'}")

@@ -1,4 +1,4 @@
-"""How time and memory of the pairwise loss grow with tokens, vocabulary, hidden size, pair length and workspace.
+"""Measure how time and memory of the pairwise loss grow with tokens, vocabulary, hidden size, length and workspace.
 
     python -m benchmarks.scaling --json benchmarks/results/scaling_cpu.json
 
@@ -64,7 +64,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> dict[str, float] | None:
 
 
 def fits(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the sweep that ``cells`` are: exponents of time and memory of each contender."""
+    """Fit the exponents of time and memory of each contender over the sweep ``cells``."""
     result: dict[str, Any] = {}
     for name in dict.fromkeys(name for cell in cells for name in cell["contenders"]):
         rows = [(cell["value"], cell["contenders"].get(name, {})) for cell in cells]

@@ -64,7 +64,7 @@ BASE = "four_forwards"
 
 
 def lengths_of(share: str, pairs: int, tokens: int) -> tuple[Lengths, ...]:
-    """Of ``pairs`` pairs: of ``tokens`` tokens each, of which the prompt is ``share``, or of real ones no longer."""
+    """Build a step of ``pairs`` pairs: of ``tokens`` tokens with a prompt of ``share``, or real ones no longer."""
     if share == "real":
         return sample_lengths(pairs, longest=tokens)
     response = max(1, round(tokens * (1 - float(share)) / 2))

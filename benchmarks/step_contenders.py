@@ -97,7 +97,7 @@ def random_pairs(lengths: Sequence[Lengths], vocab: int) -> list[Pair]:
 
 @dataclass
 class Trained:
-    """Of one run: losses, seconds from the first step's begin to the last one's end, positions through the trunk."""
+    """Result of a run: losses, seconds from the first step's begin to the last's end, positions through the trunk."""
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -107,7 +107,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Job:
-    """What every contender is given: ``batches`` are the pairs of each update."""
+    """Input of every contender: ``batches`` are the pairs of each update."""
 
     model: PreTrainedModel
     batches: list[list[Pair]]
@@ -236,7 +236,7 @@ class FourForwards:
         self.reference = copy.deepcopy(job.model).requires_grad_(False)
 
     def _sums(self, model: PreTrainedModel, pairs: list[Pair], *, conditioned: bool) -> tuple[Tensor, Tensor]:
-        """Of chosen and rejected responses (B,), each from a forward of its own, padded by itself."""
+        """Return log-probs of chosen and rejected responses (B,), each from a forward of its own, padded by itself."""
         batch = ik.condition_pairs(pairs, pad_token_id=model.config.pad_token_id, conditioned=conditioned)
         sums = []
         for half in (slice(0, len(pairs)), slice(len(pairs), None)):
@@ -264,7 +264,7 @@ class FourForwards:
 
 
 class ConditioningCollator:
-    """What makes TRL's DPOTrainer train InSPO: the other response goes into the context of each.
+    """Collate pairs so that TRL's DPOTrainer trains InSPO: the other response goes into the context of each.
 
     While ``conditioned`` is false, as for the reference, the rows are those of plain DPO.
     """

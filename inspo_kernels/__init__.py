@@ -6,12 +6,14 @@ the same mathematics in plain torch.
 """
 
 from . import reference
-from .conditioning import condition_pairs
 from .fused_loss import InSPOLoss, fused_inspo_loss
 from .groups import gathered
+from .layouts.conditioning import condition_pairs
+from .layouts.preference_batch import condition_batch
 from .logps import linear_logps, pair_logps
 from .memory import workspace_bytes
 from .models import hidden_and_head
+from .models.tree_models import tree_attention_mask, tree_unsupported
 from .objectives import (
     AOT,
     BCO,
@@ -38,8 +40,6 @@ from .objectives import (
     SimPO,
 )
 from .pair_loss import InSPOOutput
-from .preference_batch import condition_batch
-from .tree_models import tree_attention_mask, tree_unsupported
 
 __version__ = "0.1.0"
 

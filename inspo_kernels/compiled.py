@@ -1,4 +1,4 @@
-"""What ``torch.compile`` sees of the package: three operators that it does not look into, and the shapes they return.
+"""Three operators that ``torch.compile`` does not look into, with the shapes that they return.
 
 Planning reads the labels, and objectives are differentiated inside: neither can be traced. Under ``torch.compile`` the
 public functions therefore become one operator each, with the same checks, plan and passes inside. Shapes of its results
@@ -8,10 +8,10 @@ Gradients leave the operator in the accumulate dtype and are rounded once, as in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,68 +22,44 @@ from .arguments import finite
 from .first_order import first_order_only
 from .gradients import Needs, dtypes_of
 from .head import LMHead, checked_head
-from .objectives import Objective, find_objective
+from .objectives import find_objective
+from .options import PairOptions, PairTensors, TokenOptions, arguments_of
 from .pair_loss import InSPOOutput
 from .passes import KeptTokens
 from .prepare import prepare
 from .scored_tokens import ScoredTokens
 
 _T = TypeVar("_T")
+_Options = TypeVar("_Options", bound=TokenOptions)
 # The operators read the labels on the host, which a CUDA graph cannot capture.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _NO_REFERENCE = 'backend="reference" is for reading and testing: call it outside torch.compile'
 
 
-def fused_inspo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    objective: str | Objective,
-    ref_logps: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    segment_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    num_pairs: int | None,
-    marginal_labels: Tensor | None,
-    statistics: tuple[str, ...],
-    **options: Any,
-) -> InSPOOutput:
+def fused_inspo_loss(tensors: PairTensors, options: PairOptions) -> InSPOOutput:
     """``inspo_kernels.fused_inspo_loss`` as traced. Compact input always reports marginals, 0 if it has none."""
-    head = checked_head(hidden, weight, bias, softcap, logit_scale)
+    hidden, marginal_labels, segment_ids = tensors.hidden, tensors.marginal_labels, tensors.segment_ids
+    head = checked_head(hidden, tensors.weight, tensors.bias, options.softcap, options.logit_scale)
+    num_pairs, objective, statistics = options.num_pairs, options.objective, options.statistics
     if num_pairs is None:
         if segment_ids is None:
-            num_pairs = (hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1) // 2
-        elif ref_logps is not None:
-            num_pairs = ref_logps.shape[0] // 2
+            num_pairs = (hidden.shape[0] if tensors.cu_seqlens is None else tensors.cu_seqlens.shape[0] - 1) // 2
+        elif tensors.ref_logps is not None:
+            num_pairs = tensors.ref_logps.shape[0] // 2
     needs = Needs.of(hidden, head)
-    outputs = _pair_loss(
-        hidden,
-        weight,
-        bias,
-        [needs.x, needs.weight, needs.bias],
-        labels,
-        marginal_labels,
-        cu_seqlens,
-        segment_ids,
-        ref_logps,
-        options["pair_weights"],
-        0 if num_pairs is None else num_pairs,
-        objective if isinstance(objective, str) else f"{id(objective)}",
-        softcap,
-        logit_scale,
-        options["ignore_index"],
-        options["shift"],
+    given = _flatten(options) | {
+        "num_pairs": num_pairs,
+        "objective": objective if isinstance(objective, str) else f"{id(objective)}",
         # As a tensor, and by a product, which torch.compile carries out on tensors: no new graph for a new value.
-        options["marginal_weight"] * torch.ones((), dtype=torch.float64, device="cpu"),
-        options["reduction"],
-        ",".join(statistics),
-        options["max_workspace_bytes"],
-        options["backend"],
-        torch.is_autocast_enabled(hidden.device.type),
+        "marginal_weight": options.marginal_weight * torch.ones((), dtype=torch.float64, device="cpu"),
+    }
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    outputs = _pair_loss(
+        [needs.x, needs.weight, needs.bias],
+        autocast,
         head.compute_dtype,
+        *arguments_of(tensors).values(),
+        *given.values(),
     )
     results = _PairResults(*outputs[: len(_PairResults._fields)])
     has_marginals = marginal_labels is not None or segment_ids is not None
@@ -101,15 +77,10 @@ def fused_inspo_loss(
     )
 
 
-def _names(statistics: str) -> tuple[str, ...]:
-    """Names from the comma-separated string that an operator is given: operators take no lists of strings."""
-    return tuple(filter(None, statistics.split(",")))
-
-
 class _PairResults(NamedTuple):
-    """What the operator returns before the statistics: the fields of ``InSPOOutput``, then gradients.
+    """Results of the operator before the statistics: the fields of ``InSPOOutput``, then gradients.
 
-    An empty tensor stands for what there is not.
+    An empty tensor stands for a missing result.
     """
 
     loss: Tensor
@@ -126,59 +97,62 @@ class _PairResults(NamedTuple):
     dbias: Tensor
 
 
-@torch.library.custom_op("inspo_kernels::pair_loss", mutates_args=(), tags=_TAGS)
-def _pair_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: list[bool],
-    labels: Tensor,
-    marginal_labels: Tensor | None,
-    cu_seqlens: Tensor | None,
-    segment_ids: Tensor | None,
-    ref_logps: Tensor | None,
-    pair_weights: Tensor | None,
-    num_pairs: int,
-    objective: str,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    shift: bool,
-    marginal_weight: Tensor,
-    reduction: str,
-    statistics: str,
-    max_workspace_bytes: int | None,
-    backend: str,
-    autocast: bool,
-    compute_dtype: torch.dtype,
-) -> list[Tensor]:
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "bool": "bool",
+    "float": "float",
+    "float | None": "float?",
+    "int": "SymInt",
+    "int | None": "SymInt?",
+    "str": "str",
+    "str | Objective": "str",
+    "tuple[str, ...]": "str",
+}
+
+
+def _schema(*classes: type) -> str:
+    """Return the operator arguments that carry the fields of these dataclasses, in order."""
+    types = {field.name: _SCHEMA_TYPES[str(field.type)] for cls in classes for field in fields(cls)}
+    if "marginal_weight" in types:
+        types["marginal_weight"] = "Tensor"
+    return ", ".join(f"{kind} {name}" for name, kind in types.items())
+
+
+def _flatten(options: TokenOptions) -> dict[str, Any]:
+    """Return options as an operator takes them: operators take no lists of strings."""
+    return arguments_of(options) | {"statistics": ",".join(options.statistics)}
+
+
+def _unflatten(kind: type[_Options], values: Sequence[Any]) -> _Options:
+    """Undo ``_flatten``."""
+    given = dict(zip((field.name for field in fields(kind)), values))
+    return kind(**given | {"statistics": tuple(filter(None, given["statistics"].split(",")))})
+
+
+def _pair_arguments(flat: Sequence[Any]) -> tuple[PairTensors, PairOptions]:
+    """Undo the flattening in ``fused_inspo_loss``."""
+    tensors = PairTensors(*flat[: len(fields(PairTensors))])
+    return tensors, _unflatten(PairOptions, flat[len(fields(PairTensors)) :])
+
+
+@torch.library.custom_op(
+    "inspo_kernels::pair_loss",
+    mutates_args=(),
+    schema=f"(bool[] needs, bool autocast, ScalarType compute_dtype, {_schema(PairTensors, PairOptions)}) -> Tensor[]",
+    tags=_TAGS,
+)
+def _pair_loss(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *flat: Any) -> list[Tensor]:
     """The fields of ``_PairResults``, then the statistics."""
+    tensors, traced = _pair_arguments(flat)
+    hidden = tensors.hidden
 
     def run() -> list[Tensor]:
+        marginal_weight = finite("marginal_weight", traced.marginal_weight)
+        options = replace(traced, objective=find_objective(str(traced.objective)), marginal_weight=marginal_weight)
         # The autocast under which the call was traced is over by now.
         with torch.autocast(hidden.device.type, dtype=compute_dtype if autocast else None, enabled=autocast):
-            p = prepare(
-                hidden,
-                weight,
-                labels,
-                objective=find_objective(objective),
-                ref_logps=ref_logps,
-                bias=bias,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                ignore_index=ignore_index,
-                shift=shift,
-                cu_seqlens=cu_seqlens,
-                segment_ids=segment_ids,
-                num_pairs=num_pairs or None,
-                marginal_labels=marginal_labels,
-                marginal_weight=finite("marginal_weight", marginal_weight.item()),
-                pair_weights=pair_weights,
-                reduction=reduction,
-                statistics=_names(statistics),
-                max_workspace_bytes=max_workspace_bytes,
-                backend=backend,
-            )
+            p = prepare(tensors, options)
         if p.run is None:
             raise ValueError(_NO_REFERENCE)
         with torch.no_grad():
@@ -187,7 +161,7 @@ def _pair_loss(
             gradients = gradients.computed()
             loss = p.terms.reduce(losses).to(p.head.accumulate_dtype)
             out = InSPOOutput.build(loss, losses, sums.table, p.plan.lengths, p.terms, sums.statistics)
-            if out.marginal_logps is None and segment_ids is not None:
+            if out.marginal_logps is None and tensors.segment_ids is not None:
                 nan = torch.full_like(out.chosen_rewards, torch.nan)
                 out = replace(out, marginal_logps=torch.zeros_like(out.logps))
                 out = replace(out, marginal_chosen_rewards=nan, marginal_rejected_rewards=nan)
@@ -206,28 +180,16 @@ def _pair_loss(
 
 
 @_pair_loss.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: list[bool],
-    labels: Tensor,
-    marginal_labels: Tensor | None,
-    cu_seqlens: Tensor | None,
-    segment_ids: Tensor | None,
-    ref_logps: Tensor | None,
-    pair_weights: Tensor | None,
-    num_pairs: int,
-    *others: Any,
-) -> list[Tensor]:
-    statistics = _names(others[7])
-    accumulate = LMHead(weight, bias, None, 1.0, others[-1]).accumulate_dtype
-    has_marginals = marginal_labels is not None or segment_ids is not None
+def _(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *flat: Any) -> list[Tensor]:
+    t, options = _pair_arguments(flat)
+    hidden, num_pairs = t.hidden, options.num_pairs or 0
+    accumulate = LMHead(t.weight, t.bias, None, 1.0, compute_dtype).accumulate_dtype
+    has_marginals = t.marginal_labels is not None or t.segment_ids is not None
 
     def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype)
 
-    dhidden, dweight, dbias = _fake_gradients(hidden, weight, bias, needs, accumulate)
+    dhidden, dweight, dbias = _fake_gradients(hidden, t.weight, t.bias, needs, accumulate)
     results = _PairResults(
         loss=new(dtype=accumulate),
         losses=new(num_pairs, dtype=accumulate),
@@ -242,7 +204,7 @@ def _(
         dweight=dweight,
         dbias=dbias,
     )
-    return [*results, *(new(2 * num_pairs) for _ in statistics)]
+    return [*results, *(new(2 * num_pairs) for _ in options.statistics)]
 
 
 def _fake_gradients(
@@ -255,89 +217,61 @@ def _fake_gradients(
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, bias, ctx.needs, *others = inputs
+    ctx.needs, _, _, *flat = inputs
+    tensors, _ = _pair_arguments(flat)
     results = _PairResults(*output[: len(_PairResults._fields)])
     ctx.save_for_backward(results.dhidden, results.dweight, results.dbias)
-    ctx.dtypes, ctx.num_others = dtypes_of(hidden, weight, bias), len(others)
+    ctx.dtypes, ctx.num_inputs = dtypes_of(tensors.hidden, tensors.weight, tensors.bias), len(inputs)
 
 
 @first_order_only
 def _scale_gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Tensor | None, ...]:
-    scaled = [
+    hidden, weight, bias = (
         (gradient * upstream[0]).to(dtype) if needed else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)
-    ]
-    return (*scaled, None, *(None,) * ctx.num_others)
+    )
+    labels = None
+    gradients = (None, None, None, hidden, weight, labels, bias)
+    return gradients + (None,) * (ctx.num_inputs - len(gradients))
 
 
 _pair_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
 def linear_logps(
-    hidden: Tensor,
-    head: LMHead,
-    targets: Tensor,
-    *,
-    ignore_index: int,
-    statistics: tuple[str, ...],
-    max_workspace_bytes: int | None,
-    backend: str,
+    hidden: Tensor, head: LMHead, targets: Tensor, options: TokenOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``inspo_kernels.linear_logps`` as traced. A trainable head keeps nothing for its backward pass here: 8NHV."""
     needs = Needs.of(hidden, head)
-    transform = (head.softcap, head.logit_scale, head.temperature, head.compute_dtype)
-    logps, _, *found = _linear_logps(
-        hidden, head.weight, head.bias, [needs.x, needs.weight, needs.bias], targets, *transform, ignore_index,
-        max_workspace_bytes, backend, ",".join(statistics),
-    )  # fmt: skip
-    return logps, {name: value.detach() for name, value in zip(statistics, found)}
+    flat = (hidden, head.weight, head.bias, targets, *_flatten(options).values())
+    logps, _, *found = _linear_logps([needs.x, needs.weight, needs.bias], head.compute_dtype, *flat)
+    return logps, {name: value.detach() for name, value in zip(options.statistics, found)}
 
 
 def _scored_tokens(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    compute_dtype: torch.dtype,
-    ignore_index: int,
-    max_workspace_bytes: int | None,
-    backend: str,
-    statistics: str,
+    compute_dtype: torch.dtype, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
 ) -> ScoredTokens:
-    head = LMHead(weight, bias, softcap, logit_scale, compute_dtype, temperature).detach()
-    scored = ScoredTokens.find(
-        hidden.detach(), targets, head, ignore_index=ignore_index, backend=backend,
-        max_workspace_bytes=max_workspace_bytes, statistics=_names(statistics),
-    )  # fmt: skip
+    o = _unflatten(TokenOptions, options)
+    head = LMHead(weight, bias, o.softcap, o.logit_scale, compute_dtype, o.temperature).detach()
+    scored = ScoredTokens.find(hidden.detach(), targets, head, o)
     if scored.run is None:
         raise ValueError(_NO_REFERENCE)
     return scored
 
 
-@torch.library.custom_op("inspo_kernels::linear_logps", mutates_args=(), tags=_TAGS)
-def _linear_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: list[bool],
-    targets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    compute_dtype: torch.dtype,
-    ignore_index: int,
-    max_workspace_bytes: int | None,
-    backend: str,
-    statistics: str,
-) -> list[Tensor]:
+_TOKEN_ARGUMENTS = (
+    "bool[] needs, ScalarType compute_dtype, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+    + _schema(TokenOptions)
+)
+
+
+@torch.library.custom_op(
+    "inspo_kernels::linear_logps", mutates_args=(), schema=f"({_TOKEN_ARGUMENTS}) -> Tensor[]", tags=_TAGS
+)
+def _linear_logps(needs: list[bool], compute_dtype: torch.dtype, *arguments: Any) -> list[Tensor]:
     """Log-probs; for a frozen head the gradient of each in its own row of hidden (otherwise empty); statistics."""
-    scored = _scored_tokens(
-        hidden, weight, bias, targets, softcap, logit_scale, temperature, compute_dtype, ignore_index,
-        max_workspace_bytes, backend, statistics,
-    )  # fmt: skip
+    hidden, _, _, targets, *_ = arguments
+    scored = _scored_tokens(compute_dtype, *arguments)
     scores, dx = scored.forward(Needs(*needs), may_keep=False)
     return [
         scored.scatter(scores.logps, targets.shape),
@@ -347,36 +281,29 @@ def _linear_logps(
 
 
 @_linear_logps.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], targets: Tensor, *o: Any) -> list[Tensor]:
-    accumulate = LMHead(weight, bias, None, 1.0, o[3]).accumulate_dtype
+def _(needs: list[bool], compute_dtype: torch.dtype, *arguments: Any) -> list[Tensor]:
+    hidden, weight, bias, targets, *options = arguments
+    accumulate = LMHead(weight, bias, None, 1.0, compute_dtype).accumulate_dtype
     frozen = needs[0] and not (needs[1] or needs[2])
     dhidden = hidden.new_empty(hidden.shape, dtype=accumulate) if frozen else hidden.new_empty(0)
-    dtypes = [torch.bool if name == "is_top1" else accumulate for name in _names(o[-1])]
+    names = _unflatten(TokenOptions, options).statistics
+    dtypes = [torch.bool if name == "is_top1" else accumulate for name in names]
     statistics = [hidden.new_empty(targets.shape, dtype=dtype) for dtype in dtypes]
     return [hidden.new_empty(targets.shape, dtype=accumulate), dhidden, *statistics]
 
 
-@torch.library.custom_op("inspo_kernels::linear_logps_backward", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op(
+    "inspo_kernels::linear_logps_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, {_TOKEN_ARGUMENTS}) -> Tensor[]",
+    tags=_TAGS,
+)
 def _linear_logps_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: list[bool],
-    targets: Tensor,
-    upstream: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    compute_dtype: torch.dtype,
-    ignore_index: int,
-    max_workspace_bytes: int | None,
-    backend: str,
+    upstream: Tensor, needs: list[bool], compute_dtype: torch.dtype, *arguments: Any
 ) -> list[Tensor]:
     """Gradients in hidden, weight and bias in their own dtypes (empty where not needed)."""
-    scored = _scored_tokens(
-        hidden, weight, bias, targets, softcap, logit_scale, temperature, compute_dtype, ignore_index,
-        max_workspace_bytes, backend, "",
-    )  # fmt: skip
+    hidden, weight, bias, *_ = arguments
+    scored = _scored_tokens(compute_dtype, *arguments)
     _, kept = scored.forward(Needs(*needs))
     assert isinstance(kept, KeptTokens)
     gradients = scored.backward(upstream.flatten()[scored.index], kept, Needs(*needs))
@@ -386,17 +313,17 @@ def _linear_logps_backward(
 
 
 @_linear_logps_backward.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], targets: Tensor, upstream: Tensor, *o: Any
-) -> list[Tensor]:
+def _(upstream: Tensor, needs: list[bool], compute_dtype: torch.dtype, *arguments: Any) -> list[Tensor]:
+    hidden = arguments[0]
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed and t is not None else hidden.new_empty(0)
-        for needed, t in zip(needs, (hidden, weight, bias))
+        for needed, t in zip(needs, arguments)
     ]
 
 
 def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, weight, bias, ctx.needs, targets, *ctx.options, _ = inputs
+    ctx.needs, ctx.compute_dtype, hidden, weight, bias, targets, *options = inputs
+    ctx.options = _flatten(replace(_unflatten(TokenOptions, options), statistics=())).values()
     ctx.frozen = ctx.needs[0] and not (ctx.needs[1] or ctx.needs[2])
     ctx.dtype = hidden.dtype
     if ctx.frozen:
@@ -411,10 +338,10 @@ def _token_gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Tensor | None, .
         (dhidden,) = ctx.saved_tensors
         gradients = [(dhidden * upstream[0].unsqueeze(-1)).to(ctx.dtype), None, None]
     else:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        results = _linear_logps_backward(hidden, weight, bias, ctx.needs, targets, upstream[0], *ctx.options)
+        results = _linear_logps_backward(upstream[0], ctx.needs, ctx.compute_dtype, *ctx.saved_tensors, *ctx.options)
         gradients = [g if needed else None for g, needed in zip(results, ctx.needs)]
-    return (*gradients, None, None, *(None for _ in ctx.options), None)
+    targets = None
+    return (None, None, *gradients, targets, *(None for _ in ctx.options))
 
 
 _linear_logps.register_autograd(_token_gradients, setup_context=_save_tokens)

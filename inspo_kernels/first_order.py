@@ -1,4 +1,4 @@
-"""For autograd functions whose backward is not itself differentiable."""
+"""Refuse second derivatives of autograd functions whose backward is not differentiable."""
 
 from __future__ import annotations
 

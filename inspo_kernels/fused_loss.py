@@ -1,4 +1,4 @@
-"""``fused_inspo_loss``: check, plan, one pass over the head, and a scalar that autograd understands."""
+"""The public loss: check the arguments, plan, make one pass over the head, return a differentiable scalar."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from .first_order import first_order_only
 from .gradients import Needs, dtypes_of
 from .groups import local_shard
 from .objectives import Objective, make_objective
+from .options import PairOptions, PairTensors, arguments_of, check_options
 from .pair_loss import InSPOOutput
-from .prepare import Prepared, check_tensors, checked_options, prepare
+from .prepare import Prepared, prepare
 
 
 def fused_inspo_loss(
@@ -44,88 +45,90 @@ def fused_inspo_loss(
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> InSPOOutput:
-    """Pairwise preference loss of B pairs from hidden states and the LM head, without the logits of all positions.
+    """Compute a pairwise preference loss of B pairs from hidden states and the LM head, without full logits.
 
-    Responses are scored conditioned on the other response (InSPO, arXiv 2512.23126) where the sequences are built that
-    way, as ``condition_pairs`` does; on plain sequences the same call is DPO, SimPO, ... Only scored positions meet the
-    head, losses and gradients come out of one pass over it (6NHV operations for N scored tokens), and memory is a
-    workspace instead of the logits. Sums and objectives are float64.
+    Conditioning is in the sequences: ``condition_pairs`` lays them out so that each response is scored behind the other
+    one (InSPO, arXiv 2512.23126). On plain sequences the same call is DPO, SimPO and so on. Only scored positions meet
+    the head. Loss and gradients come out of one pass, 6NHV operations for N scored tokens. Sums and objectives are
+    float64.
 
-    Three input forms, H the hidden size:
+    Three input forms, with H the hidden size:
 
     - rows: hidden (2B, T, H), labels (2B, T). Rows 0..B-1 score the chosen, rows B..2B-1 the rejected responses.
-    - packed: hidden (N, H), labels (N,), cu_seqlens (2B+1,) int32; the same 2B sequences one behind another. A model
-      that was given one packed row returns hidden (1, N, H): pass hidden[0].
+    - packed: hidden (N, H), labels (N,), cu_seqlens (2B+1,) int32: the same 2B sequences, concatenated. If a model was
+      given one packed row and returns (1, N, H), pass hidden[0].
     - compact: hidden (N, H) holds the scored rows in any order, labels (N,) their targets (never shifted), segment_ids
       (N,): 0..B-1 chosen, B..2B-1 rejected, 2B..3B-1 marginal chosen, 3B..4B-1 marginal rejected. B is ``num_pairs`` or
-      half of ref_logps.
+      half the length of ref_logps.
 
     Args:
-        hidden: hidden states after the model's final norm, float16, bfloat16, float32 or float64.
-        weight: (V, H) LM head, hidden's dtype (any under autocast, whose dtype the products then use) and device.
-        labels: int64 token ids, ``ignore_index`` where not scored; may live on the CPU, which spares a synchronisation.
+        hidden: hidden states after the model's final norm: float16, bfloat16, float32 or float64.
+        weight: (V, H) LM head on hidden's device, with hidden's dtype (any under autocast, whose dtype matmuls use).
+        labels: int64 token ids, ``ignore_index`` where not scored. On the CPU they spare a synchronisation.
         objective: a name ("dpo", "simpo", "orpo", ...: the keys of ``objectives.OBJECTIVES``) or an ``Objective``.
-        ref_logps: (2B,) summed reference log-probs in nats, log pi_ref(y_w | x) of each pair, then log pi_ref(y_l | x).
-        bias, softcap, logit_scale: z = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(z / softcap).
-        shift: labels are aligned with input_ids: hidden[t] predicts labels[t+1] of the same sequence.
-        marginal_labels: like labels, scoring the *other* response of each sequence, which gives log pi(y | x) for free.
-        marginal_weight: adds this much of the same objective evaluated on the marginals, against the same ref_logps.
+        ref_logps: (2B,) summed reference log-probs in nats: log pi_ref(y_w | x) of each pair, then log pi_ref(y_l | x).
+        bias: (V,) of the head, or None.
+        softcap: logits z become softcap * tanh(z / softcap). None: no soft-cap.
+        logit_scale: z = logit_scale * (hidden @ weight.T + bias).
+        ignore_index: label of positions that are not scored.
+        shift: whether labels are aligned with input_ids, so that hidden[t] predicts labels[t+1] of the same sequence.
+        cu_seqlens: boundaries of the packed form.
+        segment_ids: segments of the compact form.
+        num_pairs: B, needed by the compact form without ref_logps.
+        marginal_labels: like labels, scoring the *other* response of each sequence. Gives log pi(y | x), at the cost of
+            its head rows.
+        marginal_weight: adds this much of the same objective on the marginals, against the same ref_logps.
         pair_weights: (B,) factors of the pairs' losses.
         reduction: "mean" or "sum" over pairs.
-        statistics: names of statistics to sum over the scored tokens of each response ("entropy", "mean_logit",
-            "is_top1", "logsumexp", "log_sum_sq_probs": see ``linear_logps``), from the same pass over the logits.
-        process_group: vocabulary-parallel head. Each rank of this group passes its own consecutive rows of weight and
-            bias, in rank order and of any number, or a DTensor that the group shards over dimension 0. All else is the
-            same on every rank, labels being ids of the whole vocabulary, and so are all results, to the bit. dX comes
-            out summed over the group; dW and db are those of the rank's own rows. Every rank runs the backward pass.
-        sequence_group: context parallelism. Each rank of this group passes its own tokens of the same pairs, none of
-            some pairs if need be, with labels that were shifted before they were split (shift=False) or in the compact
-            form. Losses and sums are those of all tokens. Gradients are local: dX of the rank's rows, dW the part of a
-            sum over the group. Engines that average gradients over it need the loss times the group's size.
-        max_workspace_bytes: bound on the logits workspace (at least one row). Results do not depend on it beyond
-            rounding. The default follows from shapes and device, and grows up to fourfold for a pair longer than it. Of
-            a batch that fits it, it lasts until the backward pass, in place of the weight's gradient.
+        statistics: names of statistics to sum over the scored tokens of each response, from the same pass: "entropy",
+            "mean_logit", "is_top1", "logsumexp", "log_sum_sq_probs". See ``linear_logps``.
+        process_group: vocabulary-parallel head. Each rank passes its own consecutive rows of weight and bias, in rank
+            order and of any number, or a DTensor that the group shards over dimension 0. All else is the same on every
+            rank, with labels as ids of the whole vocabulary. Results are the same bits on every rank. dX is summed over
+            the group; dW and db are those of the rank's rows. Every rank must run the backward pass.
+        sequence_group: context parallelism. Each rank passes its own tokens of the same pairs, perhaps none of some
+            pairs. Labels must have been shifted before they were split (shift=False), or use the compact form. Losses
+            and sums are those of all tokens. Gradients are local: dX of the rank's rows, dW its part of the group's
+            sum. If the engine averages gradients over the group, multiply the loss by the group's size.
+        max_workspace_bytes: bound on the logits workspace, down to one row. Results depend on it by rounding only. The
+            default follows from shapes and device, and grows up to fourfold for a pair that is longer. If the batch
+            fits it, it lasts until the backward pass, in place of the weight's gradient.
         backend: "triton" (CUDA and ROCm), "torch" (any device), "reference" (plain torch, everything materialised), or
             "auto": "triton" where it runs, else "torch".
 
     Returns:
-        ``InSPOOutput``; its ``loss`` is differentiable in hidden, weight and bias, once. Only the gradients that
-        autograd will ask for are computed, none under ``torch.no_grad()``.
+        ``InSPOOutput``. Its ``loss`` is differentiable in hidden, weight and bias, once. Only the gradients that
+        autograd will ask for are computed; none under ``torch.no_grad()``.
 
     Raises:
-        TypeError, ValueError: before any product runs; the message names the argument and what to change.
+        TypeError, ValueError: before any matmul. The message names the argument and what to change.
     """
     refuse_compiled(process_group=process_group, sequence_group=sequence_group)
-    plain: dict[str, Any] = {
-        "objective": objective,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "ignore_index": ignore_index,
-        "shift": shift,
-        "num_pairs": num_pairs,
-        "marginal_weight": marginal_weight,
-        "reduction": reduction,
-        "statistics": statistics,
-        "max_workspace_bytes": max_workspace_bytes,
-        "backend": backend,
-    }
-    tensors: dict[str, Any] = {
-        "ref_logps": ref_logps,
-        "cu_seqlens": cu_seqlens,
-        "segment_ids": segment_ids,
-        "marginal_labels": marginal_labels,
-        "pair_weights": pair_weights,
-    }
     split = Split.of(process_group, sequence_group)
     with errors_shared(split, hidden):
         weight, bias = local_shard("weight", weight, process_group), local_shard("bias", bias, process_group)
-        check_tensors(labels=labels, **tensors)
-        given = {**checked_options(plain), **tensors, "bias": bias}
+        tensors = PairTensors(
+            hidden, weight, labels, bias, marginal_labels, cu_seqlens, segment_ids, ref_logps, pair_weights
+        )
+        tensors.check_kinds()
+        options = PairOptions.checked(
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            statistics=statistics,
+            max_workspace_bytes=max_workspace_bytes,
+            backend=backend,
+            objective=objective,
+            shift=shift,
+            num_pairs=num_pairs,
+            marginal_weight=marginal_weight,
+            reduction=reduction,
+        )
         if torch.compiler.is_compiling():
-            return compiled.fused_inspo_loss(hidden, weight, labels, **given)
-        p = prepare(hidden, weight, labels, split=split, **given)
+            return compiled.fused_inspo_loss(tensors, options)
+        p = prepare(tensors, options, split)
     if p.run is None:
-        return _reference(hidden, weight, labels, given, p)
+        return _reference(tensors, options, p)
     x = hidden.reshape(-1, p.head.hidden_size).index_select(0, p.plan.rows)
     needs = Needs.of(hidden, p.head)
     loss, losses, sums, *found = _FusedPairLoss.apply(x, weight, bias, replace(p, head=p.head.detach()), needs)
@@ -135,9 +138,9 @@ def fused_inspo_loss(
 
 
 class InSPOLoss(nn.Module):
-    """``fused_inspo_loss`` with its options fixed: ``InSPOLoss("simpo", backend="torch")(hidden, weight, labels)``.
+    """Hold the options of ``fused_inspo_loss``: ``InSPOLoss("simpo", backend="torch")(hidden, weight, labels)``.
 
-    What varies from batch to batch (ref_logps, bias, cu_seqlens, ...) goes to the call; the call wins over the options.
+    Pass what varies from batch to batch (ref_logps, bias, cu_seqlens, ...) to the call. The call's options win.
     """
 
     def __init__(self, objective: str | Objective = "dpo", **options: Any) -> None:
@@ -150,7 +153,7 @@ class InSPOLoss(nn.Module):
                     "parameters go to the objective: objective=ik.DPO(beta=...)"
                 )
         self.objective = make_objective(objective)
-        self.options = checked_options(options)
+        self.options = check_options(options)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **inputs: Any) -> InSPOOutput:
         return fused_inspo_loss(hidden, weight, labels, **{"objective": self.objective, **self.options, **inputs})
@@ -160,7 +163,7 @@ class InSPOLoss(nn.Module):
 
 
 class _FusedPairLoss(torch.autograd.Function):
-    """Forward leaves gradients, computed or staged; backward scales them by the upstream scalar, out of place."""
+    """Compute gradients, or what they need, in forward. Backward scales them by the upstream scalar, out of place."""
 
     @staticmethod
     def forward(
@@ -183,11 +186,11 @@ class _FusedPairLoss(torch.autograd.Function):
         return (*ctx.gradients.replace_tensors(*ctx.saved_tensors).scaled(upstream, *ctx.dtypes), None, None)
 
 
-def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, given: dict[str, Any], p: Prepared) -> InSPOOutput:
-    given = {name: value for name, value in given.items() if name not in ("backend", "max_workspace_bytes")}
-    for name in ("segment_ids", "marginal_labels"):
-        given[name] = None if given[name] is None else given[name].to(hidden.device, torch.int64)
-    out = reference.fused_inspo_loss(hidden, weight, labels.to(hidden.device, torch.int64), **given)
+def _reference(tensors: PairTensors, options: PairOptions, p: Prepared) -> InSPOOutput:
+    given = arguments_of(tensors) | arguments_of(options, without=("backend", "max_workspace_bytes", "temperature"))
+    for name in ("labels", "segment_ids", "marginal_labels"):
+        given[name] = None if given[name] is None else given[name].to(tensors.hidden.device, torch.int64)
+    out = reference.fused_inspo_loss(**given)
     if torch.is_grad_enabled():
         # Objectives that the fused path refuses are refused here, too.
         sums = out.logps if out.marginal_logps is None else torch.cat([out.logps, out.marginal_logps])
@@ -196,5 +199,5 @@ def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, given: dict[str, 
 
 
 def _differentiate_objective(p: Prepared, sums: Tensor) -> None:
-    """For its errors alone, such as a parameter that waits for a gradient."""
+    """Raise the errors of differentiation, such as a parameter that waits for a gradient; return nothing."""
     p.terms.coefficients(sums, p.plan.lengths.double(), 0, p.plan.num_pairs)

@@ -1,4 +1,4 @@
-"""Where a log-prob is computed for users: ``linear_logps`` per token, ``pair_logps`` summed over pairs."""
+"""The public log-probs: ``linear_logps`` per token, ``pair_logps`` summed over the responses of pairs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from . import compiled, reference, scored_rows
 from .agreement import Split, errors_shared, refuse_compiled
-from .arguments import integer
 from .backends import resolve_backend
 from .first_order import first_order_only
 from .gradients import Needs, dtypes_of
 from .groups import local_shard
 from .head import checked_head
+from .options import PairOptions, PairTensors, TokenOptions, arguments_of
 from .passes import KeptTokens, pair_sums
-from .prepare import check_split, check_tensors, checked_options, common_arguments, find_candidates, head_pass
-from .row_sums import RowSums, checked_statistics
+from .prepare import check_split, common_arguments, find_candidates, head_pass
+from .row_sums import RowSums
 from .scored_tokens import ScoredTokens
 
 
@@ -38,54 +38,62 @@ def linear_logps(
     process_group: Any = None,
     backend: str = "auto",
 ) -> Any:
-    """Per-token log-probs log softmax(z' / temperature)[target] without materialising the logits of all tokens.
+    """Compute per-token log-probs log softmax(z' / temperature)[target] without the logits of all tokens.
 
-    z = logit_scale * (hidden @ weight.T + bias); z' = softcap * tanh(z / softcap) where a soft-cap is given, else z.
+    z = logit_scale * (hidden @ weight.T + bias). z' = softcap * tanh(z / softcap) with a soft-cap, else z' = z.
 
     Args:
-        hidden: (..., H) hidden states after the model's final norm; float16, bfloat16, float32 or float64.
-        weight: (V, H) LM head, hidden's dtype (any under autocast) and device.
+        hidden: (..., H) hidden states after the model's final norm: float16, bfloat16, float32 or float64.
+        weight: (V, H) LM head on hidden's device, with hidden's dtype (any under autocast).
         targets: (...) int64 token ids, *not* shifted: hidden[i] is scored on targets[i]. May live on the CPU.
-        bias: (V,) or None. softcap: positive or None. logit_scale: finite. temperature: positive.
+        bias: (V,) or None.
+        softcap: positive or None.
+        logit_scale: finite.
         ignore_index: targets with this value are skipped: log-prob 0, no gradient, no head work.
+        temperature: positive.
         max_workspace_bytes: bound on the logits workspace, as for ``fused_inspo_loss``.
-        statistics: names of statistics of softmax(z' / temperature) to return as well, from the same pass over the
-            logits: "entropy" (nats), "mean_logit" and "logsumexp" of z' / temperature, "is_top1" (bool: the target is
-            the lowest id among the largest logits), "log_sum_sq_probs" (log of the sum of squared probabilities).
+        statistics: names of statistics of softmax(z' / temperature) to return from the same pass: "entropy" (nats),
+            "mean_logit" and "logsumexp" of z' / temperature, "is_top1" (bool: the target is the lowest id among the
+            largest logits), "log_sum_sq_probs" (log of the sum of squared probabilities).
         process_group: vocabulary-parallel head, as for ``fused_inspo_loss``. Log-probs and statistics are the same on
-            every rank; so must be what is made of them, because dX is summed over the ranks in the backward pass.
+            every rank. What you compute from them must be, too: the backward pass sums dX over the ranks.
         backend: "auto", "triton", "torch" or "reference", as for ``fused_inspo_loss``.
 
     Returns:
         (...) log-probs in nats, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias; a
-        second derivative raises. Given ``statistics``, a pair: the log-probs, and {name: (...)} in the same dtype
-        without gradient, 0 (False) where ignored.
-
-        Costs for N scored tokens: 2NHV operations without gradients. Where weight and bias need no gradient (LoRA),
-        d logp / d hidden is stored, one H-vector a token, and backward recomputes nothing: 4NHV. With a trainable head
-        the last C tokens that the workspace holds are kept until the backward pass: 6NHV + 2HV max(0, N - C).
+        second derivative raises. With ``statistics``, a tuple of the log-probs and {name: (...)}: same dtype, no
+        gradient, 0 (False) where ignored.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or target values that do not fit; the message says which.
+        TypeError, ValueError: for shapes, dtypes, devices or targets that do not fit. The message says which.
+
+    Cost for N scored tokens: 2NHV operations without gradients. If weight and bias need none (LoRA), each token keeps
+    d logp / d hidden, one H-vector, and backward recomputes nothing: 4NHV. With a trainable head, the C tokens that the
+    workspace holds are kept until the backward pass: 6NHV + 2HV max(0, N - C).
     """
     refuse_compiled(process_group=process_group)
     split = Split.of(process_group)
     with errors_shared(split, hidden):
         weight, bias = local_shard("weight", weight, process_group), local_shard("bias", bias, process_group)
-        ignore_index, names = integer("ignore_index", ignore_index), checked_statistics(statistics)
-        if max_workspace_bytes is not None:
-            max_workspace_bytes = integer("max_workspace_bytes", max_workspace_bytes, minimum=1)
-        options: dict[str, Any] = {"ignore_index": ignore_index, "statistics": names}
-        resources: dict[str, Any] = {"max_workspace_bytes": max_workspace_bytes, "backend": backend}
-        head = checked_head(hidden, weight, bias, softcap, logit_scale, temperature)
+        options = TokenOptions.checked(
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            statistics=statistics,
+            max_workspace_bytes=max_workspace_bytes,
+            backend=backend,
+        )
+        names = options.statistics
+        head = checked_head(hidden, weight, bias, options.softcap, options.logit_scale, options.temperature)
         if torch.compiler.is_compiling():
-            logps, found = compiled.linear_logps(hidden, head, targets, **options, **resources)
+            logps, found = compiled.linear_logps(hidden, head, targets, options)
             return (logps, found) if names else logps
         needs = Needs.of(hidden, head)
-        scored = ScoredTokens.find(hidden, targets, head.detach(), **options, **resources, split=split, needs=needs)
+        scored = ScoredTokens.find(hidden, targets, head.detach(), options, split, needs)
     if scored.run is None:
-        options |= {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
-        return reference.linear_logps(hidden, weight, targets.to(hidden.device), **options)
+        given = arguments_of(options, without=("max_workspace_bytes", "backend"))
+        return reference.linear_logps(hidden, weight, targets.to(hidden.device), bias=bias, **given)
     logps, *values = _LinearLogps.apply(scored.x, weight, bias, scored, needs)
     logps = scored.scatter(logps, targets.shape)
     return (logps, {name: scored.scatter(v, targets.shape) for name, v in zip(names, values)}) if names else logps
@@ -111,40 +119,40 @@ def pair_logps(
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Summed log-probs of pairs, without gradients or an objective: for references and evaluation.
+    """Sum log-probs over the responses of pairs, without gradients or an objective: for references and evaluation.
 
-    Args: as for ``fused_inspo_loss``, whose input forms are taken. 2NHV operations, in a workspace of one tile.
+    Takes the arguments and input forms of ``fused_inspo_loss``. 2NHV operations, in a workspace of one tile.
 
     Returns:
-        sums (kinds, B) float64, in nats, and lengths (kinds, B) int64, scored tokens. Rows: chosen, rejected, and where
-        marginals are scored log pi(y_w | x) and log pi(y_l | x). A response without a scored token has length 0.
+        sums: (kinds, B) float64, in nats.
+        lengths: (kinds, B) int64, scored tokens. 0 for a response without a scored token.
+
+        Rows: chosen, rejected, and where marginals are scored log pi(y_w | x) and log pi(y_l | x).
 
     Raises:
         TypeError, ValueError: as ``fused_inspo_loss``.
     """
-    inputs: dict[str, Any] = {
-        "ref_logps": None,
-        "cu_seqlens": cu_seqlens,
-        "segment_ids": segment_ids,
-        "marginal_labels": marginal_labels,
-    }
     split = Split.of(process_group, sequence_group)
     with errors_shared(split, hidden):
         weight, bias = local_shard("weight", weight, process_group), local_shard("bias", bias, process_group)
-        check_tensors(labels=labels, pair_weights=None, **inputs)
-        plain = checked_options(
-            {"ignore_index": ignore_index, "shift": shift, "num_pairs": num_pairs, "backend": backend}
-            | {"max_workspace_bytes": max_workspace_bytes}
+        tensors = PairTensors(hidden, weight, labels, bias, marginal_labels, cu_seqlens, segment_ids)
+        tensors.check_kinds()
+        options = PairOptions.checked(
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            max_workspace_bytes=max_workspace_bytes,
+            backend=backend,
+            shift=shift,
+            num_pairs=num_pairs,
         )
-        head = checked_head(hidden, weight, bias, softcap, logit_scale)
-        resolved = resolve_backend(plain["backend"], head, hidden.device)
-        check_split(split, resolved, shift=shift and segment_ids is None)
-        given = {name: plain[name] for name in ("ignore_index", "shift", "num_pairs")} | inputs
-        candidates = find_candidates(hidden, labels, **given)
+        head = checked_head(hidden, weight, bias, options.softcap, options.logit_scale)
+        resolved = resolve_backend(options.backend, head, hidden.device)
+        check_split(split, resolved, shift=options.shift and segment_ids is None)
+        candidates = find_candidates(tensors, options)
         same: dict[str, Any] = {}
         if split is not None:
-            same = common_arguments(hidden, head, resolved, plain["max_workspace_bytes"], plain["ignore_index"], ())
-            same["num_pairs"] = candidates.num_pairs
+            same = common_arguments(hidden, head, resolved, options) | {"num_pairs": candidates.num_pairs}
         plan = scored_rows.plan(
             candidates,
             vocab_size=head.vocab_size,
@@ -154,10 +162,11 @@ def pair_logps(
             split=split,
             same=same,
         )
-    run = head_pass(resolved, head, hidden.device, plain["max_workspace_bytes"], split=split)
+    run = head_pass(resolved, head, hidden.device, options.max_workspace_bytes, split=split)
     if run is None:
-        transform: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-        sums, lengths, _ = reference.pair_sums(hidden, weight, labels.to(hidden.device), **transform, **given)
+        left_out = ("temperature", "max_workspace_bytes", "backend", "objective", "marginal_weight", "reduction")
+        given = arguments_of(tensors, without=("pair_weights",)) | arguments_of(options, without=left_out)
+        sums, lengths, _ = reference.pair_sums(**given | {"labels": labels.to(hidden.device)})
         return sums, lengths
     x = hidden.reshape(-1, head.hidden_size).index_select(0, plan.rows)
     return pair_sums(run, plan, x).table, plan.lengths

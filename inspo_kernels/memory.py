@@ -1,4 +1,4 @@
-"""How much memory a call of the loss takes above its inputs, by the sizes of what it allocates."""
+"""Memory that a call of the loss takes above its inputs, from the sizes of its allocations."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ def workspace_bytes(
     frozen: bool = False,
     max_workspace_bytes: int | None = None,
 ) -> int:
-    """Peak memory of ``fused_inspo_loss`` and its backward pass above their inputs, in bytes.
+    """Return the peak memory of ``fused_inspo_loss`` and its backward pass above their inputs, in bytes.
 
-    Counted are the scored rows, the workspace, and the gradients of scored rows and weight; not counted is the gradient
-    of all hidden states, which has their size. Groups of pairs are taken to fill the workspace; where whole pairs leave
-    room in it, a call takes less.
+    Counts the scored rows, the workspace, and the gradients of scored rows and weight. Does not count the gradient of
+    all hidden states, which has their size. Assumes that pairs fill the workspace; a call takes less where they do not.
 
     Args:
-        num_rows: scored rows N, those of marginals included. longest_pair: rows of the pair with the most (default:
-            num_rows). hidden_size H, vocab_size V.
-        dtype: of hidden states and weight. device: "cpu", "cuda", ...
+        num_rows: scored rows N, including those of marginals.
+        hidden_size: H.
+        vocab_size: V.
+        dtype: of hidden states and weight.
+        device: "cpu", "cuda", ...
+        backend: as for ``fused_inspo_loss``.
+        longest_pair: rows of the longest pair. Default: num_rows.
         frozen: whether the weight needs no gradient.
-        backend, max_workspace_bytes: as for ``fused_inspo_loss``.
+        max_workspace_bytes: as for ``fused_inspo_loss``.
 
     Raises:
-        TypeError, ValueError: sizes below 1, another dtype, or a backend that cannot run there.
+        TypeError, ValueError: for sizes below 1, another dtype, or a backend that cannot run there.
     """
     rows = integer("num_rows", num_rows, minimum=1)
     pair = rows if longest_pair is None else min(rows, integer("longest_pair", longest_pair, minimum=1))

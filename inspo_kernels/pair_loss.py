@@ -1,4 +1,4 @@
-"""Where a pair becomes a loss: per-segment sums -> objective -> losses, coefficients and everything that is reported.
+"""Turn pairs into losses: per-segment sums -> objective -> losses, coefficients and the report.
 
 A segment is one response of one pair, scored in one context. Tables over segments have shape (kinds, pairs), their rows
 in the order of ``KINDS``: two, or four where marginals are scored. All arithmetic is float64: the vectors are tiny, and
@@ -21,7 +21,7 @@ KINDS = ("chosen", "rejected", "marginal_chosen", "marginal_rejected")
 
 @dataclass(frozen=True)
 class PairTerms:
-    """What turns sums into losses besides the sums: the objective, its reference and the weights.
+    """Everything but the sums that a loss needs: the objective, its reference and the weights.
 
     ``ref_logps`` (2B,) and ``pair_weights`` (B,) are float64 or None; ``marginal_weight`` scales the same objective
     evaluated on the marginals; ``mean`` divides the total by B.
@@ -137,7 +137,7 @@ class PairTerms:
 
 @dataclass(frozen=True)
 class InSPOOutput:
-    """What ``fused_inspo_loss`` returns, B pairs. Everything but ``loss`` is detached.
+    """Result of ``fused_inspo_loss`` for B pairs. Everything but ``loss`` is detached.
 
     - ``loss``: scalar, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias.
     - ``losses``: (B,), dtype of ``loss``: the terms whose mean or sum ``loss`` is, pair weights and marginals included.

@@ -1,8 +1,7 @@
-"""Everything that happens before any product runs: check the arguments of the loss, recognise the input form, plan."""
+"""Everything before the first matmul: check the loss's arguments together, recognise the input form, plan."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +10,15 @@ from torch import Tensor
 
 from . import scored_rows
 from .agreement import Split
-from .arguments import finite, integer
-from .backends import Backend, check_backend, resolve_backend
+from .arguments import integer
+from .backends import Backend, resolve_backend
 from .gradients import Needs
 from .groups import VocabGroup
-from .head import FLOATS, LMHead, checked_head, checked_softcap
-from .objectives import Objective, make_objective
+from .head import LMHead, checked_head
+from .objectives import make_objective
+from .options import PairOptions, PairTensors, TokenOptions
 from .pair_loss import PairTerms
 from .passes import HeadPass
-from .row_sums import checked_statistics
 from .scored_rows import checked_labels
 
 # Without a bound by the user, a pair longer than the default workspace gets one of up to so many times its rows:
@@ -41,102 +40,36 @@ class Prepared:
     pair_capacity: int
 
 
-def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the loss's plain arguments that are given, converted; an error for one that is wrong by itself."""
-    checked = dict(options)
-    for name, value in options.items():
-        if name == "objective" and not isinstance(value, (str, Objective)):
-            make_objective(value)  # which says what is wrong
-        elif name == "reduction" and value not in ("mean", "sum"):
-            raise ValueError(f'reduction must be "mean" or "sum", got {value!r}')
-        elif name == "shift" and not isinstance(value, bool):
-            raise ValueError(f"shift must be True or False, got {value!r}")
-        elif name == "backend":
-            check_backend(value)
-        elif name == "ignore_index":
-            checked[name] = integer(name, value)
-        elif name in ("max_workspace_bytes", "num_pairs") and value is not None:
-            checked[name] = integer(name, value, minimum=1)
-        elif name == "marginal_weight" and not (torch.compiler.is_compiling() and isinstance(value, (int, float))):
-            # A compiler would make a new graph of every value that is looked at.
-            checked[name] = finite(name, value)
-        elif name in ("softcap", "logit_scale"):
-            checked[name] = checked_softcap(value) if name == "softcap" else finite(name, value)
-        elif name == "statistics":
-            checked[name] = checked_statistics(value)
-    return checked
-
-
-def check_tensors(*, ref_logps: Any, pair_weights: Any, **labels: Any) -> None:
-    """Raise for what is no tensor of its kind; ``labels`` are those, segment_ids and cu_seqlens."""
-    for name, value in (("ref_logps", ref_logps), ("pair_weights", pair_weights)):
-        if value is not None and (not isinstance(value, Tensor) or value.dtype not in FLOATS):
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if pair_weights is not None and pair_weights.requires_grad:
-        raise ValueError("pair_weights requires grad, but would get no gradient here: pass pair_weights.detach()")
-    for name, value in labels.items():
-        if not isinstance(value, Tensor) and (value is not None or name == "labels"):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-
-
-def prepare(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    objective: str | Objective,
-    ref_logps: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    shift: bool,
-    cu_seqlens: Tensor | None,
-    segment_ids: Tensor | None,
-    num_pairs: int | None,
-    marginal_labels: Tensor | None,
-    marginal_weight: float,
-    pair_weights: Tensor | None,
-    reduction: str,
-    statistics: tuple[str, ...],
-    max_workspace_bytes: int | None,
-    backend: str,
-    split: Split | None = None,
-) -> Prepared:
-    """Arguments, of which ``checked_options`` and ``check_tensors`` approve, and errors as for ``fused_inspo_loss``."""
-    head = checked_head(hidden, weight, bias, softcap, logit_scale)
-    resolved = resolve_backend(backend, head, hidden.device)
-    objective = make_objective(objective)
-    check_split(split, resolved, shift=shift and segment_ids is None)
-    candidates = find_candidates(
-        hidden,
-        labels,
-        marginal_labels=marginal_labels,
-        cu_seqlens=cu_seqlens,
-        segment_ids=segment_ids,
-        num_pairs=num_pairs,
-        ref_logps=ref_logps,
-        shift=shift,
-        ignore_index=ignore_index,
-    )
+def prepare(tensors: PairTensors, options: PairOptions, split: Split | None = None) -> Prepared:
+    """Plan the loss of checked ``options``; errors as for ``fused_inspo_loss``."""
+    t, o = tensors, options
+    hidden, objective = t.hidden, make_objective(o.objective)
+    head = checked_head(hidden, t.weight, t.bias, o.softcap, o.logit_scale)
+    backend = resolve_backend(o.backend, head, hidden.device)
+    check_split(split, backend, shift=o.shift and t.segment_ids is None)
+    candidates = find_candidates(t, o)
     terms = PairTerms(
         objective=objective,
-        ref_logps=_vector("ref_logps", ref_logps, 2 * candidates.num_pairs, hidden.device),
-        pair_weights=_vector("pair_weights", pair_weights, candidates.num_pairs, hidden.device),
-        marginal_weight=marginal_weight,
-        mean=reduction == "mean",
+        ref_logps=_vector("ref_logps", t.ref_logps, 2 * candidates.num_pairs, hidden.device),
+        pair_weights=_vector("pair_weights", t.pair_weights, candidates.num_pairs, hidden.device),
+        marginal_weight=o.marginal_weight,
+        mean=o.reduction == "mean",
     )
-    if objective.needs_reference and ref_logps is None:
+    if objective.needs_reference and t.ref_logps is None:
         raise ValueError(
             f"objective {type(objective).__name__} needs ref_logps: pass the reference model's summed log-probs, "
             "(2B,), choose a reference-free objective (SimPO, ORPO), or set needs_reference = False in your own"
         )
-    if terms.uses_marginals and marginal_labels is None and segment_ids is None:
+    if terms.uses_marginals and t.marginal_labels is None and t.segment_ids is None:
         raise ValueError(
-            (f"marginal_weight={marginal_weight}" if marginal_weight else f"objective {type(objective).__name__}")
+            (f"marginal_weight={o.marginal_weight}" if o.marginal_weight else f"objective {type(objective).__name__}")
             + " needs the marginals: pass marginal_labels (condition_pairs makes them; plain pairs have none)"
         )
+    same: dict[str, Any] = {}
+    if split is not None:
+        same = common_arguments(hidden, head, backend, o) | {"num_pairs": candidates.num_pairs}
+        same |= {"objective": objective, "marginal_weight": o.marginal_weight, "reduction": o.reduction}
+        same |= {"ref_logps": terms.ref_logps, "pair_weights": terms.pair_weights}
     plan = scored_rows.plan(
         candidates,
         vocab_size=head.vocab_size,
@@ -144,20 +77,10 @@ def prepare(
         required_kinds=terms.required_kinds,
         device=hidden.device,
         split=split,
-        same=None
-        if split is None
-        else {
-            **common_arguments(hidden, head, resolved, max_workspace_bytes, ignore_index, statistics),
-            "objective": objective,
-            "num_pairs": candidates.num_pairs,
-            "ref_logps": terms.ref_logps,
-            "pair_weights": terms.pair_weights,
-            "marginal_weight": marginal_weight,
-            "reduction": reduction,
-        },
+        same=same,
     )
-    run = head_pass(resolved, head, hidden.device, max_workspace_bytes, statistics, split)
-    growth = PAIR_GROWTH if max_workspace_bytes is None else 1
+    run = head_pass(backend, head, hidden.device, o.max_workspace_bytes, o.statistics, split)
+    growth = PAIR_GROWTH if o.max_workspace_bytes is None else 1
     return Prepared(head, run, plan, terms, 0 if run is None else run.capacity * growth)
 
 
@@ -174,24 +97,17 @@ def check_split(split: Split | None, backend: Backend | None, *, shift: bool = F
         )
 
 
-def common_arguments(
-    hidden: Tensor,
-    head: LMHead,
-    backend: Backend | None,
-    max_workspace_bytes: int | None,
-    ignore_index: int,
-    statistics: tuple[str, ...],
-) -> dict[str, Any]:
-    """What the ranks of a split head must have in common, whichever function they call."""
+def common_arguments(hidden: Tensor, head: LMHead, backend: Backend | None, options: TokenOptions) -> dict[str, Any]:
+    """Return the arguments that all ranks of a split head must share, whichever function they call."""
     return {
         "hidden": (tuple(hidden.shape), head.compute_dtype),
         "weight": (head.hidden_size, head.weight.dtype, head.bias is None),
         "softcap": head.softcap,
         "logit_scale": head.logit_scale,
         "temperature": head.temperature,
-        "ignore_index": ignore_index,
-        "statistics": statistics,
-        "max_workspace_bytes": max_workspace_bytes,
+        "ignore_index": options.ignore_index,
+        "statistics": options.statistics,
+        "max_workspace_bytes": options.max_workspace_bytes,
         "backend": None if backend is None else backend.name,
         "requires_grad": Needs.of(hidden, head),
     }
@@ -225,19 +141,11 @@ def head_pass(
     return HeadPass(head, backend, capacity, max_workspace_bytes, statistics, vocab)
 
 
-def find_candidates(
-    hidden: Tensor,
-    labels: Tensor,
-    *,
-    marginal_labels: Tensor | None,
-    cu_seqlens: Tensor | None,
-    segment_ids: Tensor | None,
-    num_pairs: int | None,
-    ref_logps: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-) -> scored_rows.Candidates:
+def find_candidates(tensors: PairTensors, options: PairOptions) -> scored_rows.Candidates:
     """Recognise the input form, check its shapes and reduce it to candidates."""
+    hidden, labels, marginal_labels = tensors.hidden, tensors.labels, tensors.marginal_labels
+    cu_seqlens, segment_ids, ref_logps = tensors.cu_seqlens, tensors.segment_ids, tensors.ref_logps
+    num_pairs, shift, ignore_index = options.num_pairs, options.shift, options.ignore_index
     if cu_seqlens is not None and segment_ids is not None:
         raise ValueError("cu_seqlens (packed form) and segment_ids (compact form) exclude each other: pass one")
     if segment_ids is not None and marginal_labels is not None:

@@ -1,4 +1,4 @@
-"""The same mathematics in plain torch, to be read first: every logit materialised, every gradient torch's own.
+"""Plain-torch implementation, to be read first: every logit materialised, every gradient torch's own.
 
 This is the oracle of the tests: given float64 inputs it computes in float64 throughout (float32 for all others). It
 shares what turns sums into a loss with the fast path (``objectives`` and ``pair_loss``) and nothing else: sequences are

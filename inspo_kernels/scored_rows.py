@@ -1,4 +1,4 @@
-"""From rows, packed or compact input to the scored rows, pair by pair: only these ever meet the LM head.
+"""Reduce rows, packed or compact input to the scored rows, pair by pair: only they meet the LM head.
 
 Every form first becomes ``Candidates``: for each label position the row of the flattened hidden states that predicts
 it, its target and its segment, numbered kind * B + pair (kinds as in ``pair_loss.KINDS``). ``plan`` then counts, checks

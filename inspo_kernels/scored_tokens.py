@@ -13,6 +13,7 @@ from .agreement import Split
 from .backends import resolve_backend
 from .gradients import Gradients, Needs
 from .head import LMHead, plain_arithmetic
+from .options import TokenOptions
 from .passes import HeadPass, KeptTokens
 from .prepare import check_split, common_arguments, head_pass
 from .row_sums import TokenScores
@@ -37,25 +38,20 @@ class ScoredTokens:
         hidden: Tensor,
         targets: Tensor,
         head: LMHead,
-        *,
-        ignore_index: int,
-        backend: str,
-        max_workspace_bytes: int | None,
-        statistics: tuple[str, ...],
+        options: TokenOptions,
         split: Split | None = None,
         needs: Needs | None = None,
     ) -> ScoredTokens:
         targets = checked_labels("targets", targets, hidden.shape[:-1], hidden.device)
-        resolved = resolve_backend(backend, head, hidden.device)
+        backend = resolve_backend(options.backend, head, hidden.device)
         flat = targets.flatten()
-        check_split(split, resolved)
+        check_split(split, backend)
         same: dict[str, Any] = {}
         if split is not None:
-            same = common_arguments(hidden, head, resolved, max_workspace_bytes, ignore_index, statistics)
-            same["requires_grad"] = needs
-        index = scored_positions(flat, ignore_index, head.vocab_size, hidden.device, split, same)
+            same = common_arguments(hidden, head, backend, options) | {"requires_grad": needs}
+        index = scored_positions(flat, options.ignore_index, head.vocab_size, hidden.device, split, same)
         flat, index = to_device(flat[index], hidden.device), to_device(index, hidden.device)
-        run = head_pass(resolved, head, hidden.device, max_workspace_bytes, statistics, split)
+        run = head_pass(backend, head, hidden.device, options.max_workspace_bytes, options.statistics, split)
         if run is not None and run.group is not None:
             flat = flat - run.group.first
         return cls(run, index, hidden.reshape(-1, head.hidden_size).index_select(0, index), flat)

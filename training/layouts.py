@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import inspo_kernels as ik
-from inspo_kernels.tree import MAX_DENSE_TOKENS
+from inspo_kernels.layouts.tree import MAX_DENSE_TOKENS
 
 from .data import Pair
 from .errors import InputError

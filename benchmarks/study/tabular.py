@@ -1,4 +1,4 @@
-"""What is invariant in InSPO, exactly: K responses, one prompt, every log-prob a free parameter, no sampling.
+"""Compute exactly what is invariant in InSPO: K responses, one prompt, every log-prob a free parameter, no sampling.
 
 ``python -m benchmarks.study.tabular --json FILE``
 
@@ -284,7 +284,7 @@ def _optimum(
 
 
 def _prompt_only(here: World, changed: Mapping[str, World]) -> dict[str, Any]:
-    """How often the most likely answer of the prompt-only policy stays the same, and is what P recommends.
+    """Count how often the most likely answer of the prompt-only policy stays the same, and is what P recommends.
 
     ``changed``: the same preferences with another "reference" or other "weights", one of them at a time. Raises
     ArithmeticError where a descent did not converge.

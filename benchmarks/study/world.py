@@ -105,7 +105,7 @@ class Judge:
         return 1 / (1 + math.exp(self.score(prompt, second) - self.score(prompt, first)))
 
     def label(self, probability: float, verdict: float, turned: float) -> bool:
-        """Whether the first is labelled as chosen; ``verdict`` and ``turned`` are uniform draws from [0, 1)."""
+        """Return whether the first is labelled as chosen; ``verdict`` and ``turned`` are uniform draws from [0, 1)."""
         return (verdict < probability) != (turned < self.noise)
 
 

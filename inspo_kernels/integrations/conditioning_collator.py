@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..preference_batch import pair_positions
+from ..layouts.preference_batch import pair_positions
 from .pair_layouts import CONDITIONED, REFERENCES, conditioned, is_text
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Fits:
 
 
 class CountingFits(Fits):
-    """The same for a stream, of which nobody knows the length: warns at the 1st, 2nd, 4th, 8th ... pair dropped."""
+    """Filter a stream, whose length is unknown: warns at the 1st, 2nd, 4th, 8th ... pair dropped."""
 
     def __init__(self, max_length: int | None, separator_length: int, name: str) -> None:
         super().__init__(max_length, separator_length)

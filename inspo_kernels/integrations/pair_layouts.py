@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conditioning import IGNORE_INDEX, condition_pairs
-from ..preference_batch import condition_batch, pair_positions
+from ..layouts.conditioning import IGNORE_INDEX, condition_pairs
+from ..layouts.preference_batch import condition_batch, pair_positions
 
 LAYOUTS = ("auto", "rows", "packed", "tree", "packed_tree")
 

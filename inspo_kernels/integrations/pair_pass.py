@@ -38,7 +38,7 @@ def accept_pair_pass(model: nn.Module) -> None:
 
 
 class PairPass:
-    """What one forward pass does with its pairs.
+    """Settings of one forward pass over pairs.
 
     It is no dataclass and no container: engines cast and move the tensors of those, and the reference's log-probs must
     not be rounded to 16 bits.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import tree_unsupported
-from ..packing import mixes_packed_sequences
+from ..models.packing import mixes_packed_sequences
 from .conditioning_collator import PARTS, ConditioningCollator, CountingFits, Fits
 from .pair_layouts import CONDITIONED, LAYOUTS, REFERENCES, plain
 from .pair_metrics import GAPS, MARGINAL, STATISTICS, PairMetrics

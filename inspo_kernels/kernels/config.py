@@ -66,7 +66,7 @@ def padded_vocab(vocab: int) -> int:
 def row_pass(
     arch: str, vocab: int, accumulate_dtype: torch.dtype, softcap: float | None, statistics: bool = False
 ) -> RowPass:
-    """For ``kernels.row_pass``, by width and dtype of the tile, and by how much a thread has to hold."""
+    """Return the launch sizes of ``kernels.row_pass``, by width and dtype of the tile and registers a thread."""
     if arch == "interpreter":
         return RowPass(block=256, num_warps=1)
     # 256 threads (AMD's warps have 64 lanes) handle 8 float32 columns each per step: two 16-byte loads and one 16-byte
@@ -80,7 +80,7 @@ def row_pass(
 
 
 def label_logits(arch: str, hidden: int) -> LabelLogits:
-    """For ``kernels.label_logits``, by hidden size."""
+    """Return the launch sizes of ``kernels.label_logits``, by hidden size."""
     if arch == "interpreter":
         return LabelLogits(block=64, num_warps=1)
     # 8 features a thread are 16 bytes at two bytes each. Few threads: there is one program per row, and little in each.
@@ -89,7 +89,7 @@ def label_logits(arch: str, hidden: int) -> LabelLogits:
 
 
 def bias_gradient(arch: str) -> BiasGradient:
-    """For ``kernels.bias_gradient``, whatever the shape."""
+    """Return the launch sizes of ``kernels.bias_gradient``, the same for every shape."""
     if arch == "interpreter":
         return BiasGradient(block_rows=4, block_cols=64, num_warps=1)
     # 32 lanes of 8 bfloat16 cover a row of the tile, four rows per thread: V=128256 gives 501 programs, about four per

@@ -1,4 +1,4 @@
-"""What every objective is made of: the sums it may look at, the base class, and checks of its parameters."""
+"""The parts of every objective: the sums that it reads, the base class, and checks of parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..arguments import finite
 
 @dataclass(frozen=True)
 class PairSums:
-    """What an objective may look at: one entry per pair, every field of shape (pairs,), float64 on one device.
+    """Per-pair sums that an objective reads: every field has shape (pairs,), float64 on one device.
 
     - ``chosen``, ``rejected``: summed log-probs in nats, each conditioned on the other response.
     - ``ref_*``: the reference model's sums; None without ``ref_logps``.
@@ -43,7 +43,7 @@ class PairSums:
     marginal_rejected_len_mean: Tensor | None = None
 
     def on_marginals(self) -> PairSums:
-        """The same pairs scored without the alternative: marginals take the place of ``chosen`` and ``rejected``."""
+        """Return the pairs as scored without the alternative: marginals replace ``chosen`` and ``rejected``."""
         assert self.marginal_chosen is not None and self.marginal_rejected is not None
         assert self.marginal_chosen_len is not None and self.marginal_rejected_len is not None
         return dataclasses.replace(
@@ -104,9 +104,9 @@ class Objective:
         return beta * (s.chosen - s.ref_chosen), beta * (s.rejected - s.ref_rejected)
 
     def differentiated(self, marginals: bool) -> tuple[str, ...]:
-        """Which of ``gradient_fields`` a call differentiates; ``marginals``: whether the call scores marginals.
+        """Return the ``gradient_fields`` that a call differentiates; ``marginals``: whether the call scores marginals.
 
-        Marginals count only where the objective needs them. An objective that takes either of two sums overrides this.
+        Marginals count only if the objective needs them. An objective that takes either of two sums overrides this.
         """
         return tuple(f for f in self.gradient_fields if self.needs_marginals or not f.startswith("marginal_"))
 

@@ -52,6 +52,6 @@ class AOTUnpaired(Preset):
 
 
 def _of_same_rank(values: Tensor, ranked: Tensor) -> Tensor:
-    """For each entry of ``ranked`` the entry of ``values`` that has the same rank; differentiable in ``values``."""
+    """Return, for each entry of ``ranked``, the entry of ``values`` of the same rank; differentiable in ``values``."""
     ranks = ranked.argsort(stable=True).argsort()
     return values.sort(stable=True).values[ranks]

@@ -31,7 +31,7 @@ class SimPO(Preset):
 class ORPO(Preset):
     """-SFT/|c| + lam (-log sigma(logit p_c - logit p_r)), log p = L/|y|, no reference (arXiv 2403.07691).
 
-    SFT is log pi(y_c | x): the marginal (``sft="marginal"``), or L_c (``sft="chosen"``, the plain twin, which has no
+    SFT is log pi(y_c | x): the marginal (``sft="marginal"``), or L_c (``sft="chosen"``, for plain rows, which have no
     marginals). Rewards: lam L/|y|.
     """
 

@@ -92,5 +92,5 @@ def is_vector(value: Any, s: PairSums) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """For error messages: dtype and shape of a tensor, the type of anything else."""
+    """Describe a value in an error message: dtype and shape of a tensor, the type of anything else."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

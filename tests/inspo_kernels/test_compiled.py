@@ -232,11 +232,14 @@ def test_a_copied_objective_is_itself(duplicate):
 def test_operators_keep_their_promises_to_torch(needs):
     """Schema, fake shapes and autograd registration, by torch's own checks."""
     leaves = [t.clone().requires_grad_(n) for t, n in zip((RAGGED.hidden, RAGGED.weight, RAGGED.bias), needs)]
-    pair = (*leaves, needs, RAGGED.labels, RAGGED.marginal_labels, None, None, RAGGED.ref_logps, None, 4, "dpo")
-    options = (None, 1.0, -100, True, torch.tensor(0.5), "mean", "entropy", None, "torch", False, torch.float64)
-    torch.library.opcheck(torch.ops.inspo_kernels.pair_loss.default, (*pair, *options))
-    tokens = (*leaves, needs, RAGGED.labels, None, 1.0, 0.7, torch.float64, -100, None, "torch", "entropy,is_top1")
-    torch.library.opcheck(torch.ops.inspo_kernels.linear_logps.default, tokens)
+    hidden, weight, bias = leaves
+    tensors = (hidden, weight, RAGGED.labels, bias, RAGGED.marginal_labels, None, None, RAGGED.ref_logps, None)
+    options = (None, 1.0, 1.0, -100, "entropy", None, "torch", "dpo", True, 4, torch.tensor(0.5), "mean")
+    torch.library.opcheck(torch.ops.inspo_kernels.pair_loss.default, (needs, False, torch.float64, *tensors, *options))
+    options = (None, 1.0, 0.7, -100, "entropy,is_top1", None, "torch")
+    torch.library.opcheck(
+        torch.ops.inspo_kernels.linear_logps.default, (needs, torch.float64, *leaves, RAGGED.labels, *options)
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from inspo_kernels import (
     tree_attention_mask,
     tree_unsupported,
 )
-from inspo_kernels.tree import MAX_DENSE_TOKENS, block_mask, dense_mask
+from inspo_kernels.layouts.tree import MAX_DENSE_TOKENS, block_mask, dense_mask
 
 PAD = 2
 TREES = ("tree", "packed_tree")

@@ -17,7 +17,7 @@ import inspo_kernels as ik
 import training.layouts
 import training.scoring
 import training.train
-from inspo_kernels.tree import MAX_DENSE_TOKENS
+from inspo_kernels.layouts.tree import MAX_DENSE_TOKENS
 from training.batching import micro_batches
 from training.config import TrainConfig
 from training.data import Pair

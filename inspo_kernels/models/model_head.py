@@ -1,4 +1,4 @@
-"""How a causal LM turns the states given to its output head into logits: found once per model and verified.
+"""Find and verify, once per model, how a causal LM turns the states given to its output head into logits.
 
 A model runs its own forward, so that whatever it does before its head is done here, too. Hooks on the head keep the
 states that it is given and hand it no rows in their place, so that no logits are computed. On the first call they hand
@@ -27,7 +27,7 @@ _SIZES = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
 
 @dataclass(frozen=True)
 class Tail:
-    """How logits follow from the head's output y: ``softcap * tanh(z / softcap)`` with ``z = logit_scale * y``.
+    """Logits from the head's output y: ``softcap * tanh(z / softcap)`` with ``z = logit_scale * y``.
 
     ``vocab_size`` is the number of leading columns that are words; None for all. ``from_base`` says that the head is
     given what the base model returns as ``last_hidden_state``.
@@ -48,7 +48,7 @@ def known_tail(model: Any, head: nn.Module) -> Tail | None:
 
 
 def known_in_any_mode(model: Any, head: nn.Module) -> Tail | None:
-    """Return the same, whatever the train and grad modes were in which it was found."""
+    """Return the tail found by an earlier call in any train or grad mode."""
     wanted = _state(model, head)[2:]
     return next((tail for state, tail in _TAILS.get(model, {}).items() if state[2:] == wanted), None)
 
@@ -70,7 +70,7 @@ def _state(model: Any, head: nn.Module) -> tuple[Any, ...]:
 
 @dataclass
 class HeadCall:
-    """What one forward of the model gave its head, and what the head made of it."""
+    """Inputs and outputs of the head in one forward of the model."""
 
     shape: tuple[int, int]
     hidden: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Preference pairs to token batches in which each response is scored given the other one (InSPO, arXiv 2512.23126).
+"""Turn preference pairs into token batches that score each response given the other (InSPO, arXiv 2512.23126).
 
 The policy of InSPO scores the chosen response ``y_w`` in ``x + y_l + y_w`` and the rejected response ``y_l`` in
 ``x + y_w + y_l``, where ``x`` is the prompt. Attention is causal, so the alternative's own positions in the same two
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .arguments import integer, nearest
+from ..arguments import integer, nearest
 from .tree import tree_batch
 
 IGNORE_INDEX = -100
@@ -66,10 +66,10 @@ def condition_pairs(
         pairs: ``(prompt_ids, chosen_ids, rejected_ids)`` per pair; each a non-empty list, tuple or 1-D integer tensor.
             Identical responses are accepted.
         pad_token_id: fills the right end of the shorter rows; it is never scored and never attended to.
-        conditioned: False leaves the alternative out, which gives the reference and the plain twins.
+        conditioned: False leaves the alternative out: for the reference, and for plain objectives.
         separator_ids: ids put between the two responses (a turn boundary, say). They are never scored.
         max_length: upper bound on ``|x| + |y_w| + |y_l| + |separator|``, in tokens. It is the same bound with
-            ``conditioned=False``, so that policy, reference and plain twin keep the same pairs and prompts.
+            ``conditioned=False``, so that policy, reference and plain baseline keep the same pairs and prompts.
         truncation: what happens to a pair above ``max_length``: ``"error"`` raises; ``"prompt_left"`` removes ids from
             the left of the prompt, keeping at least one, and raises if that is not enough; ``"drop"`` leaves the pair
             out. Responses are never cut.

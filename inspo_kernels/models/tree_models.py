@@ -1,4 +1,4 @@
-"""Which models read trees, and with which masks: decided by what a model makes of two small pairs."""
+"""Decide which models read trees, and with which masks, by running two small pairs both ways."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from ..layouts.path_attention import PathMask
+from ..layouts.tree import MAX_DENSE_TOKENS, block_mask, dense_mask, tree_batch
 from .packing import states
-from .path_attention import PathMask
 from .small_runs import device_of, is_rounding, relative_difference, small_ids, undisturbed
-from .tree import MAX_DENSE_TOKENS, block_mask, dense_mask, tree_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

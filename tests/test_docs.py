@@ -1,4 +1,4 @@
-"""The pages' code runs as printed, what they name exists, and generated parts are those of the result files."""
+"""Check the pages: code runs as printed, links and names exist, generated parts match the result files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import inspo_kernels as ik
-from benchmarks.report import PAGES, README, ROOT, render
+from benchmarks.report import DOCS, PAGES, README, ROOT, render
 from training.model import byte_tokenizer
 
-TEXT = README.read_text()
-TEXTS = {page.name: page.read_text() for page in PAGES}
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+TEXTS = {page: page.read_text() for page in (README, CONTRIBUTING, *sorted(DOCS.glob("*.md")))}
+BLOCKS = {page.name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for page, text in TEXTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def model_folder(tmp_path_factory):
 
 
 def test_custom_loop_runs_and_learns(model_folder, capsys):
-    loop = next(block for block in BLOCKS if "for step in range" in block)
+    loop = next(block for block in BLOCKS["README.md"] if "for step in range" in block)
     name, steps = "Qwen/Qwen3-0.6B", 10
     assert f'name, steps = "{name}", {steps}' in loop
     exec(loop.replace(name, str(model_folder)).replace("lr=5e-7", "lr=1e-3"), {})
@@ -55,7 +55,7 @@ def test_tree_gives_the_loss_of_rows(model_folder):
         "tokenizer": SimpleNamespace(eos_token_id=0),
         "ref_logps": ref_logps,
     }
-    exec(next(block for block in BLOCKS if 'layout="tree"' in block), scope)
+    exec(next(block for block in BLOCKS["layouts.md"] if 'layout="tree"' in block), scope)
     batch = ik.condition_pairs(pairs, pad_token_id=0)
     hidden, head = ik.hidden_and_head(model, **{k: batch[k] for k in ("input_ids", "attention_mask", "position_ids")})
     rows = ik.fused_inspo_loss(hidden, labels=batch["labels"], ref_logps=ref_logps, **head)
@@ -65,15 +65,32 @@ def test_tree_gives_the_loss_of_rows(model_folder):
 
 def test_custom_objective_runs():
     scope = {"ik": ik}
-    exec(next(block for block in BLOCKS if "class Mine" in block), scope)
+    exec(next(block for block in BLOCKS["objectives.md"] if "class Mine" in block), scope)
     one = torch.ones(1, dtype=torch.float64)
     sums = ik.PairSums(chosen=-2 * one, rejected=-1.5 * one, chosen_len=one, rejected_len=one, index=torch.arange(1))
     assert scope["Mine"]()(sums).tolist() == [1.5]
 
 
+def test_before_and_after_give_one_loss(model_folder):
+    """The README's two fragments compute the same number from the same batch."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    pairs = [([1, 2, 3], [4, 5], [6]), ([7], [8], [9, 10, 11])]
+    batch = ik.condition_pairs(pairs, pad_token_id=0)
+    labels, ref_logps = batch["labels"], torch.full((4,), -9.0)
+    ref_chosen, ref_rejected = ref_logps.chunk(2)
+    mask, beta = labels != -100, 0.1
+    scope = {"ik": ik, "F": torch.nn.functional, "model": model, "beta": beta, "mask": mask, "ref_logps": ref_logps}
+    scope |= {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
+    scope |= {name: batch[name] for name in ("input_ids", "attention_mask")}
+    before, after = BLOCKS["README.md"][:2]
+    exec(before, scope | (plain := {"labels": labels.clamp(min=0)}), plain)
+    exec(after, scope | (fused := {"labels": labels}), fused)
+    torch.testing.assert_close(fused["loss"], plain["loss"])
+
+
 def found(pattern):
     """(page, what) of everything that matches in any page."""
-    return sorted({(name, match) for name, text in TEXTS.items() for match in re.findall(pattern, text)})
+    return sorted({(page.name, match) for page, text in TEXTS.items() for match in re.findall(pattern, text)})
 
 
 @pytest.mark.parametrize("page, command", found(r"python -m ([\w.]+)"))
@@ -85,7 +102,7 @@ def test_named_modules_exist(page, command):
 @pytest.mark.parametrize("page, target", found(r"\]\((?!https?://)([^)]+)\)"))
 def test_links_lead_somewhere(page, target):
     path, _, heading = target.partition("#")
-    (source,) = (p for p in PAGES if p.name == page)
+    (source,) = (p for p in TEXTS if p.name == page)
     target = (source.parent / path).resolve() if path else source
     assert target.exists()
     if heading:
@@ -99,7 +116,7 @@ def test_named_configurations_exist(page, path):
 
 
 NAMED = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|yaml|md|png)|(?:[\w-]+/)+)`")
-WRITTEN = {"curves.png", "config.yaml", "final/", "best/"}  # by a run
+WRITTEN = {"curves.png", "config.yaml", "final/", "best/", "runs/demo/", "report.md"}  # by a run
 
 
 @pytest.mark.parametrize("page, line", found(r"(?m)^.*`[\w/-]+(?:\.(?:py|yaml|md|png)|/)`.*$"))
@@ -107,15 +124,39 @@ def test_named_files_exist(page, line):
     """Bare names are those of a folder that the line names, or of the example configurations."""
     names = NAMED.findall(line)
     folders = [ROOT, ROOT / "training/configs", ROOT / "training/configs/accelerate"]
+    if page == CONTRIBUTING.name:  # its tables say which package they are about
+        folders += [ROOT / "inspo_kernels", ROOT / "training"]
     folders += [(ROOT / f"{name}x").parent for name in names if "/" in name]
     for name in names:
         assert name in WRITTEN or any((folder / name).exists() for folder in folders), name
 
 
+def test_readme_is_short():
+    assert len(TEXTS[README].splitlines()) <= 150
+
+
+def test_every_page_is_in_the_site():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert not [page.name for page in DOCS.glob("*.md") if f" {page.name}\n" not in navigation]
+
+
+def test_no_paragraph_stands_twice():
+    """Tables, code and generated parts apart."""
+    seen: dict[str, str] = {}
+    for page, text in TEXTS.items():
+        text = re.sub(r"```.*?```|<!-- generated.*?<!-- end -->", "", text, flags=re.DOTALL)
+        for paragraph in re.split(r"\n\s*\n", text):
+            words = " ".join(paragraph.split())
+            if len(words) > 80:
+                assert words not in seen, f"{page.name} repeats {seen[words]}: {words[:60]}"
+                seen[words] = page.name
+
+
 def test_every_module_has_its_place_in_the_table():
-    table = TEXT[TEXT.index("## Where things are") :]
+    text = TEXTS[CONTRIBUTING]
+    table = text[text.index("## Where things are") :]
     modules = [*ROOT.glob("inspo_kernels/*.py"), *ROOT.glob("training/*.py")]
-    missing = [m for m in modules if m.name != "__init__.py" and not re.search(rf"[`/]{m.name}`", table)]
+    missing = [m.name for m in modules if m.name != "__init__.py" and not re.search(rf"[`/]{m.name}`", table)]
     assert not missing
 
 

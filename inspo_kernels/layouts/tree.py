@@ -113,7 +113,7 @@ def dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
 
 
 def block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMask:
-    """The same for flex_attention, from T * T / 128 numbers instead of T * T.
+    """Return the mask for flex_attention, from T * T / 128 numbers instead of T * T.
 
     A key's descendants and itself are one interval of queries, so its share of a block of queries is the overlap of
     two intervals; summed over a block of keys it says whether the pair of blocks is empty, full or neither.

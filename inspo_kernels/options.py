@@ -1,0 +1,111 @@
+"""The arguments of the public functions as values: made once, checked once and passed on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .arguments import finite, integer
+from .backends import check_backend
+from .head import FLOATS, checked_softcap, checked_temperature
+from .objectives import Objective, make_objective
+from .row_sums import checked_statistics
+
+_Options = TypeVar("_Options", bound="TokenOptions")
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """The plain arguments of ``linear_logps``; see there."""
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    ignore_index: int = -100
+    statistics: tuple[str, ...] = ()
+    max_workspace_bytes: int | None = None
+    backend: str = "auto"
+
+    @classmethod
+    def checked(cls: type[_Options], **given: Any) -> _Options:
+        """Check and convert ``given``; ``TypeError`` or ``ValueError`` names the argument that is wrong by itself."""
+        return cls(**check_options(given))
+
+
+@dataclass(frozen=True)
+class PairOptions(TokenOptions):
+    """The plain arguments of ``fused_inspo_loss`` and ``pair_logps``; see there."""
+
+    objective: str | Objective = "dpo"
+    shift: bool = True
+    num_pairs: int | None = None
+    marginal_weight: float = 0.0
+    reduction: str = "mean"
+
+
+@dataclass(frozen=True)
+class PairTensors:
+    """The tensors of ``fused_inspo_loss`` and ``pair_logps``; see there for shapes."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None = None
+    marginal_labels: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    segment_ids: Tensor | None = None
+    ref_logps: Tensor | None = None
+    pair_weights: Tensor | None = None
+
+    def check_kinds(self) -> None:
+        """Raise for labels, boundaries, references or weights that are no tensors of their kind."""
+        for name in ("ref_logps", "pair_weights"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Tensor) or value.dtype not in FLOATS):
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+        if self.pair_weights is not None and self.pair_weights.requires_grad:
+            raise ValueError("pair_weights requires grad, but would get no gradient here: pass pair_weights.detach()")
+        for name in ("labels", "cu_seqlens", "segment_ids", "marginal_labels"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) and (value is not None or name == "labels"):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def arguments_of(value: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the fields of a dataclass by name, for a call that takes them as keywords."""
+    return {field.name: getattr(value, field.name) for field in fields(value) if field.name not in without}
+
+
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Check and convert the plain arguments that are given; an error names the argument."""
+    checked = dict(options)
+    for name, value in options.items():
+        if name == "objective" and not isinstance(value, (str, Objective)):
+            make_objective(value)  # raises the error that says what is wrong
+        elif name == "reduction" and value not in ("mean", "sum"):
+            raise ValueError(f'reduction must be "mean" or "sum", got {value!r}')
+        elif name == "shift" and not isinstance(value, bool):
+            raise ValueError(f"shift must be True or False, got {value!r}")
+        elif name == "backend":
+            check_backend(value)
+        elif name == "ignore_index":
+            checked[name] = integer(name, value)
+        elif name in ("max_workspace_bytes", "num_pairs") and value is not None:
+            checked[name] = integer(name, value, minimum=1)
+        elif name == "marginal_weight" and not (torch.compiler.is_compiling() and isinstance(value, (int, float))):
+            # Under torch.compile, reading the value would make a new graph for every value.
+            checked[name] = finite(name, value)
+        elif name == "logit_scale":
+            checked[name] = finite(name, value)
+        elif name == "softcap":
+            checked[name] = checked_softcap(value)
+        elif name == "temperature":
+            checked[name] = checked_temperature(value)
+        elif name == "statistics":
+            checked[name] = checked_statistics(value)
+    return checked
