@@ -194,7 +194,7 @@ def drop_alternatives(batch: dict[str, Any], plain: dict[str, Any], dropped: Ten
     """The conditioned ``batch`` with those pairs that are ``dropped`` (pairs,) laid out as in ``plain``, both rows."""
     rows = dropped.repeat(2)[:, None]
     fill = {"input_ids": IDS[PAD], "attention_mask": 0, "position_ids": 0, "labels": -100}
-    mixed = {"marginal_labels": None}
+    mixed: dict[str, Any] = {"marginal_labels": None}
     for name, value in fill.items():
         missing = batch[name].shape[1] - plain[name].shape[1]
         padded = torch.nn.functional.pad(plain[name], (0, missing), value=value)
