@@ -123,6 +123,7 @@ pairs-given:
 benchmark-study: install
 	$(BIN)/python -m benchmarks.study.tabular --json $(RESULTS)/study_tabular.json
 	$(BIN)/python -m benchmarks.study
+	$(BIN)/python -m benchmarks.study.code_study --json $(RESULTS)/study_code/study_code.json
 
 # No table: what the README says of kernels compiled ahead of time.
 benchmark-compile: install

@@ -36,12 +36,12 @@ REFERENCE, QUICK = equal(HeadShape(512, 32_000), 4, 128, 256), equal(HeadShape(3
 
 # --- what is calculated, and from what ---
 ASSUMPTIONS = {
-    "matmul": "790e12 operations a second: bf16 on one H200, random data",
-    "scored_tokens": "8192",
+    "matmuls": "790e12 operations a second, as bf16 matmuls of random data ran on one H200",
     "sent": "dX in float32, and 12 bytes a row: offset, rest and the label's logit in float32",
-    "ring": "an all-reduce sends 2 (R - 1) / R of its bytes, a gather receives R - 1 parts, at the full bandwidth of "
-    "one direction; latency, launches and the pass over the logits count nothing",
-    "overlap": "dX travels while dW is computed, so that only what is longer than that matmul is waited for",
+    "collectives": "of R ranks an all-reduce sends 2 (R - 1) / R of its bytes and a gather receives R - 1 parts, at "
+    "full bandwidth",
+    "left out": "latency, launches and the pass over the logits",
+    "overlap": "dX travels while dW is computed, so that only what takes longer than that matmul is waited for",
 }
 # Bytes a second and GPU, one direction: NVLink 4 has 900 GB/s in both, 400 Gb/s are 50 GB/s.
 NETWORKS = {"NVLink 4": 450e9, "400 Gb/s": 50e9}
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         result["cells"].append(measure(shape, ranks, options.rounds))
         if options.json is not None:
             write_json(options.json, result)
-    print("\n".join(table(result)))
+    print(tables(result))
 
 
 def measure(shape: Shape, ranks: int, rounds: int) -> dict[str, Any]:
@@ -211,29 +211,51 @@ def _runs(shape: Shape, rank: int, ranks: int) -> tuple[Callable[[], None], Call
     return ours, floor
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    """Both tables, for people."""
+def tables(result: dict[str, Any]) -> str:
+    """What was measured and what was calculated, in Markdown."""
+    first = result["cells"][0]
     lines = [
-        "ranks | ms | to the floor | in collectives | sent by a rank: sums, dX (KiB) | peak memory of a rank (MiB)"
+        f"Measured: one call with its gradients, {first['scored_tokens']:,} scored tokens, H = {first['hidden']}, "
+        f"V = {first['vocab']:,}, {result['dtype']}, gloo on {result['hardware']['cores']} cores, one thread a rank. "
+        "The floor is the three bare matmuls of a rank's words, on as many processes at once.",
+        "",
+        "| ranks | ms | time / floor | in collectives | a rank sends: sums, dX | peak memory of a rank |",
+        "|---|---|---|---|---|---|",
     ]
     for cell in result["cells"]:
-        sent = cell["bytes_sent_per_rank"]
-        timed = ["not measured: more ranks than cores"]
+        timed = ["more ranks than cores", "", ""]
         if "seconds" in cell:
+            ratio = cell["to_floor"]
             timed = [
-                f"{1e3 * cell['seconds']['ours']['median']:.0f}",
-                f"{cell['to_floor']['median']:.2f}",
-                f"{cell['share_in_collectives']:.0%}",
+                f"{1e3 * cell['seconds']['ours']['median']:,.0f}",
+                f"{ratio['median']:.2f} ({ratio['q1']:.2f}-{ratio['q3']:.2f})",
+                f"{cell['share_in_collectives']:.1%}",
             ]
-        kib = ", ".join(f"{sent.get(kind, 0) / 1024:.0f}" for kind in ("gather", "all_reduce"))
-        lines.append(" | ".join([str(cell["ranks"]), *timed, kib, f"{cell['peak_memory_mib']:.0f}"]))
-    lines += ["", "calculated: head | ranks | network | three matmuls ms | gather ms | dX ms | share waited"]
+        sent = (f"{cell['bytes_sent_per_rank'].get(kind, 0) / 1024:,.0f} KiB" for kind in ("gather", "all_reduce"))
+        columns = [str(cell["ranks"]), *timed, ", ".join(sent), f"{cell['peak_memory_mib']:.0f} MiB"]
+        lines.append(f"| {' | '.join(columns)} |")
+    assumptions = dict(result["assumptions"])
+    bandwidths = ", ".join(
+        f"{name} {bytes_ / 1e9:.0f} GB/s" for name, bytes_ in assumptions.pop("bytes_per_second").items()
+    )
+    assumed = "; ".join(f"{name}: {text}" for name, text in assumptions.items())
+    lines += [
+        "",
+        f"Calculated, not measured, for {TOKENS:,} scored tokens in bf16. {assumed}; bandwidth of a GPU in one "
+        f"direction: {bandwidths}.",
+        "",
+        "| head | ranks | network | three matmuls | gather of sums | all-reduce of dX | waited | without overlap |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in result["calculated"]:
-        numbers = (f"{row[name]:.2f}" for name in ("matmuls_ms", "gather_ms", "dx_all_reduce_ms"))
-        lines.append(
-            " | ".join([row["head"], str(row["ranks"]), row["network"], *numbers, f"{row['share_waited']:.1%}"])
+        times = (
+            f"{row[name]:.{digits}f} ms"
+            for name, digits in (("matmuls_ms", 1), ("gather_ms", 3), ("dx_all_reduce_ms", 1))
         )
-    return lines
+        head = f"{row['head']}: H = {row['hidden']:,}, V = {row['vocab']:,}"
+        shares = (f"{row[name]:.1%}" for name in ("share_waited", "share_without_overlap"))
+        lines.append(f"| {' | '.join([head, str(row['ranks']), row['network'], *times, *shares])} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

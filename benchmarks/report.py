@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from . import plots
+from . import parallel, plots
 from .contenders import CONTENDERS
 from .measure import PRODUCTS
 from .study import axis_report
@@ -346,6 +346,11 @@ def loop_overhead(result: dict[str, Any]) -> str:
     )
 
 
+def split_heads(result: dict[str, Any]) -> str:
+    """A head that is split over ranks: what was measured on CPUs, and what is calculated for GPUs."""
+    return f"{parallel.tables(result)}\n\n{_source(result, 'parallel_cpu.json')}"
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "savings": ("loss_cpu.json", savings),
     "loss": ("loss_cpu.json", loss),
@@ -353,6 +358,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "scaling": ("scaling_cpu.json", scaling),
     "step": ("step_cpu.json", step),
     "gpu": ("gpu.json", gpu),
+    "split_heads": ("parallel_cpu.json", split_heads),
     "loop_overhead": ("loop_overhead.json", loop_overhead),
     "study": ("study/study.json", finding),
     "axis": ("study_axis/axis.json", axis_report.finding),

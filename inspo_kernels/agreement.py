@@ -33,7 +33,11 @@ _MAY_DIFFER = {
     "sequence_group": {"hidden", "labels", "max_workspace_bytes", "backend", "requires_grad"},
 }
 _HEADER = ("status", "words", "valid", "lowest", "highest")
+_WIDTH = len(_HEADER) + len(_SAME)
 _REFUSED, _ELSEWHERE = 1, 2
+# Ranks of a sequence send their counts of scored tokens along, of up to so many segments: a second exchange, whose size
+# depends on the batch, could only follow once the host has read that all ranks agree.
+_MOST_COUNTS = 256
 
 
 class Split:
@@ -43,6 +47,7 @@ class Split:
         self.groups = groups
         self.vocab: VocabGroup | None = None
         self.agreed = False
+        self._totals: tuple[Tensor, list[int]] | None = None
         self.sequence = SequenceGroup(groups["sequence_group"]) if "sequence_group" in groups else None
 
     @classmethod
@@ -60,16 +65,16 @@ class Split:
         except Exception:
             if not self.agreed:
                 device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
-                words = torch.zeros(len(_HEADER) + len(_SAME), dtype=torch.int64, device=device)
+                words = torch.zeros(_WIDTH, dtype=torch.int64, device=device)
                 words[0] = _REFUSED
-                self._gather(words)
+                self._gather(words, words[:0])
             raise
 
     def agree(self, plan: Tensor, same: Mapping[str, Any], words: int, device: torch.device) -> list[int]:
         """Compare the ranks' arguments, and read ``plan`` on the host with the answer.
 
         Args:
-            plan: (n,) int64; its first three are: whether segments make sense, lowest and highest label.
+            plan: (n,) int64: whether segments make sense, lowest and highest label, then counts of scored tokens.
             same: the arguments that the ranks must have in common, by name.
             words: rows of this rank's weight.
             device: where the group communicates.
@@ -80,7 +85,8 @@ class Split:
         same = {**same, "weight's rows": words}
         parts = [torch.tensor([0, words], device="cpu"), plan[:3], *(_word(same.get(name)) for name in _SAME)]
         message = torch.cat([part.to(device, non_blocking=True) for part in parts])
-        tables = self._gather(message)
+        counts = plan[3:].to(device, non_blocking=True)
+        tables = self._gather(message, counts)
         here = [table.flatten() for table in tables.values()]
         if plan.device == message.device:
             here.append(plan)
@@ -91,9 +97,22 @@ class Split:
             _check(name, messages, self.vocab_size(words), self._rank(name))
             if name == "process_group":
                 starts = tuple(accumulate((message[1] for message in messages), initial=0))
+                if not starts[-1]:
+                    raise ValueError("weight has no rows on any rank of process_group")
                 self.vocab = VocabGroup(self.groups[name], self._rank(name), starts)
+            elif len(counts) <= _MOST_COUNTS:
+                columns = slice(_WIDTH, _WIDTH + len(counts))
+                self._totals = table[:, columns].sum(0), [sum(each) for each in zip(*(m[columns] for m in messages))]
             read = read[size * width :]
         return read if plan.device == message.device else plan.tolist()
+
+    def total_counts(self, counts: Tensor) -> tuple[Tensor, list[int]]:
+        """``counts`` (n,) of scored tokens, summed over the ranks of a sequence that agreed on it; also on the host."""
+        if self._totals is None:
+            assert self.sequence is not None
+            (total,) = self.sequence.total(counts)
+            self._totals = total, total.tolist()
+        return self._totals
 
     def vocab_size(self, words: int) -> int:
         """Words of all ranks, of which this one holds ``words``."""
@@ -102,12 +121,17 @@ class Split:
     def _rank(self, name: str) -> int:
         return dist.get_rank(self.groups[name])
 
-    def _gather(self, message: Tensor) -> dict[str, Tensor]:
+    def _gather(self, message: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """The messages of all ranks of each group; the second group hears of what went wrong in the first."""
         self.agreed = True
         tables: dict[str, Tensor] = {}
         for name, group in self.groups.items():
-            table = tables[name] = gather(message, group)
+            sent = message
+            if name == "sequence_group":
+                sent = torch.cat([message, message.new_zeros(_MOST_COUNTS)])
+                if len(counts) <= _MOST_COUNTS:
+                    sent[_WIDTH : _WIDTH + len(counts)] = counts
+            table = tables[name] = gather(sent, group, f"the arguments of the other ranks of {name}")
             columns = torch.tensor(_columns(name), device="cpu").to(message.device, non_blocking=True)
             wrong = (table[:, columns] != message[columns]).any() | (table[:, 0] != 0).any()
             message = torch.cat([torch.where(message[:1] == 0, wrong * _ELSEWHERE, message[:1]), message[1:]])
@@ -117,6 +141,11 @@ class Split:
 def errors_shared(split: Split | None, hidden: Any) -> AbstractContextManager:
     """``Split.errors_shared``, or nothing where nothing is split."""
     return nullcontext() if split is None else split.errors_shared(hidden)
+
+
+def splits_words(split: Split | None) -> bool:
+    """Whether ranks hold different words of the head."""
+    return split is not None and "process_group" in split.groups
 
 
 def refuse_compiled(**groups: Any) -> None:

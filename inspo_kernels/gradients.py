@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend
+from .backends import Backend, open_tile
 from .groups import VocabGroup
 from .head import LMHead, plain_arithmetic
 
@@ -144,7 +144,7 @@ class DeferredGradients:
                 pending = self.group.start_sum(dx)
             if n < self.num_rows:
                 out.x[n:].zero_()
-        tile = self.backend.open_tile(self.head, n, self.workspace_bytes)
+        tile = open_tile(self.backend, self.head, n, self.workspace_bytes)
         tile.restore(self.kept)
         with plain_arithmetic(self.coefficients.device):
             tile.head_gradients(coefficients, dweight=out.weight, dbias=out.bias)

@@ -14,8 +14,8 @@ Sequences. Sums over tokens are added up over the ranks, once for the whole batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,11 +32,21 @@ GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gat
 LARGE_REST = 2.0**18
 
 
-def gather(tensor: Tensor, group: Any) -> Tensor:
-    """(ranks, ...): ``tensor`` of every rank of the group."""
+@contextmanager
+def awaiting(what: str) -> Iterator[None]:
+    """Say in an exchange's error what was waited for; a rank that never comes is one after the group's timeout."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"waiting for {what} failed: every rank must make the same calls. {error}") from error
+
+
+def gather(tensor: Tensor, group: Any, what: str) -> Tensor:
+    """(ranks, ...): ``tensor`` of every rank of the group; ``what`` it is, for errors."""
     ranks = dist.get_world_size(group)
     everyone = tensor.new_empty(ranks * tensor.numel())
-    getattr(dist, GATHER)(everyone, tensor.flatten(), group=group)
+    with awaiting(what):
+        getattr(dist, GATHER)(everyone, tensor.flatten(), group=group)
     return everyone.view(ranks, *tensor.shape)
 
 
@@ -71,12 +81,12 @@ class VocabGroup:
         return _of_size(head, self.vocab_size)
 
     def combine(self, sums: RowSums, targets: Tensor, dtype: torch.dtype) -> RowSums:
-        """Sums over the whole vocabulary from every rank's; ``dtype`` is what is sent.
+        """Sums over the whole vocabulary, in float64, from every rank's; ``dtype`` is what is sent.
 
         ``targets`` (n,): the labels, counted from this rank's first word.
         """
         offset = torch.where(sums.rest > LARGE_REST, sums.offset + sums.rest.log(), sums.offset).to(dtype)
-        mine = _rebased(sums, offset.double())
+        mine = sums.rebased(offset.double())
         sent: dict[str, Tensor] = {"offset": offset, "rest": mine.rest, "label": mine.label}
         for name in ("moment", "squares", "logits"):
             if (column := getattr(mine, name)) is not None:
@@ -88,11 +98,12 @@ class VocabGroup:
             sent["top"] = torch.where(
                 own, torch.where(beaten, torch.inf, -torch.inf), torch.maximum(sums.before, sums.after)
             )
-        everyone = gather(torch.stack([column.to(dtype) for column in sent.values()]), self.group)
+        message = torch.stack([column.to(dtype) for column in sent.values()])
+        everyone = gather(message, self.group, "the sums over the words of the other ranks of process_group")
         columns = dict(zip(sent, everyone.double().unbind(1)))
         top = columns.pop("top", None)
         whole_offset = columns["offset"].amax(0)
-        ranks = _rebased(RowSums(**columns), whole_offset)
+        ranks = RowSums(**columns).rebased(whole_offset)
         whole = RowSums(
             whole_offset,
             ranks.rest.sum(0),
@@ -104,7 +115,7 @@ class VocabGroup:
             },
             **({} if top is None else self._tops(top, targets)),
         )
-        return whole.to(sums.offset.dtype)
+        return whole
 
     def _tops(self, top: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """``before`` and ``after`` from each rank's (ranks, n) largest logit."""
@@ -119,29 +130,19 @@ class VocabGroup:
         """Start adding up ``tensor`` over the ranks, in place; returns what waits for the sum."""
         if not tensor.numel():
             return lambda: None
-        return dist.all_reduce(tensor, group=self.group, async_op=True).wait
+        what = "the gradient of hidden from the other ranks of process_group"
+        with awaiting(what):
+            work = dist.all_reduce(tensor, group=self.group, async_op=True)
+
+        def wait() -> None:
+            with awaiting(f"{what}, each of which must run the backward pass,"):
+                work.wait()
+
+        return wait
 
 
 def _of_size(head: LMHead, words: int) -> LMHead:
     return replace(head, weight=head.weight.new_zeros(()).expand(words, head.hidden_size), bias=None)
-
-
-def _rebased(sums: RowSums, offset: Tensor) -> RowSums:
-    """``sums`` in units of ``offset``, in float64; a row without any finite logit adds nothing."""
-    rest = sums.rest.double()
-    shift = torch.where(rest == 0, 0.0, sums.offset.double() - offset)
-    factor = shift.exp()
-    moment = None
-    if sums.moment is not None:
-        # Far below, 0 times a large number instead of 0 times infinity.
-        moment = factor * (sums.moment.double() + shift.clamp(min=-1e30) * rest)
-    return replace(
-        sums,
-        offset=offset,
-        rest=factor * rest,
-        moment=moment,
-        squares=None if sums.squares is None else factor.square() * sums.squares.double(),
-    )
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class SequenceGroup:
 
     def total(self, *tables: Tensor) -> list[Tensor]:
         """Each table summed over the ranks, in rank order: the same bits on every rank. One collective."""
-        return list(gather(torch.stack(tables), self.group).sum(0).unbind())
+        what = "the sums over the tokens of the other ranks of sequence_group"
+        return list(gather(torch.stack(tables), self.group, what).sum(0).unbind())
 
 
 def gathered(*parameters: Tensor | None) -> AbstractContextManager:
@@ -172,23 +174,43 @@ def gathered(*parameters: Tensor | None) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(managed)
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Tell whether torch.distributed.tensor holds this tensor in parts."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def sharing_group(tensor: Any) -> Any:
+    """The group that shards a DTensor over dimension 0 and nothing else; None where it is placed otherwise."""
+    from torch.distributed.tensor import Shard
+
+    mesh = tensor.device_mesh
+    split = [i for i, placement in enumerate(tensor.placements) if mesh.size(i) > 1 or type(placement) is Shard]
+    return mesh.get_group(split[0]) if len(split) == 1 and tensor.placements[split[0]] == Shard(0) else None
+
+
+def first_rows(tensor: Any, count: int) -> Tensor:
+    """This rank's rows of a DTensor's first ``count``, for one that ``sharing_group`` shards in blocks of one size.
+
+    Such blocks are what ``Shard`` makes: the last ones are smaller or empty.
+    """
+    group = sharing_group(tensor)
+    block = -(-tensor.shape[0] // dist.get_world_size(group))
+    return tensor.to_local()[: max(0, count - dist.get_rank(group) * block)]
+
+
 def local_shard(name: str, tensor: Any, process_group: Any) -> Any:
     """This rank's rows of a DTensor that ``process_group`` shards over dimension 0; any other tensor as it is.
 
     Its gradient becomes a DTensor of the same placement.
     """
-    if type(tensor).__name__ != "DTensor" or process_group is None:
+    if not is_dtensor(tensor) or process_group is None:
         return tensor
-    from torch.distributed.tensor import Shard
-
-    mesh = tensor.device_mesh
-    split = [i for i, placement in enumerate(tensor.placements) if mesh.size(i) > 1 or type(placement) is Shard]
-    if len(split) == 1 and tensor.placements[split[0]] == Shard(0):
-        ranks = dist.get_process_group_ranks(mesh.get_group(split[0]))
-        if ranks == dist.get_process_group_ranks(process_group):
-            return tensor.to_local()
+    group = sharing_group(tensor)
+    if group is not None and dist.get_process_group_ranks(group) == dist.get_process_group_ranks(process_group):
+        return tensor.to_local()
     raise TypeError(
-        f"{name} is a DTensor with placements {tensor.placements} on {mesh}: with process_group it must be sharded "
+        f"{name} is a DTensor with placements {tensor.placements} on {tensor.device_mesh}: with process_group it must "
+        "be sharded "
         "over dimension 0 by just that group, Shard(0) on a mesh of one dimension whose get_group() is process_group. "
         "If other dimensions are FSDP2's, call inside the wrapped module's forward, where these are gathered; "
         f"or pass this rank's rows as a plain tensor, {name}.to_local()"

@@ -75,8 +75,12 @@ def checked_head(
     softcap: float | None,
     logit_scale: float,
     temperature: float = 1.0,
+    *,
+    is_shard: bool = False,
 ) -> LMHead:
     """Check hidden (..., H) against weight (V, H), bias (V,) and the transform; errors say what to change.
+
+    A rank's share of a head, ``is_shard``, may have no words.
 
     Under autocast the dtypes may differ, and the products use autocast's dtype unless everything is float64.
     """
@@ -92,7 +96,7 @@ def checked_head(
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} but hidden on {hidden.device}: move one of them")
-    if weight.dim() != 2 or 0 in weight.shape:
+    if weight.dim() != 2 or not weight.shape[1] or not (weight.shape[0] or is_shard):
         raise ValueError(f"weight must be (V, H), got shape {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} must end in H = {weight.shape[1]}, weight's second dimension")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, reference, scored_rows
-from .agreement import Split, errors_shared, refuse_compiled
+from .agreement import Split, errors_shared, refuse_compiled, splits_words
 from .backends import resolve_backend
 from .first_order import first_order_only
 from .gradients import Needs, dtypes_of
@@ -85,7 +85,8 @@ def linear_logps(
             backend=backend,
         )
         names = options.statistics
-        head = checked_head(hidden, weight, bias, options.softcap, options.logit_scale, options.temperature)
+        transform = (options.softcap, options.logit_scale, options.temperature)
+        head = checked_head(hidden, weight, bias, *transform, is_shard=splits_words(split))
         if torch.compiler.is_compiling():
             logps, found = compiled.linear_logps(hidden, head, targets, options)
             return (logps, found) if names else logps
@@ -146,7 +147,8 @@ def pair_logps(
             shift=shift,
             num_pairs=num_pairs,
         )
-        head = checked_head(hidden, weight, bias, options.softcap, options.logit_scale)
+        transform = (options.softcap, options.logit_scale)
+        head = checked_head(hidden, weight, bias, *transform, is_shard=splits_words(split))
         resolved = resolve_backend(options.backend, head, hidden.device)
         check_split(split, resolved, shift=options.shift and segment_ids is None)
         candidates = find_candidates(tensors, options)

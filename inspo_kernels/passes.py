@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, HeadTile
+from .backends import Backend, HeadTile, open_tile
 from .backends.base import chunks
 from .gradients import DeferredGradients, Gradients, Needs
 from .groups import VocabGroup
@@ -51,7 +51,7 @@ class HeadPass:
 
     def open(self, capacity: int = 0) -> HeadTile:
         """A tile that keeps so many rows."""
-        return self.backend.open_tile(self.head, capacity, self.workspace_bytes)
+        return open_tile(self.backend, self.head, capacity, self.workspace_bytes)
 
     def stage(
         self, tile: HeadTile, x: Tensor, targets: Tensor, *, keep: bool = False, dx: Tensor | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import scored_rows
-from .agreement import Split
+from .agreement import Split, splits_words
 from .arguments import integer
 from .backends import Backend, resolve_backend
 from .gradients import Needs
@@ -44,7 +44,7 @@ def prepare(tensors: PairTensors, options: PairOptions, split: Split | None = No
     """Plan the loss of checked ``options``; errors as for ``fused_inspo_loss``."""
     t, o = tensors, options
     hidden, objective = t.hidden, make_objective(o.objective)
-    head = checked_head(hidden, t.weight, t.bias, o.softcap, o.logit_scale)
+    head = checked_head(hidden, t.weight, t.bias, o.softcap, o.logit_scale, is_shard=splits_words(split))
     backend = resolve_backend(o.backend, head, hidden.device)
     check_split(split, backend, shift=o.shift and t.segment_ids is None)
     candidates = find_candidates(t, o)

@@ -14,7 +14,7 @@ one after another, and ranks that hold different words can combine theirs.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,13 @@ def checked_statistics(names: Iterable[str]) -> tuple[str, ...]:
 def parts_of(names: Iterable[str]) -> frozenset[str]:
     """Fields of ``RowSums`` that these statistics need."""
     return frozenset(part for name in names for part in STATISTICS[name])
+
+
+def above(offset: Tensor, other: Tensor) -> Tensor:
+    """``offset`` - ``other``, or 0 where their distance is rounding alone: more than a nat, for logits of millions."""
+    distance = offset - other
+    noise = (distance.abs() > 1) & (distance.abs() < 2.0**-22 * other.abs())
+    return distance.masked_fill(noise, 0.0)
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,18 @@ class RowSums:
         cast: dict[str, Any] = {name: None if column is None else column.to(dtype) for name, column in columns.items()}
         return RowSums(**cast)
 
+    def rebased(self, offset: Tensor) -> RowSums:
+        """These sums in units of ``offset``, in float64; a row without any finite logit adds nothing."""
+        rest = self.rest.double()
+        shift = torch.where(rest == 0, 0.0, above(self.offset.double(), offset))
+        factor = shift.exp()
+        moment = None
+        if self.moment is not None:
+            # Far below, 0 times a large number instead of 0 times infinity.
+            moment = factor * (self.moment.double() + shift.clamp(min=-1e30) * rest)
+        squares = None if self.squares is None else factor.square() * self.squares.double()
+        return replace(self, offset=offset, rest=factor * rest, moment=moment, squares=squares)
+
     @property
     def total(self) -> Tensor:
         """S, in the units of ``offset``."""
@@ -106,13 +125,16 @@ class RowSums:
         below = self.label - self.offset
         # p = sigmoid(below - log rest): a label that is almost certain or all but impossible loses no digit.
         logps = F.logsigmoid(below - self.rest.log())
-        label_e = below.exp() if names else below
-        statistics = {name: self._statistic(name, below, label_e, vocab_size) for name in names}
+        # For the statistics no number is larger than the offset: exp(label - offset) would overflow.
+        at_top = self.rebased(torch.maximum(self.offset, self.label).double()) if names else self
+        statistics = {name: at_top._statistic(name, vocab_size) for name in names}
         return TokenScores(
             logps.to(dtype), {k: v if v.dtype == torch.bool else v.to(dtype) for k, v in statistics.items()}
         )
 
-    def _statistic(self, name: str, below: Tensor, label_e: Tensor, vocab_size: int) -> Tensor:
+    def _statistic(self, name: str, vocab_size: int) -> Tensor:
+        below = self.label - self.offset
+        label_e = below.exp()
         log_total = (self.rest + label_e).log()
         if name == "entropy":
             assert self.moment is not None

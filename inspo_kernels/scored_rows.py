@@ -181,9 +181,7 @@ def plan(
     _check_range("labels or marginal_labels" if c.marginals else "labels", lowest, highest, vocab_size)
     lengths, all_counts = counts_device, counts
     if split is not None and split.sequence is not None:
-        # Their number depends on the batch, so that only ranks that agree may send them: a second host read.
-        (lengths,) = split.sequence.total(to_device(counts_device, device))
-        all_counts = lengths.tolist()
+        lengths, all_counts = split.total_counts(to_device(counts_device, device))
     num_kinds = 4 if c.marginals or (c.marginals is None and any(all_counts[2 * num_pairs :])) else 2
     _check_scored(all_counts, num_pairs, required_kinds(num_kinds))
 

@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError
-from .messages import Messages, check_text, given_texts
-
-# Content that no template has a reason to change, and that appears nowhere else in what one writes.
-_QUESTION, _ANSWER = "Quaestio", "Responsum"
-_ASKED: Messages = [{"role": "user", "content": _QUESTION}]
-_ANSWERED: Messages = [*_ASKED, {"role": "assistant", "content": _ANSWER}]
-# Variables of a template that are no columns of the data: transformers sets them.
-_OWN = {"messages", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "prompt", "chosen"}
-# A tag of transformers' own, which marks what the assistant says.
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*[-+]?%\}")
-LEFT_OUT, BEHIND_END = "text left out by the chat template", "text behind the end of an answer"
+from .messages import check_text
+from .templates import ANSWERED, ASKED, ChatTemplate
 
 
-class Turn(NamedTuple):
-    """What a chat template writes after an assistant's content at the end of a conversation."""
-
-    closing: str  # belongs to the response: "<|im_end|>"
-    after: str  # belongs to the next turn: "\n"
-    end_id: int | None  # the id that ends the response; None where the template has no token for it
-
-
-class TextEncoder:
+class TextEncoder(ChatTemplate):
     """Tokenises prompts and responses with ``tokenizer``, and presents one response after another.
 
     A response's ids are those that follow the prompt's ids when both texts are tokenised together: no space or token is
@@ -45,11 +26,10 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         bos = tokenizer.bos_token_id
         self._bos = bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
         self._known: dict[str, list[int]] = {}
-        self.is_used = False  # whether a pair was rendered by the chat template
 
     def prefetch(self, texts: Iterable[str]) -> None:
         """Tokenise ``texts`` together, on all cores; later calls look them up. Forgets those of the call before."""
@@ -71,21 +51,28 @@ class TextEncoder:
     def response(self, text: str, prompt: str, *, chat: bool) -> list[int]:
         """Ids of ``text`` after ``prompt``, ended by EOS, or with ``chat`` by the template's end of turn if it has one.
 
-        A text that is blank apart from its end gives [].
+        A text that is blank apart from its end gives []. Some templates end a call of a tool in a way of its own.
         """
         ids = self.continuation(text, prompt) if text.strip() else []
-        ends = self.ends(chat=chat)
-        if all(token in ends for token in ids):
+        if all(token in self.ends for token in ids):
             return []
-        return ids if ids[-1] in ends else [*ids, self.tokenizer.eos_token_id]
+        return ids if ids[-1] in (self.all_ends if chat else self.ends) else [*ids, self.tokenizer.eos_token_id]
 
-    def ends(self, *, chat: bool) -> set[int]:
-        """Ids that end a response: EOS, and with ``chat`` the template's end of turn."""
-        end_of_turn = None
-        if chat:
-            with suppress(InputError):  # a template that cannot be used at all, beside strings
-                end_of_turn = self.turn.end_id
-        return {i for i in (self.tokenizer.eos_token_id, end_of_turn) if i is not None}
+    @cached_property
+    def ends(self) -> set[int]:
+        """Ids that end a response: EOS, and the chat template's end of turn, which text may hold without it."""
+        return {i for i in (self.tokenizer.eos_token_id, self._end_of_turn) if i is not None}
+
+    @cached_property
+    def _end_of_turn(self) -> int | None:
+        with suppress(InputError):  # a template that cannot be used at all, beside strings
+            return self.turn.end_id
+        return None
+
+    @cached_property
+    def all_ends(self) -> set[int]:
+        """Ids that end what a template writes: where it ends turns with a special token, any of these."""
+        return {*self.ends, *self.special_ids} if self._end_of_turn is not None else self.ends
 
     def continuation(self, text: str, before: str) -> list[int]:
         """Ids of ``text`` where it follows the text ``before``, whose own ids stay as they are."""
@@ -96,91 +83,6 @@ class TextEncoder:
             if joint[: len(head)] == head:
                 break
         return list(joint[len(head) :])
-
-    def render(self, messages: Messages, *, answer_next: bool, origin: str, **columns: Any) -> str:
-        """Return the chat template's text; ``answer_next`` lets it end where the assistant begins to answer.
-
-        ``columns`` of the record are passed to the template.
-        """
-        text = self._render(messages, answer_next, origin, **columns)
-        return text + (self.header if answer_next else "")
-
-    def _render(self, messages: Messages, answer_next: bool, origin: str, **columns: Any) -> str:
-        if not self.tokenizer.chat_template:
-            raise InputError(f"{origin}: holds messages, but the tokenizer has no chat template; use strings")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer_next, **columns
-            )
-        except Exception as error:  # a template refuses with TemplateError, or breaks in any way of Python's
-            roles = ", ".join(message["role"] for message in messages)
-            problem = str(error) if isinstance(error, TemplateError | TypeError | ValueError) else repr(error)
-            raise InputError(
-                f"{origin}: the tokenizer's chat template cannot render these messages (roles: {roles}): {problem}"
-            ) from None
-        assert isinstance(text, str)  # of one conversation
-        check_text(text, origin)
-        return text
-
-    def render_pair(
-        self, prompt: Messages, responses: list[Messages], origin: str, **columns: Any
-    ) -> tuple[str, list[str]]:
-        """Prompt text, and each response as what the template adds to it; "" for a response that has no content."""
-        self.is_used = True
-        opening = self.render(prompt, answer_next=True, origin=origin, **columns)
-        texts = []
-        for response in responses:
-            whole = self.render(prompt + response, answer_next=False, origin=origin, **columns)
-            if not whole.startswith(opening):
-                at = next(i for i, (a, b) in enumerate(zip(opening + "\0", whole + "\0")) if a != b)
-                raise InputError(
-                    f"{origin}: the chat template writes the prompt in another way once it has an answer: "
-                    f"{opening[at : at + 40]!r} becomes {whole[at : at + 40]!r}. Use a template that only appends, or "
-                    "set its switches in chat_template_kwargs (for example {enable_thinking: false})"
-                )
-            empty = not any(text.strip() for message in response for text in given_texts(message))
-            texts.append("" if empty else whole[len(opening) :].removesuffix(self.turn.after))
-        return opening, texts
-
-    @cached_property
-    def columns(self) -> set[str]:
-        """Names of the columns that the chat template reads beside the messages."""
-        templates = self.tokenizer.chat_template or ""
-        texts = [templates] if isinstance(templates, str) else list(templates.values())
-        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-        names: set[str] = set()
-        for text in texts:
-            names |= meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", text)))
-        return names - _OWN - {"rejected", *self.tokenizer.special_tokens_map}
-
-    @cached_property
-    def header(self) -> str:
-        """What the template writes before each answer although it has no generation prompt; it belongs to the prompt.
-
-        Blanks alone stay with the answer: the model writes them.
-        """
-        try:
-            asked, prompted = (self._render(_ASKED, answer_next, "") for answer_next in (False, True))
-            whole = self._render(_ANSWERED, False, "")
-        except InputError:  # no template, or one that reads other conversations; whoever renders with it is told
-            return ""
-        if asked != prompted or not whole.startswith(asked) or _ANSWER not in whole:
-            return ""
-        header = whole[len(asked) : whole.index(_ANSWER)]
-        return header if header.strip() else ""
-
-    @cached_property
-    def turn(self) -> Turn:
-        """How the chat template closes an assistant's turn."""
-        tail = self._after_answer(self.render(_ANSWERED, answer_next=False, origin="chat template"))
-        known = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items()}
-        known |= {token: i for i, token in zip(self.tokenizer.all_special_ids, self.tokenizer.all_special_tokens)}
-        first = min((t for t in known if t in tail), key=lambda t: (tail.index(t), -len(t)), default=None)
-        if first is None:
-            closing = tail.rstrip("\n")
-            return Turn(closing, tail[len(closing) :], None)
-        closing = tail[: tail.index(first) + len(first)]
-        return Turn(closing, tail[len(closing) :], known[first])
 
     def separator(self, instruction: str) -> list[int]:
         """Ids of a turn between two responses: a user's ``instruction`` and the opening of the assistant's next answer.
@@ -197,8 +99,8 @@ class TextEncoder:
         check_text(instruction, "alternative_instruction")
         ask = {"role": "user", "content": instruction}
         texts = [
-            self._after_answer(self.render([*messages, ask], answer_next=True, origin="alternative=chat"))
-            for messages in (_ANSWERED, [*_ASKED, {"role": "assistant", "content": "a"}, *_ANSWERED])
+            self.after_answer(self.render([*self.start, *messages, ask], answer_next=True, origin="alternative=chat"))
+            for messages in (ANSWERED, [*ASKED, {"role": "assistant", "content": "a"}, *ANSWERED])
         ]
         if texts[0] != texts[1]:
             raise InputError(
@@ -214,26 +116,6 @@ class TextEncoder:
             )
         end = self.turn.closing if self.turn.end_id is not None else self.tokenizer.eos_token
         return self.continuation(texts[0].removeprefix(self.turn.closing), end)
-
-    def _after_answer(self, text: str) -> str:
-        _, found, tail = text.rpartition(_ANSWER)
-        if not found:
-            raise InputError("the tokenizer's chat template leaves out what an assistant says; use another template")
-        return tail
-
-    @cached_property
-    def reads_clock(self) -> bool:
-        """Whether the chat template writes the time at which it is rendered."""
-        try:
-            template = self.tokenizer.get_chat_template()
-            clocks = [f"{{%- macro strftime_now(form) %}}{hour}{{%- endmacro %}}" + template for hour in (1, 2)]
-            return len({self._render(_ASKED, True, "", chat_template=text) for text in clocks}) > 1
-        except (InputError, ValueError):  # no template, or one that reads other conversations
-            return False
-
-    def today(self) -> str:
-        """The part of what the chat template writes that changes by itself."""
-        return self._render(_ASKED, True, "") if self.reads_clock else ""
 
 
 def separator_ids(tokenizer: PreTrainedTokenizerBase | None, options: Any) -> list[int]:

@@ -5,37 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
-from huggingface_hub.constants import HF_HOME
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat import BEHIND_END, LEFT_OUT, TextEncoder
+from .chat import TextEncoder
 from .errors import InputError
-from .pairs import Pair, Pairs, Store, Writer, open_store
-from .records import CUT_TURNS, ONE_REPEATS, REPEATS_PROMPT, draft, encode
-from .sources import Records, Source, check_source, parse_sources
+from .pairs import SCHEMA, Pair, Pairs
+from .records import FAULTS, LEFT_OUT, READ, REMARKS, REPEATS_PROMPT, draft, encode
+from .sources import Records, Source, check_source, files_of, parse_sources
+
+Log = Callable[[str], None]
 
 __all__ = ["Pair", "Pairs", "check_pairs", "check_source", "load_pairs", "select_pairs", "trained_ends"]
 
-FORMAT = 1  # of the cache; after a change of what is tokenised, another number makes all of it be done again
-PROBLEMS = ("", LEFT_OUT, BEHIND_END, CUT_TURNS, REPEATS_PROMPT, ONE_REPEATS)
-FAULTS = (LEFT_OUT, BEHIND_END)  # such pairs are not used
+FORMAT = 2  # of what is kept; after a change of what is tokenised, another number makes all of it be done again
 _BATCH = 256  # records tokenised together
-_CACHED_FROM = 4_000_000  # bytes of a text file; a smaller one is tokenised again each time, within seconds
+_KEPT_FROM = 4_000_000  # bytes of a text file; a smaller one is tokenised again each time, within seconds
 
 
 def load_pairs(
-    source: Any, tokenizer: PreTrainedTokenizerBase, options: Any = None, log: Callable[[str], None] = lambda note: None
+    source: Any, tokenizer: PreTrainedTokenizerBase, options: Any = None, log: Log = lambda note: None
 ) -> Pairs:
     """Read and tokenise ``source``: what ``parse_sources`` takes, with the columns and weights it gives.
 
@@ -43,21 +42,26 @@ def load_pairs(
     of ids. Raises InputError, naming file and line, for anything that is not a pair.
     """
     encoder = TextEncoder(tokenizer)
-    columns, seed = getattr(options, "columns", None), getattr(options, "seed", 0)
-    sources = parse_sources(source, columns)
-    pairs = Pairs.of_stores([_store(one, encoder, options, log) for one in sources])
-    if encoder.is_used and encoder.reads_clock:
+    tables: list[pa.Table] = []
+    indices: list[np.ndarray] = []
+    sources = parse_sources(source, getattr(options, "columns", None))
+    for one in sources:
+        found = [_tokenised(file, encoder, options, log) for file in files_of(one)]
+        start, size = sum(map(len, tables)), sum(map(len, found))
+        chosen = weighted(size, one.weight, getattr(options, "seed", 0))
+        if size and not len(chosen):
+            raise InputError(f"{one.name}: weight={one.weight} leaves none of its {size} pairs; raise it")
+        tables += found
+        indices.append(start + chosen)
+    for name in {one.name for one in sources if [other.name for other in sources].count(one.name) > 1}:
+        log(f"note: {name} stands there more than once, and so does each of its pairs; weight says so, too")
+    table = pa.concat_tables(tables)
+    if pc.any(table.column("chat")).as_py() and encoder.reads_clock:
         log(
             "note: the chat template writes today's date, so on another day the data are others, and a run cannot be "
             "resumed. Fix it: chat_template_kwargs: {strftime_now: 26 Jul 2024}"
         )
-    if all(one.weight == 1 for one in sources):
-        return pairs
-    sizes = np.bincount(pairs.sources, minlength=len(sources)).tolist()
-    starts = np.cumsum([0, *sizes[:-1]]).tolist()
-    return pairs[np.concatenate([
-        start + weighted(size, one.weight, seed) for start, size, one in zip(starts, sizes, sources, strict=True)
-    ])]  # fmt: skip
+    return Pairs(table, np.concatenate(indices))
 
 
 def weighted(size: int, weight: float, seed: int) -> np.ndarray:
@@ -67,69 +71,64 @@ def weighted(size: int, weight: float, seed: int) -> np.ndarray:
     return np.concatenate([*[np.arange(size)] * int(whole), np.sort(drawn)]).astype(np.int64)
 
 
-def _store(source: Source, encoder: TextEncoder, options: Any, log: Callable[[str], None]) -> Store:
-    """The pairs of ``source``, from the cache where they are there."""
+def _tokenised(source: Source, encoder: TextEncoder, options: Any, log: Log) -> pa.Table:
+    """The pairs of ``source``. ``datasets`` keeps those of large sources, and lets one process of a node work."""
     records = Records(source)
-    if getattr(options, "dry_run", False) or (records.is_text and records.total < _CACHED_FROM):
-        return _tokenise(records, encoder, options, Writer(None)).store(records.origin)
-    folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")) / "preference_pairs"
-    final = folder / _key(records, encoder, options)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{final}.lock"):  # the first process of a node tokenises, the others wait for it
-            try:
-                store = open_store(final, records.origin)
-                draft(next(iter(records)).values, encoder, "")  # whether the template is used
-                log(f"{records.name}: {len(store.ends)} tokenised pairs read from {final}")
-                return store
-            except (OSError, ValueError, IndexError):  # not there, or not whole
-                pass
-            writer = Writer(Path(tempfile.mkdtemp(dir=folder)))
-            try:
-                return _tokenise(records, encoder, options, writer).store(records.origin, final)
-            finally:
-                if writer.folder is not None:
-                    shutil.rmtree(writer.folder, ignore_errors=True)
-    except OSError as error:
-        log(f"WARNING: {folder}: tokenised pairs cannot be kept there ({error}); they are kept in memory")
-        return _tokenise(records, encoder, options, Writer(None)).store(records.origin)
+    rows = partial(_rows, records, encoder, options, log)
+    if not getattr(options, "dry_run", False) and (not records.is_text or records.total >= _KEPT_FROM):
+        import datasets
+
+        datasets.disable_progress_bars()  # ours knows the total
+        try:
+            kept = datasets.Dataset.from_generator(
+                rows, features=datasets.Features.from_arrow_schema(SCHEMA), fingerprint=_key(records, encoder, options),
+                cache_dir=os.environ.get("HF_DATASETS_CACHE"),
+            )  # fmt: skip
+            log(f"{records.name}: {len(kept)} tokenised pairs are in {kept.cache_files[0]['filename']}")
+            return kept.data.table
+        except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise cause from None  # type: ignore[misc]
+            log(f"WARNING: {records.name}: tokenised pairs cannot be kept and read ({cause}); they are kept in memory")
+    return pa.Table.from_pylist([*rows()], SCHEMA)
 
 
 def _key(records: Records, encoder: TextEncoder, options: Any) -> str:
     """Hash of everything that the tokenised pairs depend on."""
-    digest = hashlib.blake2b(digest_size=16)
-    tokenizer = encoder.tokenizer
+    tokenizer, content = encoder.tokenizer, records.identity
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    today = encoder.today()
-    parts = [FORMAT, type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template, today,
-             asdict(records.source), getattr(options, "alternative", ""), records.identity]  # fmt: skip
-    digest.update(repr(parts).encode())
     if records.is_text:
         with Path(records.source.path).open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+            content = hashlib.file_digest(file, "blake2b").hexdigest()
+    parts = [FORMAT, type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template,
+             encoder.today(), asdict(records.source), getattr(options, "alternative", ""), content]  # fmt: skip
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _tokenise(records: Records, encoder: TextEncoder, options: Any, writer: Writer) -> Writer:
+def _rows(records: Records, encoder: TextEncoder, options: Any, log: Log) -> Iterator[dict[str, Any]]:
     messages_only = getattr(options, "alternative", "plain") == "chat"
-    bar = tqdm(total=records.total, unit=records.unit, unit_scale=True, desc=f"tokenising {records.name}", disable=None)
-    with bar:
+    unread: set[str] = set()
+    with tqdm(
+        total=records.total, unit=records.unit, unit_scale=True, desc=f"tokenising {records.name}", disable=None
+    ) as bar:
         rows = iter(records)
         while batch := list(islice(rows, _BATCH)):
             drafts = [draft(r.values, encoder, records.origin(r.number), messages_only) for r in batch]
             encoder.prefetch(text for one in drafts for text in one.texts)
             for one, record in zip(drafts, batch):
+                unread |= record.values.keys() - READ - (encoder.columns if one.chat else set())
                 pair, problem = encode(one, encoder)
-                writer.add(pair, record.number, PROBLEMS.index(problem))
+                yield pair.row(problem, one.chat)
             bar.update(batch[-1].done - bar.n)
-    return writer
+    if unread:
+        log(f"note: {records.name}: columns not read: {', '.join(map(repr, sorted(unread)))}")
 
 
 def select_pairs(
     pairs: Iterable[Pair | Sequence[Sequence[int]]], name: str, options: Any, *, vocab_size: int,
-    bos_token_id: int | None, log: Callable[[str], None], separator_length: int = 0,
+    bos_token_id: int | None, log: Log, separator_length: int = 0,
 ) -> Pairs:  # fmt: skip
     """Return the pairs that can be trained on; say how many were left out or cut, why, and where the first ones are.
 
@@ -138,18 +137,19 @@ def select_pairs(
     where ``options.truncation`` or ``options.invalid_pairs`` is "error", for a token id outside the vocabulary, and if
     nothing is left.
     """
-    given = pairs if isinstance(pairs, Pairs) else Pairs.of_lists(pairs, name)
+    given = Pairs.of_lists(pairs, name)
     reasons: dict[str, list[str]] = {}
     kept: list[int] = []
     cuts: list[int] = []
     lengths = given.lengths.tolist()
-    for index, (number, sizes) in enumerate(zip(given.problems, lengths)):
+    for index, (problem, sizes) in enumerate(zip(given.problems, lengths)):
         parts = given.arrays(index)
-        if (top := max(int(part.max(initial=0)) for part in parts)) >= vocab_size:
-            raise InputError(
-                f"{given.origin(index)}: token id {top}, but the model's vocabulary ends at {vocab_size - 1}"
-            )
-        problem, excess = PROBLEMS[number], sum(sizes) + separator_length - options.max_length
+        for wrong in (part[(part < 0) | (part >= vocab_size)] for part in parts):
+            if len(wrong):
+                raise InputError(
+                    f"{given.origin(index)}: token id {wrong[0]}, but the model's vocabulary ends at {vocab_size - 1}"
+                )
+        excess = sum(sizes) + separator_length - options.max_length
         reason = _fault(parts, problem)
         if not reason and excess > 0:
             head = 1 if parts[0][0] == bos_token_id else 0
@@ -177,7 +177,7 @@ def _fault(parts: list[np.ndarray], problem: str) -> str:
 
 def _report(
     reasons: dict[str, list[str]], name: str, read: int, kept: int, options: Any, between: int,
-    log: Callable[[str], None],
+    log: Log,
 ) -> None:  # fmt: skip
     """Say what became of the pairs that were read; raise InputError where that must not be."""
 
@@ -194,7 +194,7 @@ def _report(
     if options.invalid_pairs == "error" and invalid:
         raise InputError(f"{name}: {invalid}; remove these pairs or set invalid_pairs=drop")
     dropped = ", ".join(filter(None, [invalid, named(["too long"])]))
-    also = named(["truncated", CUT_TURNS, ONE_REPEATS, REPEATS_PROMPT])
+    also = named(["truncated", *REMARKS])
     log(f"{name}: {read} pairs read, {kept} kept; dropped: {dropped or 'none'}" + (f"; {also}" if also else ""))
     if LEFT_OUT in reasons:
         log(f"note: {name}: to keep those, use a chat template that writes thoughts and tool calls, too")
@@ -209,10 +209,11 @@ def _report(
 
 def check_pairs(
     pairs: Sequence[Pair], held_out: Sequence[Pair], model: PreTrainedModel, options: Any,
-    log: Callable[[str], None], separator_length: int = 0,
+    log: Log, separator_length: int = 0,
 ) -> None:  # fmt: skip
     """Raise InputError where the model does not fit the pairs; say how many held-out prompts are trained on."""
-    longest = max((some[int(np.argmax(Pairs.lengths_of(some).sum(1)))] for some in (pairs, held_out) if len(some)),
+    given, unseen = (Pairs.of_lists(some, "") for some in (pairs, held_out))
+    longest = max((some[int(np.argmax(some.lengths.sum(1)))] for some in (given, unseen) if len(some)),
                   key=lambda pair: pair.tokens)  # fmt: skip
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = longest.tokens + separator_length
@@ -221,24 +222,16 @@ def check_pairs(
             f"{longest.origin}: prompt, chosen and rejected have {tokens} tokens, but the model {positions} "
             f"positions; set max_length={positions} and truncation to prompt_left or drop, or use another model"
         )
-    if not held_out:
-        return
-    known = {hash(tuple(pair.prompt)) for pair in pairs}
-    if shared := sum(hash(tuple(pair.prompt)) in known for pair in held_out):
-        log(f"note: {shared} of {len(held_out)} eval_data pairs have a prompt of train_data; they are not held out")
+    known = {hash(prompt) for prompt in given.prompts} if len(unseen) else set()
+    if shared := sum(hash(prompt) in known for prompt in unseen.prompts):
+        log(f"note: {shared} of {len(unseen)} eval_data pairs have a prompt of train_data; they are not held out")
 
 
 def trained_ends(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
-    """Ids that end the responses of ``pairs``, out of those that ``tokenizer`` has for it: EOS and end of turn."""
+    """Ids that end the responses of ``pairs``, out of those that ``tokenizer`` has for it: EOS and ends of turns."""
     if tokenizer is None:
         return set()
-    ends = TextEncoder(tokenizer).ends(chat=bool(tokenizer.chat_template))
-    found: set[int] = set()
-    for pair in pairs:
-        found |= ends.intersection((pair.chosen[-1], pair.rejected[-1]))
-        if found == ends:
-            break
-    return found
+    return Pairs.of_lists(pairs, "").last_ids.intersection(TextEncoder(tokenizer).all_ends)
 
 
 def _first(origins: list[str], most: int = 3) -> str:

@@ -54,7 +54,10 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError for values that no run could use; types are checked where the options are read."""
-        check_lora(self.lora)
+        if self.lora is not None:
+            from .adapters import lora_settings  # imports peft, which is slow
+
+            lora_settings(self.lora)
         for given in (self.train_data, self.eval_data):
             if given is not None:
                 parse_sources(given, self.columns)
@@ -62,12 +65,3 @@ class DataOptions:
             raise InputError(f"max_length={self.max_length}: must be at least 3")
         if self.seed < 0:
             raise InputError(f"seed={self.seed}: must be at least 0")
-
-
-def check_lora(options: LoraOptions | None) -> None:
-    """Raise InputError for names that peft does not know, and values that no adapter here can have."""
-    if options is None:
-        return
-    from .adapters import lora_settings  # imports peft, which is slow
-
-    lora_settings(options)

@@ -33,7 +33,7 @@ from .data_options import DataOptions
 from .errors import InputError
 from .exports import DEFAULT_TEMPERATURE, FORMATS, TEMPERATURES, Answer, Question, read_questions, write_answers
 from .messages import Messages
-from .model import load_model, padding_id
+from .model import load_model
 
 
 def generate(
@@ -79,7 +79,7 @@ def generate_batch(
     ends = {tokenizer.eos_token_id, *_ints(model.generation_config.eos_token_id)}
     if chat:
         ends |= set(_ints(encoder.turn.end_id))
-    pad = padding_id(tokenizer, lambda note: None)
+    pad = min(ends)  # masked, so that any token of the model's vocabulary does
     width = max(map(len, prompts))
     rows = [[pad] * (width - len(ids)) + list(ids) for ids in prompts]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]

@@ -82,11 +82,19 @@ def read_inputs(
 
     Of ``model`` shapes alone are read. Raises InputError for what does not fit together.
     """
-    tokenizer, pad_token_id, separator = given.tokenizer, given.pad_token_id, []
+    tokenizer, pad_token_id = given.tokenizer, given.pad_token_id
+    vocab_size = model.get_output_embeddings().weight.shape[0]
     if tokenizer is not None:
         tokenizer = prepare_tokenizer(tokenizer, config, log)
         pad_token_id = padding_id(tokenizer, log)
+        if pad_token_id >= vocab_size:
+            log(f"the model has no row for the padding token {tokenizer.pad_token!r}; EOS is used (padding is masked)")
+            pad_token_id = tokenizer.eos_token_id
     separator = separator_ids(tokenizer, config)
+    if any(token >= vocab_size for token in separator):
+        raise InputError(
+            f"alternative=chat: the chat template uses tokens that the model's vocabulary lacks: {separator}"
+        )
 
     def select(held: TokenPairs | None, source: Any, name: str) -> Pairs:
         found: Iterable[Pair | Sequence[Sequence[int]]]
@@ -97,9 +105,8 @@ def read_inputs(
         else:
             raise InputError(f"{name}: give {name}, or tokenised pairs in memory")
         return select_pairs(
-            found, name, config, vocab_size=model.get_output_embeddings().weight.shape[0],
-            bos_token_id=None if tokenizer is None else tokenizer.bos_token_id, log=log,
-            separator_length=len(separator),
+            found, name, config, vocab_size=vocab_size, log=log, separator_length=len(separator),
+            bos_token_id=None if tokenizer is None else tokenizer.bos_token_id,
         )  # fmt: skip
 
     train_pairs = select(given.pairs, config.train_data, "train_data")

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from .errors import InputError
 
 Messages = list[dict[str, Any]]
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 def given_texts(message: dict[str, Any]) -> Iterator[str]:
     """What a message says: its content, its thoughts, and names and arguments of the tools that it calls."""
-    for key in ("content", "reasoning_content", "reasoning", "thinking"):
-        if isinstance(message.get(key), str):
-            yield message[key]
+    thoughts = {message[key] for key in _THOUGHTS if isinstance(message.get(key), str)}
+    yield from filter(None, [message.get("content"), *thoughts])
+    for name, arguments in _calls(message):
+        if isinstance(arguments, str):  # JSON, which templates write as it stands or anew
+            with suppress(ValueError):
+                arguments = json.loads(arguments)
+        yield from filter(None, _leaves([name, arguments]))
+
+
+def _calls(message: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for call in message.get("tool_calls") or []:
         function = call.get("function", call) if isinstance(call, dict) else {}
-        arguments = function.get("arguments", "")
-        if isinstance(arguments, str):  # JSON, which templates write as it stands or anew
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                pass
-        yield from _leaves([function.get("name", ""), arguments])
+        yield function.get("name", ""), function.get("arguments", "")
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -33,15 +36,46 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(one)
     elif isinstance(value, str):
         yield value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield str(value)
 
 
-def is_left_out(text: str, rendered: str) -> bool:
-    """Whether ``rendered`` lacks ``text``, apart from white space, and as it stands or escaped as in JSON."""
-    squeezed = "".join(rendered.split())
-    if "".join(text.split()) in squeezed:
-        return False
-    escaped = (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
-    return not any("".join(form.split()) in squeezed for form in escaped)
+def holds_all(rendered: str, texts: Iterable[str]) -> bool:
+    """Whether ``rendered`` has each of ``texts`` in a place of its own, as it stands or escaped as in JSON.
+
+    White space does not count. Templates may write the texts in any order.
+    """
+    rest = squeeze(rendered)
+    for text in sorted(texts, key=len, reverse=True):
+        found = next((form for form in _forms(text) if form in rest), None)
+        if found is None:
+            return False
+        rest = rest.replace(found, "\0", 1) if found else rest
+    return True
+
+
+def _forms(text: str) -> Iterator[str]:
+    yield squeeze(text)
+    for ascii_only in (True, False):
+        yield squeeze(json.dumps(text, ensure_ascii=ascii_only)[1:-1])
+
+
+def squeeze(text: str) -> str:
+    """``text`` without white space."""
+    return "".join(text.split())
+
+
+def check_calls(messages: Messages, rendered: str, origin: str) -> None:
+    """Raise InputError where a template writes arguments as JSON within JSON, or as Python shows them."""
+    for _, arguments in (call for message in messages for call in _calls(message)):
+        if isinstance(arguments, str) and arguments.strip()[:1] == "{":
+            twice = any(json.dumps(arguments, ensure_ascii=ascii_only) in rendered for ascii_only in (True, False))
+            remedy = "within a string of JSON; give them as an object" if twice else ""
+        else:
+            as_python = isinstance(arguments, dict) and arguments and str(arguments) in rendered
+            remedy = "as Python does, not as JSON; give them as a string of JSON" if as_python else ""
+        if remedy:
+            raise InputError(f"{origin}: the chat template writes the arguments of a tool's call {remedy}")
 
 
 def check_text(text: str, origin: str) -> None:

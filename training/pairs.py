@@ -1,20 +1,22 @@
-"""A pair as token ids, and many of them in few large arrays."""
+"""A pair as token ids, and many of them in one Arrow table, which may be a file that several processes share."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-_IN_MEMORY = 8_000_000  # token ids that are kept before they go to a file
+# ``ids``: the prompt's, chosen's and rejected's ids one after the other; ``prompt`` and ``chosen``: how many of each.
+SCHEMA = pa.schema({
+    "ids": pa.list_(pa.int32()), "prompt": pa.int32(), "chosen": pa.int32(), "origin": pa.string(),
+    "problem": pa.string(), "chat": pa.bool_(),
+})  # fmt: skip
 
 
 class Pair(NamedTuple):
@@ -29,44 +31,35 @@ class Pair(NamedTuple):
     def tokens(self) -> int:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
-
-@dataclass(frozen=True)
-class Store:
-    """The pairs of one source. ``ids`` holds all token ids; ``ends`` (n, 3) where prompt, chosen and rejected end."""
-
-    ids: NDArray[np.int32]
-    ends: NDArray[np.int64]
-    numbers: NDArray[np.int64]  # line or row
-    problems: NDArray[np.uint8]  # index into PROBLEMS
-    origin: Callable[[int], str]
+    def row(self, problem: str = "", chat: bool = False) -> dict[str, Any]:
+        """The pair as a row of ``SCHEMA``."""
+        ids = np.array([*self.prompt, *self.chosen, *self.rejected], np.int32)
+        return {"ids": ids, "prompt": len(self.prompt), "chosen": len(self.chosen), "origin": self.origin,
+                "problem": problem, "chat": chat}  # fmt: skip
 
 
 class Pairs(Sequence[Pair]):
-    """A sequence of pairs that takes 4 bytes a token, of a file that several processes share where there are many.
+    """A sequence of pairs that takes 4 bytes a token. An index makes a ``Pair``, a slice another such sequence.
 
-    An index makes a ``Pair``, a slice another such sequence.
+    It has the rows ``where`` of ``table``. Of their prompts, ``cuts`` tokens behind the BOS ``bos`` are left out.
     """
 
     def __init__(
-        self, stores: list[Store], where: NDArray[np.int64], cuts: NDArray[np.int64], bos: int | None = None
+        self, table: pa.Table, where: NDArray[np.int64] | None = None, cuts: NDArray[np.int64] | None = None,
+        bos: int | None = None,
     ) -> None:  # fmt: skip
-        self._stores, self._where, self._cuts, self._bos = stores, where, cuts, bos
-
-    @classmethod
-    def of_stores(cls, stores: list[Store]) -> Pairs:
-        """All pairs of ``stores``, one after the other."""
-        where = [np.stack([np.full(len(s.ends), i), np.arange(len(s.ends))], 1) for i, s in enumerate(stores)]
-        return cls(stores, np.concatenate(where), np.zeros(sum(map(len, where)), np.int64))
+        self._table, self._ids, self._bos = table, table.column("ids"), bos
+        self._where = np.arange(len(table)) if where is None else where
+        self._cuts = np.zeros(len(self._where), np.int64) if cuts is None else cuts
 
     @classmethod
     def of_lists(cls, pairs: Iterable[Pair | Sequence[Sequence[int]]], name: str) -> Pairs:
-        """Pairs in memory; ``name`` and their number are the origin of those that have none."""
+        """``pairs`` as such a sequence; ``name`` and their number are the origin of those that have none."""
+        if isinstance(pairs, Pairs):
+            return pairs
         given = [pair if isinstance(pair, Pair) else Pair(*map(list, pair), f"{name} pair {i}")  # type: ignore[arg-type, call-arg]
                  for i, pair in enumerate(pairs)]  # fmt: skip
-        writer, origins = Writer(None), [pair.origin for pair in given]
-        for number, pair in enumerate(given):
-            writer.add(pair, number, 0)
-        return cls.of_stores([writer.store(origins.__getitem__)])
+        return cls(pa.Table.from_pylist([pair.row() for pair in given], SCHEMA))
 
     def __len__(self) -> int:
         return len(self._where)
@@ -77,46 +70,45 @@ class Pairs(Sequence[Pair]):
     def __getitem__(self, index: slice | NDArray[np.int64]) -> Pairs: ...
     def __getitem__(self, index: int | slice | NDArray[np.int64]) -> Pair | Pairs:
         if isinstance(index, slice | np.ndarray):
-            return Pairs(self._stores, self._where[index], self._cuts[index], self._bos)
+            return Pairs(self._table, self._where[index], self._cuts[index], self._bos)
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         prompt, chosen, rejected = (part.tolist() for part in self.arrays(index))
         return Pair(prompt, chosen, rejected, self.origin(index))
-
-    def origin(self, index: int) -> str:
-        """What messages call a pair."""
-        i, row = self._where[index]
-        return self._stores[i].origin(int(self._stores[i].numbers[row]))
-
-    def arrays(self, index: int) -> list[NDArray[np.int32]]:
-        """Token ids of prompt, chosen and rejected, without copies where the prompt is not cut."""
-        i, row = self._where[index]
-        store, cut = self._stores[i], int(self._cuts[index])
-        bounds = [store.ends[row - 1, 2] if row else 0, *store.ends[row]]
-        parts = [store.ids[a:b] for a, b in zip(bounds, bounds[1:])]
-        if cut:
-            head = 1 if parts[0][0] == self._bos else 0
-            parts[0] = np.delete(parts[0], slice(head, head + cut))
-        return parts
-
-    def __iter__(self) -> Iterator[Pair]:
-        return (self[i] for i in range(len(self)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
     __hash__ = None  # type: ignore[assignment]  # as a list
 
+    def origin(self, index: int) -> str:
+        """What messages call a pair."""
+        return str(self._table.column("origin")[int(self._where[index])])
+
+    def arrays(self, index: int) -> list[NDArray[np.int32]]:
+        """Token ids of prompt, chosen and rejected, without copies where the prompt is not cut."""
+        prompt, *responses = self._whole(index)
+        if cut := int(self._cuts[index]):
+            head = 1 if prompt[0] == self._bos else 0
+            prompt = np.delete(prompt, slice(head, head + cut))
+        return [prompt, *responses]
+
+    def _whole(self, index: int) -> list[NDArray[np.int32]]:
+        ids = self._ids[int(self._where[index])].values.to_numpy()
+        first, second = len(ids) - self.lengths[index, 1] - self.lengths[index, 2], len(ids) - self.lengths[index, 2]
+        return [ids[:first], ids[first:second], ids[second:]]
+
+    @property
+    def prompts(self) -> Iterator[bytes]:
+        """The prompts, with what is cut."""
+        return (self._whole(index)[0].tobytes() for index in range(len(self)))
+
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """(n, 3) numbers of tokens of prompt, chosen and rejected."""
-        lengths = np.zeros((len(self), 3), np.int64)
-        for i, store in enumerate(self._stores):
-            of_store = np.diff(store.ends.reshape(-1), prepend=0).reshape(-1, 3)
-            mine = self._where[:, 0] == i
-            lengths[mine] = of_store[self._where[mine, 1]]
-        lengths[:, 0] -= self._cuts
-        return lengths
+        columns = [self._table.column("prompt"), self._table.column("chosen"), pc.list_value_length(self._ids)]
+        prompt, chosen, tokens = (column.to_numpy()[self._where].astype(np.int64) for column in columns)
+        return np.stack([prompt - self._cuts, chosen, tokens - prompt - chosen], 1)
 
     @staticmethod
     def lengths_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:
@@ -132,63 +124,16 @@ class Pairs(Sequence[Pair]):
                 digest.update(part.data)
         return digest.hexdigest()
 
-    @property
-    def sources(self) -> NDArray[np.int64]:
-        """(n,) the number of the source that each pair is from."""
-        return self._where[:, 0]
+    @cached_property
+    def last_ids(self) -> set[int]:
+        """The ids that end responses."""
+        return {int(part[-1]) for index in range(len(self)) for part in self.arrays(index)[1:]}
 
     @property
-    def problems(self) -> list[int]:
-        return [int(self._stores[i].problems[row]) for i, row in self._where.tolist()]
+    def problems(self) -> list[str]:
+        """What is wrong with each pair."""
+        return self._table.column("problem").take(pa.array(self._where)).to_pylist()  # type: ignore[no-any-return]
 
     def cut(self, kept: Sequence[int], cuts: Sequence[int], bos: int | None) -> Pairs:
         """The pairs ``kept``; of their prompts, ``cuts`` tokens behind the BOS are left out."""
-        index = np.asarray(kept, np.int64)
-        return Pairs(self._stores, self._where[index], np.asarray(cuts, np.int64), bos)
-
-
-class Writer:
-    """Collects the pairs of a source; where they are many, in files of ``folder``, if it is not None."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder, self.written = folder, 0
-        self.ids, self.ends, self.numbers, self.problems = array("i"), array("q"), array("q"), array("B")
-
-    def add(self, pair: Pair, number: int, problem: int) -> None:
-        for part in pair[:3]:
-            self.ids.extend(part)
-            self.ends.append(self.written + len(self.ids))
-        self.numbers.append(number)
-        self.problems.append(problem)
-        if self.folder is not None and len(self.ids) >= _IN_MEMORY:
-            self._flush(self.folder)
-
-    def _flush(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "ids.bin").open("ab") as file:
-            self.ids.tofile(file)
-        self.written += len(self.ids)
-        self.ids = array("i")
-
-    def store(self, origin: Callable[[int], str], final: Path | None = None) -> Store:
-        """The pairs; those in files are in ``final`` from now on."""
-        ends, numbers = (np.frombuffer(a, np.int64) if a else np.zeros(0, np.int64) for a in (self.ends, self.numbers))
-        problems = np.frombuffer(self.problems, np.uint8) if self.problems else np.zeros(0, np.uint8)
-        if not self.written or self.folder is None or final is None:
-            ids = np.frombuffer(self.ids, np.int32) if self.ids else np.zeros(0, np.int32)
-            return Store(ids, ends.reshape(-1, 3), numbers, problems, origin)
-        self._flush(self.folder)
-        for name, values in (("ends", ends.reshape(-1, 3)), ("numbers", numbers), ("problems", problems)):
-            np.save(self.folder / f"{name}.npy", values)
-        shutil.rmtree(final, ignore_errors=True)
-        self.folder.rename(final)
-        return open_store(final, origin)
-
-
-def open_store(folder: Path, origin: Callable[[int], str]) -> Store:
-    """The pairs that a ``Writer`` left in ``folder``. Raises OSError or ValueError where a file is missing or cut."""
-    ends, numbers, problems = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("ends", "numbers", "problems"))
-    ids = np.memmap(folder / "ids.bin", np.int32, mode="r")
-    if len(ends) != len(numbers) or len(ends) != len(problems) or len(ids) != ends[-1, 2]:
-        raise ValueError(f"{folder}: its files do not fit together")
-    return Store(ids, ends, numbers, problems, origin)
+        return Pairs(self._table, self._where[np.asarray(kept, np.int64)], np.asarray(cuts, np.int64), bos)

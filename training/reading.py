@@ -43,7 +43,8 @@ def reading(name: str, what: str) -> Iterator[None]:
         )  # fmt: skip
         problem = " ".join(str(error).split()) or repr(error)
         damaged = damaged_file(Path(name))
-        raise (InputError if damaged else NotAtHandError)(
+        has_weights = any(Path(name).glob("*.safetensors")) or any(Path(name).glob("*.bin"))
+        raise (InputError if damaged or has_weights else NotAtHandError)(
             f"model {name!r}: its {what} could not be loaded as a local folder or from the hub "
             f"({problem[:500]}){remedy}" + (f". {damaged} is damaged: copy it again" if damaged else "")
         ) from None

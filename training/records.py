@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .chat import BEHIND_END, LEFT_OUT, TextEncoder
+from .chat import TextEncoder
 from .errors import InputError
-from .messages import Messages, check_text, given_texts, is_left_out
+from .messages import Messages, check_calls, check_text, given_texts, holds_all, squeeze
 from .pairs import Pair
+from .templates import ROLES
 
-# Remarks do not keep a pair from being used.
+# Pairs with one of these faults are not used; of the others, they are counted.
+LEFT_OUT, BEHIND_END = "text left out by the chat template", "text behind the end of an answer"
+RENDERED, OTHERS = "messages that hold the chat template's own text", "turns of others in an answer"
+FAULTS = (LEFT_OUT, BEHIND_END, RENDERED, OTHERS)
 CUT_TURNS, ONE_REPEATS = "with turns after the answer, not read", "with one answer that begins with the prompt"
-REPEATS_PROMPT = "with answers that begin with the prompt"
+REPEATS_PROMPT, UNKNOWN = "with answers that begin with the prompt", "with text that the tokenizer does not know"
+SPECIAL, BLANKS = "with special tokens in messages or answers", "with answers that differ in white space alone"
+REMARKS = (CUT_TURNS, ONE_REPEATS, REPEATS_PROMPT, UNKNOWN, SPECIAL, BLANKS)
+
 _COLUMNS = ("prompt", "chosen", "rejected")
+READ = {*_COLUMNS, "tools", "chat_template_kwargs"}
+_NO_TEXT = ("images", "image", "videos", "video", "audios", "audio")
+_MESSAGES = re.compile(r"""\s*\[\s*\{.*["']role["']\s*:""", re.DOTALL)
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # conversations in one string, as in Anthropic's data
 
 
 class Draft(NamedTuple):
@@ -38,7 +50,10 @@ def draft(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_on
     Without ``prompt``, it is what ``chosen`` and ``rejected`` have in common at their beginning. Raises InputError,
     naming ``origin``, for what is not such a record.
     """
-    prompt, chosen, rejected = (_field(record, name, origin) for name in _COLUMNS)
+    for name in _NO_TEXT:
+        if record.get(name):
+            raise InputError(f"{origin}: has {name!r}, which is not read; use pairs of text, or take the column out")
+    prompt, chosen, rejected = (_field(record, name, encoder, origin) for name in _COLUMNS)
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _draft_chat(record, prompt, chosen, rejected, encoder, origin)
     if not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -47,16 +62,13 @@ def draft(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_on
         raise InputError(f"{origin}: 'prompt' is a list of messages, so 'chosen' and 'rejected' must be, too")
     if messages_only:
         raise InputError(f"{origin}: holds strings; alternative=chat needs messages. Use those, or alternative=plain")
-    if record.get("tools"):
+    if _from_json(record.get("tools"), "tools", list, origin):
         raise InputError(f"{origin}: 'tools' are read by a chat template, which needs messages instead of strings")
     for name in _COLUMNS:
         check_text(record.get(name) or "", f"{origin}: {name!r}")
-    problem = ""
     if prompt is None:
-        prompt, chosen, rejected = _split_strings(chosen, rejected, origin)
-    else:
-        problem = _repeats(prompt, chosen, rejected, origin)
-    return Draft(prompt, [chosen, rejected], False, origin, problem)
+        return _split_strings(chosen, rejected, origin)
+    return Draft(prompt, [chosen, rejected], False, origin, _repeats(prompt, chosen, rejected, origin))
 
 
 def _draft_chat(
@@ -69,21 +81,31 @@ def _draft_chat(
         shared = _shared(chosen[:-1], rejected[:-1])
         if not shared and prompt is None:
             raise InputError(f"{origin}: no 'prompt', and 'chosen' and 'rejected' do not begin with the same messages")
-        if shared and prompt and all(is_left_out(prompt, m["content"]) for m in chosen[:shared]):
+        if shared and prompt and not any(holds_all(m["content"], [prompt]) for m in chosen[:shared]):
             raise InputError(f"{origin}: what 'chosen' and 'rejected' begin with is not 'prompt'; leave that out")
         # A string beside whole conversations repeats what they begin with; otherwise it is the user's message.
         responses = [chosen[shared:], rejected[shared:]]
         prompt = chosen[:shared] or [{"role": "user", "content": prompt}]
     answers = [_answer(r, name, origin) for r, name in zip(responses, _COLUMNS[1:])]
+    if prompt[-1]["role"] == "assistant":
+        raise InputError(
+            f"{origin}: the prompt ends with a message of the assistant, so an answer would be a second one; end the "
+            "prompt with the message that is answered, and put what the assistant began to say into both answers"
+        )
     problem = CUT_TURNS if any(len(a) < len(r) for a, r in zip(answers, responses)) else ""
-    if prompt[-1]["role"] != "assistant":
-        said, (y_w, y_l) = prompt[-1]["content"], (answer[0]["content"] for answer in answers)
-        problem = _repeats(said, y_w, y_l, origin) or problem
+    y_w, y_l = (answer[0]["content"] for answer in answers)
+    problem = _repeats(prompt[-1]["content"], y_w, y_l, origin) or problem
     opening, texts = encoder.render_pair(prompt, answers, origin, **_template_columns(record, encoder, origin))
-    given = [(text, opening) for message in prompt for text in _kept_texts(message)]
-    given += [(one, text) for answer, text in zip(answers, texts) if text for one in given_texts(answer[0])]
-    if any(is_left_out(one, text) for one, text in given):
+    for messages, text in [(prompt, opening), *zip(answers, texts)]:
+        check_calls(messages, text, origin)
+    said = [[text for message in prompt for text in _kept_texts(message)]]
+    said += [[*given_texts(answer[0])] if text else [] for answer, text in zip(answers, texts)]
+    if not all(holds_all(text, given) for text, given in zip([opening, *texts], said)):
         problem = LEFT_OUT
+    elif encoder.cue and any(encoder.cue in text for given in said for text in given):
+        problem = RENDERED
+    elif any(encoder.special_text.search(text) for given in said for text in given):
+        problem = problem or SPECIAL
     return Draft(opening, texts, True, origin, problem)
 
 
@@ -104,49 +126,62 @@ def _answer(response: Messages, name: str, origin: str) -> Messages:
 def _kept_texts(message: dict[str, Any]) -> list[str]:
     """What a template must write of an earlier message: all, but an assistant's thoughts, which many take out."""
     if message["role"] != "assistant":
-        return list(given_texts(message))
-    return [message["content"].rpartition("</think>")[2], *given_texts({"tool_calls": message.get("tool_calls")})]
+        return [*given_texts(message)]
+    said = message["content"].rpartition("</think>")[2]
+    return [*given_texts({"content": said, "tool_calls": message.get("tool_calls")})]
 
 
 def _template_columns(record: dict[str, Any], encoder: TextEncoder, origin: str) -> dict[str, Any]:
     """The columns of ``record`` that the chat template reads."""
     columns = {name: record[name] for name in encoder.columns if record.get(name) is not None}
-    if isinstance(more := record.get("chat_template_kwargs"), dict):
-        columns |= more
-    tools = record.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise InputError(f"{origin}: 'tools' is not JSON ({error})") from None
-    if not tools:
-        return {name: value for name, value in columns.items() if name != "tools"}
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError(f"{origin}: 'tools' must be a list of JSON schemas, each an object")
+    columns |= _from_json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict, origin) or {}
+    columns.pop("tools", None)
+    if not (tools := _from_json(record.get("tools"), "tools", list, origin)):
+        return columns
+    tools = [_from_json(tool, "tools", dict, origin) for tool in tools]
     if "tools" not in encoder.columns:
         raise InputError(f"{origin}: has 'tools', which the tokenizer's chat template does not read; use one that does")
     return columns | {"tools": tools}
 
 
+def _from_json(value: Any, name: str, kind: type, origin: str) -> Any:
+    """``value``, which may be text that holds JSON, as a ``kind``; None for nothing."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError as error:
+            raise InputError(f"{origin}: {name!r} is not JSON ({error})") from None
+    if value is not None and not isinstance(value, kind):
+        what = "a list of JSON schemas, each an object" if name == "tools" else "a JSON object"
+        raise InputError(f"{origin}: {name!r} must be {what}")
+    return value
+
+
 def encode(drafted: Draft, encoder: TextEncoder) -> tuple[Pair, str]:
     """Return the pair and what is wrong with it. Its prompt's ids are the same in front of either response."""
-    text, origin = drafted.prompt, drafted.origin
+    text, origin, problem = drafted.prompt, drafted.origin, drafted.problem
     y_w, y_l = (encoder.response(response, text, chat=drafted.chat) for response in drafted.responses)
     pair = Pair(encoder.prompt(text) if text.strip() else [], y_w, y_l, origin)
-    # Where BOS is EOS, too, it may stand anywhere.
-    if (bos := encoder.tokenizer.bos_token_id) is not None and bos != encoder.tokenizer.eos_token_id:
+    bos, eos, unknown = (getattr(encoder.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk"))
+    if bos is not None and bos != eos:  # where BOS is EOS, too, it may stand anywhere
         for name, ids in (("prompt", pair.prompt[1:2]), ("chosen", pair.chosen[:1]), ("rejected", pair.rejected[:1])):
             if ids == [bos]:
                 raise InputError(
                     f"{origin}: a second {encoder.tokenizer.bos_token!r} stands at the beginning of {name!r}; take it "
                     "out of the text, or out of the chat template"
                 )
-    ends = encoder.ends(chat=drafted.chat)
-    behind = any(not ends.isdisjoint(ids[:-1]) for ids in (y_w, y_l))
-    return pair, BEHIND_END if behind else drafted.problem
+    if problem not in FAULTS and any(not encoder.ends.isdisjoint(ids[:-1]) for ids in (y_w, y_l)):
+        problem = BEHIND_END
+    if not problem and unknown not in (None, eos, bos) and any(unknown in ids for ids in pair[:3]):
+        problem = UNKNOWN
+    if not problem and not drafted.chat and any(not encoder.special_ids.isdisjoint(ids[:-1]) for ids in (y_w, y_l)):
+        problem = SPECIAL
+    if not problem and y_w != y_l and len({squeeze(response) for response in drafted.responses}) == 1:
+        problem = BLANKS
+    return pair, problem
 
 
-def _field(record: dict[str, Any], name: str, origin: str) -> str | Messages | None:
+def _field(record: dict[str, Any], name: str, encoder: TextEncoder, origin: str) -> str | Messages | None:
     value = record.get(name)
     if value is None:
         if name == "prompt" and name not in record:
@@ -154,27 +189,33 @@ def _field(record: dict[str, Any], name: str, origin: str) -> str | Messages | N
         found = ", ".join(map(repr, record)) or "none"
         problem = "is null" if name in record else f"is missing (keys found: {found}); name its column in columns"
         raise InputError(f"{origin}: {name!r} {problem}; a pair has prompt, chosen and rejected")
-    if isinstance(value, str) and value.lstrip().startswith("[{") and "role" in value[:200]:
+    if isinstance(value, str) and _MESSAGES.match(value):
         try:
             value = json.loads(value)
         except ValueError:
             raise InputError(f"{origin}: {name!r} holds messages as text that is not JSON; write a JSON list") from None
+    if isinstance(value, str):
+        return value
     messages = [_message(m) for m in value] if isinstance(value, list) else []
-    if not isinstance(value, str) and (not messages or None in messages):
+    if not messages or None in messages:
         raise InputError(
             f'{origin}: {name!r} must be a string or a list of messages {{"role": ..., "content": ...}} with string '
             f"values, got {json.dumps(value, default=str)[:80]}"
         )
-    return value if isinstance(value, str) else messages  # type: ignore[return-value]
+    for message in messages:
+        if not encoder.knows(role := message["role"]):  # type: ignore[index]
+            raise InputError(f"{origin}: the role {role!r} of {name!r} is not one of {', '.join(sorted(ROLES))}")
+    return messages  # type: ignore[return-value]
 
 
 def _message(given: Any) -> dict[str, Any] | None:
-    """``given`` with a content, which may be left out beside a tool call or thoughts; None if it is no message."""
+    """``given`` without nulls, and with a content beside a tool call or thoughts; None if it is no message."""
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
         return None
-    if given.get("content") is None and any(given_texts(given)):
-        return {name: value for name, value in given.items() if value is not None} | {"content": ""}
-    return given if isinstance(given.get("content"), str) else None
+    message = {name: value for name, value in given.items() if value is not None}
+    if "content" not in message and any(given_texts(message)):
+        message["content"] = ""
+    return message if isinstance(message.get("content"), str) else None
 
 
 def _repeats(prompt: str, chosen: str, rejected: str, origin: str) -> str:
@@ -191,12 +232,17 @@ def _repeats(prompt: str, chosen: str, rejected: str, origin: str) -> str:
     return REPEATS_PROMPT if all(begin) else ONE_REPEATS if any(begin) else ""
 
 
-def _split_strings(chosen: str, rejected: str, origin: str) -> tuple[str, str, str]:
+def _split_strings(chosen: str, rejected: str, origin: str) -> Draft:
+    """The pair of two strings that begin alike: up to the last turn of a conversation, else up to a whole word."""
     shared = chosen[: _shared(chosen, rejected)]
-    shared = shared[: max(shared.rfind(" "), shared.rfind("\n"), 0)]  # neither all of a response nor half a word
-    if not shared:
+    head, turn, _ = shared.rpartition(_ASSISTANT)
+    # Neither all of a response nor half a word.
+    prompt = head + turn if turn else shared[: max(shared.rfind(" "), shared.rfind("\n"), 0)]
+    if not prompt:
         raise InputError(f"{origin}: no 'prompt', and 'chosen' and 'rejected' do not begin with the same words")
-    return shared, chosen[len(shared) :], rejected[len(shared) :]
+    responses = [text[len(prompt) :] for text in (chosen, rejected)]
+    others = turn and any(_HUMAN in response for response in responses)
+    return Draft(prompt, responses, False, origin, OTHERS if others else "")
 
 
 def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:

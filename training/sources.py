@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
-import io
 import json
-import lzma
 import math
 import os
-import re
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from .errors import InputError, NotAtHandError, check_names
+from .text_files import OPENERS, read_records
 
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_TABLES = {".parquet": "parquet", ".arrow": "arrow"}
-_TEXTS = {".jsonl", ".json", ".ndjson", ".csv", ".tsv"}
+_TABLES, _TEXTS = {".parquet", ".arrow"}, {".jsonl", ".json", ".ndjson", ".csv", ".tsv"}
 _BATCH = 1000
-_DECODER, _SPACE = json.JSONDecoder(), re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -44,15 +36,16 @@ class Source:
     def kind(self) -> str:
         """The suffix that tells a file's format, without that of its compression."""
         path = Path(self.path)
-        return (path.with_suffix("") if path.suffix in _OPENERS else path).suffix.lower()
+        return (path.with_suffix("") if self.compression else path).suffix.lower()
 
+    @property
+    def compression(self) -> str:
+        suffix = Path(self.path).suffix.lower()
+        return suffix if suffix in OPENERS else ""
 
-class Record(NamedTuple):
-    """``number`` is a line, from 1, or a row, from 0; ``done`` counts up to ``Records.total``."""
-
-    number: int
-    values: dict[str, Any]
-    done: int
+    @property
+    def name(self) -> str:
+        return ":".join(filter(None, [self.path, self.subset, self.split]))
 
 
 def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Source]:
@@ -70,67 +63,112 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
             raise InputError("a list of data sources must name at least one")
         return [source for one in given for source in parse_sources(one, columns)]
     if isinstance(given, str):
-        path = os.path.expandvars(os.path.expanduser(given))
-        head, _, split = path.partition(":")
-        section: dict[str, Any] = {"path": path} if Path(path).exists() or "://" in path else {"path": head}
-        return [_source(section | ({"split": split} if split and section["path"] == head else {}), columns)]
-    if not isinstance(given, dict) or not given.get("path"):
+        head, _, split = given.partition(":")
+        is_whole = not split or "://" in given or Path(_expand(given)).exists()
+        given = {"path": given if is_whole else head} | ({} if is_whole else {"split": split})
+    if not isinstance(given, dict) or not given.get("path") or not isinstance(given["path"], str):
         raise InputError(f"data source {given!r}: must be a string, or a section with path, or a list of these")
-    return [_source(given | {"path": os.path.expandvars(os.path.expanduser(str(given["path"])))}, columns)]
-
-
-def _source(section: dict[str, Any], columns: dict[str, str] | None) -> Source:
-    check_names(section, list(Source.__dataclass_fields__), f"of the data source {section['path']}: ")
-    source = Source(**({"columns": columns or {}} | section))
+    path = _expand(given["path"])
+    check_names(given, list(Source.__dataclass_fields__), f"of the data source {path}: ")
+    values: dict[str, Any] = {"columns": columns or {}} | given | {"path": path}
+    source = Source(**values)
+    if not isinstance(source.columns, dict):
+        raise InputError(f"{path}: columns={source.columns!r} must be a section: {{prompt: q, chosen: good}}")
     if not isinstance(source.weight, int | float) or source.weight is True or not 0 < source.weight < math.inf:
-        raise InputError(f"{source.path}: weight={source.weight!r} must be a number above 0")
+        raise InputError(f"{path}: weight={source.weight!r} must be a number above 0")
     check_names(source.columns, ["prompt", "chosen", "rejected", "tools"], "columns.")
-    return source
+    taken = [*source.columns.values()]
+    for name in taken:
+        if taken.count(name) > 1:
+            raise InputError(f"{path}: columns takes two columns of a pair from {name!r}; name another for one of them")
+    return [source]
+
+
+def _expand(path: str) -> str:
+    return os.path.expandvars(os.path.expanduser(path))
 
 
 def check_source(given: Any) -> None:
     """Raise InputError for a local file that is not there; costs nothing, so that it can be asked first."""
-    for source in parse_sources(given):
+    for source in [given] if isinstance(given, Source) else parse_sources(given):
         path = Path(source.path)
-        local = source.kind in {*_TEXTS, *_TABLES} or path.suffix in {*_OPENERS, ".zst"} or source.path[:1] in "./~"
+        local = (
+            source.kind in _TEXTS | _TABLES or source.compression or path.suffix == ".zst" or source.path[:1] in "./~"
+        )
         if local and not path.exists():
             raise InputError(f"{source.path}: no such file (working directory: {Path.cwd()})")
         if path.is_file() and (source.subset or source.split or source.revision):
             raise InputError(f"{source.path}: a file has no subset, split or revision")
+        if path.is_dir() and (source.revision or (source.subset and _is_saved(path))):
+            raise InputError(f"{source.path}: a local folder has no revision, and a saved dataset no subset")
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether ``folder`` was written by save_to_disk."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def files_of(source: Source) -> list[Source]:
+    """Return the text files that make up a local folder, so that messages name file and line; else ``source`` itself.
+
+    Raises InputError for a folder in which a file of data belongs to no split, so that nothing would read it.
+    """
+    check_source(source)
+    folder = Path(source.path)
+    if not folder.is_dir() or _is_saved(folder):
+        return [source]
+    with _loading(source):
+        import datasets
+
+        builder = datasets.load_dataset_builder(source.path, source.subset)
+        splits = {str(split): [str(file) for file in files] for split, files in builder.config.data_files.items()}
+    read = {os.path.realpath(file) for files in splits.values() for file in files}
+    for file in sorted(folder.rglob("*")) if len(builder.builder_configs) == 1 else []:
+        hidden = any(part[0] in "._" for part in file.relative_to(folder).parts)
+        if Source(str(file)).kind in _TEXTS | _TABLES and not hidden and os.path.realpath(file) not in read:
+            raise InputError(
+                f"{source.path}: {file.relative_to(folder)} would not be read, for it is of another format than other "
+                f"files, or of no split (splits: {_names(splits)}); list the files that you mean"
+            )
+    files = splits.get(source.split or "train", [])
+    if not files or not all(Source(file).kind in _TEXTS for file in files):
+        return [source]
+    return [replace(source, path=file, subset=None, split=None) for file in files]
+
+
+class Record(NamedTuple):
+    """``number`` is a line, from 1, or a row, from 0; ``done`` counts up to ``Records.total``."""
+
+    number: int
+    values: dict[str, Any]
+    done: int
 
 
 class Records:
     """The records of one source, read once from beginning to end. Raises InputError that names file and line."""
 
     def __init__(self, source: Source) -> None:
-        check_source({"path": source.path})
-        self.source = source
+        check_source(source)
+        self.source, self.name, self.identity = source, source.name, ""
         self.is_text = Path(source.path).is_file() and source.kind not in _TABLES
         if self.is_text:
             self.total, self.unit = Path(source.path).stat().st_size, "B"
-            self.identity = ""
         else:
             self.rows = _rows(source)
-            self.total, self.unit = len(self.rows), "pairs"
-            self.identity = self.rows._fingerprint
+            self.total, self.unit, self.identity = len(self.rows), "pairs", self.rows._fingerprint
 
     def origin(self, number: int) -> str:
         return f"{self.name}:{number}" if self.is_text else f"{self.name} row {number}"
 
-    @property
-    def name(self) -> str:
-        return ":".join(filter(None, [self.source.path, self.source.subset, self.source.split]))
-
     def __iter__(self) -> Iterator[Record]:
-        rows = self._text_rows() if self.is_text else self._table_rows()
+        path = Path(self.source.path)
+        rows = read_records(path, self.source.kind, self.source.compression) if self.is_text else self._table_rows()
         for number, values, done in rows:
-            if self.source.columns:
-                values = self._renamed(values, number)
-            yield Record(number, values, done)
+            yield Record(number, self._renamed(values, number) if self.source.columns else values, done)
 
     def _renamed(self, values: dict[str, Any], number: int) -> dict[str, Any]:
         for ours, theirs in self.source.columns.items():
-            if theirs not in values and not (ours == "prompt" and "prompt" not in values):
+            if theirs not in values and ours != "tools":  # few records may have tools
                 raise InputError(f"{self.origin(number)}: no column {theirs!r} (found: {_names(values)}); see columns")
         taken = set(self.source.columns.values())
         named = {ours: values[theirs] for ours, theirs in self.source.columns.items() if theirs in values}
@@ -138,87 +176,29 @@ class Records:
 
     def _table_rows(self) -> Iterator[tuple[int, dict[str, Any], int]]:
         for start in range(0, len(self.rows), _BATCH):
-            columns = self.rows[start : start + _BATCH]
+            with _loading(self.source):
+                columns = self.rows[start : start + _BATCH]
             for at, values in enumerate(zip(*columns.values()), start):
                 yield at, {name: _without_nulls(value) for name, value in zip(columns, values)}, at + 1
 
-    def _text_rows(self) -> Iterator[tuple[int, dict[str, Any], int]]:
-        path = Path(self.source.path)
-        with path.open("rb") as raw, cast(BinaryIO, _OPENERS.get(path.suffix, lambda file: file)(raw)) as file:
-            try:
-                if self.source.kind in (".csv", ".tsv"):
-                    rows = self._csv(file)
-                else:
-                    rows = self._json(file)
-                for number, values in rows:
-                    yield number, values, raw.tell()
-            except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-                raise InputError(f"{path}: cannot be decompressed ({error}); is the file complete?") from None
 
-    def _json(self, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-        first = True
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
-                continue
-            if first and line.lstrip()[:1] == b"[":
-                yield from self._json_list(line + file.read(), number)
-                return
-            first = False
-            try:
-                values = json.loads(line.strip())
-            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-                where = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-                raise InputError(
-                    f"{self.origin(number)}: not a line of JSON ({where}); one JSON object per line, or one JSON list"
-                ) from None
-            if not isinstance(values, dict):
-                raise InputError(f"{self.origin(number)}: must be a JSON object, one per line")
-            yield number, values
-
-    def _json_list(self, content: bytes, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Records of one JSON list; each has the number of the line where it begins."""
-        first = number
-        try:
-            text = content.decode()
-            at, counted = text.index("[") + 1, 0
-            while True:
-                at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches nothing, too
-                number, counted = number + text.count("\n", counted, at), at
-                if text[at : at + 1] == "]":
-                    break
-                values, at = _DECODER.raw_decode(text, at)
-                if not isinstance(values, dict):
-                    raise InputError(f"{self.origin(number)}: each entry of the list must be a JSON object")
-                yield number, values
-                at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-                if text[at : at + 1] not in (",", "]"):
-                    raise json.JSONDecodeError("expected ',' or ']'", text, at)
-                at += text[at] == ","
-            if text[at + 1 :].strip():
-                raise json.JSONDecodeError("the list is followed by more text", text, at)
-        except InputError:
-            raise
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, json.JSONDecodeError):
-                number = first + error.lineno - 1
-            raise InputError(f"{self.origin(number)}: not a JSON list ({error})") from None
-
-    def _csv(self, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-        csv.field_size_limit(2**31 - 1)
-        reader = csv.DictReader(
-            io.TextIOWrapper(file, encoding="utf-8-sig", newline=""),
-            delimiter="\t" if self.source.kind == ".tsv" else ",", strict=True,
-        )  # fmt: skip
-        number = 2
-        try:
-            for values in reader:
-                if None in values or None in values.values():
-                    raise InputError(f"{self.origin(number)}: has not as many cells as the first line")
-                yield number, values
-                number = reader.line_num + 1
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"{self.origin(number)}: not a line of CSV ({error})") from None
+@contextmanager
+def _loading(source: Source) -> Iterator[None]:
+    """What goes wrong while ``datasets`` reads ``source`` becomes an InputError that says how to mend it."""
+    path = Path(source.path)
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # each way to fail has a class of its own: network, missing, gated, split, format
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        if path.exists():
+            split = f"; its split {source.split!r} was asked for" if source.split else ""
+            raise InputError(f"{path}: could not be read as data ({problem}){split}") from None
+        raise NotAtHandError(
+            f"{path}: neither a local file nor a dataset that could be loaded ({problem}); offline, give a local file "
+            "(.jsonl, .json, .csv, .parquet) or folder"
+        ) from None
 
 
 def _rows(source: Source) -> Any:
@@ -226,24 +206,16 @@ def _rows(source: Source) -> Any:
     import datasets  # slow to import, and text files do without
 
     path = Path(source.path)
-    try:
-        if source.kind == ".arrow":
+    with _loading(source):
+        if source.kind == ".arrow" and path.is_file():
             return datasets.Dataset.from_file(str(path))
         if path.is_file():
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
-        if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
+        if not _is_saved(path):
             return datasets.load_dataset(
                 source.path, source.subset, split=source.split or "train", revision=source.revision
             )
         saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # each way to fail has a class of its own: network, missing, gated, split, format
-        problem = " ".join(str(error).split())[:400]
-        local = f"{source.path}: could not be read as data"
-        hub = f"{source.path}: neither a local file nor a dataset that could be loaded"
-        remedy = "" if path.exists() else "; offline, give a local file (.jsonl, .json, .csv, .parquet) or folder"
-        raise (InputError if path.is_file() else NotAtHandError)(
-            f"{local if path.exists() and not source.split else hub} ({type(error).__name__}: {problem}){remedy}"
-        ) from None
     if not isinstance(saved, datasets.DatasetDict):
         if source.split:
             raise InputError(f"{source.path}: was saved without splits; leave out {source.split!r}")

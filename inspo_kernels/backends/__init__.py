@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..arguments import nearest
 from ..head import LMHead
 from .base import Backend, HeadTile
+from .no_words import TileWithoutWords
 from .torch_backend import TorchBackend
 from .triton_backend import TritonBackend
 
-__all__ = ["Backend", "HeadTile", "check_backend", "resolve_backend"]
+__all__ = ["Backend", "HeadTile", "check_backend", "open_tile", "resolve_backend"]
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TorchBackend(), TritonBackend())}
 
@@ -35,3 +38,13 @@ def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | 
     if reason := BACKENDS[name].unsupported(head, device):
         raise ValueError(f"backend {name!r}: {reason}")
     return BACKENDS[name]
+
+
+def open_tile(backend: Backend, head: LMHead, capacity: int, workspace_bytes: int) -> HeadTile:
+    """A workspace of ``backend`` that keeps up to ``capacity`` rows; one that does nothing for a head of no words."""
+    if head.vocab_size:
+        return backend.open_tile(head, capacity, workspace_bytes)
+    # A head of one word tells how many rows the other ranks' tiles take; it is never multiplied.
+    one_word = replace(head, weight=head.weight.new_zeros(()).expand(1, head.hidden_size), bias=None)
+    dx_rows = backend.open_tile(one_word, capacity, workspace_bytes).dx_rows
+    return TileWithoutWords(head, capacity, dx_rows)

@@ -251,7 +251,7 @@ class TritonTile(HeadTile):
     def finish(self, sums: RowSums) -> None:
         if self.e is None:
             return
-        head, e = self.head, self.e[:, : self.head.vocab_size]
+        head, e, sums = self.head, self.e[:, : self.head.vocab_size], sums.to(self.dtype)
         self.total, entry = sums.total, -sums.rest
         own = self._own(self.targets) if head.is_shard else None
         if sums.offset is not self.local_offset:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..groups import is_dtensor
 from .head_parts import HeadError, HeadParts, head_parts, qualified_name
 from .model_head import Tail, in_fsdp, known_in_any_mode, run_model
 from .packing import mixes_packed_sequences
@@ -60,6 +62,9 @@ def hidden_and_head(
         parameters, tied or not, or made of them, so gradients reach them: without the rows that pad a vocabulary;
         copied where an engine gathers them for the head's forward alone; and with r further columns, in ``hidden``,
         too, for a LoRA adapter of rank r on the head. With ``return_outputs`` the model's outputs are third.
+
+        Of a model under tensor parallelism (``DistributedConfig(tp_plan="auto")`` of transformers) weight and bias are
+        this rank's rows, and ``head`` also holds ``"process_group"``, the group whose ranks share the vocabulary.
 
     Raises:
         TypeError: ``model`` is a wrapper (DDP, FSDP, DeepSpeed, torch.compile) or no transformers model, or an
@@ -123,10 +128,9 @@ def _refusal(model: Any, error: HeadError) -> ValueError:
 
 def _composed(hidden: Tensor, parts: HeadParts, tail: Tail) -> tuple[Tensor, dict[str, Any]]:
     hidden, weight = parts.joined(hidden)
-    bias = parts.bias
-    if tail.vocab_size is not None:
-        weight, bias = weight[: tail.vocab_size], None if bias is None else bias[: tail.vocab_size]
-    return hidden, {"weight": weight, "bias": bias, "softcap": tail.softcap, "logit_scale": tail.logit_scale}
+    weight, bias, group = replace(parts, weight=weight).words(tail.vocab_size)
+    head = {"weight": weight, "bias": bias, "softcap": tail.softcap, "logit_scale": tail.logit_scale}
+    return hidden, head if group is None else head | {"process_group": group}
 
 
 def _compiled(model: Any, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, HeadParts, Tail, Any]:
@@ -160,7 +164,7 @@ def _inner_model(model: Any) -> Any:
             )
         model = model.get_base_model()
     # FSDP2 makes a wrapper of the model itself, some of whose parameters are whole while its own forward runs.
-    sharded = in_fsdp(model) and all(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    sharded = in_fsdp(model) and all(map(is_dtensor, model.parameters()))
     if sharded or isinstance(getattr(model, "module", None), nn.Module) or hasattr(model, "_orig_mod"):
         raise TypeError(
             f"{qualified_name(model)} is a wrapper, and calling the model inside it would bypass its hooks; put the "

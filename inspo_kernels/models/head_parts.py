@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..groups import first_rows, is_dtensor, sharing_group
+
 _FUSED_ADAPTERS = (
     "Of adapters on the head, plain LoRA and modules_to_save can be fused: use either of them, leave the head out of "
     "target_modules, or call merge_and_unload() first; its base weight alone would leave the adapter out"
@@ -49,6 +51,8 @@ class HeadParts:
         """
         if not self.adapters:
             return hidden, self.weight
+        if is_dtensor(self.weight):
+            raise HeadError("its output head is tensor-parallel and carries an adapter", _FUSED_ADAPTERS)
         columns, rows = [hidden], [self.weight]
         for adapter in self.adapters:
             states = hidden if adapter.dropout is None else adapter.dropout(hidden)
@@ -58,8 +62,39 @@ class HeadParts:
         return torch.cat(columns, -1), torch.cat(rows, -1)
 
     def apply(self, hidden: Tensor) -> Tensor:
-        """Return the head's output for ``hidden`` (..., H), computed from the parts."""
-        return linear(*self.joined(hidden), self.bias)
+        """Return the head's output for ``hidden`` (..., H) from the parts: all words, also where ranks share them."""
+        hidden, weight = self.joined(hidden)
+        if not is_dtensor(weight):
+            return linear(hidden, weight, self.bias)
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+        states = DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return linear(states, weight, self.bias).full_tensor()  # type: ignore[attr-defined]
+
+    def words(self, count: int | None) -> tuple[Tensor, Tensor | None, Any]:
+        """Return weight and bias of the first ``count`` words (None: of all), and the group whose ranks share them.
+
+        Where ranks share the head (tensor parallelism), these are the rows of this rank, perhaps none.
+
+        Raises:
+            HeadError: ranks hold parts of the weight other than rows.
+        """
+        weight, bias = self.weight, self.bias
+        if not is_dtensor(weight):
+            if count is None:
+                return weight, bias, None
+            return weight[:count], None if bias is None else bias[:count], None
+        group = sharing_group(weight)
+        if group is None or not (bias is None or is_dtensor(bias)):
+            placements = getattr(weight, "placements", None)
+            raise HeadError(
+                f"its output head is a DTensor with placements {placements}",
+                "A tensor-parallel head must be sharded over its words, weight and bias over dimension 0 "
+                '("colwise_gather_output" in a tp_plan)',
+            )
+        count = weight.shape[0] if count is None else count
+        return first_rows(weight, count), None if bias is None else first_rows(bias, count), group
 
     def copied(self) -> HeadParts:
         """Return parts that outlive parameters which exist only while the head runs; gradients pass the copies."""

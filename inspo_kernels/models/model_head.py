@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..groups import is_dtensor
 from .head_fit import fit_tail, named_numbers, numbers, row_difference, rows_of, tolerance_of
 from .head_parts import HeadError, HeadParts, adapter_state, head_parts, qualified_name
 
@@ -121,9 +122,13 @@ def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iter
         if call.hidden is not None:
             raise HeadError("it calls its output head more than once")
         call.hidden = args[0] if args else next(iter(kwargs.values()))
+        if is_dtensor(call.hidden):
+            raise HeadError("its output head is given a DTensor instead of the whole states")
         if call.hidden.dim() != 3 or call.hidden.shape[:2] != call.shape:
             raise HeadError(f"its head is given states {tuple(call.hidden.shape)} for tokens {tuple(call.shape)}")
-        call.rows = _few_rows(call.hidden) if few else call.hidden[:, :0].detach()
+        # A head that ranks share gets a row: DTensor's linear map takes no empty input.
+        fewest = int(any(is_dtensor(parameter) for parameter in module.parameters()))
+        call.rows = _few_rows(call.hidden) if few else call.hidden[:, :fewest].detach()
         dropouts.extend(part for part in module.modules() if isinstance(part, nn.Dropout) and part.training)
         for part in dropouts:
             part.training = False
@@ -199,7 +204,7 @@ def _identity(head: nn.Module) -> list[tuple[int, int, int]]:
 
 
 def _has_storage(parameter: Tensor) -> bool:
-    return type(parameter).__name__ != "DTensor" and not parameter.is_meta
+    return not is_dtensor(parameter) and not parameter.is_meta
 
 
 def _few_rows(hidden: Tensor) -> Tensor:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import triton_setup
 from cases import OBJECTIVES, make_case
 from pretend_device import DEVICE, OnDevice, Pretend, values
 from torch import Tensor
 
 import inspo_kernels as ik
+from inspo_kernels import agreement, groups
 from inspo_kernels.backends.triton_backend import TritonBackend
 from inspo_kernels.kernels import bias_gradient, config, label_logits, row_pass
 
@@ -131,6 +134,21 @@ def test_linear_logps_reads_the_device_at_most_once(device, backend, targets_on,
     assert device.ledger.waits == []
     for mine, other in zip(got, expected, strict=True):
         assert torch.equal(mine.value, other)
+
+
+@pytest.mark.parametrize("labels_on", [CPU, DEVICE], ids=str)
+@pytest.mark.parametrize("names", [("process_group",), ("sequence_group",), ("process_group", "sequence_group")])
+def test_ranks_that_share_a_loss_read_the_device_once(device, monkeypatch, names, labels_on):
+    """Arguments, labels and counts of all ranks come with one read; the other rank is a mirror."""
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda *_: 0)
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: SimpleNamespace(wait=lambda: None))
+    for module in (agreement, groups):
+        monkeypatch.setattr(module, "gather", lambda tensor, *_: torch.stack([tensor, tensor]))
+    given = {name: dist.ProcessGroup(0, 2) for name in names}
+    out = pair_loss(DEVICE, labels_on, FORMS["compact"], NEEDED[0], backend="triton", num_pairs=2, **given)
+    assert device.ledger.reads == ["tolist"] and device.ledger.waits == []
+    assert all(isinstance(t, OnDevice) for t in out)
 
 
 def test_autocast_on_the_device(device):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 TIMEOUT = datetime.timedelta(seconds=60)
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imports take seconds, a fork milliseconds.
-_CONTEXT.set_forkserver_preload(["split_checks"])
+_CONTEXT.set_forkserver_preload(["split_checks", "exchange_checks", "engine_checks"])
 
 
 class RankPool:

@@ -13,10 +13,8 @@ import torch.distributed as dist
 import triton_setup  # noqa: F401  (the interpreter rounds as GPUs do)
 from cases import IGNORE, Case, make_case, relative_error
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import inspo_kernels as ik
-from inspo_kernels.groups import GATHER
 
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, where the interpreter computes inf - inf
 STATISTICS = ("entropy", "mean_logit", "is_top1", "logsumexp", "log_sum_sq_probs")
@@ -172,6 +170,30 @@ def vocabulary_tokens(
     return got[0]
 
 
+def huge_shard(weight: Tensor, hidden: Tensor, size: float, *, dtype: torch.dtype, backend: str) -> None:
+    """Tokens of which the first rank's logits are ``size``, 0.5 ``size`` or -``size``, against float64.
+
+    The huge column of hidden gets a gradient that cancels to nothing but rounding: it is left out.
+    """
+    own = cuts(len(weight), dist.get_world_size(), [15, 25])[dist.get_rank()]
+    weight, hidden = weight.to(dtype), hidden.to(dtype)
+    hidden[:, 0] = torch.tensor([1.0, -1.0, 0.5]).repeat(3)
+    weight[:15, 0] = size
+    targets = torch.arange(9) * 5 % 40
+
+    def outcome(to: torch.dtype, words: slice, function: Any, **more: Any) -> list[Tensor]:
+        x, w, _ = leaves("xw", hidden.to(to), weight[words].to(to), None)
+        logps = function(x, w, targets, **more)
+        dx, dw = gradients(logps.sum(), x, w)
+        return [logps.detach(), dx[:, 1:], dw]
+
+    got = outcome(dtype, own, ik.linear_logps, backend=backend, process_group=dist.group.WORLD)
+    logps, dx, dw = outcome(torch.float64, slice(0, 40), ik.reference.linear_logps)
+    near = 10 * torch.finfo(dtype).eps
+    for g, true in zip(got, (logps, dx, dw[own])):
+        torch.testing.assert_close(g.double(), true, rtol=near, atol=near)
+
+
 def vocabulary_sums(lengths: list[tuple[int, int, int]], form: str = "rows", **options: Any) -> None:
     case = make_case(lengths)
     own = cuts(29, dist.get_world_size())[dist.get_rank()]
@@ -251,251 +273,11 @@ def sequence_loss(
         if part_of_sum is not None:
             dist.all_reduce(part_of_sum, group=sequence)
             torch.testing.assert_close(part_of_sum, t[own], rtol=1e-10, atol=1e-11)
+    transform = {name: options[name] for name in ("softcap", "logit_scale") if name in options}
     sums, lengths_found = ik.pair_logps(
-        here["hidden"], case.weight[own], here["labels"], bias=case.bias[own], **groups, **shift,
+        here["hidden"], case.weight[own], here["labels"], bias=case.bias[own], **groups, **shift, **transform,
         **{k: v for k, v in here.items() if k not in ("hidden", "labels")},
         **({"num_pairs": len(lengths)} if form == "compact" else {}),
     )  # fmt: skip
     torch.testing.assert_close(sums[:2].flatten(), true[1], rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(lengths_found[:2].flatten().double(), true[3])
-
-
-def error_of(kind: str, rank: int) -> str:
-    """The error that this rank gets where ``rank`` passes something else, and how long it took is the caller's."""
-    case = make_case([(2, 3, 2), (1, 2, 4)])
-    own = cuts(29, dist.get_world_size())[dist.get_rank()]
-    given: dict[str, Any] = {"hidden": case.hidden, "labels": case.labels, "ref_logps": case.ref_logps}
-    other: dict[str, Any] = {
-        "labels": {"labels": case.labels.where(case.labels == IGNORE, (case.labels + 1) % 29)},
-        "hidden": {"hidden": case.hidden[:, :-1], "labels": case.labels[:, :-1]},
-        "objective": {"objective": ik.DPO(beta=0.2)},
-        "ref_logps": {"ref_logps": case.ref_logps + 1},
-        "requires_grad": {"hidden": case.hidden.clone().requires_grad_()},
-        "refused": {"softcap": -1.0},
-        "pairs": {"hidden": case.hidden[:2], "labels": case.labels[:2], "ref_logps": case.ref_logps[:2]},
-    }[kind]
-    given |= other if dist.get_rank() == rank else {}
-    try:
-        ik.fused_inspo_loss(
-            given.pop("hidden"), case.weight[own], given.pop("labels"), bias=case.bias[own],
-            process_group=dist.group.WORLD, **given,
-        )  # fmt: skip
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def error_in_mesh(rank: int) -> str:
-    """The error that this rank of a 2 x 2 mesh gets where ``rank`` has another objective."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sequence", "words"))
-    case = make_case([(2, 3, 2)])
-    given = case.compact()
-    own = cuts(29, 2)[dist.get_rank() % 2]
-    try:
-        ik.fused_inspo_loss(
-            given.pop("hidden"), case.weight[own], given.pop("labels"), **given, ref_logps=case.ref_logps,
-            objective="ipo" if dist.get_rank() == rank else "dpo",
-            process_group=mesh.get_group("words"), sequence_group=mesh.get_group("sequence"),
-        )  # fmt: skip
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def unscored() -> str:
-    hidden = torch.randn(2, 6)
-    labels, segments = torch.tensor([1, 2]), torch.tensor([[0, 1], [2, 0], [1, 2]])[dist.get_rank()]
-    try:
-        ik.fused_inspo_loss(
-            hidden, torch.randn(9, 6), labels, segment_ids=segments, num_pairs=2, objective="simpo",
-            sequence_group=dist.group.WORLD,
-        )  # fmt: skip
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def shifted() -> str:
-    case = make_case([(2, 3, 2)])
-    try:
-        ik.fused_inspo_loss(
-            case.hidden, case.weight, case.labels, ref_logps=case.ref_logps, sequence_group=dist.group.WORLD
-        )
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-class Counted:
-    """Bytes that this rank gives to collectives inside the block, call by call."""
-
-    def __enter__(self) -> Counted:
-        self.gathered: list[int] = []
-        self.reduced: list[int] = []
-        self._own = getattr(dist, GATHER), dist.all_reduce
-
-        def gather(out: Tensor, tensor: Tensor, *args: Any, **options: Any) -> Any:
-            self.gathered.append(tensor.numel() * tensor.element_size())
-            return self._own[0](out, tensor, *args, **options)
-
-        def reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
-            self.reduced.append(tensor.numel() * tensor.element_size())
-            return self._own[1](tensor, *args, **options)
-
-        setattr(dist, GATHER, gather)
-        dist.all_reduce = reduce
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        setattr(dist, GATHER, self._own[0])
-        dist.all_reduce = self._own[1]
-
-
-def bytes_sent() -> None:
-    case = make_case([(3, 5, 2), (1, 4, 7)], vocab=5000, bias=False).to(torch.bfloat16)
-    own, group = cuts(5000, dist.get_world_size())[dist.get_rank()], dist.group.WORLD
-    rows, width = 5 + 2 + 4 + 7, 6
-    for count, names in enumerate([(), ("entropy",), ("entropy", "is_top1"), STATISTICS[:3]]):
-        hidden, weight, _ = leaves("xw", case.hidden, case.weight[own], None)
-        with Counted() as sent:
-            out = ik.fused_inspo_loss(
-                hidden, weight, case.labels, ref_logps=case.ref_logps, statistics=names, process_group=group
-            )
-            out.loss.backward()
-        arguments, *sums = sent.gathered
-        assert arguments < 256 and sum(sums) == rows * (12 + 4 * count)
-        assert sent.reduced == [rows * width * 4]
-    hidden, weight, _ = leaves("x", case.hidden, case.weight[own], None)
-    with Counted() as sent:
-        logps = ik.linear_logps(hidden, weight, case.labels, process_group=group)
-        logps.sum().backward()
-    scored = int((case.labels != IGNORE).sum())
-    assert sum(sent.gathered[1:]) == scored * 12 and sent.reduced == [scored * width * 4]
-
-
-def group_of_one() -> None:
-    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    case = make_case([(3, 5, 2), (1, 4, 7)])
-    own = groups[dist.get_rank()]
-    results = []
-    for more in ({}, {"process_group": own, "sequence_group": own}):
-        hidden, weight, bias = leaves("xwb", case.hidden, case.weight, case.bias)
-        with Counted() as sent:
-            out = ik.fused_inspo_loss(hidden, weight, case.labels, bias=bias, ref_logps=case.ref_logps, **more)
-            results.append([out.loss, *gradients(out.loss, hidden, weight, bias)])
-        assert not sent.gathered and not sent.reduced
-    assert all(torch.equal(one, other) for one, other in zip(*results))
-
-
-def dtensor_head() -> None:
-    """A weight and bias that tensor parallelism shards, with the group that says so; gradients are DTensors, too."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    case = make_case([(3, 5, 2), (1, 4, 7)])
-    given = {"ref_logps": case.ref_logps, "statistics": STATISTICS}
-    expected = leaves("xwb", case.hidden, case.weight, case.bias)
-    true = ik.fused_inspo_loss(expected[0], expected[1], case.labels, bias=expected[2], **given)
-    true.loss.backward()
-    weight, bias = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (case.weight, case.bias))
-    hidden = case.hidden.clone().requires_grad_()
-    out = ik.fused_inspo_loss(hidden, weight, case.labels, bias=bias, process_group=mesh.get_group(), **given)
-    out.loss.backward()
-    torch.testing.assert_close(out.loss, true.loss)
-    torch.testing.assert_close(hidden.grad, expected[0].grad)
-    for got, t in ((weight, expected[1]), (bias, expected[2])):
-        assert got.grad.placements == (Shard(0),)
-        torch.testing.assert_close(got.grad.full_tensor(), t.grad)
-    refused = {
-        "sharded otherwise": (distribute_tensor(case.weight[:, :6], mesh, [Shard(1)]), mesh.get_group()),
-        "replicated": (distribute_tensor(case.weight, mesh, [Replicate()]), mesh.get_group()),
-        "no group": (weight, None),
-    }
-    for name, (wrong, group) in refused.items():
-        try:
-            ik.linear_logps(case.hidden, wrong, case.labels, process_group=group)
-        except TypeError as error:
-            words = (
-                ("FSDP2", "process_group=weight.device_mesh.get_group()") if group is None else ("Shard(0)", "FSDP2")
-            )
-            assert all(word in str(error) for word in words), error
-        else:
-            raise AssertionError(f"{name}: no error")
-
-
-def advice_for_tensor_parallelism() -> None:
-    """What the error without a group advises gives the gradients of one process."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    weight, hidden, labels = torch.randn(33, 8), torch.randn(6, 8), torch.randint(0, 33, (6,))
-    for tensor in (weight, hidden, labels):
-        dist.broadcast(tensor, 0)
-    expected = weight.clone().requires_grad_()
-    ik.linear_logps(hidden, expected, labels).sum().backward()
-    weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    ik.linear_logps(hidden, weight, labels, process_group=weight.device_mesh.get_group()).sum().backward()
-    assert relative_error(weight.grad.full_tensor(), expected.grad) < 1e-6
-
-
-def compiled_call() -> str:
-    case = make_case([(2, 3, 2)])
-    own = cuts(29, dist.get_world_size())[dist.get_rank()]
-
-    def loss(hidden: Tensor) -> Tensor:
-        return ik.linear_logps(hidden, case.weight[own], case.labels, process_group=dist.group.WORLD)
-
-    try:
-        torch.compile(loss, backend="eager", fullgraph=True)(case.hidden)
-    except Exception as error:
-        return str(error)
-    return ""
-
-
-class _Head(torch.nn.Module):
-    """Trunk, norm and head in one module that returns the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.trunk = torch.nn.Linear(6, 6, dtype=torch.float64)
-        self.norm = torch.nn.LayerNorm(6, dtype=torch.float64)
-        self.head = torch.nn.Linear(6, 29, bias=False, dtype=torch.float64)
-
-    def forward(self, function: str, hidden: Tensor, labels: Tensor, ref_logps: Tensor, limit: int | None) -> Tensor:
-        states = self.norm(self.trunk(hidden))
-        if isinstance(self.head, FSDPModule):  # a unit of its own: nobody runs its forward
-            self.head.unshard()
-        if function == "tokens":
-            return -ik.linear_logps(states, self.head.weight, labels, max_workspace_bytes=limit).sum()
-        return ik.fused_inspo_loss(
-            states, self.head.weight, labels, ref_logps=ref_logps, max_workspace_bytes=limit
-        ).loss
-
-
-def fsdp2(layout: str, function: str, limit: int | None) -> None:
-    """Gradients over two micro-batches, the first without synchronisation, equal those of one process."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    batches = [[make_case([(2, 3, 2), (1, 2, 4)], seed=s * ranks + r) for r in range(ranks)] for s in range(2)]
-    single = _Head()
-    for cases in batches:
-        losses = [single(function, c.hidden, c.labels, c.ref_logps, limit) for c in cases]
-        (sum(losses) / ranks).backward()
-    model, mesh = _Head(), init_device_mesh("cpu", (ranks,))
-    if layout == "head alone":
-        fully_shard(model.head, mesh=mesh)
-    elif layout == "head with norm":
-        fully_shard([model.norm, model.head], mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for step, cases in enumerate(batches):
-        model.set_requires_gradient_sync(step == 1)
-        own = cases[rank]
-        model(function, own.hidden, own.labels, own.ref_logps, limit).backward()
-    for (name, got), true in zip(model.named_parameters(), single.parameters()):
-        torch.testing.assert_close(got.grad.full_tensor(), true.grad, msg=name)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import inspo_kernels as ik
+from inspo_kernels.row_sums import STATISTICS
 
 
 def inputs(shape=(3, 5), hidden_size=6, vocab=23, dtype=torch.float64, seed=0, ignored=0.3):
@@ -208,3 +209,16 @@ def test_statistics_of_no_token_leave_logps_differentiable(backend):
     logps, found = ik.linear_logps(hidden, weight, ignored, statistics=("entropy", "is_top1"), backend=backend)
     gradients = torch.autograd.grad(logps.sum(), (hidden, weight))
     assert not any(g.any() for g in gradients) and not found["entropy"].any() and not found["is_top1"].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_statistics_of_an_all_but_certain_label(backend, dtype):
+    """exp(label - offset) would overflow where the label lies far above every other word."""
+    weight, hidden = torch.zeros(40, 2, dtype=dtype), torch.ones(2, 2, dtype=dtype)
+    weight[3, 0] = 900.0
+    targets = torch.tensor([3, 5])
+    _, expected = ik.reference.linear_logps(hidden, weight, targets, statistics=STATISTICS)
+    _, found = ik.linear_logps(hidden, weight, targets, statistics=STATISTICS, backend=backend)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], msg=name)

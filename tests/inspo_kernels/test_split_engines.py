@@ -6,9 +6,11 @@ import contextlib
 import sys
 import types
 
+import engine_checks
 import pytest
-import split_checks
+import tiny_models
 import torch
+from cases import make_case
 from rank_pool import RankPool
 
 import inspo_kernels as ik
@@ -24,15 +26,25 @@ def two():
 
 
 def test_dtensor_head_with_its_group(two):
-    two.run(split_checks.dtensor_head)
+    two.run(engine_checks.dtensor_head)
 
 
 def test_advice_for_tensor_parallelism_is_right(two):
-    two.run(split_checks.advice_for_tensor_parallelism)
+    two.run(engine_checks.advice_for_tensor_parallelism)
+
+
+def test_first_words_of_a_split_head(two):
+    two.run(engine_checks.first_words)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_under_tensor_parallelism(two, tmp_path, tied):
+    tiny_models.make_model("llama", torch.float64, tied=tied).save_pretrained(tmp_path)
+    two.run(engine_checks.tensor_parallel_model, str(tmp_path), tied)
 
 
 def test_group_under_compile_is_a_clear_error(two):
-    for error in two.run(split_checks.compiled_call):
+    for error in two.run(engine_checks.compiled_call):
         assert "process_group is not supported under torch.compile" in error
 
 
@@ -40,7 +52,7 @@ def test_group_under_compile_is_a_clear_error(two):
 @pytest.mark.parametrize("function", ["pairs", "tokens"])
 @pytest.mark.parametrize("limit", [None, 3 * ROW])
 def test_fsdp2_with_deferred_synchronisation(two, layout, function, limit):
-    two.run(split_checks.fsdp2, layout, function, limit)
+    two.run(engine_checks.fsdp2, layout, function, limit)
 
 
 class TakenAway:
@@ -74,7 +86,7 @@ def deepspeed(monkeypatch):
 @pytest.mark.parametrize("limit", [None, 3 * ROW])
 @pytest.mark.parametrize("function", ["pairs", "tokens"])
 def test_weight_may_be_emptied_before_the_backward(deepspeed, function, limit):
-    case = split_checks.make_case([(2, 3, 2), (1, 2, 4)], bias=False)
+    case = make_case([(2, 3, 2), (1, 2, 4)], bias=False)
 
     def gradients(weight):
         hidden = case.hidden.clone().requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import exchange_checks
 import pytest
 import split_checks
 import torch
@@ -39,6 +40,30 @@ def test_every_objective(three, objective):
 @pytest.mark.parametrize("workspace", [None, 5 * ROW, 1])
 def test_every_mode_within_any_workspace(three, needs, workspace):
     three.run(split_checks.vocabulary_loss, LENGTHS, sizes=UNEQUAL, needs=needs, max_workspace_bytes=workspace)
+
+
+@pytest.mark.parametrize("sizes", [[0, 12, 17], [29, 0, 0], [12, 17, 0]], ids=str)
+@pytest.mark.parametrize("needs", ["xwb", "xw", "x", "w", ""])
+def test_rank_without_any_word(three, sizes, needs):
+    """As where 5 words are cut into equal blocks for 4 ranks: 2, 2, 1 and 0."""
+    for workspace in (None, 5 * 29 * 8):
+        limit = {"max_workspace_bytes": workspace}
+        three.run(split_checks.vocabulary_loss, LENGTHS, sizes=sizes, needs=needs, softcap=3.0, **limit)
+        three.run(split_checks.vocabulary_tokens, *tokens(), sizes=sizes, needs=needs.replace("b", ""), **limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rank_without_any_word_on_triton(two, dtype):
+    for needs, workspace in (("xw", None), ("x", 4096), ("xw", 4096)):
+        two.run(
+            split_checks.vocabulary_tokens, *tokens(), sizes=[0, 29], needs=needs, dtype=dtype, backend="triton",
+            max_workspace_bytes=workspace,
+        )  # fmt: skip
+
+
+def test_head_without_any_word_is_refused(two):
+    for error in two.run(exchange_checks.no_words):
+        assert error == "ValueError: weight has no rows on any rank of process_group"
 
 
 @pytest.mark.parametrize("form", ["rows", "packed", "compact"])
@@ -99,6 +124,16 @@ def test_shard_of_which_every_logit_is_minus_infinity(two, backend, shard):
             split_checks.vocabulary_tokens, weight, hidden, targets, sizes=[15, 25], dtype=dtype, bias=bias,
             backend=backend, check_statistics=False,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize(
+    "dtype, size", [(torch.float64, 1e300), (torch.float32, 1e37), (torch.bfloat16, 1e37)], ids=str
+)
+def test_shard_whose_logits_are_huge(two, backend, dtype, size):
+    """Near the largest number that there is, above or below all others, with the label there or elsewhere."""
+    weight, hidden, _ = tokens(vocab=40)
+    two.run(split_checks.huge_shard, weight, hidden, size, dtype=dtype, backend=backend)
 
 
 ANY_BATCH = given(

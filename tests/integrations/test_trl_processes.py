@@ -60,6 +60,21 @@ def test_two_processes_equal_one_with_twice_the_batch(two, tmp_path):
         assert apart[name] == pytest.approx(together[name], rel=1e-4), name
 
 
+def test_tensor_parallel_model_trains_as_a_whole_one(two, tmp_path):
+    alone = run(InSPOTrainer, InSPOConfig, tmp_path, policy=model(), reference=model(seed=5))
+    for outcome in two:
+        split = outcome["tensor parallel"]
+        assert split.losses == pytest.approx(alone.losses, rel=1e-5)
+        for expected, found in zip(alone.gradients, split.gradients, strict=True):
+            for name, gradient in expected.items():
+                error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+                assert error <= 2e-5, (name, error)
+    for expected, found in zip(alone.logs, two[0]["tensor parallel"].logs, strict=True):
+        # As in TRL, each process counts the tokens of its batch.
+        expected.pop("num_tokens", None), found.pop("num_tokens", None)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
 def test_every_process_trains_on_the_pairs_that_fit(two):
     assert all(torch.isfinite(torch.tensor(outcome["dropping"].losses)).all() for outcome in two)
     assert two[0]["dropping"].logs == two[1]["dropping"].logs

@@ -7,11 +7,16 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_setup import LENGTHS, VOCAB, model, pairs, run
@@ -64,6 +69,22 @@ def sharded(layout: str, head_by_itself: bool) -> dict[str, float]:
     return difference
 
 
+def tensor_parallel(folder: Path) -> dict[str, Any]:
+    """Train a policy and a reference that transformers splits over both processes, each of which sees all pairs."""
+    models = {"policy": folder / "policy", "reference": folder / "reference"}
+    if dist.get_rank() == 0:
+        model().save_pretrained(models["policy"])
+        model(seed=5).save_pretrained(models["reference"])
+    dist.barrier()
+    # Accelerate admits tensor parallelism on accelerators alone, for no reason that concerns what is computed.
+    ParallelismConfig._validate_accelerator = lambda *_: None
+    config = DistributedConfig(tp_plan="auto")
+    loaded = {k: AutoModelForCausalLM.from_pretrained(v, distributed_config=config) for k, v in models.items()}
+    made = run(InSPOTrainer, InSPOConfig, folder / "tensor parallel", **loaded)
+    gradients = [{k: g.full_tensor() if isinstance(g, DTensor) else g for k, g in s.items()} for s in made.gradients]
+    return {"losses": made.losses, "gradients": gradients, "logs": made.logs}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     outcome = {}
@@ -71,6 +92,7 @@ def main() -> None:
         made = run(trainer, config, folder / name, policy=model(), reference=model(seed=5), data=pairs(LENGTHS),
                    **{"per_device_train_batch_size": 2} | options)  # fmt: skip
         outcome[name] = {"losses": made.losses, "gradients": made.gradients, "logs": made.logs}
+    outcome["tensor parallel"] = tensor_parallel(folder)
     for layout in ("rows", "packed_tree"):
         for head_by_itself in (False, True):
             outcome[f"sharded {layout} {head_by_itself}"] = {"difference": sharded(layout, head_by_itself)}

@@ -377,3 +377,16 @@ def test_ends_are_those_that_pairs_have():
     pairs = [Pair([1, 5], [6, 2], [7, 2]), Pair([1, 5], [6, end], [7, end])]
     assert trained_ends(pairs, tokenizer) == {2, end}
     assert trained_ends(pairs[:1], tokenizer) == {2} and trained_ends(pairs, None) == set()
+
+
+def test_padding_outside_the_vocabulary_is_not_used(tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "m")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "m")
+    record = {"prompt": "Why? ", "chosen": "A", "rejected": "B"}
+    data = write_jsonl(tmp_path / "d.jsonl", [record, record | {"prompt": "Why is it so? ", "chosen": "Because."}])
+    words = ["--model", str(tmp_path / "m"), "--train_data", data, "--eval_data", data, "--max_steps", "1"]
+    main([*words, "--layout", "rows", "--output_dir", str(tmp_path / "o"), "--sample_tokens", "2"])
+    assert "no row for the padding token '[PAD]'; EOS is used" in capsys.readouterr().out
+    assert AutoTokenizer.from_pretrained(tmp_path / "o/final").pad_token == "[PAD]"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 from helpers import PAIRS, tiny_model, write_jsonl
 from tokenizers import processors
@@ -9,7 +10,7 @@ from tokenizers import processors
 from training.chat import TextEncoder
 from training.config import TrainConfig
 from training.data import Pair, check_pairs, load_pairs, select_pairs
-from training.errors import InputError
+from training.errors import InputError, NotAtHandError
 from training.model import byte_tokenizer
 
 BOS, EOS = 1, 2
@@ -147,11 +148,18 @@ def test_a_missing_file_is_named():
         load_pairs("nowhere.jsonl", TOKENIZER)
 
 
-def test_other_sources_go_through_datasets(tmp_path):
+def test_other_sources_go_through_datasets(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    assert load_pairs(str(tmp_path), TOKENIZER)[0].origin == f"{tmp_path} row 0"
-    with pytest.raises(InputError, match="neither a local file nor a dataset"):
-        load_pairs(f"{tmp_path}:missing_split", TOKENIZER)
+    assert load_pairs(str(tmp_path), TOKENIZER)[0].origin == f"{tmp_path}/train.jsonl:1"
+    with pytest.raises(InputError, match=r"could not be read as data .*; its split 'missing' was asked for"):
+        load_pairs(f"{tmp_path}:missing", TOKENIZER)
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(NotAtHandError, match=r"neither a local file nor .* no network.*; offline, give"):
+        load_pairs("no_such/dataset", TOKENIZER)
 
 
 def test_messages_without_a_template_and_a_template_that_rewrites_the_prompt_are_errors(tmp_path):
@@ -214,9 +222,19 @@ def test_what_stands_between_the_responses_counts_towards_the_length():
         check_pairs([pair], [], tiny_model(max_position_embeddings=9), TrainConfig(), said.append, separator_length=3)
 
 
-def test_token_ids_outside_the_vocabulary_are_an_error():
-    with pytest.raises(InputError, match=r"x:1: token id 300, but the model's vocabulary ends at 299"):
-        select([Pair([BOS], [300, EOS], [4, EOS], "x:1")])
+def test_held_out_prompts_are_found_behind_their_cuts():
+    train, held_out = Pair([BOS, 5, 8, 9], [6, 6, EOS], [7, EOS]), Pair([BOS, 5, 8, 9], [6, EOS], [7, EOS])
+    cut = [select([pair], max_length=7, truncation="prompt_left") for pair in (train, held_out)]
+    said = []
+    assert cut[0][0].prompt != cut[1][0].prompt
+    check_pairs(*cut, tiny_model(), TrainConfig(), said.append)
+    assert said == ["note: 1 of 1 eval_data pairs have a prompt of train_data; they are not held out"]
+
+
+@pytest.mark.parametrize("token", [300, -100])
+def test_token_ids_outside_the_vocabulary_are_an_error(token):
+    with pytest.raises(InputError, match=rf"x:1: token id {token}, but the model's vocabulary ends at 299"):
+        select([Pair([BOS], [token, EOS], [4, EOS], "x:1")])
 
 
 def test_pairs_in_memory_need_no_origin():

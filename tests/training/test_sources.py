@@ -10,7 +10,7 @@ import lzma
 
 import datasets
 import pytest
-from helpers import write_jsonl
+from helpers import options, tiny_model, write_jsonl
 
 from training import data
 from training.config import TrainConfig
@@ -20,6 +20,7 @@ from training.errors import InputError
 from training.model import byte_tokenizer
 from training.options import parse_config
 from training.sources import check_source, parse_sources
+from training.train import main
 
 TOKENIZER = byte_tokenizer()
 RECORDS = [{"prompt": f"Why {i}?", "chosen": f"Ja, {i}\nindeed", "rejected": "Nein"} for i in range(5)]
@@ -149,6 +150,107 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"d\.jsonl: is written in UTF-16"),
+        ("d.json", '[{"prompt": "a"}]'.encode("utf-16"), r"d\.json: is written in UTF-16"),
+        ("d.csv", "prompt,chosen\n".encode("utf-16"), r"d\.csv: is written in UTF-16"),
+        ("d.jsonl", b'{"chosen": "b", "prompt": "a", "chosen": "c"}', r"d\.jsonl:1: .*'chosen' stands there twice"),
+        ("d.json", b'[{"a": 1},\n{"a": {"b": 1, "b": 2}}]', r"d\.json:2: .*'b' stands there twice"),
+        ("d.csv", b"prompt,chosen,rejected,chosen\na,b,c,d\n", r"d\.csv:1: two columns have the same name"),
+        ("d.csv", b'prompt,chosen,rejected\n"a\n",b,c\n\xe9,b,c\n', r"d\.csv:4: not a line of CSV in UTF-8"),
+        ("d.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": NaN}', r"d\.jsonl:1: 'rejected' must be a string"),
+        ("d.jsonl", b"\0\0\0", r"d\.jsonl:1: not a line of JSON"),
+    ],
+)
+def test_text_that_others_read_wrong_is_refused(tmp_path, name, content, message):
+    if name == "d.json" and b"\0" not in content:
+        content = content.replace(b'"a": 1', b'"prompt": "a", "chosen": "b", "rejected": "c"')
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_pairs(str(tmp_path / name), TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.JSONL", "d.json", "d.csv"])
+def test_byte_order_marks_are_no_text(tmp_path, name):
+    form = name[2:].lower()
+    content = open(write(tmp_path, form, RECORDS), "rb").read()
+    if form != "csv":
+        content = content.replace(b"\n", b"\r\n")
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    plain = load_pairs(write_jsonl(tmp_path / "plain.jsonl", RECORDS), TOKENIZER)
+    assert ids(load_pairs(str(tmp_path / name), TOKENIZER)) == ids(plain)
+
+
+def test_cells_that_look_like_nothing_are_text(tmp_path):
+    (tmp_path / "d.csv").write_text("prompt,chosen,rejected\nNA,None,nan\n")
+    pair = load_pairs(str(tmp_path / "d.csv"), TOKENIZER)[0]
+    assert [TOKENIZER.decode(part, skip_special_tokens=True) for part in pair[:3]] == ["NA", "None", "nan"]
+
+
+def test_folders_are_read_file_by_file(tmp_path):
+    days = {"prompt": "When? ", "chosen": "2024-01-02", "rejected": "2024-01-03"}
+    implicit = {"chosen": "On Monday", "rejected": "On Sunday"}
+    write_jsonl(tmp_path / "a.jsonl", [days])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(implicit).encode()))
+    pairs = load_pairs({"path": str(tmp_path), "weight": 0.5}, TOKENIZER)
+    assert len(pairs) == 1  # half of the folder, not of each file
+    pairs = load_pairs(str(tmp_path), TOKENIZER)
+    assert [pair.origin for pair in pairs] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.jsonl.gz:1"]
+    assert TOKENIZER.decode(pairs[0].chosen) == "2024-01-02<eos>"
+
+
+@pytest.mark.parametrize("name", ["more.csv", "sub/test.jsonl"])
+def test_unread_files_of_a_folder_are_named(tmp_path, name):
+    write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".hidden.csv").write_text("")
+    assert len(load_pairs(str(tmp_path), TOKENIZER)) == 5
+    (tmp_path / name).write_text(json.dumps(RECORDS[0]))
+    left = "a.jsonl" if "test" in name else name
+    with pytest.raises(InputError, match=f"{left} would not be read"):
+        load_pairs(str(tmp_path), TOKENIZER)
+
+
+@pytest.mark.parametrize("form", ["folder", "saved"])
+def test_local_folders_have_no_revision_or_subset(tmp_path, form):
+    folder = write(tmp_path, form, RECORDS)
+    for more in [{"revision": "v1"}] + [{"subset": "easy"}] * (form == "saved"):
+        with pytest.raises(InputError, match="a local folder has no revision, and a saved dataset no subset"):
+            load_pairs({"path": folder, **more}, TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["empty", "empty:dev", "train.jsonl:dev", "config.json"])
+def test_a_dry_run_refuses_unreadable_data(tmp_path, capsys, name):
+    (tmp_path / "empty").mkdir()
+    write_jsonl(tmp_path / "train.jsonl", RECORDS)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        main(options(tmp_path / "o", "--train_data", str(tmp_path / name), "--dry_run", "true"))
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_dry_run_refuses_weights_without_a_tokenizer(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "m")
+    words = ["--model", str(tmp_path / "m"), "--train_data", write_jsonl(tmp_path / "d.jsonl", RECORDS)]
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--output_dir", str(tmp_path / "o"), "--dry_run", "true"])
+    assert "its tokenizer (tokenizer.json, tokenizer_config.json) could not be loaded" in capsys.readouterr().err
+
+
+def test_a_weight_that_leaves_nothing_is_refused(tmp_path):
+    one, other = (write_jsonl(tmp_path / f"{name}.jsonl", RECORDS) for name in "ab")
+    with pytest.raises(InputError, match=r"a\.jsonl: weight=0.05 leaves none of its 5 pairs"):
+        load_pairs([{"path": one, "weight": 0.05}, other], TOKENIZER)
+
+
+def test_a_source_that_is_named_twice_is_noted(tmp_path):
+    file, said = write_jsonl(tmp_path / "d.jsonl", RECORDS), []
+    assert len(load_pairs([file, file], TOKENIZER, log=said.append)) == 10
+    assert "d.jsonl stands there more than once" in said[0]
+
+
+@pytest.mark.parametrize(
     "name", ["no.jsonl", "no.json", "no.csv", "no.parquet", "no.jsonl.gz", "./no", "/no/such", "~/no"]
 )
 def test_a_missing_file_is_not_looked_for_at_the_hub(name):
@@ -215,8 +317,9 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
     expected = ids(load_pairs(write_jsonl(tmp_path / "e.jsonl", RECORDS), TOKENIZER))
     assert ids(load_pairs(file, TOKENIZER, DataOptions(columns=columns))) == expected
     assert ids(load_pairs({"path": file, "columns": columns}, TOKENIZER)) == expected
-    with pytest.raises(InputError, match=r"d\.jsonl:1: no column 'best' \(found: 'q', 'good', 'bad', 'chosen'\)"):
-        load_pairs({"path": file, "columns": {"chosen": "best"}}, TOKENIZER)
+    for ours in ("prompt", "chosen"):
+        with pytest.raises(InputError, match=r"d\.jsonl:1: no column 'best' \(found: 'q', 'good', 'bad', 'chosen'\)"):
+            load_pairs({"path": file, "columns": {ours: "best"}}, TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +328,12 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
         ([], "at least one"),
         ({"split": "train"}, "section with path"),
         ({"path": "d", "spilt": "train"}, "of the data source d: spilt; did you mean 'split'"),
+        ({"path": ["a", "b"]}, "must be a string, or a section"),
+        ({"path": "d", "columns": ["chosen"]}, "columns=.* must be a section"),
         ({"path": "d", "weight": 0}, "weight=0 must be a number above 0"),
         ({"path": "d", "weight": "2"}, "must be a number"),
         ({"path": "d", "columns": {"promt": "q"}}, "columns.promt; did you mean 'prompt'"),
+        ({"path": "d", "columns": {"chosen": "q", "rejected": "q"}}, "takes two columns of a pair from 'q'"),
         ('[{"path": ', "not JSON"),
         (3, "must be a string"),
     ],
@@ -256,7 +362,7 @@ def big_file(tmp_path):
 
 def counted(monkeypatch):
     """Counts the records that are tokenised; sources of any size are cached."""
-    monkeypatch.setattr(data, "_CACHED_FROM", 0)
+    monkeypatch.setattr(data, "_KEPT_FROM", 0)
     calls = []
     original = data.draft
     monkeypatch.setattr(data, "draft", lambda *a: calls.append(a) or original(*a))
@@ -265,21 +371,19 @@ def counted(monkeypatch):
 
 def test_tokenised_pairs_are_kept_and_read_again(tmp_path, monkeypatch):
     file, calls = big_file(tmp_path), counted(monkeypatch)
-    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)  # ids go to the file one pair at a time
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     first = load_pairs(file, TOKENIZER)
     assert len(calls) == 5
     said = []
     again = load_pairs(file, TOKENIZER, log=said.append)
-    assert len(calls) == 6 and again == first and again.digest == first.digest  # 1: whether it is a chat
-    assert "5 tokenised pairs read from" in said[0]
+    assert len(calls) == 5 and again == first and again.digest == first.digest
+    assert "5 tokenised pairs are in " in said[0]
     assert first == load_pairs(file, TOKENIZER, TrainConfig(dry_run=True))
 
 
 @pytest.mark.parametrize("change", ["data", "template", "tokenizer", "columns"])
 def test_kept_pairs_are_not_used_for_other_inputs(tmp_path, monkeypatch, change):
     file, calls = big_file(tmp_path), counted(monkeypatch)
-    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     load_pairs(file, TOKENIZER)
     tokenizer, options = byte_tokenizer(), DataOptions()
@@ -296,17 +400,18 @@ def test_kept_pairs_are_not_used_for_other_inputs(tmp_path, monkeypatch, change)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_damaged_kept_pairs_are_made_again(tmp_path, monkeypatch, damage):
+def test_damaged_kept_pairs_are_not_used(tmp_path, monkeypatch, damage):
     file, calls = big_file(tmp_path), counted(monkeypatch)
-    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     first = [*load_pairs(file, TOKENIZER)]
-    (kept,) = (tmp_path / "cache").rglob("ids.bin")
+    (kept,) = (tmp_path / "cache").rglob("*.arrow")
     if damage == "cut":
-        kept.write_bytes(kept.read_bytes()[:-8])
+        kept.write_bytes(kept.read_bytes()[:-300])
     else:
-        kept.with_name("ends.npy").unlink()
-    assert load_pairs(file, TOKENIZER) == first and len(calls) == 10
+        kept.unlink()
+    said = []
+    assert load_pairs(file, TOKENIZER, log=said.append) == first and len(calls) == 10
+    assert "cannot be kept and read" in said[0]
 
 
 def test_without_a_place_for_the_cache_pairs_are_in_memory(tmp_path, monkeypatch):
@@ -320,13 +425,12 @@ def test_without_a_place_for_the_cache_pairs_are_in_memory(tmp_path, monkeypatch
 
 def test_an_error_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
     counted(monkeypatch)
-    monkeypatch.setattr("training.pairs._IN_MEMORY", 8)
     monkeypatch.setattr(data, "_BATCH", 1)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     file = write_jsonl(tmp_path / "d.jsonl", [*RECORDS, {"prompt": "a"}])
     with pytest.raises(InputError, match=r"d\.jsonl:6"):
         load_pairs(file, TOKENIZER)
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock" and path.is_file()]
+    assert not [*(tmp_path / "cache").rglob("*.arrow")]
 
 
 def test_a_slice_of_pairs_and_its_lengths(tmp_path):

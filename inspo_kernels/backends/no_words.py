@@ -1,0 +1,73 @@
+"""A rank that shares a vocabulary-parallel head without any word of its own: it adds nothing, and joins every exchange.
+
+Such ranks exist where the vocabulary is cut into equal blocks, the last of which may be empty: 5 words over 4 ranks
+are 2, 2, 1 and 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..head import LMHead
+from ..row_sums import RowSums
+from .base import HeadTile
+
+# An offset below every other rank's.
+_LOWEST = -1e30
+
+
+class TileWithoutWords(HeadTile):
+    """Sums over no word, and gradients that are zero or empty; ``dx_rows`` as on the other ranks."""
+
+    def __init__(self, head: LMHead, capacity: int, dx_rows: int) -> None:
+        super().__init__(head, capacity)
+        self.dx_rows = dx_rows
+        self.dx: Tensor | None = None
+
+    def stage(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        *,
+        keep: bool = False,
+        dx: Tensor | None = None,
+        parts: frozenset[str] = frozenset(),
+    ) -> RowSums:
+        self.dx = dx
+
+        def filled(value: float) -> Tensor:
+            return torch.full((len(x),), value, dtype=torch.float64, device=x.device)
+
+        optional = {name: filled(-torch.inf if name in ("before", "after") else 0.0) for name in parts}
+        return RowSums(filled(_LOWEST), filled(0.0), filled(-torch.inf), **optional)
+
+    def finish(self, sums: RowSums) -> None:
+        if self.dx is not None:
+            self.dx.zero_()
+
+    def staged(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def restore(self, staged: tuple[Tensor, ...]) -> None:
+        pass
+
+    def head_gradients(
+        self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
+    ) -> None:
+        pass
+
+    def recompute_gradients(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        sums: RowSums,
+        coefficients: Tensor,
+        *,
+        dx: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        accumulate: bool = False,
+    ) -> None:
+        if dx is not None:
+            dx.zero_()

@@ -1,0 +1,117 @@
+"""Records of JSON lines, JSON lists and CSV, each with the line where it begins, compressed or not."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_SPACE = re.compile(r"\s*")
+
+
+def read_records(path: Path, kind: str, compression: str) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Yield the line, the values and the number of bytes of ``path`` that are read, of each record.
+
+    ``kind`` is the format's suffix, ``compression`` one of ``OPENERS`` or empty. Raises InputError naming the line.
+    """
+    with path.open("rb") as raw, OPENERS.get(compression, lambda file: file)(raw) as file:
+        try:
+            head = file.peek(3)[:3]
+            if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise InputError(f"{path}: is written in UTF-16; save it in UTF-8")
+            file.read(3 if head == b"\xef\xbb\xbf" else 0)
+            rows = _csv(path, file, "\t" if kind == ".tsv" else ",") if kind in (".csv", ".tsv") else _json(path, file)
+            for number, values in rows:
+                yield number, values, raw.tell()
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            raise InputError(f"{path}: cannot be decompressed ({error}); is the file complete?") from None
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(items)
+    if len(values) < len(items):
+        names = [name for name, _ in items]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice; keep one")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _json(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    first = True
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        if first and line.lstrip()[:1] == b"[":
+            yield from _json_list(path, line + file.read(), number)
+            return
+        first = False
+        try:
+            values = _DECODER.decode(line.decode())
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+            where = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise InputError(
+                f"{path}:{number}: not a line of JSON ({where}); one JSON object per line, or one JSON list"
+            ) from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}:{number}: must be a JSON object, one per line")
+        yield number, values
+
+
+def _json_list(path: Path, content: bytes, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    number, counted = first, 0
+    try:
+        text = content.decode()
+        at = text.index("[") + 1
+        while True:
+            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches nothing, too
+            number, counted = number + text.count("\n", counted, at), at
+            if text[at : at + 1] == "]":
+                break
+            values, at = _DECODER.raw_decode(text, at)
+            if not isinstance(values, dict):
+                raise InputError(f"{path}:{number}: each entry of the list must be a JSON object")
+            yield number, values
+            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+            if text[at : at + 1] not in (",", "]"):
+                raise json.JSONDecodeError("expected ',' or ']'", text, at)
+            at += text[at] == ","
+        if text[at + 1 :].strip():
+            raise json.JSONDecodeError("the list is followed by more text", text, at)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        number = first + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else number
+        raise InputError(f"{path}:{number}: not a JSON list ({error})") from None
+
+
+def _csv(path: Path, file: Any, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader((line.decode() for line in file), delimiter=delimiter, strict=True)
+    number = 1
+    try:
+        names = next(rows, [])
+        if len(set(names)) < len(names):
+            raise InputError(f"{path}:1: two columns have the same name ({', '.join(names)}); rename one")
+        number = rows.line_num + 1
+        for cells in rows:
+            if cells and len(cells) != len(names):
+                raise InputError(f"{path}:{number}: has not as many cells as the first line")
+            if cells:
+                yield number, dict(zip(names, cells))
+            number = rows.line_num + 1
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{rows.line_num + 1}: not a line of CSV in UTF-8 ({error})") from None
+    except csv.Error as error:
+        raise InputError(f"{path}:{number}: not a line of CSV ({error})") from None
