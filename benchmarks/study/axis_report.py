@@ -57,9 +57,12 @@ def finding(result: Mapping[str, Any]) -> str:
         "but could not show them equally good either",
     }
     verdicts = [tests[name]["verdict"] for name in HYPOTHESES]
+    arms = result["cells"][str(pairs)]
+    gains = [arms[arm]["updates"][str(updates)]["greedy"][f"minus {BASE}"] for arm in ("plain", "inspo")]
+    fallen = ", both below the base that they started from" if max(gain["high"] for gain in gains) < 0 else ""
     return " ".join([
         f"In a world of tiny models with exact grades, after {passes} passes over {pairs} pairs "
-        f"({tests['H1']['n']} seeds), {first[verdicts[0]]}.",
+        f"({tests['H1']['n']} seeds), {first[verdicts[0]]}{fallen}.",
         f"{second[verdicts[1]]}.",
         f"{third[verdicts[2]]}.",
     ])  # fmt: skip
@@ -84,7 +87,7 @@ def text(result: Mapping[str, Any]) -> str:
         _hypotheses(result),
         _deviations(result),
         *_cells(result),
-        _decodings(result),
+        *_decodings(result),
         _rerun(result),
     ]
     return "\n\n".join(sections) + "\n"
@@ -118,7 +121,8 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
         Plain DPO after {plan["tested_updates"]} updates − plain DPO at its best number of updates:
         {_signed(over)}, p {_p(over["p"]) or "not defined"}, so this cell
         {"is over-trained" if over["over_trained"] else "is not shown to be over-trained"}. InSPO after
-        {plan["tested_updates"]} updates − plain DPO at its best number of updates: {_signed(stopping)}."""
+        {plan["tested_updates"]} updates − plain DPO at its best number of updates: {_signed(stopping)}.
+        {_edge(result)}"""
     intro = f"""
         {plan["pairs"][0]} pairs. Differences are paired by seed. H1 to H3 are tested together by Holm's method at
         {LEVEL:g}."""
@@ -127,6 +131,19 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
         f"As good as each other within ±{MARGIN:g}, by two one-sided tests at {LEVEL:g} each:", "",
         *_table(["difference", "seeds", "mean (90%)", "p", "as good"], equal), "", _filled(training),
     ])  # fmt: skip
+
+
+def _edge(result: Mapping[str, Any]) -> str:
+    """Says whether stopping earlier than the protocol allows might have been better, and where the best stop is."""
+    plan = result["plan"]
+    best = result["cells"][str(plan["pairs"][0])]["plain"]["best"]
+    fewest = str(plan["checkpoints"][0])
+    words = f"At its best, plain DPO's greedy quality is {_signed(best['greedy'][f'minus {BASE}'])} from the base."
+    if at_edge := best["chosen"][fewest]:
+        words += f""" That best number is {fewest}, the smallest one allowed, on {at_edge} of
+            {sum(best["chosen"].values())} seeds: an even earlier stop might be better, so H2 compares the arms at an
+            early stop, not at the best one there is."""
+    return words
 
 
 def _deviations(result: Mapping[str, Any]) -> str:
@@ -165,26 +182,30 @@ def _chosen(arms: Mapping[str, Any]) -> str:
     return f"Best number of updates on validation prompts, and on how many seeds: {'; '.join(parts)}."
 
 
-def _decodings(result: Mapping[str, Any]) -> str:
+def _decodings(result: Mapping[str, Any]) -> Iterator[str]:
     plan, base = result["plan"], result["base"]
     few, updates = str(plan["pairs"][0]), str(plan["tested_updates"])
-    columns = ["", *(f"{how}: {what}" for how in ("greedy", "sampled", "T=0.7") for what in ("quality", "tokens"))]
-    rows = [["base", *(f"{base[d][w]:.{3 if w == 'quality' else 1}f}" for d in _DECODINGS for w in _WHAT)]]
-    differences = []
-    for arm, cell in result["cells"][few].items():
-        if "best" in cell:
-            row = cell["updates"][updates]
-            rows.append([TITLES[arm], *(c for d in _DECODINGS for c in (f"{row[d]['quality']['mean']:.3f}",
-                                                                        f"{row[d]['length']:.1f}"))])  # fmt: skip
-            if "minus plain" in row["greedy"]:
-                differences.append([TITLES[arm], *(_signed(row[d]["minus plain"]) for d in _DECODINGS)])
-    note = """Rows of fewer seeds are of the first ones, so the differences below compare better than the means. Sampled
-        is at temperature 1. Right answers have 3 to 8 tokens, fillers not counted."""
-    return "\n".join([
-        f"## Other decodings, {few} pairs after {updates} updates", "", *_table(columns, rows), "", _filled(note), "",
-        "Difference from plain DPO in exact quality (95%, not adjusted):", "",
-        *_table(["", *_DECODINGS], differences),
-    ])  # fmt: skip
+    columns = ["", *(f"{how}: {what}" for how in _DECODINGS for what in ("quality", "tokens"))]
+    note = """Rows of fewer seeds are of the first ones, so the differences compare better than the means. Sampled means
+        at temperature one. Right answers have 3 to 8 tokens, fillers not counted."""
+    for where, at in ((f"after {updates} updates", updates), ("each arm at its best number of updates", None)):
+        rows = [["base", *(f"{base[d][w]:.{3 if w == 'quality' else 1}f}" for d in _DECODINGS for w in _WHAT)]]
+        differences = []
+        for arm, cell in result["cells"][few].items():
+            if "best" not in cell:
+                continue
+            row = cell["best"] if at is None else cell["updates"][at]
+            means = ((f"{row[d]['quality']['mean']:.3f}", f"{row[d]['length']:.1f}") for d in _DECODINGS)
+            rows.append([TITLES[arm], *(value for pair in means for value in pair)])
+            for other in ("plain", BASE):
+                if f"minus {other}" in row["greedy"]:
+                    name = f"{TITLES[arm]} − {TITLES[other]}"
+                    differences.append([name, *(_signed(row[d][f"minus {other}"]) for d in _DECODINGS)])
+        yield "\n".join([
+            f"## Other decodings, {few} pairs, {where}", "", *_table(columns, rows), "", _filled(note), "",
+            "Differences in exact quality, paired by seed (95%, not adjusted):", "",
+            *_table(["", *_DECODINGS], differences),
+        ])  # fmt: skip
 
 
 _DECODINGS, _WHAT = ("greedy", "sampled", "T=0.7"), ("quality", "length")

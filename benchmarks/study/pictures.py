@@ -114,8 +114,8 @@ def draw_axis(result: Mapping[str, Any], titles: Mapping[str, str], file: Path) 
     """Gain over the base by number of updates, a panel for each number of pairs; dashed where seeds are fewer."""
     from matplotlib.figure import Figure
 
-    cells = result["cells"]
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    cells = {pairs: arms for pairs, arms in result["cells"].items() if any("best" in cell for cell in arms.values())}
+    figure = Figure(figsize=(2.5 + 3.5 * len(cells), 4.8), layout="constrained")
     panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
     most = max(cell["seeds"] for arms in cells.values() for cell in arms.values())
     for axes, (pairs, arms) in zip(panels, cells.items()):

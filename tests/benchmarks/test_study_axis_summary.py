@@ -102,6 +102,29 @@ def test_a_cell_of_one_seed_has_no_numbers():
     assert "128 pairs, InSPO-DPO, conditioned reference, 50% dropout: 1 of 3 seeds." in text
 
 
+def test_the_report_says_where_the_best_stop_is():
+    plan = {"plan": json.loads(json.dumps(asdict(PLAN)))}
+    inside = axis_summary.summarize(PLAN, planted()) | plan
+    assert "the smallest one allowed" not in axis_report._edge(inside)
+    records = planted()
+    for run in records:
+        if run["arm"] == "plain":
+            run["checkpoints"][0]["validation"] = 0.9
+    at_edge = axis_summary.summarize(PLAN, records) | plan
+    assert "That best number is 20, the smallest one allowed, on 12 of" in axis_report._edge(at_edge)
+
+
+def test_the_finding_says_when_both_arms_fell_below_the_base():
+    plan = {"plan": json.loads(json.dumps(asdict(PLAN)))}
+    words = ", both below the base that they started from"
+    assert words not in axis_report.finding(axis_summary.summarize(PLAN, planted()) | plan)
+    records = planted()
+    for run in records:
+        if run["arm"] == BASE:
+            run["checkpoints"][0]["greedy"]["quality"] += 0.5
+    assert words in axis_report.finding(axis_summary.summarize(PLAN, records) | plan)
+
+
 def test_equivalence_is_two_one_sided_tests():
     rng = np.random.default_rng(1)
     for shift in (0.0, 0.015, 0.03):

@@ -204,7 +204,7 @@ def test_quick_demo_shows_accuracy_of_long_runs(demo: tuple[Path, str]) -> None:
     for title, points in zip(("DPO", "InSPO"), results["over_trained"].values()):
         assert [point["step"] for point in points] == list(Settings.quick().long_steps)
         shown = "".join(f"{point['accuracy']:>8.3f}" for point in points)
-        assert f"  {title:<20}{shown}" in text.splitlines()
+        assert f"  too long, {title:<10}{shown}" in text.splitlines()
 
 
 def test_comparison_counts_prompts_and_pairs_them_with_the_base() -> None:

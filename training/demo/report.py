@@ -65,7 +65,7 @@ def over_training(results: dict[str, Any]) -> str:
         f"{'  passes':<22}{passes}",
     ]
     for name, points in runs.items():
-        lines.append(f"  {NAMES[name]:<20}" + "".join(f"{point['accuracy']:>8.3f}" for point in points))
+        lines.append(f"  too long, {NAMES[name]:<10}" + "".join(f"{point['accuracy']:>8.3f}" for point in points))
     return "\n".join(lines)
 
 
