@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 
 RESULTS := benchmarks/results
 
-.PHONY: help install test sanitize image demo docs lint benchmark benchmark-head benchmark-step benchmark-trl benchmark-parallel benchmark-demo benchmark-pairs \
+.PHONY: help install test sweep sanitize image demo docs lint benchmark benchmark-head benchmark-step benchmark-trl benchmark-parallel benchmark-demo benchmark-pairs \
 	benchmark-study benchmark-compile benchmark-gpu pairs-given tables clean
 # Commands that are timed must not run beside others.
 .NOTPARALLEL:
 
 help:
 	@echo "make demo        fit, sample, fine-tune and compare a tiny model (1 to 3 minutes, no GPU)"
-	@echo "make test        run the tests"
+	@echo "make test        run the tests, in two processes (WORKERS=N)"
+	@echo "make sweep       run the tests that take minutes"
 	@echo "make sanitize    run the tests of the Triton kernels with every memory access checked (one minute, no GPU)"
 	@echo "make image       run the package's tests with the versions of the GPU image (Python 3.12; installs 5 GB)"
 	@echo "make lint        ruff and mypy"
@@ -40,15 +41,23 @@ $(VENV)/.installed-%: setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
+# A file's tests run in one process, in order: they share what takes seconds to make, such as a trained model. Where a few
+# files hold all the work, the process that is done first takes over what the other has not begun.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST) --dist loadfile
+
+sweep: install
+	$(PYTEST) --dist worksteal -m sweep
 
 sanitize: install
-	$(BIN)/python -m pytest --sanitize $(addprefix tests/inspo_kernels/test_,triton.py triton_kernels.py gradients.py)
+	$(PYTEST) --dist worksteal --sanitize $(addprefix tests/inspo_kernels/test_,triton.py triton_kernels.py gradients.py)
 
 IMAGE := .venv-image
 IMAGE_PYTHON ?= python3.12
-IMAGE_TEST := $(IMAGE)/bin/python -m pytest tests/inspo_kernels -n 2 --timeout 300
+IMAGE_TEST := $(IMAGE)/bin/python -m pytest tests/inspo_kernels -n $(WORKERS) --dist worksteal --timeout 300
 
 # In two orders, each shared out to two processes.
 image: $(IMAGE)/.installed

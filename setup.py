@@ -40,6 +40,7 @@ test = [
     "mypy>=1.15",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.12",
     "tensorboard>=2.18",
 ]

@@ -38,19 +38,20 @@ from .gpu_plan import CACHED_TARGETS, hardware, problems, targets
 from .gpu_processes import run_in_group
 from .gpu_steps import PART, STEPS
 from .harness import checked_device, provenance, write_json
-from .plots import peak_gib, plot_cells, times_floor
 
 # Held to by this form of the pass; see gpu_plan.
 TARGETS = CACHED_TARGETS
 LOG, LOG_BYTES = "steps.log", 8 << 20
 # Left at the end of a call for plots and the last result.
 CLOSING_SECONDS = 8.0
+LEAST_MINUTES = 0.5
 WHEELS = """
 peers on a machine without a network: fetch their wheels elsewhere,
   pip download --no-deps --only-binary=:all: --python-version 3.12 -d .whl \\
-    trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 jsonargparse
+    trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 and name the folder: --wheels .whl. All are pure Python, 2 MiB together, so they fit into 64 MiB with this repository.
-What is timed here of trl loads without trl's own requirements. jsonargparse is no peer: the training run needs it.
+What is timed here of trl loads without trl's own requirements. A peer that is missing is said so in its row; plots need
+matplotlib, and nothing else does.
 """
 
 
@@ -246,7 +247,12 @@ def save(out: Path, result: dict[str, Any]) -> None:
 
 
 def draw(out: Path, result: dict[str, Any]) -> None:
-    """Plots of time and memory, where there is anything to show."""
+    """Plots of time and memory, where there is anything to show and something to draw it with."""
+    try:
+        from .plots import peak_gib, plot_cells, times_floor
+    except ImportError as error:  # every figure is in gpu.json, and can be drawn elsewhere
+        print(f"no plots: {error}")
+        return
     for name, value, label in (
         ("time", times_floor, "time / bare matmuls"),
         ("memory", peak_gib, "peak memory above inputs, GiB"),
@@ -286,6 +292,8 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, ar
 def main(arguments: Sequence[str] | None = None) -> int:
     parser, options = parsed(arguments)
     device = checked_device(parser, options.device)
+    if options.minutes < LEAST_MINUTES:
+        parser.error(f"--minutes {options.minutes:g}: no step fits into less than {LEAST_MINUTES:g}")
     if device.type == "cpu" and not options.quick:
         parser.error("--device cpu takes hours at these shapes: add --quick, or use a GPU")
     options.out.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -198,12 +199,14 @@ def training_run(
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
         start, limit = time.perf_counter(), seconds - 5
         code = run_in_group(command, folder / "log", limit, environment)
+        end_of_log = (folder / "log").read_text().strip().splitlines()[-5:]
         status = f"stopped after {limit:.0f} s" if code is None else "measured"
         if code:
-            status = f"failed: exit status {code}"
+            missing = re.fullmatch(r"ModuleNotFoundError: No module named '(\w+).*", "".join(end_of_log[-1:]))
+            status = f"not available: {missing[1]} is not installed" if missing else f"failed: exit status {code}"
         result = {"status": status, "seconds": time.perf_counter() - start, **training_figures(folder / "run")}
         if status != "measured":
-            result["end_of_log"] = (folder / "log").read_text().strip().splitlines()[-5:]
+            result["end_of_log"] = end_of_log
         return result
 
 

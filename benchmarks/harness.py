@@ -201,6 +201,7 @@ def limit_memory() -> None:
 def release_freed_memory() -> None:
     """Give back what was freed, so that a second run's peak is counted from the same level as the first's."""
     gc.collect()
+    inspo_kernels.release_workspace()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):

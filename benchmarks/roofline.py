@@ -52,6 +52,15 @@ GAP_SECONDS = 1.5e-6
 HOST_SECONDS = 20e-6
 
 
+# Why a line of the cached form is there at all, and what it would take to be rid of it.
+REASONS = {
+    "row pass": "logits leave the multiprocessors and come back: sums in the matmul's epilogue would save that",
+    "start": "hidden where the device is still busy, as in training; a benchmark's idle device waits for it",
+    "gaps between kernels": "two launches a tile, and a larger tile would not stay in the cache",
+    "waiting for the host": "tiles are done before the next is queued: too few rows",
+}
+
+
 @dataclass(frozen=True)
 class Line:
     """Seconds of one part of a pass, and the count over the rate that they come from."""
@@ -143,6 +152,17 @@ def predicted(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) ->
     return seconds, seconds / floor(chip, head, tokens, mode)
 
 
+def above_floor(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) -> list[str]:
+    """Say what a pass takes above its floor from an idle device and behind other work, and why, largest first."""
+    below, total = floor(chip, head, tokens, mode), predicted(chip, head, tokens, mode, form)[1]
+    shares = {line.name: line.seconds / below for line in lines(chip, head, tokens, mode, form)}
+    text = [
+        f"above the floor: {total - 1:.1%} from an idle device, {total - 1 - shares['start']:.1%} behind other work"
+    ]
+    ordered = sorted(REASONS, key=lambda name: -shares[name])
+    return text + [f"  {shares[name]:.1%} {name}: {REASONS[name]}" for name in ordered if shares[name] > 5e-4]
+
+
 # --- measured beside predicted ---
 
 
@@ -194,6 +214,8 @@ def line_table(chip: Chip, model: str, tokens: int, mode: str, form: str, result
         text.append(
             f"  {line.name:<32}{1e3 * line.seconds:9.3f} ms {line.seconds / below:7.1%} of floor {seen:<22} {line.why}"
         )
+    if form == CACHED:
+        text += [f"  {line}" for line in above_floor(chip, head, tokens, mode, form)]
     cell = measured_cell(result, model, tokens, mode) if result else None
     if cell:
         text.append(

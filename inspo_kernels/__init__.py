@@ -40,6 +40,7 @@ from .objectives import (
     SimPO,
 )
 from .pair_loss import InSPOOutput
+from .workspace import release_workspace
 
 __version__ = "0.1.0"
 
@@ -77,6 +78,7 @@ __all__ = [
     "linear_logps",
     "pair_logps",
     "reference",
+    "release_workspace",
     "tree_attention_mask",
     "tree_unsupported",
     "workspace_bytes",

@@ -78,12 +78,21 @@ class Gradients:
         """Return self: already computed."""
         return self
 
-    def scaled(self, scale: Tensor | float, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
-        """(x, weight, bias) times ``scale`` in these dtypes: new tensors, rounded once."""
-        return tuple(
-            None if g is None else torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype))
-            for g, dtype in zip(self.tensors, dtypes)
-        )
+    def scaled(self, scale: Tensor | None, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
+        """(x, weight, bias) times ``scale`` in these dtypes, rounded once; these tensors themselves where it is None.
+
+        New tensors, but where the running backward pass frees the graph: then nobody reads these tensors again, and
+        those of the right dtype are scaled in place.
+        """
+
+        def one(g: Tensor, dtype: torch.dtype | None) -> Tensor:
+            dtype = dtype or g.dtype
+            if scale is None:
+                return g.to(dtype)
+            in_place = dtype == g.dtype and graph_is_freed()
+            return torch.mul(g, scale, out=g if in_place else torch.empty_like(g, dtype=dtype))
+
+        return tuple(None if g is None else one(g, dtype) for g, dtype in zip(self.tensors, dtypes))
 
 
 @dataclass(frozen=True)
@@ -127,13 +136,13 @@ class DeferredGradients:
 
     def computed(self) -> Gradients:
         """Return the gradients in the accumulate dtype."""
-        return Gradients(*self.scaled(1.0, *(self.head.accumulate_dtype,) * 3))
+        return Gradients(*self.scaled(None, *(self.head.accumulate_dtype,) * 3))
 
-    def scaled(self, scale: Tensor | float, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
-        """(x, weight, bias) times ``scale`` in these dtypes: new tensors, rounded once."""
+    def scaled(self, scale: Tensor | None, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
+        """(x, weight, bias) times ``scale``, 1 where it is None, in these dtypes: new tensors, rounded once."""
         n = len(self.coefficients)
         out = Gradients.empty(self.head, self.num_rows, self.needs, *dtypes[:2], None)
-        coefficients = self.coefficients * scale
+        coefficients = self.coefficients if scale is None else self.coefficients * scale
         dx, pending = None, None
         if out.x is not None:
             assert self.x is not None
@@ -148,10 +157,21 @@ class DeferredGradients:
         tile.restore(self.kept)
         with plain_arithmetic(self.coefficients.device):
             tile.head_gradients(coefficients, dweight=out.weight, dbias=out.bias)
+        if graph_is_freed():
+            tile.release()
         if out.x is not None and dx is not None and pending is not None:
             pending()
             out.x[:n] = dx
         return out.x, out.weight, None if out.bias is None else out.bias.to(dtypes[2])
+
+
+def graph_is_freed() -> bool:
+    """Whether the backward pass that runs in this thread frees what the forward pass saved (no ``retain_graph``).
+
+    Private, but what AOTAutograd asks; a torch without it keeps the graph, as far as we know.
+    """
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps_graph is not None and not keeps_graph()
 
 
 def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:

@@ -212,4 +212,4 @@ class _LinearLogps(torch.autograd.Function):
             sums, others = RowSums(*others[:3]), others[3:]
         scored = replace(ctx.scored, x=x, targets=targets, run=run)
         gradients = scored.backward(upstream, KeptTokens(sums, dx, tuple(others)), ctx.needs)
-        return (*gradients.scaled(1.0, *ctx.dtypes), None, None)
+        return (*gradients.scaled(None, *ctx.dtypes), None, None)

@@ -27,6 +27,7 @@ def workspace_bytes(
 
     Counts the scored rows, the workspace, and the gradients of scored rows and weight. Does not count the gradient of
     all hidden states, which has their size. Assumes that pairs fill the workspace; a call takes less where they do not.
+    On a CPU a workspace above 32 MiB stays allocated for the next call, see ``release_workspace``.
 
     Args:
         num_rows: scored rows N, including those of marginals.

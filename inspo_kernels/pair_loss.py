@@ -61,12 +61,14 @@ class PairTerms:
         ``logps`` are these pairs', ``lengths`` (kinds, B) those of the whole batch; both float64.
         """
         pairs = slice(first, first + len(logps[0]))
+        own = columns(lengths, pairs)
         fields = dict(zip(KINDS, logps))
-        fields |= {f"{name}_len": row[pairs] for name, row in zip(KINDS, lengths)}
-        means = lengths.mean(1, keepdim=True).expand_as(lengths)
-        fields |= {f"{name}_len_mean": row[pairs] for name, row in zip(KINDS, means)}
+        fields |= {f"{name}_len": row for name, row in zip(KINDS, own)}
+        if own is not lengths:
+            means = lengths.mean(1, keepdim=True).expand_as(own)
+            fields |= {f"{name}_len_mean": row for name, row in zip(KINDS, means)}
         if self.ref_logps is not None:
-            fields["ref_chosen"], fields["ref_rejected"] = (row[pairs] for row in self.ref_logps.view(2, -1))
+            fields["ref_chosen"], fields["ref_rejected"] = columns(self.ref_logps.view(2, -1), pairs)
         fields["index"] = torch.arange(pairs.start, pairs.stop, device=logps[0].device)
         return PairSums(**fields)
 
@@ -97,8 +99,8 @@ class PairTerms:
             if not losses.requires_grad:
                 return losses, logps.new_zeros(logps.shape[1], len(kinds))
             self._reject_parameters(losses, leaves)
-            total = losses.sum() / num_pairs if self.mean else losses.sum()
-            gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+            upstream = torch.full_like(losses, 1 / num_pairs if self.mean else 1.0)
+            gradients = torch.autograd.grad(losses, leaves, upstream, allow_unused=True)
         for kind, gradient in enumerate(gradients):
             if gradient is not None and kind not in kinds:
                 raise ValueError(
@@ -133,6 +135,11 @@ class PairTerms:
                     "requires grad; it would get no gradient here: detach it, or train it outside the objective"
                 )
             nodes.extend(parent for parent, _ in node.next_functions)
+
+
+def columns(table: Tensor, pairs: slice) -> Tensor:
+    """``table[:, pairs]``, or ``table`` itself where these are all its columns."""
+    return table if pairs.start == 0 and pairs.stop >= table.shape[1] else table[:, pairs]
 
 
 @dataclass(frozen=True)
@@ -188,8 +195,8 @@ class InSPOOutput:
         return cls(
             loss=loss,
             losses=losses.to(loss.dtype),
-            logps=logps[:2].flatten(),
-            lengths=lengths[:2].flatten(),
+            logps=(logps if len(logps) == 2 else logps[:2]).flatten(),
+            lengths=(lengths if len(lengths) == 2 else lengths[:2]).flatten(),
             marginal_logps=logps[2:].flatten() if len(logps) == 4 else None,
             chosen_rewards=chosen,
             rejected_rewards=rejected,

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, HeadTile, open_tile
-from .backends.base import chunks
-from .gradients import DeferredGradients, Gradients, Needs
+from .backends.base import chunks, cut
+from .gradients import DeferredGradients, Gradients, Needs, graph_is_freed
 from .groups import VocabGroup
 from .head import LMHead, plain_arithmetic
-from .pair_loss import PairTerms
+from .pair_loss import PairTerms, columns
 from .row_sums import RowSums, TokenScores, parts_of
 from .scored_rows import ScoredRows
 
@@ -62,10 +62,11 @@ class HeadPass:
             most = min(most, self.capacity)  # the same on every rank
         blocks = []
         for rows in chunks(0, len(x), most):
-            own = None if dx is None else dx[rows]
-            sums = tile.stage(x[rows], targets[rows], keep=keep, dx=own, parts=parts_of(self.statistics))
+            own = None if dx is None else cut(dx, rows)
+            of_rows = cut(targets, rows)
+            sums = tile.stage(cut(x, rows), of_rows, keep=keep, dx=own, parts=parts_of(self.statistics))
             if self.group is not None:
-                sums = self.group.combine(sums, targets[rows], self.head.accumulate_dtype)
+                sums = self.group.combine(sums, of_rows, self.head.accumulate_dtype)
             tile.finish(sums)
             blocks.append(sums)
         return RowSums.cat(blocks)
@@ -150,6 +151,8 @@ def token_gradients(
             torch.mul(kept.dx, coefficients[first:].unsqueeze(1), out=gradients.x[first:])
             pending = run.start_sum(gradients.x[first:])
         tile.head_gradients(coefficients[first:], dweight=gradients.weight, dbias=gradients.bias)
+        if graph_is_freed():
+            tile.release()
         pending()
         del tile
     if kept.sums is not None:
@@ -192,8 +195,9 @@ def pair_losses(
     rest = slice(graded, len(x))
     with plain_arithmetic(x.device):
         # Forward-only segments first, so that an objective may look at them when its pair's turn comes.
-        rest_scores = run.score(x[rest], plan.targets[rest])
-        sums.fill(slice(plan.kinds_per_pair * plan.num_pairs, len(plan.counts)), rest_scores)
+        if graded < len(x):
+            rest_scores = run.score(x[rest], plan.targets[rest])
+            sums.fill(slice(plan.kinds_per_pair * plan.num_pairs, len(plan.counts)), rest_scores)
         gradients: Gradients | DeferredGradients
         if not graded:
             no_scores = run.score(x[:0], plan.targets[:0])
@@ -203,11 +207,13 @@ def pair_losses(
             losses, gradients = _one_pass(run, plan, terms, pair_capacity, x, sums, needs)
         else:
             dx = run.empty_rows(x)
-            scores = run.unit_gradients(x[:graded], plan.targets[:graded], dx[:graded])
+            first, of_graded = slice(0, graded), cut(dx, slice(0, graded))
+            scores = run.unit_gradients(cut(x, first), cut(plan.targets, first), of_graded)
             losses, by_row = sums.differentiate(terms, slice(0, plan.num_pairs), scores)
-            dx[:graded].mul_(by_row.unsqueeze(1))
-            pending = run.start_sum(dx[:graded])
-            dx[rest].zero_()
+            of_graded.mul_(by_row.unsqueeze(1))
+            pending = run.start_sum(of_graded)
+            if graded < len(x):
+                dx[rest].zero_()
             pending()
             gradients = Gradients(dx, None, None)
     return losses, sums, gradients
@@ -225,8 +231,8 @@ def _one_pass(
     tile = run.open(capacity)
     if len(groups) == 1 and largest <= capacity and run.worth_deferring(largest, needs):
         pairs, rows = groups[0]
-        dx = run.empty_rows(x[rows]) if needs.x else None
-        scores = run.scores(run.stage(tile, x[rows], targets[rows], keep=True, dx=dx))
+        dx = run.empty_rows(cut(x, rows)) if needs.x else None
+        scores = run.scores(run.stage(tile, cut(x, rows), cut(targets, rows), keep=True, dx=dx))
         losses, by_row = sums.differentiate(terms, pairs, scores)
         return losses, DeferredGradients(
             run.backend,
@@ -246,32 +252,34 @@ def _one_pass(
     for pairs, rows in groups:
         kept = slice(max(rows.start, rows.stop - capacity), rows.stop)
         early = slice(rows.start, kept.start)
-        parts = [
-            run.stage(
-                tile, x[part], targets[part], keep=part is kept, dx=None if gradients.x is None else gradients.x[part]
-            )
-            for part in (early, kept)
-            if part.start < part.stop
-        ]
+        parts = []
+        for part in (early, kept):
+            if part.start < part.stop:
+                dx = None if gradients.x is None else cut(gradients.x, part)
+                parts.append(run.stage(tile, cut(x, part), cut(targets, part), keep=part is kept, dx=dx))
         losses, by_row = sums.differentiate(terms, pairs, run.scores(RowSums.cat(parts)))
         group_losses.append(losses)
         if gradients.x is not None:
-            gradients.x[rows].mul_(by_row.unsqueeze(1))
+            cut(gradients.x, rows).mul_(by_row.unsqueeze(1))
             if rows.stop == groups[-1][1].stop:  # while the last group's dW is computed
-                pending = run.start_sum(gradients.x[: rows.stop])
-        coefficients = by_row[: early.stop - early.start], by_row[early.stop - early.start :]
+                pending = run.start_sum(cut(gradients.x, slice(0, rows.stop)))
+        num_early = early.stop - early.start
         if kept.start < kept.stop:
-            tile.head_gradients(coefficients[1], accumulate=accumulate, **head_gradients)
+            coefficients = cut(by_row, slice(num_early, len(by_row)))
+            tile.head_gradients(coefficients, accumulate=accumulate, **head_gradients)
             accumulate = True
         if early.start < early.stop:
+            coefficients = by_row[:num_early]
             tile.recompute_gradients(
-                x[early], targets[early], parts[0], coefficients[0], dx=None, accumulate=accumulate, **head_gradients
+                x[early], targets[early], parts[0], coefficients, dx=None, accumulate=accumulate, **head_gradients
             )
             accumulate = True
-    if gradients.x is not None:
-        gradients.x[sum(plan.pair_rows) :].zero_()
+    tile.release()
+    graded = sum(plan.pair_rows)
+    if gradients.x is not None and graded < len(x):
+        gradients.x[graded:].zero_()
     pending()
-    return torch.cat(group_losses), gradients
+    return group_losses[0] if len(group_losses) == 1 else torch.cat(group_losses), gradients
 
 
 class SegmentSums:
@@ -288,10 +296,10 @@ class SegmentSums:
 
         Sums of consecutive runs, in float64, in an order that does not vary: deterministic on every device.
         """
-        counts = self.plan.device_counts[segments]
+        counts = cut(self.plan.device_counts, segments)
         if not len(counts):
             return
-        order = self.plan.order[segments]
+        order = cut(self.plan.order, segments)
         values = {name: (table, scores.statistics[name]) for name, table in self.statistics.items()}
         for table, rows in ((self.table, scores.logps), *values.values()):
             table.view(-1)[order] = torch.segment_reduce(rows.double(), "sum", lengths=counts, unsafe=True)
@@ -309,9 +317,10 @@ class SegmentSums:
         segments = slice(k * pairs.start, k * pairs.stop)
         self.fill(segments, scores)
         self.add_other_ranks()
-        losses, coefficients = terms.coefficients(self.table[:, pairs], self.lengths, pairs.start, self.plan.num_pairs)
+        table = columns(self.table, pairs)
+        losses, coefficients = terms.coefficients(table, self.lengths, pairs.start, self.plan.num_pairs)
         by_segment = coefficients.flatten().to(scores.logps.dtype)
-        counts = self.plan.device_counts[segments]
+        counts = cut(self.plan.device_counts, segments)
         return losses, by_segment.repeat_interleave(counts, output_size=len(scores.logps))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,14 +116,19 @@ class RowSums:
         squares = None if self.squares is None else factor.square() * self.squares.double()
         return replace(self, offset=offset, rest=factor * rest, moment=moment, squares=squares)
 
+    @cached_property
+    def below(self) -> Tensor:
+        """The label's logit less the offset."""
+        return self.label - self.offset
+
     @property
     def total(self) -> Tensor:
         """S, in the units of ``offset``."""
-        return self.rest + (self.label - self.offset).exp()
+        return self.rest + self.below.exp()
 
     def scores(self, dtype: torch.dtype, vocab_size: int, names: Iterable[str] = ()) -> TokenScores:
         """Log-probs and the statistics ``names`` of softmax(z') over all ``vocab_size`` words, in ``dtype``."""
-        below = self.label - self.offset
+        below = self.below
         # p = sigmoid(below - log rest): a label that is almost certain or all but impossible loses no digit.
         logps = F.logsigmoid(below - self.rest.log())
         # For the statistics no number is larger than the offset: exp(label - offset) would overflow.

@@ -24,7 +24,7 @@ class Candidates:
     """Label positions before anything is dropped: (K,) tensors on the labels' device.
 
     ``marginals``: whether marginals are scored; None leaves it to whether there are any. ``valid`` is a 0-d bool
-    tensor, checked with the rest: whether cu_seqlens or segment_ids made sense.
+    tensor, checked with the rest: whether cu_seqlens or segment_ids made sense; None where there are none.
     """
 
     rows: Tensor
@@ -33,7 +33,7 @@ class Candidates:
     scored: Tensor
     num_pairs: int
     marginals: bool | None
-    valid: Tensor
+    valid: Tensor | None
     invalid_message: str
 
 
@@ -77,8 +77,9 @@ def from_rows(labels: Tensor, marginal_labels: Tensor | None, *, shift: bool, ig
     positions = torch.arange(labels.numel(), device=labels.device)
     sequence = positions // length
     marginals = None if marginal_labels is None else marginal_labels.flatten()
+    has_earlier = positions % length != 0 if shift else positions
     return _from_sequences(
-        labels.flatten(), marginals, sequence, positions % length == 0, num_rows // 2, shift, ignore_index
+        labels.flatten(), marginals, positions, sequence, has_earlier, num_rows // 2, shift, ignore_index
     )
 
 
@@ -95,8 +96,9 @@ def from_packed(
     return _from_sequences(
         labels,
         marginal_labels,
+        positions,
         sequence,
-        positions == cu_seqlens[sequence],
+        positions != cu_seqlens[sequence],
         num_sequences // 2,
         shift,
         ignore_index,
@@ -123,26 +125,27 @@ def from_compact(labels: Tensor, segment_ids: Tensor, num_pairs: int, *, ignore_
 def _from_sequences(
     labels: Tensor,
     marginal_labels: Tensor | None,
+    positions: Tensor,
     sequence: Tensor,
-    is_first: Tensor,
+    has_earlier: Tensor,
     num_pairs: int,
     shift: bool,
     ignore_index: int,
     valid: Tensor | None = None,
     invalid_message: str = "",
 ) -> Candidates:
-    rows = torch.arange(len(labels), device=labels.device) - int(shift)
+    """``has_earlier``: whether a position is not the first of its sequence, read where labels are shifted."""
+    rows = positions - 1 if shift else positions
     targets, segments = labels, sequence
     if marginal_labels is not None:
         # Sequence b < B holds y_l as its alternative, so its marginal segment is 3B + b; sequence B + b gives 2B + b.
         marginal_segments = 2 * num_pairs + (sequence + num_pairs) % (2 * num_pairs)
-        rows, is_first = rows.repeat(2), is_first.repeat(2)
+        rows, has_earlier = rows.repeat(2), has_earlier.repeat(2)
         targets = torch.cat([labels, marginal_labels])
         segments = torch.cat([sequence, marginal_segments])
     scored = targets != ignore_index
     if shift:
-        scored &= ~is_first
-    valid = torch.ones((), dtype=torch.bool, device=labels.device) if valid is None else valid
+        scored &= has_earlier
     return Candidates(rows, targets, segments, scored, num_pairs, marginal_labels is not None, valid, invalid_message)
 
 
@@ -168,15 +171,16 @@ def plan(
     counts_device = torch.zeros(4 * num_pairs, dtype=torch.int64, device=c.targets.device)
     counts_device.scatter_add_(0, c.segments, c.scored.long())
     lowest_highest = _lowest_highest(c.targets, c.scored)
+    valid = lowest_highest.new_ones(1) if c.valid is None else c.valid.view(1)
     # The one host read: everything the plan and the checks need.
-    numbers = torch.cat([c.valid.long().view(1), lowest_highest, counts_device])
+    numbers = torch.cat([valid, lowest_highest, counts_device])
     if split is None:
-        valid, lowest, highest, *counts = numbers.tolist()
+        is_valid, lowest, highest, *counts = numbers.tolist()
     else:
         same = {**(same or {}), "labels": _fingerprint(c)}
-        valid, lowest, highest, *counts = split.agree(numbers, same, vocab_size, device)
+        is_valid, lowest, highest, *counts = split.agree(numbers, same, vocab_size, device)
         vocab_size = split.vocab_size(vocab_size)
-    if not valid:
+    if not is_valid:
         raise ValueError(c.invalid_message)
     _check_range("labels or marginal_labels" if c.marginals else "labels", lowest, highest, vocab_size)
     lengths, all_counts = counts_device, counts
@@ -201,7 +205,7 @@ def plan(
     return ScoredRows(
         rows=to_device(c.rows[index], device),
         targets=_own_words(to_device(c.targets[index], device), split),
-        lengths=to_device(lengths, device)[: num_kinds * num_pairs].view(num_kinds, num_pairs),
+        lengths=to_device(lengths, device).view(4, num_pairs)[:num_kinds],
         order=order,
         counts=[counts[segment] for segment in segments],
         device_counts=counts_device[order],
@@ -263,7 +267,7 @@ def checked_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.d
 
 def _lowest_highest(targets: Tensor, scored: Tensor) -> Tensor:
     """(2,) int64: range of the scored targets and 0, which stands for the others."""
-    return torch.stack(torch.cat([targets.masked_fill(~scored, 0), targets.new_zeros(1)]).aminmax())
+    return torch.stack((targets * scored).aminmax()) if len(targets) else targets.new_zeros(2)
 
 
 def _check_range(name: str, lowest: int, highest: int, vocab_size: int) -> None:
@@ -280,6 +284,12 @@ def _check_scored(counts: list[int], num_pairs: int, required_kinds: tuple[int, 
         if empty:
             shown = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
             name = KINDS[kind].replace("_", " ")
+            if kind >= 2:
+                raise ValueError(
+                    f"the {name} response of pair(s) {shown} has no scored token, but the loss needs it. A pair laid "
+                    "out plain (conditioned=False, or dropped by alternative_dropout) has no marginals: condition "
+                    "these pairs, or use an objective without marginals and marginal_weight=0"
+                )
             raise ValueError(
                 f"the {name} response of pair(s) {shown} has no scored token; its loss would be a constant: drop these "
                 "pairs or mend their labels (with shift=True the label at a sequence's first position is not scored)"

@@ -9,8 +9,11 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Two threads would only fight over tensors this small.
+# Two threads would only fight over tensors this small, here and in the processes that tests start. Inductor would start
+# processes of its own to compile in, each of which imports torch for a handful of kernels.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")

@@ -71,7 +71,7 @@ def model_card(
     method = (
         "Each response of a pair was scored given the other one (InSPO, "
         "[arXiv 2512.23126](https://arxiv.org/abs/2512.23126)); at inference the model sees the prompt alone."
-        if config.conditioned
+        if config.sees_alternative
         else "Each response was scored given the prompt alone."
     )
     share = "" if trained == parameters else f", {trained:,} of them trained"

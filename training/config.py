@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from inspo_kernels.objectives import OBJECTIVES, Objective, make_objective
 
 from .data_options import DataOptions
+from .dropout import check_dropout
 from .errors import InputError
 
 OBJECTIVE_PARAMETERS = ("beta", "label_smoothing", "tau", "gamma", "alpha", "lam", "sft", "divergence",
@@ -62,6 +63,7 @@ class TrainConfig(DataOptions, TrainingArguments):
     conditioned: Annotated[bool, "score each response given the other one; false: the plain baseline"] = True
     marginal_weight: Annotated[float, "adds this times the same objective given the prompt alone"] = 0.0
     reference_conditioned: Annotated[bool, "condition the reference, too (not the paper's method)"] = False
+    alternative_dropout: Annotated[float, "share of pairs, by a coin each epoch, scored plain: 0 none, 1 all"] = 0.0
     beta: Annotated[float | None, "scale of the rewards"] = None
     label_smoothing: Annotated[float | None, "dpo, robust, exo_pair: share of labels assumed to be flipped"] = None
     tau: Annotated[float | None, "ipo: the margin aimed at is 1/(2 tau); discopop: temperature"] = None
@@ -143,6 +145,7 @@ class TrainConfig(DataOptions, TrainingArguments):
                 f"objective {self.objective!r} compares the pairs of a batch with each other, but a step is split into "
                 "passes here; use another one" + (", such as orpo with lam 0" if self.objective == "sft" else "")
             )
+        check_dropout(self, objective)
         if not objective.needs_reference and self.reference_conditioned:
             raise InputError(f"reference_conditioned: objective {self.objective!r} has no reference")
         trackers = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
@@ -202,9 +205,22 @@ class TrainConfig(DataOptions, TrainingArguments):
             raise InputError(str(error)) from None
 
     @property
+    def sees_alternative(self) -> bool:
+        """Whether some response is scored given the other one: conditioned, and not always dropped."""
+        return self.conditioned and self.alternative_dropout < 1
+
+    @property
+    def reference_sees_alternative(self) -> bool:
+        """Whether the reference of conditioned pairs is conditioned, too."""
+        return self.reference_conditioned and self.sees_alternative
+
+    @property
     def title(self) -> str:
         """The objective, and what each response is scored given."""
-        return f"{self.make_objective()}, {'each response given the other one' if self.conditioned else 'plain'}"
+        layout = "each response given the other one" if self.sees_alternative else "plain"
+        if 0 < self.alternative_dropout < 1:
+            layout += f", {self.alternative_dropout:.0%} of the pairs plain"
+        return f"{self.make_objective()}, {layout}"
 
     @property
     def pairs_per_micro_step(self) -> int:

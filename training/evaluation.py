@@ -183,17 +183,17 @@ def starting_report(
     """
     assert scores.marginal_logps is not None
     if ref_logps is not None:
-        expected = scores.logps if config.reference_conditioned else scores.marginal_logps
+        expected = scores.logps if config.reference_sees_alternative else scores.marginal_logps
         drift = ((expected - ref_logps[:, : expected.shape[1]]) / scores.lengths).abs().max().item()
         if not drift < (0.05 if coarse or config.bf16 else 1e-3):
             raise InputError(
                 f"the reference log-probs differ from the model's by {drift:.2g} a token; delete the file reference-*"
             )
-    if not config.conditioned:
+    if not config.sees_alternative:
         return
     chosen, rejected = conditioning_gap(scores)
     log(f"before step 1, log pi(y|x,other) - log pi(y|x) per token: chosen {chosen:+.3f}, rejected {rejected:+.3f}")
-    if ref_logps is not None and not config.reference_conditioned:
+    if ref_logps is not None and not config.reference_sees_alternative:
         log("the reference does not see the other response, so the first loss differs from that of equal policies")
     if min(chosen, rejected) < CONDITIONING_GAP_WARNING:
         log(

@@ -56,7 +56,7 @@ def generate(
     (answer,) = generate_batch(
         model, encoder, [ids], max_new_tokens=max_new_tokens, temperatures=[temperature], seeds=[[seed]], chat=chat
     )
-    return _text(answer, tokenizer)
+    return answer_text(answer, tokenizer)
 
 
 @torch.no_grad()
@@ -75,10 +75,7 @@ def generate_batch(
     Each row is sampled at its own temperature (0: greedy) with random numbers from its own seed, so an answer does not
     depend on the prompts beside it, rounding aside. Nothing in the model's generation_config but its ends is used.
     """
-    tokenizer = encoder.tokenizer
-    ends = {tokenizer.eos_token_id, *_ints(model.generation_config.eos_token_id)}
-    if chat:
-        ends |= set(_ints(encoder.turn.end_id))
+    ends = answer_ends(model, encoder, chat=chat)
     pad = min(ends)  # masked, so that any token of the model's vocabulary does
     width = max(map(len, prompts))
     rows = [[pad] * (width - len(ids)) + list(ids) for ids in prompts]
@@ -96,6 +93,12 @@ def generate_batch(
         end = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
         answers.append(ids[:end])
     return answers
+
+
+def answer_ends(model: PreTrainedModel, encoder: TextEncoder, *, chat: bool) -> set[int]:
+    """Return the ids that end an answer: EOS, the model's own, and with ``chat`` the template's end of turn."""
+    ends = {encoder.tokenizer.eos_token_id, *_ints(model.generation_config.eos_token_id)}
+    return ends | set(_ints(encoder.turn.end_id)) if chat else ends
 
 
 class _Noise(LogitsProcessor):
@@ -137,7 +140,7 @@ def answer_questions(
     done = _read_journal(journal, key)
     if done:
         print(f"{len(done)} of {len(questions)} prompts are already answered in {journal}", file=sys.stderr)
-    openings = {i: _prompt_ids(encoder, q, []) for i, q in enumerate(questions) if i not in done}
+    openings = {i: prompt_ids(encoder, q, []) for i, q in enumerate(questions) if i not in done}
     positions = getattr(model.config, "max_position_embeddings", None)
     for i, ids in openings.items():
         if positions and len(ids) + max_new_tokens > positions:
@@ -154,12 +157,12 @@ def answer_questions(
             while left := [i for i in batch if len(answers[i]) < questions[i].answers]:
                 turn = len(answers[left[0]])
                 outputs = generate_batch(
-                    model, encoder, [_prompt_ids(encoder, questions[i], answers[i]) for i in left],
+                    model, encoder, [prompt_ids(encoder, questions[i], answers[i]) for i in left],
                     max_new_tokens=max_new_tokens, temperatures=[temperatures[i] for i in left],
                     seeds=[[seed, i, turn] for i in left], chat=any(questions[i].text is None for i in left),
                 )  # fmt: skip
                 for i, ids in zip(left, outputs):
-                    answers[i].append(Answer(_text(ids, tokenizer).strip(), len(ids)))
+                    answers[i].append(Answer(answer_text(ids, tokenizer).strip(), len(ids)))
             for i in batch:
                 done[i] = answers[i]
                 file.write(json.dumps({"index": i, "answers": answers[i]}) + "\n")
@@ -171,7 +174,8 @@ def answer_questions(
     return [done[i] for i in range(len(questions))]
 
 
-def _prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[Answer]) -> list[int]:
+def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[Answer]) -> list[int]:
+    """Return the ids that the next answer follows, ``answers`` being those to the question's first turns."""
     if question.text is not None:
         text = question.text
     else:
@@ -195,7 +199,8 @@ def _read_journal(journal: Path, key: str) -> dict[int, list[Answer]]:
     return {line["index"]: [Answer(*answer) for answer in line["answers"]] for line in whole[1:]}
 
 
-def _text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of an answer, without special tokens."""
     text = tokenizer.decode(list(ids), skip_special_tokens=True)
     assert isinstance(text, str)  # of one answer
     return text
@@ -227,6 +232,8 @@ def _fingerprint(prompts: Path, folder: Path, options: dict[str, object]) -> str
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with 2 on bad input, 130 on Ctrl-C."""
+    from . import reflect  # here, because it imports this module
+
     parser = argparse.ArgumentParser(prog="python -m training.generate", description="Answers from the prompt alone.")
     parser.add_argument("--model", required=True, help="folder (final/ of a run, also an adapter's) or hub id")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -241,11 +248,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts answered together [16]")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on a GPU, float32 elsewhere]")
+    reflect.add_options(parser)
     options = parser.parse_args(arguments)
     if (options.temperature or 0) < 0 or min(options.max_new_tokens, options.batch_size) < 1 or options.seed < 0:
         parser.error("--temperature and --seed must be at least 0, --max_new_tokens and --batch_size at least 1")
     if (options.prompts is None) != (options.out is None):
         parser.error("--prompts and --out belong together")
+    reflect.check_options(parser, options)
     logging.disable_progress_bar()  # a bar for reading the weights would stand before the answer
     try:
         _run(options)
@@ -258,6 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from . import reflect
+
     if options.out:
         out = Path(options.out)
         if out.exists():
@@ -269,6 +280,9 @@ def _run(options: argparse.Namespace) -> None:
     dtype: Literal["float32", "bfloat16"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model, tokenizer = load_model(DataOptions(model=options.model, dtype=dtype), training=False)
     model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    if options.reflect:
+        reflect.answer(model, tokenizer, options)
+        return
     if not options.out:
         print(generate(
             model, tokenizer, options.prompt, max_new_tokens=options.max_new_tokens,

@@ -68,7 +68,7 @@ class Memory:
 def graded_tokens(lengths: Lengths, config: TrainConfig) -> int:
     """Return the most scored tokens of a pair that the loss is differentiated in, in each context anew."""
     terms = PairTerms(config.make_objective(), None, None, marginal_weight=config.marginal_weight, mean=False)
-    kinds = terms.gradient_kinds(4 if config.conditioned else 2)
+    kinds = terms.gradient_kinds(4 if config.sees_alternative else 2)
     return int(sum(lengths[:, 1 + kind % 2] for kind in kinds).max())
 
 

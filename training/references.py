@@ -21,7 +21,7 @@ from .engine import from_first_process, process_index
 from .errors import InputError, Stopped
 from .inputs import Inputs
 from .output import duration
-from .scoring import Batcher, StopRequested, score, unwrap
+from .scoring import Batcher, Conditioned, StopRequested, score, unwrap
 
 # Pairs that are scored together, always the same ones: a pass that is resumed gives the same bits.
 CHUNK = 256
@@ -33,13 +33,15 @@ class References:
     """Summed log-probs of a run's reference, float64; None where the objective needs none, or there are no such pairs.
 
     ``train`` (2, n) of the pairs ``used``, by their index; ``held_out`` (2, m), and ``held_out_marginal`` where the
-    former sees the other response and the rewards from the prompt alone need another.
+    former sees the other response and the rewards from the prompt alone need another. ``train_plain`` (2, n) for pairs
+    whose alternative is dropped, where ``train`` is conditioned.
     """
 
     used: Sequence[int]
     train: Tensor | None
     held_out: Tensor | None
     held_out_marginal: Tensor | None
+    train_plain: Tensor | None = None
 
     @classmethod
     def compute(
@@ -69,18 +71,26 @@ class References:
                     stop_requested=stop_requested,
                 )  # fmt: skip
 
-        conditioned, held = config.reference_conditioned, range(len(inputs.held_out))
-        digests = inputs.digests
+        conditioned, held = config.reference_sees_alternative, range(len(inputs.held_out))
+        digests, drops = inputs.digests, config.alternative_dropout > 0
         return cls(
             used=used,
             train=logps_of(inputs.train_pairs, digests["train_data"], used, conditioned),
             held_out=logps_of(inputs.held_out, digests["eval_data"], held, conditioned),
             held_out_marginal=logps_of(inputs.held_out, digests["eval_data"], held, False) if conditioned else None,
+            train_plain=(
+                logps_of(inputs.train_pairs, digests["train_data"], used, False) if conditioned and drops else None
+            ),
         )
 
-    def of_batch(self, batch: Sequence[int]) -> Tensor | None:
-        """Return (2B,) of the training pairs of these indices, as the loss takes them."""
-        return None if self.train is None else self.train[:, [self._row_of[i] for i in batch]].reshape(-1)
+    def of_batch(self, batch: Sequence[int], conditioned: Conditioned) -> Tensor | None:
+        """Return (2B,) of the training pairs of these indices, as the loss takes them, each in its own layout."""
+        if self.train is None:
+            return None
+        rows = [self._row_of[i] for i in batch]
+        if self.train_plain is None:
+            return self.train[:, rows].reshape(-1)
+        return torch.where(torch.tensor(conditioned), self.train[:, rows], self.train_plain[:, rows]).reshape(-1)
 
     @cached_property
     def _row_of(self) -> dict[int, int]:

@@ -22,6 +22,7 @@ from .engine import checkpointed, decoder_layers, in_any_process, process_count,
 from .pairs import Pair, Pairs
 
 Lengths = NDArray[np.int64]
+Conditioned = bool | Sequence[bool]  # of all pairs, or of each
 _SCORED_OF_ROWS, _SCORED_OF_TREES = ("labels", "marginal_labels"), ("labels", "segment_ids", "num_pairs")
 _READ_BY_MODEL = ("input_ids", "attention_mask", "position_ids", "tree_ends", "paths", "path_of", "rows")
 TIE = 1e-4  # margins this small are rounding: before training all of them are 0 where there is a reference
@@ -36,13 +37,15 @@ class Batch:
     """What a forward pass of ``PairModel`` takes. Engines cast tensors that they find; they do not look into this.
 
     ``tensors`` as ``condition_pairs`` gives them, ``ref_logps`` (2B,) float64. The loss is ``scale`` times the sum over
-    the pairs. With ``sums_only`` there is no loss.
+    the pairs. With ``sums_only`` there is no loss. With ``marginals`` the report has the log-probs given the prompt
+    alone of every pair, plain ones included.
     """
 
     tensors: dict[str, Any]
     ref_logps: Tensor | None = None
     scale: float = 1.0
     sums_only: bool = False
+    marginals: bool = False
 
 
 @dataclass
@@ -84,7 +87,8 @@ class PairModel(nn.Module):
                 sums, lengths = ik.pair_logps(hidden, **scored, **head)
                 return sums.new_zeros(()), Report({}, torch.cat([sums[:2], lengths[:2].to(sums), sums[2:]]))
             out = self.loss(hidden, **scored, ref_logps=batch.ref_logps, **head)
-        return out.loss * batch.scale, Report({"loss": out.losses.double().sum(), **summed_metrics(out)})
+        metrics = {"loss": out.losses.double().sum(), **summed_metrics(out, batch.marginals)}
+        return out.loss * batch.scale, Report(metrics)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
@@ -105,12 +109,21 @@ def unwrap(module: nn.Module) -> PairModel:
     return inner
 
 
-def summed_metrics(out: ik.InSPOOutput) -> dict[str, Tensor]:
-    """Return sums over the pairs, float64, under TRL's names; behind "marginal/" the same given the prompt alone."""
-    kinds = [("", out.chosen_rewards, out.rejected_rewards, out.logps)]
+def summed_metrics(out: ik.InSPOOutput, marginals: bool = False) -> dict[str, Tensor]:
+    """Return sums over the pairs, float64, under TRL's names; behind "marginal/" the same given the prompt alone.
+
+    With ``marginals`` the latter are there even if no pair has marginals: a plain pair's own log-probs are these.
+    """
+    own = out.chosen_rewards, out.rejected_rewards, out.logps
+    kinds = [("", *own)]
     if out.marginal_logps is not None:
         assert out.marginal_chosen_rewards is not None and out.marginal_rejected_rewards is not None
-        kinds.append(("marginal/", out.marginal_chosen_rewards, out.marginal_rejected_rewards, out.marginal_logps))
+        plain = out.marginal_chosen_rewards.isnan()
+        alone = out.marginal_chosen_rewards, out.marginal_rejected_rewards, out.marginal_logps.view(2, -1)
+        chosen, rejected, logps = (torch.where(plain, mine.view_as(a), a) for mine, a in zip(own, alone))
+        kinds.append(("marginal/", chosen, rejected, logps))
+    elif marginals:
+        kinds.append(("marginal/", *own))
     metrics: dict[str, Tensor] = {}
     for name, chosen, rejected, logps in kinds:
         columns = {
@@ -142,7 +155,7 @@ class Batcher:
     separator_ids: tuple[int, ...] = ()
     layout: str = "rows"
 
-    def __call__(self, pairs: Sequence[Pair], *, conditioned: bool, marginals: bool = True) -> dict[str, Any]:
+    def __call__(self, pairs: Sequence[Pair], *, conditioned: Conditioned, marginals: bool = True) -> dict[str, Any]:
         """Return the batch; without ``marginals`` no row meets the head for the log-probs given the prompt alone."""
         batch = ik.condition_pairs(
             [p[:3] for p in pairs], pad_token_id=self.pad_token_id, conditioned=conditioned,
@@ -155,19 +168,20 @@ class Batcher:
             batch["marginal_labels"] = None
         return batch | {name: batch[name].to(self.device) for name in _READ_BY_MODEL if name in batch}
 
-    def tokens(self, lengths: Lengths, *, conditioned: bool) -> Lengths:
+    def tokens(self, lengths: Lengths, *, conditioned: Conditioned) -> Lengths:
         """Tokens that the model reads for pairs of ``lengths`` (n, 3), without padding; (n,)."""
         prompt, both = lengths[:, 0], lengths[:, 1] + lengths[:, 2]
-        in_rows = 2 * (prompt + both + len(self.separator_ids)) if conditioned else 2 * prompt + both
+        in_rows = np.where(conditioned, 2 * (prompt + both + len(self.separator_ids)), 2 * prompt + both)
         return in_rows if self.layout == "rows" else in_rows - prompt
 
-    def padded(self, lengths: Lengths, *, conditioned: bool) -> Lengths:
+    def padded(self, lengths: Lengths, *, conditioned: Conditioned) -> Lengths:
         """Tokens that each pair takes in a forward pass of which it is the largest; (n,)."""
-        if conditioned or self.layout != "rows":
-            return self.tokens(lengths, conditioned=conditioned)
-        return 2 * (lengths[:, 0] + lengths[:, 1:].max(1))
+        tokens = self.tokens(lengths, conditioned=conditioned)
+        if self.layout != "rows":
+            return tokens
+        return np.where(conditioned, tokens, 2 * (lengths[:, 0] + lengths[:, 1:].max(1)))
 
-    def plan(self, pairs: Sequence[Pair], *, conditioned: bool) -> list[MicroBatch]:
+    def plan(self, pairs: Sequence[Pair], *, conditioned: Conditioned) -> list[MicroBatch]:
         """The forward passes of this process, as many in each process."""
         sizes = self.padded(lengths_of(pairs), conditioned=conditioned).tolist()
         packed = self.layout == "packed_tree"

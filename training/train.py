@@ -118,8 +118,8 @@ def plan(
     layout = found.state["layout"] if found is not None and config.layout == "auto" else config.layout
     batcher = Batcher(inputs.pad_token_id, device, config.max_batch_tokens, inputs.separator)
     lengths = lengths_of(inputs.train_pairs)
-    batcher = choose_layout(layout, model, batcher, lengths, conditioned=config.conditioned, log=say)
-    sizes = batcher.padded(lengths, conditioned=config.conditioned)
+    batcher = choose_layout(layout, model, batcher, lengths, conditioned=config.sees_alternative, log=say)
+    sizes = batcher.padded(lengths, conditioned=config.sees_alternative)
     if large := int((sizes > config.max_batch_tokens).sum()):
         say(f"note: {large} pairs take more than max_batch_tokens alone (the largest {sizes.max()})")
     report_memory(model, config, device, int(sizes.max()), lengths, say)

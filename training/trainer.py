@@ -23,6 +23,7 @@ from .batching import EpochLoader, used_indices
 from .card import write_model
 from .checkpoint import Resumed, resume_hint, settings_to_keep
 from .config import TrainConfig
+from .dropout import conditioned_pairs
 from .engine import process_count, sum_over_processes
 from .errors import NonFiniteError, SaveError
 from .evaluation import evaluate, is_better, sample_answers, starting_report
@@ -34,7 +35,7 @@ from .model import rounds_by_batch
 from .output import METRICS, SAMPLES, RunLog, Window, evaluation_line, training_line
 from .references import References
 from .resumable import ResumableTrainer
-from .scoring import Batch, Batcher, PairModel, StopRequested, lengths_of, score
+from .scoring import Batch, Batcher, Conditioned, PairModel, StopRequested, lengths_of, score
 from .watch import Watch, evaluation_warnings, training_warnings
 
 STARTING_SAMPLE = 32  # pairs that the report before step 1 looks at
@@ -85,7 +86,7 @@ class PairTrainer(ResumableTrainer):
         indices: list[int] = inputs
         marginals = self.is_logged(self.state.global_step + 1)
         syncs, share = self.accelerator.sync_gradients, torch.zeros((), device=self.args.device)
-        passes = self.batcher.plan([self.inputs.train_pairs[i] for i in indices], conditioned=self.config.conditioned)
+        passes = self.batcher.plan([self.inputs.train_pairs[i] for i in indices], conditioned=self.conditioned(indices))
         for number, part in enumerate(passes, 1):
             last = number == len(passes)
             # Engines average over the processes.
@@ -103,9 +104,15 @@ class PairTrainer(ResumableTrainer):
     def _batch(self, indices: Sequence[int], scale: float, marginals: bool) -> Batch:
         """The pairs' tensors; log-probs given the prompt alone only where loss or log need them."""
         needed = marginals or self.config.marginal_weight > 0 or self.objective.needs_marginals
-        pairs = [self.inputs.train_pairs[i] for i in indices]
-        tensors = self.batcher(pairs, conditioned=self.config.conditioned, marginals=needed)
-        return Batch(tensors, self.references.of_batch(indices), scale)
+        pairs, conditioned = [self.inputs.train_pairs[i] for i in indices], self.conditioned(indices)
+        tensors = self.batcher(pairs, conditioned=conditioned, marginals=needed)
+        references = self.references.of_batch(indices, conditioned)
+        return Batch(tensors, references, scale, marginals=needed and self.config.sees_alternative)
+
+    def conditioned(self, indices: Sequence[int]) -> Conditioned:
+        """Which of these training pairs are conditioned in the present epoch."""
+        epoch = self.state.global_step // self.config.steps_per_epoch(len(self.inputs.train_pairs))
+        return conditioned_pairs(self.config, epoch, indices)
 
     def _syncing(self, model: nn.Module, only_if: bool) -> AbstractContextManager[Any]:
         """Around a forward and backward: DDP averages gradients in the last of a step alone.
@@ -129,7 +136,7 @@ class PairTrainer(ResumableTrainer):
         mine = torch.cat([torch.stack(list(sums.values())) / len(indices), norm_tensor / process_count(), stop])
         row = dict(zip([*sums, "grad_norm", "stop"], sum_over_processes(mine).tolist(), strict=True))
         self.stopping = row.pop("stop") > 0 or self.stopping
-        if self.config.reference_conditioned:  # rewards from the prompt alone would need another reference
+        if self.config.reference_sees_alternative:  # rewards from the prompt alone would need another reference
             row = {name: value for name, value in row.items() if not name.startswith("marginal/rewards")}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise NonFiniteError(
@@ -146,12 +153,12 @@ class PairTrainer(ResumableTrainer):
         pairs = [self.inputs.train_pairs[i] for i in indices]
         lengths = lengths_of(pairs)
         row["tokens/chosen"], row["tokens/rejected"] = lengths[:, 1:].mean(0).tolist()
-        references = None if self.config.reference_conditioned else self.references.of_batch(indices)
+        references = None if self.config.reference_sees_alternative else self.references.of_batch(indices, False)
         if references is not None:
             row["ref_logps/chosen"], row["ref_logps/rejected"] = references.view(2, -1).mean(1).tolist()
         window, read = (
             self.progress.window,
-            int(self.batcher.tokens(lengths, conditioned=self.config.conditioned).sum()),
+            int(self.batcher.tokens(lengths, conditioned=self.conditioned(indices)).sum()),
         )
         window.add(row, len(indices))
         window.tokens += read
@@ -251,7 +258,7 @@ class PairTrainer(ResumableTrainer):
             self.control.should_save = step > 0
             return {"eval_loss": math.nan}
         metrics = evaluate(
-            scores, self.references.held_out, held_out, self.objective, conditioned=config.conditioned,
+            scores, self.references.held_out, held_out, self.objective, conditioned=config.sees_alternative,
             marginal_weight=config.marginal_weight, marginal_ref_logps=self.references.held_out_marginal,
         )  # fmt: skip
         metrics |= self._sample()

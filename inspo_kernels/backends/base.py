@@ -62,6 +62,10 @@ class HeadTile(ABC):
         """Make ``head_gradients`` read these, from ``staged`` of a tile of the same head."""
 
     @abstractmethod
+    def release(self) -> None:
+        """Let go of the kept rows' memory: nothing that ``staged`` returned is read again."""
+
+    @abstractmethod
     def head_gradients(
         self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
     ) -> None:
@@ -134,3 +138,8 @@ def chunks(start: int, stop: int, capacity: int) -> Iterator[slice]:
         count = -(-(stop - start) // capacity)
         size = -(-(stop - start) // count)
         yield from (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def cut(tensor: Tensor, rows: slice) -> Tensor:
+    """``tensor[rows]``, or ``tensor`` itself where these are all its rows: small calls are made of such operations."""
+    return tensor if rows.start == 0 and rows.stop >= len(tensor) else tensor[rows]

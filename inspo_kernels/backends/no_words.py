@@ -49,6 +49,9 @@ class TileWithoutWords(HeadTile):
     def staged(self) -> tuple[Tensor, ...]:
         return ()
 
+    def release(self) -> None:
+        pass
+
     def restore(self, staged: tuple[Tensor, ...]) -> None:
         pass
 

@@ -1,11 +1,12 @@
 """The head in plain torch on any device. Logits exist only as tiles of rows x words that fit the last-level cache.
 
 Each tile is multiplied, turned into E and used while it is still in the cache. With z' in units of log 2 (exp2 is three
-times as fast as exp on a CPU), o the running maximum of a row over the tiles so far, y the label:
+times as fast as exp on a CPU), o an offset within 2^40 of the row's maximum over the tiles so far, y the label:
 
     E_v = 2^(z'_v - o), 0 at the label        rest = sum of E_v        S = rest + 2^(z'_y - o)
 
-When a later tile raises o, what has been summed is multiplied by 2^(old o - new o): exactly what it would have been.
+o is 0 where that is near enough, and then costs nothing: 2^40 V and its inverse are far from float32's limits. When a
+later tile raises o, what has been summed is multiplied by 2^(old o - new o): exactly what it would have been.
 The label's share of every gradient is apart, because it needs S' = rest over all tiles, with D = dz'/dz of the soft-cap
 (1 without one), slope s and coefficients c:
 
@@ -14,9 +15,8 @@ The label's share of every gradient is apart, because it needs S' = rest over al
 
 so 1 - p never cancels and probabilities are never formed. dlogp/dx is summed up tile by tile, like attention whose keys
 and values are the head; only dW and db need E of all words at once, because c depends on whole sequences. For these the
-tiles are kept, each n rows x k words contiguous and with the offset it was made with. A tile's offset may lie below the
-final one o: then its scale is 2^(o_tile - o) on X's side. That factor is bounded below by 2^-100, which adds less than
-2^-100 of a probability and keeps the label's entry, -rest D_y / factor, finite.
+tiles are kept, each k words x n rows contiguous. A tile whose offset was below the final one, which is rare unless
+ranks share the words, is multiplied by 2^(o_tile - o) once o is known.
 
 Reduced-precision operands are widened tile by tile, so matmuls, sums and accumulators are float32 (float64 for
 float64) and dW is never rounded between groups.
@@ -24,26 +24,33 @@ float64) and dW is never rounded between groups.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import workspace
 from ..head import LMHead
-from ..row_sums import RowSums
-from .base import Backend, HeadTile, chunks
+from ..row_sums import RowSums, above
+from .base import Backend, HeadTile, chunks, cut
 
 LOG2 = math.log(2.0)
-# Words of a tile: few enough for the slice of the head, the tile and dx to share the cache, enough for the matmuls.
+# A tile: the slice of the head, the tile and dx share the cache. Where fewer rows are kept it has more words, up to so
+# many times: each tile costs some 30 small operations, and matmuls want large operands.
 TILE_WORDS = 1024
 TILE_ROWS = 2048
+MOST_LONGER = 2
 # Other devices: tiles only bound the memory of scoring.
 DEVICE_TILE_WORDS = 16384
 DEVICE_TILE_ROWS = 4096
 MIN_WORDS = 64
-# A row's offset is raised, and what was summed up rescaled, when a tile's maximum lies more powers of 2 above it.
-SLACK = 8.0
+# Powers of 2 between a row's offset and its maximum: beyond, the first tile gets its own offset, a later one raises it.
+SLACK = 40.0
+# The same where differences from the maximum are summed up, which lose digits to a large offset.
+SLACK_OF_MOMENT = 8.0
 # Stands for -inf where 0 * -inf must be 0.
 LOWEST = -1e30
 
@@ -114,7 +121,7 @@ class _Labels:
     def __init__(self, targets: Tensor, words: list[slice], is_shard: bool) -> None:
         self._inside: Tensor | None = None
         if len(words) == 1 and not is_shard:
-            self._columns = targets.view(1, -1, 1)
+            self._columns: Any = [targets.unsqueeze(1)]
             return
         starts = torch.tensor([[part.start] for part in words], device="cpu").to(targets.device, non_blocking=True)
         last = words[0].stop - words[0].start - 1
@@ -133,8 +140,15 @@ class _Labels:
 def _replace(z: Tensor, inside: Tensor | None, column: Tensor, value: Tensor | float) -> Tensor:
     """Write ``value`` at each row's label where it is inside; returns what stood there, (n, 1)."""
     before = z.gather(1, column)
-    z.scatter_(1, column, value if inside is None else torch.where(inside, value, before))  # type: ignore[arg-type]
+    _write(z, inside, column, value, before)
     return before
+
+
+def _write(z: Tensor, inside: Tensor | None, column: Tensor, value: Any, before: Tensor | None = None) -> None:
+    """Write ``value``, a number or (n, 1), at each row's label where it is inside; ``before`` stands there now."""
+    if inside is not None:
+        value = torch.where(inside, value, z.gather(1, column) if before is None else before)
+    z.scatter_(1, column, value)
 
 
 class TorchTile(HeadTile):
@@ -143,14 +157,19 @@ class TorchTile(HeadTile):
     def __init__(self, head: LMHead, capacity: int, workspace_bytes: int) -> None:
         super().__init__(head, capacity)
         self.device, self.dtype = head.weight.device, head.accumulate_dtype
-        on_cpu = self.device.type == "cpu"
+        self.on_cpu = self.device.type == "cpu"
+        self.plain_weight = head.weight.dtype == head.compute_dtype == self.dtype
+        rows, words = (TILE_ROWS, TILE_WORDS) if self.on_cpu else (DEVICE_TILE_ROWS, DEVICE_TILE_WORDS)
+        if self.plain_weight and 0 < capacity < rows:
+            # As many elements in a tile of fewer rows; but a slice of a widened weight is no larger.
+            longer = min(rows // capacity, MOST_LONGER)
+            rows, words = rows // longer, words * longer
         elements = workspace_bytes // self.dtype.itemsize
-        self.most_words = min(TILE_WORDS if on_cpu else DEVICE_TILE_WORDS, max(MIN_WORDS, elements))
-        self.block = max(1, min(TILE_ROWS if on_cpu else DEVICE_TILE_ROWS, elements // self.most_words))
+        self.most_words = min(words, max(MIN_WORDS, elements))
+        self.block = max(1, min(rows, elements // self.most_words))
         # x W^T + b enters with the factor inner: z' / log 2, or the argument of the soft-cap's tanh.
         self.inner = head.slope / LOG2 if head.softcap is None else head.logit_scale / head.softcap
         self.outer = 1.0 if head.softcap is None else head.softcap / (head.temperature * LOG2)
-        self.plain_weight = head.weight.dtype == head.compute_dtype == self.dtype
         self.words = self._equal_words()
         self.buffer: Tensor | None = None
 
@@ -167,21 +186,38 @@ class TorchTile(HeadTile):
     def bias(self) -> Tensor | None:
         return None if self.head.bias is None else self._times_inner(self._widen(self.head.bias))
 
-    def _tile(self, start: int, n: int, width: int) -> Tensor:
-        """A contiguous (n, width) tile of the workspace, which is allocated when first needed."""
+    def _reserve(self, start: int, n: int, width: int) -> Tensor:
+        """The workspace, allocated when first needed, with room for a tile (n, width) from ``start`` on."""
         if self.buffer is None or self.buffer.numel() < start + n * width:
             # Rows that pass through take the place of rows that were kept before.
             size = max(self.capacity * self.head.vocab_size, min(self.block, n) * self.words[0].stop)
             self.buffer = None
-            self.buffer = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self.buffer[start : start + n * width].view(n, width)
+            self.buffer = workspace.borrow(size, self.dtype, self.device)
+        return self.buffer
+
+    def _passing_tile(self, n: int, part: slice) -> Tensor:
+        """A tile (n, words) for rows that are not kept."""
+        width = part.stop - part.start
+        return self._reserve(0, n, width).as_strided((n, width), (width, 1))
+
+    def _kept_tile(self, part: slice) -> Tensor:
+        """E (n, words) of all kept rows and the words ``part``, stored word by word.
+
+        That is the faster layout of logits and dW where rows are fewer than words, and as fast elsewhere.
+        """
+        n, width = len(self.x), part.stop - part.start
+        return self._reserve(n * part.start, n, width).as_strided((n, width), (1, n), n * part.start)
 
     def _widen(self, t: Tensor) -> Tensor:
         return t if self.plain_weight else t.to(self.head.compute_dtype).to(self.dtype)
 
     def _times_inner(self, t: Tensor) -> Tensor:
-        # In float64: a constant rounded to float32 would scale all logits by the same wrong factor.
-        return t if self.inner == 1.0 else t.to(torch.float64, copy=True).mul_(self.inner).to(self.dtype)
+        # A constant rounded to float32 would scale all logits by the same wrong factor; its remainder mends that.
+        if self.inner == 1.0:
+            return t
+        rounded = self.inner if self.dtype == torch.float64 else ctypes.c_float(self.inner).value
+        product = t * rounded
+        return product if rounded == self.inner else product.add_(t, alpha=self.inner - rounded)
 
     def stage(
         self,
@@ -195,71 +231,93 @@ class TorchTile(HeadTile):
         self._open(x, targets, dx)
         # Tiles whose offsets differ from those of the tile before, in any row.
         self.raised: set[int] = set()
-        offsets: list[Tensor] = []
-        blocks = []
+        blocks, offsets = [], []
         for rows in chunks(0, len(x), self.block):
-            sums, tile_offsets = self._stage_block(rows, keep, parts)
+            sums, of_tiles = self._stage_block(rows, keep, parts)
             blocks.append(sums)
-            if tile_offsets is not None:
-                offsets.append(tile_offsets)
-        self.offsets = (offsets[0] if len(offsets) == 1 else torch.cat(offsets, 1)) if keep else None
+            offsets.append(of_tiles)
         sums = RowSums.cat(blocks)
-        self.local_offset = sums.offset
+        self.local_offset, self.offsets = sums.offset, None
+        if keep and self.raised:
+            self.offsets = torch.cat([torch.stack(of_tiles) for of_tiles in offsets], 1)
+        self.keeps = keep
         return sums
 
     def _open(self, x: Tensor, targets: Tensor, dx: Tensor | None) -> None:
         self.x, self.targets, self.dx = self._widen(x), targets, dx
         self.label_slope = None if self.head.softcap is None else x.new_zeros(len(x), dtype=self.dtype)
+        self.labels: tuple[slice, _Labels] | None = None
 
-    def _stage_block(self, rows: slice, keep: bool, parts: frozenset[str]) -> tuple[RowSums, Tensor | None]:
-        """Sums of a block of rows, and where it is kept the offset of each tile, (tiles, rows) in units of log 2."""
-        x, targets = self._times_inner(self.x[rows]), self.targets[rows]
-        labels = _Labels(targets, self.words, self.head.is_shard)
-        dx = None if self.dx is None else self.dx[rows]
+    def _labels_of(self, rows: slice) -> _Labels:
+        """Labels of these rows; those asked for last are at hand."""
+        if self.labels is None or self.labels[0] != rows:
+            self.labels = rows, _Labels(cut(self.targets, rows), self.words, self.head.is_shard)
+        return self.labels[1]
+
+    def _stage_block(self, rows: slice, keep: bool, parts: frozenset[str]) -> tuple[RowSums, list[Tensor]]:
+        """Sums of a block of rows, and the offset of each tile, (rows,) in units of log 2."""
+        x, targets, labels = self._times_inner(cut(self.x, rows)), cut(self.targets, rows), self._labels_of(rows)
+        dx = None if self.dx is None else cut(self.dx, rows)
         n, offsets = len(x), []
-        on_cpu = self.device.type == "cpu"  # elsewhere a look at the maxima would wait for the device
-        # Offset and label in units of log 2, sums in float64.
-        label = torch.full((n, 1), -torch.inf, dtype=self.dtype, device=self.device)
-        rest = torch.zeros(n, dtype=torch.float64, device=self.device)
         more = _Statistics(parts, targets)
+        # Offset and label in units of log 2, sums in float64.
+        label, offset, rest, shifted = x, x, x, False  # of the first tile on
         for i, part in enumerate(self.words):
-            z = self._kept_tile(part)[rows] if keep else self._tile(0, n, part.stop - part.start)
-            weight = self._widen(self.head.weight[part])
+            z = cut(self._kept_tile(part), rows) if keep else self._passing_tile(n, part)
+            weight = self._widen(cut(self.head.weight, part))
             derivative = self._logits(x, weight, part, z, *labels[i], rows)
             more.with_label(z)
             inside, column = labels[i]
             found = _replace(z, inside, column, LOWEST)
-            label = found if inside is None else torch.where(inside, found, label)
-            top = z.amax(1)
-            more.without_label(z, top, part)
+            label = found if inside is None else torch.where(inside, found, -torch.inf if i == 0 else label)
+            top = z.amax(1) if i == 0 or shifted or more.has_tops else None
+            if top is not None:
+                more.without_label(z, top, part)
             if i == 0:
-                offset = top.clamp(min=LOWEST)
-            elif not on_cpu or (top > offset + SLACK).any():
-                raised = torch.where(top > offset + SLACK, top, offset)
+                assert top is not None
+                offset, shifted = self._first_offset(top, more)
+            elif (raised := self._raised_offset(z, top, offset, shifted, more.slack)) is not None:
                 factor = torch.exp2(offset - raised)
                 more.rescale(factor, offset - raised, rest)
                 rest.mul_(factor)
                 if dx is not None:
                     dx.mul_(factor.unsqueeze(1))
-                offset = raised
+                offset, shifted = raised, True
                 self.raised.add(i)
             offsets.append(offset)
-            z.sub_(offset.unsqueeze(1))
-            rest.add_(more.exp2(z))
+            if shifted:
+                z.sub_(offset.unsqueeze(1))
+            e_sums = more.exp2(z)
+            rest = e_sums.double() if i == 0 else rest.add_(e_sums)
             if derivative is not None and (keep or dx is not None):
                 z.mul_(derivative)
             if dx is not None:
                 _matmul(z, weight, dx, accumulate=i > 0)
-        label = label.squeeze(1).double() * LOG2
-        sums = RowSums(offset.double() * LOG2, rest, label, **more.parts)
-        if not keep:
-            return sums, None
-        return sums, offset.unsqueeze(0) if len(offsets) == 1 else torch.stack(offsets)
+        final = offset.double() * LOG2 if shifted else torch.zeros_like(rest)
+        return RowSums(final, rest, label.squeeze(1).double() * LOG2, **more.parts), offsets
 
-    def _kept_tile(self, part: slice) -> Tensor:
-        """E of all kept rows and the words ``part``."""
-        n = len(self.x)
-        return self._tile(n * part.start, n, part.stop - part.start)
+    def _first_offset(self, top: Tensor, more: _Statistics) -> tuple[Tensor, bool]:
+        """Offsets (n,) for rows with these maxima in their first tile, and whether any differs from 0."""
+        if more.has_moment:
+            return top.clamp(min=LOWEST), True
+        if self.on_cpu:
+            lowest, highest = top.aminmax()
+            if -SLACK <= lowest.item() and highest.item() <= SLACK:
+                return torch.zeros_like(top), False
+        return torch.where(top.abs() <= SLACK, 0.0, top).clamp(min=LOWEST), True
+
+    def _raised_offset(
+        self, z: Tensor, top: Tensor | None, offset: Tensor, shifted: bool, slack: float
+    ) -> Tensor | None:
+        """Offsets (n,) after a tile z' with these maxima, looked up if None; None if they stay as they are.
+
+        A device is not asked, as that would wait for it.
+        """
+        if self.on_cpu and not shifted and (z if top is None else top).amax().item() <= slack:
+            return None
+        top = z.amax(1) if top is None else top
+        above = top > offset + slack
+        return None if self.on_cpu and not above.any() else torch.where(above, top, offset)
 
     def _logits(
         self, x: Tensor, weight: Tensor, part: slice, z: Tensor, inside: Tensor | None, column: Tensor, rows: slice
@@ -267,7 +325,7 @@ class TorchTile(HeadTile):
         """Write z' / log 2 of one tile; returns D where there is a soft-cap."""
         _matmul(x, weight.t(), z)
         if self.bias is not None:
-            z.add_(self.bias[part])
+            z.add_(cut(self.bias, part))
         if self.label_slope is None:
             return None
         derivative = 1 - z.tanh_().square()
@@ -278,62 +336,60 @@ class TorchTile(HeadTile):
 
     def finish(self, sums: RowSums) -> None:
         self._take(sums)
-        if self.offsets is not None:
-            # Only a row's own label has an entry that could overflow: a label that another rank holds has none.
-            raised = torch.maximum(self.offsets, (self.offset / LOG2 - 100.0).to(self.dtype))
-            self.offsets = torch.where(self._own(), raised, self.offsets) if self.head.is_shard else raised
-            factor = self._factors()
-            entry = -self.rest if self.label_slope is None else -self.rest * self.label_slope
-            labels = _Labels(self.targets, self.words, self.head.is_shard)
-            for i, part in enumerate(self.words):
-                _replace(self._kept_tile(part), *labels[i], (entry / factor[i]).to(self.dtype).unsqueeze(1))
+        local = sums.offset is self.local_offset
+        if self.keeps:
+            self._complete_kept(rescaled=not local or self.offsets is not None)
         if self.dx is None:
             return
-        head = self.head
-        per_row = head.slope / self.total
-        scale = -per_row * (self.local_offset - self.offset).exp()
-        self.dx.mul_(scale.to(self.dtype).unsqueeze(1))
-        share, column = per_row * self.rest, self.targets
-        if head.is_shard:
-            share, column = share * self._own(), column.clamp(0, head.vocab_size - 1)
+        unit = self.unit if local else self.unit * above(self.local_offset, self.offset).exp()
+        self.dx.mul_(unit.to(self.dtype).unsqueeze(1))
+        share, column = self.unit * self.rest, self.targets
+        if self.head.is_shard:
+            share, column = share * self._own(), column.clamp(0, self.head.vocab_size - 1)
         share = share.to(self.dtype)
         if self.label_slope is not None:
             share *= self.label_slope
-        self.dx.addcmul_(self._widen(head.weight.index_select(0, column)), share.unsqueeze(1))
+        of_labels = self._widen(self.head.weight.index_select(0, column))
+        self.dx.addcmul_(of_labels, share.unsqueeze(1), value=-1)
+
+    def _take(self, sums: RowSums) -> None:
+        # -s / S, whatever the label: for a label that is all but certain it is 0 rather than infinite.
+        self.offset, self.rest, self.unit = sums.offset, sums.rest, -self.head.slope / sums.total
+
+    def _complete_kept(self, rescaled: bool) -> None:
+        """Give E of the kept rows its final offset and its labels' entries."""
+        entry = (-self.rest if self.label_slope is None else -self.rest * self.label_slope).to(self.dtype).unsqueeze(1)
+        labels = self._labels_of(slice(0, len(self.x)))
+        for i, part in enumerate(self.words):
+            e = self._kept_tile(part)
+            if rescaled:
+                offset = self.local_offset / LOG2 if self.offsets is None else self.offsets[i].double()
+                e.mul_(torch.exp2(above(offset, self.offset / LOG2)).to(self.dtype).unsqueeze(1))
+            _write(e, *labels[i], entry)
 
     def _own(self) -> Tensor:
         """Whether each label is a word of this rank."""
         return (self.targets >= 0) & (self.targets < self.head.vocab_size)
 
-    def _take(self, sums: RowSums) -> None:
-        # An offset as high as the label: S then neither overflows nor leaves float32's range.
-        raised = torch.maximum(sums.offset, sums.label)
-        self.offset, self.rest = raised, sums.rest * (sums.offset - raised).exp()
-        self.total = self.rest + (sums.label - raised).exp()
-
     def staged(self) -> tuple[Tensor, ...]:
-        assert self.offsets is not None and self.buffer is not None
-        kept = self.buffer[: len(self.x) * self.head.vocab_size]
-        return self.x, kept, self.offsets, self.offset, self.total
+        assert self.buffer is not None
+        return self.x, cut(self.buffer, slice(0, len(self.x) * self.head.vocab_size)), self.unit
 
     def restore(self, staged: tuple[Tensor, ...]) -> None:
-        self.x, self.buffer, self.offsets, self.offset, self.total = staged
-        self.raised = set(range(len(self.words)))
+        self.x, self.buffer, self.unit = staged
 
-    def _factors(self) -> Tensor:
-        """2^(offset of each kept tile - final offset), (tiles, n) in float64."""
-        assert self.offsets is not None
-        return (self.offsets.double() - self.offset / LOG2).exp2_()
+    def release(self) -> None:
+        if self.buffer is not None:
+            workspace.give_back(self.buffer)
+            self.buffer = None
 
     def head_gradients(
         self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
     ) -> None:
-        scales = (coefficients.double() * (-self.head.slope) / self.total * self._factors()).to(self.dtype)
-        scaled = None
-        for i, part in enumerate(self.words):
-            if dweight is not None and (scaled is None or i in self.raised):
-                scaled = self.x * scales[i].unsqueeze(1)
-            self._add_head_gradients(self._kept_tile(part), scaled, part, scales[i], dweight, dbias, accumulate)
+        scale = (coefficients * self.unit).to(self.dtype)
+        scaled = None if dweight is None else self.x * scale.unsqueeze(1)
+        for part in self.words:
+            self._add_head_gradients(self._kept_tile(part), scaled, part, scale, dweight, dbias, accumulate)
 
     def recompute_gradients(
         self,
@@ -349,28 +405,28 @@ class TorchTile(HeadTile):
     ) -> None:
         self._open(x, targets, dx)
         self._take(sums)
+        scales = (coefficients * self.unit).to(self.dtype)
         for rows in chunks(0, len(x), self.block):
-            scaled, offset = self._times_inner(self.x[rows]), (self.offset[rows] / LOG2).to(self.dtype).unsqueeze(1)
-            labels = _Labels(targets[rows], self.words, self.head.is_shard)
-            scales = (coefficients[rows].double() * (-self.head.slope) / self.total[rows]).to(self.dtype)
-            scaled_x = None if dweight is None else self.x[rows] * scales.unsqueeze(1)
+            own_x, offset = cut(self.x, rows), (cut(self.offset, rows) / LOG2).to(self.dtype).unsqueeze(1)
+            labels, scale = self._labels_of(rows), cut(scales, rows)
+            inner_x, scaled = self._times_inner(own_x), None if dweight is None else own_x * scale.unsqueeze(1)
             for i, part in enumerate(self.words):
-                z = self._tile(0, len(scaled), part.stop - part.start)
-                weight = self._widen(self.head.weight[part])
-                derivative = self._logits(scaled, weight, part, z, *labels[i], rows)
+                z = self._passing_tile(len(own_x), part)
+                weight = self._widen(cut(self.head.weight, part))
+                derivative = self._logits(inner_x, weight, part, z, *labels[i], rows)
                 z.sub_(offset).exp2_()
                 if derivative is not None:
                     z.mul_(derivative)
-                entry = -self.rest[rows].to(self.dtype)
+                entry = -cut(self.rest, rows).to(self.dtype)
                 if self.label_slope is not None:  # known from the label's own tile on
                     entry *= self.label_slope[rows]
-                _replace(z, *labels[i], entry.unsqueeze(1))
-                self._add_head_gradients(z, scaled_x, part, scales, dweight, dbias, accumulate)
+                _write(z, *labels[i], entry.unsqueeze(1))
+                self._add_head_gradients(z, scaled, part, scale, dweight, dbias, accumulate)
                 if dx is not None:
                     _matmul(z, weight, dx[rows], accumulate=i > 0)
             accumulate = True
         if dx is not None:
-            dx.mul_((coefficients * (-self.head.slope) / self.total).to(self.dtype).unsqueeze(1))
+            dx.mul_(scales.unsqueeze(1))
 
     def _add_head_gradients(
         self,
@@ -385,14 +441,15 @@ class TorchTile(HeadTile):
         """Add dW and db of one tile of E to theirs, or write them; ``scaled`` is X times ``scale``."""
         if dweight is not None:
             assert scaled is not None
-            product = dweight[part]
-            if product.dtype != self.dtype:
-                product = torch.empty_like(product, dtype=self.dtype)
+            product = own = cut(dweight, part)
+            if own.dtype != self.dtype:
+                product = torch.empty_like(own, dtype=self.dtype)
             _matmul(e.t(), scaled, product, accumulate)
-            if dweight.dtype != self.dtype:
-                dweight[part] = product
+            if product is not own:
+                own.copy_(product)
         if dbias is not None:
-            torch.addmv(dbias[part], e.t(), scale, beta=int(accumulate), out=dbias[part])
+            own = cut(dbias, part)
+            torch.addmv(own, e.t(), scale, beta=int(accumulate), out=own)
 
 
 class _Statistics:
@@ -400,6 +457,8 @@ class _Statistics:
 
     def __init__(self, parts: frozenset[str], targets: Tensor) -> None:
         self._targets = targets
+        self.has_moment, self.has_tops = "moment" in parts, "before" in parts
+        self.slack = SLACK_OF_MOMENT if self.has_moment else SLACK
         start = {"before": -torch.inf, "after": -torch.inf}
         self.parts = {
             name: torch.full(targets.shape, start.get(name, 0.0), dtype=torch.float64, device=targets.device)
@@ -421,7 +480,7 @@ class _Statistics:
 
     def without_label(self, z: Tensor, top: Tensor, part: slice) -> None:
         """Look at a tile of z' / log 2 with LOWEST at the label; ``top`` are its rows' maxima."""
-        if "before" not in self.parts:
+        if not self.has_tops:
             return
         targets = self._targets
         before = torch.where(targets >= part.stop, top, -torch.inf)

@@ -287,6 +287,9 @@ class TritonTile(HeadTile):
     def restore(self, staged: tuple[Tensor, ...]) -> None:
         self.x, self.e, self.total = staged
 
+    def release(self) -> None:
+        self.e = self.e_rows = None
+
     def head_gradients(
         self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
     ) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..layouts.preference_batch import pair_positions
 from .pair_layouts import CONDITIONED, REFERENCES, conditioned, is_text
+
+if TYPE_CHECKING:
+    from .alternative_coins import AlternativeCoins
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,8 @@ class ConditioningCollator:
         layout: how text batches are laid out; others are laid out in rows.
         strict: refuse a batch that only rows can hold, where ``layout`` is another.
         max_length: bound on prompt, both responses and separator; longer pairs are left out and counted.
+
+    Every pair is conditioned, except in a collator that ``dropping`` returns.
     """
 
     def __init__(
@@ -73,6 +79,13 @@ class ConditioningCollator:
         self.collator, self.layout, self.strict = collator, layout, strict
         self.pad_token_id, self.separator_ids, self.max_length = pad_token_id, separator_ids, max_length
         self.dropped = 0
+        self.coins: AlternativeCoins | None = None
+
+    def dropping(self, coins: AlternativeCoins) -> ConditioningCollator:
+        """Return a collator that lays out plain the pairs whose coin says so."""
+        collator = copy.copy(self)
+        collator.coins = coins
+        return collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self._fitting(examples)
@@ -81,7 +94,8 @@ class ConditioningCollator:
             if self.strict and layout != "rows":
                 raise ValueError(f"layout={layout!r} holds token ids alone, and this batch has more: use layout='rows'")
             layout = "rows"
-        twin = conditioned(batch, layout, pad_token_id=self.pad_token_id, separator_ids=self.separator_ids)
+        kept = None if self.coins is None else self.coins(batch)
+        twin = conditioned(batch, layout, pad_token_id=self.pad_token_id, separator_ids=self.separator_ids, kept=kept)
         if all(name in batch for name in REFERENCES):  # as numbers, for DeepSpeed rounds tensors to its dtype
             twin["ref_logps"] = [logp for name in REFERENCES for logp in batch[name].tolist()]
         return batch | {CONDITIONED: twin}

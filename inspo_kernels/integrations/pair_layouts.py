@@ -41,30 +41,35 @@ def plain(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def conditioned(
-    batch: Mapping[str, Any], layout: str, *, pad_token_id: int, separator_ids: Sequence[int]
-) -> dict[str, Any]:
-    """Return the conditioned version of ``batch``.
+    batch: Mapping[str, Any], layout: str, *, pad_token_id: int, separator_ids: Sequence[int],
+    kept: Sequence[bool] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the conditioned version of ``batch``, or of those of its pairs that ``kept`` says.
 
     Returns:
         ``inputs`` of the model; ``scored`` with ``rows``, ``labels`` and ``segment_ids`` (M,) int64, ``num_own`` (the
         first rows, which are no marginals), ``num_pairs`` and ``width`` (the length of the rows); ``tree``, from which
-        ``tree_attention_mask`` makes the mask, or None; ``num_tokens``, how many tokens the model reads.
+        ``tree_attention_mask`` makes the mask, or None; ``num_tokens``, how many tokens the model reads. Where ``kept``
+        is given, also ``kept`` (B,) bool.
     """
+    given = {} if kept is None else {"kept": torch.tensor(kept)}
+    options: dict[str, Any] = {"pad_token_id": pad_token_id, "separator_ids": separator_ids}
+    options["conditioned"] = True if kept is None else kept
     if layout == "rows":
-        twin = condition_batch(batch, pad_token_id=pad_token_id, separator_ids=separator_ids, marginals=True)
-        return plain(twin)
-    ids = batch["input_ids"].flatten()
-    pairs = [tuple(ids[part.to(ids.device)] for part in pair) for pair in pair_positions(batch)]
-    laid_out = condition_pairs(pairs, pad_token_id=pad_token_id, separator_ids=separator_ids, layout=layout)
+        return plain(condition_batch(batch, marginals=True, **options)) | given
+    pairs = pair_ids(batch)
+    laid_out = condition_pairs(pairs, layout=layout, **options)
     if layout == "packed":
         return {
             "inputs": {name: laid_out[name] for name in ("input_ids", "position_ids")},
             "scored": _scored_in_packed(laid_out),
             "tree": None,
             "num_tokens": torch.tensor(laid_out["input_ids"].numel()),
+            **given,
         }
     between = len(separator_ids)
-    lengths = torch.tensor([len(x) + 2 * (len(w) + len(l) + between) for x, w, l in pairs])
+    branches = [2 * (len(w) + len(l) + between) if i not in laid_out["plain"] else len(w) + len(l)
+                for i, (_, w, l) in enumerate(pairs)]  # fmt: skip
     own = laid_out["segment_ids"] < 2 * len(pairs)
     order = torch.cat([own.nonzero()[:, 0], (~own).nonzero()[:, 0]])
     scored = {name: laid_out[name][order] for name in ("rows", "labels", "segment_ids")}
@@ -73,8 +78,15 @@ def conditioned(
         "scored": scored
         | {"num_own": int(own.sum()), "num_pairs": len(pairs), "width": laid_out["input_ids"].shape[1]},
         "tree": {name: laid_out[name] for name in ("tree_ends", "position_ids", "paths", "path_of")},
-        "num_tokens": lengths.sum(),
+        "num_tokens": torch.tensor(sum(branches) + sum(len(pair[0]) for pair in pairs)),
+        **given,
     }
+
+
+def pair_ids(batch: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
+    """Return the token ids of each pair's prompt, chosen and rejected response."""
+    ids = batch["input_ids"].flatten()
+    return [tuple(ids[part.to(ids.device)] for part in pair) for pair in pair_positions(batch)]
 
 
 def _scored_in_rows(ids: Tensor, own: Tensor, other: Tensor | None) -> dict[str, Any]:
@@ -96,6 +108,8 @@ def _scored_in_packed(laid_out: Mapping[str, Any]) -> dict[str, Any]:
     sequence = torch.bucketize(torch.arange(total), starts[1:], right=True)
     found = []
     for name, segment_of in (("labels", _own_segment), ("marginal_labels", _marginal_segment)):
+        if laid_out[name] is None:  # no pair is conditioned
+            continue
         at = (laid_out[name] != IGNORE_INDEX).nonzero()[:, 0]  # never a sequence's first: that is the prompt's
         found.append((at - 1, laid_out[name][at], segment_of(sequence[at], pairs)))
     rows, labels, segments = (torch.cat(parts) for parts in zip(*found))

@@ -28,8 +28,8 @@ _RATIOS = {
     "logps/chosen": ("chosen_logps", "pairs"),
     "logps/rejected": ("rejected_logps", "pairs"),
     "aux_loss": ("aux_loss", "ranks"),
-    GAPS[0]: (GAPS[0], "pairs"),
-    GAPS[1]: (GAPS[1], "pairs"),
+    GAPS[0]: (GAPS[0], "conditioned_pairs"),
+    GAPS[1]: (GAPS[1], "conditioned_pairs"),
 }
 
 
@@ -68,6 +68,7 @@ class PairMetrics:
             marginal = results["marginal_logps"]
             gaps = ((logps - marginal) / lengths).chunk(2)
             sums = self._preferences(marginal, ref_logps) | {name: gap.sum() for name, gap in zip(GAPS, gaps)}
+            sums["conditioned_pairs"] = results["kept"].sum() if "kept" in results else sums["pairs"]
             self._append(MARGINAL + mode, sums, logps.device)
 
     def flush(self, mode: str) -> dict[str, float]:
@@ -79,8 +80,8 @@ class PairMetrics:
                 self.tokens_trained += int(totals["num_tokens"].sum())
             self._passes.pop(key, None)
             for metric, (name, count) in _RATIOS.items():
-                if name in totals:
-                    metrics[prefix + metric] = (totals[name] / totals[count].clamp(min=1)).mean().item()
+                if name in totals and (counted := totals[count] > 0).any():
+                    metrics[prefix + metric] = (totals[name] / totals[count])[counted].mean().item()
         if metrics:
             unlogged = self._totals("train").get("num_tokens")
             metrics["num_tokens"] = self.tokens_trained + (0 if unlogged is None else int(unlogged.sum()))

@@ -51,6 +51,7 @@ class PairPass:
 
     def __init__(self, laid_out: Mapping[str, Any], finish: Finish, *, marginals: bool = False) -> None:
         self.tree, self.finish = laid_out["tree"], finish
+        self.kept = laid_out.get("kept") if marginals else None
         self.scored = dict(laid_out["scored"])
         if not marginals:
             for name in ("rows", "labels", "segment_ids"):
@@ -65,9 +66,17 @@ class PairPass:
         hidden = hidden[:, -self.scored["width"] :].flatten(0, 1)
         scored = {name: _to(value, hidden.device) for name, value in self.scored.items()}
         results = self.finish(hidden.index_select(0, scored["rows"]), head, scored)
+        if self.kept is not None:
+            results |= _with_plain_pairs(results, _to(self.kept, hidden.device))
         if inputs.get("output_router_logits"):
             results["aux_loss"] = outputs.aux_loss
         return results
+
+
+def _with_plain_pairs(results: dict[str, Any], kept: Tensor) -> dict[str, Any]:
+    """Return ``marginal_logps`` of every pair: the log-probs of a pair laid out plain are given the prompt alone."""
+    logps = results["logps"]
+    return {"marginal_logps": torch.where(kept.repeat(2), results.get("marginal_logps", logps), logps), "kept": kept}
 
 
 def reference_logps(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import tree_unsupported
+from ..layouts.alternative_dropout import checked_dropout
 from ..models.packing import mixes_packed_sequences
 from .conditioning_collator import PARTS, ConditioningCollator, CountingFits, Fits
 from .pair_layouts import CONDITIONED, LAYOUTS, REFERENCES, plain
@@ -36,6 +37,8 @@ try:
     from trl import DPOConfig, DPOTrainer
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import use_adapter
+
+    from .alternative_coins import AlternativeCoins
 except ImportError as error:
     raise ImportError(f"{_NEEDS} ({error})") from error
 
@@ -67,6 +70,8 @@ class InSPOConfig(DPOConfig):
         layout: how conditioned pairs are laid out. "rows" (padded); "packed" (one row without padding); "tree" and
             "packed_tree" (the prompt once, both orders of the responses behind it). "auto": trees where the model can
             read them, else packed rows with flash attention, else rows. Batches with images are laid out in rows.
+        alternative_dropout: share of the training pairs that are laid out plain, by a coin for each epoch and pair:
+            0 is InSPO and 1 the plain baseline. Evaluation conditions every pair.
     """
 
     conditioned: bool = field(default=True, metadata={"help": "Score each response given the other one (InSPO)."})
@@ -76,8 +81,15 @@ class InSPOConfig(DPOConfig):
         default="auto", metadata={"help": "How conditioned pairs are laid out.", "choices": list(LAYOUTS)}
     )
 
+    alternative_dropout: float = field(
+        default=0.0, metadata={"help": "Share of training pairs, by a coin each epoch, that are laid out plain."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.alternative_dropout = checked_dropout(self.alternative_dropout)
+        if self.alternative_dropout and not self.conditioned:
+            raise ValueError("alternative_dropout needs conditioned=True: plain pairs have no alternative to drop")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r}: must be one of {', '.join(LAYOUTS)}")
         if not (math.isfinite(self.marginal_weight) and self.marginal_weight >= 0):
@@ -123,9 +135,32 @@ class InSPOTrainer(DPOTrainer):
         self._needs_marginals = self._conditioned and (self._marginal_weight > 0 or fits_tokens(self._parts))
         self._pair_metrics = PairMetrics(args.beta, lambda sums: self.accelerator.reduce(sums, "sum"))
         self._gap_seen = False
+        self._coins: AlternativeCoins | None = None
+        if dropout := _option(args, "alternative_dropout"):
+            self._drop_alternatives(dropout)
         accept_pair_pass(self._causal_lm(self.model))
         if self._conditioned:
             self._condition_batches()
+
+    def _drop_alternatives(self, dropout: float) -> None:
+        if self._needs_marginals:
+            cause = "marginal_weight" if self._marginal_weight else 'loss_type "sft"'
+            raise ValueError(
+                f"alternative_dropout: {cause} needs the log-probs given the prompt alone beside the conditioned ones, "
+                "and a dropped pair has no conditioned ones; use another loss or alternative_dropout=0"
+            )
+        self._coins = AlternativeCoins(dropout, self.args.seed)
+        self.add_callback(self._coins)
+
+    def get_train_dataloader(self) -> Any:
+        """Return DPOTrainer's data loader; with ``alternative_dropout`` its collator lays some pairs out plain."""
+        collator: Any = self.data_collator
+        if self._coins is not None:
+            self.data_collator = collator.dropping(self._coins)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def _condition_batches(self) -> None:
         """Wrap the data collator."""

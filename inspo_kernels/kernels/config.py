@@ -6,6 +6,7 @@ may change from run to run. Architectures are "sm_80", "sm_90", "sm_100", ..., "
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -105,25 +106,29 @@ def logits_tile(arch: str, device: torch.device, itemsize: int) -> LogitsTile:
     return tile_in_cache(arch, properties.L2_cache_size, properties.multi_processor_count, itemsize)
 
 
+@functools.cache
 def tile_in_cache(arch: str, cache_bytes: int, multiprocessors: int, itemsize: int) -> LogitsTile:
-    """Tile of 1,024 rows that leaves a third of the cache to the operands and whose matmul fills its waves best.
+    """Tile of 1,024 rows that leaves 0.3 of the cache to the operands and whose matmul fills its waves best.
 
     A matmul of 1,024 rows reads the head once per 1,024 operations a byte, which any of these chips can feed. Libraries
     compute blocks of 128 x 256, one per multiprocessor at a time, so a tile is 8 blocks high. 33 blocks wide are two
-    whole waves of 132 multiprocessors, and 35 MB in float32 of the 50 MB of cache. Of equally full tiles, the widest.
+    whole waves of 132 multiprocessors, and 35 MB in float32 of an H100's 50 MB of cache; 27 blocks are two of 108, and
+    28 MB of an A100's 40. Of equally full tiles, the widest.
+
+    A cache that holds less than four fifths of a wave (6 MB beside 72 multiprocessors, as in an A10) would leave
+    multiprocessors idle, which costs more than memory traffic: the tile is then eight whole waves, and not cached.
     """
     if arch.startswith("gfx"):
         cache_bytes = max(cache_bytes, 256 << 20)  # CDNA 3 and 4: the last level, Infinity Cache, is not reported
     rows, width, high = 1024, 256, 8
-    most = cache_bytes * 2 // 3 // (rows * itemsize)
+    most = cache_bytes * 7 // 10 // (rows * itemsize)
 
     def filled(wide: int) -> float:
         waves = -(-high * wide // multiprocessors)
         return round(high * wide / (waves * multiprocessors), 3)
 
-    if most >= width:
-        return LogitsTile(rows, width * max(range(1, most // width + 1), key=lambda wide: (filled(wide), wide)))
-    return LogitsTile(rows, max(ROW_ALIGNMENT, most // ROW_ALIGNMENT * ROW_ALIGNMENT))
+    best = max(range(1, most // width + 1), key=lambda wide: (filled(wide), wide), default=None)
+    return LogitsTile(rows, width * (best if best and filled(best) >= 0.8 else multiprocessors))
 
 
 def _next_power_of_2(n: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..arguments import integer, nearest
+from .alternative_dropout import keeps_alternatives
 from .tree import tree_batch
 
 IGNORE_INDEX = -100
@@ -42,7 +43,9 @@ def condition_pairs(
     pairs: Iterable[Sequence[Any]],
     *,
     pad_token_id: int,
-    conditioned: bool = True,
+    conditioned: bool | Sequence[bool] = True,
+    alternative_dropout: float = 0.0,
+    dropout_seed: int = 0,
     separator_ids: Sequence[int] | Tensor = (),
     max_length: int | None = None,
     truncation: str = "error",
@@ -66,7 +69,12 @@ def condition_pairs(
         pairs: ``(prompt_ids, chosen_ids, rejected_ids)`` per pair; each a non-empty list, tuple or 1-D integer tensor.
             Identical responses are accepted.
         pad_token_id: fills the right end of the shorter rows; it is never scored and never attended to.
-        conditioned: False leaves the alternative out: for the reference, and for plain objectives.
+        conditioned: False leaves the alternative out, for the reference, and for plain objectives. A list says it
+            for each pair.
+        alternative_dropout: probability, 0..1, with which a pair is laid out as with ``conditioned=False``, both of
+            its sequences. 0 is InSPO and 1 the plain layout.
+        dropout_seed: seed of the coins. A coin follows from the seed and the pair's position in ``pairs``, so give
+            each batch a seed of its own.
         separator_ids: ids put between the two responses (a turn boundary, say). They are never scored.
         max_length: upper bound on ``|x| + |y_w| + |y_l| + |separator|``, in tokens. It is the same bound with
             ``conditioned=False``, so that policy, reference and plain baseline keep the same pairs and prompts.
@@ -86,10 +94,12 @@ def condition_pairs(
         attention_mask     (2B, T) int64         None            1 on tokens, 0 on padding
         position_ids       (2B, T) int64         (1, N) int64    0, 1, ... within each sequence; 0 on padding
         labels             (2B, T) int64         (N,) int64      id of each token of the scored response, else -100
-        marginal_labels    (2B, T) int64         (N,) int64      the same for the alternative; None if not conditioned
+        marginal_labels    (2B, T) int64         (N,) int64      the same for the alternative, -100 in a plain pair's
+                                                                 sequences; None if no pair is conditioned
         cu_seqlens         absent                (2B+1,) int32   sequence s is ``[cu_seqlens[s], cu_seqlens[s + 1])``
         dropped            list of int           list of int     positions in ``pairs`` left out by ``"drop"``
         truncated          int                   int             number of prompts cut by ``"prompt_left"``
+        plain              list of int           list of int     positions in ``pairs`` of those not conditioned
         =================  ====================  ==============  =====================================================
 
         ``input_ids``, ``attention_mask`` and ``position_ids`` can be handed to a transformers causal LM as they are;
@@ -113,6 +123,7 @@ def condition_pairs(
         num_pairs          int             int             B
         dropped            list of int     list of int     as above
         truncated          int             int             as above
+        plain              list of int     list of int     as above
         =================  ==============  ==============  ===========================================================
 
         The mask depends on the model: ``tree_attention_mask(batch, model)``. The prompt's last row predicts the first
@@ -125,8 +136,6 @@ def condition_pairs(
     if not isinstance(pairs, Iterable):
         expected = "an iterable of (prompt_ids, chosen_ids, rejected_ids)"
         raise TypeError(f"pairs must be {expected}, got {type(pairs).__name__}")
-    if not isinstance(conditioned, bool):
-        raise ValueError(f"conditioned must be True or False, got {conditioned!r}")
     _check_choice("truncation", truncation, _TRUNCATIONS)
     _check_choice("layout", layout, _LAYOUTS)
     pad_token_id = integer("pad_token_id", pad_token_id, minimum=0, hint="without one, use eos_token_id")
@@ -135,6 +144,9 @@ def condition_pairs(
         shortest = len(_FIELDS) + len(separator)
         hint = "one token each of prompt and both responses, and the separator, must fit"
         max_length = integer("max_length", max_length, minimum=shortest, hint=hint)
+
+    pairs = list(pairs)
+    keeps = keeps_alternatives(conditioned, alternative_dropout, dropout_seed, len(pairs))
 
     kept: list[_Pair] = []
     dropped: list[int] = []
@@ -153,14 +165,17 @@ def condition_pairs(
         cause = f"all {len(dropped)} are longer than max_length={max_length}" if dropped else "pairs is empty"
         raise ValueError(f"no pair left to score: {cause}")
 
-    counts = {"dropped": dropped, "truncated": truncated}
+    positions = sorted(set(range(len(pairs))).difference(dropped))
+    plain = [index for index in positions if not keeps[index]]
+    counts = {"dropped": dropped, "truncated": truncated, "plain": plain}
+    keeps = [keeps[index] for index in positions]
     if layout in ("tree", "packed_tree"):
         packed = layout == "packed_tree"
-        return tree_batch(kept, separator, conditioned=conditioned, pad_token_id=pad_token_id, packed=packed) | counts
-    sequences = [_sequence(x, y_w, y_l if conditioned else None, separator) for x, y_w, y_l in kept]
-    sequences += [_sequence(x, y_l, y_w if conditioned else None, separator) for x, y_w, y_l in kept]
+        return tree_batch(kept, separator, conditioned=keeps, pad_token_id=pad_token_id, packed=packed) | counts
+    sequences = [_sequence(x, y_w, y_l if given else None, separator) for (x, y_w, y_l), given in zip(kept, keeps)]
+    sequences += [_sequence(x, y_l, y_w if given else None, separator) for (x, y_w, y_l), given in zip(kept, keeps)]
     batch = _rows(sequences, pad_token_id) if layout == "rows" else _packed(sequences)
-    if not conditioned:
+    if not any(keeps):
         batch["marginal_labels"] = None
     return batch | counts
 

@@ -24,6 +24,9 @@ def condition_batch(
     *,
     pad_token_id: int,
     separator_ids: Sequence[int] | Tensor = (),
+    conditioned: bool | Sequence[bool] = True,
+    alternative_dropout: float = 0.0,
+    dropout_seed: int = 0,
     marginals: bool = False,
 ) -> dict[str, Any]:
     """Return the conditioned version of a collated preference batch, text or vision.
@@ -42,8 +45,10 @@ def condition_batch(
             image sizes) is passed on: each row keeps its prompt, hence its images.
         pad_token_id: id at the right end of the shorter rows; never scored and never attended to.
         separator_ids: ids between the two responses; never scored. Their token types are 0.
+        conditioned, alternative_dropout, dropout_seed: which pairs are conditioned, as for ``condition_pairs``. The
+            other pairs keep their rows ``x + y_w`` and ``x + y_l``.
         marginals: also return ``marginal_mask`` (2B, T) int64, 1 on the other response of each row, whose log-probs
-            are those given the prompt alone.
+            are those given the prompt alone. It is 0 in the rows of a pair that is not conditioned.
 
     Returns:
         A dict with the batch's keys, on the batch's device.
@@ -57,8 +62,9 @@ def condition_batch(
     ids = batch["input_ids"]
     separator = torch.as_tensor(separator_ids, dtype=ids.dtype).to(ids.device)
     laid_out = condition_pairs(
-        positions, pad_token_id=0, separator_ids=torch.arange(ids.numel(), ids.numel() + len(separator))
-    )
+        positions, pad_token_id=0, separator_ids=torch.arange(ids.numel(), ids.numel() + len(separator)),
+        conditioned=conditioned, alternative_dropout=alternative_dropout, dropout_seed=dropout_seed,
+    )  # fmt: skip
     source = laid_out["input_ids"].to(ids.device)
     attention, position_ids = (laid_out[name].to(ids.device) for name in ("attention_mask", "position_ids"))
     scored = (laid_out["labels"] != IGNORE_INDEX).to(ids.device)
@@ -84,7 +90,9 @@ def condition_batch(
     if "labels" in batch:
         result["labels"] = result["input_ids"].masked_fill(~scored, IGNORE_INDEX)
     if marginals:
-        result["marginal_mask"] = (laid_out["marginal_labels"] != IGNORE_INDEX).long().to(ids.device)
+        other = laid_out["marginal_labels"]
+        mask = torch.zeros_like(source) if other is None else (other != IGNORE_INDEX).long()
+        result["marginal_mask"] = mask.to(ids.device)
     return result
 
 

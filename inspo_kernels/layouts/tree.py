@@ -16,7 +16,7 @@ and nobody sees it. The pairs of a packed row cannot see each other, since each 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,15 @@ def tree_batch(
     pairs: Iterable[tuple[Tensor, Tensor, Tensor]],
     separator: Tensor,
     *,
-    conditioned: bool,
+    conditioned: Sequence[bool],
     pad_token_id: int,
     packed: bool,
 ) -> dict[str, Any]:
-    """The tree layouts of ``condition_pairs``, for pairs that are checked and fit: int64 ids on the CPU."""
-    trees = [_tree(*pair, separator, conditioned) for pair in pairs]
+    """The tree layouts of ``condition_pairs``, for pairs that are checked and fit: int64 ids on the CPU.
+
+    ``conditioned`` says for each pair whether its branches hold the alternative.
+    """
+    trees = [_tree(*pair, separator, given) for pair, given in zip(pairs, conditioned, strict=True)]
     lengths = torch.tensor([len(tree["input_ids"]) for tree in trees], device="cpu")
     columns = {name: [tree[name] for tree in trees] for name in ("input_ids", "position_ids", "tree_ends")}
     columns["path_of"] = [tree["branch"] * len(trees) + pair for pair, tree in enumerate(trees)]

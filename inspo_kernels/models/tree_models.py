@@ -185,7 +185,7 @@ def _small_pairs(model: Any) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Ten
     ids = small_ids(model, sum(map(sum, _PAIRS)))
     parts = iter(ids.split([length for lengths in _PAIRS for length in lengths]))
     pairs = [(next(parts), next(parts), next(parts)) for _ in _PAIRS]
-    tree = tree_batch(pairs, ids[:0], conditioned=True, pad_token_id=int(ids[0]), packed=False)
+    tree = tree_batch(pairs, ids[:0], conditioned=[True] * len(pairs), pad_token_id=int(ids[0]), packed=False)
     rows = [torch.cat([x, l, w]) for x, w, l in pairs] + [torch.cat([x, w, l]) for x, w, l in pairs]
     length, places = len(rows[0]), []
     # Segments score, in this order: chosen, rejected, marginal chosen (in the rejected one's row), marginal rejected.

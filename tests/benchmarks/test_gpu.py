@@ -268,6 +268,23 @@ def test_main_shape_comes_before_the_other_shapes():
     assert len(others) == len(set(others)) == 4 * 5 * 3 - 3
 
 
+def test_call_without_matplotlib_says_so_and_keeps_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "benchmarks.plots", None)
+    row = {"status": "measured", "seconds": {"median": 1.0}, "times_floor": {"median": 1.0, "q1": 1.0, "q3": 1.0}}
+    gpu.draw(tmp_path, {"cells": [{"contenders": {"floor": row}}]})
+    assert "no plots: " in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_training_without_a_package_says_which(monkeypatch):
+    def run(command, log, *_):
+        log.write_text("Traceback\nModuleNotFoundError: No module named 'filelock'\n")
+        return 1
+
+    monkeypatch.setattr(gpu_training, "run_in_group", run)
+    result = gpu_training.training_run(gpu_plan.TINY, (8, 4), 1, CPU, 60.0)
+    assert result["status"] == "not available: filelock is not installed"
+
+
 def test_cells_without_time_are_noted(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_steps, "RESERVE_SECONDS", 1e9)
     context = gpu_steps.Context("shapes", gpu_plan.QUICK, CPU, [], tmp_path, 60.0)
@@ -408,6 +425,7 @@ def test_bad_arguments_say_what_to_do(tmp_path, capsys):
         (["--device", "cpu", "--quick", "--peers", "quack"], "'full_log_softmax', 'log_softmax'"),
         (["--device", "cuda"], "torch sees no GPU"),
         (["--device", "meta", "--quick"], "only cpu and cuda devices"),
+        (["--device", "cpu", "--quick", "--minutes", "0"], "--minutes 0: no step fits"),
     ):
         if "torch sees no GPU" == text and torch.cuda.is_available():
             continue

@@ -11,6 +11,7 @@ from benchmarks import gpu_plan, roofline
 from benchmarks.batches import MODELS
 from benchmarks.chips import CHIPS
 from benchmarks.measure import FORWARD, FROZEN, MODES, TRAIN
+from inspo_kernels.kernels import config
 
 LLAMA, H200 = MODELS["llama3-8b"], CHIPS["H200"]
 
@@ -62,6 +63,34 @@ def test_tiles_of_the_cache_fill_whole_waves():
         tiles = roofline.TILE_ROWS * words / (128 * 256)
         assert 4 * roofline.TILE_ROWS * words <= 0.7 * chip.cache_bytes
         assert tiles / (-(-tiles // chip.multiprocessors) * chip.multiprocessors) > 0.96
+
+
+def test_what_exceeds_the_floor_is_explained(capsys):
+    assert roofline.main(["--chips", "H200"]) == 0
+    table = next(t for t in capsys.readouterr().out.split("\n\n") if " forward, cached" in t.splitlines()[0])
+    ratio = float(table.splitlines()[0].split()[-3])
+    (above,) = (line for line in table.splitlines() if "above the floor" in line)
+    idle, busy = (float(word.removesuffix("%")) / 100 for word in above.split() if word.endswith("%"))
+    assert idle == pytest.approx(ratio - 1, abs=1e-3) and busy == pytest.approx(idle - 0.4 / 10.895, abs=1e-3)
+    reasons = table.split("behind other work\n")[1].splitlines()
+    assert [line.split("% ")[1].split(":")[0] for line in reasons] == ["row pass", "start", "gaps between kernels"]
+
+
+def test_no_tile_of_the_cache_is_predicted_to_be_better(monkeypatch):
+    """Of those that leave 0.3 of it to the operands."""
+    for name in ("A100", "H100", "H200"):
+        chip = CHIPS[name]
+        shipped = roofline.predicted(chip, LLAMA, 8192, FORWARD, "cached")[0]
+        for words in range(256, chip.cache_bytes * 7 // 10 // 4096, 256):
+            with monkeypatch.context() as patch:
+                patch.setattr(roofline, "tile_words", lambda _, words=words: words)
+                assert roofline.predicted(chip, LLAMA, 8192, FORWARD, "cached")[0] >= shipped
+
+
+@pytest.mark.parametrize("cache_bytes, multiprocessors", [(6 << 20, 72), (0, 40), (6 << 20, 82)])
+def test_cache_below_a_wave_gets_whole_waves(cache_bytes, multiprocessors):
+    tile = config.tile_in_cache("sm_86", cache_bytes, multiprocessors, 4)
+    assert tile.rows * tile.words == 8 * multiprocessors * 128 * 256
 
 
 def test_second_group_of_rows_reads_and_writes_dweight():

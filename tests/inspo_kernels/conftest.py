@@ -13,7 +13,7 @@ COUNTS = pytest.StashKey[Counter]()
 # Registered only where this folder is named on the command line, hence the defaults below.
 def pytest_addoption(parser):
     parser.addoption("--sanitize", action="store_true", help="check each access of interpreted kernels: sanitizer.py")
-    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and each one's tests, in random order")
 
 
 def pytest_configure(config):
@@ -32,7 +32,19 @@ def pytest_collection_modifyitems(items, config):
                 f"{item.nodeid}: an address changes from process to process: give the parameter an id"
             )
     if (seed := config.getoption("--shuffle", None)) is not None:
-        random.Random(seed).shuffle(items)
+        items[:] = shuffled(items, random.Random(seed))
+
+
+def shuffled(items, order):
+    """The tests of a file stay together: what they share, such as processes of several ranks, is made once."""
+    files = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    groups = list(files.values())
+    order.shuffle(groups)
+    for group in groups:
+        order.shuffle(group)
+    return [item for group in groups for item in group]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -39,8 +39,17 @@ def compile_(function):
     return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, ik.DPO(beta=0.3), pytest.param(MINE, id="own")], ids=str)
-@pytest.mark.parametrize("needed", [(0, 1, 2), (0,), (1,), ()])
+# Every objective once, and every subset of gradients with two of them: a compilation takes a second.
+@pytest.mark.parametrize(
+    "needed, objective",
+    [
+        *(((0, 1, 2), objective) for objective in OBJECTIVES),
+        *((some, objective) for some in ((0,), (1,), ()) for objective in ("orpo", ik.DPO(beta=0.3))),
+        pytest.param((0, 1, 2), MINE, id="own"),
+        pytest.param((0,), MINE, id="own, frozen head"),
+    ],
+    ids=str,
+)
 def test_pair_loss_equals_eager(objective, needed):
     def loss(hidden, weight, bias):
         out = ik.fused_inspo_loss(

@@ -126,7 +126,7 @@ def test_shard_of_which_every_logit_is_minus_infinity(two, backend, shard):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     "dtype, size", [(torch.float64, 1e300), (torch.float32, 1e37), (torch.bfloat16, 1e37)], ids=str
 )

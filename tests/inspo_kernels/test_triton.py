@@ -349,6 +349,7 @@ def test_workspace_stays_within_its_bound(dtype, bound):
     rows = TritonBackend().capacity(head, DEVICE, bound)
     tile = TritonBackend().open_tile(head, rows, bound)
     logits = tile._tile_shape(rows, True)
+    assert logits.words % config.ROW_ALIGNMENT == 0 and tile._tile_shape(10**6, False).words % config.ROW_ALIGNMENT == 0
     logits_bytes = 0 if dtype == torch.float32 else 4 * logits.rows * logits.words
     assert rows == 1 or TritonBackend().kept_bytes(head, rows) + logits_bytes <= bound
     alone = tile._tile_shape(10**6, False)

@@ -224,6 +224,50 @@ def test_bias_gradient(dtype, accumulate):
     assert (memory[:100] == 2).all() and (memory[200:] == 2).all()
 
 
+APART = 2**30  # elements from row to row: the third row starts where 32 bits end
+
+
+@pytest.fixture
+def far_rows(request, tmp_path):
+    """A function that moves three rows of a matrix far apart, on a CPU into a file that is empty between them."""
+    if request.config.getoption("--sanitize", False):
+        pytest.skip("the sanitizer copies all memory of a launch")
+
+    def moved(matrix):
+        elements = 2 * APART + matrix.shape[1]
+        if DEVICE.type == "cpu":
+            file = tmp_path / str(len(list(tmp_path.iterdir())))
+            memory = torch.from_file(str(file), shared=True, size=elements, dtype=matrix.dtype)
+        else:
+            memory = torch.empty(elements, dtype=matrix.dtype, device=DEVICE)
+        return memory.as_strided(matrix.shape, (APART, 1)).copy_(matrix)
+
+    return moved
+
+
+@pytest.mark.parametrize("kernel", ["row_pass", "label_logits", "bias_gradient"])
+def test_rows_may_lie_beyond_32_bits(kernel, far_rows):
+    """As row 16,743 of 128,256 words does."""
+    raw, targets = rows_of_logits(100, n=3)
+    if kernel == "row_pass":
+        e = torch.zeros_like(raw, dtype=torch.bfloat16)
+        far, far_e = far_rows(raw), far_rows(e)
+        expected, got = (run_row_pass(z, targets, 100, e=out)[0] for z, out in ((raw, e), (far, far_e)))
+        assert torch.equal(got.rest, expected.rest) and torch.equal(far_e, e) and e[2].count_nonzero() == 99
+    elif kernel == "label_logits":
+        x, weight, _ = (t.to(DEVICE) for t in matrices(3, 40, 3, torch.bfloat16))
+        targets = torch.tensor([2, 0, 2], device=DEVICE)
+        operands = ((x, weight), (far_rows(x), far_rows(weight)))
+        expected, got = (label_logits(*pair, targets, arch=ARCH) for pair in operands)
+        assert torch.equal(got, expected)
+    else:
+        e, scale = raw[:, :64].contiguous().to(torch.bfloat16), torch.ones(3, device=DEVICE)
+        expected, got = torch.empty(64, device=DEVICE), torch.empty(64, device=DEVICE)
+        for matrix, out in ((e, expected), (far_rows(e), got)):
+            bias_gradient(matrix, scale, out, accumulate=False, arch=ARCH)
+        assert torch.equal(got, expected)
+
+
 def matrices(n, hidden, vocab, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(n, hidden, generator=g), torch.randn(vocab, hidden, generator=g)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -60,9 +59,12 @@ def test_options_equal_trl(tmp_path, options):
     assert_same(*both(tmp_path, reference=model(seed=5), **options))
 
 
+# Each loss type beside two others: a mixture adds what its parts give, and treats all types alike.
 @pytest.mark.sweep
-@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(LOSS_TYPES, 2)))
-def test_every_mixture_of_two_equals_trl(tmp_path, first, second):
+@pytest.mark.parametrize("second_is", [1, 4])
+@pytest.mark.parametrize("first", LOSS_TYPES)
+def test_mixtures_of_two_equal_trl(tmp_path, first, second_is):
+    second = LOSS_TYPES[(LOSS_TYPES.index(first) + second_is) % len(LOSS_TYPES)]
     assert_same(*both(tmp_path, loss_type=[first, second], loss_weights=[0.7, 0.4], beta=0.3, **SMOOTHED))
 
 

@@ -75,6 +75,17 @@ def test_tensor_parallel_model_trains_as_a_whole_one(two, tmp_path):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+def test_two_processes_drop_the_alternatives_that_one_drops(two, tmp_path):
+    alone = run(InSPOTrainer, InSPOConfig, tmp_path, policy=model(), reference=model(seed=5), alternative_dropout=0.5)
+    for expected, found in zip(alone.gradients, two[0]["dropout"].gradients, strict=True):
+        for name, gradient in expected.items():
+            error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+            assert error <= 2e-5, (name, error)
+    for together, apart in zip(alone.logs[:2], two[0]["dropout"].logs[:2], strict=True):
+        for name in ("num_tokens", "rewards/margins", "marginal/logps/chosen"):
+            assert apart[name] == pytest.approx(together[name], rel=1e-4), name
+
+
 def test_every_process_trains_on_the_pairs_that_fit(two):
     assert all(torch.isfinite(torch.tensor(outcome["dropping"].losses)).all() for outcome in two)
     assert two[0]["dropping"].logs == two[1]["dropping"].logs

@@ -32,6 +32,7 @@ RUNS = {
     "theirs": (DPOTrainer, DPOConfig, {}),
     "ours": (InSPOTrainer, InSPOConfig, {"conditioned": False}),
     "conditioned": (InSPOTrainer, InSPOConfig, {}),
+    "dropout": (InSPOTrainer, InSPOConfig, {"alternative_dropout": 0.5}),
     "dropping": (InSPOTrainer, InSPOConfig, {"max_length": 16, "layout": "rows", "max_steps": 1}),
 }
 

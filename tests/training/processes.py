@@ -38,6 +38,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "plain": {"objective": "simpo", "conditioned": False, "pairs": 8, "weight_decay": 0.1},
     "checkpointed": {"activation_checkpointing": True, "num_hidden_layers": 3},
     "tree": {"layout": "tree", "marginal_weight": 0.5, "activation_checkpointing": True, "num_hidden_layers": 2},
+    "dropout": {"alternative_dropout": 0.5, "reference_conditioned": True},
+    "dropout in trees": {"alternative_dropout": 0.5, "layout": "tree", "gradient_accumulation_steps": 3, "pairs": 2},
     "frozen head": {"freeze": "lm_head.weight"},
     "lora": {"lora": {"r": 2, "alpha": 4.0}, "max_grad_norm": 3.0},
     "bf16": {"bf16": True, "learning_rate": 1e-3},

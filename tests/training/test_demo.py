@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import generate
 from training.demo.__main__ import main
-from training.demo.answers import CUT, compare, sample_answers, sample_pairs
+from training.demo.answers import CUT, REFLECTED, compare, reflect_unseen, sample_answers, sample_pairs
 from training.demo.settings import FINE_TUNES, Settings, fine_tune_config, long_config
 from training.demo.stages import fit_base, run_demo
 from training.demo.world import Prompt, World
@@ -236,6 +236,22 @@ def test_quick_demo_prints_what_it_measured(demo: tuple[Path, str]) -> None:
     for example in results["examples"]:
         assert any(line.startswith(example["prompt"]) and example["inspo"] in line for line in text.splitlines())
     assert str(folder / "picture.png") in text
+
+
+def test_reflection_is_compared_at_equal_generations(demo: tuple[Path, str]) -> None:
+    folder, text = demo
+    rows = json.loads((folder / "results.json").read_text())["reflection"]
+    titles = {"draft": "one draft", "reflected": "given the draft", "best_of_two": "likelier of two"}
+    assert list(rows) == list(titles)
+    for way, title in titles.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {title}")]
+        assert f"{rows[way]['accuracy']:.3f}" in line and ("gain" in rows[way]) == (way != "draft")
+    model, tokenizer = (
+        part.from_pretrained(folder / "inspo" / "final") for part in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    world, drafts = quick_world(), reflect_unseen(model, tokenizer, quick_world().unseen, count=REFLECTED, seed=0)
+    assert rows["draft"] == compare(world, drafts["draft"], None)
+    assert rows["best_of_two"] == compare(world, drafts["best_of_two"], drafts["draft"])
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 

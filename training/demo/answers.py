@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..chat import TextEncoder
 from ..evaluation import mean_interval, proportion_interval
+from ..generate import answer_text
+from ..reflect import best_of_two, reflect_batch
 from .settings import Settings
 from .world import Prompt, World
 
 MAX_NEW_TOKENS = 8
+REFLECTED = 4  # drafts to each prompt, of which reflected answers and best-of-two are compared
 CUT = "…"  # ends an answer that the model did not end
 
 
@@ -73,6 +77,28 @@ def answer_unseen(
         "greedy": sample_answers(model, tokenizer, prompts, count=1, greedy=True, seed=settings.seed),
         "sampled": sample_answers(model, tokenizer, prompts, count=settings.samples, greedy=False, seed=settings.seed),
     }
+
+
+def reflect_unseen(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, count: int, seed: int
+) -> dict[str, list[list[str]]]:
+    """``count`` sampled drafts to each prompt, the answers given them, and the likelier of two drafts each."""
+    encoder, rows = TextEncoder(tokenizer), [(i, n) for i in range(len(prompts)) for n in range(count)]
+    settings: dict[str, Any] = {
+        "max_new_tokens": MAX_NEW_TOKENS, "temperatures": [1.0] * len(rows), "chat": False,
+        "seeds": [[seed, i, n] for i, n in rows],
+    }  # fmt: skip
+    ids = [encoder.prompt(str(prompts[i])) for i, _ in rows]
+    with torch.no_grad():
+        found = reflect_batch(model, encoder, ids, **settings)
+        best = best_of_two(model, encoder, ids, **settings)
+    answers: dict[str, list[list[str]]] = {}
+    ways = {"draft": [one.draft for one in found], "reflected": [one.answer for one in found], "best_of_two": best}
+    for way, given in ways.items():
+        texts = [answer_text(one, tokenizer) for one in given]
+        whole = [text if one[-1] == tokenizer.eos_token_id else text + CUT for text, one in zip(texts, given)]
+        answers[way] = [whole[at : at + count] for at in range(0, len(whole), count)]
+    return answers
 
 
 def compare(world: World, answers: list[list[str]], base: list[list[str]] | None) -> dict[str, Any]:

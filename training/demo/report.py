@@ -69,6 +69,17 @@ def over_training(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def reflection(results: dict[str, Any]) -> str:
+    """InSPO's model with two generations an answer: given its draft, and the likelier of two drafts."""
+    rows = results["reflection"]
+    titles = {"draft": "one draft", "reflected": "given the draft", "best_of_two": "likelier of two"}
+    lines = [f"{'InSPO, sampled':<22}{'right':>6}  {'95% interval':<16}{'gain over one':>15}  95% interval"]
+    for way, row in rows.items():
+        gain = f"{row['gain']:>+15.3f}  {_interval(row['gain_ci'], '+')}" if "gain" in row else ""
+        lines.append(f"  {titles[way]:<20}{row['accuracy']:>6.3f}  {_interval(row['accuracy_ci']):<16}{gain}".rstrip())
+    return "\n".join([*lines, "Experimental: two generations an answer (training.generate --reflect)."])
+
+
 def assumption(results: dict[str, Any]) -> str:
     """What InSPO needs of a base, and whether this one has it."""
     gap, share = results["conditioning_gap"], results["settings"]["draft_share"]

@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..evaluation import conditioning_gap
 from ..scoring import Batcher, PairModel, score
 from ..train import train
-from .answers import answer_unseen, compare, sample_pairs
+from .answers import REFLECTED, answer_unseen, compare, reflect_unseen, sample_pairs
 from .overtraining import LONG, over_train
 from .report import NAMES, draw_picture
 from .settings import FINE_TUNES, PAIRS, UNSEEN_PAIRS, Settings, fine_tune_config, long_config
@@ -109,6 +109,7 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
     done("over_training", f"4. trained DPO and InSPO too long: {passes:g} passes over {settings.long_pairs} pairs")
 
     answers = {name: answer_unseen(model, tokenizer, world.unseen, settings) for name, model in models.items()}
+    ways = reflect_unseen(models["inspo"], tokenizer, world.unseen, count=REFLECTED, seed=settings.seed)
     results = {
         "settings": json.loads(json.dumps(asdict(settings))),
         "parameters": size,
@@ -129,8 +130,10 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
             for i, prompt in enumerate(world.unseen)
             if i % (settings.unseen_per_kind // 2) == 0
         ],
+        "reflection": {way: compare(world, texts, None if way == "draft" else ways["draft"])
+                       for way, texts in ways.items()},
         "seconds": seconds,
-    }
+    }  # fmt: skip
     draw_picture(results, metrics["inspo"], folder / PICTURE)
     done("evaluation", f"5. answered {len(world.unseen)} unseen prompts with each model")
     return results

@@ -1,0 +1,44 @@
+"""Memory of large CPU workspaces, kept from one call to the next.
+
+The C library maps a block above 32 MiB anew each time it is allocated, and the first write to each of its pages traps
+into the system. For a workspace that takes as long as a matmul of 64 rows with the head. So the largest workspace that
+no call uses stays allocated, one of each dtype, until ``release_workspace`` or the end of the process.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# glibc's largest threshold: below, a freed block is at hand for the next one of its size.
+_ALWAYS_MAPPED = 32 << 20
+# A buffer is in here or in use by one call: taking it out is atomic, so threads and nested calls never share one.
+_idle: dict[torch.dtype, Tensor] = {}
+
+
+def borrow(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a flat uninitialised tensor of at least ``size`` elements, to be given back or left to be freed."""
+    if device.type == "cpu" and size * dtype.itemsize >= _ALWAYS_MAPPED:
+        idle = _idle.pop(dtype, None)
+        if idle is not None and idle.numel() >= size:
+            return idle
+        del idle  # before a larger one is allocated
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+def give_back(buffer: Tensor) -> None:
+    """Let a later call have this memory, which nobody may read or write any more."""
+    size = buffer.numel() * buffer.dtype.itemsize
+    if buffer.device.type != "cpu" or size < _ALWAYS_MAPPED or buffer.is_inference():
+        return
+    idle = _idle.get(buffer.dtype)
+    if idle is None or idle.numel() < buffer.numel():
+        _idle[buffer.dtype] = buffer
+
+
+def release_workspace() -> None:
+    """Free the workspace memory that is kept between calls on a CPU.
+
+    A call keeps at most what its ``max_workspace_bytes`` allows, or its default; of several calls the largest stays.
+    """
+    _idle.clear()

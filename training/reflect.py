@@ -1,0 +1,172 @@
+"""Experimental: answers given the model's own draft, in the layout that training conditions on.
+
+A model trained with ``conditioned: true`` has seen prompt + other response + response. ``reflect_batch`` lets it write
+a draft and then answer after prompt + draft. ``best_of_two`` spends as many generations on two drafts and keeps the
+likelier one. Whether either helps is to be measured for each model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import inspo_kernels as ik
+
+from .chat import TextEncoder, separator_ids
+from .data_options import DataOptions
+from .errors import InputError
+from .exports import FORMATS, Question, read_questions
+from .generate import answer_ends, answer_text, generate_batch, prompt_ids
+from .messages import Messages
+from .model import padding_id
+
+
+class Reflection(NamedTuple):
+    """Token ids of a draft, and of the answer given it; each ends with its end token, unless it was cut."""
+
+    draft: list[int]
+    answer: list[int]
+
+
+def reflect_batch(
+    model: PreTrainedModel, encoder: TextEncoder, prompts: Sequence[Sequence[int]], *, separator: Sequence[int] = (),
+    max_new_tokens: int, temperatures: Sequence[float], seeds: Sequence[Sequence[int]], chat: bool,
+) -> list[Reflection]:  # fmt: skip
+    """Answer each prompt of token ids, then again after prompt + draft + ``separator``.
+
+    A draft is what ``generate_batch`` returns for the same arguments. A draft that was cut gets an end token, because
+    every response in training has one. ``separator`` is what training puts between two responses.
+
+    Raises InputError for a prompt that does not leave the model's positions room for both.
+    """
+    longest, positions = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None)
+    needed = longest + 2 * max_new_tokens + len(separator) + 1
+    if positions and needed > positions:
+        raise InputError(
+            f"--reflect: a prompt of {longest} tokens with a draft and an answer may take {needed} tokens, above the "
+            f"model's {positions} positions; lower --max_new_tokens, or leave the prompt out"
+        )
+    ends = answer_ends(model, encoder, chat=chat)
+    common = {"max_new_tokens": max_new_tokens, "temperatures": temperatures, "chat": chat}
+    drafts = generate_batch(model, encoder, prompts, seeds=seeds, **common)  # type: ignore[arg-type]
+    end = encoder.turn.end_id if chat and encoder.turn.end_id is not None else encoder.tokenizer.eos_token_id
+    given = [
+        [*prompt, *draft, *([] if draft[-1] in ends else [end]), *separator] for prompt, draft in zip(prompts, drafts)
+    ]
+    answers = generate_batch(model, encoder, given, seeds=[[*seed, 1] for seed in seeds], **common)  # type: ignore[arg-type]
+    return [Reflection(draft, answer) for draft, answer in zip(drafts, answers)]
+
+
+def best_of_two(
+    model: PreTrainedModel, encoder: TextEncoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    temperatures: Sequence[float], seeds: Sequence[Sequence[int]], chat: bool,
+) -> list[list[int]]:  # fmt: skip
+    """Answer each prompt twice and return the answer with the higher mean log-prob a token, given the prompt alone.
+
+    The first answer is the draft that ``reflect_batch`` writes for the same arguments. At temperature 0 both are equal.
+    """
+    common = {"max_new_tokens": max_new_tokens, "temperatures": temperatures, "chat": chat}
+    tries = [
+        generate_batch(model, encoder, prompts, seeds=given, **common)  # type: ignore[arg-type]
+        for given in (seeds, [[*seed, 2] for seed in seeds])
+    ]
+    pad = padding_id(encoder.tokenizer, lambda note: None)
+    scores = torch.stack([mean_logps(model, prompts, answers, pad_token_id=pad) for answers in tries])
+    return [tries[best][i] for i, best in enumerate(scores.argmax(0).tolist())]
+
+
+@torch.no_grad()
+def mean_logps(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, pad_token_id: int
+) -> Tensor:
+    """Return (n,) float64: the mean log-prob a token of each answer given its prompt, in nats."""
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows])
+    at, lengths = torch.arange(width), torch.tensor([[len(prompt), len(row)] for prompt, row in zip(prompts, rows)])
+    scored = (at >= lengths[:, :1]) & (at < lengths[:, 1:])
+    hidden, head = ik.hidden_and_head(
+        model, input_ids=ids.to(model.device), attention_mask=(at < lengths[:, 1:]).long().to(model.device)
+    )
+    targets = ids.masked_fill(~scored, -100)[:, 1:].to(model.device)
+    logps = ik.linear_logps(hidden[:, :-1], targets=targets, **head)
+    assert isinstance(logps, Tensor)  # as no statistics are asked for
+    return logps.double().sum(1).cpu() / scored.sum(1)
+
+
+def reflect_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *,
+    separator: Sequence[int], temperature: float, max_new_tokens: int, batch_size: int, seed: int,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Yield prompt, draft and answer of each question, as text. Raises InputError for one of several turns."""
+    encoder = TextEncoder(tokenizer)
+    for question in questions:
+        if question.answers > 1:
+            raise InputError(f"{question.origin}: {question.answers} turns, but --reflect answers one")
+    for start in range(0, len(questions), batch_size):
+        some = questions[start : start + batch_size]
+        found = reflect_batch(
+            model, encoder, [prompt_ids(encoder, question, []) for question in some], separator=separator,
+            max_new_tokens=max_new_tokens, temperatures=[temperature] * len(some),
+            seeds=[[seed, start + i, 0] for i in range(len(some))], chat=any(one.text is None for one in some),
+        )  # fmt: skip
+        for question, reflection in zip(some, found):
+            said = question.text if question.text is not None else question.turns[0][-1]["content"]
+            texts = {name: answer_text(ids, tokenizer).strip() for name, ids in reflection._asdict().items()}
+            yield {"prompt": said, **texts}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add to the options of ``training.generate`` those of this module."""
+    parser.add_argument(
+        "--reflect", action="store_true",
+        help="experimental: answer, then answer again given the draft; --out gets JSON lines of prompt, draft, answer",
+    )  # fmt: skip
+    parser.add_argument(
+        "--alternative", choices=("plain", "chat"), default="plain",
+        help="--reflect: what stood between two responses in training [plain]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--alternative_instruction", default=DataOptions.alternative_instruction,
+        help="--reflect --alternative chat: what the user says in that turn, as in training",
+    )  # fmt: skip
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit through ``parser`` where an option would be ignored."""
+    if options.reflect and options.format != FORMATS[0]:
+        parser.error("--reflect writes JSON lines of its own: leave --format out")
+    if not options.reflect and options.alternative != "plain":
+        parser.error("--alternative is for --reflect: without it the model sees the prompt alone")
+
+
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> None:
+    """Print, or write to ``--out``, drafts and the answers given them."""
+    if options.out:
+        questions = read_questions(options.prompts, options.format, chat=options.chat)
+    else:
+        said: Messages = [{"role": "user", "content": options.prompt}]
+        questions = [Question("--prompt", {}, None if options.chat else options.prompt, [said] if options.chat else [])]
+    rows = reflect_questions(
+        model, tokenizer, questions, separator=separator_ids(tokenizer, options),
+        temperature=options.temperature or 0.0, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
+        seed=options.seed,
+    )  # fmt: skip
+    if not options.out:
+        for row in rows:
+            print(f"draft: {row['draft']}\n\nanswer given the draft: {row['answer']}")
+        return
+    out = Path(options.out)
+    partial = out.with_name(out.name + ".tmp")  # the file appears whole
+    with partial.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    partial.replace(out)
+    print(f"{len(questions)} prompts answered in {out}", file=sys.stderr)
