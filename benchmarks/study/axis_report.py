@@ -202,8 +202,9 @@ def _decodings(result: Mapping[str, Any]) -> Iterator[str]:
                     name = f"{TITLES[arm]} − {TITLES[other]}"
                     differences.append([name, *(_signed(row[d][f"minus {other}"]) for d in _DECODINGS)])
         yield "\n".join([
-            f"## Other decodings, {few} pairs, {where}", "", *_table(columns, rows), "", _filled(note), "",
-            "Differences in exact quality, paired by seed (95%, not adjusted):", "",
+            f"## Other decodings, {few} pairs, {where}", "", *_table(columns, rows), "",
+            *([_filled(note), ""] if at else []),  # once is enough
+            f"Differences in exact quality, {where}, paired by seed (95%, not adjusted):", "",
             *_table(["", *_DECODINGS], differences),
         ])  # fmt: skip
 
