@@ -26,7 +26,7 @@ help:
 	@echo "  benchmark-parallel a head that is split over ranks"
 	@echo "  benchmark-demo     the demo on ten seeds, and with a base fitted without drafts"
 	@echo "  benchmark-pairs    real pairs, of PAIRS: objectives and the loop's overhead"
-	@echo "  benchmark-study    docs/study.md; finished runs are kept"
+	@echo "  benchmark-study    docs/study.md and docs/study_axis.md; finished runs are kept"
 	@echo "  benchmark-compile  the Triton kernels compiled for GPUs that are not here"
 	@echo "  benchmark-gpu      on a GPU, under ten minutes a call; no part of make benchmark"
 	@echo "  tables             write tables and plots from the result files, measuring nothing"
@@ -127,8 +127,8 @@ benchmark-pairs: pairs-given install
 pairs-given:
 	@test -f "$(PAIRS)" || { echo "give the pairs: PAIRS=FILE.jsonl with prompt, chosen, rejected; or make the parts without them"; exit 1; }
 
-# "study", docs/study.md and its plots. No speed is measured, so runs in results/study/runs.jsonl are kept; to have them
-# done anew, remove that file.
+# "study" and "axis", docs/study.md, docs/study_axis.md and their plots. No speed is measured, so runs in the .jsonl files
+# of results/study and results/study_axis are kept; to have them done anew, remove those files.
 benchmark-study: install
 	$(BIN)/python -m benchmarks.study.tabular --json $(RESULTS)/study_tabular.json
 	$(BIN)/python -m benchmarks.study

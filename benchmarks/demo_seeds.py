@@ -24,7 +24,8 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from training.demo.report import NAMES, table
-from training.demo.stages import Settings, run_demo
+from training.demo.settings import Settings
+from training.demo.stages import run_demo
 
 from .harness import provenance, write_json
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from . import parallel, plots
 from .contenders import CONTENDERS
 from .measure import PRODUCTS
+from .study import axis_report
 from .study.report import finding
 
 TITLES = {name: contender.title for name, contender in CONTENDERS.items()}
@@ -360,6 +361,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "split_heads": ("parallel_cpu.json", split_heads),
     "loop_overhead": ("loop_overhead.json", loop_overhead),
     "study": ("study/study.json", finding),
+    "axis": ("study_axis/axis.json", axis_report.finding),
     "demo": ("demo_seeds.json", demo),
     "no_drafts": ("demo_no_drafts.json", no_drafts),
     "real_pairs": ("real_pairs.json", real_pairs),

@@ -116,7 +116,7 @@ def test_named_configurations_exist(page, path):
 
 
 NAMED = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|yaml|md|png)|(?:[\w-]+/)+)`")
-WRITTEN = {"curves.png", "config.yaml", "final/", "best/", "runs/demo/", "report.md"}  # by a run
+WRITTEN = {"curves.png", "config.yaml", "final/", "best/", "runs/demo/", "results.json", "picture.png"}  # by a run
 
 
 @pytest.mark.parametrize("page, line", found(r"(?m)^.*`[\w/-]+(?:\.(?:py|yaml|md|png)|/)`.*$"))

@@ -6,6 +6,7 @@ the marginals); the controls without which a difference between them means nothi
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,6 +53,7 @@ class Arm:
         that of another pair of the same prompt kind.
     updates: factor of the number of updates. drafts: whether the base was fitted to prompt + draft + answer rows, too.
     separator: tokens between the two responses. conditioned_reference: the reference sees the alternative as well.
+    alternative_dropout: probability that a pair is trained plain in a pass, with the plain reference.
     learning_rate, parameter: factors of the tuned values.
     """
 
@@ -70,14 +72,20 @@ class Arm:
     noise: float = Judge().noise
     separator: str = ""
     conditioned_reference: bool = False
+    alternative_dropout: float = 0.0
     learning_rate: float = 1.0
     parameter: float = 1.0
 
     def __post_init__(self) -> None:
         if self.own_alternative < 1 and (self.marginal_weight or self.objective == "orpo"):
             raise ValueError(f"{self.name}: marginals are those of the pair's own responses; nothing may replace them")
-        if not self.conditioned and (self.marginal_weight or self.own_alternative < 1 or self.separator):
+        changed = self.marginal_weight or self.own_alternative < 1 or self.separator or self.alternative_dropout
+        if not self.conditioned and changed:
             raise ValueError(f"{self.name}: only conditioned sequences have an alternative")
+        if not 0 <= self.alternative_dropout <= 1:
+            raise ValueError(f"{self.name}: alternative_dropout must be within 0 and 1, got {self.alternative_dropout}")
+        if self.alternative_dropout and self.uses_marginals:
+            raise ValueError(f"{self.name}: a dropped pair is laid out plain and has no marginals to train on")
         if self.conditioned and self.sft_weight:
             raise ValueError(f"{self.name}: the SFT term is meant for plain sequences")
 
@@ -90,6 +98,11 @@ class Arm:
     def uses_marginals(self) -> bool:
         """Whether the loss depends on them; those that are only watched need not be scored in training."""
         return bool(self.marginal_weight) or (self.objective == "orpo" and self.conditioned)
+
+    def drops_alternative(self, seed: int, number: int, pair: int) -> bool:
+        """Whether ``pair`` is trained plain in pass ``number`` over the pairs, a coin of its own each time."""
+        coin = random.Random(f"alternative {seed} {number} {pair}").random()
+        return coin < self.alternative_dropout
 
     def make_objective(self, parameter: float | None) -> ik.Objective:
         """The package's objective with the tuned ``parameter`` (None: there is none)."""
@@ -163,3 +176,17 @@ def ablations() -> Iterator[Arm]:
 
 
 ARMS: dict[str, Arm] = {arm.name: arm for arms in (table(), controls(), ablations()) for arm in arms}
+
+# The arms of the over-training study, in the order of its report.
+AXIS_ARMS: dict[str, Arm] = {
+    "plain": ARMS["dpo plain"],
+    "inspo": ARMS["dpo inspo"],
+    "other": ARMS["dpo shuffled"],
+    "conditioned reference": ARMS["dpo inspo, presentation reference conditioned, too"],
+    "dropout": replace(
+        ARMS["dpo inspo"], name="dpo inspo, alternative dropout", title="InSPO-DPO, reference conditioned, 50% dropout",
+        group="axis", conditioned_reference=True, alternative_dropout=0.5,
+    ),
+    "anchored": ARMS["dpo anchored"],
+    "sft": ARMS["sft"],
+}  # fmt: skip

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .arms import ARMS, FIXED, Arm
+from . import plan as planning
+from .arms import ARMS, AXIS_ARMS, FIXED, Arm
+from .axis import BASE, AxisJob, AxisPlan, axis_jobs
+from .axis import seconds as axis_seconds
 from .plan import Job, Plan, all_jobs, base_jobs, grid, seconds, test_jobs, tuned_arms, tuning_jobs, winners
-from .runs import Size
 from .world import Judge
+
+AnyJob = Job | AxisJob
 
 
 class Records:
     """Finished runs, one JSON line each behind a first line with the settings."""
 
-    def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, file: Path, settings: Mapping[str, Any], job: type[AnyJob] = Job) -> None:
         """Reads ``file``, if there is one; raises ValueError if it holds runs of other settings."""
-        self.file, self.settings = file, json.loads(json.dumps(settings))
+        self.file, self.settings, self.job = file, json.loads(json.dumps(settings)), job
         self.by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
         whole = file.read_text().rpartition("\n")[0].split("\n") if file.exists() else []
         lines = [json.loads(line) for line in whole if line]
@@ -41,9 +46,9 @@ class Records:
         self.file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def _keep(self, record: dict[str, Any]) -> None:
-        self.by_key[Job(**{name: record[name] for name in Job.__dataclass_fields__}).key] = record
+        self.by_key[self.job(**{name: record[name] for name in self.job.__dataclass_fields__}).key] = record
 
-    def __contains__(self, job: Job) -> bool:
+    def __contains__(self, job: AnyJob) -> bool:
         return job.key in self.by_key
 
     def add(self, record: dict[str, Any]) -> None:
@@ -52,13 +57,37 @@ class Records:
         self._keep(record)
 
 
-def execute(job: Job, size: Size, cache: Path, device: str) -> dict[str, Any]:
+def execute(job: AnyJob, settings: Any, cache: Path, device: str) -> dict[str, Any]:
     """In a worker process: one thread, so that results do not depend on how many cores there are."""
     torch.set_num_threads(1)
-    return job.execute(size, cache, device)
+    return job.execute(settings, cache, device)
 
 
-def finish(jobs: Sequence[Job], records: Records, run: Callable[[Job], Any], done: Callable[[], Any]) -> None:
+Run = Callable[[AnyJob, Any], "Future[dict[str, Any]]"]
+
+
+@contextmanager
+def worker_pool(
+    workers: int, total: int, left: int, cache: Path, device: str
+) -> Iterator[tuple[Run, Callable[[], Any]]]:
+    """Yields what submits a job with its settings, and what moves the bar on; cancels what waits on an error."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
+        tqdm(total=total, initial=total - left, unit="run") as bar,
+    ):
+
+        def run(job: AnyJob, settings: Any) -> Future[dict[str, Any]]:
+            return pool.submit(execute, job, settings, cache, device)
+
+        try:
+            yield run, bar.update
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def finish(jobs: Sequence[AnyJob], records: Records, run: Callable[[AnyJob], Any], done: Callable[[], Any]) -> None:
     """Adds the records of those ``jobs`` that have none. ``run`` gives a future of each."""
     waiting = {run(job) for job in jobs if job not in records}
     while waiting:
@@ -93,19 +122,37 @@ def study(plan: Plan, records: Records, cache: Path, *, workers: int, device: st
     left = [job for job in total if job not in records]
     estimate = seconds(plan, left, device) / workers
     print(f"{len(left)} of {len(total)} runs to do: about {estimate / 60:.0f} minutes, {workers} processes", flush=True)
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
-        tqdm(total=len(total), initial=len(total) - len(left), unit="run") as bar,
-    ):
+    with worker_pool(workers, len(total), len(left), cache, device) as (submit, done):
 
-        def run(job: Job) -> Any:
-            return pool.submit(execute, job, plan.size, cache, device)
+        def run(job: AnyJob) -> Any:
+            return submit(job, plan.size)
 
-        try:
-            finish(base_jobs(plan), records, run, bar.update)
-            finish(tuning_jobs(plan), records, run, bar.update)
-            finish(test_jobs(plan, winners(plan, records.by_key.values())), records, run, bar.update)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        finish(base_jobs(plan), records, run, done)
+        finish(tuning_jobs(plan), records, run, done)
+        finish(test_jobs(plan, winners(plan, records.by_key.values())), records, run, done)
+
+
+def open_axis_records(plan: AxisPlan, folder: Path, device: str) -> dict[int, Records]:
+    """What ``folder`` holds of the over-training study, a file for each number of pairs; raises ValueError as above."""
+    settings = {
+        "plan": asdict(plan) | {"arms": {name: _settings(AXIS_ARMS[name]) for name in plan.arms}},
+        "judge": asdict(Judge()),
+        "device": device,
+        "torch": torch.__version__,
+    }
+    return {pairs: Records(folder / f"{pairs}.jsonl", settings, AxisJob) for pairs in plan.pairs}
+
+
+def axis_study(plan: AxisPlan, records: Mapping[int, Records], cache: Path, *, workers: int, device: str) -> None:
+    """Runs what is left of the over-training study, the cells of its hypotheses first."""
+    total = [job for pairs in plan.pairs for job in axis_jobs(plan, pairs)]
+    left = [job for job in total if job not in records[job.pairs]]
+    estimate = axis_seconds(plan, left, *planning.step_seconds(plan.size, device)) / workers
+    print(f"{len(left)} of {len(total)} runs to do: about {estimate / 60:.0f} minutes, {workers} processes", flush=True)
+    with worker_pool(workers, len(total), len(left), cache, device) as (submit, done):
+        for pairs, held in records.items():
+            held.open()
+            jobs = axis_jobs(plan, pairs)
+            if workers > 1:  # bases first, or two workers would fit the same one
+                finish([job for job in jobs if job.arm == BASE], held, lambda job: submit(job, plan), done)
+            finish(jobs, held, lambda job: submit(job, plan), done)

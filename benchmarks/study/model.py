@@ -55,12 +55,16 @@ def fit(
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, prompts: Sequence[Prompt], *, count: int, seed: int) -> list[list[str]]:
-    """``count`` answers to each prompt, from the prompt alone, at temperature 1; END is their last token if they end.
+def sample(
+    model: PreTrainedModel, prompts: Sequence[Prompt], *, count: int, seed: int, temperature: float = 1.0
+) -> list[list[str]]:
+    """``count`` answers to each prompt, from the prompt alone; END is their last token if they end.
 
     The uniform draw behind each token depends on ``seed``, prompt and position alone: models are compared on the same
-    draws.
+    draws. A ``temperature`` of 0 takes the most likely token each time. Raises ValueError if it is negative.
     """
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (greedy) or larger, got {temperature}")
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(prompts), count, MOST_TOKENS, 1, generator=generator, dtype=torch.float64)
     answers: list[list[str]] = [[] for _ in prompts]
@@ -74,8 +78,12 @@ def sample(model: PreTrainedModel, prompts: Sequence[Prompt], *, count: int, see
         for step in range(MOST_TOKENS):
             out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
-            cumulative = out.logits[:, -1].double().softmax(-1).cumsum(-1)
-            tokens = (cumulative < uniform[:, step]).sum(-1, keepdim=True).clamp(max=len(VOCABULARY) - 1)
+            logits = out.logits[:, -1].double()
+            if temperature == 0:
+                tokens = logits.argmax(-1, keepdim=True)
+            else:
+                cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+                tokens = (cumulative < uniform[:, step]).sum(-1, keepdim=True).clamp(max=len(VOCABULARY) - 1)
             answer.append(tokens.masked_fill(ended[:, None], IDS[PAD]))
             ended |= tokens[:, 0] == IDS[END]
             if ended.all():

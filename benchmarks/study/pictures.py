@@ -104,6 +104,47 @@ def draw_ablations(result: Mapping[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=100, metadata={"Software": None})
 
 
+AXIS_COLORS = {
+    "plain": "tab:orange", "inspo": "tab:blue", "other": "tab:purple", "conditioned reference": "tab:cyan",
+    "dropout": "tab:red", "anchored": "tab:green", "sft": "black",
+}  # fmt: skip
+
+
+def draw_axis(result: Mapping[str, Any], titles: Mapping[str, str], file: Path) -> None:
+    """Gain over the base by number of updates, a panel for each number of pairs; dashed where seeds are fewer."""
+    from matplotlib.figure import Figure
+
+    cells = {pairs: arms for pairs, arms in result["cells"].items() if any("best" in cell for cell in arms.values())}
+    figure = Figure(figsize=(2.5 + 3.5 * len(cells), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
+    most = max(cell["seeds"] for arms in cells.values() for cell in arms.values())
+    for axes, (pairs, arms) in zip(panels, cells.items()):
+        shown = [(arm, cell) for arm, cell in arms.items() if "best" in cell]
+        for place, (arm, cell) in enumerate(shown):
+            gains = [row["greedy"]["minus base"] for row in cell["updates"].values()]
+            shift = 1.03 ** (place - len(shown) / 2)  # beside each other, not on top of each other
+            few = cell["seeds"] < most
+            axes.errorbar(
+                [int(updates) * shift for updates in cell["updates"]], [gain["mean"] for gain in gains],
+                yerr=[[gain["mean"] - gain["low"] for gain in gains], [gain["high"] - gain["mean"] for gain in gains]],
+                fmt="o--" if few else "o-", color=AXIS_COLORS[arm], label=titles[arm], markersize=4, capsize=2,
+                lw=1 if few else 2, elinewidth=0.6 if few else 1.2,
+            )  # fmt: skip
+        axes.axhline(0, color="gray", ls=":", label="base")
+        axes.set_xscale("log", base=2)
+        ticks = [int(updates) for updates in result["plan"]["checkpoints"]]
+        size = result["plan"]["size"]["update_pairs"]
+        axes.set_xticks(ticks, [f"{n}\n({n * size / int(pairs):g})" for n in ticks])
+        axes.minorticks_off()
+        seeds = sorted({cell["seeds"] for _, cell in shown})
+        axes.set(title=f"{pairs} pairs ({' or '.join(map(str, seeds))} seeds)", xlabel="updates (passes over pairs)")
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="gain in exact quality over base, 95%")
+    figure.suptitle("Greedy answers from the prompt alone, constant learning rate", fontsize=11)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
+    figure.savefig(file, dpi=100, metadata={"Software": None})
+
+
 PICTURES: dict[str, Callable[[Mapping[str, Any], Path], None]] = {
     "arms": draw_arms,
     "curves": draw_curves,

@@ -164,9 +164,8 @@ def all_jobs(plan: Plan, records: Iterable[Mapping[str, Any]] = ()) -> list[Job]
     return base_jobs(plan) + tuning_jobs(plan) + test_jobs(plan, best)
 
 
-def seconds(plan: Plan, jobs: Iterable[Job], device: str) -> float:
-    """What ``jobs`` will take one after the other, from a few updates and fitting steps timed here and now."""
-    size = plan.size
+def step_seconds(size: Size, device: str) -> tuple[float, float]:
+    """Seconds of one InSPO update and of one fitting step, from a few of each timed here and now."""
     prompts = draw_prompts(size.word_lengths, training=64, validation=8, test=8, seed=0).training
     model = models.build(size.hidden_size, size.layers, 0, device)
     clock = time.perf_counter()
@@ -179,6 +178,12 @@ def seconds(plan: Plan, jobs: Iterable[Job], device: str) -> float:
         model, runs.label(pairs, Judge()), arm, arm.make_objective(0.1), learning_rate=1e-4, updates=6,
         update_pairs=min(size.update_pairs, len(pairs)), seed=0,
     )  # fmt: skip
-    update = (time.perf_counter() - clock) / 6
+    return (time.perf_counter() - clock) / 6, fitting
+
+
+def seconds(plan: Plan, jobs: Iterable[Job], device: str) -> float:
+    """What ``jobs`` will take one after the other."""
+    size = plan.size
+    update, fitting = step_seconds(size, device)
     # Sampling, judging and scoring held-out pairs come to some two fifths on top of training.
     return sum(1.4 * job.updates(size) * update if job.arm in ARMS else size.fit_steps * fitting for job in jobs)

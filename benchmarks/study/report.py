@@ -78,6 +78,9 @@ def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
         "<!-- written by python -m benchmarks.study; do not edit -->",
         *_warnings(result),
         _filled(finding(result)),
+        _filled(
+            "[Many passes over few pairs](study_axis.md) are a study of their own, by a protocol fixed beforehand."
+        ),
         "![quality by arm](study_arms.png)",
         _world(result),
         _arms(result),

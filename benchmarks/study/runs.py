@@ -190,42 +190,77 @@ def make_batch(examples: Sequence[Example], *, conditioned: bool, separator: str
     return batch | kept | {"marginal_labels": None}
 
 
+def drop_alternatives(batch: dict[str, Any], plain: dict[str, Any], dropped: Tensor) -> dict[str, Any]:
+    """The conditioned ``batch`` with those pairs that are ``dropped`` (pairs,) laid out as in ``plain``, both rows."""
+    rows = dropped.repeat(2)[:, None]
+    fill = {"input_ids": IDS[PAD], "attention_mask": 0, "position_ids": 0, "labels": -100}
+    mixed: dict[str, Any] = {"marginal_labels": None}
+    for name, value in fill.items():
+        missing = batch[name].shape[1] - plain[name].shape[1]
+        padded = torch.nn.functional.pad(plain[name], (0, missing), value=value)
+        mixed[name] = torch.where(rows, padded, batch[name])
+    return batch | mixed
+
+
+def training_batch(examples: Sequence[Example], arm: Arm, dropped: Sequence[bool]) -> dict[str, Any]:
+    """The batch of ``examples`` as ``arm`` trains on them; pairs that are ``dropped`` are laid out plain."""
+    batch = make_batch(examples, conditioned=arm.conditioned, separator=arm.separator)
+    if not any(dropped):
+        return batch
+    return drop_alternatives(batch, make_batch(examples, conditioned=False), torch.tensor(dropped))
+
+
+def plain_reference(examples: Sequence[Example]) -> Tensor:
+    """(2, pairs) float64: the base's log-probs of the chosen and the rejected responses, given the prompt alone."""
+    return torch.tensor([e.reference for e in examples], dtype=torch.float64).T
+
+
 def reference_log_probs(base: PreTrainedModel, examples: Sequence[Example], arm: Arm) -> Tensor:
     """(2, pairs) float64: of the chosen and the rejected responses, given the prompt alone unless ``arm`` says else."""
     if not arm.conditioned_reference:
-        return torch.tensor([e.reference for e in examples], dtype=torch.float64).T
+        return plain_reference(examples)
     batch = make_batch(examples, conditioned=True, separator=arm.separator)
     return models.log_probs(base, batch)
 
 
 def train(
     model: PreTrainedModel, examples: Sequence[Example], arm: Arm, objective: ik.Objective, *, learning_rate: float,
-    updates: int, update_pairs: int, seed: int, watch: Any = None,
+    updates: int, update_pairs: int, seed: int, watch: Any = None, watch_every: int | None = None, decay: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains ``model`` in place. ``watch(step)`` is called before the first update and after each fifth of them.
+    """Trains ``model`` in place. ``watch(step)`` is called before each ``watch_every``-th update and after the last.
 
-    The order of the pairs depends on ``seed`` alone. Returns counts of what was done; ``finite`` is False if the loss
-    ceased to be, and training ended there.
+    None means each fifth of the updates. The learning rate rises over 8 updates, then falls linearly to 0, or with
+    ``decay=False`` stays. The order of the pairs depends on ``seed`` alone. Returns counts of what was done; ``finite``
+    is False if the loss ceased to be, and training ended there.
     """
     reference = reference_log_probs(model, examples, arm) if objective.needs_reference else None
+    every = max(1, updates // 5) if watch_every is None else watch_every
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 8) * (1 - i / updates))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1.0, (i + 1) / 8) * (1 - i / updates if decay else 1.0)
+    )
     rng = random.Random(f"order {seed}")
-    order: list[int] = []
-    tokens, done = 0, 0
+    order: list[tuple[int, bool]] = []  # pairs, and whether they are trained plain this time
+    tokens, done, passes = 0, 0, 0
     for step in range(updates):
-        if watch is not None and step % max(1, updates // 5) == 0:
+        if watch is not None and step % every == 0:
             watch(step)
         if len(order) < update_pairs:
-            order += rng.sample(range(len(examples)), len(examples))
-        places, order = order[:update_pairs], order[update_pairs:]
-        batch = make_batch([examples[i] for i in places], conditioned=arm.conditioned, separator=arm.separator)
+            again = rng.sample(range(len(examples)), len(examples))
+            order += [(i, arm.drops_alternative(seed, passes, i)) for i in again]
+            passes += 1
+        taken, order = order[:update_pairs], order[update_pairs:]
+        places, dropped = [i for i, _ in taken], [drop for _, drop in taken]
+        batch = training_batch([examples[i] for i in places], arm, dropped)
         batch = models.on_device(batch, model.device)
+        ref_logps = None
+        if reference is not None:
+            plain = plain_reference([examples[i] for i in places])
+            ref_logps = torch.where(torch.tensor(dropped), plain, reference[:, places]).flatten().to(model.device)
         hidden, head = models.hidden_and_head(model, batch)
         out = ik.fused_inspo_loss(
             hidden, labels=batch["labels"], marginal_labels=batch["marginal_labels"] if arm.uses_marginals else None,
-            ref_logps=None if reference is None else reference[:, places].flatten().to(model.device),
-            objective=objective, marginal_weight=arm.marginal_weight, **head,
+            ref_logps=ref_logps, objective=objective, marginal_weight=arm.marginal_weight, **head,
         )  # fmt: skip
         if not math.isfinite(out.loss.item()):
             return {"updates": done, "tokens": tokens, "finite": False}

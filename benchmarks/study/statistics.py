@@ -29,6 +29,21 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "p": p, "n": len(values)}
 
 
+def equivalence(values: Sequence[float], margin: float, level: float = 0.05) -> dict[str, Any]:
+    """Two one-sided paired t-tests (TOST) of a mean difference within -``margin`` and +``margin``.
+
+    Returns the mean, its 1 - 2 ``level`` interval (``low``, ``high``), the larger of the two p-values and
+    ``equivalent``: whether both tests reject, which is whether the interval lies within the margins.
+    """
+    if margin <= 0:
+        raise ValueError(f"margin must be positive, got {margin}")
+    interval = t_interval(values, 1 - 2 * level)
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    inside = margin - abs(interval["mean"])
+    p = float(scipy.stats.t.sf(inside / error, len(values) - 1)) if error > 0 else float(inside <= 0)
+    return interval | {"p": p, "margin": margin, "equivalent": p < level}
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values: below a level, the hypothesis is rejected at that family-wise level."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])

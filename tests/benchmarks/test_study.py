@@ -30,7 +30,7 @@ def lines_of(file):
 def test_the_command_runs_end_to_end_and_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(plan.PLANS, "quick", MICRO)
-    arguments = ["--quick", "--workers", "1", "--output", "out"]
+    arguments = ["--quick", "--part", "arms", "--workers", "1", "--output", "out"]
     command.main(arguments)
     file = tmp_path / "out" / "runs.jsonl"
     whole = lines_of(file)

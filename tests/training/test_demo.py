@@ -14,19 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import generate
 from training.demo.__main__ import main
-from training.demo.stages import (
-    CUT,
-    FINE_TUNES,
-    REFLECTED,
-    Settings,
-    compare,
-    fine_tune_config,
-    fit_base,
-    reflect_unseen,
-    run_demo,
-    sample_answers,
-    sample_pairs,
-)
+from training.demo.answers import CUT, REFLECTED, compare, reflect_unseen, sample_answers, sample_pairs
+from training.demo.settings import FINE_TUNES, Settings, fine_tune_config, long_config
+from training.demo.stages import fit_base, run_demo
 from training.demo.world import Prompt, World
 from training.errors import InputError
 
@@ -193,6 +183,28 @@ def test_fine_tunes_differ_in_the_method_alone(tmp_path: Path) -> None:
     assert inspo["conditioned"] and not dpo["conditioned"]
     differing = {key for key in dpo if dpo[key] != configs["sft"][key]}
     assert differing == {"objective", "beta", "lam", "output_dir"}
+
+
+def test_long_runs_have_few_pairs_and_a_constant_rate(tmp_path: Path) -> None:
+    settings = Settings()
+    configs = {name: long_config(name, settings, tmp_path).settings() for name in ("dpo", "inspo")}
+    differing = {key for key in configs["dpo"] if configs["dpo"][key] != configs["inspo"][key]}
+    assert differing == {"conditioned", "output_dir"}
+    config = configs["dpo"]
+    assert config["lr_scheduler_type"] == "constant_with_warmup" and config["train_data"].endswith("few_pairs.jsonl")
+    passes = settings.long_steps[-1] * settings.long_step_pairs / settings.long_pairs
+    assert config["max_steps"] == settings.long_steps[-1] and passes >= 40
+
+
+def test_quick_demo_shows_accuracy_of_long_runs(demo: tuple[Path, str]) -> None:
+    folder, text = demo
+    results = json.loads((folder / "results.json").read_text())
+    assert len(records(folder / "few_pairs.jsonl")) <= Settings.quick().long_pairs
+    assert list(results["over_trained"]) == ["dpo", "inspo"]
+    for title, points in zip(("DPO", "InSPO"), results["over_trained"].values()):
+        assert [point["step"] for point in points] == list(Settings.quick().long_steps)
+        shown = "".join(f"{point['accuracy']:>8.3f}" for point in points)
+        assert f"  too long, {title:<10}{shown}" in text.splitlines()
 
 
 def test_comparison_counts_prompts_and_pairs_them_with_the_base() -> None:

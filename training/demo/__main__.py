@@ -11,8 +11,9 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..errors import InputError
-from .report import assumption, examples, ranking, reflection, table
-from .stages import PICTURE, RESULTS, Settings, run_demo
+from .report import assumption, examples, over_training, ranking, reflection, table
+from .settings import Settings
+from .stages import PICTURE, RESULTS, run_demo
 from .world import ECHO, RIGHT
 
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = results["seconds"]["total"]
     print(f"\nOn unseen prompts, from the prompt alone (seed {settings.seed}, {seconds:.0f} s in all):\n")
     print(f"{table(results)}\n\n{ranking(results)}")
-    print(f"\n{examples(results)}\n\n{assumption(results)}\n\n{reflection(results)}\n")
+    print(f"\n{over_training(results)}\n\n{examples(results)}\n\n{assumption(results)}\n\n{reflection(results)}\n")
     print(f"picture: {options.output_dir / PICTURE}    numbers: {options.output_dir / RESULTS}")
     model, prompt = options.output_dir / "inspo" / "final", results["examples"][0]["prompt"]
     command = [sys.executable, "-m", "training.generate", "--model", str(model), "--prompt", str(prompt)]

@@ -51,6 +51,24 @@ def ranking(results: dict[str, Any]) -> str:
     return text
 
 
+def over_training(results: dict[str, Any]) -> str:
+    """Greedy accuracy of the over-long runs by step, beside the base."""
+    settings, runs = results["settings"], results["over_trained"]
+    steps = "".join(f"{step:>8}" for step in settings["long_steps"])
+    passes = "".join(
+        f"{step * settings['long_step_pairs'] / settings['long_pairs']:>8g}" for step in settings["long_steps"]
+    )
+    lines = [
+        f"Trained too long, on {settings['long_pairs']} pairs: right answers, greedy (base "
+        f"{results['models']['base']['greedy']['accuracy']:.3f}). One seed; docs/study_axis.md has many.",
+        f"{'  steps':<22}{steps}",
+        f"{'  passes':<22}{passes}",
+    ]
+    for name, points in runs.items():
+        lines.append(f"  too long, {NAMES[name]:<10}" + "".join(f"{point['accuracy']:>8.3f}" for point in points))
+    return "\n".join(lines)
+
+
 def reflection(results: dict[str, Any]) -> str:
     """InSPO's model with two generations an answer: given its draft, and the likelier of two drafts."""
     rows = results["reflection"]
@@ -79,11 +97,11 @@ def assumption(results: dict[str, Any]) -> str:
 
 
 def draw_picture(results: dict[str, Any], inspo_metrics: list[dict[str, Any]], file: Path) -> None:
-    """Accuracy of the four models, and what InSPO trains beside what inference uses, on pairs of unseen prompts."""
+    """Accuracy of the four models and of the over-long runs, and what InSPO trains beside what inference uses."""
     from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display and no global state
 
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    bars, margins, logps = figure.subplots(1, 3)
+    figure = Figure(figsize=(18, 4.6), layout="constrained")
+    bars, long, margins, logps = figure.subplots(1, 4)
 
     models = results["models"]
     for position, (name, how) in enumerate((name, how) for how in ("greedy", "sampled") for name in models):
@@ -111,8 +129,27 @@ def draw_picture(results: dict[str, Any], inspo_metrics: list[dict[str, Any]], f
             logps.plot(steps, values, style, color=color, label=f"{what}, {label.partition(' (')[0]}", markersize=3)
     margins.set(title="InSPO: reward margin", ylabel="chosen - rejected, pairs of unseen prompts", xlabel="step")
     logps.set(title="InSPO: log-probs of answers", ylabel="nats, pairs of unseen prompts", xlabel="step")
-    for axes in (bars, margins, logps):
+    _draw_over_training(long, results)
+    for axes in (bars, long, margins, logps):
         axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    for axes in (margins, logps):
+    for axes in (long, margins, logps):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
+
+
+def _draw_over_training(axes: Any, results: dict[str, Any]) -> None:
+    """Greedy accuracy by step of the runs that are too long for their few pairs."""
+    settings = results["settings"]
+    for name, points in results["over_trained"].items():
+        steps, middle = [point["step"] for point in points], [point["accuracy"] for point in points]
+        axes.plot(steps, middle, "o-", color=COLORS[name], label=NAMES[name], markersize=3)
+        axes.fill_between(steps, *zip(*(p["accuracy_ci"] for p in points)), color=COLORS[name], alpha=0.15, linewidth=0)
+    base = results["models"]["base"]["greedy"]["accuracy"]
+    axes.axhline(base, color=COLORS["base"], ls=":", label=NAMES["base"])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(settings["long_steps"], [str(step) for step in settings["long_steps"]])
+    pairs, size = settings["long_pairs"], settings["long_step_pairs"]
+    axes.set(
+        title=f"Trained too long on {pairs} pairs", ylabel="right answers, greedy",
+        xlabel=f"step of {size} pairs, constant learning rate",
+    )  # fmt: skip

@@ -9,82 +9,32 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import inspo_kernels as ik
 
-from ..chat import TextEncoder
 from ..config import TrainConfig
 from ..data import load_pairs
 from ..data_options import DataOptions
 from ..errors import InputError
-from ..evaluation import conditioning_gap, mean_interval, proportion_interval
-from ..generate import answer_text
-from ..reflect import best_of_two, reflect_batch
+from ..evaluation import conditioning_gap
 from ..scoring import Batcher, PairModel, score
 from ..train import train
+from .answers import REFLECTED, answer_unseen, compare, reflect_unseen, sample_pairs
+from .overtraining import LONG, over_train
 from .report import NAMES, draw_picture
-from .world import Prompt, World
+from .settings import FINE_TUNES, PAIRS, UNSEEN_PAIRS, Settings, fine_tune_config, long_config
+from .world import World
 
-PICTURE, RESULTS, PAIRS, UNSEEN_PAIRS = "picture.png", "results.json", "pairs.jsonl", "unseen_pairs.jsonl"
+PICTURE, RESULTS = "picture.png", "results.json"
 MARKER = "demo.json"  # says that a folder is the demo's own, and may be written anew
-MAX_NEW_TOKENS = 8
-REFLECTED = 4  # drafts to each prompt, of which reflected answers and best-of-two are compared
-CUT = "…"  # ends an answer that the model did not end
-
-# SFT is ORPO without its odds ratio: the mean log-prob of the chosen answer, given the prompt alone.
-FINE_TUNES: dict[str, dict[str, Any]] = {
-    "sft": {"objective": "orpo", "lam": 0.0, "conditioned": False},
-    "dpo": {"objective": "dpo", "conditioned": False},
-    "inspo": {"objective": "dpo", "conditioned": True},
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Sizes and rates of a demo.
-
-    ``beta``, ``learning_rate`` and ``steps`` were chosen once, by the accuracy of DPO and InSPO together, and serve all
-    fine-tunes. Tried were beta 0.1, 0.3, 0.5, 1 and 2, learning rates 5e-5 to 5e-4, and 60 and 150 steps (not every
-    combination, each on one or two of the seeds 100-103). Small beta and many steps lose accuracy again with either:
-    mass leaves the rejected answers for others that are wrong, too.
-    """
-
-    seed: int = 0
-    letters: int = 12
-    lengths: tuple[int, ...] = (3, 4)
-    unseen_per_kind: int = 100
-    hidden_size: int = 96
-    layers: int = 2
-    fit_steps: int = 450
-    fit_rows: int = 128
-    fit_learning_rate: float = 3e-3
-    draft_share: float = 0.5
-    pairs: int = 960
-    samples: int = 8
-    steps: int = 60
-    step_pairs: int = 64
-    learning_rate: float = 1e-4
-    beta: float = 1.0
-    # Fixed, because the number of threads changes the order of sums and so the last bits of every result. One, because
-    # two gain little on matrices this small, and lose much where another process wants a core.
-    threads: int = 1
-
-    @classmethod
-    def quick(cls, seed: int = 0) -> Settings:
-        """The whole path in seconds, with a model too small to learn much."""
-        return cls(
-            seed=seed, letters=4, lengths=(3,), unseen_per_kind=12, hidden_size=64, layers=1, fit_steps=150,
-            fit_rows=64, pairs=48, samples=32, steps=6, step_pairs=8,
-        )  # fmt: skip
 
 
 def run_demo(settings: Settings, output_dir: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -96,6 +46,8 @@ def run_demo(settings: Settings, output_dir: Path, say: Callable[[str], None] = 
     started = time.perf_counter()
     for name in FINE_TUNES:
         fine_tune_config(name, settings, output_dir)  # bad settings fail here, not after the base is fitted
+    for name in LONG:
+        long_config(name, settings, output_dir)
     _prepare(output_dir, settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
@@ -152,10 +104,14 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
         models[name], metrics[name] = result.model, result.metrics
         done(name, f"3. fine-tuned: {NAMES[name]}, {settings.steps} steps of {settings.step_pairs} pairs")
 
+    over_trained = over_train(world, tokenizer, settings, folder)
+    passes = settings.long_steps[-1] * settings.long_step_pairs / settings.long_pairs
+    done("over_training", f"4. trained DPO and InSPO too long: {passes:g} passes over {settings.long_pairs} pairs")
+
     answers = {name: answer_unseen(model, tokenizer, world.unseen, settings) for name, model in models.items()}
     ways = reflect_unseen(models["inspo"], tokenizer, world.unseen, count=REFLECTED, seed=settings.seed)
     results = {
-        "settings": asdict(settings) | {"lengths": list(settings.lengths)},
+        "settings": json.loads(json.dumps(asdict(settings))),
         "parameters": size,
         "pairs": len(pairs),
         "unseen_pairs": len(unseen_pairs),
@@ -167,6 +123,7 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
             }
             for name, texts in answers.items()
         },
+        "over_trained": over_trained,
         "examples": [
             {"prompt": str(prompt), "right": world.right_answer(prompt)}
             | {name: texts["greedy"][i][0] for name, texts in answers.items()}
@@ -178,7 +135,7 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
         "seconds": seconds,
     }  # fmt: skip
     draw_picture(results, metrics["inspo"], folder / PICTURE)
-    done("evaluation", f"4. answered {len(world.unseen)} unseen prompts with each model")
+    done("evaluation", f"5. answered {len(world.unseen)} unseen prompts with each model")
     return results
 
 
@@ -219,54 +176,6 @@ def fit_base(world: World, tokenizer: PreTrainedTokenizerBase, settings: Setting
     return model.eval()
 
 
-@torch.no_grad()
-def sample_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, count: int, greedy: bool,
-    seed: int,
-) -> list[list[str]]:  # fmt: skip
-    """``count`` answers to each prompt, from the prompt alone, at temperature 1 or ``greedy``.
-
-    An answer that does not end within 8 tokens has "…" at its end.
-    """
-    answers: list[list[str]] = [[] for _ in prompts]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for length in sorted({len(prompt.word) for prompt in prompts}):  # equal lengths together: nothing to pad
-            rows = [i for i, prompt in enumerate(prompts) if len(prompt.word) == length for _ in range(count)]
-            ids = tokenizer([str(prompts[i]) for i in rows], return_tensors="pt")["input_ids"].to(model.device)
-            out = cast(Callable[..., torch.Tensor], model.generate)(
-                ids, attention_mask=torch.ones_like(ids), do_sample=not greedy, max_new_tokens=MAX_NEW_TOKENS
-            )
-            for i, text in zip(rows, tokenizer.batch_decode(out[:, ids.shape[1] :])):
-                answer, end, _ = text.partition(tokenizer.eos_token)
-                answers[i].append(answer if end else answer + CUT)
-    return answers
-
-
-def sample_pairs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, prompts: Sequence[Prompt], most: int,
-    settings: Settings,
-) -> list[dict[str, str]]:  # fmt: skip
-    """Up to ``most`` pairs, one for each prompt that ``model`` answers both right and wrong in ``samples`` tries.
-
-    Chosen is the right answer, rejected the first wrong one that is a word (at least one letter, nothing but letters,
-    ended by the model), so each kind of error is as frequent as the model makes it.
-    """
-    pairs: list[dict[str, str]] = []
-    for start in range(0, len(prompts), 256):
-        part = prompts[start : start + 256]
-        seed = settings.seed + start + 1
-        sampled = sample_answers(model, tokenizer, part, count=settings.samples, greedy=False, seed=seed)
-        for prompt, answers in zip(part, sampled):
-            right = [answer for answer in answers if world.is_right(prompt, answer)]
-            wrong = [answer for answer in answers if answer.isalpha() and not world.is_right(prompt, answer)]
-            if right and wrong and len(pairs) < most:
-                pairs.append({"prompt": str(prompt), "chosen": right[0], "rejected": wrong[0]})
-        if len(pairs) == most:
-            break
-    return pairs
-
-
 def measure_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> dict[str, float]:
     """``conditioning_gap`` over the pairs in ``file``."""
     pairs = load_pairs(str(file), tokenizer, DataOptions(), lambda line: None)
@@ -274,74 +183,3 @@ def measure_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
     scores = score(PairModel(model, ik.DPO()), pairs, batcher, conditioned=True)
     chosen, rejected = conditioning_gap(scores)
     return {"chosen": chosen, "rejected": rejected}
-
-
-def fine_tune_config(name: str, settings: Settings, folder: Path) -> TrainConfig:
-    """One arm of ``FINE_TUNES``; all have the same base, pairs, order of the pairs, steps and learning rate."""
-    options = FINE_TUNES[name]
-    return TrainConfig(
-        model=str(folder / "base" / "final"), train_data=str(folder / PAIRS), eval_data=str(folder / UNSEEN_PAIRS),
-        output_dir=str(folder / name), reference_cache=str(folder), max_length=64,
-        beta=settings.beta if options["objective"] == "dpo" else None, **options,
-        max_steps=settings.steps, per_device_train_batch_size=settings.step_pairs, seed=settings.seed,
-        learning_rate=settings.learning_rate, lr_scheduler_type="linear", logging_steps=max(1, settings.steps // 10),
-        eval_steps=max(1, settings.steps // 10), save_strategy="no", keep_best=False, sample_prompts=0,
-    )  # fmt: skip
-
-
-def answer_unseen(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], settings: Settings
-) -> dict[str, list[list[str]]]:
-    """The answers that are judged. All models draw from the same random numbers, so that differences are paired."""
-    return {
-        "greedy": sample_answers(model, tokenizer, prompts, count=1, greedy=True, seed=settings.seed),
-        "sampled": sample_answers(model, tokenizer, prompts, count=settings.samples, greedy=False, seed=settings.seed),
-    }
-
-
-def reflect_unseen(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, count: int, seed: int
-) -> dict[str, list[list[str]]]:
-    """``count`` sampled drafts to each prompt, the answers given them, and the likelier of two drafts each."""
-    encoder, rows = TextEncoder(tokenizer), [(i, n) for i in range(len(prompts)) for n in range(count)]
-    settings: dict[str, Any] = {
-        "max_new_tokens": MAX_NEW_TOKENS, "temperatures": [1.0] * len(rows), "chat": False,
-        "seeds": [[seed, i, n] for i, n in rows],
-    }  # fmt: skip
-    ids = [encoder.prompt(str(prompts[i])) for i, _ in rows]
-    with torch.no_grad():
-        found = reflect_batch(model, encoder, ids, **settings)
-        best = best_of_two(model, encoder, ids, **settings)
-    answers: dict[str, list[list[str]]] = {}
-    ways = {"draft": [one.draft for one in found], "reflected": [one.answer for one in found], "best_of_two": best}
-    for way, given in ways.items():
-        texts = [answer_text(one, tokenizer) for one in given]
-        whole = [text if one[-1] == tokenizer.eos_token_id else text + CUT for text, one in zip(texts, given)]
-        answers[way] = [whole[at : at + count] for at in range(0, len(whole), count)]
-    return answers
-
-
-def compare(world: World, answers: list[list[str]], base: list[list[str]] | None) -> dict[str, Any]:
-    """Accuracy on the unseen prompts, its 95% interval, mean length in tokens, and the paired gain over ``base``.
-
-    A prompt is one observation in all intervals, however many answers it has.
-    """
-
-    def judge(all_answers: list[list[str]]) -> Tensor:
-        judged = [[world.is_right(p, a) for a in texts] for p, texts in zip(world.unseen, all_answers)]
-        return torch.tensor(judged, dtype=torch.float64)
-
-    right = judge(answers)
-    groups = torch.arange(len(right))
-    # Tokens, not characters: a model may answer with tokens that are spelled with many letters, such as <unk>.
-    flat = [answer.removesuffix(CUT) for texts in answers for answer in texts]
-    lengths = [len(ids) for ids in world.tokenizer()(flat, add_special_tokens=False)["input_ids"]]
-    result: dict[str, Any] = {
-        "accuracy": right.mean().item(),
-        "accuracy_ci": proportion_interval(right.flatten(), groups.repeat_interleave(right.shape[1])),
-        "mean_length": sum(lengths) / len(lengths),
-    }
-    if base is not None:
-        gains = (right - judge(base)).mean(1)
-        result |= {"gain": gains.mean().item(), "gain_ci": mean_interval(gains, groups)}
-    return result
