@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from . import parallel, plots
 from .contenders import CONTENDERS
 from .measure import PRODUCTS
-from .study import axis_report
-from .study.report import finding
+from .study import axis_report, code_report
+from .study.report import against_plain, finding
 
 TITLES = {name: contender.title for name, contender in CONTENDERS.items()}
 RESULTS = Path(__file__).parent / "results"
@@ -336,6 +336,16 @@ def no_drafts(result: dict[str, Any]) -> str:
     )
 
 
+def helps(result: dict[str, Any]) -> str:
+    """Say in three sentences whether InSPO helped in the project's studies: the README's answer."""
+    few_passes = json.loads((RESULTS / "study" / "study.json").read_text())
+    many_passes, best_stop, _ = axis_report.sentences(result)
+    return (
+        f"After two passes over the pairs, InSPO against the plain objective gave answers that were "
+        f"{against_plain(few_passes)}. {many_passes} {best_stop}"
+    )
+
+
 def loop_overhead(result: dict[str, Any]) -> str:
     """One sentence."""
     rounds = len(result["seconds"]["loop"])
@@ -361,7 +371,9 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "split_heads": ("parallel_cpu.json", split_heads),
     "loop_overhead": ("loop_overhead.json", loop_overhead),
     "study": ("study/study.json", finding),
+    "helps": ("study_axis/axis.json", helps),
     "axis": ("study_axis/axis.json", axis_report.finding),
+    "code": ("study_code/study_code.json", code_report.finding),
     "demo": ("demo_seeds.json", demo),
     "no_drafts": ("demo_no_drafts.json", no_drafts),
     "real_pairs": ("real_pairs.json", real_pairs),

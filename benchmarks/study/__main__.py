@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..harness import checked_device, provenance, write_json
-from . import axis_report, axis_summary, report, summary
+from . import axis_report, axis_summary, code_study, report, summary
 from .axis import AXIS_PLANS
 from .execution import axis_study, open_axis_records, open_records, study
 from .plan import PLANS, base_jobs, tuning_jobs
@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for part in parts:
             (_arms if part == "arms" else _axis)(parser, options, command)
+        if options.quick and not options.part and not options.report:  # at full size it has a command of its own
+            folder, _ = _folders(options, report.RESULTS)
+            code_study.run_study(folder / "code" / "study_code.json", quick=True, call=command)
     except KeyboardInterrupt:
         print("interrupted; the same command does what is left", file=sys.stderr)
         sys.exit(130)

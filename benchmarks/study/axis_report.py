@@ -31,7 +31,12 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def finding(result: Mapping[str, Any]) -> str:
-    """What was found in three sentences, for the README, too. They say what the tests say, whichever way they go."""
+    """Say what the tests of H1, H2 and H3 found, whichever way they went: a sentence each."""
+    return " ".join(sentences(result))
+
+
+def sentences(result: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the findings of H1, H2 and H3."""
     plan, tests = result["plan"], result["hypotheses"]
     updates, pairs = plan["tested_updates"], plan["pairs"][0]
     passes = updates * plan["size"]["update_pairs"] // pairs
@@ -60,12 +65,12 @@ def finding(result: Mapping[str, Any]) -> str:
     arms = result["cells"][str(pairs)]
     gains = [arms[arm]["updates"][str(updates)]["greedy"][f"minus {BASE}"] for arm in ("plain", "inspo")]
     fallen = ", both below the base that they started from" if max(gain["high"] for gain in gains) < 0 else ""
-    return " ".join([
+    return (
         f"In a world of tiny models with exact grades, after {passes} passes over {pairs} pairs "
         f"({tests['H1']['n']} seeds), {first[verdicts[0]]}{fallen}.",
         f"{second[verdicts[1]]}.",
         f"{third[verdicts[2]]}.",
-    ])  # fmt: skip
+    )
 
 
 def _interval(value: Mapping[str, float]) -> str:

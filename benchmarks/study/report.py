@@ -33,36 +33,45 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
     return files
 
 
+NO_DIFFERENCE = "no significant difference"
+
+
 def finding(result: Mapping[str, Any]) -> str:
-    """What was found, for the README, too; it says what the numbers say, whichever way they go."""
+    """Say what was found, from the numbers alone, whichever way they go."""
 
     def words(kind: str, p: str = "p") -> str:
         return _in_words(_verdicts(_contrasts(result, kind), "quality", p))
 
     sentences = [
-        f"In a small world whose answers are graded exactly, InSPO's answers from the prompt alone are, beside its "
-        f"plain twin's, {words('inspo - plain', 'holm_p')} ({result['seeds']} seeds, p < {LEVEL}, Holm).",
-        f"Beside InSPO with another pair's answer as the alternative they are {words('inspo - shuffled')} "
+        "In a small world whose answers are graded exactly, we compared answers from the prompt alone.",
+        f"InSPO against the plain objective: {words('inspo - plain', 'holm_p')} ({result['seeds']} seeds, p < {LEVEL}, "
+        "Holm).",
+        f"InSPO against InSPO with another pair's answer as the alternative: {words('inspo - shuffled')} "
         f"({result['fewer_seeds']} seeds, not adjusted).",
-        f"Those of anchored InSPO, which adds the plain loss on the marginals, are, beside InSPO's, "
-        f"{words('anchored - inspo')}; beside plain's, {words('anchored - plain')} ({result['seeds']} seeds, not "
-        "adjusted).",
+        "Anchored InSPO, which adds the plain loss on the marginals, against InSPO: "
+        f"{words('anchored - inspo')}; against the plain objective: {words('anchored - plain')} ({result['seeds']} "
+        "seeds, not adjusted).",
     ]
     if row := result["arms"].get("dpo inspo, no drafts"):
         sentences.append(
             f"On bases that never saw a draft before an answer, InSPO-DPO collapses on {row['collapsed']} of "
             f"{row['seeds']} seeds."
         )
-    return " ".join([*sentences, "Tiny models, one synthetic judge."])
+    return " ".join([*sentences, "All of it: tiny models, one synthetic judge."])
+
+
+def against_plain(result: Mapping[str, Any]) -> str:
+    """Say for which objectives InSPO was better or worse than the plain objective, after Holm's adjustment."""
+    return _in_words(_verdicts(_contrasts(result, "inspo - plain"), "quality", "holm_p"))
 
 
 def _verdicts(contrasts: Sequence[Mapping[str, Any]], measure: str, p: str) -> dict[str, list[str]]:
     """Objectives by the sign of their contrast where its ``p`` ("p" or "holm_p") is below the level."""
-    found: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+    found: dict[str, list[str]] = {"better": [], "worse": [], NO_DIFFERENCE: []}
     for entry in contrasts:
         value = entry[measure]
         told = value[p] is not None and value[p] < LEVEL
-        found["not told apart" if not told else "better" if value["mean"] > 0 else "worse"].append(entry["objective"])
+        found[NO_DIFFERENCE if not told else "better" if value["mean"] > 0 else "worse"].append(entry["objective"])
     return found
 
 
@@ -146,7 +155,7 @@ One character is a token, an answer ends with `$`. Four tasks on words of {_or(s
 
 def _arms(result: Mapping[str, Any]) -> str:
     base = result["bases"][base_name(True)]
-    columns = ["", "seeds", "exact quality (95%)", "right", "tokens", "judge: wins over base", "over plain twin",
+    columns = ["", "seeds", "exact quality (95%)", "right", "tokens", "judge: wins over base", "over plain",
                "length-controlled (95%)", "reward accuracy, prompt alone", "collapsed"]  # fmt: skip
     rows = [
         ["base", base["seeds"], f"{base['quality']:.3f}", f"{base['right']:.2f}", f"{base['length']:.1f}", "0.500", "",
@@ -193,7 +202,7 @@ def _main_contrasts(result: Mapping[str, Any]) -> str:
     verdicts: dict[str, list[str]] = {}
     for measure, name in measures.items():
         verdicts.setdefault(_in_words(_verdicts(main, measure, "holm_p")), []).append(name)
-    said = " ".join(f"By {_list(names)}, InSPO is {verdict}." for verdict, names in verdicts.items())
+    said = " ".join(f"InSPO by {_list(names)}: {verdict}." for verdict, names in verdicts.items())
     claim = """The paper claims consistent gains in win rate and in length-controlled win rate. Holm adjusts the five
         tests of each measure."""
     if len(main) < len(OBJECTIVES):
@@ -242,7 +251,11 @@ def _length(result: Mapping[str, Any]) -> str:
     difference = tracking["difference"]
     told = difference["p"] is not None and difference["p"] < LEVEL
     better = "length-controlled" if difference["mean"] > 0 else "plain"
-    verdict = f"The {better} win rate tracks exact quality better" if told else "The two are not told apart"
+    verdict = (
+        f"The {better} win rate tracks exact quality better"
+        if told
+        else "We found no significant difference between the two"
+    )
     return "## Which win rate tracks quality?\n\n" + _filled(f"""
         Rank correlation with exact quality over {tracking["arms"]["n"]} arms within a seed, then over seeds: the
         judge's win rate {_mean(tracking["win_rate"])}, its length-controlled win rate

@@ -161,9 +161,9 @@ def test_the_finding_says_what_the_contrasts_say():
             ],
         }
     )
-    assert "beside its plain twin's, better for ORPO, worse for DPO, not told apart for IPO (8 seeds" in said
-    assert "as the alternative they are not told apart for DPO (5 seeds" in said
-    assert "beside InSPO's, better for DPO; beside plain's, worse for DPO (8 seeds, not adjusted)." in said
+    assert "the plain objective: better for ORPO, worse for DPO, no significant difference for IPO (8 seeds" in said
+    assert "as the alternative: no significant difference for DPO (5 seeds" in said
+    assert "against InSPO: better for DPO; against the plain objective: worse for DPO (8 seeds, not adjusted)." in said
     assert "collapses on 4 of 5 seeds" in said
 
 
