@@ -184,7 +184,10 @@ class TorchTile(HeadTile):
 
     @cached_property
     def bias(self) -> Tensor | None:
-        return None if self.head.bias is None else self._times_inner(self._widen(self.head.bias))
+        if self.head.bias is None:
+            return None
+        # In float64, not as _times_inner does it: to a word of bias -inf the remainder would add inf.
+        return (self._widen(self.head.bias).double() * self.inner).to(self.dtype)
 
     def _reserve(self, start: int, n: int, width: int) -> Tensor:
         """The workspace, allocated when first needed, with room for a tile (n, width) from ``start`` on."""

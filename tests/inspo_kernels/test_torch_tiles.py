@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from cases import make_case, relative_error
@@ -79,6 +81,19 @@ def test_any_height_of_the_logits_equals_reference(raised, where, height, tiles,
     tolerance = 1e-6 * max(2.0, abs(height))
     for mine, other in zip(got, want, strict=True):
         assert relative_error(mine, other) < tolerance
+
+
+@pytest.mark.parametrize("call", ["loss", "tokens"])
+@pytest.mark.parametrize("where", [FIRST, slice(30, 90), LAST])
+@pytest.mark.parametrize("logit_scale", [1.0, 0.3])
+def test_words_of_bias_minus_infinity_have_no_share(where, logit_scale, call):
+    labels = CASE.labels.masked_fill((CASE.labels >= where.start) & (CASE.labels < where.stop), 100)
+    case = dataclasses.replace(CASE, labels=labels)
+    bias, options = bias_of(where, -torch.inf), {"logit_scale": logit_scale}
+    want = results(case, bias, call, "reference", torch.float64, **options)
+    assert all(t.isfinite().all() for t in want)
+    for mine, other in zip(results(case, bias, call, "torch", **options), want, strict=True):
+        assert relative_error(mine, other) < 1e-6
 
 
 @pytest.mark.parametrize("height", [0.0, 15.0, 300.0])
