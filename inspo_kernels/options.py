@@ -87,7 +87,7 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name == "objective" and not isinstance(value, (str, Objective)):
             make_objective(value)  # raises the error that says what is wrong
-        elif name == "reduction" and value not in ("mean", "sum"):
+        elif name == "reduction" and (not isinstance(value, str) or value not in ("mean", "sum")):
             raise ValueError(f'reduction must be "mean" or "sum", got {value!r}')
         elif name == "shift" and not isinstance(value, bool):
             raise ValueError(f"shift must be True or False, got {value!r}")

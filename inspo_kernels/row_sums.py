@@ -35,10 +35,12 @@ STATISTICS: dict[str, tuple[str, ...]] = {
 
 
 def checked_statistics(names: Iterable[str]) -> tuple[str, ...]:
-    """``names`` as a tuple; an unknown name is an error that lists the known ones."""
+    """``names`` as a tuple, each once; an unknown name is an error that lists the known ones."""
     if isinstance(names, str):
         raise TypeError(f'statistics must be a tuple of names, got the string {names!r}: write ("{names}",)')
-    names = tuple(names)
+    if not isinstance(names, Iterable):
+        raise TypeError(f"statistics must be a tuple of names, got {names!r}")
+    names = tuple(dict.fromkeys(names))
     for name in names:
         if not isinstance(name, str) or name not in STATISTICS:
             raise ValueError(f"unknown statistic {name!r}{nearest(name, STATISTICS)}")

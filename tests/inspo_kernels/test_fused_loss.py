@@ -701,6 +701,8 @@ UNSCORED[1] = IGNORE
         ({"objective": None}, TypeError, "objective must be a name"),
         ({"objective": "dop"}, ValueError, "did you mean 'dpo'"),
         ({"reduction": "none"}, ValueError, "reduction must be"),
+        ({"reduction": RAGGED.labels.numpy()}, ValueError, "reduction must be"),
+        ({"statistics": None}, TypeError, "statistics must be a tuple of names, got None"),
         ({"backend": "tourch"}, ValueError, "did you mean 'torch'"),
         ({"backend": ["torch"]}, ValueError, "unknown backend"),
         ({"max_workspace_bytes": 0}, ValueError, "max_workspace_bytes must be"),

@@ -211,6 +211,16 @@ def test_statistics_of_no_token_leave_logps_differentiable(backend):
     assert not any(g.any() for g in gradients) and not found["entropy"].any() and not found["is_top1"].any()
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_statistic_named_twice_is_found_once(backend):
+    hidden, weight, _, targets = inputs()
+    names = ("entropy", "is_top1")
+    _, expected = ik.linear_logps(hidden, weight, targets, statistics=names, backend=backend)
+    _, found = ik.linear_logps(hidden, weight, targets, statistics=("entropy", *names), backend=backend)
+    assert tuple(found) == names
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_statistics_of_an_all_but_certain_label(dtype):
     hidden, weight, targets = certain_label(dtype)
