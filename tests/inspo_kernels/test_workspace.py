@@ -60,9 +60,10 @@ def loss_and_gradients(**options):
     return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
 
 
-def per_token():
+def per_token(sequences=2 * len(PAIRS)):
     hidden, weight = leaves()
-    logps = ik.linear_logps(hidden[:, :-1], weight, CASE.labels[:, 1:], max_workspace_bytes=ALL_TOKENS)
+    labels = CASE.labels[:sequences, 1:]
+    logps = ik.linear_logps(hidden[:sequences, :-1], weight, labels, max_workspace_bytes=ALL_TOKENS)
     return [logps.detach(), *torch.autograd.grad(logps.square().sum(), (hidden, weight))]
 
 
@@ -128,6 +129,27 @@ def test_only_the_largest_workspace_is_kept():
     for rows in (3, 9, 5):
         loss_and_gradients(max_workspace_bytes=rows * V * 4)
     assert [t.numel() for t in workspace._idle.values()] == [9 * V]
+
+
+def test_a_smaller_call_leaves_the_workspace_as_large():
+    for sequences in (6, 2, 6):
+        with Allocated() as allocated:
+            per_token(sequences)
+    assert ALL_TOKENS not in allocated.seen
+
+
+def test_memory_of_saved_tensor_hooks_is_not_taken():
+    unpacked = []
+
+    def unpack(saved):
+        unpacked.append(saved.clone())
+        return unpacked[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), unpack):
+        per_token()
+    assert unpacked
+    theirs = {t.data_ptr() for t in unpacked}
+    assert not theirs & {t.data_ptr() for t in workspace._idle.values()}
 
 
 def test_a_device_of_another_kind_keeps_nothing():
