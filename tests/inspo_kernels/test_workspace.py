@@ -60,7 +60,7 @@ def loss_and_gradients(**options):
     return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
 
 
-def per_token(sequences=2 * len(PAIRS)):
+def per_token(sequences=6):
     hidden, weight = leaves()
     labels = CASE.labels[:sequences, 1:]
     logps = ik.linear_logps(hidden[:sequences, :-1], weight, labels, max_workspace_bytes=ALL_TOKENS)
