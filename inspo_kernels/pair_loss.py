@@ -21,7 +21,7 @@ KINDS = ("chosen", "rejected", "marginal_chosen", "marginal_rejected")
 
 @dataclass(frozen=True)
 class PairTerms:
-    """Everything but the sums that a loss needs: the objective, its reference and the weights.
+    """Everything that a loss needs besides the sums: the objective, its reference and the weights.
 
     ``ref_logps`` (2B,) and ``pair_weights`` (B,) are float64 or None; ``marginal_weight`` scales the same objective
     evaluated on the marginals; ``mean`` divides the total by B.
@@ -35,18 +35,18 @@ class PairTerms:
 
     @property
     def uses_marginals(self) -> bool:
-        """Whether the loss, not only the report, needs marginal log-probs."""
+        """Return whether the loss, not only the report, needs marginal log-probs."""
         return self.objective.needs_marginals or self.marginal_weight != 0.0
 
     def gradient_kinds(self, num_kinds: int) -> tuple[int, ...]:
-        """The kinds, of the ``num_kinds`` scored, that the loss is differentiated in; all others are forward-only."""
+        """Return which of the ``num_kinds`` scored kinds the loss is differentiated in; the others are forward-only."""
         return tuple(kind for kind in self._differentiated(num_kinds) if kind < num_kinds)
 
     def required_kinds(self, num_kinds: int) -> tuple[int, ...]:
-        """The kinds of segments that every pair must have scored tokens in, scored in this call or not."""
+        """Return the kinds of segments in which every pair must have scored tokens, scored in this call or not."""
         kinds = {0, 1, *self._differentiated(num_kinds)}
         if self.objective.needs_marginals and not kinds & {2, 3}:
-            kinds |= {2, 3}  # read by value, and nothing says which
+            kinds |= {2, 3}  # the objective reads marginals without gradients, and does not say which
         return tuple(sorted(kinds))
 
     def _differentiated(self, num_kinds: int) -> list[int]:
@@ -56,9 +56,9 @@ class PairTerms:
         return [kind for kind, name in enumerate(KINDS) if name in fields]
 
     def sums(self, logps: Tensor | Sequence[Tensor], lengths: Tensor, first: int = 0) -> PairSums:
-        """``PairSums`` of consecutive pairs, beginning with pair ``first`` of the batch.
+        """Return the ``PairSums`` of consecutive pairs, beginning with pair ``first`` of the batch.
 
-        ``logps`` are these pairs', ``lengths`` (kinds, B) those of the whole batch; both float64.
+        ``logps`` belong to these pairs; ``lengths`` (kinds, B) cover the whole batch. Both are float64.
         """
         pairs = slice(first, first + len(logps[0]))
         own = columns(lengths, pairs)
@@ -73,7 +73,7 @@ class PairTerms:
         return PairSums(**fields)
 
     def losses(self, s: PairSums) -> Tensor:
-        """Loss of each pair, (pairs,) float64, its weight and its marginal term included, before the reduction."""
+        """Return each pair's loss before the reduction, (pairs,) float64, with its weight and marginal term."""
         losses = evaluate(self.objective, s)
         if self.marginal_weight != 0.0:
             losses = losses + self.marginal_weight * evaluate(self.objective, s.on_marginals())
@@ -82,15 +82,15 @@ class PairTerms:
         return losses
 
     def reduce(self, losses: Tensor) -> Tensor:
-        """Mean or sum over all pairs of the batch."""
+        """Return the mean or the sum over all pairs of the batch."""
         return losses.mean() if self.mean else losses.sum()
 
     def coefficients(self, logps: Tensor, lengths: Tensor, first: int, num_pairs: int) -> tuple[Tensor, Tensor]:
-        """Losses (pairs,) and c = d loss / d logps, for a loss reduced over ``num_pairs`` pairs.
+        """Return losses (pairs,) and c = d loss / d logps, for a loss reduced over ``num_pairs`` pairs.
 
-        ``logps`` are (kinds, pairs), ``lengths`` (kinds, B), c is (pairs, gradient kinds). Runs torch autograd on the
-        sums alone, which is how any objective gets the fused path. A kernel for the built-in ones was left out: it
-        would hold their mathematics a second time, to spare some 20 tiny launches a group.
+        ``logps`` are (kinds, pairs), ``lengths`` (kinds, B), c is (pairs, gradient kinds). Torch autograd runs on the
+        sums alone, so any objective gets the fused path. There is no kernel for the built-in objectives: it would
+        duplicate their mathematics to save about 20 tiny launches per group.
         """
         kinds = self.gradient_kinds(len(logps))
         with torch.enable_grad():
@@ -111,7 +111,7 @@ class PairTerms:
         return losses.detach(), torch.stack([torch.zeros_like(losses) if c is None else c for c in columns], 1)
 
     def rewards(self, s: PairSums) -> tuple[Tensor, Tensor]:
-        """The objective's rewards of the chosen and the rejected responses, (pairs,) each."""
+        """Return the objective's rewards of the chosen and the rejected responses, (pairs,) each."""
         rewards = self.objective.rewards(s)
         if not isinstance(rewards, tuple) or len(rewards) != 2 or not all(is_vector(r, s) for r in rewards):
             got = ", ".join(map(kind_of, rewards)) if isinstance(rewards, tuple) else kind_of(rewards)
@@ -138,7 +138,7 @@ class PairTerms:
 
 
 def columns(table: Tensor, pairs: slice) -> Tensor:
-    """``table[:, pairs]``, or ``table`` itself where these are all its columns."""
+    """Return ``table[:, pairs]``, or ``table`` itself if ``pairs`` covers all its columns."""
     return table if pairs.start == 0 and pairs.stop >= table.shape[1] else table[:, pairs]
 
 
@@ -147,13 +147,13 @@ class InSPOOutput:
     """Result of ``fused_inspo_loss`` for B pairs. Everything but ``loss`` is detached.
 
     - ``loss``: scalar, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias.
-    - ``losses``: (B,), dtype of ``loss``: the terms whose mean or sum ``loss`` is, pair weights and marginals included.
+    - ``losses``: (B,), dtype of ``loss``: ``loss`` is their mean or sum. They include pair weights and marginal terms.
     - ``logps``: (2B,) float64, summed log-probs in nats: chosen responses, then rejected ones.
     - ``lengths``: (2B,) int64, scored tokens after the shift.
     - ``marginal_logps``: (2B,) float64 or None: log pi(y_w | x) of each pair, then log pi(y_l | x).
     - ``chosen_rewards``, ``rejected_rewards``, ``margins``: (B,) float64, see each objective's ``rewards``.
-    - ``marginal_chosen_rewards``, ``marginal_rejected_rewards``: (B,) float64 or None, the same from the marginals;
-      NaN for a pair of which a marginal is not scored.
+    - ``marginal_chosen_rewards``, ``marginal_rejected_rewards``: (B,) float64 or None, rewards of the marginals;
+      NaN for a pair without both marginals.
     - ``statistics``: {name: (2B,) float64}, sums over the scored tokens of the chosen, then of the rejected responses.
     """
 
@@ -170,7 +170,7 @@ class InSPOOutput:
 
     @property
     def margins(self) -> Tensor:
-        """chosen_rewards - rejected_rewards, (B,) float64."""
+        """Return chosen_rewards - rejected_rewards, (B,) float64."""
         return self.chosen_rewards - self.rejected_rewards
 
     @classmethod
@@ -183,10 +183,10 @@ class InSPOOutput:
         terms: PairTerms,
         statistics: Mapping[str, Tensor] | None = None,
     ) -> InSPOOutput:
-        """Report the differentiable ``loss``, detached ``losses`` and the (kinds, B) tables of sums and lengths."""
+        """Build the output from the differentiable ``loss``, detached ``losses`` and (kinds, B) sums and lengths."""
         marginal_chosen = marginal_rejected = None
         with torch.no_grad():
-            s = terms.sums(logps.clone(), lengths.to(logps.dtype))  # rewards, too, may be the user's code
+            s = terms.sums(logps.clone(), lengths.to(logps.dtype))  # the user's code may compute rewards, and write
             chosen, rejected = terms.rewards(s)
             if len(logps) == 4:
                 unscored = (lengths[2:] == 0).any(0)
@@ -206,10 +206,11 @@ class InSPOOutput:
         )
 
     def metrics(self) -> dict[str, Tensor]:
-        """Batch means as 0-d float64 tensors on the device (no synchronisation), under TRL's names.
+        """Return batch means as 0-d float64 tensors on the device (no synchronisation), under TRL's names.
 
-        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-        and the same behind "marginal/" where marginals were scored, over the pairs that have both.
+        The names are "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen" and
+        "logps/rejected". If marginals were scored, the same names with the prefix "marginal/" are means over the pairs
+        that have both marginals.
         """
         metrics = _report(self.chosen_rewards, self.rejected_rewards, self.logps, marginal=False)
         if self.marginal_logps is not None:

@@ -1,1 +1,1 @@
-"""Trainers of other libraries, on this package's loss: ``inspo_kernels.integrations.trl``."""
+"""Trainers of other libraries that use this package's loss: ``inspo_kernels.integrations.trl``."""

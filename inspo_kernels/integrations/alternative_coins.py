@@ -1,4 +1,4 @@
-"""Alternative dropout in ``InSPOTrainer``: the coins of a run."""
+"""Choose the pairs that ``InSPOTrainer`` lays out plain under alternative dropout."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .pair_layouts import pair_ids
 
 
 class AlternativeCoins(TrainerCallback):
-    """Say which pairs of a batch keep their alternative: by run, epoch and the pair's own token ids.
+    """Decide which pairs of a batch keep their alternative, by seed, epoch and the pair's own token ids.
 
-    So the coins depend neither on the batch or process that a pair is in, nor on where a run was resumed. As a
-    callback, learns of each epoch before the data loader reads its first batch.
+    The decision depends neither on the pair's batch or rank nor on where a run was resumed. As a callback, this object
+    learns of each epoch before the data loader reads its first batch.
     """
 
     def __init__(self, dropout: float, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""The data side of ``InSPOTrainer``: pairs that are too long are left out and counted, the rest is laid out."""
+"""Prepare the data of ``InSPOTrainer``: drop and count pairs that are too long, and lay out the others."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class Fits:
-    """Say whether a tokenized pair can be conditioned: nothing empty, and no more than ``max_length`` tokens.
+    """Return whether a tokenized pair can be conditioned: no empty part, and at most ``max_length`` tokens.
 
-    ``reference_options`` decides nothing. TRL caches the reference's log-probs by the data's fingerprint, which depends
-    on the attributes of this filter: options that change those log-probs make a new cache.
+    ``reference_options`` does not change the answer. TRL caches the reference's log-probs by the data's fingerprint,
+    which depends on the attributes of this filter. So options that change the log-probs make a new cache.
     """
 
     def __init__(self, max_length: int | None, separator_length: int, reference_options: Any = None) -> None:
@@ -38,12 +38,12 @@ class Fits:
         share = f"{dropped}" if of is None else f"{dropped} of {of}"
         limit = "" if self.max_length is None else (
             f", or prompt, both responses and separator are more than max_length={self.max_length} tokens (raise it to "
-            "keep them; responses are never cut)")  # fmt: skip
+            "keep these pairs; responses are never cut)")  # fmt: skip
         return f"{name}: dropped {share} pairs: an empty prompt or response{limit}"
 
 
 class CountingFits(Fits):
-    """Filter a stream, whose length is unknown: warns at the 1st, 2nd, 4th, 8th ... pair dropped."""
+    """Filter a stream of unknown length; warn at the 1st, 2nd, 4th, 8th ... dropped pair."""
 
     def __init__(self, max_length: int | None, separator_length: int, name: str) -> None:
         super().__init__(max_length, separator_length)
@@ -59,14 +59,14 @@ class CountingFits(Fits):
 
 
 class ConditioningCollator:
-    """Add to each batch of another collator its conditioned version, under ``"conditioned"``.
+    """Add the conditioned version of each batch of another collator, under ``"conditioned"``.
 
-    The batch itself stays: the reference reads it, and so does everything that counts rows.
+    The original batch stays: the reference reads it, and so does everything that counts rows.
 
     Args:
         collator: makes preference batches, text or vision, as TRL's collators do.
-        layout: how text batches are laid out; others are laid out in rows.
-        strict: refuse a batch that only rows can hold, where ``layout`` is another.
+        layout: how text batches are laid out; other batches are laid out in rows.
+        strict: refuse a batch that only rows can hold, if ``layout`` is not "rows".
         max_length: bound on prompt, both responses and separator; longer pairs are left out and counted.
 
     Every pair is conditioned, except in a collator that ``dropping`` returns.
@@ -82,7 +82,7 @@ class ConditioningCollator:
         self.coins: AlternativeCoins | None = None
 
     def dropping(self, coins: AlternativeCoins) -> ConditioningCollator:
-        """Return a collator that lays out plain the pairs whose coin says so."""
+        """Return a collator that lays out plain the pairs that ``coins`` chooses."""
         collator = copy.copy(self)
         collator.coins = coins
         return collator
@@ -96,12 +96,12 @@ class ConditioningCollator:
             layout = "rows"
         kept = None if self.coins is None else self.coins(batch)
         twin = conditioned(batch, layout, pad_token_id=self.pad_token_id, separator_ids=self.separator_ids, kept=kept)
-        if all(name in batch for name in REFERENCES):  # as numbers, for DeepSpeed rounds tensors to its dtype
+        if all(name in batch for name in REFERENCES):  # as numbers: DeepSpeed would round tensors to its dtype
             twin["ref_logps"] = [logp for name in REFERENCES for logp in batch[name].tolist()]
         return batch | {CONDITIONED: twin}
 
     def _fitting(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate the examples that fit. Only a processor knows how long an image's prompt is, hence two passes."""
+        """Collate the examples that fit, in two passes: only a processor knows the length of a prompt with images."""
         batch = dict(self.collator([dict(example) for example in examples]))  # TRL's writes into its examples
         if self.max_length is None:
             return batch

@@ -1,8 +1,8 @@
-"""From a collated preference batch to what one forward pass reads: model inputs, and the rows that meet the head.
+"""Turn a collated preference batch into model inputs and the rows that go through the head.
 
-Rows, packed rows and trees end in one form, the compact form of ``fused_inspo_loss``: ``rows`` of the flattened hidden
-states, the id that each predicts, and the segment that it belongs to. The pair's own responses come first, then the
-marginals, so that a pass that reports no marginals takes a slice.
+Rows, packed rows and trees all end in the compact form of ``fused_inspo_loss``: ``rows`` of the flattened hidden
+states, the id that each row predicts, and its segment. The pair's own responses come first, then the marginals, so
+that a pass without marginals takes a slice.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..layouts.preference_batch import condition_batch, pair_positions
 LAYOUTS = ("auto", "rows", "packed", "tree", "packed_tree")
 
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
-# What a text batch of TRL's collator holds. A batch with more (images, token types) is laid out in rows.
+# The keys of a text batch from TRL's collator. A batch with other keys (images, token types) is laid out in rows.
 _TEXT = {"input_ids", "attention_mask", "completion_mask", *REFERENCES}
 CONDITIONED = "conditioned"
 
 
 def is_text(batch: Mapping[str, Any]) -> bool:
-    """Tell whether a batch holds nothing but text, which trees and packed rows can carry."""
+    """Return whether a batch holds only text, which trees and packed rows can carry."""
     return set(batch) <= _TEXT
 
 
@@ -44,13 +44,13 @@ def conditioned(
     batch: Mapping[str, Any], layout: str, *, pad_token_id: int, separator_ids: Sequence[int],
     kept: Sequence[bool] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the conditioned version of ``batch``, or of those of its pairs that ``kept`` says.
+    """Return the conditioned version of ``batch``; with ``kept``, only the pairs marked there are conditioned.
 
     Returns:
-        ``inputs`` of the model; ``scored`` with ``rows``, ``labels`` and ``segment_ids`` (M,) int64, ``num_own`` (the
-        first rows, which are no marginals), ``num_pairs`` and ``width`` (the length of the rows); ``tree``, from which
-        ``tree_attention_mask`` makes the mask, or None; ``num_tokens``, how many tokens the model reads. Where ``kept``
-        is given, also ``kept`` (B,) bool.
+        ``inputs`` of the model. ``scored`` with ``rows``, ``labels`` and ``segment_ids`` (M,) int64, ``num_own`` (the
+        number of first rows, before the marginals), ``num_pairs`` and ``width`` (the length of the rows). ``tree``,
+        the input of ``tree_attention_mask``, or None. ``num_tokens``, the number of tokens that the model reads. If
+        ``kept`` is given, also ``kept`` (B,) bool.
     """
     given = {} if kept is None else {"kept": torch.tensor(kept)}
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "separator_ids": separator_ids}
@@ -90,7 +90,7 @@ def pair_ids(batch: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
 
 
 def _scored_in_rows(ids: Tensor, own: Tensor, other: Tensor | None) -> dict[str, Any]:
-    """Find the scored positions of padded rows; the hidden state before a token predicts it."""
+    """Return the scored positions of padded rows; the hidden state before a token predicts it."""
     pairs, width = len(ids) // 2, ids.shape[1]
     found = []
     for mask, segment_of in ((own, _own_segment), (other, _marginal_segment)):

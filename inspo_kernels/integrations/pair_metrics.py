@@ -1,7 +1,7 @@
-"""The metrics of TRL's DPOTrainer, kept on the device until they are logged.
+"""Collect the metrics of TRL's DPOTrainer on the device until they are logged.
 
-Each pass adds one vector of sums. Nothing waits for the device before ``flush``, which adds the vectors over ranks in
-one collective, divides, and averages over passes, as TRL does.
+Each pass adds one vector of sums. Nothing waits for the device before ``flush``. It adds the vectors over ranks in one
+collective, divides, and averages over passes, as TRL does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 STATISTICS = ("entropy", "mean_logit", "is_top1")
 MARGINAL = "marginal/"
 GAPS = ("conditioning_gap/chosen", "conditioning_gap/rejected")
-# metric -> (the sum that it is, the count that divides it)
+# metric -> (name of its sum, name of the count that divides it)
 _RATIOS = {
     "entropy": ("entropy", "tokens"),
     "logits/chosen": ("chosen_logits", "chosen_tokens"),
@@ -34,11 +34,11 @@ _RATIOS = {
 
 
 class PairMetrics:
-    """Collects the sums of each pass, and turns them into means when they are logged.
+    """Collect the sums of each pass, and turn them into means when they are logged.
 
     Args:
         beta: reward of a log-ratio of one nat, as in TRL.
-        add_over_ranks: adds a tensor over all ranks.
+        add_over_ranks: sums a tensor over all ranks.
     """
 
     def __init__(self, beta: float, add_over_ranks: Callable[[Tensor], Tensor]) -> None:
@@ -48,7 +48,7 @@ class PairMetrics:
         self._names: dict[str, list[str]] = {}
 
     def add(self, mode: str, results: dict[str, Any], ref_logps: Tensor, num_tokens: Tensor) -> None:
-        """Take what a ``PairPass`` of the policy returned; ``mode`` is "train" or "eval"."""
+        """Add the results of a ``PairPass`` of the policy; ``mode`` is "train" or "eval"."""
         logps, lengths, statistics = results["logps"], results["lengths"], results["statistics"]
         (chosen_tokens, rejected_tokens), logits = lengths.chunk(2), statistics["mean_logit"].chunk(2)
         sums = self._preferences(logps, ref_logps) | {
@@ -105,7 +105,7 @@ class PairMetrics:
         self._passes.setdefault(key, []).append(torch.stack(values))
 
     def _totals(self, key: str) -> dict[str, Tensor]:
-        """Add over ranks: float64 (passes,) by name, empty where no pass was made."""
+        """Return the sums over ranks by name, (passes,) float64; empty if there was no pass."""
         if not self._passes.get(key):
             return {}
         table = self.add_over_ranks(torch.stack(self._passes[key]))

@@ -1,8 +1,8 @@
-"""One forward pass over preference pairs, from inside the model's own ``forward``.
+"""Run one forward pass over preference pairs inside the model's own ``forward``.
 
-Engines (DDP, FSDP2, DeepSpeed) see a model through its ``forward``: there parameters are whole, and gradients are
-waited for. So the loss is computed there. ``accept_pair_pass`` lets a model's forward take a ``PairPass``, which runs
-the trunk, picks the scored rows and hands them to a function of this file.
+Engines (DDP, FSDP2, DeepSpeed) hook into a model's ``forward``: parameters are whole there, and the engine prepares
+for gradients. So the loss is computed there. ``accept_pair_pass`` lets a model's forward take a ``PairPass``. It runs
+the model without its head, selects the scored rows and passes them to a function of this file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FLAG = "_accepts_pair_pass"
 
 
 def accept_pair_pass(model: nn.Module) -> None:
-    """Let ``model(..., pair_pass=PairPass(...))`` return that pass's results; other calls stay as they are."""
+    """Let ``model(..., pair_pass=PairPass(...))`` return that pass's results; other calls do not change."""
     if getattr(model, _FLAG, False):
         return
     original = model.forward
@@ -40,13 +40,13 @@ def accept_pair_pass(model: nn.Module) -> None:
 class PairPass:
     """Settings of one forward pass over pairs.
 
-    It is no dataclass and no container: engines cast and move the tensors of those, and the reference's log-probs must
-    not be rounded to 16 bits.
+    It is neither a dataclass nor a container: engines cast and move the tensors inside such objects, and the
+    reference's log-probs must not be rounded to 16 bits.
 
     Args:
         laid_out: a result of ``pair_layouts``, on the model's device.
         finish: takes the scored hidden states (M, H), the head and ``scored``; returns a dict of tensors.
-        marginals: whether the marginals are among the scored rows.
+        marginals: whether to score the marginals, too.
     """
 
     def __init__(self, laid_out: Mapping[str, Any], finish: Finish, *, marginals: bool = False) -> None:
@@ -74,7 +74,7 @@ class PairPass:
 
 
 def _with_plain_pairs(results: dict[str, Any], kept: Tensor) -> dict[str, Any]:
-    """Return ``marginal_logps`` of every pair: the log-probs of a pair laid out plain are given the prompt alone."""
+    """Return ``marginal_logps`` of every pair: a plain pair's log-probs are already given the prompt alone."""
     logps = results["logps"]
     return {"marginal_logps": torch.where(kept.repeat(2), results.get("marginal_logps", logps), logps), "kept": kept}
 
@@ -82,7 +82,7 @@ def _with_plain_pairs(results: dict[str, Any], kept: Tensor) -> dict[str, Any]:
 def reference_logps(
     x: Tensor, head: dict[str, Any], scored: dict[str, Any], *, ld_alpha: float | None
 ) -> dict[str, Any]:
-    """Finish with ``logps`` (2B,) float64, the summed log-probs of chosen, then rejected responses."""
+    """Return ``logps`` (2B,) float64, the summed log-probs of chosen, then rejected responses."""
     if ld_alpha is not None:
         logps = linear_logps(x, targets=scored["labels"], **head)
         assert isinstance(logps, Tensor)  # as no statistics are asked for
@@ -96,7 +96,7 @@ def pair_loss(
     x: Tensor, head: dict[str, Any], scored: dict[str, Any], *,
     objective: Objective, ref_logps: Tensor, marginal_weight: float, statistics: tuple[str, ...],
 ) -> dict[str, Any]:  # fmt: skip
-    """Finish with the fused loss: no token's log-prob is kept."""
+    """Return the results of the fused loss, which keeps no token's log-prob."""
     out = fused_inspo_loss(
         x,
         labels=scored["labels"],
@@ -117,7 +117,7 @@ def token_loss(
     parts: list[tuple[Objective, float]], ref_logps: Tensor, marginal_weight: float, statistics: tuple[str, ...],
     ld_alpha: float | None, use_weighting: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Finish with a loss that weighs single tokens (LD-DPO) or whole pairs by the policy's own log-probs (WPO)."""
+    """Return the results of a loss that weighs single tokens (LD-DPO), or pairs by the policy's log-probs (WPO)."""
     needed = marginal_weight != 0 or any(isinstance(objective, SFT) for objective, _ in parts)
     differentiated = len(x) if needed else scored["num_own"]
     asked = (*statistics, "log_sum_sq_probs") if use_weighting else statistics
@@ -181,11 +181,11 @@ def _sums(values: Tensor, scored: dict[str, Any]) -> Tensor:
 
 
 def _tail_weights(scored: dict[str, Any], ld_alpha: float) -> Tensor:
-    """Weigh each token of LD-DPO (arXiv 2409.06411): 1 up to the length of the shorter response, then ``ld_alpha``."""
+    """Return LD-DPO's token weights (arXiv 2409.06411): 1 up to the shorter response's length, then ``ld_alpha``."""
     segments, pairs = scored["segment_ids"], scored["num_pairs"]
     index = torch.arange(len(segments), device=segments.device)
     first = torch.full((4 * pairs,), len(segments), device=segments.device)
-    first = first.scatter_reduce(0, segments, index, "amin")  # a segment's rows stand together, in order
+    first = first.scatter_reduce(0, segments, index, "amin")  # a segment's rows are consecutive and in order
     lengths = torch.bincount(segments, minlength=4 * pairs).view(4, pairs)
     shared = torch.minimum(lengths[[0, 0, 2, 2]], lengths[[1, 1, 3, 3]]).flatten()
     return torch.where(index - first[segments] < shared[segments], 1.0, ld_alpha)

@@ -1,4 +1,4 @@
-"""InSPO (arXiv 2512.23126) in TRL: ``DPOTrainer`` that scores each response given the other one, on the fused loss.
+"""InSPO (arXiv 2512.23126) in TRL: a ``DPOTrainer`` that scores each response given the other one, on the fused loss.
 
     from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
 
@@ -68,10 +68,10 @@ class InSPOConfig(DPOConfig):
         separator: text between the two responses, such as a turn boundary. It is never scored.
         marginal_weight: weight of the same loss on log pi(y | x), which inference uses.
         layout: how conditioned pairs are laid out. "rows" (padded); "packed" (one row without padding); "tree" and
-            "packed_tree" (the prompt once, both orders of the responses behind it). "auto": trees where the model can
+            "packed_tree" (the prompt once, followed by both orders of the responses). "auto": trees if the model can
             read them, else packed rows with flash attention, else rows. Batches with images are laid out in rows.
-        alternative_dropout: share of the training pairs that are laid out plain, by a coin for each epoch and pair:
-            0 is InSPO and 1 the plain baseline. Evaluation conditions every pair.
+        alternative_dropout: probability that a training pair is laid out plain, drawn for each epoch and pair. 0 is
+            InSPO and 1 the plain baseline. Evaluation conditions every pair.
     """
 
     conditioned: bool = field(default=True, metadata={"help": "Score each response given the other one (InSPO)."})
@@ -82,7 +82,7 @@ class InSPOConfig(DPOConfig):
     )
 
     alternative_dropout: float = field(
-        default=0.0, metadata={"help": "Share of training pairs, by a coin each epoch, that are laid out plain."}
+        default=0.0, metadata={"help": "Probability that a training pair is laid out plain, drawn in each epoch."}
     )
 
     def __post_init__(self) -> None:
@@ -95,33 +95,33 @@ class InSPOConfig(DPOConfig):
         if not (math.isfinite(self.marginal_weight) and self.marginal_weight >= 0):
             raise ValueError(f"marginal_weight must be zero or positive, got {self.marginal_weight!r}")
         if self.marginal_weight and not self.conditioned:
-            raise ValueError("marginal_weight needs conditioned=True: unconditioned responses have no other marginal")
+            raise ValueError("marginal_weight needs conditioned=True: the plain loss already trains the marginals")
 
 
 def _option(args: Any, name: str) -> Any:
-    """Return InSPO's option, or its default where ``args`` is a plain ``DPOConfig``."""
+    """Return InSPO's option, or its default if ``args`` is a plain ``DPOConfig``."""
     return getattr(args, name, InSPOConfig.__dataclass_fields__[name].default)
 
 
 class InSPOTrainer(DPOTrainer):
     """``DPOTrainer`` in which the policy scores each response given the other one.
 
-    Takes the arguments of ``DPOTrainer``; ``args`` is an ``InSPOConfig`` or a ``DPOConfig``. The reference sees no
-    alternative: its log-probs come from TRL's own batch. A pair that is longer than ``max_length``, both responses
-    counted, is dropped; ``dropped_pairs`` holds the counts by dataset.
+    It takes the arguments of ``DPOTrainer``; ``args`` is an ``InSPOConfig`` or a ``DPOConfig``. The reference sees no
+    alternative: its log-probs come from TRL's own batch. A pair is dropped if its prompt and both responses exceed
+    ``max_length``; ``dropped_pairs`` holds the counts by dataset.
 
-    Metrics are those of ``DPOTrainer``. With ``conditioned=True`` they are joined by ``marginal/rewards/...``,
-    ``marginal/logps/...`` (given the prompt alone, as inference is) and ``marginal/conditioning_gap/...``, the mean of
-    log pi(y|x, other) - log pi(y|x) in nats per token. Marginals cost head rows, so they are scored at logged steps
-    and in evaluation only, or at each step where the loss depends on them (``marginal_weight``, "sft").
+    It logs the metrics of ``DPOTrainer``. With ``conditioned=True`` it also logs ``marginal/rewards/...`` and
+    ``marginal/logps/...``, given the prompt alone as in inference. ``marginal/conditioning_gap/...`` is the mean of
+    log pi(y|x, other) - log pi(y|x) in nats per token. Marginals cost extra rows in the head, so they are scored only
+    at logged steps and in evaluation. If the loss depends on them (``marginal_weight``, "sft"), each step scores them.
 
     Raises:
-        ValueError: at construction, a loss type, option or layout that cannot be conditioned.
+        ValueError: at construction, for a loss type, option or layout that cannot be conditioned.
     """
 
     _tag_names = ["trl", "dpo", "inspo"]  # noqa: RUF012  # as in TRL
     _name = "InSPO"
-    # Trainer's own hints are wider than what DPOTrainer puts there.
+    # The type hints of Trainer are wider than the types that DPOTrainer sets.
     args: Any
     model: Any
     train_dataset: Any
@@ -167,7 +167,7 @@ class InSPOTrainer(DPOTrainer):
         tokenizer = _tokenizer(self.processing_class)
         vision = self._reads_images()
         if vision and hasattr(self.data_collator, "max_length"):
-            self.data_collator.max_length = None  # what is too long is dropped, never cut
+            self.data_collator.max_length = None  # pairs that are too long are dropped, never cut
         self.data_collator = ConditioningCollator(
             self.data_collator,
             layout=self._layout(vision),
@@ -266,7 +266,7 @@ class InSPOTrainer(DPOTrainer):
         self._pair_metrics.add(mode, results, ref_logps, laid_out["num_tokens"])
         if not return_outputs:
             return loss
-        with torch.no_grad():  # the logits of compute_metrics: the policy as inference uses it
+        with torch.no_grad():  # compute_metrics gets logits given the prompt alone, as in inference
             return loss, model(**plain(inputs)["inputs"])
 
     def _finish(self, ref_logps: Tensor) -> Finish:
@@ -279,7 +279,7 @@ class InSPOTrainer(DPOTrainer):
         return partial(token_loss, parts=self._parts, **options, **terms)
 
     def _marginals(self, mode: str) -> bool:
-        """Whether this pass scores marginals: where the loss needs them, at logged steps, and in evaluation."""
+        """Return whether this pass scores marginals: if the loss needs them, at logged steps, and in evaluation."""
         if self._needs_marginals or mode == "eval":
             return True
         step, state, strategy = self.state.global_step + 1, self.state, self.args.logging_strategy
@@ -304,10 +304,10 @@ class InSPOTrainer(DPOTrainer):
         self._gap_seen = True
         if min(gaps) < _GAP_WARNING:
             logger.warning(
-                "the model finds a response less likely after the other one than right after the prompt "
-                "(%+.2f nats per token). What it learns there may not carry over to answering from the prompt alone, "
-                "or hurt it: watch the marginal/ metrics, set marginal_weight, or first fit the model to sequences of "
-                "the form prompt + draft + answer",
+                "the model finds a response less likely after the other response than right after the prompt "
+                "(%+.2f nats per token). Conditioned training may then not improve answers from the prompt alone, or "
+                "may harm them: watch the marginal/ metrics, set marginal_weight, or first fit the model to sequences "
+                "of the form prompt + draft + answer",
                 min(gaps),
             )
 

@@ -1,4 +1,4 @@
-"""TRL's loss options as this package's objectives."""
+"""Turn TRL's loss options into this package's objectives."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _DIVERGENCES = {
 
 
 def objective_parts(args: Any) -> list[tuple[Objective, float]]:
-    """Return the objective and the weight of each of a ``DPOConfig``'s ``loss_type``.
+    """Return the objective and the weight of each entry of a ``DPOConfig``'s ``loss_type``.
 
     Raises:
-        ValueError: a loss type, or a value of its options, that no objective takes.
+        ValueError: no objective takes the loss type or a value of its options.
     """
     loss_types = args.loss_type if isinstance(args.loss_type, list) else [args.loss_type]
     weights = args.loss_weights or [1.0] * len(loss_types)
@@ -50,7 +50,7 @@ def objective_of(parts: list[tuple[Objective, float]]) -> Objective:
 
 
 def fits_tokens(parts: list[tuple[Objective, float]]) -> bool:
-    """Whether a part is SFT, which fits log pi(y_w | x): of conditioned pairs, the marginal."""
+    """Return whether a part is SFT, which fits log pi(y_w | x), the marginal of a conditioned pair."""
     return any(isinstance(objective, SFT) for objective, _ in parts)
 
 

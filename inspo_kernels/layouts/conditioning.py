@@ -2,8 +2,8 @@
 
 The policy of InSPO scores the chosen response ``y_w`` in ``x + y_l + y_w`` and the rejected response ``y_l`` in
 ``x + y_w + y_l``, where ``x`` is the prompt. Attention is causal, so the alternative's own positions in the same two
-sequences hold its log-probability given the prompt alone: ``labels`` score the last response of each sequence and
-``marginal_labels`` the one before it.
+sequences hold its log-probability given the prompt alone. ``labels`` score the last response of each sequence;
+``marginal_labels`` score the response before it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Pair(NamedTuple):
 
 
 class _Sequence(NamedTuple):
-    """One token sequence and what is scored in it; all three tensors are int64 of the same length."""
+    """One token sequence with its labels; all three tensors are int64 of the same length."""
 
     ids: Tensor
     labels: Tensor
@@ -58,34 +58,35 @@ def condition_pairs(
         conditioned=True    x + y_l + separator + y_w    then    x + y_w + separator + y_l
         conditioned=False   x + y_w                      then    x + y_l
 
-    Labels are aligned with ``input_ids`` (they are not shifted), as ``fused_inspo_loss`` expects with ``shift=True``.
-    Nothing is added to the ids: a beginning-of-sequence token belongs to the prompt, an end-of-sequence token to the
-    end of each response. Padding is found by length, so a ``pad_token_id`` equal to the end-of-sequence id is safe.
+    Labels are aligned with ``input_ids`` (not shifted), as ``fused_inspo_loss`` expects with ``shift=True``. No ids
+    are added: include a beginning-of-sequence token in the prompt, and an end-of-sequence token in each response.
+    Padding is found by length, so a ``pad_token_id`` equal to the end-of-sequence id is safe.
 
-    The two sequences of a pair share the prompt. A tree holds it once, and the rest of sequence ``b`` and of sequence
-    ``B + b`` as two branches behind it, with the same log-probs: ``|x| + 2(|y_w| + |y_l| + |separator|)`` tokens.
+    The two sequences of a pair share the prompt. A tree holds the prompt once, followed by two branches: the rest of
+    sequence ``b`` and the rest of sequence ``B + b``. It has ``|x| + 2(|y_w| + |y_l| + |separator|)`` tokens and gives
+    the same log-probs.
 
     Args:
         pairs: ``(prompt_ids, chosen_ids, rejected_ids)`` per pair; each a non-empty list, tuple or 1-D integer tensor.
             Identical responses are accepted.
         pad_token_id: fills the right end of the shorter rows; it is never scored and never attended to.
-        conditioned: False leaves the alternative out, for the reference, and for plain objectives. A list says it
-            for each pair.
-        alternative_dropout: probability, 0..1, with which a pair is laid out as with ``conditioned=False``, both of
-            its sequences. 0 is InSPO and 1 the plain layout.
-        dropout_seed: seed of the coins. A coin follows from the seed and the pair's position in ``pairs``, so give
-            each batch a seed of its own.
-        separator_ids: ids put between the two responses (a turn boundary, say). They are never scored.
-        max_length: upper bound on ``|x| + |y_w| + |y_l| + |separator|``, in tokens. It is the same bound with
+        conditioned: False leaves the alternative out, for the reference and for plain objectives. A list of bools
+            decides for each pair.
+        alternative_dropout: probability, 0..1, that both sequences of a pair are laid out as with
+            ``conditioned=False``. 0 is InSPO and 1 the plain layout.
+        dropout_seed: seed of the random choice. The choice depends on the seed and the pair's position in ``pairs``,
+            so give each batch its own seed.
+        separator_ids: ids put between the two responses, for example a turn boundary. They are never scored.
+        max_length: upper bound on ``|x| + |y_w| + |y_l| + |separator|``, in tokens. The bound is the same with
             ``conditioned=False``, so that policy, reference and plain baseline keep the same pairs and prompts.
-        truncation: what happens to a pair above ``max_length``: ``"error"`` raises; ``"prompt_left"`` removes ids from
-            the left of the prompt, keeping at least one, and raises if that is not enough; ``"drop"`` leaves the pair
+        truncation: how to treat a pair above ``max_length``. ``"error"`` raises. ``"prompt_left"`` removes ids from
+            the left of the prompt, keeps at least one id, and raises if that is not enough. ``"drop"`` leaves the pair
             out. Responses are never cut.
-        layout: ``"rows"`` (padded) or ``"packed"`` (concatenated, no padding); ``"tree"`` (a padded row for each pair)
-            or ``"packed_tree"`` (all trees in one row, for flex_attention, which skips what pairs cannot see).
+        layout: ``"rows"`` (padded), ``"packed"`` (concatenated, no padding), ``"tree"`` (a padded row for each pair)
+            or ``"packed_tree"`` (all trees in one row, for flex_attention, which skips masked blocks).
 
     Returns:
-        A dict of CPU tensors and two counts. With T the longest sequence and N the number of tokens:
+        A dict of CPU tensors, lists and counts. With T the longest sequence and N the number of tokens:
 
         =================  ====================  ==============  =====================================================
         key                rows                  packed          meaning
@@ -99,14 +100,14 @@ def condition_pairs(
         cu_seqlens         absent                (2B+1,) int32   sequence s is ``[cu_seqlens[s], cu_seqlens[s + 1])``
         dropped            list of int           list of int     positions in ``pairs`` left out by ``"drop"``
         truncated          int                   int             number of prompts cut by ``"prompt_left"``
-        plain              list of int           list of int     positions in ``pairs`` of those not conditioned
+        plain              list of int           list of int     positions in ``pairs`` of the plain pairs
         =================  ====================  ==============  =====================================================
 
-        ``input_ids``, ``attention_mask`` and ``position_ids`` can be handed to a transformers causal LM as they are;
-        for a packed batch transformers keeps sequences apart by the restarts of ``position_ids``, which it reads only
-        when ``attention_mask`` is None and no key-value cache is made, so pass ``use_cache=False`` as well.
+        Pass ``input_ids``, ``attention_mask`` and ``position_ids`` to a transformers causal LM as they are. In a
+        packed batch transformers separates sequences where ``position_ids`` restart. It does so only if
+        ``attention_mask`` is None and there is no key-value cache, so also pass ``use_cache=False``.
 
-        Trees come with the scored rows alone, the compact form of ``fused_inspo_loss``. With T the longest tree, N the
+        Trees come with only the scored rows, the compact form of ``fused_inspo_loss``. With T the longest tree, N the
         number of tokens, n the longest sequence and M the number of scored tokens, marginals included:
 
         =================  ==============  ==============  ===========================================================
@@ -118,8 +119,8 @@ def condition_pairs(
         paths              (2B, n) int64   (2B, n) int64   rows of ``hidden.flatten(0, 1)`` of each sequence's tokens
         path_of            (B, T) int64    (1, N) int64    a sequence that the token is in; 0 on padding
         rows               (M,) int64      (M,) int64      rows of ``hidden.flatten(0, 1)`` that predict a scored token
-        labels             (M,) int64      (M,) int64      the id that each of them predicts
-        segment_ids        (M,) int64      (M,) int64      what it belongs to, as ``fused_inspo_loss`` numbers it
+        labels             (M,) int64      (M,) int64      the id that each row predicts
+        segment_ids        (M,) int64      (M,) int64      its segment, as numbered by ``fused_inspo_loss``
         num_pairs          int             int             B
         dropped            list of int     list of int     as above
         truncated          int             int             as above
@@ -127,7 +128,7 @@ def condition_pairs(
         =================  ==============  ==============  ===========================================================
 
         The mask depends on the model: ``tree_attention_mask(batch, model)``. The prompt's last row predicts the first
-        token of both branches, so it comes twice in ``rows``.
+        token of both branches, so it appears twice in ``rows``.
 
     Raises:
         ValueError: the ids or options are unusable, a pair does not fit, or no pair is left; the message names the
@@ -249,7 +250,7 @@ def _read_pair(index: int, raw: Any) -> _Pair:
 
 
 def _ids(values: Any, where: str) -> Tensor:
-    """Token ids as a 1-D int64 CPU tensor; `where` begins the message of the error for anything else."""
+    """Return token ids as a 1-D int64 CPU tensor; error messages begin with ``where``."""
     if isinstance(values, (str, bytes)):
         raise ValueError(f"{where} is text; tokenize it first and pass the ids")
     if hasattr(values, "__len__") and not (isinstance(values, Tensor) and values.ndim == 0) and len(values) == 0:

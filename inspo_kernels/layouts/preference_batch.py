@@ -1,7 +1,7 @@
-"""Collated preference batches, as TRL's collators and processors make them, laid out for InSPO (arXiv 2512.23126).
+"""Lay collated preference batches (TRL's collators and processors) out for InSPO (arXiv 2512.23126).
 
-Such a batch holds a prompt and a chosen response in row ``b``, the same prompt and the rejected response in row
-``B + b``. Everything here works on *positions* in the batch, so that token types follow their tokens, and an image
+Such a batch holds a prompt and a chosen response in row ``b``, and the same prompt and the rejected response in row
+``B + b``. Everything here works on *positions* in the batch. Token types therefore follow their tokens, and an image
 stays with its prompt.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .conditioning import IGNORE_INDEX, condition_pairs
 
-# The scored tokens that a batch may hold, by the names of TRL's collators.
+# Tensors that every batch must hold, by the names of TRL's collators.
 _NEEDED = ("input_ids", "attention_mask", "completion_mask")
 
 
@@ -32,7 +32,7 @@ def condition_batch(
     """Return the conditioned version of a collated preference batch, text or vision.
 
     Row ``b`` becomes ``x + y_l + separator + y_w`` and row ``B + b`` becomes ``x + y_w + separator + y_l``, each scored
-    on its last response alone. Rows are padded on the right. The result goes wherever the batch would have gone::
+    on its last response alone. Rows are padded on the right. Use the result in place of the batch::
 
         batch = collator(examples)                     # TRL's, or a processor's
         conditioned = ik.condition_batch(batch, pad_token_id=tokenizer.pad_token_id)
@@ -40,23 +40,23 @@ def condition_batch(
     Args:
         batch: ``input_ids``, ``attention_mask`` and ``completion_mask``, each (2B, T): rows 0..B-1 hold prompt and
             chosen response, rows B..2B-1 the same prompts and the rejected responses. Padding may be on either side.
-            Further integer or bool tensors of that shape (``token_type_ids``, ``mm_token_type_ids``) follow their
-            tokens; ``position_ids`` are counted anew and ``labels`` score the last response. All else (pixel values,
-            image sizes) is passed on: each row keeps its prompt, hence its images.
+            Other integer or bool tensors of that shape (``token_type_ids``, ``mm_token_type_ids``) follow their
+            tokens. ``position_ids`` are recomputed, and ``labels`` score the last response. Everything else (pixel
+            values, image sizes) is passed on, because each row keeps its prompt and so its images.
         pad_token_id: id at the right end of the shorter rows; never scored and never attended to.
         separator_ids: ids between the two responses; never scored. Their token types are 0.
         conditioned: which pairs are conditioned, as for ``condition_pairs``. The other pairs keep their rows
             ``x + y_w`` and ``x + y_l``.
         alternative_dropout: as for ``condition_pairs``.
         dropout_seed: as for ``condition_pairs``.
-        marginals: also return ``marginal_mask`` (2B, T) int64, 1 on the other response of each row, whose log-probs
-            are those given the prompt alone. It is 0 in the rows of a pair that is not conditioned.
+        marginals: also return ``marginal_mask`` (2B, T) int64. It is 1 on the other response of each row, which sees
+            the prompt alone, and 0 in the rows of a pair that is not conditioned.
 
     Returns:
         A dict with the batch's keys, on the batch's device.
 
     Raises:
-        KeyError: one of the three tensors is missing.
+        KeyError: ``input_ids``, ``attention_mask`` or ``completion_mask`` is missing.
         ValueError: their shapes differ, the number of rows is odd, rows ``b`` and ``B + b`` have different prompts, or
             a prompt or response is empty.
     """
@@ -80,8 +80,8 @@ def condition_batch(
         if name == "position_ids" and isinstance(value, Tensor):
             if value.shape != ids.shape:
                 raise ValueError(
-                    f"position_ids of shape {tuple(value.shape)} cannot be counted anew: leave them out of the batch, "
-                    "so that the model makes its own"
+                    f"position_ids of shape {tuple(value.shape)} cannot be recomputed: leave them out of the batch, "
+                    "so that the model computes its own"
                 )
             result[name] = position_ids
         elif _per_token(value, ids):
@@ -99,7 +99,7 @@ def condition_batch(
 
 
 def pair_positions(batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return where each pair's prompt, chosen and rejected response stand in ``input_ids.flatten()``: int64, CPU."""
+    """Return the positions of each pair's prompt and responses in ``input_ids.flatten()``: int64, on the CPU."""
     for name in _NEEDED:
         if name not in batch:
             raise KeyError(f"the batch has no {name!r}: it holds {', '.join(map(repr, batch))}")
@@ -108,7 +108,7 @@ def pair_positions(batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Tenso
         shapes = ", ".join(f"{name} {tuple(batch[name].shape)}" for name in _NEEDED)
         raise ValueError(f"the batch's tensors must have one shape (2B, T), got {shapes}")
     if len(ids) % 2:
-        raise ValueError(f"the batch has {len(ids)} rows; chosen rows, then as many rejected rows, are an even number")
+        raise ValueError(f"the batch has {len(ids)} rows, but chosen rows and as many rejected rows are an even number")
     pairs, at = len(ids) // 2, torch.arange(ids.numel()).view_as(ids)
     scored = attention.bool() & completion.bool()
     prompt = attention.bool() & ~completion.bool()
@@ -125,5 +125,5 @@ def pair_positions(batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Tenso
 
 
 def _per_token(value: Any, ids: Tensor) -> bool:
-    """Whether ``value`` holds a number for each token; image features are floating-point and have other shapes."""
+    """Return whether ``value`` holds a number per token; image features are floating-point and have other shapes."""
     return isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point()

@@ -1,4 +1,4 @@
-"""Final hidden states and output head of any transformers causal LM, without computing its logits."""
+"""Return the final hidden states and the output head of any transformers causal LM, without computing its logits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedModel
 
-# Arguments of the causal LM's forward that would have no effect, or another one than they have there.
+# Arguments of the causal LM's forward that would have no effect or a different effect here.
 _HEAD_ARGUMENTS = frozenset({"labels", "logits_to_keep", "num_logits_to_keep", "shift_labels", "num_items_in_batch"})
 
 
@@ -32,50 +32,52 @@ def hidden_and_head(
     return_outputs: bool = False,
     **model_kwargs: Any,
 ) -> tuple[Any, ...]:
-    """Run a transformers causal LM once, without its logits, and return what they are made of.
+    """Run a transformers causal LM once and return its hidden states and LM head instead of its logits.
 
     The results satisfy ``model(...).logits == cap(logit_scale * (hidden @ weight.T + bias))`` with
     ``cap(z) = softcap * tanh(z / softcap)``, or ``cap(z) = z`` where ``softcap`` is None. They are ready for
     ``fused_inspo_loss(hidden, labels=labels, **head)``.
 
     The model's own forward runs, without a key-value cache, in the model's train or eval mode and under the caller's
-    grad and autocast modes. Its output head runs on no rows. On the first call in each mode the head runs on a few
-    rows, and the formula above is verified on their logits; a change of the config or of the head's adapters makes the
-    next call a first one. Inside ``torch.compile`` the base model runs instead; the head is verified while tracing.
+    grad and autocast modes. Its output head runs on no rows. The first call in each mode is an exception: the head
+    runs on a few rows, and their logits verify the formula above. If the config or the head's adapters change, the
+    next call verifies again. Inside ``torch.compile`` the base model runs instead, and tracing verifies the head.
 
     Call it inside the forward of the module that DDP, FSDP2 or DeepSpeed wraps, on the inner model.
 
     Args:
         model: a transformers causal LM, or a ``PeftModel`` around one.
         input_ids: (batch, T) int64, or (1, N) for packed sequences.
-        attention_mask: (batch, T), 1 on tokens; None for packed sequences or where nothing is padded; for trees what
-            ``tree_attention_mask`` makes of the batch.
+        attention_mask: (batch, T), 1 on tokens. None for packed sequences or without padding. For trees, the result
+            of ``tree_attention_mask``.
         position_ids: (batch, T) int64. With ``attention_mask=None`` its restarts separate packed sequences.
-        return_outputs: also return the model's outputs, whose ``logits`` are of no use. With
+        return_outputs: also return the model's outputs; do not use their ``logits``. With
             ``output_router_logits=True`` they hold the router loss of a mixture of experts as ``aux_loss``; add
             ``model.config.router_aux_loss_coef * outputs.aux_loss`` to the loss.
         model_kwargs: further arguments of the model, e.g. ``inputs_embeds``, ``token_type_ids`` or ``pixel_values``.
 
     Returns:
         ``hidden`` (batch, T, H), the input of the output head; and ``head`` with ``"weight"`` (V, H) and ``"bias"``
-        (V,) or None, ``"softcap"`` (float or None) and ``"logit_scale"`` (float). Weight and bias are the model's own
-        parameters, tied or not, or made of them, so gradients reach them: without the rows that pad a vocabulary;
-        copied where an engine gathers them for the head's forward alone; and with r further columns, in ``hidden``,
-        too, for a LoRA adapter of rank r on the head. With ``return_outputs`` the model's outputs are third.
+        (V,) or None, ``"softcap"`` (float or None) and ``"logit_scale"`` (float). With ``return_outputs`` the model's
+        outputs are third.
 
-        Of a model under tensor parallelism (``DistributedConfig(tp_plan="auto")`` of transformers) weight and bias are
-        this rank's rows, and ``head`` also holds ``"process_group"``, the group whose ranks share the vocabulary.
+        Weight and bias are the model's own parameters, tied or not, or are computed from them, so gradients reach the
+        parameters. Rows that pad the vocabulary are left out. If an engine gathers the parameters only for the head's
+        forward, weight and bias are copies. A LoRA adapter of rank r on the head adds r columns to weight and hidden.
+
+        For a model under tensor parallelism (``DistributedConfig(tp_plan="auto")`` of transformers) weight and bias
+        are this rank's rows, and ``head`` also holds ``"process_group"``, the group whose ranks share the vocabulary.
 
     Raises:
-        TypeError: ``model`` is a wrapper (DDP, FSDP, DeepSpeed, torch.compile) or no transformers model, or an
+        TypeError: ``model`` is a wrapper (DDP, FSDP, DeepSpeed, torch.compile) or not a transformers model, or an
             argument concerns the logits.
-        ValueError: the logits do not follow from what the head is given; the message says by how much they differ.
-            Also position ids that the model does not take, and packed sequences for a model that mixes them.
+        ValueError: the logits do not follow from the head's input; the message says by how much they differ. Also
+            raised if the model does not take the position ids, or lets packed sequences attend to each other.
     """
     model = _inner_model(model)
     if fixed := {"use_cache", "return_dict"}.intersection(model_kwargs):
         names = ", ".join(sorted(fixed))
-        raise TypeError(f"the trunk runs without a cache, for which {names} is set here; remove it")
+        raise TypeError(f"the model runs without a cache, so {names} is set here; remove it")
     if misplaced := _HEAD_ARGUMENTS.intersection(model_kwargs):
         names = ", ".join(sorted(misplaced))
         raise TypeError(f"no logits are computed here, so {names} would have no effect; remove it")
@@ -110,9 +112,9 @@ def hidden_and_head(
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Raise what ``hidden_and_head`` would for this model's class and head; nothing is computed.
+    """Raise the error that ``hidden_and_head`` would raise for this model's class and head, without computing anything.
 
-    A model on the meta device, which has no weights, can be checked in this way alone.
+    This is the only check for a model on the meta device, which has no weights.
     """
     model = _inner_model(model)
     try:
@@ -134,7 +136,7 @@ def _composed(hidden: Tensor, parts: HeadParts, tail: Tail) -> tuple[Tensor, dic
 
 
 def _compiled(model: Any, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, HeadParts, Tail, Any]:
-    """Run the base model, whose states the head is given: hooks on the head cannot be traced."""
+    """Run the base model, whose output is the head's input: hooks on the head cannot be traced."""
     tail = _tail_while_tracing(model)
     outputs = model.base_model(**inputs)
     return outputs.last_hidden_state, head_parts(head), tail, outputs
@@ -142,7 +144,7 @@ def _compiled(model: Any, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tens
 
 @torch.compiler.assume_constant_result
 def _tail_while_tracing(model: Any) -> Tail:
-    """Return the verified tail, verifying it on two tokens where no call outside torch.compile has."""
+    """Return the verified tail; verify it on two tokens if no call outside torch.compile has done so."""
     head = model.get_output_embeddings()
     tail = known_in_any_mode(model, head)
     if tail is None:
@@ -150,7 +152,7 @@ def _tail_while_tracing(model: Any) -> Tail:
             ids = small_ids(model, 2)[None].to(device_of(model))
             _, tail = run_model(model, head, {"input_ids": ids}, (1, 2))
     if not tail.from_base:
-        raise HeadError("its head is given other states than its base model returns: call it outside torch.compile")
+        raise HeadError("its head's input is not what its base model returns: call it outside torch.compile")
     return tail
 
 
@@ -163,7 +165,7 @@ def _inner_model(model: Any) -> Any:
                 "model's layers, such as LoRA"
             )
         model = model.get_base_model()
-    # FSDP2 makes a wrapper of the model itself, some of whose parameters are whole while its own forward runs.
+    # FSDP2 turns the model itself into a wrapper. While its own forward runs, some of its parameters are whole.
     sharded = in_fsdp(model) and all(map(is_dtensor, model.parameters()))
     if sharded or isinstance(getattr(model, "module", None), nn.Module) or hasattr(model, "_orig_mod"):
         raise TypeError(
@@ -193,7 +195,7 @@ def _accepted(model: Any) -> set[str]:
 
 
 def _drop_router_loss(model: Any, inputs: dict[str, Any], accepted: set[str], return_outputs: bool) -> None:
-    """Keep a mixture of experts from computing a router loss that nobody reads, or that its mask does not fit."""
+    """Keep a mixture of experts from computing a router loss that is unused or incompatible with the mask."""
     if "output_router_logits" not in accepted:
         return
     mask = inputs.get("attention_mask")
@@ -209,7 +211,7 @@ def _drop_router_loss(model: Any, inputs: dict[str, Any], accepted: set[str], re
 
 
 def _check_implied_positions(model: Any, position_ids: Tensor, attention_mask: Any) -> None:
-    """Refuse positions other than those that a model counts by itself, where it takes none."""
+    """Refuse positions that differ from the model's own count, for a model that takes no position ids."""
     mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
     counted = torch.ones_like(position_ids) if mask is None else mask.to(position_ids.dtype)
     differs = position_ids != counted.cumsum(-1) - 1
@@ -232,8 +234,8 @@ def _refuse_restarts(model: Any, position_ids: Tensor) -> None:
 
 def _by_hand(problem: str) -> str:
     return (
-        f"{problem}. Call fused_inspo_loss with its parts instead: hidden, the states that the output head is given; "
-        "weight; and where the model's forward uses them, bias, softcap (logits = softcap * tanh(z / softcap)) and "
+        f"{problem}. Call fused_inspo_loss with its parts instead: hidden, the input of the output head; weight; and, "
+        "if the model's forward uses them, bias, softcap (logits = softcap * tanh(z / softcap)) and "
         "logit_scale (a factor on the logits). A head that does anything else to hidden or to the logits cannot be "
         "fused"
     )

@@ -1,4 +1,4 @@
-"""Decide which models read trees, and with which masks, by running two small pairs both ways."""
+"""Decide which models can read trees, and with which masks, by running two small pairs as trees and in rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Mask: TypeAlias = Tensor | BlockMask
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
-# Lengths of the two pairs that are tried: rows without padding, trees with some, paths longer than the window below.
+# Lengths of the two trial pairs: rows without padding, trees with padding, paths longer than the window below.
 _PAIRS = ((6, 5, 8), (9, 7, 3))
 _WINDOW = 5
 
@@ -34,33 +34,33 @@ _FORMS: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[str | None, str | N
 
 
 def tree_unsupported(model: PreTrainedModel) -> str | None:
-    """Return why a transformers causal LM cannot read the tree layouts of ``condition_pairs``; None where it can.
+    """Return why a transformers causal LM cannot read the tree layouts of ``condition_pairs``, or None if it can.
 
-    Two small pairs are read as trees and in rows, once per model, config and attention implementation: the states that
-    the model gives its output head must agree. Sliding windows are shortened for that, so that they show. The model's
-    modes, buffers and gradients and the random numbers stay as they are. On the meta device nothing can be compared,
-    and the config alone decides.
+    The model reads two small pairs as trees and in rows, once per model, config and attention implementation. The
+    inputs of its output head must agree. Sliding windows are shortened meanwhile, so that a few tokens show them. The
+    model's modes, buffers, gradients and the random number state stay unchanged. On the meta device nothing can be
+    compared, and the config alone decides.
     """
     return _form(_inner(model))[1]
 
 
 def tree_attention_mask(batch: Mapping[str, Any], model: PreTrainedModel) -> Mask | dict[str, Mask]:
-    """Return the ``attention_mask`` with which ``model`` reads a tree batch, to be passed on to ``hidden_and_head``.
+    """Return the ``attention_mask`` with which ``model`` reads a tree batch; pass it on to ``hidden_and_head``.
 
-    The form follows from the model and its attention implementation, and the mask lies on the device of
-    ``batch["tree_ends"]``. Nothing in it waits for the device, the first call for a model aside. Where layers have a
+    The form depends on the model and its attention implementation. The mask is on the device of
+    ``batch["tree_ends"]``. Except in the first call for a model, nothing waits for the device. In a layer with a
     sliding window of w tokens, a token sees the last w tokens of its own branch and prompt, exactly as in a row.
 
     Args:
-        batch: what ``condition_pairs`` made with ``layout="tree"`` or ``"packed_tree"``; ``position_ids``,
+        batch: a result of ``condition_pairs`` with ``layout="tree"`` or ``"packed_tree"``. ``position_ids``,
             ``tree_ends``, ``paths`` and ``path_of`` are read.
         model: the transformers causal LM itself.
 
     Returns:
-        For ``"sdpa"`` a ``PathMask``, with which attention runs over the paths as ordinary causal sequences; for
-        ``"eager"`` (rows, 1, T, T) numbers to be added to the scores, in the model's dtype; for ``"flex_attention"`` a
-        ``BlockMask``, which skips the empty blocks between branches and pairs. For a model whose layers differ, a dict
-        of them by layer type.
+        For ``"sdpa"``, a ``PathMask``: attention runs over the paths as ordinary causal sequences. For ``"eager"``, a
+        tensor (rows, 1, T, T) in the model's dtype that is added to the scores. For ``"flex_attention"``, a
+        ``BlockMask`` that skips the empty blocks between branches and pairs. For a model whose layers differ, a dict
+        of masks by layer type.
 
     Raises:
         ValueError: ``model`` cannot read trees (``tree_unsupported`` says why), or a row is too long for a dense mask
@@ -123,7 +123,7 @@ def _form(model: Any) -> tuple[str | None, str | None]:
 
 
 def _known_reason(model: Any) -> str | None:
-    """Return a reason that needs no trial, or that no trial on a few tokens would show."""
+    """Return a reason that needs no trial or that a trial on a few tokens would miss."""
     config, model_type = model.config.get_text_config(), model.config.model_type
     if getattr(model, "_is_stateful", False):
         return f"{model_type!r} carries a state from token to token, which no mask can branch: use layout='rows'"
@@ -138,14 +138,14 @@ def _known_reason(model: Any) -> str | None:
         )
     if (attention := config._attn_implementation) not in ("eager", "sdpa", "flex_attention"):
         return (
-            f"attention implementation {attention!r} takes no mask of its user's making: load the model with "
+            f"attention implementation {attention!r} takes no mask from its caller: load the model with "
             "attn_implementation='sdpa', 'eager' or 'flex_attention', or use layout='rows'"
         )
     return None
 
 
 def _candidates(config: Any) -> list[str]:
-    """Return the forms that a config allows, the most particular first."""
+    """Return the forms that a config allows, the most specific first."""
     window = getattr(config, "sliding_window", None) is not None
     types = set(getattr(config, "layer_types", None) or ())
     return ["layer_types"] * bool(types) + ["window"] * window + ["full"]
@@ -160,7 +160,7 @@ def _tried(model: Any, forms: list[str]) -> tuple[str | None, str | None]:
             expected = states(model, *rows).flatten(0, 1)[places]
             blind = {"attention_mask": torch.ones_like(tree["input_ids"])}
             unmasked = states(model, tree["input_ids"], tree["position_ids"], **blind)
-        except Exception as error:  # whatever a model raises where it is given ids and positions
+        except Exception as error:  # a model may raise anything when it reads ids and positions
             return None, f"it cannot read two small pairs ({type(error).__name__}: {error}): use layout='rows'"
         control = relative_difference(unmasked.flatten(0, 1)[tree["rows"]], expected)
         for form in forms:
@@ -181,7 +181,7 @@ def _tried(model: Any, forms: list[str]) -> tuple[str | None, str | None]:
 
 
 def _small_pairs(model: Any) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Tensor]:
-    """Return a tree batch, ids and positions of the same pairs in rows, and the place in rows of each scored row."""
+    """Return a tree batch, the ids and positions of the same pairs in rows, and each scored row's place in the rows."""
     ids = small_ids(model, sum(map(sum, _PAIRS)))
     parts = iter(ids.split([length for lengths in _PAIRS for length in lengths]))
     pairs = [(next(parts), next(parts), next(parts)) for _ in _PAIRS]
@@ -216,7 +216,7 @@ def _short_window(config: Any) -> Iterator[None]:
 
 
 def _rope_types(config: Any) -> set[str]:
-    """Names of the rotary embeddings in a config: ``rope_parameters`` is one dict, or one for each type of layer."""
+    """Return a config's kinds of rotary embedding: ``rope_parameters`` is one dict, or a dict per layer type."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return {str(part.get("rope_type", "default")) for part in (nested or [parameters])}

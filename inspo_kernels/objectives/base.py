@@ -1,4 +1,4 @@
-"""The parts of every objective: the sums that it reads, the base class, and checks of parameters."""
+"""The sums that every objective reads, its base class, and checks of its parameters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..arguments import finite
 
 @dataclass(frozen=True)
 class PairSums:
-    """Per-pair sums that an objective reads: every field has shape (pairs,), float64 on one device.
+    """Per-pair sums that an objective reads: every field has shape (pairs,) and is float64, all on one device.
 
     - ``chosen``, ``rejected``: summed log-probs in nats, each conditioned on the other response.
     - ``ref_*``: the reference model's sums; None without ``ref_logps``.
     - ``*_len``: counts of scored tokens.
-    - ``marginal_*``: sums and counts for the same responses given the prompt alone; None where no marginals are scored.
-    - ``*_len_mean``: mean of that count over all pairs of the batch, the same number in every entry; None where the
-      pairs given are the whole batch.
+    - ``marginal_*``: sums and counts of the same responses given the prompt alone; None if no marginals are scored.
+    - ``*_len_mean``: mean of that count over all pairs of the batch, the same number in every entry; None if the
+      given pairs are the whole batch.
     - ``index`` (int64): the pair's position in the batch.
     """
 
@@ -43,7 +43,7 @@ class PairSums:
     marginal_rejected_len_mean: Tensor | None = None
 
     def on_marginals(self) -> PairSums:
-        """Return the pairs as scored without the alternative: marginals replace ``chosen`` and ``rejected``."""
+        """Return the sums given the prompt alone: marginals replace ``chosen`` and ``rejected``."""
         assert self.marginal_chosen is not None and self.marginal_rejected is not None
         assert self.marginal_chosen_len is not None and self.marginal_rejected_len is not None
         return dataclasses.replace(
@@ -62,22 +62,22 @@ class PairSums:
         return dataclasses.replace(self, **copies)
 
 
-# torch.compile's operators take no objects: they get an objective's id and find it here.
+# The operators for torch.compile take no objects: they get an objective's id and look it up here.
 LIVE: weakref.WeakValueDictionary[int, Objective] = weakref.WeakValueDictionary()
 
 
 class Objective:
     """Base of all objectives: subclass it and write ``__call__(self, s: PairSums) -> losses`` of shape (pairs,).
 
-    Each loss may depend on its own pair alone, because pairs arrive in several groups; set ``batch_coupled = True`` to
-    get all pairs of the batch in one call instead. Class attributes say what the objective reads:
+    Each loss must depend on its own pair alone, because pairs arrive in several groups. Set ``batch_coupled = True`` to
+    get all pairs of the batch in one call. Class attributes say what the objective reads:
 
     - ``needs_reference``: ``ref_logps`` must be given.
     - ``needs_marginals``: ``marginal_labels`` (or marginal segments) must be given.
-    - ``gradient_fields``: the sums that the loss is differentiated in. Sums left out are computed without gradient
-      work; an objective that turns out to depend on one of them is an error, not a wrong gradient.
+    - ``gradient_fields``: the sums that the loss is differentiated in. Other sums are computed without gradient work.
+      If the loss depends on such a sum, the call raises an error instead of returning a wrong gradient.
 
-    Parameters of the objective itself get no gradient; one that requires it is an error.
+    A parameter inside the objective gets no gradient; if it requires a gradient, the call raises an error.
     """
 
     needs_reference: bool = True
@@ -94,9 +94,9 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(self, s: PairSums) -> losses (pairs,)")
 
     def rewards(self, s: PairSums) -> tuple[Tensor, Tensor]:
-        """Implicit rewards of the chosen and rejected responses, (pairs,) each: beta (L - R), or beta L without R.
+        """Return implicit rewards of chosen and rejected responses, (pairs,) each: beta (L - R), or beta L without R.
 
-        ``beta`` is the objective's own attribute of that name, 1 if it has none.
+        ``beta`` is the objective's attribute of that name, or 1 if it has no such attribute.
         """
         beta = getattr(self, "beta", 1.0)
         if s.ref_chosen is None or s.ref_rejected is None:
@@ -106,12 +106,12 @@ class Objective:
     def differentiated(self, marginals: bool) -> tuple[str, ...]:
         """Return the ``gradient_fields`` that a call differentiates; ``marginals``: whether the call scores marginals.
 
-        Marginals count only if the objective needs them. An objective that takes either of two sums overrides this.
+        Marginals count only if the objective needs them. Override this if the objective chooses between two sums.
         """
         return tuple(f for f in self.gradient_fields if self.needs_marginals or not f.startswith("marginal_"))
 
     def _advantages(self, s: PairSums) -> tuple[Tensor, Tensor]:
-        """a_chosen and a_rejected, L - R each."""
+        """Return a_chosen and a_rejected, each L - R."""
         assert s.ref_chosen is not None and s.ref_rejected is not None
         return s.chosen - s.ref_chosen, s.rejected - s.ref_rejected
 
@@ -129,7 +129,7 @@ def at_least_zero(name: str, value: float) -> None:
 
 
 def below_half(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is in [0, 0.5): a larger share of flipped labels turns the preference."""
+    """Raise ``ValueError`` unless ``value`` is in [0, 0.5): more flipped labels would reverse the preference."""
     if not 0 <= finite(name, value) < 0.5:
         raise ValueError(f"{name} must be in [0, 0.5), got {value!r}")
 
@@ -141,7 +141,7 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 class Preset(Objective):
-    """Base of the objectives that have a name: a frozen dataclass whose parameters are checked by their names."""
+    """Base of the named objectives: frozen dataclasses whose parameters are checked by their names."""
 
     gradient_fields: tuple[str, ...] = ("chosen", "rejected")
 
@@ -156,7 +156,7 @@ class Preset(Objective):
 
 
 def logistic(margin: Tensor, flipped: float = 0.0) -> Tensor:
-    """-(1 - flipped) log sigma(margin) - flipped log sigma(-margin), as log sigma(-m) = log sigma(m) - m."""
+    """Return -(1 - flipped) log sigma(margin) - flipped log sigma(-margin), as log sigma(-m) = log sigma(m) - m."""
     losses = -F.logsigmoid(margin)
     # Without the condition, 0 times the infinite margin of an impossible response would be NaN.
     return losses + flipped * margin if flipped else losses

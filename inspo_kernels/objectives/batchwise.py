@@ -1,7 +1,7 @@
-"""Objectives that rank the pairs of a batch: each call gets all of them (``batch_coupled``).
+"""Objectives that rank the pairs of a batch: each call gets all pairs (``batch_coupled``).
 
-The batch is what one call of the loss is given: in data-parallel training that of one rank, with accumulated gradients
-one micro-batch, as in TRL. Equal values are ranked by their position.
+The batch is the pairs of one call of the loss, as in TRL: one micro-batch of one rank. Equal values are ranked by
+their position.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .base import PairSums, Preset, logistic
 class AOT(Preset):
     """-(1 - eps) log sigma(beta (u - v)) - eps log sigma(-beta (u - v)), eps = ``label_smoothing``.
 
-    u = L_c - L_r of the pair, and v = R_c - R_r of that pair whose rank by R_c - R_r is the rank of this one by u.
-    Alignment via optimal transport, paired (arXiv 2406.05882). TRL lists the same losses by rank; here each stands at
-    its pair, so that ``pair_weights`` mean what they say. Rewards: beta (L - R).
+    u = L_c - L_r of the pair. v is the value R_c - R_r whose rank among all pairs equals the rank of this pair's u.
+    Alignment via optimal transport, paired (arXiv 2406.05882). TRL orders the same losses by rank. Here each loss
+    keeps its pair's position, so that ``pair_weights`` weigh the right pairs. Rewards: beta (L - R).
     """
 
     beta: float = 0.1
@@ -37,9 +37,9 @@ class AOT(Preset):
 class AOTUnpaired(Preset):
     """-(1 - eps) log sigma(beta (a_c - a'_r)) - eps log sigma(-beta (a_c - a'_r)), eps = ``label_smoothing``.
 
-    a'_r = L_r - R_r is the rejected response's whose rank among the rejected ones is that of this pair's a_c among the
-    chosen ones. Alignment via optimal transport, unpaired (arXiv 2406.05882). A loss stands at the pair of its chosen
-    response. Rewards: beta (L - R).
+    a'_r is the value L_r - R_r whose rank among the rejected responses equals the rank of this pair's a_c among the
+    chosen responses. Alignment via optimal transport, unpaired (arXiv 2406.05882). Each loss has the position of its
+    chosen response's pair. Rewards: beta (L - R).
     """
 
     beta: float = 0.1

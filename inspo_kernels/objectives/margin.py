@@ -1,4 +1,4 @@
-"""Objectives of the margin, the difference between what the chosen and the rejected response score."""
+"""Objectives of the margin, the difference between the scores of the chosen and the rejected response."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor
 from ..arguments import finite
 from .base import PairSums, Preset, logistic, one_of
 
-# TRL's bound on the exponent in float32: a coefficient of more could not be a float32.
+# TRL's bound on the exponent: a larger coefficient would overflow float32.
 _LARGEST_EXPONENT = 80.0
 
 
 @dataclass(frozen=True, repr=False)
 class Divergent(Preset):
-    """Base of the objectives that may measure the distance to the reference by another f-divergence (arXiv 2309.16240).
+    """Base of the objectives that can use another f-divergence from the reference (arXiv 2309.16240).
 
-    f'(t) of t = pi / pi_ref then takes the place of log t = a = L - R, with alpha = ``divergence_alpha``:
+    f'(t) of t = pi / pi_ref then replaces log t = a = L - R, with alpha = ``divergence_alpha``:
 
     - "reverse_kl": a, the default
     - "forward_kl": 1 - exp(-a)
     - "js": log 2 + log sigma(a)
     - "alpha": (exp((alpha - 1) a) - 1) / (alpha - 1)
 
-    ``divergence_alpha`` is TRL's ``f_alpha_divergence_coef``, which is 1 minus the paper's alpha. Exponents stop at 80,
-    as TRL's do for "alpha" (not for "forward_kl"): beyond, the loss is a constant. Rewards stay beta (L - R).
+    ``divergence_alpha`` is TRL's ``f_alpha_divergence_coef``, which is 1 minus the paper's alpha. Exponents are clamped
+    to 80, as in TRL for "alpha" (but not for "forward_kl"). Above that the loss is constant. Rewards stay beta (L - R).
     """
 
     divergence: str = field(default="reverse_kl", kw_only=True)
@@ -46,7 +46,7 @@ class Divergent(Preset):
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def _scores(self, s: PairSums) -> tuple[Tensor, Tensor]:
-        """f'(pi / pi_ref) of the chosen and rejected responses, (pairs,) each."""
+        """Return f'(pi / pi_ref) of the chosen and rejected responses, (pairs,) each."""
         chosen, rejected = self._advantages(s)
         return self._f_prime(chosen), self._f_prime(rejected)
 
@@ -71,8 +71,8 @@ class Divergent(Preset):
 class DPO(Divergent):
     """-(1 - eps) log sigma(m) - eps log sigma(-m), m = beta (a_chosen - a_rejected), eps = ``label_smoothing``.
 
-    Direct preference optimization (arXiv 2305.18290); on conditioned sequences InSPO-DPO (arXiv 2512.23126).
-    TRL's ``sigmoid`` is this without smoothing: it ignores ``label_smoothing``. Rewards: beta (L - R).
+    Direct preference optimization (arXiv 2305.18290); on conditioned sequences, InSPO-DPO (arXiv 2512.23126).
+    TRL's ``sigmoid`` is this objective without smoothing: it ignores ``label_smoothing``. Rewards: beta (L - R).
     """
 
     beta: float = 0.1
@@ -86,8 +86,8 @@ class DPO(Divergent):
 class Robust(Divergent):
     """(-(1 - eps) log sigma(m) + eps log sigma(-m)) / (1 - 2 eps): robust DPO (arXiv 2403.00409).
 
-    eps = ``label_smoothing``, the probability that a label is flipped, under which the loss is unbiased; the paper
-    suggests 0.1. For eps > 0 it falls without bound as m grows. Rewards: beta (L - R).
+    eps = ``label_smoothing`` is the probability that a label is flipped. If it is right, the loss is unbiased. The
+    paper suggests 0.1. For eps > 0 the loss falls without bound as m grows. Rewards: beta (L - R).
     """
 
     beta: float = 0.1
@@ -112,8 +112,8 @@ class Hinge(Divergent):
 class EXO(Divergent):
     """KL(p || q) of p = (sigma(m), sigma(-m)) and q = (1 - eps, eps), eps = ``label_smoothing``: EXO-pref for a pair.
 
-    Efficient exact optimization (arXiv 2402.00856, equation 16), whose eps of 1e-3 is the default, as TRL's own
-    default of 0 is refused by TRL: q = 0 has no logarithm. Rewards: beta (L - R).
+    Efficient exact optimization (arXiv 2402.00856, equation 16). The default eps of 1e-3 is the paper's. TRL refuses
+    its own default of 0, because q = 0 has no logarithm. Rewards: beta (L - R).
     """
 
     beta: float = 0.1
@@ -136,7 +136,7 @@ class DiscoPOP(Divergent):
     """-(1 - k) log sigma(m) + k exp(-m), k = sigma(m / tau): the log-ratio modulated loss (arXiv 2406.08414).
 
     It is not monotone: with the default tau it rises for m between -0.12 and 0.07. ``tau`` is TRL's ``discopop_tau``.
-    At large negative margins, where TRL multiplies infinity by 0, this is the limit. Rewards: beta (L - R).
+    At large negative margins TRL multiplies infinity by 0; this class returns the limit. Rewards: beta (L - R).
     """
 
     beta: float = 0.1
@@ -180,7 +180,7 @@ class IPO(Preset):
 class IPOMean(Divergent):
     """(a_chosen/|c| - a_rejected/|r| - 1/(2 tau))^2: TRL's ``ipo``, whose ``beta`` is tau. Rewards: tau (L - R).
 
-    The IPO paper (arXiv 2310.12036) has the sums, as ``IPO`` does; the mean over tokens is TRL's.
+    The IPO paper (arXiv 2310.12036) uses sums, as ``IPO`` does; the mean over tokens is TRL's choice.
     """
 
     tau: float = 0.1

@@ -16,9 +16,9 @@ from .registry import evaluate, make_objective
 class Mixture(Objective):
     """Sum of weight * objective over ``parts``: ``Mixture([(DPO(), 0.8), ("bco_pair", 0.2), (SFT(), 1.0)])``.
 
-    An objective is an instance, your own included, or a name. The mixture needs what any of its parts needs, couples
-    the batch if one of them does, and reports the rewards of its first part. TRL's ``loss_type`` and ``loss_weights``
-    with several entries are this. Raises ``ValueError`` for no part, or a weight that is no finite number.
+    An objective is a name or an instance, your own included. The mixture needs what any of its parts needs, couples
+    the batch if any part does, and reports the rewards of its first part. It corresponds to several entries of TRL's
+    ``loss_type`` and ``loss_weights``. Raises ``ValueError`` without parts, or for a weight that is not finite.
     """
 
     parts: tuple[tuple[Objective, float], ...]

@@ -41,8 +41,8 @@ class NCA(Preset):
 class BCO(Preset):
     """-log sigma(beta a_chosen) - log sigma(-beta a_rejected): binary classifier optimization (arXiv 2404.04656).
 
-    The paper subtracts a running mean of the rewards, delta, from both rewards; TRL's ``bco_pair`` has no delta, and
-    neither has this: no state, and no coupling of pairs. Rewards: beta (L - R).
+    The paper subtracts delta, a running mean of the rewards, from both rewards. Like TRL's ``bco_pair``, this class
+    has no delta, so it has no state and does not couple pairs. Rewards: beta (L - R).
     """
 
     beta: float = 0.1
@@ -56,8 +56,8 @@ class BCO(Preset):
 class SPPO(Preset):
     """(a_chosen - 1/(2 beta))^2 + (a_rejected + 1/(2 beta))^2: self-play preference optimization (arXiv 2405.00675).
 
-    The paper estimates each response's probability of winning; this is its hard form, as TRL's ``sppo_hard``: 1 for the
-    chosen and 0 for the rejected response. Rewards: beta (L - R).
+    The paper estimates each response's probability of winning. This class is the hard form, TRL's ``sppo_hard``: the
+    probability is 1 for the chosen and 0 for the rejected response. Rewards: beta (L - R).
     """
 
     beta: float = 0.1
@@ -71,8 +71,8 @@ class SPPO(Preset):
 class APOZero(Preset):
     """1 - sigma(beta a_chosen) + sigma(beta a_rejected): anchored PO (arXiv 2408.06266, equation 7).
 
-    Raises the chosen and lowers the rejected response: for chosen responses that are better than the model's own. The 1
-    is TRL's, and not in the paper; gradients are the same. Rewards: beta (L - R).
+    Raises the chosen and lowers the rejected response. Use it if the chosen responses are better than the model's own.
+    The constant 1 is TRL's, not the paper's; it does not change gradients. Rewards: beta (L - R).
     """
 
     beta: float = 0.1
@@ -86,8 +86,8 @@ class APOZero(Preset):
 class APODown(Preset):
     """sigma(beta a_chosen) + 1 - sigma(beta (a_chosen - a_rejected)): anchored PO (arXiv 2408.06266, equation 8).
 
-    Lowers both responses, the rejected one more: for chosen responses that are worse than the model's own. The 1 is
-    TRL's, and not in the paper; gradients are the same. Rewards: beta (L - R).
+    Lowers both responses, and the rejected response more. Use it if the chosen responses are worse than the model's
+    own. The constant 1 is TRL's, not the paper's; it does not change gradients. Rewards: beta (L - R).
     """
 
     beta: float = 0.1

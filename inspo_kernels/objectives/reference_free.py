@@ -1,4 +1,4 @@
-"""Objectives of the policy's own log-probs: no reference."""
+"""Objectives that use the policy's log-probs alone and no reference."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class SimPO(Preset):
 class ORPO(Preset):
     """-SFT/|c| + lam (-log sigma(logit p_c - logit p_r)), log p = L/|y|, no reference (arXiv 2403.07691).
 
-    SFT is log pi(y_c | x): the marginal (``sft="marginal"``), or L_c (``sft="chosen"``, for plain rows, which have no
-    marginals). Rewards: lam L/|y|.
+    SFT is log pi(y_c | x): the marginal with ``sft="marginal"``, or L_c with ``sft="chosen"``. Plain rows have no
+    marginals and need ``sft="chosen"``. Rewards: lam L/|y|.
     """
 
     lam: float = 1.0
@@ -67,10 +67,10 @@ class ORPO(Preset):
 class SFT(Preset):
     """-S divided by the batch's mean |c|: fits the chosen response, S = log pi(y_c | x); no reference.
 
-    As in TRL's ``sft``, the mean of these losses is the mean over all chosen tokens of the batch, not of the responses.
-    S is the marginal (``sft="marginal"``), L_c (``sft="chosen"``), or, by default ("auto"), the marginal of a call that
-    scores marginals and L_c of one that does not. Choose one where only some calls score marginals. ``beta`` scales the
-    rewards alone: beta (L - R), or beta L without a reference.
+    As in TRL's ``sft``, the mean of these losses is the mean over all chosen tokens of the batch, not over responses.
+    S is the marginal (``sft="marginal"``) or L_c (``sft="chosen"``). The default, "auto", takes the marginal if the
+    call scores marginals, and L_c otherwise. Do not use "auto" if only some calls score marginals. ``beta`` affects
+    the rewards only: beta (L - R), or beta L without a reference.
     """
 
     beta: float = 0.1

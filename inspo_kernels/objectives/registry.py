@@ -1,4 +1,4 @@
-"""Objectives by name, and the one way to call any of them."""
+"""Objectives by name, and the function that calls any of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
     "rdpo": RDPO,
     "orpo": ORPO,
     "hinge": Hinge,
-    # TRL's names, but for ipo_mean, which is TRL's "ipo", and dpo, which is its "sigmoid"
+    # TRL's names, except ipo_mean, which is TRL's "ipo", and dpo, which is TRL's "sigmoid"
     "robust": Robust,
     "exo_pair": EXO,
     "nca_pair": NCA,
@@ -41,14 +41,14 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
 
 
 def find_objective(name_or_id: str) -> Objective:
-    """The objective of that name, or the live instance whose id this is, in digits."""
+    """Return the objective of that name, or the live instance whose id the digits give."""
     return LIVE[int(name_or_id)] if name_or_id.isdecimal() else make_objective(name_or_id)
 
 
 def make_objective(objective: str | Objective, **parameters: Any) -> Objective:
-    """The objective called ``objective`` (a key of ``OBJECTIVES``) with ``parameters``, or the instance itself.
+    """Return the objective named ``objective`` (a key of ``OBJECTIVES``) with ``parameters``, or the instance itself.
 
-    Raises ``ValueError`` for an unknown name or a parameter that the objective does not take, naming the nearest one.
+    Raises ``ValueError`` for an unknown name or parameter; the message gives the nearest known name.
     """
     if isinstance(objective, Objective):
         if parameters:
@@ -74,9 +74,9 @@ def make_objective(objective: str | Objective, **parameters: Any) -> Objective:
 
 
 def evaluate(objective: Objective, s: PairSums) -> Tensor:
-    """Losses (pairs,) in the sums' dtype; ``ValueError`` unless the objective returns one number per pair."""
+    """Return losses (pairs,) in the sums' dtype; raise ``ValueError`` unless there is one number per pair."""
     if not type(objective).__module__.startswith(f"{__package__}."):
-        s = s.clone()  # the user's code: writing to what it is given must not reach the report or the next call
+        s = s.clone()  # the user's code may write to its input, which must not change the report or the next call
     losses = objective(s)
     if not is_vector(losses, s):
         raise ValueError(
@@ -87,7 +87,7 @@ def evaluate(objective: Objective, s: PairSums) -> Tensor:
 
 
 def is_vector(value: Any, s: PairSums) -> bool:
-    """Whether ``value`` is a floating-point tensor with one entry per pair."""
+    """Return whether ``value`` is a floating-point tensor with one entry per pair."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.shape == s.chosen.shape
 
 
