@@ -1,8 +1,8 @@
-"""Whether all ranks that share a loss were given the same arguments, found out by a few bytes in the first collective.
+"""Check that all ranks that share a loss got the same arguments, with a few bytes in the first collective.
 
-Ranks that disagree would wait for each other forever, or compute nonsense. So every rank sends a word of 8 bytes for
-each argument, beside its number of words and the range of its labels, and all ranks read the same answer in the host
-read that planning needs anyway. A rank that refuses its own arguments says so, and the others raise as well.
+Ranks that disagree would wait for each other forever, or compute wrong results. So every rank sends an 8-byte
+fingerprint of each argument, its number of words and the range of its labels. All ranks read the same answer, in the
+host read that planning needs anyway. If a rank refuses its own arguments it says so, and the others raise as well.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from .groups import SequenceGroup, VocabGroup, gather
 
-# What all ranks must have in common, in the order in which a difference is reported.
+# Arguments that must be equal on all ranks, in the order in which a difference is reported.
 _SAME = (
     "hidden", "weight", "weight's rows", "labels", "objective", "num_pairs", "ref_logps", "pair_weights",
     "marginal_weight", "softcap", "logit_scale", "temperature", "ignore_index", "reduction", "statistics",
     "max_workspace_bytes", "backend", "requires_grad",
 )  # fmt: skip
-# Ranks of the vocabulary hold different rows; ranks of the sequence different tokens, each with its own passes.
+# Ranks of process_group hold different rows. Ranks of sequence_group hold different tokens and run their own passes.
 _MAY_DIFFER = {
     "process_group": {"weight's rows"},
     "sequence_group": {"hidden", "labels", "max_workspace_bytes", "backend", "requires_grad"},
@@ -35,13 +35,13 @@ _MAY_DIFFER = {
 _HEADER = ("status", "words", "valid", "lowest", "highest")
 _WIDTH = len(_HEADER) + len(_SAME)
 _REFUSED, _ELSEWHERE = 1, 2
-# Ranks of a sequence send their counts of scored tokens along, of up to so many segments: a second exchange, whose size
-# depends on the batch, could only follow once the host has read that all ranks agree.
+# Ranks of a sequence also send their counts of scored tokens, for up to this many segments. A second collective, whose
+# size depends on the batch, would have to wait until the host has read that all ranks agree.
 _MOST_COUNTS = 256
 
 
 class Split:
-    """The groups of a call that have more than one rank; ``vocab`` is known once the ranks have agreed."""
+    """The groups of a call that have more than one rank; ``vocab`` is set once the ranks have agreed."""
 
     def __init__(self, groups: dict[str, Any]) -> None:
         self.groups = groups
@@ -52,14 +52,14 @@ class Split:
 
     @classmethod
     def of(cls, process_group: Any, sequence_group: Any = None) -> Split | None:
-        """None where no group has more than one rank."""
+        """Return the split of these groups, or None if no group has more than one rank."""
         given = {"process_group": process_group, "sequence_group": sequence_group}
         groups = {name: group for name, group in given.items() if group is not None and _size(name, group) > 1}
         return cls(groups) if groups else None
 
     @contextmanager
     def errors_shared(self, hidden: Any) -> Iterator[None]:
-        """Let the other ranks know of an error before the first collective: they raise instead of waiting."""
+        """Tell the other ranks about an error before the first collective, so that they raise instead of waiting."""
         try:
             yield
         except Exception:
@@ -74,8 +74,8 @@ class Split:
         """Compare the ranks' arguments, and read ``plan`` on the host with the answer.
 
         Args:
-            plan: (n,) int64: whether segments make sense, lowest and highest label, then counts of scored tokens.
-            same: the arguments that the ranks must have in common, by name.
+            plan: (n,) int64: whether the segments are valid, lowest and highest label, then counts of scored tokens.
+            same: the arguments that must be equal on all ranks, by name.
             words: rows of this rank's weight.
             device: where the group communicates.
 
@@ -107,7 +107,7 @@ class Split:
         return read if plan.device == message.device else plan.tolist()
 
     def total_counts(self, counts: Tensor) -> tuple[Tensor, list[int]]:
-        """``counts`` (n,) of scored tokens, summed over the ranks of a sequence that agreed on it; also on the host."""
+        """Return ``counts`` (n,) of scored tokens summed over the sequence's ranks, on the device and on the host."""
         if self._totals is None:
             assert self.sequence is not None
             (total,) = self.sequence.total(counts)
@@ -115,14 +115,14 @@ class Split:
         return self._totals
 
     def vocab_size(self, words: int) -> int:
-        """Words of all ranks, of which this one holds ``words``."""
+        """Return the number of words of all ranks, if this rank holds ``words``."""
         return words if self.vocab is None else self.vocab.vocab_size
 
     def _rank(self, name: str) -> int:
         return dist.get_rank(self.groups[name])
 
     def _gather(self, message: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """The messages of all ranks of each group; the second group hears of what went wrong in the first."""
+        """Return the messages of all ranks of each group; the second group learns of errors in the first."""
         self.agreed = True
         tables: dict[str, Tensor] = {}
         for name, group in self.groups.items():
@@ -139,12 +139,12 @@ class Split:
 
 
 def errors_shared(split: Split | None, hidden: Any) -> AbstractContextManager:
-    """``Split.errors_shared``, or nothing where nothing is split."""
+    """Return ``Split.errors_shared``, or a context that does nothing if nothing is split."""
     return nullcontext() if split is None else split.errors_shared(hidden)
 
 
 def splits_words(split: Split | None) -> bool:
-    """Whether ranks hold different words of the head."""
+    """Return whether ranks hold different words of the head."""
     return split is not None and "process_group" in split.groups
 
 
@@ -159,12 +159,12 @@ def refuse_compiled(**groups: Any) -> None:
 
 
 def _columns(name: str) -> list[int]:
-    """Where a message holds what the ranks of this group have in common."""
+    """Return the columns of a message that must be equal on all ranks of this group."""
     return [len(_HEADER) + i for i, each in enumerate(_SAME) if each not in _MAY_DIFFER[name]]
 
 
 def _check(name: str, messages: list[list[int]], vocab_size: int, own: int) -> None:
-    """Raise unless the ranks of group ``name``, whose messages these are, agree."""
+    """Raise unless the messages of all ranks of group ``name`` agree."""
     for status, text in ((_REFUSED, "refused its arguments: see its own error"), (_ELSEWHERE, "")):
         ranks = [rank for rank, message in enumerate(messages) if message[0] == status]
         if ranks and text:
@@ -182,13 +182,13 @@ def _check(name: str, messages: list[list[int]], vocab_size: int, own: int) -> N
     if any(message[0] == _ELSEWHERE for message in messages):
         ranks = [rank for rank, message in enumerate(messages) if message[0] == _ELSEWHERE]
         raise ValueError(f"{_named(ranks)} of {name} disagrees with its process_group: see its own error")
-    # Ranks of the vocabulary have the same labels.
+    # Ranks of process_group have the same labels.
     wrong = [
         rank
         for rank, (_, _, valid, lowest, highest, *_) in enumerate(messages)
         if not (valid and lowest >= 0 and highest < vocab_size)
     ]
-    # This rank's own labels get an error that says more.
+    # Wrong labels of this rank get a more detailed error elsewhere.
     if name == "sequence_group" and wrong and own not in wrong:
         raise ValueError(f"{_named(wrong)} of {name} refused its labels: see its own error")
 
@@ -205,15 +205,15 @@ def _size(name: str, group: Any) -> int:
 
 
 def _word(value: Any) -> Tensor:
-    """(1,) int64 that differs, all but surely, where the value does."""
+    """Return (1,) int64 that almost surely differs for different values."""
     if isinstance(value, Tensor):
         return fingerprint(value)
-    text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address is another one in every process
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # addresses differ between ranks
     return torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")], device="cpu")
 
 
 def fingerprint(values: Tensor) -> Tensor:
-    """(1,) int64 of the int64 or float64 ``values``, on their device."""
+    """Return a (1,) int64 hash of the int64 or float64 ``values``, on their device."""
     bits = values.detach().flatten().view(torch.int64)
     place = torch.arange(1, len(bits) + 1, device=bits.device)
     mixed = (bits + place * -7046029254386353131) * -4658895280553007687

@@ -1,4 +1,4 @@
-"""Which gradients are asked for, and the two forms in which they wait for the upstream gradient."""
+"""The gradients that a call needs, and the two forms in which they wait for the upstream gradient."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .head import LMHead, plain_arithmetic
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients are asked for; exactly those are computed."""
+    """The gradients that a call needs; no others are computed."""
 
     x: bool
     weight: bool
@@ -31,7 +31,7 @@ class Needs:
 
     @classmethod
     def of(cls, hidden: Tensor, head: LMHead) -> Needs:
-        """What autograd will ask for. Inside an op grad mode is invisible, so the public functions read it here."""
+        """Return what autograd will need. An op cannot see grad mode, so the public functions read it here."""
         enabled = torch.is_grad_enabled()
         bias = head.bias is not None and head.bias.requires_grad
         return cls(enabled and hidden.requires_grad, enabled and head.weight.requires_grad, enabled and bias)
@@ -47,7 +47,7 @@ class Gradients:
 
     @classmethod
     def empty(cls, head: LMHead, num_rows: int, needs: Needs, *dtypes: torch.dtype | None) -> Gradients:
-        """To be written, of these dtypes or the accumulate dtype."""
+        """Return uninitialised gradients of these dtypes; None means the accumulate dtype."""
 
         def new(needed: bool, dtype: torch.dtype | None, *shape: int) -> Tensor | None:
             dtype = dtype or head.accumulate_dtype
@@ -62,16 +62,16 @@ class Gradients:
 
     @classmethod
     def zeros(cls, head: LMHead, num_rows: int, needs: Needs) -> Gradients:
-        """Gradients of a loss that depends on no row."""
+        """Return the gradients of a loss that depends on no row."""
         return cls(*(None if g is None else g.zero_() for g in cls.empty(head, num_rows, needs).tensors))
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What must outlive the forward pass."""
+        """Return the tensors that must outlive the forward pass."""
         return self.x, self.weight, self.bias
 
     def replace_tensors(self, *tensors: Any) -> Gradients:
-        """Return a copy that holds these in place of ``tensors``."""
+        """Return a copy with these tensors in place of ``self.tensors``."""
         return Gradients(*tensors)
 
     def computed(self) -> Gradients:
@@ -79,10 +79,10 @@ class Gradients:
         return self
 
     def scaled(self, scale: Tensor | None, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
-        """(x, weight, bias) times ``scale`` in these dtypes, rounded once; these tensors themselves where it is None.
+        """Return (x, weight, bias) times ``scale`` in these dtypes, rounded once; unscaled if ``scale`` is None.
 
-        New tensors, but where the running backward pass frees the graph: then nobody reads these tensors again, and
-        those of the right dtype are scaled in place.
+        The results are new tensors, unless the running backward pass frees the graph. Then nobody reads the old
+        tensors again, and tensors of the right dtype are scaled in place.
         """
 
         def one(g: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -97,15 +97,16 @@ class Gradients:
 
 @dataclass(frozen=True)
 class DeferredGradients:
-    """Gradients of weight and bias that are computed once the upstream gradient is known, from rows that were kept.
+    """Gradients of weight and bias that are computed from kept rows once the upstream gradient is known.
 
     dW is then written once, in its own dtype, instead of being written in float32, read, scaled and written again. It
-    does not stand beside the workspace in memory. The weight itself is not needed any more, so an engine may take it
-    away after the forward pass.
+    does not occupy memory at the same time as the workspace. The weight is not needed any more, so an engine may free
+    it after the forward pass.
 
-    ``x`` (n, H): gradients of the log-probs in their own rows, the first n of num_rows, or None. ``coefficients`` (n,):
-    the loss's derivative in these log-probs. ``kept``: what their tile returned. The other rows get zero gradient.
-    ``group``: the ranks whose dX is added up while each computes its dW.
+    ``x`` (n, H): gradients of the first n of num_rows log-probs, each with respect to its own row, or None.
+    ``coefficients`` (n,): derivatives of the loss with respect to these log-probs. ``kept``: the tensors that their
+    tile returned. The other rows get zero gradient. ``group``: the ranks over which dX is summed while each rank
+    computes its dW.
     """
 
     backend: Backend
@@ -120,17 +121,17 @@ class DeferredGradients:
 
     @staticmethod
     def worth_deferring(backend: Backend, head: LMHead, rows: int, needs: Needs) -> bool:
-        """Whether to keep so many rows: while they take no more memory than the dW that they stand for."""
+        """Return whether to keep ``rows`` rows: only if they take no more memory than the dW that they replace."""
         dweight_bytes = head.vocab_size * head.hidden_size * head.accumulate_dtype.itemsize
         return needs.weight and backend.kept_bytes(head, rows) <= dweight_bytes
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What must outlive the forward pass."""
+        """Return the tensors that must outlive the forward pass."""
         return self.x, self.coefficients, *self.kept
 
     def replace_tensors(self, *tensors: Any) -> DeferredGradients:
-        """Return a copy that holds these in place of ``tensors``."""
+        """Return a copy with these tensors in place of ``self.tensors``."""
         x, coefficients, *kept = tensors
         return replace(self, x=x, coefficients=coefficients, kept=tuple(kept))
 
@@ -139,7 +140,7 @@ class DeferredGradients:
         return Gradients(*self.scaled(None, *(self.head.accumulate_dtype,) * 3))
 
     def scaled(self, scale: Tensor | None, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
-        """(x, weight, bias) times ``scale``, 1 where it is None, in these dtypes: new tensors, rounded once."""
+        """Return (x, weight, bias) times ``scale`` (None: 1) in these dtypes: new tensors, rounded once."""
         n = len(self.coefficients)
         out = Gradients.empty(self.head, self.num_rows, self.needs, *dtypes[:2], None)
         coefficients = self.coefficients if scale is None else self.coefficients * scale
@@ -166,14 +167,14 @@ class DeferredGradients:
 
 
 def graph_is_freed() -> bool:
-    """Whether the backward pass that runs in this thread frees what the forward pass saved (no ``retain_graph``).
+    """Return whether this thread's backward pass frees what the forward pass saved (no ``retain_graph``).
 
-    Private, but what AOTAutograd asks; a torch without it keeps the graph, as far as we know.
+    The torch function is private, but AOTAutograd calls it, too. Without it, assume that the graph is kept.
     """
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps_graph is not None and not keeps_graph()
 
 
 def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    """Dtypes of tensors that may be missing."""
+    """Return the dtypes of tensors that may be None."""
     return tuple(None if t is None else t.dtype for t in tensors)

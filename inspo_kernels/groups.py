@@ -1,15 +1,15 @@
 """Ranks that share one loss: they hold different words of the vocabulary, or different tokens of the same pairs.
 
-Vocabulary. Rank r has summed up its words, with an offset o_r of its own (see ``row_sums``). One gather of three floats
-a row, (o_r, rest_r, label), lets every rank compute
+Vocabulary. Rank r has the sums over its own words, with its own offset o_r (see ``row_sums``). One gather of three
+floats per row, (o_r, rest_r, label), lets every rank compute
 
     M = max o_r        rest = sum of exp(o_r - M) rest_r        label = max label_r
 
-in the same order from the same numbers, so that all get the same bits. A maximum and a sum that depends on it cannot be
-one all-reduce. The backend then takes M in place of o_r. dX is a sum over the words, hence over the ranks; dW and db
-belong to a rank's own words. Nothing of the vocabulary's size is ever sent.
+in the same order from the same numbers, so all ranks get the same bits. One all-reduce would not do, because the sum
+depends on the maximum. The backend then uses M instead of o_r. dX is a sum over words, so it is summed over the ranks;
+dW and db belong to a rank's own words. No tensor of the vocabulary's size is sent.
 
-Sequences. Sums over tokens are added up over the ranks, once for the whole batch, before the objective sees them.
+Sequences. Sums over tokens are summed over the ranks, once for the whole batch, before the objective reads them.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch import Tensor
 from .head import LMHead
 from .row_sums import RowSums
 
-# Its name before and since torch 2.13.
+# torch 2.13 renamed this function.
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-# A rest above this is moved into the offset, so that sums over ranks stay in float32's range.
+# A larger rest is moved into the offset, so that sums over ranks stay in float32's range.
 LARGE_REST = 2.0**18
 
 
 @contextmanager
 def awaiting(what: str) -> Iterator[None]:
-    """Say in an exchange's error what was waited for; a rank that never comes is one after the group's timeout."""
+    """Add to a collective's error what it waited for; a missing rank becomes an error after the group's timeout."""
     try:
         yield
     except RuntimeError as error:
@@ -42,7 +42,7 @@ def awaiting(what: str) -> Iterator[None]:
 
 
 def gather(tensor: Tensor, group: Any, what: str) -> Tensor:
-    """(ranks, ...): ``tensor`` of every rank of the group; ``what`` it is, for errors."""
+    """Return (ranks, ...): every rank's ``tensor``; ``what`` describes it in errors."""
     ranks = dist.get_world_size(group)
     everyone = tensor.new_empty(ranks * tensor.numel())
     with awaiting(what):
@@ -60,12 +60,12 @@ class VocabGroup:
 
     @property
     def first(self) -> int:
-        """First word of this rank."""
+        """Return the first word of this rank."""
         return self.starts[self.rank]
 
     @property
     def vocab_size(self) -> int:
-        """Words of all ranks."""
+        """Return the number of words of all ranks."""
         return self.starts[-1]
 
     def shard(self, head: LMHead) -> LMHead:
@@ -73,15 +73,15 @@ class VocabGroup:
         return replace(head, whole_vocab=self.vocab_size)
 
     def largest(self, head: LMHead) -> LMHead:
-        """A head of the largest rank's shape, without memory: what is decided by it is decided alike on all ranks."""
+        """Return a head with the largest rank's shape and no memory, so that all ranks decide alike by its size."""
         return _of_size(head, max(stop - start for start, stop in zip(self.starts, self.starts[1:])))
 
     def whole(self, head: LMHead) -> LMHead:
-        """A head of all ranks' words, without memory."""
+        """Return a head with all ranks' words and no memory."""
         return _of_size(head, self.vocab_size)
 
     def combine(self, sums: RowSums, targets: Tensor, dtype: torch.dtype) -> RowSums:
-        """Sums over the whole vocabulary, in float64, from every rank's; ``dtype`` is what is sent.
+        """Return sums over the whole vocabulary, in float64, from every rank's sums, which are sent in ``dtype``.
 
         ``targets`` (n,): the labels, counted from this rank's first word.
         """
@@ -92,7 +92,7 @@ class VocabGroup:
             if (column := getattr(mine, name)) is not None:
                 sent[name] = column
         if sums.before is not None and sums.after is not None:
-            # The label's rank knows on its own; of each other rank only the largest logit matters.
+            # The label's rank compares its own words. From every other rank only the largest logit matters.
             own = (targets >= 0) & (targets < self.starts[self.rank + 1] - self.first)
             beaten = (sums.label <= sums.before) | (sums.label < sums.after)
             sent["top"] = torch.where(
@@ -118,7 +118,7 @@ class VocabGroup:
         return whole
 
     def _tops(self, top: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """``before`` and ``after`` from each rank's (ranks, n) largest logit."""
+        """Return ``before`` and ``after`` from the ranks' largest logits ``top`` (ranks, n)."""
         starts = torch.tensor(self.starts[:-1], device="cpu").to(targets.device, non_blocking=True)
         later = starts.unsqueeze(1) > targets + self.first
         return {
@@ -127,7 +127,7 @@ class VocabGroup:
         }
 
     def start_sum(self, tensor: Tensor) -> Callable[[], Any]:
-        """Start adding up ``tensor`` over the ranks, in place; returns what waits for the sum."""
+        """Start to sum ``tensor`` over the ranks, in place; return a function that waits for the sum."""
         if not tensor.numel():
             return lambda: None
         what = "the gradient of hidden from the other ranks of process_group"
@@ -152,19 +152,19 @@ class SequenceGroup:
     group: Any
 
     def total(self, *tables: Tensor) -> list[Tensor]:
-        """Each table summed over the ranks, in rank order: the same bits on every rank. One collective."""
+        """Return each table summed over the ranks in rank order: the same bits on every rank, in one collective."""
         what = "the sums over the tokens of the other ranks of sequence_group"
         return list(gather(torch.stack(tables), self.group, what).sum(0).unbind())
 
 
 def gathered(*parameters: Tensor | None) -> AbstractContextManager:
-    """Have the whole of these parameters at hand inside the block, where DeepSpeed's ZeRO-3 holds parts of them.
+    """Gather parameters that DeepSpeed's ZeRO-3 partitions, for the duration of the block.
 
         with ik.gathered(head.weight):
             loss = ik.fused_inspo_loss(hidden, head.weight, labels, ...).loss
 
-    Parameters that DeepSpeed does not manage are left alone. The backward pass may run outside the block: what it needs
-    of the weight is kept.
+    Parameters that DeepSpeed does not manage are left alone. The backward pass may run outside the block, because the
+    call keeps what it needs from the weight, unless the batch exceeds the workspace.
     """
     managed = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
     if not managed:
@@ -175,12 +175,12 @@ def gathered(*parameters: Tensor | None) -> AbstractContextManager:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Tell whether torch.distributed.tensor holds this tensor in parts."""
+    """Return whether the tensor is a DTensor of torch.distributed.tensor."""
     return type(tensor).__name__ == "DTensor"
 
 
 def sharing_group(tensor: Any) -> Any:
-    """The group that shards a DTensor over dimension 0 and nothing else; None where it is placed otherwise."""
+    """Return the group that shards a DTensor over dimension 0 only; None for any other placement."""
     from torch.distributed.tensor import Shard
 
     mesh = tensor.device_mesh
@@ -189,9 +189,9 @@ def sharing_group(tensor: Any) -> Any:
 
 
 def first_rows(tensor: Any, count: int) -> Tensor:
-    """This rank's rows of a DTensor's first ``count``, for one that ``sharing_group`` shards in blocks of one size.
+    """Return this rank's part of the first ``count`` rows of a DTensor that ``sharing_group`` shards.
 
-    Such blocks are what ``Shard`` makes: the last ones are smaller or empty.
+    ``Shard`` makes blocks of equal size, of which the last may be smaller or empty.
     """
     group = sharing_group(tensor)
     block = -(-tensor.shape[0] // dist.get_world_size(group))
@@ -199,9 +199,9 @@ def first_rows(tensor: Any, count: int) -> Tensor:
 
 
 def local_shard(name: str, tensor: Any, process_group: Any) -> Any:
-    """This rank's rows of a DTensor that ``process_group`` shards over dimension 0; any other tensor as it is.
+    """Return this rank's rows of a DTensor that ``process_group`` shards over dimension 0; other tensors unchanged.
 
-    Its gradient becomes a DTensor of the same placement.
+    The gradient becomes a DTensor of the same placement.
     """
     if not is_dtensor(tensor) or process_group is None:
         return tensor

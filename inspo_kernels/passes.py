@@ -1,16 +1,21 @@
-"""The passes over the head, the same for every backend.
+"""Passes over the head, the same for every backend.
 
-A matmul over N rows costs 2NHV operations. Log-probs alone: 2NHV, through a workspace of one tile. A frozen head: 4NHV,
-because dlogp/dx of each row is one H-vector, found beside the log-prob and multiplied by its coefficient afterwards.
+A matmul over N rows costs 2NHV operations. Log-probs alone cost 2NHV, in a workspace of one tile. A frozen head costs
+4NHV: dlogp/dx of each row is one H-vector, computed with the log-prob and multiplied by its coefficient afterwards.
 
-``pair_losses`` does its work in one pass, 6NHV. The loss is a function of few sums, so for each group of whole pairs
-that fits the workspace: stage its rows, which leaves log-probs, dlogp/dx and the kept E, sum per segment, evaluate and
-differentiate the objective on those few sums, and turn E into dW. Nothing is recomputed. A pair longer than the default
-workspace gets a larger one, within limits. Of a pair longer than the workspace C only the last C rows are kept; the
-others are multiplied once more when c is known: 2HV more per row, and never more memory. dW is written by the first
-group and added to by the others, in the accumulate dtype.
+``pair_losses`` costs 6NHV, in one pass. The loss is a function of few sums. So each group of whole pairs that fits the
+workspace goes through four steps, which recompute nothing:
 
-Where one group is the whole batch, its rows may stay kept until the upstream gradient is known: ``DeferredGradients``.
+1. ``stage`` its rows, which leaves log-probs, dlogp/dx and the kept E.
+2. Sum the log-probs per segment.
+3. Evaluate and differentiate the objective on these sums, which gives the coefficients c.
+4. Turn E into dW. The first group writes dW, the others add to it, in the accumulate dtype.
+
+A pair longer than the default workspace gets a larger workspace, within limits. If a pair is longer than the workspace
+of C rows, only its last C rows are kept. The logits of its other rows are recomputed once c is known, which costs 2HV
+more per row and no more memory.
+
+If one group is the whole batch, its rows may stay kept until the upstream gradient is known: ``DeferredGradients``.
 Single tokens with a trainable head always wait for their upstream gradients: ``token_logps`` keeps the last C rows.
 """
 
@@ -36,10 +41,10 @@ from .scored_rows import ScoredRows
 
 @dataclass(frozen=True)
 class HeadPass:
-    """A head on its backend, with its workspace, and the statistics that are wanted beside log-probs.
+    """A head with its backend, its workspace, and the statistics to compute in addition to log-probs.
 
-    ``capacity``: rows that can be kept, in ``workspace_bytes``. ``group``: the ranks that hold the other words, if any;
-    all of them make the same calls for the same rows.
+    ``capacity``: the rows that can be kept in ``workspace_bytes``. ``group``: the ranks that hold the other words, if
+    any; all ranks make the same calls for the same rows.
     """
 
     head: LMHead
@@ -50,13 +55,13 @@ class HeadPass:
     group: VocabGroup | None = None
 
     def open(self, capacity: int = 0) -> HeadTile:
-        """A tile that keeps so many rows."""
+        """Return a tile that keeps ``capacity`` rows."""
         return open_tile(self.backend, self.head, capacity, self.workspace_bytes)
 
     def stage(
         self, tile: HeadTile, x: Tensor, targets: Tensor, *, keep: bool = False, dx: Tensor | None = None
     ) -> RowSums:
-        """Stage rows and finish them: their sums over the whole vocabulary."""
+        """Run rows through ``stage`` and ``finish``, and return their sums over the whole vocabulary."""
         most = len(x) if keep or dx is None else tile.dx_rows
         if self.group is not None and most == tile.dx_rows < sys.maxsize:
             most = min(most, self.capacity)  # the same on every rank
@@ -75,7 +80,7 @@ class HeadPass:
         return sums.scores(self.head.accumulate_dtype, self.head.all_words, self.statistics)
 
     def score(self, x: Tensor, targets: Tensor) -> TokenScores:
-        """Log-probs and statistics of x (N, H), without gradients."""
+        """Return log-probs and statistics of x (N, H), without gradients."""
         if not len(x):
             empty = torch.empty(0, dtype=self.head.accumulate_dtype, device=x.device)
             return TokenScores(
@@ -84,20 +89,20 @@ class HeadPass:
         return self.scores(self.stage(self.open(), x, targets))
 
     def unit_gradients(self, x: Tensor, targets: Tensor, dx: Tensor) -> TokenScores:
-        """Log-probs of x (N, H), and in ``dx`` (N, H) the gradient of each with respect to its own row."""
+        """Return log-probs of x (N, H), and write the gradient of each with respect to its row to ``dx`` (N, H)."""
         return self.scores(self.stage(self.open(), x, targets, dx=dx)) if len(x) else self.score(x, targets)
 
     def start_sum(self, dx: Tensor | None) -> Callable[[], Any]:
-        """Start adding up ``dx`` over the ranks, each of which has the part of its words; returns what waits for it."""
+        """Start to sum ``dx`` over the ranks, which hold the parts of their words; return a function that waits."""
         return _nothing if self.group is None or dx is None else self.group.start_sum(dx)
 
     def worth_deferring(self, rows: int, needs: Needs) -> bool:
-        """Whether to keep the gradients' rows until the backward pass, decided alike on every rank."""
+        """Return whether to keep rows until the backward pass; all ranks decide alike."""
         head = self.head if self.group is None else self.group.largest(self.head)
         return DeferredGradients.worth_deferring(self.backend, head, rows, needs)
 
     def empty_rows(self, x: Tensor) -> Tensor:
-        """To be written: gradients of x in the accumulate dtype."""
+        """Return an uninitialised tensor for the gradients of x, in the accumulate dtype."""
         return torch.empty(x.shape, dtype=self.head.accumulate_dtype, device=x.device)
 
 
@@ -107,9 +112,9 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Tokens whose upstream gradients are not known yet; the last ones of x are kept, with d logp / d x ``dx``.
+    """State of tokens whose upstream gradients are not known yet.
 
-    ``sums``: of the tokens that are not kept.
+    ``sums``: sums of the first tokens, which are not kept. ``dx``: d logp / d x of the kept tokens, the last rows of x.
     """
 
     sums: RowSums | None
@@ -118,7 +123,7 @@ class KeptTokens:
 
 
 def token_logps(run: HeadPass, x: Tensor, targets: Tensor, needs: Needs) -> tuple[TokenScores, KeptTokens]:
-    """Log-probs of x (N, H) with a trainable head, and what their gradients need."""
+    """Return log-probs of x (N, H) with a trainable head, and the state that their gradients need."""
     first = max(0, len(x) - run.capacity)
     tile = run.open(len(x) - first)
     parts, early = [], None
@@ -138,7 +143,7 @@ def token_logps(run: HeadPass, x: Tensor, targets: Tensor, needs: Needs) -> tupl
 def token_gradients(
     run: HeadPass, x: Tensor, targets: Tensor, kept: KeptTokens, coefficients: Tensor, needs: Needs
 ) -> Gradients:
-    """Gradients of sum(coefficients * log-probs), of the tokens that ``token_logps`` left in ``kept``."""
+    """Return gradients of sum(coefficients * log-probs), from the state ``kept`` that ``token_logps`` returned."""
     first = 0 if kept.sums is None else len(kept.sums.offset)
     gradients = Gradients.empty(run.head, len(x), needs) if len(x) else Gradients.zeros(run.head, 0, needs)
     coefficients = coefficients.to(run.head.accumulate_dtype)
@@ -171,7 +176,7 @@ def token_gradients(
 
 
 def pair_sums(run: HeadPass, plan: ScoredRows, x: Tensor) -> SegmentSums:
-    """Sums of every segment, without gradients."""
+    """Return the sums of every segment, without gradients."""
     sums = SegmentSums(plan, run.statistics)
     with plain_arithmetic(x.device):
         sums.fill(slice(0, len(plan.counts)), run.score(x, plan.targets))
@@ -182,9 +187,9 @@ def pair_sums(run: HeadPass, plan: ScoredRows, x: Tensor) -> SegmentSums:
 def pair_losses(
     run: HeadPass, plan: ScoredRows, terms: PairTerms, pair_capacity: int, x: Tensor, needs: Needs
 ) -> tuple[Tensor, SegmentSums, Gradients | DeferredGradients]:
-    """Losses (B,) in float64, the segments' sums, and the gradients of the reduced loss that ``needs`` asks for.
+    """Return losses (B,) in float64, the segments' sums, and the gradients in ``needs`` of the reduced loss.
 
-    ``x`` (N, H) are the planned rows, gathered; rows that the loss does not depend on get zero gradient. A pair longer
+    ``x`` (N, H) are the planned rows, gathered. Rows that the loss does not depend on get zero gradient. A pair longer
     than the workspace may take ``pair_capacity`` rows.
     """
     if not needs.any:
@@ -194,7 +199,7 @@ def pair_losses(
     graded = sum(plan.pair_rows)
     rest = slice(graded, len(x))
     with plain_arithmetic(x.device):
-        # Forward-only segments first, so that an objective may look at them when its pair's turn comes.
+        # Forward-only segments come first, because the objective may read them when it evaluates a pair.
         if graded < len(x):
             rest_scores = run.score(x[rest], plan.targets[rest])
             sums.fill(slice(plan.kinds_per_pair * plan.num_pairs, len(plan.counts)), rest_scores)
@@ -222,7 +227,7 @@ def pair_losses(
 def _one_pass(
     run: HeadPass, plan: ScoredRows, terms: PairTerms, pair_capacity: int, x: Tensor, sums: SegmentSums, needs: Needs
 ) -> tuple[Tensor, Gradients | DeferredGradients]:
-    """Losses (B,) and gradients, group by group."""
+    """Return losses (B,) and gradients, computed group by group."""
     targets = plan.targets
     together = plan.num_pairs if terms.objective.batch_coupled or plan.sequence is not None else 1
     groups = list(_groups(plan.pair_rows, together, run.capacity))
@@ -283,7 +288,7 @@ def _one_pass(
 
 
 class SegmentSums:
-    """The (kinds, B) tables of summed log-probs and statistics as they fill up, and what complete columns give."""
+    """The (kinds, B) tables of summed log-probs and statistics, filled group by group, and their derivatives."""
 
     def __init__(self, plan: ScoredRows, statistics: tuple[str, ...] = ()) -> None:
         self.plan = plan
@@ -292,9 +297,9 @@ class SegmentSums:
         self.statistics = {name: torch.zeros_like(self.lengths) for name in statistics}
 
     def fill(self, segments: slice, scores: TokenScores) -> None:
-        """Enter the sums of ``plan.order[segments]``, whose rows these are.
+        """Enter the sums of the segments ``plan.order[segments]``, given the scores of their rows.
 
-        Sums of consecutive runs, in float64, in an order that does not vary: deterministic on every device.
+        A segment's rows are consecutive and are summed in float64 in a fixed order: deterministic on every device.
         """
         counts = cut(self.plan.device_counts, segments)
         if not len(counts):
@@ -305,14 +310,14 @@ class SegmentSums:
             table.view(-1)[order] = torch.segment_reduce(rows.double(), "sum", lengths=counts, unsafe=True)
 
     def add_other_ranks(self) -> None:
-        """Add the sums of the tokens that other ranks hold; all pairs must be complete here."""
+        """Add the sums of the tokens that other ranks hold; this rank must have entered all pairs."""
         if self.plan.sequence is not None:
             names = list(self.statistics)
             self.table, *others = self.plan.sequence.total(self.table, *self.statistics.values())
             self.statistics = dict(zip(names, others))
 
     def differentiate(self, terms: PairTerms, pairs: slice, scores: TokenScores) -> tuple[Tensor, Tensor]:
-        """Losses of ``pairs`` and dloss/dlogp of each of their gradient rows, whose scores are given."""
+        """Return the losses of ``pairs`` and dloss/dlogp of each of their gradient rows, given the rows' scores."""
         k = self.plan.kinds_per_pair
         segments = slice(k * pairs.start, k * pairs.stop)
         self.fill(segments, scores)
@@ -325,7 +330,7 @@ class SegmentSums:
 
 
 def _groups(pair_rows: list[int], pairs_together: int, capacity: int) -> Iterator[tuple[slice, slice]]:
-    """(pairs, rows) of each group: as many whole pairs as fit, and always at least ``pairs_together``."""
+    """Yield (pairs, rows) of each group: as many whole pairs as fit, and always at least ``pairs_together``."""
     pair = row = 0
     while pair < len(pair_rows):
         end, rows = pair + pairs_together, sum(pair_rows[pair : pair + pairs_together])

@@ -1,14 +1,14 @@
-"""Sums over the vocabulary that a backend leaves for each row, and what follows from them: log-probs and statistics.
+"""Compute log-probs and statistics from the sums over the vocabulary that a backend returns for each row.
 
-With z' a row's final logits, y its label and o any offset, a row is summed up by
+With z' a row's final logits, y its label and o any offset, the sums of a row are
 
     rest = sum of exp(z'_v - o) over v != y        label = z'_y        S = rest + exp(label - o)
 
-so that logp = label - o - log S = log sigmoid(label - o - log rest). Keeping the label apart costs nothing and loses no
-digit where p(y) is close to 1: there 1 - p(y) = rest / S.
+so that logp = label - o - log S = log sigmoid(label - o - log rest). Keeping the label out of the rest costs nothing,
+and loses no digit where p(y) is close to 1, because 1 - p(y) = rest / S.
 
-The statistics need one more sum each. They are sums and maxima over words, so tiles of the vocabulary can be summed up
-one after another, and ranks that hold different words can combine theirs.
+Each statistic needs one or two more fields. All fields are sums or maxima over words. So tiles of the vocabulary can be
+reduced one after another, and ranks that hold different words can combine their sums.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STATISTICS: dict[str, tuple[str, ...]] = {
 
 
 def checked_statistics(names: Iterable[str]) -> tuple[str, ...]:
-    """``names`` as a tuple, each once; an unknown name is an error that lists the known ones."""
+    """Return ``names`` as a tuple, each once; an unknown name raises an error that lists the known names."""
     if isinstance(names, str):
         raise TypeError(f'statistics must be a tuple of names, got the string {names!r}: write ("{names}",)')
     if not isinstance(names, Iterable):
@@ -48,12 +48,12 @@ def checked_statistics(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def parts_of(names: Iterable[str]) -> frozenset[str]:
-    """Fields of ``RowSums`` that these statistics need."""
+    """Return the fields of ``RowSums`` that these statistics need."""
     return frozenset(part for name in names for part in STATISTICS[name])
 
 
 def above(offset: Tensor, other: Tensor) -> Tensor:
-    """``offset`` - ``other``, or 0 where their distance is rounding alone: more than a nat, for logits of millions."""
+    """Return ``offset`` - ``other``, or 0 where it is only rounding, which exceeds a nat for logits of millions."""
     distance = offset - other
     noise = (distance.abs() > 1) & (distance.abs() < 2.0**-22 * other.abs())
     return distance.masked_fill(noise, 0.0)
@@ -61,7 +61,7 @@ def above(offset: Tensor, other: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Log-probs (n,) of n rows and their statistics by name, (n,) each; ``is_top1`` is bool."""
+    """Log-probs (n,) of n rows, and their statistics by name, (n,) each; ``is_top1`` is bool."""
 
     logps: Tensor
     statistics: dict[str, Tensor]
@@ -69,12 +69,13 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class RowSums:
-    """Sums of n rows over the words that one rank holds: (n,) each, in nats, optional ones None if not asked for.
+    """Sums of n rows over the words that one rank holds: (n,) each, in nats; optional fields are None if not requested.
 
-    ``offset`` o, ``rest`` and ``label`` as above; ``label`` is -inf where the label is another rank's word.
-    ``moment``: sum of exp(z' - o) (z' - o) over v != y. ``squares``: sum of exp(2 (z' - o)) over v != y.
-    ``logits``: sum of z' over all words. ``before``, ``after``: largest z' of the words with lower and higher ids than
-    the label.
+    - ``offset`` (o), ``rest``, ``label``: as above; ``label`` is -inf where the label is another rank's word.
+    - ``moment``: sum of exp(z' - o) (z' - o) over v != y.
+    - ``squares``: sum of exp(2 (z' - o)) over v != y.
+    - ``logits``: sum of z' over all words.
+    - ``before``, ``after``: largest z' of the words whose ids are lower, or higher, than the label.
     """
 
     offset: Tensor
@@ -88,7 +89,7 @@ class RowSums:
 
     @classmethod
     def cat(cls, parts: list[RowSums]) -> RowSums:
-        """The sums of consecutive blocks of rows."""
+        """Return the sums of consecutive blocks of rows."""
         if len(parts) == 1:
             return parts[0]
         columns: dict[str, Any] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
@@ -101,39 +102,39 @@ class RowSums:
         return RowSums(**cut)
 
     def to(self, dtype: torch.dtype) -> RowSums:
-        """These sums in another dtype."""
+        """Return these sums in another dtype."""
         columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         cast: dict[str, Any] = {name: None if column is None else column.to(dtype) for name, column in columns.items()}
         return RowSums(**cast)
 
     def rebased(self, offset: Tensor) -> RowSums:
-        """These sums in units of ``offset``, in float64; a row without any finite logit adds nothing."""
+        """Return these sums relative to another ``offset``, in float64; a row without finite logits contributes 0."""
         rest = self.rest.double()
         shift = torch.where(rest == 0, 0.0, above(self.offset.double(), offset))
         factor = shift.exp()
         moment = None
         if self.moment is not None:
-            # Far below, 0 times a large number instead of 0 times infinity.
+            # The clamp makes 0 times infinity 0 where the offset is far below the new offset.
             moment = factor * (self.moment.double() + shift.clamp(min=-1e30) * rest)
         squares = None if self.squares is None else factor.square() * self.squares.double()
         return replace(self, offset=offset, rest=factor * rest, moment=moment, squares=squares)
 
     @cached_property
     def below(self) -> Tensor:
-        """The label's logit less the offset."""
+        """Return the label's logit minus the offset."""
         return self.label - self.offset
 
     @property
     def total(self) -> Tensor:
-        """S, in the units of ``offset``."""
+        """Return S, relative to ``offset``."""
         return self.rest + self.below.exp()
 
     def scores(self, dtype: torch.dtype, vocab_size: int, names: Iterable[str] = ()) -> TokenScores:
-        """Log-probs and the statistics ``names`` of softmax(z') over all ``vocab_size`` words, in ``dtype``."""
+        """Return log-probs and the statistics ``names`` of softmax(z') over all ``vocab_size`` words, in ``dtype``."""
         below = self.below
-        # p = sigmoid(below - log rest): a label that is almost certain or all but impossible loses no digit.
+        # p = sigmoid(below - log rest): no digit is lost where the label's probability is close to 1 or 0.
         logps = F.logsigmoid(below - self.rest.log())
-        # For the statistics no number is larger than the offset: exp(label - offset) would overflow.
+        # Statistics need an offset of at least the label's logit: exp(label - offset) could overflow otherwise.
         at_top = self.rebased(torch.maximum(self.offset, self.label).double()) if names else self
         statistics = {name: at_top._statistic(name, vocab_size) for name in names}
         return TokenScores(

@@ -1,8 +1,8 @@
-"""Memory of large CPU workspaces, kept from one call to the next.
+"""Keep the memory of large CPU workspaces from one call to the next.
 
-The C library maps a block above 32 MiB anew each time it is allocated, and the first write to each of its pages traps
-into the system. For a workspace that takes as long as a matmul of 64 rows with the head. So the largest workspace that
-no call uses stays allocated, one of each dtype, until ``release_workspace`` or the end of the process.
+The C library maps a block above 32 MiB anew each time it is allocated, and the first write to each page traps into the
+system. For a workspace these traps take as long as a matmul of 64 rows with the head. So the largest unused workspace
+of each dtype stays allocated until ``release_workspace`` or the end of the process.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# glibc's largest threshold: below, a freed block is at hand for the next one of its size.
+# glibc's largest threshold: a smaller freed block is reused by the next allocation of its size.
 _ALWAYS_MAPPED = 32 << 20
-# A buffer is in here or in use by one call: taking it out is atomic, so threads and nested calls never share one.
+# A buffer is either here or in use by one call. Taking it out is atomic, so threads and nested calls never share it.
 _idle: dict[torch.dtype, Tensor] = {}
 # What was allocated here and lives. A hook of saved tensors may put memory of its own in place of a call's.
 _own: set[StorageWeakRef] = set()
@@ -50,6 +50,6 @@ def give_back(buffer: Tensor) -> None:
 def release_workspace() -> None:
     """Free the workspace memory that is kept between calls on a CPU.
 
-    A call keeps at most what its ``max_workspace_bytes`` allows, or its default; of several calls the largest stays.
+    The kept memory is at most the largest workspace of any call, as set by ``max_workspace_bytes`` or its default.
     """
     _idle.clear()

@@ -1,4 +1,4 @@
-"""Every option of a run: transformers' ``TrainingArguments``, and what they lack for preference pairs."""
+"""Every option of a run: transformers' ``TrainingArguments``, plus the options for preference pairs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ OBJECTIVE_PARAMETERS = ("beta", "label_smoothing", "tau", "gamma", "alpha", "lam
                         "divergence_alpha")  # fmt: skip
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-7, 1e-5
 
-# Options of TrainingArguments that it sets itself, by others.
+# Options of TrainingArguments that follow from other options.
 _FOLLOWING = {"output_dir", "do_eval", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs",
               "accelerator_config", "dataloader_pin_memory", "greater_is_better", "hub_token"}  # fmt: skip
 
-# Options of TrainingArguments that would be ignored here, or do harm: why, or what to use instead.
+# Options of TrainingArguments that would be ignored or do harm here, with the reason or the alternative.
 UNSUPPORTED = {
     "label_smoothing_factor": "the objective's own option is label_smoothing",
     "auto_find_batch_size": "max_batch_tokens bounds the memory of a forward pass",
@@ -40,49 +40,49 @@ UNSUPPORTED = {
     "bf16_full_eval": "use bf16",
     "torch_compile": "lengths differ from pass to pass",
     "load_best_model_at_end": "keep_best leaves the best model in best/",
-    "save_only_model": "a checkpoint without optimizer state cannot be resumed; final/ and best/ hold models alone",
+    "save_only_model": "a run cannot resume without the optimizer state; final/ and best/ hold only the model",
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint in any case",
-    "ignore_data_skip": "a resumed run goes on with the pairs that follow",
+    "ignore_data_skip": "a resumed run continues with the next pairs",
     "eval_on_start": "eval_data is always scored before step 1",
     "per_device_eval_batch_size": "max_batch_tokens bounds the memory of an evaluation, too",
     "dataloader_drop_last": "each epoch has all pairs",
-    "train_sampling_strategy": "each epoch is a permutation that follows from seed",
-    "parallelism_config": "data parallelism alone is supported: DDP, FSDP2, DeepSpeed",
+    "train_sampling_strategy": "each epoch is a permutation that depends on seed",
+    "parallelism_config": "only data parallelism is supported: DDP, FSDP2, DeepSpeed",
     "hub_strategy": "push_to_hub uploads final/ at the end",
 }
 
 
 @dataclass
 class TrainConfig(DataOptions, TrainingArguments):
-    """The options of one run. Relative paths, also those in a YAML file, start at the working directory.
+    """The options of one run. Relative paths, in a YAML file too, are relative to the working directory.
 
     Raises InputError for values that no run could use.
     """
 
     objective: Annotated[str, ", ".join(OBJECTIVES)] = "dpo"
     conditioned: Annotated[bool, "score each response given the other one; false: the plain baseline"] = True
-    marginal_weight: Annotated[float, "adds this times the same objective given the prompt alone"] = 0.0
-    reference_conditioned: Annotated[bool, "condition the reference, too (not the paper's method)"] = False
-    alternative_dropout: Annotated[float, "share of pairs, by a coin each epoch, scored plain: 0 none, 1 all"] = 0.0
+    marginal_weight: Annotated[float, "weight of the same objective given the prompt alone, added to the loss"] = 0.0
+    reference_conditioned: Annotated[bool, "also condition the reference (not the paper's method)"] = False
+    alternative_dropout: Annotated[float, "probability that a pair is scored plain, drawn each epoch"] = 0.0
     beta: Annotated[float | None, "scale of the rewards"] = None
-    label_smoothing: Annotated[float | None, "dpo, robust, exo_pair: share of labels assumed to be flipped"] = None
-    tau: Annotated[float | None, "ipo: the margin aimed at is 1/(2 tau); discopop: temperature"] = None
-    gamma: Annotated[float | None, "simpo: margin aimed at"] = None
+    label_smoothing: Annotated[float | None, "dpo, robust, exo_pair: assumed share of flipped labels"] = None
+    tau: Annotated[float | None, "ipo: the target margin is 1/(2 tau); discopop: temperature"] = None
+    gamma: Annotated[float | None, "simpo: target margin"] = None
     alpha: Annotated[float | None, "rdpo: weight of the length difference"] = None
     lam: Annotated[float | None, "orpo: weight of the odds ratio"] = None
-    sft: Annotated[Literal["marginal", "chosen"] | None, "orpo, sft: the chosen response's log-prob to fit"] = None
+    sft: Annotated[Literal["marginal", "chosen"] | None, "orpo, sft: log-prob of the chosen response to fit"] = None
     divergence: Annotated[str | None, "dpo and its relatives: reverse_kl, forward_kl, js or alpha"] = None
     divergence_alpha: Annotated[float | None, "divergence=alpha: its exponent"] = None
     max_batch_tokens: Annotated[int, "most tokens, padding included, in one forward pass of one process"] = 16384
     layout: Annotated[Literal["auto", "tree", "rows"], "auto|tree|rows: tree reads a pair's prompt once"] = "auto"
-    keep_best: Annotated[bool, "keep the model that does best on eval_data, from the prompt alone, in best/"] = True
+    keep_best: Annotated[bool, "save the best model on eval_data, from the prompt alone, to best/"] = True
     sample_prompts: Annotated[int, "prompts of eval_data answered at each evaluation, in samples.jsonl"] = 4
-    sample_tokens: Annotated[int, "longest of these answers"] = 128
-    resume_changed: Annotated[bool, "resume also where settings, model or data are other than the run's"] = False
+    sample_tokens: Annotated[int, "most tokens of these answers"] = 128
+    resume_changed: Annotated[bool, "resume even if settings, model or data have changed"] = False
     reference_cache: Annotated[str | None, "folder for reference log-probs that runs share [output_dir]"] = None
-    dry_run: Annotated[bool, "say what the run would be, without loading weights or writing anything"] = False
+    dry_run: Annotated[bool, "print what the run would do, without loading weights or writing anything"] = False
 
-    # transformers' options with other defaults.
+    # Options of transformers with different defaults.
     learning_rate: float | None = None  # type: ignore[assignment]
     per_device_train_batch_size: int = 32
     num_train_epochs: float = 1.0
@@ -118,7 +118,7 @@ class TrainConfig(DataOptions, TrainingArguments):
             raise InputError(" ".join(str(error).split())) from None
         self._check_engine()
         if writes_nothing:
-            self.output_dir = ""  # Trainer takes no None, and TrainingArguments has set a folder
+            self.output_dir = ""  # TrainingArguments has set a folder, and Trainer does not accept None
 
     def _check(self) -> None:
         least = {"num_train_epochs": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
@@ -130,7 +130,7 @@ class TrainConfig(DataOptions, TrainingArguments):
             if value is not None and not value >= minimum:
                 raise InputError(f"{name}={value}: must be at least {minimum}")
         if self.max_steps == 0 or self.max_steps < -1:
-            raise InputError(f"max_steps={self.max_steps}: must be at least 1, or -1 for num_train_epochs to decide")
+            raise InputError(f"max_steps={self.max_steps}: must be at least 1, or -1 to use num_train_epochs")
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
         for name, remedy in UNSUPPORTED.items():
             if getattr(self, name) != defaults[name]:
@@ -147,63 +147,65 @@ class TrainConfig(DataOptions, TrainingArguments):
         if not self.output_dir and (self.resume_from_checkpoint or self.push_to_hub or set(trackers) - {"none"}):
             raise InputError("resume_from_checkpoint, report_to and push_to_hub need an output_dir")
         for tracker in set(trackers) - {"none", "all"} - set(get_available_reporting_integrations()):
-            raise InputError(f"report_to={tracker}: the package is not installed, or unknown; pip install {tracker}")
+            raise InputError(
+                f"report_to={tracker}: the package is not installed, or the name is unknown; try pip install {tracker}"
+            )
         if self.attn_implementation == "flex_attention" and not torch.cuda.is_available():
             raise InputError("attn_implementation=flex_attention needs a GPU; use sdpa or eager")
 
     def _check_engine(self) -> None:
         if self.couples_pairs and (self.world_size > 1 or self.gradient_accumulation_steps > 1):
             raise InputError(
-                f"objective {self.objective!r} looks at all pairs of a step together: it needs one process and "
+                f"objective {self.objective!r} looks at all pairs of a step together, so it needs one process and "
                 "gradient_accumulation_steps=1"
             )
         if self.mixed_precision not in ("no", "bf16") or (self.mixed_precision == "bf16") != self.bf16:
             raise InputError(
                 f"the launcher's configuration has mixed_precision={self.mixed_precision}, but bf16={self.bf16}; set "
-                "it to 'no' there, and choose bf16 and dtype in the training configuration"
+                "mixed_precision to 'no' there, and set bf16 and dtype in the training configuration"
             )
         if self.sharded and self.use_cpu:
-            raise InputError("FSDP needs GPUs: accelerate ignores it on a CPU; launch with ddp_8gpu.yaml there")
+            raise InputError("FSDP needs GPUs: accelerate ignores it on a CPU; use ddp_8gpu.yaml on CPUs")
         if self.sharded:
             for name, right in (("FSDP_VERSION", "2"), ("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")):
                 if (given := os.environ.get(name, right)).lower() != right:
                     raise InputError(f"accelerate's configuration has {name.lower()}={given}; set it to {right}")
         if self.deepspeed:
-            # Else transformers would share the weights out in reading them, before head and reference are looked at.
+            # Otherwise transformers would shard the weights on loading, before head and reference are checked.
             unset_hf_deepspeed_config()
 
     @property
     def sharded(self) -> bool:
-        """Whether this run's engine is FSDP."""
+        """Return whether this run's engine is FSDP."""
         return self.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
     @property
     def folder(self) -> Path | None:
-        """``output_dir``, or None for a run that writes nothing."""
+        """Return ``output_dir``, or None for a run that writes nothing."""
         return Path(self.output_dir) if self.output_dir else None
 
     @property
     def should_save(self) -> bool:
-        """Whether this process writes."""
+        """Return whether this process writes files."""
         return bool(self.output_dir) and super().should_save
 
     @property
     def n_gpu(self) -> int:
-        """At most one GPU a process: several are for ``accelerate launch``."""
+        """Return at most one GPU per process: use ``accelerate launch`` for several GPUs."""
         return min(1, super().n_gpu)
 
     @property
     def couples_pairs(self) -> bool:
-        """Whether a pair's loss depends on the others of its step, which then are one forward pass."""
+        """Return whether a pair's loss depends on the step's other pairs, which then share one forward pass."""
         return self.make_objective().batch_coupled or self.objective == "sft"
 
     def make_objective(self) -> Objective:
-        """Return the objective with its parameters. Plain ORPO and SFT fit the chosen response: it has no marginals."""
+        """Return the objective with its parameters. Plain pairs have no marginals, so ORPO and SFT fit ``chosen``."""
         given = {name: getattr(self, name) for name in OBJECTIVE_PARAMETERS if getattr(self, name) is not None}
         if self.objective in ("orpo", "sft"):
             given.setdefault("sft", "marginal" if self.conditioned else "chosen")
             if given["sft"] == "marginal" and not self.conditioned:
-                raise InputError('sft="marginal" needs conditioned=true; the plain baseline has sft="chosen"')
+                raise InputError('sft="marginal" needs conditioned=true; use sft="chosen" for the plain baseline')
         try:
             return make_objective(self.objective, **given)
         except ValueError as error:
@@ -211,17 +213,17 @@ class TrainConfig(DataOptions, TrainingArguments):
 
     @property
     def sees_alternative(self) -> bool:
-        """Whether some response is scored given the other one: conditioned, and not always dropped."""
+        """Return whether any response is scored given the other one: conditioned, and not always dropped."""
         return self.conditioned and self.alternative_dropout < 1
 
     @property
     def reference_sees_alternative(self) -> bool:
-        """Whether the reference of conditioned pairs is conditioned, too."""
+        """Return whether the reference of conditioned pairs is also conditioned."""
         return self.reference_conditioned and self.sees_alternative
 
     @property
     def title(self) -> str:
-        """The objective, and what each response is scored given."""
+        """Return the objective and the context in which each response is scored."""
         layout = "each response given the other one" if self.sees_alternative else "plain"
         if 0 < self.alternative_dropout < 1:
             layout += f", {self.alternative_dropout:.0%} of the pairs plain"
@@ -229,7 +231,7 @@ class TrainConfig(DataOptions, TrainingArguments):
 
     @property
     def pairs_per_micro_step(self) -> int:
-        """Pairs of all processes between two gradient accumulations."""
+        """Return the pairs of one micro-step, over all processes."""
         return self.per_device_train_batch_size * self.world_size
 
     @property
@@ -237,11 +239,11 @@ class TrainConfig(DataOptions, TrainingArguments):
         return self.pairs_per_micro_step * self.gradient_accumulation_steps
 
     def steps_per_epoch(self, pairs: int) -> int:
-        """Optimizer steps that an epoch of so many pairs takes; the last one may have fewer pairs."""
+        """Return the optimizer steps of an epoch of ``pairs`` pairs; the last step may have fewer pairs."""
         return math.ceil(pairs / self.pairs_per_step)
 
     def total_steps(self, pairs: int) -> int:
-        """Optimizer steps of a run on so many pairs."""
+        """Return the optimizer steps of a run on ``pairs`` pairs."""
         if self.max_steps > 0:
             return self.max_steps
         return math.ceil(self.num_train_epochs * self.steps_per_epoch(pairs))
@@ -259,5 +261,5 @@ class TrainConfig(DataOptions, TrainingArguments):
         return found
 
     def to_yaml(self) -> str:
-        """A file that ``--config`` reads back."""
+        """Return the settings as YAML that ``--config`` reads."""
         return yaml.safe_dump(self.settings(), sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""The options of a run's model, adapter and data; ``config.py`` adds those of the objective and of the run."""
+"""The options of a run's model, adapter and data; ``config.py`` adds the options of the objective and the run."""
 
 from __future__ import annotations
 
@@ -13,44 +13,42 @@ LoraOptions = dict[str, Any]  # fields of peft.LoraConfig; ``alpha`` is ``lora_a
 
 @dataclass
 class DataOptions:
-    """Model, adapter and pairs. Relative paths start at the working directory."""
+    """Model, adapter and pairs. Relative paths are relative to the working directory."""
 
     model: Annotated[
-        str | dict[str, Any], "hub id, local folder (of an adapter: trains it on), or LlamaConfig fields"
+        str | dict[str, Any], "hub id, local folder (an adapter is trained further), or LlamaConfig fields"
     ] = ""
-    attn_implementation: Annotated[str | None, "of transformers: sdpa, eager, flash_attention_2, ..."] = None
+    attn_implementation: Annotated[str | None, "transformers' option: sdpa, eager, flash_attention_2, ..."] = None
     dtype: Annotated[Literal["float32", "bfloat16"], "float32|bfloat16: parameters, gradients, optimizer"] = "float32"
-    quantization: Annotated[Literal["4bit", "8bit"] | None, "4bit|8bit: read the base quantised; needs lora"] = None
+    quantization: Annotated[Literal["4bit", "8bit"] | None, "4bit|8bit: load a quantised base; needs lora"] = None
     save_dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, "float32|bfloat16: of the weights in final/; default dtype"
+        Literal["float32", "bfloat16"] | None, "float32|bfloat16: dtype of the weights in final/; default: dtype"
     ] = None
     lora: Annotated[
-        LoraOptions | None, "section of peft.LoraConfig (r, lora_alpha, target_modules, ...); {}: r 16, alpha 32"
+        LoraOptions | None, "fields of peft.LoraConfig (r, lora_alpha, target_modules, ...); {}: r 16, alpha 32"
     ] = None
     train_data: Annotated[
         str | dict[str, Any] | list[str | dict[str, Any]] | None,
-        "file, folder, hub NAME[:SPLIT], or sections path, subset, split, revision, weight",
+        "file, folder, hub NAME[:SPLIT], or fields path, subset, split, revision, weight",
     ] = None
     eval_data: Annotated[
         str | dict[str, Any] | list[str | dict[str, Any]] | None,
-        "held-out pairs, same forms; keep its prompts out of train_data",
+        "held-out pairs, in the same forms; keep their prompts out of train_data",
     ] = None
-    columns: Annotated[dict[str, str] | None, "section prompt, chosen, rejected: their columns in the data"] = None
+    columns: Annotated[dict[str, str] | None, "fields prompt, chosen, rejected: their column names in the data"] = None
     max_length: Annotated[int, "most tokens of prompt + chosen + rejected together"] = 2048
     truncation: Annotated[
-        Literal["error", "prompt_left", "drop"], "error|prompt_left|drop: what happens to a longer pair"
+        Literal["error", "prompt_left", "drop"], "error|prompt_left|drop: how to treat a longer pair"
     ] = "error"
     invalid_pairs: Annotated[
-        Literal["drop", "error"], "drop|error: what happens to a pair with empty or identical responses"
+        Literal["drop", "error"], "drop|error: how to treat a pair with empty or identical responses"
     ] = "drop"
     alternative: Annotated[
-        Literal["plain", "chat"], "plain|chat: the other response stands right before, or with a turn between"
+        Literal["plain", "chat"], "plain|chat: put nothing, or a user turn, after the other response"
     ] = "plain"
-    alternative_instruction: Annotated[str, "alternative=chat: what the user says in that turn"] = (
-        "Please give a better answer."
-    )
-    chat_template_kwargs: Annotated[dict[str, Any] | None, "section of the chat template's switches"] = None
-    seed: Annotated[int, "of the order of the pairs and of a model built here"] = 42
+    alternative_instruction: Annotated[str, "alternative=chat: text of that user turn"] = "Please give a better answer."
+    chat_template_kwargs: Annotated[dict[str, Any] | None, "arguments of the chat template"] = None
+    seed: Annotated[int, "seed of the order of the pairs and of a model built from LlamaConfig fields"] = 42
 
     def __post_init__(self) -> None:
         """Raise InputError for values that no run could use; types are checked where the options are read."""

@@ -1,7 +1,10 @@
-"""Answers prompts with a trained model: ``python -m training.generate --model DIR --prompt TEXT``, or a file of prompts
-into a file that AlpacaEval, Arena-Hard or MT-Bench reads: ``--prompts FILE --out FILE --format NAME`` (``exports.py``).
+"""Answer prompts with a trained model.
 
-The model sees the prompt alone. Training conditions on the other response; inference has none, and costs nothing more.
+    python -m training.generate --model DIR --prompt TEXT
+    python -m training.generate --model DIR --prompts FILE --out FILE --format NAME
+
+The second form writes a file for AlpacaEval, Arena-Hard or MT-Bench (``exports.py``). The model sees the prompt alone:
+there is no other response at inference, and no extra cost.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_new_tokens: int = 1024,
     temperature: float = 0.0, seed: int = 0, chat: bool = False,
 ) -> str:  # fmt: skip
-    """Return the answer's text. Temperature 0 is greedy. ``chat``: ``prompt`` is a user's message, for the template."""
+    """Return the answer's text. Temperature 0 is greedy. ``chat``: ``prompt`` is a user message for the template."""
     encoder, turns = TextEncoder(tokenizer), [[{"role": "user", "content": prompt}]]
     ids = prompt_ids(encoder, Question("--prompt", {}, None if chat else prompt, turns), [])
     (answer,) = generate_batch(
@@ -53,17 +56,17 @@ def generate_batch(
     model: PreTrainedModel, encoder: TextEncoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     temperatures: Sequence[float], seeds: Sequence[Sequence[int]], chat: bool,
 ) -> list[list[int]]:  # fmt: skip
-    """Answer prompts of token ids: ids up to and with the end of the answer, if it ends.
+    """Answer prompts of token ids; return each answer's ids, including its end token if it ends.
 
-    Each row is sampled at its own temperature (0: greedy) with random numbers from its own seed, so an answer does not
-    depend on the prompts beside it, rounding aside. Nothing in the model's generation_config but its ends is used.
+    Each row is sampled at its own temperature (0: greedy) with its own seed. So an answer does not depend on the other
+    prompts of the batch, except for rounding. Of the model's generation_config, only the end tokens are used.
     """
     own, ends = model.generation_config, answer_ends(model, encoder, chat=chat)
-    pad = min(ends)  # masked, so that any token of the model's vocabulary does
+    pad = min(ends)  # it is masked, so any token of the vocabulary will do
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
-    # In place of the model's, from which ``generate`` would take what these leave open.
+    # Replace the model's own config: ``generate`` would take options from it that are not set here.
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends)
     )
@@ -81,7 +84,7 @@ def generate_batch(
 
 
 class _Noise(LogitsProcessor):
-    """Makes greedy search sample: the largest of (score / temperature + Gumbel noise) is a draw from the softmax."""
+    """Make greedy search sample: the argmax of score / temperature + Gumbel noise is a draw from the softmax."""
 
     def __init__(self, temperatures: Sequence[float], seeds: Sequence[Sequence[int]], device: torch.device) -> None:
         self.rows = []
@@ -102,7 +105,7 @@ def answer_questions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *,
     temperatures: Sequence[float], max_new_tokens: int, batch_size: int, seed: int, journal: Path, key: str,
 ) -> list[list[Answer]]:  # fmt: skip
-    """Return all answers of each question. ``journal`` keeps them meanwhile; one with the same ``key`` is resumed."""
+    """Return all answers to each question. They are kept in ``journal``; a journal with the same ``key`` is resumed."""
     encoder = TextEncoder(tokenizer)
     done = _read_journal(journal, key)
     if done:
@@ -115,7 +118,7 @@ def answer_questions(
                 f"{questions[i].origin}: the prompt has {len(ids)} tokens, which leaves fewer than {max_new_tokens} of "
                 f"the model's {positions} positions to the answer; lower --max_new_tokens, or leave the prompt out"
             )
-    # Similar lengths together, the longest first: if memory does not suffice, it shows at once.
+    # Batch similar lengths, the longest first: if memory is too small, the run fails at once.
     order = sorted(openings, key=lambda i: -len(openings[i]))
     with tqdm(total=len(questions), initial=len(done), desc="answers", disable=None) as bar, journal.open("a") as file:
         for start in range(0, len(order), batch_size):
@@ -141,7 +144,7 @@ def answer_questions(
 
 
 def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[Answer]) -> list[int]:
-    """Return the ids that the next answer follows, ``answers`` being those to the question's first turns."""
+    """Return the ids that the next answer follows, given the ``answers`` to the question's first turns."""
     text = question.text
     if text is None:
         messages: Messages = []
@@ -155,7 +158,7 @@ def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[Answe
 
 
 def _read_journal(journal: Path, key: str) -> dict[int, list[Answer]]:
-    """Return the answers of an interrupted run with the same ``key``; any other journal begins anew."""
+    """Return the answers of an interrupted run with the same ``key``; any other journal is overwritten."""
     lines = journal.read_text(encoding="utf-8").splitlines(keepends=True) if journal.exists() else []
     whole = [json.loads(line) for line in lines if line.endswith("}\n")]  # an interrupted run may leave half a line
     if not whole or whole[0] != {"key": key}:
@@ -170,7 +173,7 @@ def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def answer_ends(model: PreTrainedModel, encoder: TextEncoder, *, chat: bool) -> set[int]:
-    """Return the ids that end an answer: EOS, the model's own, and with ``chat`` the template's end of turn."""
+    """Return the ids that end an answer: EOS, the model's end ids, and with ``chat`` the template's end of turn."""
     ends = {encoder.tokenizer.eos_token_id, *_ints(model.generation_config.eos_token_id)}
     return ends | set(_ints(encoder.turn.end_id)) if chat else ends
 
@@ -180,7 +183,7 @@ def _ints(value: int | list[int] | None) -> list[int]:
 
 
 def _fingerprint(prompts: Path, folder: Path, options: dict[str, object]) -> str:
-    """Hash what answers depend on: prompts, options, and the model by its files' names, sizes and times."""
+    """Hash all that answers depend on: prompts, options, and the names, sizes and times of the model's files."""
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*"))]
     what = json.dumps([files, sorted(options.items())]).encode()
     return hashlib.blake2b(prompts.read_bytes() + what, digest_size=16).hexdigest()
@@ -190,28 +193,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit with 2 on bad input, 130 on Ctrl-C."""
     from . import reflect  # here, because it imports this module
 
-    parser = argparse.ArgumentParser(prog="python -m training.generate", description="Answers from the prompt alone.")
-    parser.add_argument("--model", required=True, help="folder (final/ of a run, also an adapter's) or hub id")
+    parser = argparse.ArgumentParser(prog="python -m training.generate", description="Answer from the prompt alone.")
+    parser.add_argument("--model", required=True, help="model or adapter: a folder such as a run's final/, or a hub id")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="text as in the training data")
+    source.add_argument("--prompt", help="text, in the form of the training data's prompts")
     source.add_argument("--prompts", help="JSONL or JSON file: prompt, instruction, messages or turns; needs --out")
-    parser.add_argument("--out", help="answer file; an interrupted run goes on from OUT.partial")
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=f"of --out [{FORMATS[0]}]")
+    parser.add_argument("--out", help="answer file; an interrupted run continues from OUT.partial")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=f"format of --out [{FORMATS[0]}]")
     parser.add_argument("--name", help="the model's name in --out [--model]")
     parser.add_argument("--chat", action="store_true", help="make each prompt a user's message of the chat template")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer [1024]")
-    parser.add_argument("--temperature", type=float, help="0: greedy [0; mt_bench: by category, as FastChat does]")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="most tokens of an answer [1024]")
+    parser.add_argument("--temperature", type=float, help="0: greedy [0; mt_bench: by category, as in FastChat]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [0]")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts answered together [16]")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on a GPU, float32 elsewhere]")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on a GPU, float32 on a CPU]")
     reflect.add_options(parser)
     options = parser.parse_args(arguments)
     if (options.temperature or 0) < 0 or min(options.max_new_tokens, options.batch_size) < 1 or options.seed < 0:
         parser.error("--temperature and --seed must be at least 0, --max_new_tokens and --batch_size at least 1")
     if (options.prompts is None) != (options.out is None):
-        parser.error("--prompts and --out belong together")
+        parser.error("--prompts and --out belong together: give both or neither")
     reflect.check_options(parser, options)
-    logging.disable_progress_bar()  # a bar for reading the weights would stand before the answer
+    logging.disable_progress_bar()  # a progress bar for loading the weights would precede the answer
     try:
         _run(options)
     except InputError as error:
@@ -228,7 +231,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.out:
         out = Path(options.out)
         if out.exists():
-            raise InputError(f"--out {out} exists; choose another file, or move or delete that one")
+            raise InputError(f"--out {out} exists; choose another file, or move or delete this file")
         if not out.parent.is_dir():
             raise InputError(f"--out {out}: there is no folder {out.parent}")
         questions = read_questions(options.prompts, options.format, chat=options.chat)

@@ -1,8 +1,8 @@
-"""What a backend is: a workspace in which rows of logits are summed up and turned into gradients.
+"""The interface of a backend: a workspace that reduces rows of logits to sums and turns them into gradients.
 
-``passes`` drives every backend through these few methods, so a backend holds kernels and nothing of pairs, groups,
-objectives or autograd. To add one, subclass ``Backend`` and ``HeadTile`` in a file of its own and list it in
-``backends/__init__.py``.
+``passes`` drives every backend through these few methods. A backend therefore holds kernels, and knows nothing about
+pairs, groups, objectives or autograd. To add a backend, subclass ``Backend`` and ``HeadTile`` in a new file and list
+the class in ``backends/__init__.py``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..row_sums import RowSums
 
 
 class HeadTile(ABC):
-    """A workspace, reused for block after block of rows.
+    """A workspace that is reused for one block of rows after another.
 
-    A block goes through ``stage``, which sums it up, and ``finish``, which is given the sums over the whole vocabulary:
-    the block's own, or those that ranks with other words have combined. Rows staged with ``keep`` stay in the workspace
-    for ``head_gradients`` until the next ``stage``; at most ``capacity`` rows can be kept, any number staged otherwise.
+    ``stage`` reduces a block to its sums. ``finish`` then takes the sums over the whole vocabulary: the block's own
+    sums, or the combined sums of ranks that hold different words. With ``keep``, the rows stay in the workspace for
+    ``head_gradients`` until the next ``stage``, and there may be at most ``capacity``. Otherwise any number may pass.
     """
 
-    # Rows that one ``stage`` with ``dx`` can take.
+    # The most rows that one ``stage`` with ``dx`` can take.
     dx_rows: int = sys.maxsize
 
     def __init__(self, head: LMHead, capacity: int) -> None:
@@ -43,36 +43,36 @@ class HeadTile(ABC):
         dx: Tensor | None = None,
         parts: frozenset[str] = frozenset(),
     ) -> RowSums:
-        """Sums of hidden states ``x`` (n, H) and ``targets`` (n,), with the optional fields ``parts`` of ``RowSums``.
+        """Return the sums of hidden states ``x`` (n, H) and ``targets`` (n,), with optional ``parts`` of ``RowSums``.
 
-        A target outside 0..V-1 is a word of another rank. ``dx`` (n, H), of the accumulate dtype, is where ``finish``
-        will leave gradients.
+        A target outside 0..V-1 is a word of another rank. ``finish`` will write gradients to ``dx`` (n, H), which has
+        the accumulate dtype.
         """
 
     @abstractmethod
     def finish(self, sums: RowSums) -> None:
-        """Take the sums over the whole vocabulary of the rows staged last, and complete ``dx``: d logp / d x."""
+        """Take the last block's sums over the whole vocabulary, and complete ``dx``: d logp / d x."""
 
     @abstractmethod
     def staged(self) -> tuple[Tensor, ...]:
-        """The tensors that ``head_gradients`` reads; they must not be staged over while in use."""
+        """Return the tensors that ``head_gradients`` reads; do not call ``stage`` while they are in use."""
 
     @abstractmethod
     def restore(self, staged: tuple[Tensor, ...]) -> None:
-        """Make ``head_gradients`` read these, from ``staged`` of a tile of the same head."""
+        """Make ``head_gradients`` read these tensors, which ``staged`` of a tile of the same head returned."""
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of the kept rows' memory: nothing that ``staged`` returned is read again."""
+        """Free the memory of the kept rows: nothing that ``staged`` returned is read again."""
 
     @abstractmethod
     def head_gradients(
         self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
     ) -> None:
-        """Gradients of sum(coefficients * log-probs) of the kept rows in weight and bias.
+        """Compute gradients of sum(coefficients * log-probs) of the kept rows with respect to weight and bias.
 
-        ``dweight`` (V, H) and ``dbias`` (V,), of the accumulate dtype, are added to, or written unless ``accumulate``.
-        Where ``dweight`` is written it may have any dtype, to which it is rounded once.
+        ``dweight`` (V, H) and ``dbias`` (V,) have the accumulate dtype. With ``accumulate`` they are added to, else
+        overwritten. An overwritten ``dweight`` may have any dtype; values are rounded to it once.
         """
 
     @abstractmethod
@@ -88,9 +88,10 @@ class HeadTile(ABC):
         dbias: Tensor | None,
         accumulate: bool = False,
     ) -> None:
-        """Gradients of sum(coefficients * log-probs) of any number of rows whose ``sums`` are known, the logits anew.
+        """Compute gradients of sum(coefficients * log-probs) of rows with known ``sums``, recomputing their logits.
 
-        ``dx`` (n, H), of the accumulate dtype, is written; ``dweight`` and ``dbias`` as in ``head_gradients``.
+        The number of rows is not limited. ``dx`` (n, H), of the accumulate dtype, is overwritten; ``dweight`` and
+        ``dbias`` are as in ``head_gradients``.
         """
 
 
@@ -101,39 +102,39 @@ class Backend(ABC):
 
     @abstractmethod
     def unsupported(self, head: LMHead, device: torch.device) -> str | None:
-        """Why this head cannot run here and what to do instead, or None if it can."""
+        """Return why this head cannot run here and what to do instead, or None if it can."""
 
     def prepared(self, head: LMHead) -> LMHead:
-        """The head as this backend multiplies it, for all tiles of a call: a cast weight is cast once."""
+        """Return the head in the form that the matmuls read, for all tiles of a call, so that a weight is cast once."""
         return head
 
     @abstractmethod
     def default_workspace_bytes(self, head: LMHead, device: torch.device) -> int:
-        """Workspace when the user sets no bound: from the head's shape and the device alone, never from free memory."""
+        """Return the default workspace size: it depends on the head's shape and the device, never on free memory."""
 
     @abstractmethod
     def capacity(self, head: LMHead, device: torch.device, workspace_bytes: int) -> int:
-        """Rows that can be kept in a workspace of that size; 0 if not even one."""
+        """Return how many rows fit in a workspace of that size; 0 if not even one row fits."""
 
     @abstractmethod
     def kept_bytes(self, head: LMHead, rows: int) -> int:
-        """Memory that kept rows go on taking until their gradients are computed."""
+        """Return the memory that kept rows occupy until their gradients are computed."""
 
     @abstractmethod
     def passing_bytes(self, head: LMHead, device: torch.device, rows: int, workspace_bytes: int) -> int:
-        """Memory of a tile in which so many rows are given d logp / d x without being kept."""
+        """Return the memory of a tile that computes d logp / d x of ``rows`` rows without keeping them."""
 
     @abstractmethod
     def logits_bytes(self, head: LMHead, device: torch.device, workspace_bytes: int) -> int:
-        """Memory that logits and widened slices of the weight take beside kept rows."""
+        """Return the memory that logits and widened slices of the weight take in addition to kept rows."""
 
     @abstractmethod
     def open_tile(self, head: LMHead, capacity: int, workspace_bytes: int) -> HeadTile:
-        """A workspace of at most ``workspace_bytes`` that keeps up to ``capacity`` rows."""
+        """Return a workspace of at most ``workspace_bytes`` that keeps up to ``capacity`` rows."""
 
 
 def chunks(start: int, stop: int, capacity: int) -> Iterator[slice]:
-    """As few slices of at most ``capacity`` as possible, nearly equal: a last one of few rows would waste a matmul."""
+    """Yield the fewest slices of at most ``capacity``, nearly equal: a short last slice would waste a matmul."""
     if start < stop:
         count = -(-(stop - start) // capacity)
         size = -(-(stop - start) // count)
@@ -141,5 +142,5 @@ def chunks(start: int, stop: int, capacity: int) -> Iterator[slice]:
 
 
 def cut(tensor: Tensor, rows: slice) -> Tensor:
-    """``tensor[rows]``, or ``tensor`` itself where these are all its rows: small calls are made of such operations."""
+    """Return ``tensor[rows]``, or ``tensor`` itself for all its rows: in small calls even slicing takes time."""
     return tensor if rows.start == 0 and rows.stop >= len(tensor) else tensor[rows]

@@ -304,7 +304,7 @@ class InSPOTrainer(DPOTrainer):
         self._gap_seen = True
         if min(gaps) < _GAP_WARNING:
             logger.warning(
-                "the model finds a response less likely after the other response than right after the prompt "
+                "the model finds a response less likely after the other one than right after the prompt "
                 "(%+.2f nats per token). Conditioned training may then not improve answers from the prompt alone, or "
                 "may harm them: watch the marginal/ metrics, set marginal_weight, or first fit the model to sequences "
                 "of the form prompt + draft + answer",
