@@ -148,7 +148,7 @@ class InSPOOutput:
 
     - ``loss``: scalar, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias.
     - ``losses``: (B,), dtype of ``loss``: ``loss`` is their mean or sum. They include pair weights and marginal terms.
-    - ``logps``: (2B,) float64, summed log-probs in nats: chosen responses, then rejected ones.
+    - ``logps``: (2B,) float64, summed log-probs in nats: chosen responses, then rejected responses.
     - ``lengths``: (2B,) int64, scored tokens after the shift.
     - ``marginal_logps``: (2B,) float64 or None: log pi(y_w | x) of each pair, then log pi(y_l | x).
     - ``chosen_rewards``, ``rejected_rewards``, ``margins``: (B,) float64, see each objective's ``rewards``.

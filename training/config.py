@@ -249,7 +249,7 @@ class TrainConfig(DataOptions, TrainingArguments):
         return math.ceil(self.num_train_epochs * self.steps_per_epoch(pairs))
 
     def settings(self) -> dict[str, Any]:
-        """Return every option of this project, and those of transformers that differ from transformers' defaults."""
+        """Return all options of this project, and the options of transformers that differ from its defaults."""
         theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
         own = {*TrainConfig.__annotations__, *DataOptions.__annotations__}
         found: dict[str, Any] = {"output_dir": self.output_dir or None}

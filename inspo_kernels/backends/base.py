@@ -22,8 +22,8 @@ class HeadTile(ABC):
     """A workspace that is reused for one block of rows after another.
 
     ``stage`` reduces a block to its sums. ``finish`` then takes the sums over the whole vocabulary: the block's own
-    sums, or the combined sums of ranks that hold different words. With ``keep``, the rows stay in the workspace for
-    ``head_gradients`` until the next ``stage``, and there may be at most ``capacity``. Otherwise any number may pass.
+    sums, or the combined sums of ranks that hold different words. With ``keep``, at most ``capacity`` rows stay in the
+    workspace for ``head_gradients`` until the next ``stage``. Without ``keep``, the number of rows is not limited.
     """
 
     # The most rows that one ``stage`` with ``dx`` can take.

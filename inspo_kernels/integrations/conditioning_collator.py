@@ -92,7 +92,7 @@ class ConditioningCollator:
         layout = self.layout
         if not is_text(batch):
             if self.strict and layout != "rows":
-                raise ValueError(f"layout={layout!r} holds token ids alone, and this batch has more: use layout='rows'")
+                raise ValueError(f"layout={layout!r} holds only token ids, and this batch has more: use layout='rows'")
             layout = "rows"
         kept = None if self.coins is None else self.coins(batch)
         twin = conditioned(batch, layout, pad_token_id=self.pad_token_id, separator_ids=self.separator_ids, kept=kept)

@@ -107,8 +107,8 @@ def _form(model: Any) -> tuple[str | None, str | None]:
     names = ("_attn_implementation", "sliding_window", "layer_types", "rope_parameters")
     try:
         state = (type(model.base_model), *(str(getattr(config, name, None)) for name in names))
-    except RuntimeError as error:  # transformers gives no value for all layers where theirs differ
-        return None, f"its layers differ in what decides about masks ({error}): use layout='rows'"
+    except RuntimeError as error:  # transformers raises if the layers have different values
+        return None, f"its layers differ in an option that decides the mask ({error}): use layout='rows'"
     known = _FORMS.setdefault(model, {})
     if state not in known:
         reason = _known_reason(model)
@@ -175,7 +175,7 @@ def _tried(model: Any, forms: list[str]) -> tuple[str | None, str | None]:
                 return form, None
             problems.append(f"its states differ by {difference:.1e} of the largest")
     return None, (
-        f"{model.config.model_type!r} does not read a small pair as a tree as it does in rows "
+        f"{model.config.model_type!r} does not read a small pair as a tree with the same result as in rows "
         f"({'; '.join(dict.fromkeys(problems))}): use layout='rows'"
     )
 
