@@ -162,7 +162,7 @@ class TrainConfig(DataOptions, TrainingArguments):
         if self.mixed_precision not in ("no", "bf16") or (self.mixed_precision == "bf16") != self.bf16:
             raise InputError(
                 f"the launcher's configuration has mixed_precision={self.mixed_precision}, but bf16={self.bf16}; set "
-                "mixed_precision to 'no' there, and set bf16 and dtype in the training configuration"
+                "it to 'no' there, and choose bf16 and dtype in the training configuration"
             )
         if self.sharded and self.use_cpu:
             raise InputError("FSDP needs GPUs: accelerate ignores it on a CPU; use ddp_8gpu.yaml on CPUs")
