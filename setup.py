@@ -18,6 +18,7 @@ training = [
     "numpy>=2",
     "peft>=0.19",
     "psutil>=6",
+    "pyarrow>=18",
     "pydantic>=2",
     "pyyaml>=6",
     "safetensors>=0.5",

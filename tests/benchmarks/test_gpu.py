@@ -187,9 +187,10 @@ def test_step_without_time_left_is_not_started(capsys, fake_step):
 
 def test_failing_tests_fail_the_run(tmp_path):
     result = gpu_processes.run_tests(("tests/no_such_file.py",), tmp_path / "tests.log", 60.0)
-    assert result["status"] == "failed: pytest's exit status was 4"
+    # 4 says that a file is missing, 5 that nothing was collected; which it is depends on pytest's plugins.
+    assert result["status"] in [f"failed: pytest's exit status was {status}" for status in (4, 5)]
     failed = gpu.fresh_result("", CPU) | {"tests": result}
-    assert gpu_plan.problems(failed) == ["tests failed: pytest's exit status was 4; see tests.log"]
+    assert gpu_plan.problems(failed) == [f"tests {result['status']}; see tests.log"]
 
 
 def test_tests_that_take_too_long_end_with_all_processes(tmp_path, monkeypatch):
