@@ -50,10 +50,22 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
     known = shapes(torch.device("cpu"))
     names = [n for n, c in CONTENDERS.items() if (what == LOSS or c.logps) and c.variant_of is None]
     add_common_options(parser, rounds=15)
-    parser.add_argument("--shape", "--model-shape", nargs="+", choices=known, metavar="SHAPE",
-                        help=f"of {', '.join(known)} [reference real, or the quick ones]")  # fmt: skip
-    parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME",
-                        help=f"beside the floor, of {', '.join(names)} [all]")  # fmt: skip
+    parser.add_argument(
+        "--shape",
+        "--model-shape",
+        nargs="+",
+        choices=known,
+        metavar="SHAPE",
+        help=f"of {', '.join(known)} [reference real, or the quick ones]",
+    )
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help=f"beside the floor, of {', '.join(names)} [all]",
+    )
     options = parser.parse_args(arguments)
     device = checked_device(parser, options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -77,8 +89,18 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
             cell = {"name": f"{name}, {mode}", "shape": name, "mode": mode, **shapes(device)[name].as_json()}
             cell["contenders"] = {}
             cell = cell_of(result, cell)
-            fill(cell, shapes(device)[name], mode, what, options.contenders, options.rounds, dtype, device, save,
-                 options.only)  # fmt: skip
+            fill(
+                cell,
+                shapes(device)[name],
+                mode,
+                what,
+                options.contenders,
+                options.rounds,
+                dtype,
+                device,
+                save,
+                options.only,
+            )
             tqdm.write(table(cell))
         result["finished"] = True
         save()

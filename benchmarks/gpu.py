@@ -275,16 +275,24 @@ def step_names(text: str) -> list[str]:
 def parsed(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     steps = "\n".join(f"  {name:<14}{step.about}, at most {step.seconds:.0f} s" for name, step in STEPS.items())
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.gpu", description=__doc__.splitlines()[0], epilog=f"steps, in order:\n{steps}\n{WHEELS}",
+        "python -m benchmarks.gpu",
+        description=__doc__.splitlines()[0],
+        epilog=f"steps, in order:\n{steps}\n{WHEELS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results, of earlier calls or new")
     parser.add_argument("--device", default="cuda", help='"cuda", "cuda:1", or "cpu" (with --quick) [cuda]')
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
     parser.add_argument("--steps", type=step_names, metavar="A,B", help="do these [all that are missing]")
     parser.add_argument("--minutes", type=float, default=9.5, help="of this call [9.5]")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER",
-                        help=f"other libraries to time, of {', '.join(PEERS)} [all]")  # fmt: skip
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        default=list(PEERS),
+        metavar="PEER",
+        help=f"other libraries to time, of {', '.join(PEERS)} [all]",
+    )
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of wheels of peers that are not installed")
     return parser, parser.parse_args(arguments)
 

@@ -82,8 +82,11 @@ FULL = Plan(
     main=("llama3-8b", 8192),
     response=512,
     accuracy_pairs=2,
-    tests=("tests/inspo_kernels/test_triton.py", "tests/inspo_kernels/test_triton_kernels.py",
-           "tests/inspo_kernels/test_cuda.py"),
+    tests=(
+        "tests/inspo_kernels/test_triton.py",
+        "tests/inspo_kernels/test_triton_kernels.py",
+        "tests/inspo_kernels/test_cuda.py",
+    ),
     rounds=15,
     stage_rows=(512, 1024, 2048, 4096),
     workspace_rows=(1024, 2048, 4096, 8192),
@@ -93,7 +96,7 @@ FULL = Plan(
     trained_model=ONE_BILLION,
     trained_lengths=(512, 256),
     training_steps=200,
-)  # fmt: skip
+)
 QUICK = Plan(
     models={"tiny": HeadShape(64, 1000), "tiny-softcap": HeadShape(48, 777, softcap=30.0)},
     tokens=(64, 128),

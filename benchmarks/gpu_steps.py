@@ -295,9 +295,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end_with_parent()
     device = checked_device(parser, options.device)
     context = Context(
-        options.step, QUICK if options.quick else FULL, device, options.peers, options.out, options.seconds,
+        options.step,
+        QUICK if options.quick else FULL,
+        device,
+        options.peers,
+        options.out,
+        options.seconds,
         known=options.known,
-    )  # fmt: skip
+    )
     context.part["settings"] = pin_matmul_settings()
     try:
         context.notes += device_notes(device)

@@ -83,9 +83,16 @@ def autocast(batch: PairBatch, rounds: int, seconds: float) -> Rows:
         for _ in range(accumulated):
             with torch.autocast(device.type, torch.bfloat16):
                 out = ik.fused_inspo_loss(
-                    leaf, head, labels, segment_ids=segment_ids, num_pairs=pairs, ref_logps=batch.ref_logps,
-                    objective=ik.DPO(beta=BETA), marginal_weight=marginal_weight, softcap=batch.softcap,
-                )  # fmt: skip
+                    leaf,
+                    head,
+                    labels,
+                    segment_ids=segment_ids,
+                    num_pairs=pairs,
+                    ref_logps=batch.ref_logps,
+                    objective=ik.DPO(beta=BETA),
+                    marginal_weight=marginal_weight,
+                    softcap=batch.softcap,
+                )
             out.loss.backward()
 
     runs: dict[str, Callable[[], Any]] = {"floor": products(batch, PRODUCTS[TRAIN])}
@@ -107,9 +114,15 @@ def statistics(batch: PairBatch, rounds: int, seconds: float) -> Rows:
     def loss(**options: Any) -> None:
         hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()
         out = ik.fused_inspo_loss(
-            hidden, weight, batch.targets, segment_ids=batch.segment_ids, ref_logps=batch.ref_logps,
-            objective=ik.DPO(beta=BETA), softcap=batch.softcap, **options,
-        )  # fmt: skip
+            hidden,
+            weight,
+            batch.targets,
+            segment_ids=batch.segment_ids,
+            ref_logps=batch.ref_logps,
+            objective=ik.DPO(beta=BETA),
+            softcap=batch.softcap,
+            **options,
+        )
         out.loss.backward()
 
     for what, run in (("log-probs", log_probs), ("loss", loss)):

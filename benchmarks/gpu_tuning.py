@@ -79,10 +79,23 @@ def launch_row_pass(
 
     def launch(first: int = 0) -> None:
         row_pass.row_pass(
-            raw, batch.targets[:rows], label, offset, rest, parts, raised, first=first, vocab=vocab, e=e, bias=None,
-            softcap=softcap, outer=1.0 if softcap is None else softcap, scale=1.0, wanted=frozenset(),
+            raw,
+            batch.targets[:rows],
+            label,
+            offset,
+            rest,
+            parts,
+            raised,
+            first=first,
+            vocab=vocab,
+            e=e,
+            bias=None,
+            softcap=softcap,
+            outer=1.0 if softcap is None else softcap,
+            scale=1.0,
+            wanted=frozenset(),
             arch=config.architecture(device),
-        )  # fmt: skip
+        )
 
     return launch, raw
 

@@ -77,10 +77,23 @@ def row_pass_case(
     label, offset, rest = torch.empty(3, ROWS, dtype=accumulate_dtype)
     parts = torch.empty(len(PARTS), ROWS, dtype=accumulate_dtype)
     launch = partial(
-        row_pass, raw, targets, label, offset, rest, parts, raised, first=first, vocab=vocab, e=e, bias=bias,
-        softcap=softcap, outer=1.0 if softcap is None else softcap, scale=logit_scale,
+        row_pass,
+        raw,
+        targets,
+        label,
+        offset,
+        rest,
+        parts,
+        raised,
+        first=first,
+        vocab=vocab,
+        e=e,
+        bias=bias,
+        softcap=softcap,
+        outer=1.0 if softcap is None else softcap,
+        scale=logit_scale,
         wanted=frozenset(PARTS if statistics else ()),
-    )  # fmt: skip
+    )
 
     def elements(arch: str) -> int:
         chosen = config.row_pass(arch, words, accumulate_dtype, softcap, statistics)

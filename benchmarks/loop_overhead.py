@@ -107,9 +107,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.steps < 2:
         parser.error("--steps 1: the first step is not timed, so give at least 2")
     config = TrainConfig(
-        model=MODEL, max_length=512, truncation="drop", per_device_train_batch_size=8, max_batch_tokens=4096,
-        learning_rate=1e-4, max_steps=options.steps, logging_steps=10, layout="rows", keep_best=False,
-    )  # fmt: skip
+        model=MODEL,
+        max_length=512,
+        truncation="drop",
+        per_device_train_batch_size=8,
+        max_batch_tokens=4096,
+        learning_rate=1e-4,
+        max_steps=options.steps,
+        logging_steps=10,
+        layout="rows",
+        keep_best=False,
+    )
     pairs = pairs_of(parser, options.pairs, config, load_model(config)[1], lambda line: None)
     seconds: dict[str, list[float]] = {name: [] for name in RUNS}
     for number in range(1, options.rounds + 1):
@@ -120,9 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ratio = spread([loop / bare for bare, loop in zip(seconds["bare"], seconds["loop"], strict=True)])
     result = {
         **provenance(command_of("benchmarks.loop_overhead", arguments, options)),
-        "model": MODEL, "pairs": len(pairs), "pairs_per_step": config.pairs_per_step, "steps": options.steps,
-        "log_every": config.logging_steps, "save_every": options.steps, "seconds": seconds, "loop_over_bare": ratio,
-    }  # fmt: skip
+        "model": MODEL,
+        "pairs": len(pairs),
+        "pairs_per_step": config.pairs_per_step,
+        "steps": options.steps,
+        "log_every": config.logging_steps,
+        "save_every": options.steps,
+        "seconds": seconds,
+        "loop_over_bare": ratio,
+    }
     write_json(options.json, result)
     shown = {f"{name}, s": spread(values) for name, values in seconds.items()} | {"loop / bare": ratio}
     for name, row in shown.items():

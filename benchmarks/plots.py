@@ -46,9 +46,12 @@ def plot_cells(
         axes.set_xlabel("scored tokens")
     if handles:
         figure.legend(
-            handles.values(), [TITLES.get(n, n) for n in handles], loc="outside lower center", ncols=legend_columns,
+            handles.values(),
+            [TITLES.get(n, n) for n in handles],
+            loc="outside lower center",
+            ncols=legend_columns,
             fontsize=8,
-        )  # fmt: skip
+        )
     figure.suptitle(f"{result['hardware']['gpu'] or result['hardware']['cpu']}, {result['dtype']}", fontsize=9)
     return figure
 
@@ -125,9 +128,15 @@ def plot_step(result: dict[str, Any]) -> Figure:
                 at, ratios = zip(*points)
                 errors = [[r["median"] - r["q1"] for r in ratios], [r["q3"] - r["median"] for r in ratios]]
                 axes.errorbar(
-                    at, [r["median"] for r in ratios], errors, marker="o", capsize=2, color=f"C{i}", linestyle="",
+                    at,
+                    [r["median"] for r in ratios],
+                    errors,
+                    marker="o",
+                    capsize=2,
+                    color=f"C{i}",
+                    linestyle="",
                     label=title,
-                )  # fmt: skip
+                )
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{model}: time / four forwards", fontsize=9)

@@ -79,10 +79,16 @@ def pairs_of(
 ) -> list[Pair]:
     """The pairs of ``--pairs`` that ``config`` can train on, or the parser's error that says what is wrong."""
     try:
-        return list(select_pairs(
-            load_pairs(source, tokenizer, config), "pairs", config, vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id, log=log,
-        ))  # fmt: skip
+        return list(
+            select_pairs(
+                load_pairs(source, tokenizer, config),
+                "pairs",
+                config,
+                vocab_size=len(tokenizer),
+                bos_token_id=tokenizer.bos_token_id,
+                log=log,
+            )
+        )
     except InputError as error:
         parser.error(f"--pairs: {error}")
 
@@ -110,9 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
 
     common = TrainConfig(
-        model=MODEL, max_length=options.max_length, truncation="drop", max_steps=options.steps,
-        per_device_train_batch_size=8, save_strategy="no", learning_rate=options.learning_rate, seed=options.seed,
-    )  # fmt: skip
+        model=MODEL,
+        max_length=options.max_length,
+        truncation="drop",
+        max_steps=options.steps,
+        per_device_train_batch_size=8,
+        save_strategy="no",
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+    )
     base, tokenizer = load_model(common)
     said: list[str] = []
     pairs = pairs_of(parser, options.pairs, common, tokenizer, lambda line: said.append(line.split("(")[0].strip()))
@@ -147,10 +159,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "held_out_share_of_longer_chosen": sum(len(p.chosen) > len(p.rejected) for p in held_out) / len(held_out),
         },
         "base": {"steps": options.base_steps, "nats_per_byte": base_loss},
-        "fine_tuning": {"steps": options.steps, "pairs_per_step": 8, "learning_rate": options.learning_rate,
-                        "seed": options.seed},
+        "fine_tuning": {
+            "steps": options.steps,
+            "pairs_per_step": 8,
+            "learning_rate": options.learning_rate,
+            "seed": options.seed,
+        },
         "runs": runs,
-    }  # fmt: skip
+    }
     write_json(options.json, result)
     print(f"{result['seconds']} s; results in {options.json}")
 
@@ -169,11 +185,13 @@ def one_run(
     answer = generate(reloaded, AutoTokenizer.from_pretrained(result.final), prompt, max_new_tokens=100)
     before, after = (row for row in result.metrics if "eval_loss" in row)
     return {
-        "objective": config.objective, "conditioned": config.conditioned, "seconds": round(seconds, 1),
+        "objective": config.objective,
+        "conditioned": config.conditioned,
+        "seconds": round(seconds, 1),
         "reloaded_and_generated_bytes": len(answer.encode()),
         "before": {name: before[name] for name in ("eval_loss", *REPORTED)},
         "after": {name: after[name] for name in ("eval_loss", *REPORTED)},
-    }  # fmt: skip
+    }
 
 
 def line(run: dict[str, Any]) -> str:

@@ -200,8 +200,17 @@ def step(result: dict[str, Any]) -> str:
             f"The training loop puts pairs of like length together ({'; '.join(padding)}); the others take a step's "
             "pairs in one batch, as they come. TRL, too, would pad less in smaller batches.",
         ]
-    return "\n".join([*lines, "", f"Models (Llama-shaped, random weights): {models}.", "", _same_work(result), "",
-                      _source(result, "step_cpu.json")])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Models (Llama-shaped, random weights): {models}.",
+            "",
+            _same_work(result),
+            "",
+            _source(result, "step_cpu.json"),
+        ]
+    )
 
 
 def _step_time(name: str, row: dict[str, Any], cell: dict[str, Any]) -> str:

@@ -109,8 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.scaling", description=__doc__.splitlines()[0])
     add_common_options(parser, rounds=5)
     known = [*SWEEPS, "workspace"]
-    parser.add_argument("--sweeps", nargs="+", choices=known, default=known, metavar="SWEEP",
-                        help=f"of {', '.join(map(repr, known))} [all]")  # fmt: skip
+    parser.add_argument(
+        "--sweeps",
+        nargs="+",
+        choices=known,
+        default=known,
+        metavar="SWEEP",
+        help=f"of {', '.join(map(repr, known))} [all]",
+    )
     options = parser.parse_args(arguments)
     device = checked_device(parser, options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -212,12 +212,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     parser = argparse.ArgumentParser("python -m benchmarks.step", description=__doc__.splitlines()[0])
     add_common_options(parser, rounds=5)
-    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL",
-                        help=f"of {', '.join(MODELS)} [small trunk]")  # fmt: skip
-    parser.add_argument("--shares", nargs="+", default=["0.1", "0.5", "0.667", "0.9", "real"], metavar="SHARE",
-                        help='of the prompt, or "real" [0.1 0.5 0.667 0.9 real]')  # fmt: skip
-    parser.add_argument("--contenders", nargs="+", choices=STEP_CONTENDERS, default=list(STEP_CONTENDERS),
-                        metavar="NAME", help=f"of {', '.join(STEP_CONTENDERS)} [all]")  # fmt: skip
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)} [small trunk]"
+    )
+    parser.add_argument(
+        "--shares",
+        nargs="+",
+        default=["0.1", "0.5", "0.667", "0.9", "real"],
+        metavar="SHARE",
+        help='of the prompt, or "real" [0.1 0.5 0.667 0.9 real]',
+    )
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=STEP_CONTENDERS,
+        default=list(STEP_CONTENDERS),
+        metavar="NAME",
+        help=f"of {', '.join(STEP_CONTENDERS)} [all]",
+    )
     parser.add_argument("--pairs", type=positive, default=4, help="a step [4]")
     parser.add_argument("--tokens", type=positive, default=512, help="of a pair, at most [512]")
     parser.add_argument("--updates", type=positive, default=2, help="timed together [2]")
@@ -230,8 +242,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokens = min(options.tokens, 48) if options.quick else options.tokens
     fitting, needed = sum(sum(lengths) <= tokens for lengths in real_lengths()), options.updates * options.pairs
     if "real" in options.shares and needed > fitting:
-        parser.error(f"{needed} real pairs of at most {tokens} tokens are needed and there are {fitting}: "
-                     "fewer --pairs or --updates, or more --tokens")  # fmt: skip
+        parser.error(
+            f"{needed} real pairs of at most {tokens} tokens are needed and there are {fitting}: "
+            "fewer --pairs or --updates, or more --tokens"
+        )
     proof_model, proof_updates = ("quick", 3) if options.quick else ("small", 6)
     result: dict[str, Any] = {
         **provenance(command("benchmarks.step", arguments, options.json), ["trl", "datasets"]),
@@ -253,11 +267,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with kept_on_interrupt(save):
         if not result["same_work"]:
             proof = job_of(proof_model, "real", proof_updates, 2, 48 if options.quick else 160, torch.float64, device)
-            result["same_work"] = {"model": proof_model, "updates": proof_updates, "dtype": "float64",
-                                   "contenders": same_work(options.contenders, proof)}  # fmt: skip
+            result["same_work"] = {
+                "model": proof_model,
+                "updates": proof_updates,
+                "dtype": "float64",
+                "contenders": same_work(options.contenders, proof),
+            }
             for name, row in result["same_work"]["contenders"].items():
-                print(f"{name}: {row['errors']} {'the same' if row['same'] else 'NOT THE SAME'}" if "errors" in row
-                      else f"{name}: {row['status']}")  # fmt: skip
+                print(
+                    f"{name}: {row['errors']} {'the same' if row['same'] else 'NOT THE SAME'}"
+                    if "errors" in row
+                    else f"{name}: {row['status']}"
+                )
             save()
         todo = [(model, share) for model in models for share in options.shares]
         for model, share in tqdm(todo, desc="cells", disable=not sys.stderr.isatty()):

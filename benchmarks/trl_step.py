@@ -205,8 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     parser = argparse.ArgumentParser("python -m benchmarks.trl_step", description=__doc__.splitlines()[0])
     add_common_options(parser, rounds=5)
-    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL",
-                        help=f"of {', '.join(MODELS)} [small trunk]")  # fmt: skip
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)} [small trunk]"
+    )
     parser.add_argument("--shares", nargs="+", default=["0.5"], metavar="SHARE", help='of the prompt, or "real" [0.5]')
     parser.add_argument("--pairs", type=positive, default=4, help="a step [4]")
     parser.add_argument("--tokens", type=positive, default=512, help="of a pair, at most [512]")

@@ -23,9 +23,15 @@ def tiny_config(tokenizer):
     """Return the sizes of a Llama of 60,000 parameters."""
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
     return {
-        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, **ids,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": None,
+        **ids,
+    }
 
 
 def tiny_model(tokenizer, seed=0):

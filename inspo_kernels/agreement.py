@@ -23,10 +23,25 @@ from .groups import SequenceGroup, VocabGroup, gather
 
 # Arguments that must be equal on all ranks, in the order in which a difference is reported.
 _SAME = (
-    "hidden", "weight", "weight's rows", "labels", "objective", "num_pairs", "ref_logps", "pair_weights",
-    "marginal_weight", "softcap", "logit_scale", "temperature", "ignore_index", "reduction", "statistics",
-    "max_workspace_bytes", "backend", "requires_grad",
-)  # fmt: skip
+    "hidden",
+    "weight",
+    "weight's rows",
+    "labels",
+    "objective",
+    "num_pairs",
+    "ref_logps",
+    "pair_weights",
+    "marginal_weight",
+    "softcap",
+    "logit_scale",
+    "temperature",
+    "ignore_index",
+    "reduction",
+    "statistics",
+    "max_workspace_bytes",
+    "backend",
+    "requires_grad",
+)
 # Ranks of process_group hold different rows. Ranks of sequence_group hold different tokens and run their own passes.
 _MAY_DIFFER = {
     "process_group": {"weight's rows"},

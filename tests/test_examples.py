@@ -84,9 +84,13 @@ def test_verl_loss_is_the_fused_loss():
     loss, metrics = module["inspo_loss"](config, model_output=output, data=data, dp_group=None)
     (gradient,) = torch.autograd.grad(loss, weight)
     out = ik.fused_inspo_loss(
-        hidden, weight, data["responses"].masked_fill(mask == 0, -100), shift=False, objective=config.objective,
+        hidden,
+        weight,
+        data["responses"].masked_fill(mask == 0, -100),
+        shift=False,
+        objective=config.objective,
         ref_logps=(data["ref_log_prob"] * mask).sum(1),
-    )  # fmt: skip
+    )
     (expected,) = torch.autograd.grad(out.loss, weight)
     assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)

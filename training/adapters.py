@@ -20,8 +20,16 @@ if TYPE_CHECKING:
 from .errors import InputError, check_names
 
 # Set by the loop, or without effect in it.
-_FIXED = {"task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping",
-          "peft_version", "runtime_config"}  # fmt: skip
+_FIXED = {
+    "task_type",
+    "peft_type",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+    "runtime_config",
+}
 _DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -130,8 +138,12 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
 def _check_targets(model: PreTrainedModel, settings: LoraConfig) -> None:
     """Raise InputError for each name in a list that matches nothing, which peft passes over while others match."""
     modules, parameters = ([name for name, _ in found] for found in (model.named_modules(), model.named_parameters()))
-    options = {"target_modules": modules, "modules_to_save": modules, "exclude_modules": modules,
-               "target_parameters": parameters}  # fmt: skip
+    options = {
+        "target_modules": modules,
+        "modules_to_save": modules,
+        "exclude_modules": modules,
+        "target_parameters": parameters,
+    }
     for option, known in options.items():
         given = getattr(settings, option) or []
         for name in [] if isinstance(given, str) else given:

@@ -21,13 +21,31 @@ from .data_options import DataOptions
 from .dropout import check_dropout
 from .errors import InputError
 
-OBJECTIVE_PARAMETERS = ("beta", "label_smoothing", "tau", "gamma", "alpha", "lam", "sft", "divergence",
-                        "divergence_alpha")  # fmt: skip
+OBJECTIVE_PARAMETERS = (
+    "beta",
+    "label_smoothing",
+    "tau",
+    "gamma",
+    "alpha",
+    "lam",
+    "sft",
+    "divergence",
+    "divergence_alpha",
+)
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-7, 1e-5
 
 # Options of TrainingArguments that follow from other options.
-_FOLLOWING = {"output_dir", "do_eval", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs",
-              "accelerator_config", "dataloader_pin_memory", "greater_is_better", "hub_token"}  # fmt: skip
+_FOLLOWING = {
+    "output_dir",
+    "do_eval",
+    "use_cpu",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "accelerator_config",
+    "dataloader_pin_memory",
+    "greater_is_better",
+    "hub_token",
+}
 
 # Options of TrainingArguments that would be ignored or do harm here, with the reason or the alternative.
 UNSUPPORTED = {
@@ -121,10 +139,23 @@ class TrainConfig(DataOptions, TrainingArguments):
             self.output_dir = ""  # TrainingArguments has set a folder, and Trainer does not accept None
 
     def _check(self) -> None:
-        least = {"num_train_epochs": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
-                 "max_batch_tokens": 1, "logging_steps": 0, "eval_steps": 0, "save_steps": 0, "save_total_limit": 1,
-                 "sample_prompts": 0, "sample_tokens": 1, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
-                 "marginal_weight": 0, "warmup_steps": 0}  # fmt: skip
+        least = {
+            "num_train_epochs": 0,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "max_batch_tokens": 1,
+            "logging_steps": 0,
+            "eval_steps": 0,
+            "save_steps": 0,
+            "save_total_limit": 1,
+            "sample_prompts": 0,
+            "sample_tokens": 1,
+            "learning_rate": 0,
+            "weight_decay": 0,
+            "max_grad_norm": 0,
+            "marginal_weight": 0,
+            "warmup_steps": 0,
+        }
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and not value >= minimum:

@@ -81,9 +81,11 @@ def _tokenised(source: Source, encoder: TextEncoder, options: Any, log: Log) -> 
         datasets.disable_progress_bars()  # ours knows the total
         try:
             kept = datasets.Dataset.from_generator(
-                rows, features=datasets.Features.from_arrow_schema(SCHEMA), fingerprint=_key(records, encoder, options),
+                rows,
+                features=datasets.Features.from_arrow_schema(SCHEMA),
+                fingerprint=_key(records, encoder, options),
                 cache_dir=os.environ.get("HF_DATASETS_CACHE"),
-            )  # fmt: skip
+            )
             log(f"{records.name}: {len(kept)} tokenised pairs are in {kept.cache_files[0]['filename']}")
             return kept.data.table
         except (OSError, datasets.exceptions.DatasetGenerationError) as error:
@@ -102,8 +104,17 @@ def _key(records: Records, encoder: TextEncoder, options: Any) -> str:
     if records.is_text:
         with Path(records.source.path).open("rb") as file:
             content = hashlib.file_digest(file, "blake2b").hexdigest()
-    parts = [FORMAT, type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template,
-             encoder.today(), asdict(records.source), getattr(options, "alternative", ""), content]  # fmt: skip
+    parts = [
+        FORMAT,
+        type(tokenizer).__name__,
+        words,
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        encoder.today(),
+        asdict(records.source),
+        getattr(options, "alternative", ""),
+        content,
+    ]
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -127,9 +138,15 @@ def _rows(records: Records, encoder: TextEncoder, options: Any, log: Log) -> Ite
 
 
 def select_pairs(
-    pairs: Iterable[Pair | Sequence[Sequence[int]]], name: str, options: Any, *, vocab_size: int,
-    bos_token_id: int | None, log: Log, separator_length: int = 0,
-) -> Pairs:  # fmt: skip
+    pairs: Iterable[Pair | Sequence[Sequence[int]]],
+    name: str,
+    options: Any,
+    *,
+    vocab_size: int,
+    bos_token_id: int | None,
+    log: Log,
+    separator_length: int = 0,
+) -> Pairs:
     """Return the pairs that can be trained on; say how many were left out or cut, why, and where the first ones are.
 
     ``name`` is what messages call the collection. ``options.max_length`` bounds a pair's tokens together with the
@@ -176,9 +193,14 @@ def _fault(parts: list[np.ndarray], problem: str) -> str:
 
 
 def _report(
-    reasons: dict[str, list[str]], name: str, read: int, kept: int, options: Any, between: int,
+    reasons: dict[str, list[str]],
+    name: str,
+    read: int,
+    kept: int,
+    options: Any,
+    between: int,
     log: Log,
-) -> None:  # fmt: skip
+) -> None:
     """Say what became of the pairs that were read; raise InputError where that must not be."""
 
     def named(keys: Iterable[str]) -> str:
@@ -208,13 +230,19 @@ def _report(
 
 
 def check_pairs(
-    pairs: Sequence[Pair], held_out: Sequence[Pair], model: PreTrainedModel, options: Any,
-    log: Log, separator_length: int = 0,
-) -> None:  # fmt: skip
+    pairs: Sequence[Pair],
+    held_out: Sequence[Pair],
+    model: PreTrainedModel,
+    options: Any,
+    log: Log,
+    separator_length: int = 0,
+) -> None:
     """Raise InputError where the model does not fit the pairs; say how many held-out prompts are trained on."""
     given, unseen = (Pairs.of_lists(some, "") for some in (pairs, held_out))
-    longest = max((some[int(np.argmax(some.lengths.sum(1)))] for some in (given, unseen) if len(some)),
-                  key=lambda pair: pair.tokens)  # fmt: skip
+    longest = max(
+        (some[int(np.argmax(some.lengths.sum(1)))] for some in (given, unseen) if len(some)),
+        key=lambda pair: pair.tokens,
+    )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = longest.tokens + separator_length
     if positions and tokens > positions:

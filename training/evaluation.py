@@ -29,9 +29,15 @@ CONDITIONING_GAP_WARNING = -0.25
 
 
 def evaluate(
-    scores: Scores, ref_logps: Tensor | None, pairs: Sequence[Pair], objective: ik.Objective, *, conditioned: bool,
-    marginal_weight: float, marginal_ref_logps: Tensor | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    scores: Scores,
+    ref_logps: Tensor | None,
+    pairs: Sequence[Pair],
+    objective: ik.Objective,
+    *,
+    conditioned: bool,
+    marginal_weight: float,
+    marginal_ref_logps: Tensor | None = None,
+) -> dict[str, Any]:
     """Compute metrics of conditioned ``scores``: what is trained, and what inference uses (``marginal``), for any run.
 
     ``ref_logps`` (2, n) are those that the run trains with. Where they are conditioned, ``marginal_ref_logps`` (2, n)
@@ -51,12 +57,18 @@ def evaluate(
         (None, None) if ref is None else ref for ref in (ref_logps, alone_ref)
     )
     both = ik.PairSums(
-        chosen=scores.logps[0], rejected=scores.logps[1],
-        chosen_len=scores.lengths[0], rejected_len=scores.lengths[1], index=torch.arange(len(pairs)),
-        ref_chosen=ref_chosen, ref_rejected=ref_rejected,
-        marginal_chosen=scores.marginal_logps[0], marginal_rejected=scores.marginal_logps[1],
-        marginal_chosen_len=scores.lengths[0], marginal_rejected_len=scores.lengths[1],
-    )  # fmt: skip
+        chosen=scores.logps[0],
+        rejected=scores.logps[1],
+        chosen_len=scores.lengths[0],
+        rejected_len=scores.lengths[1],
+        index=torch.arange(len(pairs)),
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        marginal_chosen=scores.marginal_logps[0],
+        marginal_rejected=scores.marginal_logps[1],
+        marginal_chosen_len=scores.lengths[0],
+        marginal_rejected_len=scores.lengths[1],
+    )
     alone = replace(both.on_marginals(), ref_chosen=alone_ref_chosen, ref_rejected=alone_ref_rejected)
     losses = objective(both if conditioned else alone)
     if marginal_weight:
@@ -69,11 +81,15 @@ def evaluate(
         chosen, rejected = objective.rewards(sums)
         margins = chosen - rejected
         columns = {
-            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": correct(margins),
-            "rewards/margins": margins, "logps/chosen": sums.chosen, "logps/rejected": sums.rejected,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": correct(margins),
+            "rewards/margins": margins,
+            "logps/chosen": sums.chosen,
+            "logps/rejected": sums.rejected,
             "logps_per_token/chosen": sums.chosen / sums.chosen_len,
             "logps_per_token/rejected": sums.rejected / sums.rejected_len,
-        }  # fmt: skip
+        }
         for name, values in columns.items():
             metrics[f"eval_{layout}/{name}"] = values.mean().item()
             if name in INTERVALS:
@@ -110,24 +126,39 @@ def conditioning_gap(scores: Scores) -> tuple[float, float]:
 
 @torch.no_grad()
 def sample_answers(
-    module: nn.Module, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, ends: set[int],
-    max_new_tokens: int, pad_token_id: int, device: torch.device,
-) -> list[dict[str, Any]]:  # fmt: skip
+    module: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ends: set[int],
+    max_new_tokens: int,
+    pad_token_id: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
     """Answer prompts (token ids) alone, greedily, up to an id in ``ends``: texts, length in tokens, whether it ended.
 
     ``module`` has a ``generate`` for one prompt. All processes call it with the same prompts, and all do the same
     work: where the weights are sharded, each layer is gathered for it.
     """
     # Whatever the model's generation_config says, so that the answers of all models are comparable.
-    greedy = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
-              "repetition_penalty": 1.0}  # fmt: skip
+    greedy = {
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 50,
+        "repetition_penalty": 1.0,
+    }
     positions = getattr(module.config, "max_position_embeddings", None) or math.inf
     samples = []
     for prompt in prompts:  # one at a time: a handful needs no padding
         out = cast(Any, module).generate(
-            torch.tensor([prompt], device=device), max_new_tokens=min(max_new_tokens, positions - len(prompt)),
-            eos_token_id=sorted(ends), pad_token_id=pad_token_id, **greedy,
-        )  # fmt: skip
+            torch.tensor([prompt], device=device),
+            max_new_tokens=min(max_new_tokens, positions - len(prompt)),
+            eos_token_id=sorted(ends),
+            pad_token_id=pad_token_id,
+            **greedy,
+        )
         answer = out[0, len(prompt) :].tolist()
         asked, said = (tokenizer.decode(list(ids), skip_special_tokens=True) for ids in (prompt, answer))
         samples.append({"prompt": asked, "answer": said, "tokens": len(answer), "ended": answer[-1] in ends})
@@ -164,14 +195,16 @@ def _variance_of_mean(values: Tensor, groups: Tensor) -> float:
 
 
 INTERVALS: dict[str, Callable[[Tensor, Tensor], list[float] | None]] = {
-    "rewards/accuracies": proportion_interval, "rewards/margins": mean_interval,
-    "logps_per_token/chosen": mean_interval, "logps_per_token/rejected": mean_interval,
-}  # fmt: skip
+    "rewards/accuracies": proportion_interval,
+    "rewards/margins": mean_interval,
+    "logps_per_token/chosen": mean_interval,
+    "logps_per_token/rejected": mean_interval,
+}
 
 
 def starting_report(
     scores: Scores, ref_logps: Tensor | None, config: TrainConfig, log: Callable[[str], None], *, coarse: bool = False
-) -> None:  # fmt: skip
+) -> None:
     """Say from the untrained model's conditioned ``scores`` of the first pairs how it takes the conditioned layout.
 
     Raises InputError if ``ref_logps`` (2, n) are not this model's own. ``coarse``: they are rounded as in bfloat16.

@@ -31,9 +31,15 @@ from .sources import Records, Source
 
 FORMATS = ("alpaca_eval", "arena_hard", "mt_bench")
 TEMPERATURES = {
-    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
     "humanities": 0.1,
-}  # fmt: skip
+}
 DEFAULT_TEMPERATURE = 0.7
 
 
@@ -73,8 +79,10 @@ def read_questions(file: str, form: str, *, chat: bool) -> list[Question]:
 
 def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Question:
     found = f"keys found: {', '.join(map(repr, record)) or 'none'}"
-    needed = {"arena_hard": ["uid", "prompt"] if "uid" in record else ["question_id", "turns"],
-              "mt_bench": ["question_id", "turns"]}.get(form, [])  # fmt: skip
+    needed = {
+        "arena_hard": ["uid", "prompt"] if "uid" in record else ["question_id", "turns"],
+        "mt_bench": ["question_id", "turns"],
+    }.get(form, [])
     if missing := [name for name in needed if name not in record]:
         raise InputError(f"{origin}: {missing[0]!r} is missing, which {form} needs ({found})")
     if record.get("input"):
@@ -91,9 +99,13 @@ def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Que
     if name == "turns" and not (isinstance(value, list) and value):
         raise InputError(f"{origin}: 'turns' must be a list with at least one entry")
     contents = value if name == "turns" else [value]
-    turns = [value] if name == "messages" else [
-        [{"role": "user", "content": turn.get("content") if isinstance(turn, dict) else turn}] for turn in contents
-    ]  # fmt: skip
+    turns = (
+        [value]
+        if name == "messages"
+        else [
+            [{"role": "user", "content": turn.get("content") if isinstance(turn, dict) else turn}] for turn in contents
+        ]
+    )
     for messages in turns:
         whole = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
         if not whole or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
@@ -124,19 +136,23 @@ def _entry(form: str, question: Question, answers: Sequence[Answer], name: str) 
     if form == "alpaca_eval":
         said = question.text if question.text is not None else question.turns[0][-1]["content"]
         kept = {key: record[key] for key in ("dataset",) if key in record}
-        return {
-            **kept, "instruction": record.get("instruction", said), "output": answers[0].text, "generator": name
-        }  # fmt: skip
+        return {**kept, "instruction": record.get("instruction", said), "output": answers[0].text, "generator": name}
     if form == "arena_hard" and "uid" in record:
         reply = {"role": "assistant", "content": {"answer": answers[0].text}}
         return {
-            "uid": record["uid"], "ans_id": uuid.uuid4().hex, "model": name, "messages": [*question.turns[0], reply],
+            "uid": record["uid"],
+            "ans_id": uuid.uuid4().hex,
+            "model": name,
+            "messages": [*question.turns[0], reply],
             "tstamp": time.time(),
-        }  # fmt: skip
+        }
     turns: list[Any] = [answer.text for answer in answers]
     if form == "arena_hard":
         turns = [{"content": answer.text, "token_len": answer.tokens} for answer in answers]
     return {
-        "question_id": record["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name,
-        "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(),
-    }  # fmt: skip
+        "question_id": record["question_id"],
+        "answer_id": uuid.uuid4().hex,
+        "model_id": name,
+        "choices": [{"index": 0, "turns": turns}],
+        "tstamp": time.time(),
+    }

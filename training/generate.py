@@ -39,9 +39,15 @@ from .model import load_model
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_new_tokens: int = 1024,
-    temperature: float = 0.0, seed: int = 0, chat: bool = False,
-) -> str:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> str:
     """Return the answer's text. Temperature 0 is greedy. ``chat``: ``prompt`` is a user message for the template."""
     encoder, turns = TextEncoder(tokenizer), [[{"role": "user", "content": prompt}]]
     ids = prompt_ids(encoder, Question("--prompt", {}, None if chat else prompt, turns), [])
@@ -53,9 +59,15 @@ def generate(
 
 @torch.no_grad()
 def generate_batch(
-    model: PreTrainedModel, encoder: TextEncoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-    temperatures: Sequence[float], seeds: Sequence[Sequence[int]], chat: bool,
-) -> list[list[int]]:  # fmt: skip
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperatures: Sequence[float],
+    seeds: Sequence[Sequence[int]],
+    chat: bool,
+) -> list[list[int]]:
     """Answer prompts of token ids; return each answer's ids, including its end token if it ends.
 
     Each row is sampled at its own temperature (0: greedy) with its own seed. So an answer does not depend on the other
@@ -102,9 +114,17 @@ class _Noise(LogitsProcessor):
 
 
 def answer_questions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *,
-    temperatures: Sequence[float], max_new_tokens: int, batch_size: int, seed: int, journal: Path, key: str,
-) -> list[list[Answer]]:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    journal: Path,
+    key: str,
+) -> list[list[Answer]]:
     """Return all answers to each question. They are kept in ``journal``; a journal with the same ``key`` is resumed."""
     encoder = TextEncoder(tokenizer)
     done = _read_journal(journal, key)
@@ -127,10 +147,14 @@ def answer_questions(
             while left := [i for i in batch if len(answers[i]) < questions[i].answers]:
                 turn = len(answers[left[0]])
                 outputs = generate_batch(
-                    model, encoder, [prompt_ids(encoder, questions[i], answers[i]) for i in left],
-                    max_new_tokens=max_new_tokens, temperatures=[temperatures[i] for i in left],
-                    seeds=[[seed, i, turn] for i in left], chat=any(questions[i].text is None for i in left),
-                )  # fmt: skip
+                    model,
+                    encoder,
+                    [prompt_ids(encoder, questions[i], answers[i]) for i in left],
+                    max_new_tokens=max_new_tokens,
+                    temperatures=[temperatures[i] for i in left],
+                    seeds=[[seed, i, turn] for i in left],
+                    chat=any(questions[i].text is None for i in left),
+                )
                 for i, ids in zip(left, outputs):
                     answers[i].append(Answer(answer_text(ids, tokenizer).strip(), len(ids)))
             done |= answers
@@ -243,10 +267,17 @@ def _run(options: argparse.Namespace) -> None:
         reflect.answer(model, tokenizer, options)
         return
     if not options.out:
-        print(generate(
-            model, tokenizer, options.prompt, max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature or 0.0, seed=options.seed, chat=options.chat,
-        ))  # fmt: skip
+        print(
+            generate(
+                model,
+                tokenizer,
+                options.prompt,
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature or 0.0,
+                seed=options.seed,
+                chat=options.chat,
+            )
+        )
         return
     temperatures = [options.temperature or 0.0] * len(questions)
     if options.temperature is None and options.format == "mt_bench":
@@ -254,10 +285,16 @@ def _run(options: argparse.Namespace) -> None:
     settings = {n: getattr(options, n) for n in ("model", "format", "chat", "max_new_tokens", "temperature", "seed")}
     journal = out.with_name(out.name + ".partial")
     answers = answer_questions(
-        model, tokenizer, questions, temperatures=temperatures, max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size, seed=options.seed, journal=journal,
+        model,
+        tokenizer,
+        questions,
+        temperatures=temperatures,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        journal=journal,
         key=_fingerprint(Path(options.prompts), Path(options.model), settings | {"dtype": dtype}),
-    )  # fmt: skip
+    )
     write_answers(out, options.format, questions, answers, options.name or options.model)
     journal.unlink()
     print(f"{len(questions)} prompts answered in {out}", file=sys.stderr)

@@ -75,9 +75,7 @@ def check_sources(config: DataOptions, given: Given) -> None:
             check_source(source)
 
 
-def read_inputs(
-    config: TrainConfig, model: PreTrainedModel, given: Given, log: Callable[[str], None]
-) -> Inputs:  # fmt: skip
+def read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log: Callable[[str], None]) -> Inputs:
     """Read the pairs, and what follows from the tokenizer.
 
     Of ``model`` shapes alone are read. Raises InputError for what does not fit together.
@@ -105,9 +103,14 @@ def read_inputs(
         else:
             raise InputError(f"{name}: give {name}, or tokenised pairs in memory")
         return select_pairs(
-            found, name, config, vocab_size=vocab_size, log=log, separator_length=len(separator),
+            found,
+            name,
+            config,
+            vocab_size=vocab_size,
+            log=log,
+            separator_length=len(separator),
             bos_token_id=None if tokenizer is None else tokenizer.bos_token_id,
-        )  # fmt: skip
+        )
 
     train_pairs = select(given.pairs, config.train_data, "train_data")
     wants_held_out = given.eval_pairs or config.eval_data

@@ -22,9 +22,14 @@ _TOLERANCE = {True: 5e-2, False: 2e-4}  # computed in bfloat16 or not
 
 
 def choose_layout(
-    wanted: str, model: PreTrainedModel, batcher: Batcher, lengths: Lengths, *, conditioned: bool,
+    wanted: str,
+    model: PreTrainedModel,
+    batcher: Batcher,
+    lengths: Lengths,
+    *,
+    conditioned: bool,
     log: Callable[[str], None],
-) -> Batcher:  # fmt: skip
+) -> Batcher:
     """Return ``batcher`` with the layout that ``wanted`` ("auto", "tree" or "rows") means here.
 
     ``lengths`` (n, 3) are the pairs' tokens. "auto" is a tree where the model can read one, with eager attention only
@@ -60,9 +65,14 @@ def choose_layout(
 
 
 def check_layout(
-    batcher: Batcher, module: nn.Module, pairs: Sequence[Pair], *, bf16: bool, required: bool,
+    batcher: Batcher,
+    module: nn.Module,
+    pairs: Sequence[Pair],
+    *,
+    bf16: bool,
+    required: bool,
     log: Callable[[str], None],
-) -> Batcher:  # fmt: skip
+) -> Batcher:
     """Return ``batcher`` if ``module`` gives two small pairs the log-probs that they have in rows; else one of rows.
 
     With ``required`` that is an InputError instead. All processes call it, and find the same.
@@ -70,8 +80,10 @@ def check_layout(
     if batcher.layout == "rows":
         return batcher
     # Ragged, whatever the data are, so that masks have padding or another pair to hide.
-    small = [Pair(pairs[0].prompt[-24:], pairs[0].chosen[-12:], pairs[0].rejected[-9:]),
-             Pair(pairs[-1].prompt[-5:], pairs[-1].chosen[-3:], pairs[-1].rejected[-7:])]  # fmt: skip
+    small = [
+        Pair(pairs[0].prompt[-24:], pairs[0].chosen[-12:], pairs[0].rejected[-9:]),
+        Pair(pairs[-1].prompt[-5:], pairs[-1].chosen[-3:], pairs[-1].rejected[-7:]),
+    ]
     rows = dataclasses.replace(batcher, layout="rows")
     differences = []
     for conditioned in (True, False):

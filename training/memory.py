@@ -57,9 +57,15 @@ class Memory:
 
 
 def estimate_memory(
-    model: PreTrainedModel, config: TrainConfig, device: torch.device, *, tokens: int, longest_pair: int,
-    processes: int, sharded: bool,
-) -> Memory:  # fmt: skip
+    model: PreTrainedModel,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    tokens: int,
+    longest_pair: int,
+    processes: int,
+    sharded: bool,
+) -> Memory:
     """Estimate the memory of a process that trains ``model`` with AdamW in forward passes of ``tokens`` tokens each.
 
     It is as if the loss were differentiated in all of them; ``longest_pair``: in so many of one pair.
@@ -92,16 +98,27 @@ def estimate_memory(
         # Embeddings and head throughout, in the matmuls' dtype and with their gradients; two layers at a time.
         gathered = compute * (2 * whole + 2 * 2 * layer_weights // layers)
     head = ik.workspace_bytes(
-        tokens, weight.shape[1], weight.shape[0], dtype=torch.bfloat16 if compute == 2 else model.dtype, device=device,
-        longest_pair=longest_pair, frozen=not weight.requires_grad,
-    )  # fmt: skip
+        tokens,
+        weight.shape[1],
+        weight.shape[0],
+        dtype=torch.bfloat16 if compute == 2 else model.dtype,
+        device=device,
+        longest_pair=longest_pair,
+        frozen=not weight.requires_grad,
+    )
     return Memory(parameters // share, gradients // share, 2 * gradients // share, gathered, activations, head)
 
 
 def report_memory(
-    model: PreTrainedModel, config: TrainConfig, batcher: Batcher, lengths: Lengths, log: Callable[[str], None], *,
-    processes: int, sharded: bool,
-) -> None:  # fmt: skip
+    model: PreTrainedModel,
+    config: TrainConfig,
+    batcher: Batcher,
+    lengths: Lengths,
+    log: Callable[[str], None],
+    *,
+    processes: int,
+    sharded: bool,
+) -> None:
     """Say what each of ``processes`` will need for pairs of ``lengths`` (n, 3); warn where a GPU has less."""
     longest, device = int(batcher.padded(lengths, conditioned=config.sees_alternative).max()), batcher.device
     tokens = min(max(config.max_batch_tokens, longest), longest * math.ceil(config.pairs_per_micro_step / processes))

@@ -84,14 +84,20 @@ def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
     try:
         with reading(name, "weights (model.safetensors, or its parts)"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype_of(options), attn_implementation=options.attn_implementation,
-                output_loading_info=True, ignore_mismatched_sizes=True, **more,
-            )  # fmt: skip
+                name,
+                dtype=dtype_of(options),
+                attn_implementation=options.attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **more,
+            )
     finally:
         logging.set_verbosity(level)
     model, info = loaded
-    sizes = sorted(f"{key} ({tuple(found)} in the weights, {tuple(asked)} by config.json)"
-                   for key, found, asked in info["mismatched_keys"])  # fmt: skip
+    sizes = sorted(
+        f"{key} ({tuple(found)} in the weights, {tuple(asked)} by config.json)"
+        for key, found, asked in info["mismatched_keys"]
+    )
     if sizes:
         raise InputError(f"model {name!r}: weights and config.json do not fit together: {_some(sizes)}")
     missing = set(info["missing_keys"])
@@ -131,9 +137,12 @@ def _quantization(options: Any) -> dict[str, Any]:
     if not (bits := getattr(options, "quantization", None)):
         return {}
     settings = BitsAndBytesConfig(
-        load_in_4bit=bits == "4bit", load_in_8bit=bits == "8bit", bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype_of(options), bnb_4bit_use_double_quant=True,
-    )  # fmt: skip
+        load_in_4bit=bits == "4bit",
+        load_in_8bit=bits == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype_of(options),
+        bnb_4bit_use_double_quant=True,
+    )
     return {"quantization_config": settings}
 
 
@@ -258,6 +267,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        chat_template=_CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

@@ -13,10 +13,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 # ``ids``: the prompt's, chosen's and rejected's ids one after the other; ``prompt`` and ``chosen``: how many of each.
-SCHEMA = pa.schema({
-    "ids": pa.list_(pa.int32()), "prompt": pa.int32(), "chosen": pa.int32(), "origin": pa.string(),
-    "problem": pa.string(), "chat": pa.bool_(),
-})  # fmt: skip
+SCHEMA = pa.schema(
+    {
+        "ids": pa.list_(pa.int32()),
+        "prompt": pa.int32(),
+        "chosen": pa.int32(),
+        "origin": pa.string(),
+        "problem": pa.string(),
+        "chat": pa.bool_(),
+    }
+)
 
 
 class Pair(NamedTuple):
@@ -34,8 +40,14 @@ class Pair(NamedTuple):
     def row(self, problem: str = "", chat: bool = False) -> dict[str, Any]:
         """The pair as a row of ``SCHEMA``."""
         ids = np.array([*self.prompt, *self.chosen, *self.rejected], np.int32)
-        return {"ids": ids, "prompt": len(self.prompt), "chosen": len(self.chosen), "origin": self.origin,
-                "problem": problem, "chat": chat}  # fmt: skip
+        return {
+            "ids": ids,
+            "prompt": len(self.prompt),
+            "chosen": len(self.chosen),
+            "origin": self.origin,
+            "problem": problem,
+            "chat": chat,
+        }
 
 
 class Pairs(Sequence[Pair]):
@@ -45,9 +57,12 @@ class Pairs(Sequence[Pair]):
     """
 
     def __init__(
-        self, table: pa.Table, where: NDArray[np.int64] | None = None, cuts: NDArray[np.int64] | None = None,
+        self,
+        table: pa.Table,
+        where: NDArray[np.int64] | None = None,
+        cuts: NDArray[np.int64] | None = None,
         bos: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._table, self._ids, self._bos = table, table.column("ids"), bos
         self._where = np.arange(len(table)) if where is None else where
         self._cuts = np.zeros(len(self._where), np.int64) if cuts is None else cuts
@@ -57,8 +72,10 @@ class Pairs(Sequence[Pair]):
         """``pairs`` as such a sequence; ``name`` and their number are the origin of those that have none."""
         if isinstance(pairs, Pairs):
             return pairs
-        given = [pair if isinstance(pair, Pair) else Pair(*map(list, pair), f"{name} pair {i}")  # type: ignore[arg-type, call-arg]
-                 for i, pair in enumerate(pairs)]  # fmt: skip
+        given = [
+            pair if isinstance(pair, Pair) else Pair(*map(list, pair), f"{name} pair {i}")  # type: ignore[arg-type, call-arg]
+            for i, pair in enumerate(pairs)
+        ]
         return cls(pa.Table.from_pylist([pair.row() for pair in given], SCHEMA))
 
     def __len__(self) -> int:

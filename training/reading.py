@@ -37,10 +37,14 @@ def reading(name: str, what: str) -> Iterator[None]:
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged file makes its readers fail in any way
-        remedy = "" if Path(name).is_dir() else (
-            f". Without the hub: give a local folder instead (elsewhere, `hf download {name} --local-dir DIR` fills "
-            "one), or set HF_HUB_OFFLINE=1 where HF_HOME holds a cache that has it"
-        )  # fmt: skip
+        remedy = (
+            ""
+            if Path(name).is_dir()
+            else (
+                f". Without the hub: give a local folder instead (elsewhere, `hf download {name} --local-dir DIR` "
+                "fills one), or set HF_HUB_OFFLINE=1 where HF_HOME holds a cache that has it"
+            )
+        )
         problem = " ".join(str(error).split()) or repr(error)
         damaged = damaged_file(Path(name))
         has_weights = any(Path(name).glob("*.safetensors")) or any(Path(name).glob("*.bin"))

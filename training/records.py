@@ -72,9 +72,13 @@ def draft(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_on
 
 
 def _draft_chat(
-    record: dict[str, Any], prompt: str | Messages | None, chosen: Messages, rejected: Messages, encoder: TextEncoder,
+    record: dict[str, Any],
+    prompt: str | Messages | None,
+    chosen: Messages,
+    rejected: Messages,
+    encoder: TextEncoder,
     origin: str,
-) -> Draft:  # fmt: skip
+) -> Draft:
     if isinstance(prompt, list):
         responses = [r[len(prompt) :] if r[: len(prompt)] == prompt else r for r in (chosen, rejected)]
     else:

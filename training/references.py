@@ -43,9 +43,16 @@ class References:
 
     @classmethod
     def compute(
-        cls, config: TrainConfig, inputs: Inputs, module: nn.Module, batcher: Batcher, used: Sequence[int], *,
-        log: Callable[[str], None], stop_requested: Callable[[], bool],
-    ) -> References:  # fmt: skip
+        cls,
+        config: TrainConfig,
+        inputs: Inputs,
+        module: nn.Module,
+        batcher: Batcher,
+        used: Sequence[int],
+        *,
+        log: Callable[[str], None],
+        stop_requested: Callable[[], bool],
+    ) -> References:
         """Score under the model as loaded, a fresh adapter off: call it before a checkpoint replaces the weights.
 
         ``used``: indices of the training pairs that the run takes. Raises Stopped where SIGTERM came meanwhile; what is
@@ -69,10 +76,18 @@ class References:
             with adapter_off(inputs.model):
                 tables.append(
                     reference_logps(
-                        module, pairs, indices, batcher, conditioned=seen, file=file, log=log,
+                        module,
+                        pairs,
+                        indices,
+                        batcher,
+                        conditioned=seen,
+                        file=file,
+                        log=log,
                         stop_requested=stop_requested,
-                    ) if len(indices) else None
-                )  # fmt: skip
+                    )
+                    if len(indices)
+                    else None
+                )
         return cls(*tables)
 
     def of_batch(self, batch: Sequence[int], conditioned: Conditioned) -> Tensor | None:
@@ -86,9 +101,16 @@ class References:
 
 
 def reference_logps(
-    module: nn.Module, pairs: Sequence, indices: Sequence[int], batcher: Batcher, *, conditioned: bool,
-    file: Path | None, log: Callable[[str], None], stop_requested: Callable[[], bool],
-) -> Tensor:  # fmt: skip
+    module: nn.Module,
+    pairs: Sequence,
+    indices: Sequence[int],
+    batcher: Batcher,
+    *,
+    conditioned: bool,
+    file: Path | None,
+    log: Callable[[str], None],
+    stop_requested: Callable[[], bool],
+) -> Tensor:
     """Return (2, len(pairs)) float64 log-probs: of the pairs of ``indices``, and of others that ``file`` has.
 
     NaN stands for what is not scored yet. The first process alone reads and writes the file. A file that cannot be

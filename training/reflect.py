@@ -37,9 +37,16 @@ class Reflection(NamedTuple):
 
 
 def reflect_batch(
-    model: PreTrainedModel, encoder: TextEncoder, prompts: Sequence[Sequence[int]], *, separator: Sequence[int] = (),
-    max_new_tokens: int, temperatures: Sequence[float], seeds: Sequence[Sequence[int]], chat: bool,
-) -> list[Reflection]:  # fmt: skip
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    separator: Sequence[int] = (),
+    max_new_tokens: int,
+    temperatures: Sequence[float],
+    seeds: Sequence[Sequence[int]],
+    chat: bool,
+) -> list[Reflection]:
     """Answer each prompt of token ids, then again after prompt + draft + ``separator``.
 
     A draft is what ``generate_batch`` returns for the same arguments. A draft that was cut gets an end token, because
@@ -66,9 +73,15 @@ def reflect_batch(
 
 
 def best_of_two(
-    model: PreTrainedModel, encoder: TextEncoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-    temperatures: Sequence[float], seeds: Sequence[Sequence[int]], chat: bool,
-) -> list[list[int]]:  # fmt: skip
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperatures: Sequence[float],
+    seeds: Sequence[Sequence[int]],
+    chat: bool,
+) -> list[list[int]]:
     """Answer each prompt twice and return the answer with the higher mean log-prob a token, given the prompt alone.
 
     The first answer is the draft that ``reflect_batch`` writes for the same arguments. At temperature 0 both are equal.
@@ -103,9 +116,16 @@ def mean_logps(
 
 
 def reflect_questions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *,
-    separator: Sequence[int], temperature: float, max_new_tokens: int, batch_size: int, seed: int,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    separator: Sequence[int],
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
     """Yield prompt, draft and answer of each question, as text. Raises InputError for one of several turns."""
     encoder = TextEncoder(tokenizer)
     for question in questions:
@@ -114,10 +134,15 @@ def reflect_questions(
     for start in range(0, len(questions), batch_size):
         some = questions[start : start + batch_size]
         found = reflect_batch(
-            model, encoder, [prompt_ids(encoder, question, []) for question in some], separator=separator,
-            max_new_tokens=max_new_tokens, temperatures=[temperature] * len(some),
-            seeds=[[seed, start + i, 0] for i in range(len(some))], chat=any(one.text is None for one in some),
-        )  # fmt: skip
+            model,
+            encoder,
+            [prompt_ids(encoder, question, []) for question in some],
+            separator=separator,
+            max_new_tokens=max_new_tokens,
+            temperatures=[temperature] * len(some),
+            seeds=[[seed, start + i, 0] for i in range(len(some))],
+            chat=any(one.text is None for one in some),
+        )
         for question, reflection in zip(some, found):
             said = question.text if question.text is not None else question.turns[0][-1]["content"]
             texts = {name: answer_text(ids, tokenizer).strip() for name, ids in reflection._asdict().items()}
@@ -127,17 +152,21 @@ def reflect_questions(
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add to the options of ``training.generate`` those of this module."""
     parser.add_argument(
-        "--reflect", action="store_true",
+        "--reflect",
+        action="store_true",
         help="experimental: answer, then answer again given the draft; --out gets JSON lines of prompt, draft, answer",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--alternative", choices=("plain", "chat"), default="plain",
+        "--alternative",
+        choices=("plain", "chat"),
+        default="plain",
         help="--reflect: what stood between two responses in training [plain]",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--alternative_instruction", default=DataOptions.alternative_instruction,
+        "--alternative_instruction",
+        default=DataOptions.alternative_instruction,
         help="--reflect --alternative chat: what the user says in that turn, as in training",
-    )  # fmt: skip
+    )
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -156,10 +185,15 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: 
         said: Messages = [{"role": "user", "content": options.prompt}]
         questions = [Question("--prompt", {}, None if options.chat else options.prompt, [said] if options.chat else [])]
     rows = reflect_questions(
-        model, tokenizer, questions, separator=separator_ids(tokenizer, options),
-        temperature=options.temperature or 0.0, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
+        model,
+        tokenizer,
+        questions,
+        separator=separator_ids(tokenizer, options),
+        temperature=options.temperature or 0.0,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
         seed=options.seed,
-    )  # fmt: skip
+    )
     if not options.out:
         for row in rows:
             print(f"draft: {row['draft']}\n\nanswer given the draft: {row['answer']}")

@@ -75,9 +75,12 @@ class ResumableTrainer(Trainer):
         final = Path(self.args.output_dir or "") / "final"
         try:
             upload_folder(
-                repo_id=self.hub_model_id or "", folder_path=final, token=self.args.hub_token,
-                revision=self.args.hub_revision, commit_message="Trained model",
-            )  # fmt: skip
+                repo_id=self.hub_model_id or "",
+                folder_path=final,
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                commit_message="Trained model",
+            )
             self.run_log.say(f"{final} is uploaded to {self.hub_model_id}")
         except Exception as error:  # the network fails in many ways, and the model is on the disk
             self.run_log.say(f"WARNING: {final} could not be uploaded ({type(error).__name__}: {error})")

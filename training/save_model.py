@@ -30,9 +30,16 @@ from .resume import MAY_CHANGE
 
 
 def write_model(
-    folder: Path, weights: dict[str, Any], inputs: Inputs, config: TrainConfig, *, step: int, steps: int,
-    evaluations: list[dict[str, Any]], log: Callable[[str], None],
-) -> None:  # fmt: skip
+    folder: Path,
+    weights: dict[str, Any],
+    inputs: Inputs,
+    config: TrainConfig,
+    *,
+    step: int,
+    steps: int,
+    evaluations: list[dict[str, Any]],
+    log: Callable[[str], None],
+) -> None:
     """Write the model with ``weights``, a PairModel's, after ``step`` of ``steps``, to ``folder``.
 
     All processes call it, the first one writes. Raises SaveError, in all of them, and leaves what was there before.
@@ -50,9 +57,14 @@ def write_model(
 
 
 def save_final(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, state_dict: dict[str, Tensor],
-    options: Any, ends: Iterable[int] = (), log: Callable[[str], None] = lambda note: None,
-) -> None:  # fmt: skip
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    state_dict: dict[str, Tensor],
+    options: Any,
+    ends: Iterable[int] = (),
+    log: Callable[[str], None] = lambda note: None,
+) -> None:
     """Write ``model`` with the whole weights ``state_dict``, CPU tensors under its names, into ``folder``.
 
     Weights are in ``options.save_dtype``; an adapter's folder has the adapter alone, as it is. The token ids ``ends``
@@ -107,7 +119,7 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
 
 def model_card(
     config: TrainConfig, inputs: Inputs, name: str, *, step: int, steps: int, evaluations: list[dict[str, Any]]
-) -> ModelCard:  # fmt: skip
+) -> ModelCard:
     """Describe the model after ``step`` of ``steps``: how it was made, and its ``evaluations`` (rows of metrics.jsonl).
 
     ``name`` is the folder's.
@@ -115,9 +127,10 @@ def model_card(
     base = config.model if isinstance(config.model, str) else None
     library = "peft" if has_adapter(inputs.model) else "transformers"
     data = ModelCardData(
-        base_model=base if base and not Path(base).exists() else None, library_name=library,
+        base_model=base if base and not Path(base).exists() else None,
+        library_name=library,
         tags=["preference-optimization", "inspo"],
-    )  # fmt: skip
+    )
     method = (
         "Each response of a pair was scored given the other one (InSPO, "
         "[arXiv 2512.23126](https://arxiv.org/abs/2512.23126)); at inference the model sees the prompt alone."

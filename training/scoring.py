@@ -127,10 +127,13 @@ def summed_metrics(out: ik.InSPOOutput, marginals: bool = False) -> dict[str, Te
     metrics: dict[str, Tensor] = {}
     for name, chosen, rejected, logps in kinds:
         columns = {
-            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": correct(chosen - rejected),
-            "rewards/margins": chosen - rejected, "logps/chosen": logps.view(2, -1)[0],
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": correct(chosen - rejected),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": logps.view(2, -1)[0],
             "logps/rejected": logps.view(2, -1)[1],
-        }  # fmt: skip
+        }
         metrics |= {name + key: column.double().sum() for key, column in columns.items()}
     return metrics
 
@@ -158,9 +161,12 @@ class Batcher:
     def __call__(self, pairs: Sequence[Pair], *, conditioned: Conditioned, marginals: bool = True) -> dict[str, Any]:
         """Return the batch; without ``marginals`` no row meets the head for the log-probs given the prompt alone."""
         batch = ik.condition_pairs(
-            [p[:3] for p in pairs], pad_token_id=self.pad_token_id, conditioned=conditioned,
-            separator_ids=self.separator_ids, layout=self.layout,
-        )  # fmt: skip
+            [p[:3] for p in pairs],
+            pad_token_id=self.pad_token_id,
+            conditioned=conditioned,
+            separator_ids=self.separator_ids,
+            layout=self.layout,
+        )
         if not marginals and "rows" in batch:
             scored = batch["segment_ids"] < 2 * batch["num_pairs"]
             batch |= {name: batch[name][scored] for name in ("rows", "labels", "segment_ids")}
@@ -204,9 +210,13 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    module: nn.Module, pairs: Sequence[Pair], batcher: Batcher, *, conditioned: bool,
+    module: nn.Module,
+    pairs: Sequence[Pair],
+    batcher: Batcher,
+    *,
+    conditioned: bool,
     stop_requested: Callable[[], bool] | None = None,
-) -> Scores:  # fmt: skip
+) -> Scores:
     """Score all pairs; conditioned log-probs bring the marginals along.
 
     The processes share the work, and each returns all of it. Raises StopRequested in all of them before the next pass

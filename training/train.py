@@ -54,10 +54,16 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, pairs: TokenPairs | None = None, *, eval_pairs: TokenPairs | None = None,
-    model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None, pad_token_id: int = 0,
-    quiet: bool = False, callbacks: Iterable[TrainerCallback] = (),
-) -> TrainResult:  # fmt: skip
+    config: TrainConfig,
+    pairs: TokenPairs | None = None,
+    *,
+    eval_pairs: TokenPairs | None = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    pad_token_id: int = 0,
+    quiet: bool = False,
+    callbacks: Iterable[TrainerCallback] = (),
+) -> TrainResult:
     """Run ``config``.
 
     ``pairs`` and ``eval_pairs`` (prompt ids, chosen ids, rejected ids; each response with its EOS) and a ``model`` in
@@ -146,9 +152,15 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
 
 
 def plan(
-    config: TrainConfig, model: PreTrainedModel, lengths: Lengths, batcher: Batcher, found: Resumed | None,
-    say: Callable[[str], None], *, known: bool = True,
-) -> Batcher:  # fmt: skip
+    config: TrainConfig,
+    model: PreTrainedModel,
+    lengths: Lengths,
+    batcher: Batcher,
+    found: Resumed | None,
+    say: Callable[[str], None],
+    *,
+    known: bool = True,
+) -> Batcher:
     """Say what a run on pairs of ``lengths`` (n, 3) will be, and return ``batcher`` in the layout of their pairs.
 
     Of lengths that are not ``known``, but the longest possible, neither number nor average is told.

@@ -54,9 +54,16 @@ class PairTrainer(ResumableTrainer):
     objective: Objective
 
     def __init__(
-        self, config: TrainConfig, inputs: Inputs, batcher: Batcher, log: RunLog, *, resumed: Resumed | None = None,
-        stop_requested: Callable[[], bool] = lambda: False, callbacks: Iterable[TrainerCallback] = (),
-    ) -> None:  # fmt: skip
+        self,
+        config: TrainConfig,
+        inputs: Inputs,
+        batcher: Batcher,
+        log: RunLog,
+        *,
+        resumed: Resumed | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+        callbacks: Iterable[TrainerCallback] = (),
+    ) -> None:
         self.config, self.inputs, self.batcher, self.run_log = config, inputs, batcher, log
         self.resumed, self.stop_requested, self.stopping = resumed, stop_requested, False
         self.objective, self.progress, self.watch = config.make_objective(), Progress(), Watch(log.say)
@@ -67,9 +74,12 @@ class PairTrainer(ResumableTrainer):
         use_cache = inputs.model.config.use_cache
         module = PairModel(inputs.model.eval(), self.objective, config.marginal_weight)
         super().__init__(
-            module, config, train_dataset=range(len(inputs.train_pairs)), eval_dataset=inputs.held_out or None,  # type: ignore[arg-type]
+            module,
+            config,
+            train_dataset=range(len(inputs.train_pairs)),
+            eval_dataset=inputs.held_out or None,  # type: ignore[arg-type]
             callbacks=[RunFlow(self), *callbacks],
-        )  # fmt: skip
+        )
         inputs.model.config.use_cache = use_cache  # Trainer's setting would be saved with the model
         self.remove_callback(PrinterCallback)
         self.began = time.monotonic()
@@ -259,9 +269,14 @@ class PairTrainer(ResumableTrainer):
             self.control.should_save = step > 0
             return {"eval_loss": math.nan}
         metrics = evaluate(
-            scores, self.references.held_out, held_out, self.objective, conditioned=config.sees_alternative,
-            marginal_weight=config.marginal_weight, marginal_ref_logps=self.references.held_out_marginal,
-        )  # fmt: skip
+            scores,
+            self.references.held_out,
+            held_out,
+            self.objective,
+            conditioned=config.sees_alternative,
+            marginal_weight=config.marginal_weight,
+            marginal_ref_logps=self.references.held_out_marginal,
+        )
         metrics |= self._sample()
         self.log(metrics)
         row = self.state.log_history[-1]
@@ -285,9 +300,14 @@ class PairTrainer(ResumableTrainer):
         ends = {tokenizer.eos_token_id, *(pair.chosen[-1] for pair in self.inputs.held_out)}
         with self.accelerator.autocast():
             samples = sample_answers(
-                self.model, prompts, tokenizer, ends=ends, max_new_tokens=self.config.sample_tokens,
-                pad_token_id=self.inputs.pad_token_id, device=self.args.device,
-            )  # fmt: skip
+                self.model,
+                prompts,
+                tokenizer,
+                ends=ends,
+                max_new_tokens=self.config.sample_tokens,
+                pad_token_id=self.inputs.pad_token_id,
+                device=self.args.device,
+            )
         self.progress.samples += [{"step": self.state.global_step, **sample} for sample in samples]
         self.run_log.samples.write(self.progress.samples)
         return {f"eval_samples/{k}": sum(sample[k] for sample in samples) / len(samples) for k in ("tokens", "ended")}
@@ -300,9 +320,12 @@ class PairTrainer(ResumableTrainer):
         if training:
             window, self.progress.window = self.progress.window, Window()
             logs = {
-                **window.means(), "num_tokens": self.progress.tokens, "learning_rate": logs["learning_rate"],
-                "tokens_per_second": window.tokens / window.seconds, **in_use(self.args.device),
-            }  # fmt: skip
+                **window.means(),
+                "num_tokens": self.progress.tokens,
+                "learning_rate": logs["learning_rate"],
+                "tokens_per_second": window.tokens / window.seconds,
+                **in_use(self.args.device),
+            }
         epoch = step / self.config.steps_per_epoch(len(self.inputs.train_pairs))
         row = {"step": step, "epoch": epoch, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **logs}
         self.state.log_history.append(row)
@@ -331,16 +354,24 @@ class PairTrainer(ResumableTrainer):
 
     def run_state(self) -> dict[str, Any]:
         return {
-            **asdict(self.progress), "step": self.state.global_step, "processes": process_count(),
-            "inputs": self.inputs.digests, "settings": settings_to_keep(self.config),
+            **asdict(self.progress),
+            "step": self.state.global_step,
+            "processes": process_count(),
+            "inputs": self.inputs.digests,
+            "settings": settings_to_keep(self.config),
             "layout": "rows" if self.batcher.layout == "rows" else "tree",
-        }  # fmt: skip
+        }
 
     def write(self, name: str) -> None:
         """Write the model to ``output_dir/name`` with its card. Raises SaveError on all processes."""
         assert self.config.folder is not None
         write_model(
-            self.config.folder / name, self.accelerator.get_state_dict(self.model_wrapped), self.inputs, self.config,
-            step=self.state.global_step, steps=self.state.max_steps, evaluations=self.evaluations(),
+            self.config.folder / name,
+            self.accelerator.get_state_dict(self.model_wrapped),
+            self.inputs,
+            self.config,
+            step=self.state.global_step,
+            steps=self.state.max_steps,
+            evaluations=self.evaluations(),
             log=self.run_log.say,
-        )  # fmt: skip
+        )

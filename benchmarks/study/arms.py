@@ -121,9 +121,13 @@ def table_arm(objective: str, variant: str) -> Arm:
     name = f"{objective} {variant}"
     title = {"plain": "{}", "inspo": "InSPO-{}", "anchored": "anchored InSPO-{}"}[variant].format(OBJECTIVES[objective])
     return Arm(
-        name, title, objective, tuned_as=name, conditioned=variant != "plain",
+        name,
+        title,
+        objective,
+        tuned_as=name,
+        conditioned=variant != "plain",
         marginal_weight=float(variant == "anchored"),
-    )  # fmt: skip
+    )
 
 
 def table() -> Iterator[Arm]:
@@ -141,9 +145,12 @@ def controls() -> Iterator[Arm]:
             name = f"{objective} + sft"
             yield replace(plain, name=name, title=f"{title} + SFT term", tuned_as=name, group="control", sft_weight=1.0)
             yield replace(
-                inspo, name=f"{objective} shuffled", title=f"InSPO-{title}, shuffled alternative", group="control",
+                inspo,
+                name=f"{objective} shuffled",
+                title=f"InSPO-{title}, shuffled alternative",
+                group="control",
                 own_alternative=0.0,
-            )  # fmt: skip
+            )
     for variant in VARIANTS:
         arm = table_arm("dpo", variant)
         yield replace(
@@ -184,9 +191,13 @@ AXIS_ARMS: dict[str, Arm] = {
     "other": ARMS["dpo shuffled"],
     "conditioned reference": ARMS["dpo inspo, presentation reference conditioned, too"],
     "dropout": replace(
-        ARMS["dpo inspo"], name="dpo inspo, alternative dropout", title="InSPO-DPO, reference conditioned, 50% dropout",
-        group="axis", conditioned_reference=True, alternative_dropout=0.5,
+        ARMS["dpo inspo"],
+        name="dpo inspo, alternative dropout",
+        title="InSPO-DPO, reference conditioned, 50% dropout",
+        group="axis",
+        conditioned_reference=True,
+        alternative_dropout=0.5,
     ),
     "anchored": ARMS["dpo anchored"],
     "sft": ARMS["sft"],
-}  # fmt: skip
+}

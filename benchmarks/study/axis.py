@@ -61,12 +61,26 @@ AXIS_PLANS = {
     "full": AxisPlan(replace(Size(), validation_prompts=240, test_prompts=400, samples=2)),
     "quick": AxisPlan(
         Size(
-            hidden_size=32, layers=1, word_lengths=(3,), fit_prompts=400, fit_steps=80, fit_rows=32, pairs=64,
-            update_pairs=16, validation_prompts=24, test_prompts=24, held_out_pairs=8, samples=2,
+            hidden_size=32,
+            layers=1,
+            word_lengths=(3,),
+            fit_prompts=400,
+            fit_steps=80,
+            fit_rows=32,
+            pairs=64,
+            update_pairs=16,
+            validation_prompts=24,
+            test_prompts=24,
+            held_out_pairs=8,
+            samples=2,
         ),
-        pairs=(16, 64), checkpoints=(2, 4, 8), tested_updates=4, tested_seeds=3, seeds=2,
+        pairs=(16, 64),
+        checkpoints=(2, 4, 8),
+        tested_updates=4,
+        tested_seeds=3,
+        seeds=2,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -96,9 +110,13 @@ class AxisJob:
         else:
             details = self._train(model, begun, plan, found)
         return {
-            "arm": self.arm, "pairs": self.pairs, "seed": self.seed, **details, "checkpoints": found,
+            "arm": self.arm,
+            "pairs": self.pairs,
+            "seed": self.seed,
+            **details,
+            "checkpoints": found,
             "seconds": round(time.perf_counter() - began, 1),
-        }  # fmt: skip
+        }
 
     def _train(
         self, model: PreTrainedModel, begun: Start, plan: AxisPlan, found: list[dict[str, Any]]
@@ -112,10 +130,18 @@ class AxisJob:
                 found.append(evaluate(model, begun, plan.size, self.seed, step))
 
         counts = runs.train(
-            model, examples, arm, arm.make_objective(None if sft else plan.beta), seed=self.seed, decay=False,
-            learning_rate=plan.sft_learning_rate if sft else plan.learning_rate, updates=plan.checkpoints[-1],
-            update_pairs=plan.size.update_pairs, watch=watch, watch_every=1,
-        )  # fmt: skip
+            model,
+            examples,
+            arm,
+            arm.make_objective(None if sft else plan.beta),
+            seed=self.seed,
+            decay=False,
+            learning_rate=plan.sft_learning_rate if sft else plan.learning_rate,
+            updates=plan.checkpoints[-1],
+            update_pairs=plan.size.update_pairs,
+            watch=watch,
+            watch_every=1,
+        )
         for step in plan.checkpoints[len(found) :]:  # of a run that ended early: the model as it was then
             found.append(evaluate(model, begun, plan.size, self.seed, step))
         return {"found_pairs": len(examples), **counts}

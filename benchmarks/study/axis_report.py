@@ -108,19 +108,39 @@ def _warnings(result: Mapping[str, Any]) -> Iterator[str]:
 def _hypotheses(result: Mapping[str, Any]) -> str:
     plan, tests = result["plan"], result["hypotheses"]
     rows = [
-        [name, HYPOTHESES[name].format(updates=plan["tested_updates"]), test["n"], _signed(test), f"{test['sd']:.3f}",
-         _p(test["holm_p"]), {"neither": "not significant", "equal": "not significant"}.get(
-             test["verdict"], test["verdict"]), test["conclusion"]]
+        [
+            name,
+            HYPOTHESES[name].format(updates=plan["tested_updates"]),
+            test["n"],
+            _signed(test),
+            f"{test['sd']:.3f}",
+            _p(test["holm_p"]),
+            {"neither": "not significant", "equal": "not significant"}.get(test["verdict"], test["verdict"]),
+            test["conclusion"],
+        ]
         for name, test in tests.items()
-    ]  # fmt: skip
-    columns = ["", "difference in exact quality, greedy", "seeds", "mean (95%)", "sd", "Holm p", "verdict",
-               "conclusion"]  # fmt: skip
+    ]
+    columns = [
+        "",
+        "difference in exact quality, greedy",
+        "seeds",
+        "mean (95%)",
+        "sd",
+        "Holm p",
+        "verdict",
+        "conclusion",
+    ]
     names = HYPOTHESES | {"dropout": "50% dropout − InSPO, both after {updates} updates"}
     equal = [
-        [names[name].format(updates=plan["tested_updates"]), test["n"], _signed(test), _p(test["p"]),
-         "yes" if test["equivalent"] else "not shown"]
+        [
+            names[name].format(updates=plan["tested_updates"]),
+            test["n"],
+            _signed(test),
+            _p(test["p"]),
+            "yes" if test["equivalent"] else "not shown",
+        ]
         for name, test in result["equivalence"].items()
-    ]  # fmt: skip
+    ]
     over, stopping = result["over_trained"], result["stopping"]
     training = f"""
         Plain DPO after {plan["tested_updates"]} updates − plain DPO at its best number of updates:
@@ -131,11 +151,21 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
     intro = f"""
         {plan["pairs"][0]} pairs. Differences are paired by seed. H1 to H3 are tested together by Holm's method at
         {LEVEL:g}."""
-    return "\n".join([
-        "## The three hypotheses", "", _filled(intro), "", *_table(columns, rows), "",
-        f"As good as each other within ±{MARGIN:g}, by two one-sided tests at {LEVEL:g} each:", "",
-        *_table(["difference", "seeds", "mean (90%)", "p", "as good"], equal), "", _filled(training),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "## The three hypotheses",
+            "",
+            _filled(intro),
+            "",
+            *_table(columns, rows),
+            "",
+            f"As good as each other within ±{MARGIN:g}, by two one-sided tests at {LEVEL:g} each:",
+            "",
+            *_table(["difference", "seeds", "mean (90%)", "p", "as good"], equal),
+            "",
+            _filled(training),
+        ]
+    )
 
 
 def _edge(result: Mapping[str, Any]) -> str:
@@ -171,11 +201,21 @@ def _cells(result: Mapping[str, Any]) -> Iterator[str]:
                 if arm != "plain" and "minus plain" in rows[0]:
                     against.append([*name, *(_signed(row["minus plain"]) for row in rows)])
         if gains:
-            yield "\n".join([
-                f"## {pairs} pairs", "", "Gain in exact quality over the base, greedy (95%, not adjusted):", "",
-                *_table(columns, gains), "", "Difference from plain DPO, each after as many updates or at its best:",
-                "", *_table(columns, against), "", _filled(_chosen(arms)),
-            ])  # fmt: skip
+            yield "\n".join(
+                [
+                    f"## {pairs} pairs",
+                    "",
+                    "Gain in exact quality over the base, greedy (95%, not adjusted):",
+                    "",
+                    *_table(columns, gains),
+                    "",
+                    "Difference from plain DPO, each after as many updates or at its best:",
+                    "",
+                    *_table(columns, against),
+                    "",
+                    _filled(_chosen(arms)),
+                ]
+            )
 
 
 def _chosen(arms: Mapping[str, Any]) -> str:
@@ -206,12 +246,18 @@ def _decodings(result: Mapping[str, Any]) -> Iterator[str]:
                 if f"minus {other}" in row["greedy"]:
                     name = f"{TITLES[arm]} − {TITLES[other]}"
                     differences.append([name, *(_signed(row[d][f"minus {other}"]) for d in _DECODINGS)])
-        yield "\n".join([
-            f"## Other decodings, {few} pairs, {where}", "", *_table(columns, rows), "",
-            *([_filled(note), ""] if at else []),  # once is enough
-            f"Differences in exact quality, {where}, paired by seed (95%, not adjusted):", "",
-            *_table(["", *_DECODINGS], differences),
-        ])  # fmt: skip
+        yield "\n".join(
+            [
+                f"## Other decodings, {few} pairs, {where}",
+                "",
+                *_table(columns, rows),
+                "",
+                *([_filled(note), ""] if at else []),  # once is enough
+                f"Differences in exact quality, {where}, paired by seed (95%, not adjusted):",
+                "",
+                *_table(["", *_DECODINGS], differences),
+            ]
+        )
 
 
 _DECODINGS, _WHAT = ("greedy", "sampled", "T=0.7"), ("quality", "length")

@@ -34,11 +34,15 @@ CONCLUSIONS = {
     },
 }
 TITLES = {
-    BASE: "base", "plain": "plain DPO", "inspo": "InSPO-DPO", "other": "InSPO-DPO, another pair's alternative",
+    BASE: "base",
+    "plain": "plain DPO",
+    "inspo": "InSPO-DPO",
+    "other": "InSPO-DPO, another pair's alternative",
     "conditioned reference": "InSPO-DPO, conditioned reference",
-    "dropout": "InSPO-DPO, conditioned reference, 50% dropout", "anchored": "anchored InSPO-DPO",
+    "dropout": "InSPO-DPO, conditioned reference, 50% dropout",
+    "anchored": "anchored InSPO-DPO",
     "sft": "SFT on the chosen answers",
-}  # fmt: skip
+}
 # Departures from the protocol that no rule below can see.
 NOTED: tuple[str, ...] = ()
 
@@ -106,14 +110,17 @@ def summarize(plan: AxisPlan, records: Iterable[Mapping[str, Any]]) -> dict[str,
         "over_trained": _over_trained(runs),
         "stopping": t_interval(
             runs.differences(
-                plan.pairs[0], "inspo", runs.after(plan.pairs[0], plan.tested_updates), "plain",
+                plan.pairs[0],
+                "inspo",
+                runs.after(plan.pairs[0], plan.tested_updates),
+                "plain",
                 runs.best(plan.pairs[0]),
             )
         ),
         "base": _base(runs),
         "cells": {str(pairs): {arm: _cell(runs, pairs, arm) for arm in plan.arms} for pairs in plan.pairs},
         "deviations": [*NOTED, *_deviations(runs)],
-    }  # fmt: skip
+    }
 
 
 def hypothesis_differences(runs: AxisRuns) -> dict[str, list[float]]:

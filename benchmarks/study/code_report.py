@@ -61,9 +61,17 @@ def text(result: Mapping[str, Any]) -> str:
     sections = [
         "# Does InSPO help on real text? A second study",
         "<!-- written by python -m benchmarks.study.code_study; do not edit -->",
-        *_warnings(result), _filled(_opening(result)), "![quality over epochs](study_code.png)", _world(result),
-        _hypotheses(result), _arms(result), _others(result), _limits(result), _deviations(result), _rerun(result),
-    ]  # fmt: skip
+        *_warnings(result),
+        _filled(_opening(result)),
+        "![quality over epochs](study_code.png)",
+        _world(result),
+        _hypotheses(result),
+        _arms(result),
+        _others(result),
+        _limits(result),
+        _deviations(result),
+        _rerun(result),
+    ]
     return "\n\n".join(sections) + "\n"
 
 
@@ -142,10 +150,16 @@ def _world(result: Mapping[str, Any]) -> str:
 
 def _hypotheses(result: Mapping[str, Any]) -> str:
     rows = [
-        [f"{name}: {test['claim']}", _signed(test["quality"]), _p(test["quality"]["p"]), _p(test["holm_p"]),
-         f"{test['narrow']['low']:+.3f} to {test['narrow']['high']:+.3f}", test["decision"]]
+        [
+            f"{name}: {test['claim']}",
+            _signed(test["quality"]),
+            _p(test["quality"]["p"]),
+            _p(test["holm_p"]),
+            f"{test['narrow']['low']:+.3f} to {test['narrow']['high']:+.3f}",
+            test["decision"],
+        ]
         for name, test in result["hypotheses"].items()
-    ]  # fmt: skip
+    ]
     chosen = "; ".join(
         f"{ARMS[arm].title} {', '.join(map(str, found['epochs']))}" for arm, found in result["chosen"].items()
     )
@@ -158,18 +172,36 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
 
 
 def _arms(result: Mapping[str, Any]) -> str:
-    columns = ["", "epoch", "quality (95%)", "gain over base (95%)", "greedy", "greedy gain (95%)", "compiles",
-               "tokens", "judge: wins over base"]  # fmt: skip
+    columns = [
+        "",
+        "epoch",
+        "quality (95%)",
+        "gain over base (95%)",
+        "greedy",
+        "greedy gain (95%)",
+        "compiles",
+        "tokens",
+        "judge: wins over base",
+    ]
     rows = []
     for arm, epochs in result["arms"].items():
         chosen = [] if arm == "base" else [{"epoch": "chosen", **result["chosen"][arm]}]
         for row in [*epochs, *chosen]:
             title = "base" if arm == "base" else ARMS[arm].title
             gains = ["" if arm == "base" else _signed(row[what]) for what in ("gain", "greedy_gain")]
-            rows.append([
-                title, row["epoch"], _mean(row["quality"]), gains[0], f"{row['greedy']['mean']:.3f}", gains[1],
-                f"{row['compiles']['mean']:.3f}", f"{row['length']['mean']:.1f}", f"{row['win_rate']['mean']:.3f}",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    title,
+                    row["epoch"],
+                    _mean(row["quality"]),
+                    gains[0],
+                    f"{row['greedy']['mean']:.3f}",
+                    gains[1],
+                    f"{row['compiles']['mean']:.3f}",
+                    f"{row['length']['mean']:.1f}",
+                    f"{row['win_rate']['mean']:.3f}",
+                ]
+            )
     tokens = "; ".join(f"{ARMS[arm].title} {count:,.0f}" for arm, count in result["tokens"].items())
     size = result["settings"]["size"]
     note = f"""
@@ -182,10 +214,15 @@ def _arms(result: Mapping[str, Any]) -> str:
 
 def _others(result: Mapping[str, Any]) -> str:
     rows = [
-        [name, _signed(other["quality"]), _signed(other["greedy"]), _signed(other["win_rate"]),
-         f"{other['length']['mean']:+.1f}"]
+        [
+            name,
+            _signed(other["quality"]),
+            _signed(other["greedy"]),
+            _signed(other["win_rate"]),
+            f"{other['length']['mean']:+.1f}",
+        ]
         for name, other in ({n: h for n, h in result["hypotheses"].items()} | dict(result["others"])).items()
-    ]  # fmt: skip
+    ]
     columns = ["", "quality (95%)", "greedy quality (95%)", "judge: wins over base (95%)", "tokens"]
     note = "Descriptive: 95% t intervals, not adjusted for their number. No conclusion rests on them."
     return "\n".join(["## Other differences", "", *_table(columns, rows), "", note])

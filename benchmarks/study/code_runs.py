@@ -122,12 +122,18 @@ def build(size: Size, seed: int = 0) -> LlamaForCausalLM:
         torch.manual_seed(seed)
         return LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=size.vocabulary, hidden_size=size.hidden_size, num_hidden_layers=size.layers,
-                intermediate_size=size.hidden_size * 8 // 3, num_attention_heads=4, tie_word_embeddings=True,
-                max_position_embeddings=4 * size.most_tokens, bos_token_id=None, eos_token_id=END_ID,
+                vocab_size=size.vocabulary,
+                hidden_size=size.hidden_size,
+                num_hidden_layers=size.layers,
+                intermediate_size=size.hidden_size * 8 // 3,
+                num_attention_heads=4,
+                tie_word_embeddings=True,
+                max_position_embeddings=4 * size.most_tokens,
+                bos_token_id=None,
+                eos_token_id=END_ID,
                 pad_token_id=PAD_ID,
             )
-        ).eval()  # fmt: skip
+        ).eval()
 
 
 def fit(model: LlamaForCausalLM, data: Data, size: Size, report: Callable[[int, float], None]) -> float:
@@ -166,9 +172,7 @@ def fit(model: LlamaForCausalLM, data: Data, size: Size, report: Callable[[int, 
 
 
 @torch.no_grad()
-def sample(
-    model: LlamaForCausalLM, prompts: Sequence[Ids], most: int, count: int, *, seed: int | None
-) -> list[Ids]:  # fmt: skip
+def sample(model: LlamaForCausalLM, prompts: Sequence[Ids], most: int, count: int, *, seed: int | None) -> list[Ids]:
     """Return ``count`` answers to each prompt, one prompt after the other, at temperature 1; END is the last id.
 
     The random draw behind each token depends on ``seed``, prompt and position alone. None decodes greedily. An answer
@@ -188,9 +192,13 @@ def sample(
         for step in range(most):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             out = model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
                 logits_to_keep=1,
-            )  # fmt: skip
+            )
             cache, logits = out.past_key_values, out.logits[:, -1]
             if seed is None:
                 chosen = logits.argmax(-1)
@@ -231,8 +239,11 @@ def graded(functions: Sequence[Function], answers: Sequence[Ids], vocabulary: Vo
 def evaluate(model: LlamaForCausalLM, data: Data, size: Size, seed: int) -> dict[str, Any]:
     """Grade answers from the prompt alone: sampled ones to validation and test prompts, greedy ones to test prompts."""
     result = {}
-    for name, part, count in (("validation", "validation", size.samples), ("test", "test", size.samples),
-                              ("greedy", "test", 1)):  # fmt: skip
+    for name, part, count in (
+        ("validation", "validation", size.samples),
+        ("test", "test", size.samples),
+        ("greedy", "test", 1),
+    ):
         functions = drawn_prompts(data, size, part, seed)
         draws = None if name == "greedy" else 2 * seed + (part == "test")
         prompts = [data.vocabulary.prompt(function) for function in functions]
@@ -265,8 +276,9 @@ def draw_pairs(model: LlamaForCausalLM, data: Data, size: Size, seed: int, judge
         for i, function in enumerate(some):
             scored = sorted(
                 (judge.score(grades.quality[j], grades.length[j]), answers[j], grades.quality[j])
-                for j in range(4 * i, 4 * i + 4) if answers[j][-1] == END_ID
-            )  # fmt: skip
+                for j in range(4 * i, 4 * i + 4)
+                if answers[j][-1] == END_ID
+            )
             verdict, turned = rng.random(), rng.random()
             if scored and scored[0][0] < scored[-1][0] and len(found) < size.pairs:
                 low, high = scored[0], scored[-1]
@@ -339,7 +351,7 @@ def pair_loss(
 
 def train(
     model: LlamaForCausalLM, pairs: Sequence[Pair], arm: Arm, size: Size, seed: int, after_epoch: Callable[[int], None]
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Train ``model`` in place at a constant learning rate; calls ``after_epoch`` with each of ``size.epochs``.
 
     The order of the pairs and the coins of the dropout depend on ``seed`` and epoch alone.
@@ -378,10 +390,19 @@ def train(
 
 def fitted_base(
     data: Data, digest: str, size: Size, cache: Path, say: Callable[[str], None]
-) -> tuple[LlamaForCausalLM, dict[str, Any]]:  # fmt: skip
+) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """Return the base and how it was fitted, from ``cache`` if the same library and sizes were fitted before."""
-    fields = ("vocabulary", "hidden_size", "layers", "most_tokens", "fit_steps", "fit_rows", "fit_learning_rate",
-              "draft_share", "sampled_drafts")  # fmt: skip
+    fields = (
+        "vocabulary",
+        "hidden_size",
+        "layers",
+        "most_tokens",
+        "fit_steps",
+        "fit_rows",
+        "fit_learning_rate",
+        "draft_share",
+        "sampled_drafts",
+    )
     settings = json.dumps([digest, torch.__version__, *(getattr(size, name) for name in fields)])
     file = cache / f"base-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.pt"
     model = build(size)

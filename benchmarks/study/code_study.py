@@ -39,9 +39,21 @@ from .statistics import holm, t_interval
 
 CACHE = Path("runs", "study-code")
 QUICK = Size(
-    most_files=120, vocabulary=300, hidden_size=32, layers=1, most_tokens=48, fit_steps=12, fit_rows=8, pairs=6,
-    update_pairs=3, epochs=(1, 2), validation_prompts=4, test_prompts=4, samples=1, seeds=2,
-)  # fmt: skip
+    most_files=120,
+    vocabulary=300,
+    hidden_size=32,
+    layers=1,
+    most_tokens=48,
+    fit_steps=12,
+    fit_rows=8,
+    pairs=6,
+    update_pairs=3,
+    epochs=(1, 2),
+    validation_prompts=4,
+    test_prompts=4,
+    samples=1,
+    seeds=2,
+)
 MARGIN = 0.03  # of quality: differences inside are too small to matter
 LEVEL = 0.05
 LAST = "last"  # the last epoch; otherwise BEST, the epoch chosen on validation prompts
@@ -127,10 +139,12 @@ def base_run(model: LlamaForCausalLM, pairs: Sequence[Pair], data: Data, size: S
     gap = (log_probs(model, pairs, conditioned=True) - log_probs(model, pairs, conditioned=False)) / lengths
     better = [p.qualities[0] - p.qualities[1] for p in pairs]
     found = {
-        "count": len(pairs), "chosen_better": float(np.mean([b > 0 for b in better])),
-        "chosen_worse": float(np.mean([b < 0 for b in better])), "gap": gap.mean(1).tolist(),
+        "count": len(pairs),
+        "chosen_better": float(np.mean([b > 0 for b in better])),
+        "chosen_worse": float(np.mean([b < 0 for b in better])),
+        "gap": gap.mean(1).tolist(),
         "lengths": lengths.double().mean(1).tolist(),
-    }  # fmt: skip
+    }
     evaluation = {"epoch": 0, **evaluate(model, data, size, seed)}
     return {"evaluations": [evaluation], "pairs": found, "seconds": round(time.perf_counter() - began, 1)}
 
@@ -155,8 +169,9 @@ def summarize(size: Size, records: Records) -> dict[str, Any]:
     if len(complete) < 2:
         raise ValueError(f"{records.file} holds {len(complete)} finished seeds; a summary needs at least two")
     runs = {(run["arm"], run["seed"]): run for run in records.runs}
-    bases = {seed: measures(runs["base", seed]["evaluations"][0], runs["base", seed]["evaluations"][0])
-             for seed in complete}  # fmt: skip
+    bases = {
+        seed: measures(runs["base", seed]["evaluations"][0], runs["base", seed]["evaluations"][0]) for seed in complete
+    }
     table: dict[str, dict[int, list[dict[str, float]]]] = {"base": {0: list(bases.values())}}
     for arm in ARMS:
         table[arm] = {
@@ -262,8 +277,13 @@ def run_study(file: Path, *, quick: bool, call: str) -> None:
     try:
         records = Records(file.parent / "runs.jsonl", settings)
         study(size, records, call)
-        result = {**provenance(call, ["tokenizers"]), "settings": settings, "started": records.head,
-                  "margin": MARGIN, **summarize(size, records)}  # fmt: skip
+        result = {
+            **provenance(call, ["tokenizers"]),
+            "settings": settings,
+            "started": records.head,
+            "margin": MARGIN,
+            **summarize(size, records),
+        }
     except KeyboardInterrupt:
         print("interrupted; the same command does what is left", file=sys.stderr)
         sys.exit(130)

@@ -211,9 +211,11 @@ class Vocabulary:
         self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytes_of])
         self.tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=size, special_tokens=[PAD, END], show_progress=False,
+            vocab_size=size,
+            special_tokens=[PAD, END],
+            show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        )  # fmt: skip
+        )
         self.tokenizer.train_from_iterator((f.prompt + f.body for f in functions), trainer)
         self._encode = functools.cache(lambda text: self.tokenizer.encode(text).ids)
 

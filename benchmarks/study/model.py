@@ -25,18 +25,30 @@ def build(hidden_size: int, layers: int, seed: int, device: str = "cpu") -> Llam
         torch.manual_seed(seed)
         model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=len(VOCABULARY), hidden_size=hidden_size, num_hidden_layers=layers,
-                intermediate_size=hidden_size * 8 // 3, num_attention_heads=4, max_position_embeddings=128,
-                bos_token_id=None, eos_token_id=IDS[END], pad_token_id=IDS[PAD],
+                vocab_size=len(VOCABULARY),
+                hidden_size=hidden_size,
+                num_hidden_layers=layers,
+                intermediate_size=hidden_size * 8 // 3,
+                num_attention_heads=4,
+                max_position_embeddings=128,
+                bos_token_id=None,
+                eos_token_id=IDS[END],
+                pad_token_id=IDS[PAD],
             )
-        ).eval()  # fmt: skip
+        ).eval()
     return model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of it hides self
 
 
 def fit(
-    model: PreTrainedModel, prompts: Sequence[Prompt], *, steps: int, rows: int, learning_rate: float,
-    draft_share: float, seed: int,
-) -> float:  # fmt: skip
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    *,
+    steps: int,
+    rows: int,
+    learning_rate: float,
+    draft_share: float,
+    seed: int,
+) -> float:
     """Fits ``model`` to demonstrations; returns the mean loss of the last steps, in nats a token.
 
     ``draft_share`` of the rows are prompt + draft + answer, two demonstrations, both learned: without them, a response
@@ -119,6 +131,10 @@ def pair_output(
     """Log-probs and rewards of a conditioned batch, conditioned and from the prompt alone, by the loss's own code."""
     hidden, head = hidden_and_head(model, on_device(batch, model.device))
     return ik.fused_inspo_loss(
-        hidden, labels=batch["labels"], marginal_labels=batch["marginal_labels"], objective=objective,
-        ref_logps=reference.flatten().to(model.device), **head,
-    )  # fmt: skip
+        hidden,
+        labels=batch["labels"],
+        marginal_labels=batch["marginal_labels"],
+        objective=objective,
+        ref_logps=reference.flatten().to(model.device),
+        **head,
+    )

@@ -33,7 +33,7 @@ def draw_arms(result: Mapping[str, Any], file: Path) -> None:
         for shift, measure, color, title in (
             (-0.12, "quality", "tab:blue", "exact quality"),
             (0.12, "lc_win_rate", "tab:purple", "length-controlled win rate"),
-        ):  # fmt: skip
+        ):
             _point(contrast, x + shift, entry[measure], color, title if x == 0 else None)
     contrast.axhline(0, color="gray", lw=1)
     contrast.set_xticks(range(len(OBJECTIVES)), list(OBJECTIVES.values()))
@@ -105,9 +105,14 @@ def draw_ablations(result: Mapping[str, Any], file: Path) -> None:
 
 
 AXIS_COLORS = {
-    "plain": "tab:orange", "inspo": "tab:blue", "other": "tab:purple", "conditioned reference": "tab:cyan",
-    "dropout": "tab:red", "anchored": "tab:green", "sft": "black",
-}  # fmt: skip
+    "plain": "tab:orange",
+    "inspo": "tab:blue",
+    "other": "tab:purple",
+    "conditioned reference": "tab:cyan",
+    "dropout": "tab:red",
+    "anchored": "tab:green",
+    "sft": "black",
+}
 
 
 def draw_axis(result: Mapping[str, Any], titles: Mapping[str, str], file: Path) -> None:
@@ -125,11 +130,17 @@ def draw_axis(result: Mapping[str, Any], titles: Mapping[str, str], file: Path) 
             shift = 1.03 ** (place - len(shown) / 2)  # beside each other, not on top of each other
             few = cell["seeds"] < most
             axes.errorbar(
-                [int(updates) * shift for updates in cell["updates"]], [gain["mean"] for gain in gains],
+                [int(updates) * shift for updates in cell["updates"]],
+                [gain["mean"] for gain in gains],
                 yerr=[[gain["mean"] - gain["low"] for gain in gains], [gain["high"] - gain["mean"] for gain in gains]],
-                fmt="o--" if few else "o-", color=AXIS_COLORS[arm], label=titles[arm], markersize=4, capsize=2,
-                lw=1 if few else 2, elinewidth=0.6 if few else 1.2,
-            )  # fmt: skip
+                fmt="o--" if few else "o-",
+                color=AXIS_COLORS[arm],
+                label=titles[arm],
+                markersize=4,
+                capsize=2,
+                lw=1 if few else 2,
+                elinewidth=0.6 if few else 1.2,
+            )
         axes.axhline(0, color="gray", ls=":", label="base")
         axes.set_xscale("log", base=2)
         ticks = [int(updates) for updates in result["plan"]["checkpoints"]]

@@ -39,20 +39,43 @@ PLANS = {
     "full": Plan(Size(), seeds=8, fewer=5),
     "quick": Plan(
         Size(
-            hidden_size=32, layers=1, word_lengths=(3,), fit_prompts=400, fit_steps=80, fit_rows=32, pairs=96,
-            updates=8, update_pairs=16, validation_prompts=24, test_prompts=24, held_out_pairs=24, samples=2,
+            hidden_size=32,
+            layers=1,
+            word_lengths=(3,),
+            fit_prompts=400,
+            fit_steps=80,
+            fit_rows=32,
+            pairs=96,
+            updates=8,
+            update_pairs=16,
+            validation_prompts=24,
+            test_prompts=24,
+            held_out_pairs=24,
+            samples=2,
         ),
-        seeds=3, fewer=2,
+        seeds=3,
+        fewer=2,
     ),
     # For an accelerator: a model of 19M parameters, more of everything else.
     "large": Plan(
         Size(
-            hidden_size=512, layers=6, word_lengths=(4, 5), fit_prompts=12_800, fit_steps=2000, fit_rows=256,
-            fit_learning_rate=1e-3, pairs=6400, updates=100, update_pairs=64, validation_prompts=400, test_prompts=800,
+            hidden_size=512,
+            layers=6,
+            word_lengths=(4, 5),
+            fit_prompts=12_800,
+            fit_steps=2000,
+            fit_rows=256,
+            fit_learning_rate=1e-3,
+            pairs=6400,
+            updates=100,
+            update_pairs=64,
+            validation_prompts=400,
+            test_prompts=800,
         ),
-        seeds=16, fewer=8,
+        seeds=16,
+        fewer=8,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -75,9 +98,15 @@ class Job:
             return runs.describe_base(size, self.seed, drafts=drafts, cache=cache, device=device)
         assert self.learning_rate is not None
         return runs.run(
-            ARMS[self.arm], size, self.seed, learning_rate=self.learning_rate, parameter=self.parameter,
-            part=self.part, cache=cache, device=device,
-        )  # fmt: skip
+            ARMS[self.arm],
+            size,
+            self.seed,
+            learning_rate=self.learning_rate,
+            parameter=self.parameter,
+            part=self.part,
+            cache=cache,
+            device=device,
+        )
 
     def updates(self, size: Size) -> int:
         return size.updates * ARMS[self.arm].updates if self.arm in ARMS else 0
@@ -129,9 +158,12 @@ def winners(plan: Plan, records: Iterable[Mapping[str, Any]]) -> dict[str, dict[
         inner = tried[1:-1] if arm.objective == "sft" else tried[:1]
         rate, parameter = tried[first]
         best[name] = {
-            "learning_rate": rate, "parameter": parameter, "quality": scores[first], "edge": tried[first] not in inner,
+            "learning_rate": rate,
+            "parameter": parameter,
+            "quality": scores[first],
+            "edge": tried[first] not in inner,
             "tried": [[*setting, score] for setting, score in zip(tried, scores)],
-        }  # fmt: skip
+        }
     return best
 
 
@@ -175,9 +207,15 @@ def step_seconds(size: Size, device: str) -> tuple[float, float]:
     arm = ARMS["dpo inspo"]
     clock = time.perf_counter()
     runs.train(
-        model, runs.label(pairs, Judge()), arm, arm.make_objective(0.1), learning_rate=1e-4, updates=6,
-        update_pairs=min(size.update_pairs, len(pairs)), seed=0,
-    )  # fmt: skip
+        model,
+        runs.label(pairs, Judge()),
+        arm,
+        arm.make_objective(0.1),
+        learning_rate=1e-4,
+        updates=6,
+        update_pairs=min(size.update_pairs, len(pairs)),
+        seed=0,
+    )
     return (time.perf_counter() - clock) / 6, fitting
 
 

@@ -155,22 +155,48 @@ One character is a token, an answer ends with `$`. Four tasks on words of {_or(s
 
 def _arms(result: Mapping[str, Any]) -> str:
     base = result["bases"][base_name(True)]
-    columns = ["", "seeds", "exact quality (95%)", "right", "tokens", "judge: wins over base", "over plain",
-               "length-controlled (95%)", "reward accuracy, prompt alone", "collapsed"]  # fmt: skip
+    columns = [
+        "",
+        "seeds",
+        "exact quality (95%)",
+        "right",
+        "tokens",
+        "judge: wins over base",
+        "over plain",
+        "length-controlled (95%)",
+        "reward accuracy, prompt alone",
+        "collapsed",
+    ]
     rows = [
-        ["base", base["seeds"], f"{base['quality']:.3f}", f"{base['right']:.2f}", f"{base['length']:.1f}", "0.500", "",
-         "0.500", "", ""]
-    ]  # fmt: skip
+        [
+            "base",
+            base["seeds"],
+            f"{base['quality']:.3f}",
+            f"{base['right']:.2f}",
+            f"{base['length']:.1f}",
+            "0.500",
+            "",
+            "0.500",
+            "",
+            "",
+        ]
+    ]
     for name, row in result["arms"].items():
-        rows.append([
-            ARMS[name].title, row["seeds"], _mean(row["quality"]), f"{row['right']:.2f}", f"{row['length']:.1f}",
-            f"{row['win_rate']['mean']:.3f}",
-            f"{row['win_rate_twin']['mean']:.3f}" if "win_rate_twin" in row else "",
-            _mean(row["lc_win_rate"]) if "lc_win_rate" in row else "",
-            # SFT's objective gives no rewards.
-            "" if ARMS[name].objective == "sft" else f"{row['marginal_accuracy']:.2f}",
-            f"{row['collapsed']} of {row['seeds']}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                ARMS[name].title,
+                row["seeds"],
+                _mean(row["quality"]),
+                f"{row['right']:.2f}",
+                f"{row['length']:.1f}",
+                f"{row['win_rate']['mean']:.3f}",
+                f"{row['win_rate_twin']['mean']:.3f}" if "win_rate_twin" in row else "",
+                _mean(row["lc_win_rate"]) if "lc_win_rate" in row else "",
+                # SFT's objective gives no rewards.
+                "" if ARMS[name].objective == "sft" else f"{row['marginal_accuracy']:.2f}",
+                f"{row['collapsed']} of {row['seeds']}",
+            ]
+        )
     taste = result["length_taste"]
     note = f"""
         Intervals of quality: t over seeds. The judge's win rates are its mean probability, without label noise; a tie
@@ -235,9 +261,12 @@ def _controls(result: Mapping[str, Any]) -> str:
     lines += ["", *_table(["", *columns], rows)] if rows else ["", "None is finished."]
     for entry in _contrasts(result, "no drafts"):
         gap = result["bases"][base_name(False)]["conditioning_gap"]
-        lines += ["", _filled(f"""
+        lines += [
+            "",
+            _filled(f"""
             On bases fitted without drafts, whose log π(y|x,y′) − log π(y|x) is {gap:+.2f} nats a token, InSPO-DPO −
-            DPO is {_signed(entry["quality"])}.""")]  # fmt: skip
+            DPO is {_signed(entry["quality"])}."""),
+        ]
     alone = """ORPO has an SFT term of its own, on the pair's own marginals, in every variant: no shuffled alternative,
         no further term. IPO's loss is a square of nats, beside which an SFT term of weight 1 hardly counts."""
     lines += ["", _filled(alone)]
@@ -270,11 +299,19 @@ def _curves(result: Mapping[str, Any]) -> str:
         for name in (f"{key} {variant}" for variant in VARIANTS):
             if curve := result["curves"].get(name):
                 first, last = curve[0], curve[-1]
-                rows.append([ARMS[name].title, *(
-                    cell for layout in ("conditioned", "marginal")
-                    for cell in (f"{last[f'{layout} accuracy']:.2f}",
-                                 f"{first[f'{layout} chosen']:.2f} → {last[f'{layout} chosen']:.2f}")
-                )])  # fmt: skip
+                rows.append(
+                    [
+                        ARMS[name].title,
+                        *(
+                            cell
+                            for layout in ("conditioned", "marginal")
+                            for cell in (
+                                f"{last[f'{layout} accuracy']:.2f}",
+                                f"{first[f'{layout} chosen']:.2f} → {last[f'{layout} chosen']:.2f}",
+                            )
+                        ),
+                    ]
+                )
     columns = [
         "",
         "reward accuracy, given the other",
@@ -282,19 +319,31 @@ def _curves(result: Mapping[str, Any]) -> str:
         "reward accuracy, prompt alone",
         "log π(y_w|x)",
     ]
-    return "\n".join([
-        "## What is trained, and what is used", "", "![curves](study_curves.png)", "",
-        "Held-out pairs; log-probs of chosen answers in nats a token, before and after training:", "",
-        *_table(columns, rows),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "## What is trained, and what is used",
+            "",
+            "![curves](study_curves.png)",
+            "",
+            "Held-out pairs; log-probs of chosen answers in nats a token, before and after training:",
+            "",
+            *_table(columns, rows),
+        ]
+    )
 
 
 def _ablations(result: Mapping[str, Any]) -> str:
     rows = [
-        [f"{group}: {_level(row['level'])}", ARMS[row["line"]].title, _signed(row["gain"]), f"{row['length']:.1f}",
-         f"{row['collapsed']} of {row['gain']['n']}"]
-        for group, members in result["ablations"].items() for row in members
-    ]  # fmt: skip
+        [
+            f"{group}: {_level(row['level'])}",
+            ARMS[row["line"]].title,
+            _signed(row["gain"]),
+            f"{row['length']:.1f}",
+            f"{row['collapsed']} of {row['gain']['n']}",
+        ]
+        for group, members in result["ablations"].items()
+        for row in members
+    ]
     note = """
         Learning rate and beta: factors of the tuned values. Own alternative: probability that a response is conditioned
         on the other response of its own pair, else on that of another pair of the same prompt kind. Marginal weight: at
@@ -303,15 +352,26 @@ def _ablations(result: Mapping[str, Any]) -> str:
     if silent:
         note += " With such labels the gains over the base are "
         note += "; ".join(f"{ARMS[row['line']].title} {_signed(row['gain'])}" for row in silent) + "."
-    return "\n".join([
-        "## One thing changed at a time (DPO)", "", "![ablations](study_ablations.png)", "",
-        *_table(["", "", "gain in quality over the base (95%)", "tokens", "collapsed"], rows), "", _filled(note),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "## One thing changed at a time (DPO)",
+            "",
+            "![ablations](study_ablations.png)",
+            "",
+            *_table(["", "", "gain in quality over the base (95%)", "tokens", "collapsed"], rows),
+            "",
+            _filled(note),
+        ]
+    )
 
 
 def _invariance(tabular: Mapping[str, Any]) -> str:
-    keys = ("gap_to_bayes", "error_of_decoded_preferences", "decoded_moves_with_ref_and_weights",
-            "policy_moves_with_ref_and_weights")  # fmt: skip
+    keys = (
+        "gap_to_bayes",
+        "error_of_decoded_preferences",
+        "decoded_moves_with_ref_and_weights",
+        "policy_moves_with_ref_and_weights",
+    )
     kinds = {"bradley_terry": "Bradley-Terry", "cyclic": "any, with cycles"}
     rows = [
         [title, training, name, *(f"{row[key]:.0e}" if row[key] < 1e-3 else f"{row[key]:.2f}" for key in keys)]
@@ -319,16 +379,29 @@ def _invariance(tabular: Mapping[str, Any]) -> str:
         for training in ("conditioned", "plain")
         for name, row in tabular[kind][training].items()
     ]
-    columns = ["preferences", "training", "scalarization", "excess over the Bayes risk, relative", "error of link⁻¹(u)",
-               "link⁻¹(u) moves with reference and weights", "policy moves"]  # fmt: skip
+    columns = [
+        "preferences",
+        "training",
+        "scalarization",
+        "excess over the Bayes risk, relative",
+        "error of link⁻¹(u)",
+        "link⁻¹(u) moves with reference and weights",
+        "policy moves",
+    ]
     shares = ("same_for_all_scalarizations", "same_for_other_weights", "same_for_other_reference", "is_the_favourite")
     alone = [
         [title, training, *(f"{tabular[kind]['prompt_only'][training][key]:.2f}" for key in shares)]
         for kind, title in kinds.items()
         for training in ("conditioned", "plain")
     ]
-    columns_alone = ["preferences", "training", "whatever the scalarization", "under other weights",
-                     "under another reference", "is the one that P favours"]  # fmt: skip
+    columns_alone = [
+        "preferences",
+        "training",
+        "whatever the scalarization",
+        "under other weights",
+        "under another reference",
+        "is the one that P favours",
+    ]
     lucky = " and ".join(
         f"{tabular[kind]['prompt_only']['reference_is_the_favourite']:.2f} ({title})" for kind, title in kinds.items()
     )
@@ -350,11 +423,21 @@ def _invariance(tabular: Mapping[str, Any]) -> str:
         training has its one optimum. Shares of the worlds in which the most likely answer stays the same, and is the
         one that wins most by P (the reference's own is in {lucky}):""",
     ]
-    return "\n".join([
-        "## Is the optimum invariant? Exactly, in a tabular world", "", _filled(intro), "", *_table(columns, rows), "",
-        *(_item(point) for point in points), "", *_table(columns_alone, alone), "",
-        "So (ii) being invariant implies nothing about (iii) and (iv), and (iv) is what answers.",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "## Is the optimum invariant? Exactly, in a tabular world",
+            "",
+            _filled(intro),
+            "",
+            *_table(columns, rows),
+            "",
+            *(_item(point) for point in points),
+            "",
+            *_table(columns_alone, alone),
+            "",
+            "So (ii) being invariant implies nothing about (iii) and (iv), and (iv) is what answers.",
+        ]
+    )
 
 
 def _doubts(result: Mapping[str, Any]) -> str:
@@ -390,7 +473,7 @@ def _doubts(result: Mapping[str, Any]) -> str:
         f"""Far from practice? Yes: models of 0.23M parameters, one right answer to a prompt, a synthetic judge with one
         bias, {size["updates"]} updates. What helps or hurts here says how the objectives behave in this world, not what
         they do to large models and human preferences.""",
-    ]  # fmt: skip
+    ]
     if result["unfinished"]:
         points.append(f"Not finished, and left out: {'; '.join(result['unfinished'])}.")
     return "\n".join(["## Reasons to doubt it, and checks", "", *(_item(point) for point in points)])

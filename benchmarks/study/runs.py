@@ -98,21 +98,33 @@ def start(size: Size, seed: int, *, drafts: bool, cache: Path, device: str = "cp
     if file.exists():
         return torch.load(file, weights_only=False)
     prompts = draw_prompts(
-        size.word_lengths, training=max(size.fit_prompts, size.pairs), validation=size.validation_prompts,
-        test=size.test_prompts, seed=seed,
-    )  # fmt: skip
+        size.word_lengths,
+        training=max(size.fit_prompts, size.pairs),
+        validation=size.validation_prompts,
+        test=size.test_prompts,
+        seed=seed,
+    )
     base = models.build(size.hidden_size, size.layers, seed, device)
     loss = models.fit(
-        base, prompts.training, steps=size.fit_steps, rows=size.fit_rows, learning_rate=size.fit_learning_rate,
-        draft_share=size.draft_share if drafts else 0.0, seed=seed,
-    )  # fmt: skip
+        base,
+        prompts.training,
+        steps=size.fit_steps,
+        rows=size.fit_rows,
+        learning_rate=size.fit_learning_rate,
+        draft_share=size.draft_share if drafts else 0.0,
+        seed=seed,
+    )
     made = Start(
-        prompts, {name: value.cpu() for name, value in base.state_dict().items()}, loss,
+        prompts,
+        {name: value.cpu() for name, value in base.state_dict().items()},
+        loss,
         candidates(base, prompts.training, size.pairs, seed),
         candidates(base, prompts.test, size.held_out_pairs, seed + 1),
-        {part: models.sample(base, getattr(prompts, part), count=size.samples, seed=_sampling_seed(seed, part))
-         for part in ("validation", "test")},
-    )  # fmt: skip
+        {
+            part: models.sample(base, getattr(prompts, part), count=size.samples, seed=_sampling_seed(seed, part))
+            for part in ("validation", "test")
+        },
+    )
     cache.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     torch.save(made, partial)
@@ -224,9 +236,19 @@ def reference_log_probs(base: PreTrainedModel, examples: Sequence[Example], arm:
 
 
 def train(
-    model: PreTrainedModel, examples: Sequence[Example], arm: Arm, objective: ik.Objective, *, learning_rate: float,
-    updates: int, update_pairs: int, seed: int, watch: Any = None, watch_every: int | None = None, decay: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    arm: Arm,
+    objective: ik.Objective,
+    *,
+    learning_rate: float,
+    updates: int,
+    update_pairs: int,
+    seed: int,
+    watch: Any = None,
+    watch_every: int | None = None,
+    decay: bool = True,
+) -> dict[str, Any]:
     """Trains ``model`` in place. ``watch(step)`` is called before each ``watch_every``-th update and after the last.
 
     None means each fifth of the updates. The learning rate rises over 8 updates, then falls linearly to 0, or with
@@ -259,9 +281,14 @@ def train(
             ref_logps = torch.where(torch.tensor(dropped), plain, reference[:, places]).flatten().to(model.device)
         hidden, head = models.hidden_and_head(model, batch)
         out = ik.fused_inspo_loss(
-            hidden, labels=batch["labels"], marginal_labels=batch["marginal_labels"] if arm.uses_marginals else None,
-            ref_logps=ref_logps, objective=objective, marginal_weight=arm.marginal_weight, **head,
-        )  # fmt: skip
+            hidden,
+            labels=batch["labels"],
+            marginal_labels=batch["marginal_labels"] if arm.uses_marginals else None,
+            ref_logps=ref_logps,
+            objective=objective,
+            marginal_weight=arm.marginal_weight,
+            **head,
+        )
         if not math.isfinite(out.loss.item()):
             return {"updates": done, "tokens": tokens, "finite": False}
         out.loss.backward()
@@ -304,9 +331,16 @@ def pair_output(
 
 
 def run(
-    arm: Arm, size: Size, seed: int, *, learning_rate: float, parameter: float | None, part: str, cache: Path,
+    arm: Arm,
+    size: Size,
+    seed: int,
+    *,
+    learning_rate: float,
+    parameter: float | None,
+    part: str,
+    cache: Path,
     device: str = "cpu",
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Trains one arm on one seed and answers the prompts of ``part`` ("validation" or "test") with it.
 
     The result holds what grading and judging need of each answer, so that every number follows from the result file;
@@ -324,17 +358,30 @@ def run(
         curve.append({"step": step} | reward_accuracies(model, held_out, objective, arm.separator))
 
     counts = train(
-        model, examples, arm, objective, learning_rate=learning_rate * arm.learning_rate,
-        updates=size.updates * arm.updates, update_pairs=size.update_pairs, seed=seed,
+        model,
+        examples,
+        arm,
+        objective,
+        learning_rate=learning_rate * arm.learning_rate,
+        updates=size.updates * arm.updates,
+        update_pairs=size.update_pairs,
+        seed=seed,
         watch=watch if part == "test" else None,
-    )  # fmt: skip
+    )
     prompts = getattr(begun.prompts, part)
     answers = models.sample(model, prompts, count=size.samples, seed=_sampling_seed(seed, part))
     return {
-        "arm": arm.name, "seed": seed, "part": part, "learning_rate": learning_rate, "parameter": parameter,
-        "pairs": len(examples), **counts, **graded(prompts, answers), "curve": curve,
+        "arm": arm.name,
+        "seed": seed,
+        "part": part,
+        "learning_rate": learning_rate,
+        "parameter": parameter,
+        "pairs": len(examples),
+        **counts,
+        **graded(prompts, answers),
+        "curve": curve,
         "seconds": round(time.perf_counter() - began, 1),
-    }  # fmt: skip
+    }
 
 
 def describe_base(size: Size, seed: int, *, drafts: bool, cache: Path, device: str = "cpu") -> dict[str, Any]:
@@ -351,8 +398,13 @@ def describe_base(size: Size, seed: int, *, drafts: bool, cache: Path, device: s
         for c, e in zip(begun.training, examples)
     ]
     return {
-        "arm": base_name(drafts), "seed": seed, "part": "test", "learning_rate": None, "parameter": None,
-        "fit_loss": begun.fit_loss, "pairs": len(examples),
+        "arm": base_name(drafts),
+        "seed": seed,
+        "part": "test",
+        "learning_rate": None,
+        "parameter": None,
+        "fit_loss": begun.fit_loss,
+        "pairs": len(examples),
         "conditioning_gap": {"chosen": gap[0], "rejected": gap[1]},
         "chosen_better": sum(b > 0 for b in better) / len(better),
         "chosen_worse": sum(b < 0 for b in better) / len(better),
@@ -360,7 +412,7 @@ def describe_base(size: Size, seed: int, *, drafts: bool, cache: Path, device: s
         **graded(begun.prompts.test, begun.answers["test"]),
         "right_lengths": "".join(str(len(world.right_answer(prompt))) for prompt in begun.prompts.test),
         "seconds": round(time.perf_counter() - began, 1),
-    }  # fmt: skip
+    }
 
 
 def base_name(drafts: bool) -> str:

@@ -105,8 +105,17 @@ def summarize(plan: Plan, records: Iterable[Mapping[str, Any]], replicates: int 
 def _base(runs: Runs, name: str) -> dict[str, Any]:
     seeds = runs.seeds(name)
     found = [runs.records[name, seed] for seed in seeds]
-    columns = ("quality", "right", "length", "unended", "fit_loss", "pairs", "chosen_better", "chosen_worse",
-               "chosen_longer")  # fmt: skip
+    columns = (
+        "quality",
+        "right",
+        "length",
+        "unended",
+        "fit_loss",
+        "pairs",
+        "chosen_better",
+        "chosen_worse",
+        "chosen_longer",
+    )
     means = {column: float(np.mean([r[column] for r in found])) for column in columns}
     gap = [min(r["conditioning_gap"].values()) for r in found]
     return {"seeds": len(seeds), **means, "conditioning_gap": float(np.mean(gap)), "lowest_gap": min(gap)}
@@ -254,10 +263,13 @@ def _of_correlations(values: Sequence[float]) -> dict[str, Any]:
 def _ablations(runs: Runs, arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]]]:
     """For each axis the arms along it, the unchanged one from the table included, all on the same seeds."""
     unchanged: dict[str, tuple[float | str, Sequence[str]]] = {
-        "label noise": (Judge().noise, VARIANTS), "own alternative": (1.0, ("inspo",)),
-        "learning rate": (1.0, ("plain", "inspo")), "beta": (1.0, ("plain", "inspo")),
-        "presentation": ("right behind the prompt", ("inspo",)), "marginal weight": (0.0, ("inspo",)),
-    }  # fmt: skip
+        "label noise": (Judge().noise, VARIANTS),
+        "own alternative": (1.0, ("inspo",)),
+        "learning rate": (1.0, ("plain", "inspo")),
+        "beta": (1.0, ("plain", "inspo")),
+        "presentation": ("right behind the prompt", ("inspo",)),
+        "marginal weight": (0.0, ("inspo",)),
+    }
     names = {arm.name for arm in arms}
     found: dict[str, list[dict[str, Any]]] = {}
     for group, (level, variants) in unchanged.items():
@@ -270,14 +282,16 @@ def _ablations(runs: Runs, arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]
         seeds = runs.seeds(*(name for name, _, _ in members))
         found[group] = [
             {
-                "arm": name, "level": at, "line": line,
+                "arm": name,
+                "level": at,
+                "line": line,
                 "quality": t_interval(runs.field(name, "quality", seeds)),
                 "gain": t_interval(_differences(runs, name, base_name(True), seeds)),
                 "length": float(np.mean(runs.field(name, "length", seeds))),
                 "collapsed": sum(runs.collapsed(name, seed) for seed in seeds),
             }
             for name, at, line in sorted(members, key=lambda m: (m[2], str(m[1])))
-        ]  # fmt: skip
+        ]
     return found
 
 

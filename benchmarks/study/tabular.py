@@ -121,9 +121,14 @@ def risk(u: Tensor, world: World, objective: ik.Objective) -> Tensor:
     zero = torch.zeros_like(u).flatten()
     # Losses of margin objectives see the sums through their difference alone, so u may stand for the chosen one's.
     sums = ik.PairSums(
-        chosen=u.flatten(), rejected=zero, ref_chosen=zero, ref_rejected=zero,
-        chosen_len=zero + 1, rejected_len=zero + 1, index=torch.arange(len(zero)),
-    )  # fmt: skip
+        chosen=u.flatten(),
+        rejected=zero,
+        ref_chosen=zero,
+        ref_rejected=zero,
+        chosen_len=zero + 1,
+        rejected_len=zero + 1,
+        index=torch.arange(len(zero)),
+    )
     different = 1 - torch.eye(world.size, dtype=DOUBLE)
     return (objective(sums).view(u.shape) * world.weights * world.preferences * different).sum((-2, -1))
 
@@ -188,9 +193,14 @@ def echoing(log_probs: Tensor, by: float) -> Tensor:
 
 
 def shared_descent(
-    world: World, scalarization: Scalarization, *, anchor: float = 0.0, step: float = 0.02, steps: int = 20_000,
+    world: World,
+    scalarization: Scalarization,
+    *,
+    anchor: float = 0.0,
+    step: float = 0.02,
+    steps: int = 20_000,
     gap: float = 1e-10,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Prompt-only log pi(y) (..., K), and how far each world's risk still is from its lower bound, by gradient descent.
 
     Worlds may be stacked in front and are descended side by side, until the largest excess risk is below ``gap`` or for

@@ -36,9 +36,14 @@ class Fits:
 
     def reason(self, dropped: int, of: int | None, name: str) -> str:
         share = f"{dropped}" if of is None else f"{dropped} of {of}"
-        limit = "" if self.max_length is None else (
-            f", or prompt, both responses and separator are more than max_length={self.max_length} tokens (raise it to "
-            "keep these pairs; responses are never cut)")  # fmt: skip
+        limit = (
+            ""
+            if self.max_length is None
+            else (
+                f", or prompt, both responses and separator are more than max_length={self.max_length} tokens (raise "
+                "it to keep these pairs; responses are never cut)"
+            )
+        )
         return f"{name}: dropped {share} pairs: an empty prompt or response{limit}"
 
 
@@ -73,9 +78,15 @@ class ConditioningCollator:
     """
 
     def __init__(
-        self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]], *, layout: str, strict: bool,
-        pad_token_id: int, separator_ids: Sequence[int], max_length: int | None,
-    ) -> None:  # fmt: skip
+        self,
+        collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+        *,
+        layout: str,
+        strict: bool,
+        pad_token_id: int,
+        separator_ids: Sequence[int],
+        max_length: int | None,
+    ) -> None:
         self.collator, self.layout, self.strict = collator, layout, strict
         self.pad_token_id, self.separator_ids, self.max_length = pad_token_id, separator_ids, max_length
         self.dropped = 0

@@ -41,9 +41,13 @@ def plain(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def conditioned(
-    batch: Mapping[str, Any], layout: str, *, pad_token_id: int, separator_ids: Sequence[int],
+    batch: Mapping[str, Any],
+    layout: str,
+    *,
+    pad_token_id: int,
+    separator_ids: Sequence[int],
     kept: Sequence[bool] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return the conditioned version of ``batch``; with ``kept``, only the pairs marked there are conditioned.
 
     Returns:
@@ -68,8 +72,10 @@ def conditioned(
             **given,
         }
     between = len(separator_ids)
-    branches = [2 * (len(w) + len(l) + between) if i not in laid_out["plain"] else len(w) + len(l)
-                for i, (_, w, l) in enumerate(pairs)]  # fmt: skip
+    branches = [
+        2 * (len(w) + len(l) + between) if i not in laid_out["plain"] else len(w) + len(l)
+        for i, (_, w, l) in enumerate(pairs)
+    ]
     own = laid_out["segment_ids"] < 2 * len(pairs)
     order = torch.cat([own.nonzero()[:, 0], (~own).nonzero()[:, 0]])
     scored = {name: laid_out[name][order] for name in ("rows", "labels", "segment_ids")}

@@ -93,9 +93,15 @@ def reference_logps(
 
 
 def pair_loss(
-    x: Tensor, head: dict[str, Any], scored: dict[str, Any], *,
-    objective: Objective, ref_logps: Tensor, marginal_weight: float, statistics: tuple[str, ...],
-) -> dict[str, Any]:  # fmt: skip
+    x: Tensor,
+    head: dict[str, Any],
+    scored: dict[str, Any],
+    *,
+    objective: Objective,
+    ref_logps: Tensor,
+    marginal_weight: float,
+    statistics: tuple[str, ...],
+) -> dict[str, Any]:
     """Return the results of the fused loss, which keeps no token's log-prob."""
     out = fused_inspo_loss(
         x,
@@ -113,10 +119,17 @@ def pair_loss(
 
 
 def token_loss(
-    x: Tensor, head: dict[str, Any], scored: dict[str, Any], *,
-    parts: list[tuple[Objective, float]], ref_logps: Tensor, marginal_weight: float, statistics: tuple[str, ...],
-    ld_alpha: float | None, use_weighting: bool,
-) -> dict[str, Any]:  # fmt: skip
+    x: Tensor,
+    head: dict[str, Any],
+    scored: dict[str, Any],
+    *,
+    parts: list[tuple[Objective, float]],
+    ref_logps: Tensor,
+    marginal_weight: float,
+    statistics: tuple[str, ...],
+    ld_alpha: float | None,
+    use_weighting: bool,
+) -> dict[str, Any]:
     """Return the results of a loss that weighs single tokens (LD-DPO), or pairs by the policy's log-probs (WPO)."""
     needed = marginal_weight != 0 or any(isinstance(objective, SFT) for objective, _ in parts)
     differentiated = len(x) if needed else scored["num_own"]
@@ -166,9 +179,11 @@ def _pair_sums(sums: Tensor, lengths: Tensor, ref_logps: Tensor, kinds: slice) -
     marginals = {}
     if len(sums) == 4:
         marginals = {
-            "marginal_chosen": sums[2], "marginal_rejected": sums[3],
-            "marginal_chosen_len": lengths[2], "marginal_rejected_len": lengths[3],
-        }  # fmt: skip
+            "marginal_chosen": sums[2],
+            "marginal_rejected": sums[3],
+            "marginal_chosen_len": lengths[2],
+            "marginal_rejected_len": lengths[3],
+        }
     index = torch.arange(sums.shape[1], device=sums.device)
     return PairSums(chosen, rejected, chosen_len, rejected_len, index, ref_chosen, ref_rejected, **marginals)
 

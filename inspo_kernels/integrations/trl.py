@@ -43,9 +43,18 @@ except ImportError as error:
     raise ImportError(f"{_NEEDS} ({error})") from error
 
 _FIELDS = (
-    "beta", "discopop_tau", "f_alpha_divergence_coef", "f_divergence_type", "label_smoothing", "ld_alpha",
-    "loss_type", "loss_weights", "max_length", "precompute_ref_log_probs", "use_weighting",
-)  # fmt: skip
+    "beta",
+    "discopop_tau",
+    "f_alpha_divergence_coef",
+    "f_divergence_type",
+    "label_smoothing",
+    "ld_alpha",
+    "loss_type",
+    "loss_weights",
+    "max_length",
+    "precompute_ref_log_probs",
+    "use_weighting",
+)
 _METHODS = ("_prepare_dataset", "compute_loss", "compute_ref_log_probs", "log")
 _missing = [f"DPOConfig.{n}" for n in _FIELDS if n not in {f.name for f in dataclasses.fields(DPOConfig)}]
 _missing += [f"DPOTrainer.{name}" for name in _METHODS if not hasattr(DPOTrainer, name)]
@@ -271,8 +280,10 @@ class InSPOTrainer(DPOTrainer):
 
     def _finish(self, ref_logps: Tensor) -> Finish:
         terms: dict[str, Any] = {
-            "ref_logps": ref_logps, "marginal_weight": self._marginal_weight, "statistics": STATISTICS,
-        }  # fmt: skip
+            "ref_logps": ref_logps,
+            "marginal_weight": self._marginal_weight,
+            "statistics": STATISTICS,
+        }
         if self.args.ld_alpha is None and not self.args.use_weighting:
             return partial(pair_loss, objective=objective_of(self._parts), **terms)
         options = {"ld_alpha": self.args.ld_alpha, "use_weighting": self.args.use_weighting}

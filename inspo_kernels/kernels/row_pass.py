@@ -206,9 +206,25 @@ def _row_pass_kernel(
         offset = tl.load(p_offset + i_row)
         before_tile = tl.load(p_rest + i_row)
     rest, moment, squares, logits, top_before, top_after = _sum_exp(
-        p_raw, p_bias, p_e, label, offset, num_cols, first, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS, STORE, MOMENT,
-        SQUARES, LOGITS, TOPS, BLOCK,
-    )  # fmt: skip
+        p_raw,
+        p_bias,
+        p_e,
+        label,
+        offset,
+        num_cols,
+        first,
+        vocab,
+        SCALE,
+        SOFTCAP,
+        OUTER,
+        HAS_BIAS,
+        STORE,
+        MOMENT,
+        SQUARES,
+        LOGITS,
+        TOPS,
+        BLOCK,
+    )
     times = tl.cast(0, tl.int32)
     factor = tl.cast(1.0, element)
     shift = tl.cast(0.0, element)
@@ -235,9 +251,25 @@ def _row_pass_kernel(
             times += 1
             tl.debug_barrier()
             rest, moment, squares, logits, top_before, top_after = _sum_exp(
-                p_raw, p_bias, p_e, label, offset, num_cols, first, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS, STORE,
-                MOMENT, SQUARES, LOGITS, TOPS, BLOCK,
-            )  # fmt: skip
+                p_raw,
+                p_bias,
+                p_e,
+                label,
+                offset,
+                num_cols,
+                first,
+                vocab,
+                SCALE,
+                SOFTCAP,
+                OUTER,
+                HAS_BIAS,
+                STORE,
+                MOMENT,
+                SQUARES,
+                LOGITS,
+                TOPS,
+                BLOCK,
+            )
     p_parts += i_row
     if not IS_FIRST:
         times_before = tl.load(p_raised + i_row)

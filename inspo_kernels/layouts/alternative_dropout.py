@@ -34,9 +34,7 @@ def checked_dropout(value: Any) -> float:
     return dropout
 
 
-def keeps_alternatives(
-    conditioned: bool | Sequence[bool], dropout: float, seed: int, count: int
-) -> list[bool]:  # fmt: skip
+def keeps_alternatives(conditioned: bool | Sequence[bool], dropout: float, seed: int, count: int) -> list[bool]:
     """Return for each of ``count`` pairs whether it is conditioned, as ``condition_pairs`` documents its arguments."""
     dropout, seed = checked_dropout(dropout), integer("dropout_seed", seed)
     if isinstance(conditioned, bool):

@@ -64,9 +64,13 @@ def condition_batch(
     ids = batch["input_ids"]
     separator = torch.as_tensor(separator_ids, dtype=ids.dtype).to(ids.device)
     laid_out = condition_pairs(
-        positions, pad_token_id=0, separator_ids=torch.arange(ids.numel(), ids.numel() + len(separator)),
-        conditioned=conditioned, alternative_dropout=alternative_dropout, dropout_seed=dropout_seed,
-    )  # fmt: skip
+        positions,
+        pad_token_id=0,
+        separator_ids=torch.arange(ids.numel(), ids.numel() + len(separator)),
+        conditioned=conditioned,
+        alternative_dropout=alternative_dropout,
+        dropout_seed=dropout_seed,
+    )
     source = laid_out["input_ids"].to(ids.device)
     attention, position_ids = (laid_out[name].to(ids.device) for name in ("attention_mask", "position_ids"))
     scored = (laid_out["labels"] != IGNORE_INDEX).to(ids.device)

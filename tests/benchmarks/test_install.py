@@ -47,9 +47,10 @@ def test_an_extra_brings_all_that_its_folder_imports(folder, extra, package):
     brought = {*names(package["install_requires"]), *names(package["extras_require"][extra])}
     distributions = packages_distributions()
     missing = {
-        module for module in third_party(folder)
+        module
+        for module in third_party(folder)
         if not brought & {name.replace("_", "-").lower() for name in distributions.get(module, [module])}
-    }  # fmt: skip
+    }
     assert missing <= {"pytest"}  # which pytest-benchmark brings
 
 

@@ -36,8 +36,20 @@ def no_processes(monkeypatch):
 
 def test_quick_loss_writes_a_complete_file(tmp_path, capsys):
     file = tmp_path / "loss.json"
-    loss.main(["--quick", "--shape", "quick", "--rounds", "3", "--contenders", "torch", "cut_cross_entropy",
-               "--json", str(file)])  # fmt: skip
+    loss.main(
+        [
+            "--quick",
+            "--shape",
+            "quick",
+            "--rounds",
+            "3",
+            "--contenders",
+            "torch",
+            "cut_cross_entropy",
+            "--json",
+            str(file),
+        ]
+    )
     result = json.loads(file.read_text())
     (cell,) = result["cells"]
     assert result["finished"] and cell["scored_tokens"] == 128
@@ -155,9 +167,12 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     file = tmp_path / "loss.json"
     command = [sys.executable, "-m", "benchmarks.loss", "--shape", "quick", "--rounds", "10000000"]
     process = subprocess.Popen(
-        [*command, "--contenders", "torch", "--json", str(file)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        [*command, "--contenders", "torch", "--json", str(file)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what is behind "&"
-    )  # fmt: skip
+    )
     try:
         deadline = time.monotonic() + 120
         while not (file.exists() and '"rounds"' in file.read_text()):

@@ -87,8 +87,21 @@ def test_quick_run_writes_a_complete_file(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(step, "peak_memory_in_fresh_process", peak)
     file = tmp_path / "step.json"
-    step.main(["--quick", "--shares", "0.5", "--rounds", "2", "--updates", "1", "--contenders", *contenders,
-               "--json", str(file)])  # fmt: skip
+    step.main(
+        [
+            "--quick",
+            "--shares",
+            "0.5",
+            "--rounds",
+            "2",
+            "--updates",
+            "1",
+            "--contenders",
+            *contenders,
+            "--json",
+            str(file),
+        ]
+    )
     result = json.loads(file.read_text())
     (cell,) = result["cells"]
     rows = cell["contenders"]

@@ -16,11 +16,24 @@ from benchmarks.study.statistics import t_interval
 
 MICRO = Plan(
     Size(
-        hidden_size=16, layers=1, word_lengths=(3,), fit_prompts=80, fit_steps=6, fit_rows=8, pairs=24, updates=2,
-        update_pairs=8, validation_prompts=8, test_prompts=8, held_out_pairs=8, samples=2,
+        hidden_size=16,
+        layers=1,
+        word_lengths=(3,),
+        fit_prompts=80,
+        fit_steps=6,
+        fit_rows=8,
+        pairs=24,
+        updates=2,
+        update_pairs=8,
+        validation_prompts=8,
+        test_prompts=8,
+        held_out_pairs=8,
+        samples=2,
     ),
-    seeds=2, fewer=2, arms=("dpo plain", "dpo inspo", "sft", "dpo plain, no drafts", "dpo inspo, label noise 0.5"),
-)  # fmt: skip
+    seeds=2,
+    fewer=2,
+    arms=("dpo plain", "dpo inspo", "sft", "dpo plain, no drafts", "dpo inspo, label noise 0.5"),
+)
 
 
 def lines_of(file):
@@ -89,10 +102,16 @@ def test_grids_have_at_most_six_points_and_an_inner_winner_is_no_edge():
 
     def records(best):
         return [
-            {"arm": name, "part": "validation", "learning_rate": rate, "parameter": parameter,
-             "quality": 0.9 if (name, rate, parameter) in best else 0.5}
-            for name in ("dpo plain", "sft") for rate, parameter in grid(ARMS[name])
-        ]  # fmt: skip
+            {
+                "arm": name,
+                "part": "validation",
+                "learning_rate": rate,
+                "parameter": parameter,
+                "quality": 0.9 if (name, rate, parameter) in best else 0.5,
+            }
+            for name in ("dpo plain", "sft")
+            for rate, parameter in grid(ARMS[name])
+        ]
 
     middle = {("dpo plain", *grid(ARMS["dpo plain"])[0]), ("sft", *grid(ARMS["sft"])[1])}
     assert [won["edge"] for won in winners(small, records(middle)).values()] == [False, False]
@@ -115,9 +134,17 @@ def test_the_tuning_seed_is_used_for_nothing_else():
 def record(arm, seed, edits, lengths, **more):
     quality = 1 - sum(int(e, 36) for e in edits) / len(edits) / 4
     return {
-        "arm": arm, "seed": seed, "part": "test", "edits": edits, "lengths": lengths, "right_lengths": "44",
-        "quality": quality, "unended": 0.0, "finite": True, **more,
-    }  # fmt: skip
+        "arm": arm,
+        "seed": seed,
+        "part": "test",
+        "edits": edits,
+        "lengths": lengths,
+        "right_lengths": "44",
+        "quality": quality,
+        "unended": 0.0,
+        "finite": True,
+        **more,
+    }
 
 
 def test_win_rates_follow_from_edits_and_lengths():
@@ -132,10 +159,13 @@ def test_win_rates_follow_from_edits_and_lengths():
 @pytest.mark.parametrize(
     ("change", "collapsed"),
     [
-        ({}, False), ({"quality": 0.41}, False), ({"quality": 0.39}, True), ({"unended": 0.3}, True),
+        ({}, False),
+        ({"quality": 0.41}, False),
+        ({"quality": 0.39}, True),
+        ({"unended": 0.3}, True),
         ({"finite": False}, True),
     ],
-)  # fmt: skip
+)
 def test_collapse_is_what_the_report_says_it_is(change, collapsed):
     base = record("base", 0, "2222", "4444")  # quality one half
     runs = summary.Runs([base, record("dpo plain", 0, "2222", "4444", **change)])

@@ -91,10 +91,14 @@ def loss_of(arm: Arm, model, examples, *, marginal_weight: float | None = None) 
     hidden, head = models.hidden_and_head(model, batch)
     reference = runs.reference_log_probs(model, examples, arm).flatten()
     return ik.fused_inspo_loss(
-        hidden, labels=batch["labels"], marginal_labels=batch["marginal_labels"] if arm.uses_marginals else None,
-        ref_logps=reference if objective.needs_reference else None, objective=objective,
-        marginal_weight=arm.marginal_weight if marginal_weight is None else marginal_weight, **head,
-    ).loss.item()  # fmt: skip
+        hidden,
+        labels=batch["labels"],
+        marginal_labels=batch["marginal_labels"] if arm.uses_marginals else None,
+        ref_logps=reference if objective.needs_reference else None,
+        objective=objective,
+        marginal_weight=arm.marginal_weight if marginal_weight is None else marginal_weight,
+        **head,
+    ).loss.item()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -161,12 +165,21 @@ def test_twice_is_twice_the_updates_on_the_same_pairs_and_all_of_the_table_make_
     for name in ("dpo plain", "dpo inspo", "dpo anchored", "dpo twice"):
         arm, model = ARMS[name], models.build(32, 1, seed=0)
         counts[name] = runs.train(
-            model, examples, arm, arm.make_objective(0.3), learning_rate=1e-3, updates=3 * arm.updates,
-            update_pairs=8, seed=5,
-        )  # fmt: skip
+            model,
+            examples,
+            arm,
+            arm.make_objective(0.3),
+            learning_rate=1e-3,
+            updates=3 * arm.updates,
+            update_pairs=8,
+            seed=5,
+        )
     assert {name: count["updates"] for name, count in counts.items()} == {
-        "dpo plain": 3, "dpo inspo": 3, "dpo anchored": 3, "dpo twice": 6,
-    }  # fmt: skip
+        "dpo plain": 3,
+        "dpo inspo": 3,
+        "dpo anchored": 3,
+        "dpo twice": 6,
+    }
     assert seen["dpo plain"] == seen["dpo inspo"] == seen["dpo anchored"] == seen["dpo twice"][:24]
     assert counts["dpo inspo"]["tokens"] == counts["dpo anchored"]["tokens"] > counts["dpo plain"]["tokens"]
 

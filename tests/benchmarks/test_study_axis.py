@@ -17,13 +17,29 @@ from benchmarks.study.runs import Example, Size
 from benchmarks.study.world import Judge, encode
 
 SIZE = Size(
-    hidden_size=16, layers=1, word_lengths=(3,), fit_prompts=80, fit_steps=3, fit_rows=8, pairs=24, updates=2,
-    update_pairs=8, validation_prompts=8, test_prompts=8, held_out_pairs=8, samples=2,
-)  # fmt: skip
+    hidden_size=16,
+    layers=1,
+    word_lengths=(3,),
+    fit_prompts=80,
+    fit_steps=3,
+    fit_rows=8,
+    pairs=24,
+    updates=2,
+    update_pairs=8,
+    validation_prompts=8,
+    test_prompts=8,
+    held_out_pairs=8,
+    samples=2,
+)
 PLAN = AxisPlan(
-    SIZE, pairs=(8, 16), checkpoints=(1, 2), tested_updates=2, tested_seeds=3, seeds=1,
+    SIZE,
+    pairs=(8, 16),
+    checkpoints=(1, 2),
+    tested_updates=2,
+    tested_seeds=3,
+    seeds=1,
     arms=("plain", "inspo", "other", "dropout"),
-)  # fmt: skip
+)
 EXAMPLES = [
     Example(encode("Rabc="), encode("cba$"), encode("a$"), (-1.0, -2.0), (encode("a$"), encode("cba$"))),
     Example(encode("Nab="), encode("bc~~$"), encode("c$"), (-3.0, -4.0), (encode("c$"), encode("bc~~$"))),
@@ -112,10 +128,15 @@ def test_the_planned_runs_are_those_of_the_protocol():
     assert {job.seed for job in jobs} == set(range(730_000, 730_024))
     text = " ".join((command.report.DOCS / "study_protocol.md").read_text().split())
     for words in (
-        "24: 730000 to 730023", "5: 730000 to 730004", "{20, 40, 80, 160} updates",
-        "learning rate is 3e-4, constant", "Beta is 0.1", "learning rate 1e-3", "160 updates of 32 pairs",
+        "24: 730000 to 730023",
+        "5: 730000 to 730004",
+        "{20, 40, 80, 160} updates",
+        "learning rate is 3e-4, constant",
+        "Beta is 0.1",
+        "learning rate 1e-3",
+        "160 updates of 32 pairs",
         "240 validation prompts and 400 test prompts",
-    ):  # fmt: skip
+    ):
         assert words in text
     size = plan.size
     assert (plan.learning_rate, plan.sft_learning_rate, plan.beta, size.update_pairs) == (3e-4, 1e-3, 0.1, 32)

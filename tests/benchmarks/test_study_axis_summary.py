@@ -185,9 +185,10 @@ def test_the_committed_tests_follow_from_the_answers(committed, records):
     at_80 = {arm: [qualities(records, arm, seed)[80] for seed in seeds] for arm in ("plain", "inspo", "other")}
     at_best = {arm: [best(records, arm, seed) for seed in seeds] for arm in ("plain", "inspo")}
     pairs = {
-        "H1": (at_80["inspo"], at_80["plain"]), "H2": (at_best["inspo"], at_best["plain"]),
+        "H1": (at_80["inspo"], at_80["plain"]),
+        "H2": (at_best["inspo"], at_best["plain"]),
         "H3": (at_80["inspo"], at_80["other"]),
-    }  # fmt: skip
+    }
     p_values = {name: scipy.stats.ttest_rel(*both).pvalue for name, both in pairs.items()}
     ranked = sorted(p_values, key=p_values.__getitem__)
     adjusted = np.maximum.accumulate([min(1, (3 - i) * p_values[name]) for i, name in enumerate(ranked)])

@@ -253,9 +253,11 @@ def test_table_agrees_with_a_plain_computation(committed):
             for seed, evaluation in zip(result["seeds"], evaluations):
                 theirs = runs["base", seed][0]["test"]
                 scores = zip(*evaluation["test"].values(), *theirs.values())
-                wins.append(statistics.mean(
-                    1 / (1 + math.exp(judge.a * (b - q) / 1000 + judge.b * (m - n))) for q, n, b, m in scores
-                ))  # fmt: skip
+                wins.append(
+                    statistics.mean(
+                        1 / (1 + math.exp(judge.a * (b - q) / 1000 + judge.b * (m - n))) for q, n, b, m in scores
+                    )
+                )
             assert row["win_rate"]["mean"] == pytest.approx(statistics.mean(wins))
 
 
@@ -272,10 +274,15 @@ def test_committed_runs_follow_the_protocol(committed):
     size = Size(**{k: tuple(v) if isinstance(v, list) else v for k, v in result["settings"]["size"].items()})
     assert size == Size() and result["margin"] == code_study.MARGIN
     for words in (
-        f"**{size.pairs} pairs a seed**", f"±{result['margin']:g}", f"each of {size.test_prompts} test prompts",
-        f"each of {size.validation_prompts} validation prompts", f"learning rate is {size.learning_rate:g}",
-        "Epochs 1, 3 and 10", f"encoding of {size.vocabulary:,}", f"{size.fit_steps:,} steps of {size.fit_rows} rows",
-    ):  # fmt: skip
+        f"**{size.pairs} pairs a seed**",
+        f"±{result['margin']:g}",
+        f"each of {size.test_prompts} test prompts",
+        f"each of {size.validation_prompts} validation prompts",
+        f"learning rate is {size.learning_rate:g}",
+        "Epochs 1, 3 and 10",
+        f"encoding of {size.vocabulary:,}",
+        f"{size.fit_steps:,} steps of {size.fit_rows} rows",
+    ):
         assert words in protocol, words
     lengths = {len(e["test"]["quality"]) for evaluations in runs.values() for e in evaluations}
     assert lengths == {size.samples * size.test_prompts}

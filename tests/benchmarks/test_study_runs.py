@@ -14,9 +14,20 @@ from benchmarks.study.runs import Example, Size
 from benchmarks.study.world import END, EQUALS, IDS, Judge, Prompt, encode
 
 SIZE = Size(
-    hidden_size=16, layers=1, word_lengths=(3,), fit_prompts=80, fit_steps=3, fit_rows=8, pairs=24, updates=2,
-    update_pairs=8, validation_prompts=8, test_prompts=16, held_out_pairs=8, samples=2,
-)  # fmt: skip
+    hidden_size=16,
+    layers=1,
+    word_lengths=(3,),
+    fit_prompts=80,
+    fit_steps=3,
+    fit_rows=8,
+    pairs=24,
+    updates=2,
+    update_pairs=8,
+    validation_prompts=8,
+    test_prompts=16,
+    held_out_pairs=8,
+    samples=2,
+)
 
 
 @pytest.fixture
@@ -65,8 +76,15 @@ def test_a_pair_is_the_best_and_the_worst_ended_answer_in_random_order(monkeypat
     assert len(set(dice)) == 50 and all(0 <= d < 1 for one in dice for d in one[:3])
 
 
-NAMES = ("dpo inspo, label noise 0.5", "dpo shuffled", "dpo twice", "dpo plain, learning rate 3.0",
-         "dpo inspo, no drafts", "dpo anchored", "dpo inspo, presentation after another =")  # fmt: skip
+NAMES = (
+    "dpo inspo, label noise 0.5",
+    "dpo shuffled",
+    "dpo twice",
+    "dpo plain, learning rate 3.0",
+    "dpo inspo, no drafts",
+    "dpo anchored",
+    "dpo inspo, presentation after another =",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,9 +182,12 @@ def test_shares_of_prompt_only_favourites(monkeypatch):
         for _ in range(3)
     )
     answers = {
-        (id(here), "logistic"): [0, 1], (id(here), "squared"): [0, 1], (id(here), "exponential"): [0, 0],
-        (id(reference), "logistic"): [1, 1], (id(weights), "logistic"): [0, 1],
-    }  # fmt: skip
+        (id(here), "logistic"): [0, 1],
+        (id(here), "squared"): [0, 1],
+        (id(here), "exponential"): [0, 0],
+        (id(reference), "logistic"): [1, 1],
+        (id(weights), "logistic"): [0, 1],
+    }
 
     def policy(world, scalarization):
         (name,) = (name for name, s in tabular.SCALARIZATIONS.items() if s is scalarization)
@@ -177,10 +198,16 @@ def test_shares_of_prompt_only_favourites(monkeypatch):
     monkeypatch.setattr(tabular, "plain_optimum", policy)
     changed = {"reference": reference, "weights": weights}
     found = tabular._prompt_only(here, changed)
-    assert found["conditioned"] == found["plain"] == {
-        "same_for_all_scalarizations": 0.5, "same_for_other_reference": 0.5, "same_for_other_weights": 1.0,
-        "is_the_favourite": 1.0,
-    }  # fmt: skip
+    assert (
+        found["conditioned"]
+        == found["plain"]
+        == {
+            "same_for_all_scalarizations": 0.5,
+            "same_for_other_reference": 0.5,
+            "same_for_other_weights": 1.0,
+            "is_the_favourite": 1.0,
+        }
+    )
     assert found["reference_is_the_favourite"] == 0.5
     excess[1] = torch.nan
     with pytest.raises(ArithmeticError, match="excess risk of nan"):

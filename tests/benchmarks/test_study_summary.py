@@ -69,8 +69,13 @@ def length_controlled(answers, arms, seed):
         gradient = [slope.sum((1, 2)) + 1e-3 * arm, [(slope * taste).sum() + 1e-3 * phi], slope.sum((0, 2)) + prompt]
         return value, np.concatenate(gradient)
 
-    fit = scipy.optimize.minimize(loss, np.zeros(n + 1 + prompts), jac=True, method="L-BFGS-B",
-                                  options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-6})  # fmt: skip
+    fit = scipy.optimize.minimize(
+        loss,
+        np.zeros(n + 1 + prompts),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-6},
+    )
     arm, prompt = fit.x[:n], fit.x[n + 1 :]
     return dict(zip(arms, (1 / (1 + np.exp(-arm[:, None] - prompt))).mean(1)))
 
@@ -131,8 +136,11 @@ def test_contrasts_are_paired_by_seed_and_adjusted_over_the_five(found, answers)
 
 
 def test_rows_hold_quality_gain_and_win_rates_over_base_and_twin(found, answers):
-    for arm, twin, base in (("dpo inspo", "dpo plain", "base"), ("orpo anchored", "orpo plain", "base"),
-                            ("dpo inspo, no drafts", "dpo plain, no drafts", "base, no drafts")):  # fmt: skip
+    for arm, twin, base in (
+        ("dpo inspo", "dpo plain", "base"),
+        ("orpo anchored", "orpo plain", "base"),
+        ("dpo inspo, no drafts", "dpo plain, no drafts", "base, no drafts"),
+    ):
         row = found["arms"][arm]
         seeds = range(row["seeds"])
         assert row["quality"]["mean"] == pytest.approx(np.mean([quality(answers, arm, s) for s in seeds]))

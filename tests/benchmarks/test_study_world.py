@@ -22,10 +22,20 @@ def test_right_answers(prompt, right):
 @pytest.mark.parametrize(
     ("answer", "wrong"),
     [
-        ("dcba$", 0), ("~dc~ba~~$", 0), ("dcbb$", 1), ("dcb$", 1), ("dcbaa$", 1), ("cba$", 1), ("$", 4), ("~~~$", 4),
-        ("abcd$", 4), ("aaaaaaaaaa$", 4), ("dcba", 4), ("R=dcba$", 2),
+        ("dcba$", 0),
+        ("~dc~ba~~$", 0),
+        ("dcbb$", 1),
+        ("dcb$", 1),
+        ("dcbaa$", 1),
+        ("cba$", 1),
+        ("$", 4),
+        ("~~~$", 4),
+        ("abcd$", 4),
+        ("aaaaaaaaaa$", 4),
+        ("dcba", 4),
+        ("R=dcba$", 2),
     ],
-)  # fmt: skip
+)
 def test_quality_counts_edits_but_no_filler_and_nothing_is_an_answer_without_its_end(answer, wrong):
     prompt = Prompt("R", "abcd")
     assert edits(prompt, answer) == wrong
@@ -51,11 +61,13 @@ def test_with_half_of_the_labels_turned_round_nothing_is_left_to_learn():
     rng = random.Random(1)
     pairs = [
         Candidates(
-            Prompt("R", "abcd"), ("dcba$", "abcd~$") if i % 2 else ("abcd~$", "dcba$"), (0.0, 0.0),
+            Prompt("R", "abcd"),
+            ("dcba$", "abcd~$") if i % 2 else ("abcd~$", "dcba$"),
+            (0.0, 0.0),
             (rng.random(), rng.random(), 0.0, 0),
         )
         for i in range(4000)
-    ]  # fmt: skip
+    ]
     for noise, expected in ((0.0, 1.0), (0.5, 0.5)):
         chosen = [decode(e.chosen) == "dcba$" for e in label(pairs, Judge(noise=noise))]
         assert sum(chosen) / len(chosen) == pytest.approx(expected, abs=0.03)

@@ -34,9 +34,13 @@ def error_of(kind: str, rank: int) -> str:
     given |= other if dist.get_rank() == rank else {}
     try:
         ik.fused_inspo_loss(
-            given.pop("hidden"), case.weight[own], given.pop("labels"), bias=case.bias[own],
-            process_group=dist.group.WORLD, **given,
-        )  # fmt: skip
+            given.pop("hidden"),
+            case.weight[own],
+            given.pop("labels"),
+            bias=case.bias[own],
+            process_group=dist.group.WORLD,
+            **given,
+        )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -50,10 +54,15 @@ def error_in_mesh(rank: int) -> str:
     own = cuts(29, 2)[dist.get_rank() % 2]
     try:
         ik.fused_inspo_loss(
-            given.pop("hidden"), case.weight[own], given.pop("labels"), **given, ref_logps=case.ref_logps,
+            given.pop("hidden"),
+            case.weight[own],
+            given.pop("labels"),
+            **given,
+            ref_logps=case.ref_logps,
             objective="ipo" if dist.get_rank() == rank else "dpo",
-            process_group=mesh.get_group("words"), sequence_group=mesh.get_group("sequence"),
-        )  # fmt: skip
+            process_group=mesh.get_group("words"),
+            sequence_group=mesh.get_group("sequence"),
+        )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -64,9 +73,14 @@ def unscored() -> str:
     labels, segments = torch.tensor([1, 2]), torch.tensor([[0, 1], [2, 0], [1, 2]])[dist.get_rank()]
     try:
         ik.fused_inspo_loss(
-            hidden, torch.randn(9, 6), labels, segment_ids=segments, num_pairs=2, objective="simpo",
+            hidden,
+            torch.randn(9, 6),
+            labels,
+            segment_ids=segments,
+            num_pairs=2,
+            objective="simpo",
             sequence_group=dist.group.WORLD,
-        )  # fmt: skip
+        )
     except ValueError as error:
         return str(error)
     return ""

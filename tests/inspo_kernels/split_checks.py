@@ -275,9 +275,15 @@ def sequence_loss(
             torch.testing.assert_close(part_of_sum, t[own], rtol=1e-10, atol=1e-11)
     transform = {name: options[name] for name in ("softcap", "logit_scale") if name in options}
     sums, lengths_found = ik.pair_logps(
-        here["hidden"], case.weight[own], here["labels"], bias=case.bias[own], **groups, **shift, **transform,
+        here["hidden"],
+        case.weight[own],
+        here["labels"],
+        bias=case.bias[own],
+        **groups,
+        **shift,
+        **transform,
         **{k: v for k, v in here.items() if k not in ("hidden", "labels")},
         **({"num_pairs": len(lengths)} if form == "compact" else {}),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(sums[:2].flatten(), true[1], rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(lengths_found[:2].flatten().double(), true[3])

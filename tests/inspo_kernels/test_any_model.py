@@ -12,9 +12,19 @@ from inspo_kernels import condition_pairs, hidden_and_head, linear_logps, tree_u
 
 # One for each way in which a model differs from the rest.
 SOME = [
-    "bart", "bloom", "deepseek_v3", "falcon_h1", "gpt_bigcode", "gpt_oss", "hyperclovax", "llama4_text", "mamba",
-    "nanochat", "roberta", "xlnet",
-]  # fmt: skip
+    "bart",
+    "bloom",
+    "deepseek_v3",
+    "falcon_h1",
+    "gpt_bigcode",
+    "gpt_oss",
+    "hyperclovax",
+    "llama4_text",
+    "mamba",
+    "nanochat",
+    "roberta",
+    "xlnet",
+]
 PAIRS = [
     tuple(torch.randint(3, 79, (length,), generator=torch.Generator().manual_seed(length)) for length in lengths)
     for lengths in ((5, 13, 17), (12, 16, 1), (1, 1, 14), (20, 2, 3))

@@ -544,9 +544,14 @@ class TestCustomObjectives:
         torch.testing.assert_close(out.logps, clean.logps)
         with torch.no_grad():
             evaluated = ik.fused_inspo_loss(
-                case.hidden, case.weight, case.labels, bias=case.bias, ref_logps=case.ref_logps, objective=Careless(),
+                case.hidden,
+                case.weight,
+                case.labels,
+                bias=case.bias,
+                ref_logps=case.ref_logps,
+                objective=Careless(),
                 backend=backend,
-            )  # fmt: skip
+            )
         torch.testing.assert_close(evaluated.logps, clean.logps)
         torch.testing.assert_close(evaluated.loss, out.loss.detach())
 

@@ -400,8 +400,13 @@ def test_bad_objectives_say_what_to_change(call, error, message):
 def test_an_impossible_chosen_response_costs_infinitely_much():
     one = torch.ones(1, dtype=torch.float64)
     sums = ik.PairSums(
-        chosen=-torch.inf * one, rejected=-one, chosen_len=one, rejected_len=one, index=torch.arange(1),
-        ref_chosen=-one, ref_rejected=-one,
-    )  # fmt: skip
+        chosen=-torch.inf * one,
+        rejected=-one,
+        chosen_len=one,
+        rejected_len=one,
+        index=torch.arange(1),
+        ref_chosen=-one,
+        ref_rejected=-one,
+    )
     for objective in (ik.DPO(), ik.RDPO(), ik.Hinge(), ik.SimPO(), ik.NCA(), ik.BCO(), ik.SPPO(), ik.SigmoidNorm()):
         assert objective(sums).item() == torch.inf

@@ -56,9 +56,15 @@ def test_evaluation_gives_the_loss_of_training(objective):
     out, _ = run(RAGGED, backend="torch", objective=objective, max_workspace_bytes=5 * ROW)
     with torch.no_grad():
         evaluated = ik.fused_inspo_loss(
-            RAGGED.hidden, RAGGED.weight, RAGGED.labels, bias=RAGGED.bias, ref_logps=RAGGED.ref_logps,
-            marginal_labels=RAGGED.marginal_labels, objective=objective, backend="torch",
-        )  # fmt: skip
+            RAGGED.hidden,
+            RAGGED.weight,
+            RAGGED.labels,
+            bias=RAGGED.bias,
+            ref_logps=RAGGED.ref_logps,
+            marginal_labels=RAGGED.marginal_labels,
+            objective=objective,
+            backend="torch",
+        )
     torch.testing.assert_close(evaluated.loss, out.loss.detach(), rtol=1e-12, atol=0)
 
 
@@ -98,9 +104,15 @@ def test_sft_of_the_compact_form_equals_rows(backend, marginals):
     expected, (_, d_weight, _) = run(RAGGED, backend="torch", objective="sft", marginal_labels=labels)
     weight = RAGGED.weight.clone().requires_grad_()
     out = ik.fused_inspo_loss(
-        compact["hidden"], weight, compact["labels"], segment_ids=compact["segment_ids"], num_pairs=4,
-        bias=RAGGED.bias, objective="sft", backend=backend,
-    )  # fmt: skip
+        compact["hidden"],
+        weight,
+        compact["labels"],
+        segment_ids=compact["segment_ids"],
+        num_pairs=4,
+        bias=RAGGED.bias,
+        objective="sft",
+        backend=backend,
+    )
     torch.testing.assert_close(out.loss, expected.loss, rtol=1e-12, atol=0)
     assert relative_error(gradients_of(out.loss, weight)[0], d_weight) < 1e-11
 
@@ -111,9 +123,13 @@ def test_compiled_instances_equal_eager(objective):
 
     def loss(hidden, weight):
         return ik.fused_inspo_loss(
-            hidden, weight, RAGGED.labels, objective=objective, ref_logps=RAGGED.ref_logps,
+            hidden,
+            weight,
+            RAGGED.labels,
+            objective=objective,
+            ref_logps=RAGGED.ref_logps,
             marginal_labels=RAGGED.marginal_labels,
-        ).loss  # fmt: skip
+        ).loss
 
     leaves = [t.clone().requires_grad_() for t in (RAGGED.hidden, RAGGED.weight)]
     expected = loss(*leaves)

@@ -43,9 +43,14 @@ class Batch:
         ref_chosen, ref_rejected = self.reference.double().sum(1).chunk(2)
         chosen_len, rejected_len = self.mask.sum(1).double().chunk(2)
         return ik.PairSums(
-            chosen=chosen, rejected=rejected, chosen_len=chosen_len, rejected_len=rejected_len,
-            index=torch.arange(PAIRS), ref_chosen=ref_chosen, ref_rejected=ref_rejected,
-        )  # fmt: skip
+            chosen=chosen,
+            rejected=rejected,
+            chosen_len=chosen_len,
+            rejected_len=rejected_len,
+            index=torch.arange(PAIRS),
+            ref_chosen=ref_chosen,
+            ref_rejected=ref_rejected,
+        )
 
 
 def make_batch(seed: int, spread: float = 0.3) -> Batch:
@@ -77,9 +82,16 @@ def model_and_tokenizer():
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
     config = transformers.LlamaConfig(
-        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
     return transformers.LlamaForCausalLM(config), fast
 
 

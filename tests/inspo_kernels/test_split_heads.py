@@ -56,9 +56,14 @@ def test_rank_without_any_word(three, sizes, needs):
 def test_rank_without_any_word_on_triton(two, dtype):
     for needs, workspace in (("xw", None), ("x", 4096), ("xw", 4096)):
         two.run(
-            split_checks.vocabulary_tokens, *tokens(), sizes=[0, 29], needs=needs, dtype=dtype, backend="triton",
+            split_checks.vocabulary_tokens,
+            *tokens(),
+            sizes=[0, 29],
+            needs=needs,
+            dtype=dtype,
+            backend="triton",
             max_workspace_bytes=workspace,
-        )  # fmt: skip
+        )
 
 
 def test_head_without_any_word_is_refused(two):
@@ -93,9 +98,15 @@ def test_single_tokens_with_any_upstream_gradient(three, needs, workspace):
     targets[2] = -100
     options = {"temperature": 1.7, "softcap": 4.0, "bias": weight[:, 0]}
     three.run(
-        split_checks.vocabulary_tokens, weight, hidden, targets, sizes=UNEQUAL, needs=needs,
-        max_workspace_bytes=workspace, **options,
-    )  # fmt: skip
+        split_checks.vocabulary_tokens,
+        weight,
+        hidden,
+        targets,
+        sizes=UNEQUAL,
+        needs=needs,
+        max_workspace_bytes=workspace,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -107,9 +118,7 @@ def test_label_whose_shard_lies_far_from_the_others(two, backend, dtype, nats):
     hidden[:, 0] = 1.0
     weight[:15, 0] += nats
     targets = targets % 15
-    two.run(
-        split_checks.vocabulary_tokens, weight, hidden, targets, sizes=[15, 25], dtype=dtype, backend=backend
-    )  # fmt: skip
+    two.run(split_checks.vocabulary_tokens, weight, hidden, targets, sizes=[15, 25], dtype=dtype, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -121,9 +130,16 @@ def test_shard_of_which_every_logit_is_minus_infinity(two, backend, shard):
     targets = torch.arange(9) + (20 if shard == 0 else 0)
     for dtype in (torch.float64, torch.bfloat16):
         two.run(
-            split_checks.vocabulary_tokens, weight, hidden, targets, sizes=[15, 25], dtype=dtype, bias=bias,
-            backend=backend, check_statistics=False,
-        )  # fmt: skip
+            split_checks.vocabulary_tokens,
+            weight,
+            hidden,
+            targets,
+            sizes=[15, 25],
+            dtype=dtype,
+            bias=bias,
+            backend=backend,
+            check_statistics=False,
+        )
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -147,9 +163,15 @@ ANY_BATCH = given(
 
 def check_batch(three, lengths, sizes, rows, seed, form):
     three.run(
-        split_checks.vocabulary_loss, lengths, sizes=list(sizes), vocab=sum(sizes), seed=seed, form=form,
-        max_workspace_bytes=max(1, rows * max(sizes) * 8), marginal_weight=0.3,
-    )  # fmt: skip
+        split_checks.vocabulary_loss,
+        lengths,
+        sizes=list(sizes),
+        vocab=sum(sizes),
+        seed=seed,
+        form=form,
+        max_workspace_bytes=max(1, rows * max(sizes) * 8),
+        marginal_weight=0.3,
+    )
 
 
 @settings(max_examples=12)

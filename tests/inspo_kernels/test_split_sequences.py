@@ -63,9 +63,13 @@ def test_triton_backend(four, words):
 )
 def test_any_batch(four, lengths, words, form, rows):
     four.run(
-        split_checks.sequence_loss, lengths, words=words, form=form, max_workspace_bytes=max(1, rows * 29 * 8),
+        split_checks.sequence_loss,
+        lengths,
+        words=words,
+        form=form,
+        max_workspace_bytes=max(1, rows * 29 * 8),
         marginal_weight=0.5,
-    )  # fmt: skip
+    )
 
 
 def test_unscored_response_is_refused_after_the_sum(three):

@@ -149,9 +149,13 @@ def test_float16_groups_of_very_different_coefficients(far):
     gradients = []
     for backend, dtype in (("triton", torch.float16), ("reference", torch.float64)):
         w = weight.detach().to(dtype).requires_grad_()
-        workspace = {} if backend == "reference" else {
-            "max_workspace_bytes": 8 * TritonBackend().kept_bytes(checked_head(hidden, weight, None, None, 1.0), 1)
-        }  # fmt: skip
+        workspace = (
+            {}
+            if backend == "reference"
+            else {
+                "max_workspace_bytes": 8 * TritonBackend().kept_bytes(checked_head(hidden, weight, None, None, 1.0), 1)
+            }
+        )
         out = ik.fused_inspo_loss(hidden.detach().to(dtype), w, targets, backend=backend, **options, **workspace)
         gradients += gradients_of(out.loss, w)
     assert relative_error(*gradients) < 2e-3

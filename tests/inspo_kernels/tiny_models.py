@@ -46,10 +46,34 @@ OPTIONS = {
     "qwen3_moe": MOE | {"head_dim": 8},
 }
 MODEL_TYPES = [
-    "cohere", "cohere2", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "gptj", "granite",
-    "granitemoe", "llama", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen2_moe",
-    "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
-]  # fmt: skip
+    "cohere",
+    "cohere2",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "granite",
+    "granitemoe",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+]
 
 
 def make_model(model_type, dtype=torch.float32, *, tied=False):

@@ -50,9 +50,13 @@ def own_loss(policy, reference, triples, **options):
         logps = ik.linear_logps(hidden[:, :-1], targets=batch["labels"][:, 1:], **head)
     hidden, head, batch = forward(policy, conditioned=True)
     return ik.fused_inspo_loss(
-        hidden, labels=batch["labels"], marginal_labels=batch["marginal_labels"],
-        ref_logps=logps.double().sum(1), **options, **head,
-    )  # fmt: skip
+        hidden,
+        labels=batch["labels"],
+        marginal_labels=batch["marginal_labels"],
+        ref_logps=logps.double().sum(1),
+        **options,
+        **head,
+    )
 
 
 def assert_equal_gradients(found, expected):
@@ -89,8 +93,11 @@ def test_conditioned_loss_is_the_packages_own(tmp_path, layout, options, objecti
         if name in logged:
             assert logged[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
     assert logged["num_tokens"] == {
-        "rows": 2 * 64, "packed": 2 * 64, "tree": 2 * 64 - 18, "packed_tree": 2 * 64 - 18,
-    }[layout] + (2 * 2 * 4 if "separator" in options else 0)  # fmt: skip
+        "rows": 2 * 64,
+        "packed": 2 * 64,
+        "tree": 2 * 64 - 18,
+        "packed_tree": 2 * 64 - 18,
+    }[layout] + (2 * 2 * 4 if "separator" in options else 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -145,8 +152,9 @@ def head_matmuls(made):
     with counted() as counter:
         made.compute_loss(made.model, batch).backward()
     read = batch.get("conditioned") or {"inputs": batch, "tree": None}
-    inputs = {name: read["inputs"][name] for name in ("input_ids", "attention_mask", "position_ids")
-              if name in read["inputs"]}  # fmt: skip
+    inputs = {
+        name: read["inputs"][name] for name in ("input_ids", "attention_mask", "position_ids") if name in read["inputs"]
+    }
     if read["tree"]:
         inputs["attention_mask"] = ik.tree_attention_mask(read["tree"], made.model)
     with counted() as of_trunk:
@@ -185,8 +193,16 @@ def test_coupled_losses_recompute_what_the_workspace_does_not_hold(tmp_path, mon
 
 
 def test_marginals_are_reported_at_logged_steps_alone(tmp_path):
-    made = run(InSPOTrainer, InSPOConfig, tmp_path, policy=model(), reference=model(seed=5), logging_steps=2,
-               max_steps=4, logging_first_step=True)  # fmt: skip
+    made = run(
+        InSPOTrainer,
+        InSPOConfig,
+        tmp_path,
+        policy=model(),
+        reference=model(seed=5),
+        logging_steps=2,
+        max_steps=4,
+        logging_first_step=True,
+    )
     logs = [log for log in made.logs if "loss" in log]
     assert [log["step"] for log in logs] == [1, 2, 4]
     names = {"marginal/logps/chosen", "marginal/rewards/margins", "marginal/conditioning_gap/rejected"}

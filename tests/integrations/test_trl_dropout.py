@@ -79,20 +79,28 @@ def test_the_loss_is_each_pairs_in_its_own_layout(tmp_path, layout):
     assert_equal_gradients(made.model, policy)
     logs = {}
     made.log(logs)
-    alone = [own if not keeps else marginal for own, marginal, keeps in
-             zip(out.logps.tolist(), out.marginal_logps.tolist(), kept * 2, strict=True)]  # fmt: skip
+    alone = [
+        own if not keeps else marginal
+        for own, marginal, keeps in zip(out.logps.tolist(), out.marginal_logps.tolist(), kept * 2, strict=True)
+    ]
     assert logs["marginal/logps/chosen"] == pytest.approx(sum(alone[:4]) / 4, rel=1e-5)
     gaps = [(out.logps[b] - out.marginal_logps[b]) / out.lengths[b] for b in range(4) if kept[b]]
     assert logs["marginal/conditioning_gap/chosen"] == pytest.approx(sum(gaps).item() / len(gaps), rel=1e-4)
     assert logs["num_tokens"] == {
-        "rows": batch["attention_mask"].sum(), "packed": batch["attention_mask"].sum(),
-    }.get(layout, batch["attention_mask"].sum() - sum(len(x) for x, _, _ in triples))  # fmt: skip
+        "rows": batch["attention_mask"].sum(),
+        "packed": batch["attention_mask"].sum(),
+    }.get(layout, batch["attention_mask"].sum() - sum(len(x) for x, _, _ in triples))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_each_epoch_throws_new_coins_also_in_workers(tmp_path, workers):
-    made = trainer(tmp_path, alternative_dropout=0.5, max_steps=6, dataloader_num_workers=workers,
-                   dataloader_persistent_workers=workers > 0)  # fmt: skip
+    made = trainer(
+        tmp_path,
+        alternative_dropout=0.5,
+        max_steps=6,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
+    )
     seen = seen_coins(made)
     made.train()
     assert len(seen) == 6  # two batches an epoch

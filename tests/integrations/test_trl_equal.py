@@ -125,8 +125,15 @@ def test_metrics_for_compute_metrics_equal_trl(tmp_path):
         (InSPOTrainer, InSPOConfig, {}),
     ):
         extra = {"compute_metrics": largest, "eval_dataset": pairs(LENGTHS[:4], seed=3)}
-        made = make(trainer, config, tmp_path, policy=copy.deepcopy(policy), reference=copy.deepcopy(reference),
-                    trainer=extra, **options)  # fmt: skip
+        made = make(
+            trainer,
+            config,
+            tmp_path,
+            policy=copy.deepcopy(policy),
+            reference=copy.deepcopy(reference),
+            trainer=extra,
+            **options,
+        )
         found.append(made.evaluate())
     assert found[0]["eval_largest"] == found[1]["eval_largest"] == found[2]["eval_largest"]
     assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=1e-5)

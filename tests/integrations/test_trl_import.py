@@ -45,6 +45,8 @@ def test_two_names_of_trl_are_not_public():
         for alias in node.names
     }
     assert imported == {
-        "trl.DPOConfig", "trl.DPOTrainer",
-        "trl.models.utils.disable_gradient_checkpointing", "trl.trainer.utils.use_adapter",
-    }  # fmt: skip
+        "trl.DPOConfig",
+        "trl.DPOTrainer",
+        "trl.models.utils.disable_gradient_checkpointing",
+        "trl.trainer.utils.use_adapter",
+    }

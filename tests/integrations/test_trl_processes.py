@@ -27,9 +27,16 @@ def two(tmp_path_factory):
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     children = []
     for rank in range(2):
-        environment = os.environ | address | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+        environment = (
+            os.environ
+            | address
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "PYTHONPATH": path,
+                "OMP_NUM_THREADS": "1",
+            }
+        )
         command = [sys.executable, str(Path(__file__).parent / "two_processes.py"), str(folder)]
         with (folder / f"output.{rank}").open("w") as file:
             children.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))

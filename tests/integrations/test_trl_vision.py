@@ -18,15 +18,24 @@ OPTIONS = {"remove_unused_columns": False}
 
 def trained(trainer, config, folder, **options):
     data = Dataset.from_list(examples())
-    return run(trainer, config, folder, policy=vision_model(0), reference=vision_model(1), data=data,
-               processing_class=processor(), **OPTIONS | options)  # fmt: skip
+    return run(
+        trainer,
+        config,
+        folder,
+        policy=vision_model(0),
+        reference=vision_model(1),
+        data=data,
+        processing_class=processor(),
+        **OPTIONS | options,
+    )
 
 
 def test_vision_equals_trl(tmp_path):
     from trl import DPOConfig, DPOTrainer
 
-    assert_same(trained(DPOTrainer, DPOConfig, tmp_path),
-                trained(InSPOTrainer, InSPOConfig, tmp_path, conditioned=False))  # fmt: skip
+    assert_same(
+        trained(DPOTrainer, DPOConfig, tmp_path), trained(InSPOTrainer, InSPOConfig, tmp_path, conditioned=False)
+    )
 
 
 def test_conditioned_images_stay_with_their_prompts(tmp_path):

@@ -15,9 +15,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 IMAGE = VOCAB - 3
 VISION = {
-    "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16,
-}  # fmt: skip
+    "model_type": "clip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "projection_dim": 16,
+}
 
 
 def processor():
@@ -29,9 +35,13 @@ def processor():
     )
     images = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     return transformers.LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=4, vision_feature_select_strategy="default",
-        image_token="<image>", num_additional_image_tokens=1,
-    )  # fmt: skip
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
 
 
 def vision_model(seed):

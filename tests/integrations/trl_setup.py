@@ -20,10 +20,17 @@ from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
 disable_progress_bars()
 VOCAB = 61
 SIZE = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": VOCAB - 2, "eos_token_id": VOCAB - 1,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": VOCAB - 2,
+    "eos_token_id": VOCAB - 1,
     "bos_token_id": None,
-}  # fmt: skip
+}
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.05, "output_router_logits": True}
 # prompt, chosen, rejected: tokens before the end-of-sequence token that TRL adds
 LENGTHS = [(5, 4, 9), (3, 7, 2), (8, 1, 3), (2, 6, 6), (7, 3, 5), (4, 5, 1), (6, 2, 7), (3, 8, 4)]
@@ -77,15 +84,35 @@ class Gradients(TrainerCallback):
 
 
 def make(
-    trainer_class, config_class, folder, *, policy, reference=None, data=None, trainer=None, processing_class=None,
+    trainer_class,
+    config_class,
+    folder,
+    *,
+    policy,
+    reference=None,
+    data=None,
+    trainer=None,
+    processing_class=None,
     **options,
-):  # fmt: skip
+):
     defaults = {
-        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_steps": 2, "learning_rate": 0.1,
-        "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0, "max_length": None, "bf16": False,
-        "gradient_checkpointing": False, "train_sampling_strategy": "sequential", "use_cpu": True,
-        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "report_to": [],
-    }  # fmt: skip
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "max_length": None,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "report_to": [],
+    }
     return recording(trainer_class)(
         policy,
         reference,
@@ -111,9 +138,14 @@ def run(*args, **options):
 
 
 TIMED = {
-    "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "eval_runtime",
-    "eval_samples_per_second", "eval_steps_per_second",
-}  # fmt: skip
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "total_flos",
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+}
 
 
 def both(folder, policy=None, reference=None, **options):
@@ -122,8 +154,9 @@ def both(folder, policy=None, reference=None, **options):
 
     policy = policy or model()
     reference = reference if reference is not None or "trainer" in options else model(seed=5)
-    theirs = run(DPOTrainer, DPOConfig, folder, policy=copy.deepcopy(policy), reference=copy.deepcopy(reference),
-                 **options)  # fmt: skip
+    theirs = run(
+        DPOTrainer, DPOConfig, folder, policy=copy.deepcopy(policy), reference=copy.deepcopy(reference), **options
+    )
     ours = run(InSPOTrainer, InSPOConfig, folder, policy=policy, reference=reference, conditioned=False, **options)
     return theirs, ours
 

@@ -90,8 +90,15 @@ def main() -> None:
     folder = Path(sys.argv[1])
     outcome = {}
     for name, (trainer, config, options) in RUNS.items():
-        made = run(trainer, config, folder / name, policy=model(), reference=model(seed=5), data=pairs(LENGTHS),
-                   **{"per_device_train_batch_size": 2} | options)  # fmt: skip
+        made = run(
+            trainer,
+            config,
+            folder / name,
+            policy=model(),
+            reference=model(seed=5),
+            data=pairs(LENGTHS),
+            **{"per_device_train_batch_size": 2} | options,
+        )
         outcome[name] = {"losses": made.losses, "gradients": made.gradients, "logs": made.logs}
     outcome["tensor parallel"] = tensor_parallel(folder)
     for layout in ("rows", "packed_tree"):

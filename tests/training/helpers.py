@@ -38,8 +38,20 @@ def write_jsonl(path: Path, records: list[Any]) -> str:
 def options(output_dir: Path, *more: str) -> list[str]:
     """A command line that trains the tiny model on the fixture for three steps."""
     model = [word for name, value in TINY.items() for word in (f"--model.{name}", str(value))]
-    base = ["--train_data", str(PAIRS), "--output_dir", str(output_dir), "--max_steps", "3", "--learning_rate", "1e-3",
-            "--sample_prompts", "1", "--sample_tokens", "4"]  # fmt: skip
+    base = [
+        "--train_data",
+        str(PAIRS),
+        "--output_dir",
+        str(output_dir),
+        "--max_steps",
+        "3",
+        "--learning_rate",
+        "1e-3",
+        "--sample_prompts",
+        "1",
+        "--sample_tokens",
+        "4",
+    ]
     return [*model, *base, *more]
 
 

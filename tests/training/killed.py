@@ -86,7 +86,13 @@ def in_a_process(*run_arguments: Any, output: Path) -> int:
 if __name__ == "__main__":
     file = Path(sys.argv[1])
     scenarios = json.loads(file.read_text())
-    print(json.dumps({
-        name: in_a_process(one["arguments"], one["patch"], one["file_limit"], output=file.with_name(f"{name}.txt"))
-        for name, one in scenarios.items()
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                name: in_a_process(
+                    one["arguments"], one["patch"], one["file_limit"], output=file.with_name(f"{name}.txt")
+                )
+                for name, one in scenarios.items()
+            }
+        )
+    )

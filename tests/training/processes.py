@@ -29,8 +29,16 @@ from training.scoring import Batch, Batcher, PairModel, score
 from training.trainer import PairTrainer
 
 # Steps of 6, 2, 6 and 2 pairs (8 and 8), with 60 tokens a forward pass: several passes in each process, ragged steps.
-COMMON = {"max_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1, "eval_steps": 2,
-          "max_batch_tokens": 60, "max_grad_norm": 0.3, "seed": 0}  # fmt: skip
+COMMON = {
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "eval_steps": 2,
+    "max_batch_tokens": 60,
+    "max_grad_norm": 0.3,
+    "seed": 0,
+}
 RUNS: dict[str, dict[str, Any]] = {
     "ragged": {},
     "accumulated": {"gradient_accumulation_steps": 3, "pairs": 2},

@@ -28,8 +28,24 @@ from training.errors import SaveError, Stopped
 from training.options import parse_config
 from training.train import train
 
-RUN = ["--max_steps", "4", "--max_batch_tokens", "400", "--save_steps", "2", "--logging_steps", "1",
-       "--eval_data", str(PAIRS), "--eval_steps", "2", "--weight_decay", "0.1", "--learning_rate", "1e-2"]  # fmt: skip
+RUN = [
+    "--max_steps",
+    "4",
+    "--max_batch_tokens",
+    "400",
+    "--save_steps",
+    "2",
+    "--logging_steps",
+    "1",
+    "--eval_data",
+    str(PAIRS),
+    "--eval_steps",
+    "2",
+    "--weight_decay",
+    "0.1",
+    "--learning_rate",
+    "1e-2",
+]
 PAIRS_OF_A_STEP = 8
 TWO = [*RUN, "--per_device_train_batch_size", str(PAIRS_OF_A_STEP // 2)]
 

@@ -44,8 +44,10 @@ def test_pairs_of_similar_length_share_a_pass_and_the_costliest_come_first(sizes
     dealt = micro_batches(sizes, budget, processes)
     spans = sorted(
         (min(sizes[i] for i in some.pairs), max(sizes[i] for i in some.pairs))
-        for of_one in dealt for some in of_one if some.weight
-    )  # fmt: skip
+        for of_one in dealt
+        for some in of_one
+        if some.weight
+    )
     assert all(after[0] >= before[1] for before, after in zip(spans, spans[1:]))
     turns = [[len(p.pairs) * max(sizes[i] for i in p.pairs) for p in turn if p.weight] for turn in zip(*dealt)]
     assert all(min(now) >= max(later) for now, later in zip(turns, turns[1:]))

@@ -24,7 +24,7 @@ from training.train import main, train
 CORPUS = [
     "Why is the sky blue? Because the air scatters blue light. The first answer, the second answer; better answer.\n\n",
     "[INST] user assistant model system Give a better answer. [/INST] You are helpful. I think, therefore 12345.\n",
-] * 3  # fmt: skip
+] * 3
 USER = {"role": "user", "content": "Why is the sky blue?"}
 CHOSEN, REJECTED = "Because the air scatters blue light.", "Why not?"
 
@@ -86,9 +86,11 @@ def byte_level(template=None, **special):
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
         special_tokens=["<s>", "</s>", "<|head|>", "<|eot|>"],
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return _wrapped(tokenizer, template, **special)
 
@@ -117,9 +119,11 @@ def _wrapped(tokenizer, template, **special):
     bos = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=template, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
         **{"bos_token": "<s>", "eos_token": "</s>", **special},
-    )  # fmt: skip
+    )
 
 
 def says(text):
@@ -221,13 +225,24 @@ def test_a_template_that_refuses_a_role_is_named_with_its_reason():
     ("template", "message"),
     [
         (None, "alternative=chat: the tokenizer has no chat template"),
-        (GEMMA.replace("{% for m in", "{{ messages | length }}{% for m in").replace("<|head|>model\n{% endif", "{{ messages | length }}{% endif"), "depends on the conversation"),  # noqa: E501
-        ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|eot|>{% endif %}{% endfor %}", "leaves out alternative_instruction"),  # noqa: E501
-        ("{% for m in messages %}{{ m['content'] }}{{ '<|eot|>' if loop.last }}{% endfor %}", "but not in front of another turn"),  # noqa: E501
+        (
+            GEMMA.replace("{% for m in", "{{ messages | length }}{% for m in").replace(
+                "<|head|>model\n{% endif", "{{ messages | length }}{% endif"
+            ),
+            "depends on the conversation",
+        ),
+        (
+            "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|eot|>{% endif %}{% endfor %}",
+            "leaves out alternative_instruction",
+        ),
+        (
+            "{% for m in messages %}{{ m['content'] }}{{ '<|eot|>' if loop.last }}{% endfor %}",
+            "but not in front of another turn",
+        ),
         ("{% for m in messages %}{{ m['role'] }}<|eot|>{% endfor %}", "leaves out what an assistant says"),
         ("{{ raise_exception('never') }}", "cannot render these messages.*never"),
     ],
-)  # fmt: skip
+)
 def test_a_template_that_cannot_present_an_alternative_says_why(template, message):
     with pytest.raises(InputError, match=message):
         TextEncoder(byte_level(template)).separator("Better?")
@@ -364,10 +379,18 @@ def test_the_turn_makes_another_reference_only_where_the_reference_sees_the_othe
     for conditioned in (False, True):
         for separator in ((), (7, 8), (7, 9)):
             batcher = Batcher(0, torch.device("cpu"), 10**6, separator)
-            found.append(reference_logps(
-                module, pairs, range(len(pairs)), batcher, conditioned=conditioned, file=None, log=said.append,
-                stop_requested=lambda: False,
-            ))  # fmt: skip
+            found.append(
+                reference_logps(
+                    module,
+                    pairs,
+                    range(len(pairs)),
+                    batcher,
+                    conditioned=conditioned,
+                    file=None,
+                    log=said.append,
+                    stop_requested=lambda: False,
+                )
+            )
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[4], found[5], atol=1e-3)
 
 

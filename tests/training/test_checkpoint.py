@@ -55,9 +55,11 @@ def test_what_is_trained_is_written_and_comes_back(tmp_path, tied, frozen):
         "model." + name.removeprefix("model.") if "lm_head" not in name else name for name in names
     }
     again = run(
-        tmp_path / "two", frozen, tie_word_embeddings=tied,
+        tmp_path / "two",
+        frozen,
+        tie_word_embeddings=tied,
         resume_from_checkpoint=str(tmp_path / "one/checkpoint-1"),
-    )  # fmt: skip
+    )
     assert all(torch.equal(again.state_dict()[name], value) for name, value in trained.state_dict().items())
 
 

@@ -51,11 +51,14 @@ def test_bos_is_neither_doubled_nor_invented():
     assert BOS not in TextEncoder(without).prompt("Hi")
 
 
-@pytest.mark.parametrize(("name", "record"), [
-    ("prompt", {"prompt": "<bos><bos>Hi", "chosen": "a", "rejected": "b"}),
-    ("chosen", {"prompt": "Hi", "chosen": "<bos>a", "rejected": "b"}),
-    ("rejected", {"prompt": [USER], "chosen": says("a"), "rejected": says("b")}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("prompt", {"prompt": "<bos><bos>Hi", "chosen": "a", "rejected": "b"}),
+        ("chosen", {"prompt": "Hi", "chosen": "<bos>a", "rejected": "b"}),
+        ("rejected", {"prompt": [USER], "chosen": says("a"), "rejected": says("b")}),
+    ],
+)
 def test_a_second_bos_is_an_error(tmp_path, name, record):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'].replace('b', '<bos>b') }}\n{% endfor %}"

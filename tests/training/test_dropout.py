@@ -18,8 +18,14 @@ from training.scoring import Batcher
 from training.train import main, train
 
 COUNT = 10
-OPTIONS = {"max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "per_device_train_batch_size": 4,
-           "max_batch_tokens": 90, "seed": 3}  # fmt: skip
+OPTIONS = {
+    "max_steps": 6,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+    "max_batch_tokens": 90,
+    "seed": 3,
+}
 
 
 def run(pairs=None, **given):
@@ -29,8 +35,14 @@ def run(pairs=None, **given):
 
 
 def same_run(one, other, ignored=()):
-    rows = [[{k: v for k, v in row.items() if not k.startswith(ignored)} for row in without_timings(r.metrics)]
-            for r in (one, other)] if ignored else [without_timings(r.metrics) for r in (one, other)]  # fmt: skip
+    rows = (
+        [
+            [{k: v for k, v in row.items() if not k.startswith(ignored)} for row in without_timings(r.metrics)]
+            for r in (one, other)
+        ]
+        if ignored
+        else [without_timings(r.metrics) for r in (one, other)]
+    )
     weights = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
     return rows[0] == rows[1] and all(torch.equal(a, b) for a, b in weights)
 
@@ -107,8 +119,21 @@ def test_each_pair_has_the_reference_of_its_layout(reference_conditioned):
     "reference", [[], ["--reference_conditioned", "true"]], ids=["plain reference", "two references"]
 )
 def test_resuming_within_an_epoch_gives_the_same_bits(tmp_path, reference):
-    more = ["--alternative_dropout", "0.5", "--per_device_train_batch_size", "5", "--save_steps", "2",
-            "--logging_steps", "1", "--save_total_limit", "9", "--layout", "rows", *reference]  # fmt: skip
+    more = [
+        "--alternative_dropout",
+        "0.5",
+        "--per_device_train_batch_size",
+        "5",
+        "--save_steps",
+        "2",
+        "--logging_steps",
+        "1",
+        "--save_total_limit",
+        "9",
+        "--layout",
+        "rows",
+        *reference,
+    ]
     main(options(tmp_path / "whole", *more, "--max_steps", "8"))  # an epoch is five steps
     for step in (2, 6):
         out = tmp_path / f"from {step}"
@@ -150,10 +175,22 @@ def test_what_dropout_cannot_do_is_refused_with_the_reason(given, message):
 
 
 def test_orpo_that_fits_the_chosen_response_takes_dropout():
-    config = parse_config([
-        "--model", "m", "--train_data", "d", "--output_dir", "o", "--objective", "orpo", "--sft", "chosen",
-        "--alternative_dropout", "0.25",
-    ])  # fmt: skip
+    config = parse_config(
+        [
+            "--model",
+            "m",
+            "--train_data",
+            "d",
+            "--output_dir",
+            "o",
+            "--objective",
+            "orpo",
+            "--sft",
+            "chosen",
+            "--alternative_dropout",
+            "0.25",
+        ]
+    )
     assert config.title.endswith("each response given the other one, 25% of the pairs plain")
     result = run(objective="orpo", sft="chosen", alternative_dropout=0.5, max_steps=2)
     assert all(math.isfinite(row["marginal/rewards/margins"]) for row in result.metrics if "loss" in row)

@@ -17,23 +17,60 @@ from training.train import dry_run, main
 CONFIGS = Path(__file__).parents[2] / "training/configs"
 # What the hub's config.json of each model says, as far as it makes the architecture; published parameter counts.
 ARCHITECTURES = {
-    "llama-3-8b": (8_030_261_248, LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192,
-    )),
-    "mistral-7b": (7_241_732_096, MistralConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=32768, sliding_window=4096,
-    )),
-    "gemma-2-9b": (9_241_705_984, Gemma2Config(
-        vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256, max_position_embeddings=8192,
-    )),
-    "qwen3-8b": (8_190_735_360, Qwen3Config(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False,
-    )),
-}  # fmt: skip
+    "llama-3-8b": (
+        8_030_261_248,
+        LlamaConfig(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=8192,
+        ),
+    ),
+    "mistral-7b": (
+        7_241_732_096,
+        MistralConfig(
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=32768,
+            sliding_window=4096,
+        ),
+    ),
+    "gemma-2-9b": (
+        9_241_705_984,
+        Gemma2Config(
+            vocab_size=256000,
+            hidden_size=3584,
+            intermediate_size=14336,
+            num_hidden_layers=42,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=256,
+            query_pre_attn_scalar=256,
+            max_position_embeddings=8192,
+        ),
+    ),
+    "qwen3-8b": (
+        8_190_735_360,
+        Qwen3Config(
+            vocab_size=151936,
+            hidden_size=4096,
+            intermediate_size=12288,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40960,
+            tie_word_embeddings=False,
+        ),
+    ),
+}
 
 
 def planned(config):
@@ -88,9 +125,21 @@ def test_lora_of_a_real_model_is_counted(tmp_path):
 def test_main_plans_and_writes_nothing(tmp_path, capsys):
     model = [word for name, value in TINY.items() for word in (f"--model.{name}", str(value))]
     out = tmp_path / "out"
-    main([*model, "--train_data", str(PAIRS), "--eval_data", str(PAIRS), "--output_dir", str(out),
-          "--per_device_train_batch_size", "5",
-          "--dry_run", "true"])  # fmt: skip
+    main(
+        [
+            *model,
+            "--train_data",
+            str(PAIRS),
+            "--eval_data",
+            str(PAIRS),
+            "--output_dir",
+            str(out),
+            "--per_device_train_batch_size",
+            "5",
+            "--dry_run",
+            "true",
+        ]
+    )
     printed = capsys.readouterr().out
     assert "train_data: 24 pairs read, 24 kept" in printed and "5 steps of 5 pairs" in printed
     assert "24 of 24 eval_data pairs have a prompt of train_data" in printed

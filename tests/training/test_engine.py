@@ -191,8 +191,12 @@ def test_accelerate_launch_runs_the_command_line_in_two_processes(tmp_path: Path
     program = ["-m", "training.train", *options(tmp_path / "two", *more, "--per_device_train_batch_size", "4")]
     run = subprocess.run(
         [*launch, "--num_processes", "2", *program],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert run.returncode == 0, run.stderr
     assert "2 processes" in run.stdout
     assert run.stdout.count("24 pairs read, 24 kept") == 2  # training and held out: one process speaks

@@ -31,9 +31,24 @@ from training.errors import InputError, Stopped
 from training.output import JsonLines, locked
 from training.train import main
 
-RUN = ["--max_steps", "6", "--per_device_train_batch_size", "10", "--max_batch_tokens", "500",
-       "--eval_data", str(PAIRS),
-       "--save_steps", "2", "--eval_steps", "2", "--logging_steps", "3", "--weight_decay", "0.1"]  # fmt: skip
+RUN = [
+    "--max_steps",
+    "6",
+    "--per_device_train_batch_size",
+    "10",
+    "--max_batch_tokens",
+    "500",
+    "--eval_data",
+    str(PAIRS),
+    "--save_steps",
+    "2",
+    "--eval_steps",
+    "2",
+    "--logging_steps",
+    "3",
+    "--weight_decay",
+    "0.1",
+]
 
 # Name: (function, number of its call or text in an argument, when the run is killed: see killed.py).
 KILLS = {

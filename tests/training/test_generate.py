@@ -43,9 +43,14 @@ def by_hand(model, ids, count, ends=(2,)):
 
 def batch(model, prompts, temperature=0.0, seeds=None, count=12, chat=False):
     return generate_batch(
-        model, ENCODER, [ENCODER.prompt(text) for text in prompts], max_new_tokens=count, chat=chat,
-        temperatures=[temperature] * len(prompts), seeds=seeds or [[0, i] for i in range(len(prompts))],
-    )  # fmt: skip
+        model,
+        ENCODER,
+        [ENCODER.prompt(text) for text in prompts],
+        max_new_tokens=count,
+        chat=chat,
+        temperatures=[temperature] * len(prompts),
+        seeds=seeds or [[0, i] for i in range(len(prompts))],
+    )
 
 
 def answer_file(tmp_path, folder, records, form, *more, name="answers"):
@@ -165,12 +170,19 @@ def test_alpaca_eval_reads_instruction_output_and_generator(saved, tmp_path, cap
     entries = answer_file(tmp_path, folder, records, "alpaca_eval", "--name", "mine")
     raw = by_hand(model, ENCODER.prompt("A raw text"), 6)
     assert entries == [
-        {"dataset": "helpful_base", "instruction": "Why?", "output": said(model, [user("Why?")])[0],
-         "generator": "mine"},
+        {
+            "dataset": "helpful_base",
+            "instruction": "Why?",
+            "output": said(model, [user("Why?")])[0],
+            "generator": "mine",
+        },
         {"instruction": "Name a fruit.", "output": said(model, records[1]["messages"])[0], "generator": "mine"},
-        {"instruction": "A raw text", "output": TOKENIZER.decode(raw, skip_special_tokens=True).strip(),
-         "generator": "mine"},
-    ]  # fmt: skip
+        {
+            "instruction": "A raw text",
+            "output": TOKENIZER.decode(raw, skip_special_tokens=True).strip(),
+            "generator": "mine",
+        },
+    ]
     assert "3 prompts answered" in capsys.readouterr().err
 
 
@@ -204,9 +216,10 @@ def test_arena_hard_01_reads_choices_of_turns_with_content(saved, tmp_path):
     assert isinstance(entry.pop("answer_id"), str) and isinstance(entry.pop("tstamp"), float)
     text, tokens = said(model, [user("Why?")])
     assert entry == {
-        "question_id": "q1", "model_id": "mine",
+        "question_id": "q1",
+        "model_id": "mine",
         "choices": [{"index": 0, "turns": [{"content": text, "token_len": tokens}]}],
-    }  # fmt: skip
+    }
 
 
 def test_mt_bench_answers_the_second_turn_after_the_first(saved, tmp_path):
@@ -224,8 +237,10 @@ def test_mt_bench_answers_the_second_turn_after_the_first(saved, tmp_path):
             answers.append(said(model, history)[0])
         assert entry.pop("answer_id") and entry.pop("tstamp")
         assert entry == {
-            "question_id": record["question_id"], "model_id": "mine", "choices": [{"index": 0, "turns": answers}],
-        }  # fmt: skip
+            "question_id": record["question_id"],
+            "model_id": "mine",
+            "choices": [{"index": 0, "turns": answers}],
+        }
 
 
 def test_mt_bench_samples_at_the_temperature_of_the_category(saved, tmp_path):
@@ -319,8 +334,20 @@ def test_a_bad_record_is_named(tmp_path, capsys, record, form, message):
     TOKENIZER.save_pretrained(tmp_path / "m")
     prompts = write_jsonl(tmp_path / "p.jsonl", [record])
     with pytest.raises(SystemExit, match="2"):
-        main(["--model", str(tmp_path / "m"), "--prompts", prompts, "--out", str(tmp_path / "o"), "--format", form,
-              "--max_new_tokens", "6"])  # fmt: skip
+        main(
+            [
+                "--model",
+                str(tmp_path / "m"),
+                "--prompts",
+                prompts,
+                "--out",
+                str(tmp_path / "o"),
+                "--format",
+                form,
+                "--max_new_tokens",
+                "6",
+            ]
+        )
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert not (tmp_path / "o").exists()

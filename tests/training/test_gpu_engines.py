@@ -18,8 +18,18 @@ from helpers import metrics, options
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs"
-RUN = ("--logging_steps", "1", "--save_steps", "2", "--per_device_train_batch_size", "8", "--max_steps", "4",
-       "--max_batch_tokens", "400")  # fmt: skip
+RUN = (
+    "--logging_steps",
+    "1",
+    "--save_steps",
+    "2",
+    "--per_device_train_batch_size",
+    "8",
+    "--max_steps",
+    "4",
+    "--max_batch_tokens",
+    "400",
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: FSDP2 and DeepSpeed through accelerate are NOT tested"
@@ -36,8 +46,11 @@ def launch(config: str, folder: Path, *more: str) -> None:
     ]
     ran = subprocess.run(
         [*command, "--num_processes", "1", "-m", "training.train", *options(folder, *RUN, *more)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr[-4000:]
 
 

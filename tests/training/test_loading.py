@@ -325,8 +325,20 @@ def test_a_continued_adapter_of_a_bfloat16_base_is_float32(tmp_path):
 def test_an_adapter_on_the_output_head_is_trained_and_trained_further(tmp_path, kind):
     """What is scored is the head with its adapter, as the merged model has it."""
     folder, out = base(tmp_path / "m"), tmp_path / "out"
-    more = ["--lora", json.dumps({"r": 2, **kind}), "--learning_rate", "1e-1", "--conditioned", "false",
-            "--max_steps", "2", "--logging_steps", "1", "--save_steps", "1"]  # fmt: skip
+    more = [
+        "--lora",
+        json.dumps({"r": 2, **kind}),
+        "--learning_rate",
+        "1e-1",
+        "--conditioned",
+        "false",
+        "--max_steps",
+        "2",
+        "--logging_steps",
+        "1",
+        "--save_steps",
+        "1",
+    ]
     run(folder, out, *more)
     rows = metrics(out)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[-1]["loss"] < rows[0]["loss"]

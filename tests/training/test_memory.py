@@ -23,8 +23,13 @@ from training.train import train
 
 CPU = torch.device("cpu")
 # Activations, weights and head each take a good part of the whole.
-FIELDS = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
-          "vocab_size": 16_000}  # fmt: skip
+FIELDS = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 16_000,
+}
 RUNS = {"kept": {}, "checkpointed": {"activation_checkpointing": True}}
 TOKENS = 2 * 512
 
@@ -130,9 +135,12 @@ def trained(dtype: torch.dtype, learning_rate: float) -> float:
     model = tiny_model(vocab_size=48).to(dtype)
     before = model.lm_head.weight.detach().clone()
     config = TrainConfig(
-        max_steps=4, warmup_steps=0, lr_scheduler_type="constant", learning_rate=learning_rate,
+        max_steps=4,
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        learning_rate=learning_rate,
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
-    )  # fmt: skip
+    )
     train(config, token_pairs(), model=model, quiet=True)
     return (model.lm_head.weight != before).float().mean().item()
 

@@ -57,8 +57,12 @@ def test_tensorboard_shows_the_numbers_of_the_rows(finished, monkeypatch):
     shown = EventAccumulator(str(events), size_guidance={"scalars": 0})
     shown.Reload()
     rows = metrics(finished)
-    for name, tag in (("loss", "train/loss"), ("eval_loss", "eval/loss"), ("grad_norm", "train/grad_norm"),
-                      ("eval_marginal/rewards/margins", "eval/marginal/rewards/margins")):  # fmt: skip
+    for name, tag in (
+        ("loss", "train/loss"),
+        ("eval_loss", "eval/loss"),
+        ("grad_norm", "train/grad_norm"),
+        ("eval_marginal/rewards/margins", "eval/marginal/rewards/margins"),
+    ):
         expected = [(row["step"], row[name]) for row in rows if name in row]
         found = [(event.step, event.value) for event in shown.Scalars(tag)]
         assert [step for step, _ in found] == [step for step, _ in expected], name
@@ -172,10 +176,15 @@ def test_the_model_card_says_what_was_done_and_measured(finished):
         assert f"{row['eval_marginal/rewards/accuracies']:.3f} ({low:.3f} to {high:.3f})" in card.text
         assert f"{row['eval_loss']:.4f}" in card.text
     facts = [
-        "a model built on the spot with random weights", "24 pairs", "4 of 4 steps", "learning_rate: 0.03",
-        "objective: dpo", "before training", f"torch {torch.__version__}",
+        "a model built on the spot with random weights",
+        "24 pairs",
+        "4 of 4 steps",
+        "learning_rate: 0.03",
+        "objective: dpo",
+        "before training",
+        f"torch {torch.__version__}",
         "python -m training.generate --model run/final",
-    ]  # fmt: skip
+    ]
     for fact in facts:
         assert fact in card.text, fact
     assert str(finished) not in card.text

@@ -199,8 +199,10 @@ def test_conversations_in_strings_end_at_their_last_turn(tmp_path):
     record = {"chosen": f"{start} The sky is blue.", "rejected": f"{start} The sky is far."}
     tokenizer = byte_tokenizer()
     assert texts(load(tmp_path, [record], tokenizer)[0], tokenizer) == [
-        f"<bos>{start}", " The sky is blue.<eos>", " The sky is far.<eos>"
-    ]  # fmt: skip
+        f"<bos>{start}",
+        " The sky is blue.<eos>",
+        " The sky is far.<eos>",
+    ]
     record["chosen"] += "\n\nHuman: And?\n\nAssistant: No."
     assert remark(tmp_path, record, kept=False) == "turns of others in an answer"
 

@@ -20,9 +20,11 @@ from training.reflect import best_of_two, mean_logps, reflect_batch
 
 def settings(temperature=0.0, count=12, prompts=PROMPTS):
     return {
-        "max_new_tokens": count, "temperatures": [temperature] * len(prompts), "chat": False,
+        "max_new_tokens": count,
+        "temperatures": [temperature] * len(prompts),
+        "chat": False,
         "seeds": [[7, i, 0] for i in range(len(prompts))],
-    }  # fmt: skip
+    }
 
 
 def test_the_answer_follows_the_draft_as_in_training():
@@ -93,8 +95,22 @@ def test_a_chat_turn_between_draft_and_answer(tmp_path, capsys):
     (found,) = reflect_batch(
         model, encoder, [prompt], separator=separator, max_new_tokens=6, temperatures=[0.0], seeds=[[0]], chat=True
     )
-    main(["--model", str(tmp_path / "final"), "--prompt", "Why?", "--chat", "--max_new_tokens", "6", "--reflect",
-          "--alternative", "chat", "--alternative_instruction", "Again."])  # fmt: skip
+    main(
+        [
+            "--model",
+            str(tmp_path / "final"),
+            "--prompt",
+            "Why?",
+            "--chat",
+            "--max_new_tokens",
+            "6",
+            "--reflect",
+            "--alternative",
+            "chat",
+            "--alternative_instruction",
+            "Again.",
+        ]
+    )
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
     assert capsys.readouterr().out == f"draft: {texts[0]}\n\nanswer given the draft: {texts[1]}\n"
 

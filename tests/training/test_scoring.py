@@ -28,9 +28,14 @@ def reference(model, cache, said, pairs=PAIRS, bf16=False, batcher=BATCHER, stop
     digests = {"model": weights_digest(model), "train_data": digest(pairs), "eval_data": digest([])}
     inputs = Inputs(model, None, 0, (), pairs, [], digests)
     return References.compute(
-        config, inputs, PairModel(model, ik.DPO()), batcher, used or range(len(pairs)), log=said.append,
+        config,
+        inputs,
+        PairModel(model, ik.DPO()),
+        batcher,
+        used or range(len(pairs)),
+        log=said.append,
         stop_requested=stop_requested,
-    ).train  # fmt: skip
+    ).train
 
 
 def test_scores_are_the_models_own_log_probs_in_the_order_of_the_pairs():

@@ -292,8 +292,11 @@ def test_subset_split_and_revision_reach_the_hub(monkeypatch):
     load_pairs("org/name", TOKENIZER)
     load_pairs("org/name:test[:10%]", TOKENIZER)
     pairs = load_pairs({"path": "org/name", "subset": "easy", "split": "dev", "revision": "v1"}, TOKENIZER)
-    assert asked == [("org/name", None, "train", None), ("org/name", None, "test[:10%]", None),
-                     ("org/name", "easy", "dev", "v1")]  # fmt: skip
+    assert asked == [
+        ("org/name", None, "train", None),
+        ("org/name", None, "test[:10%]", None),
+        ("org/name", "easy", "dev", "v1"),
+    ]
     assert pairs[0].origin == "org/name:easy:dev row 0"
 
 

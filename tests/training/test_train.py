@@ -63,9 +63,17 @@ def test_the_command_line_leaves_a_model_that_loads_and_generates(tmp_path, caps
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns_the_fixture(objective, conditioned):
     config = TrainConfig(
-        model=TINY, train_data=str(PAIRS), objective=objective, conditioned=conditioned, max_steps=6, logging_steps=1,
-        learning_rate=1e-2, warmup_steps=0.0, lr_scheduler_type="constant", per_device_train_batch_size=24,
-    )  # fmt: skip
+        model=TINY,
+        train_data=str(PAIRS),
+        objective=objective,
+        conditioned=conditioned,
+        max_steps=6,
+        logging_steps=1,
+        learning_rate=1e-2,
+        warmup_steps=0.0,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=24,
+    )
     rows = train(config, quiet=True).metrics
     assert len(rows) == 6
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.01
@@ -95,10 +103,16 @@ def test_marginal_weight_adds_the_objective_given_the_prompt_alone():
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_accumulation_equals_the_large_batch_also_where_the_last_part_is_ragged(conditioned):
     results = [
-        run(tiny_model(), token_pairs(7), per_device_train_batch_size=7, max_batch_tokens=tokens,
-            conditioned=conditioned, max_grad_norm=1e9)
+        run(
+            tiny_model(),
+            token_pairs(7),
+            per_device_train_batch_size=7,
+            max_batch_tokens=tokens,
+            conditioned=conditioned,
+            max_grad_norm=1e9,
+        )
         for tokens in (10_000, 120, 1)
-    ]  # fmt: skip
+    ]
     for result in results[1:]:
         for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
             assert result.metrics[0][name] == pytest.approx(results[0].metrics[0][name], rel=1e-5, abs=1e-6)
@@ -132,9 +146,16 @@ def test_a_step_is_adamw_on_the_mean_loss_over_its_pairs():
     torch.nn.utils.clip_grad_norm_(mine.parameters(), 0.1)
     optimizer.step()
     trained = run(
-        model, pairs, objective="simpo", conditioned=False, learning_rate=1e-2, warmup_steps=0.0, max_grad_norm=0.1,
-        per_device_train_batch_size=6, max_batch_tokens=60,
-    )  # fmt: skip
+        model,
+        pairs,
+        objective="simpo",
+        conditioned=False,
+        learning_rate=1e-2,
+        warmup_steps=0.0,
+        max_grad_norm=0.1,
+        per_device_train_batch_size=6,
+        max_batch_tokens=60,
+    )
     assert trained.metrics[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     for name, tensor in mine.state_dict().items():
         torch.testing.assert_close(trained.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
@@ -152,9 +173,26 @@ def test_weight_decay_is_of_matrices_alone():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tied):
-    more = ["--max_steps", "7", "--per_device_train_batch_size", "10", "--max_batch_tokens", "500",
-            "--eval_data", str(PAIRS), "--save_steps", "2", "--eval_steps", "2", "--logging_steps", "3",
-            "--weight_decay", "0.1", "--model.tie_word_embeddings", str(tied).lower()]  # fmt: skip
+    more = [
+        "--max_steps",
+        "7",
+        "--per_device_train_batch_size",
+        "10",
+        "--max_batch_tokens",
+        "500",
+        "--eval_data",
+        str(PAIRS),
+        "--save_steps",
+        "2",
+        "--eval_steps",
+        "2",
+        "--logging_steps",
+        "3",
+        "--weight_decay",
+        "0.1",
+        "--model.tie_word_embeddings",
+        str(tied).lower(),
+    ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main(options(whole, *more))
     assert not list(whole.glob("*.partial"))
@@ -377,8 +415,23 @@ def test_real_pairs_train_reload_and_generate(tmp_path, objective, conditioned):
         for kind in ("train", "eval")
     ]
     out = tmp_path / "out"
-    main(options(out, "--train_data", data[0], "--eval_data", data[1], "--objective", objective,
-                 "--conditioned", conditioned, "--max_length", "1000", "--truncation", "drop"))  # fmt: skip
+    main(
+        options(
+            out,
+            "--train_data",
+            data[0],
+            "--eval_data",
+            data[1],
+            "--objective",
+            objective,
+            "--conditioned",
+            conditioned,
+            "--max_length",
+            "1000",
+            "--truncation",
+            "drop",
+        )
+    )
     rows = metrics(out)
     for layout in ("conditioned", "marginal"):
         low, high = rows[-1][f"eval_{layout}/rewards/accuracies_ci"]

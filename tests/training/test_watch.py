@@ -5,17 +5,27 @@ import pytest
 from training.watch import Watch, evaluation_warnings, training_warnings
 
 TRAINING = {
-    "rewards/margins": 1.0, "marginal/rewards/margins": 0.5,
-    "logps/chosen": -50.0, "logps/rejected": -80.0, "marginal/logps/chosen": -20.0, "marginal/logps/rejected": -40.0,
-    "ref_logps/chosen": -21.0, "ref_logps/rejected": -35.0, "tokens/chosen": 10.0, "tokens/rejected": 20.0,
-}  # fmt: skip
+    "rewards/margins": 1.0,
+    "marginal/rewards/margins": 0.5,
+    "logps/chosen": -50.0,
+    "logps/rejected": -80.0,
+    "marginal/logps/chosen": -20.0,
+    "marginal/logps/rejected": -40.0,
+    "ref_logps/chosen": -21.0,
+    "ref_logps/rejected": -35.0,
+    "tokens/chosen": 10.0,
+    "tokens/rejected": 20.0,
+}
 START = {
-    "step": 0, "eval_marginal/logps_per_token/chosen": -2.0, "eval_marginal/logps_per_token/rejected": -2.5,
-
-    "eval_marginal/logps_per_token/chosen_ci": [-2.1, -1.9], "eval_marginal/longer_preferred": 0.5,
-    "eval_marginal/longer_preferred_ci": [0.4, 0.6], "eval_longer_chosen": 0.55,
+    "step": 0,
+    "eval_marginal/logps_per_token/chosen": -2.0,
+    "eval_marginal/logps_per_token/rejected": -2.5,
+    "eval_marginal/logps_per_token/chosen_ci": [-2.1, -1.9],
+    "eval_marginal/longer_preferred": 0.5,
+    "eval_marginal/longer_preferred_ci": [0.4, 0.6],
+    "eval_longer_chosen": 0.55,
     "eval_samples/tokens": 20.0,
-}  # fmt: skip
+}
 
 
 def raised(warnings):
@@ -50,18 +60,27 @@ def test_a_plain_run_has_its_own_log_probs_and_a_run_without_reference_none_to_c
     [
         ({}, set()),
         (
-            {"eval_marginal/logps_per_token/chosen": -2.3, "eval_marginal/logps_per_token/rejected": -2.9,
-             "eval_marginal/logps_per_token/chosen_ci": [-2.4, -2.2]},
+            {
+                "eval_marginal/logps_per_token/chosen": -2.3,
+                "eval_marginal/logps_per_token/rejected": -2.9,
+                "eval_marginal/logps_per_token/chosen_ci": [-2.4, -2.2],
+            },
             {"falling, held-out"},
         ),
         (  # noise
-            {"eval_marginal/logps_per_token/chosen": -2.3, "eval_marginal/logps_per_token/rejected": -2.9,
-             "eval_marginal/logps_per_token/chosen_ci": [-2.6, -2.0]},
+            {
+                "eval_marginal/logps_per_token/chosen": -2.3,
+                "eval_marginal/logps_per_token/rejected": -2.9,
+                "eval_marginal/logps_per_token/chosen_ci": [-2.6, -2.0],
+            },
             set(),
         ),
         (  # mostly the rejected ones
-            {"eval_marginal/logps_per_token/chosen": -2.3, "eval_marginal/logps_per_token/rejected": -3.9,
-             "eval_marginal/logps_per_token/chosen_ci": [-2.4, -2.2]},
+            {
+                "eval_marginal/logps_per_token/chosen": -2.3,
+                "eval_marginal/logps_per_token/rejected": -3.9,
+                "eval_marginal/logps_per_token/chosen_ci": [-2.4, -2.2],
+            },
             set(),
         ),
         ({"eval_marginal/logps_per_token/chosen": -1.9, "eval_marginal/logps_per_token/rejected": -2.9}, set()),
@@ -71,14 +90,17 @@ def test_a_plain_run_has_its_own_log_probs_and_a_run_without_reference_none_to_c
         ),
         ({"eval_marginal/longer_preferred": 0.8, "eval_marginal/longer_preferred_ci": [0.5, 0.95]}, set()),
         (
-            {"eval_marginal/longer_preferred": 0.8, "eval_marginal/longer_preferred_ci": [0.7, 0.9],
-             "eval_longer_chosen": 0.7},
+            {
+                "eval_marginal/longer_preferred": 0.8,
+                "eval_marginal/longer_preferred_ci": [0.7, 0.9],
+                "eval_longer_chosen": 0.7,
+            },
             set(),
         ),
         ({"eval_samples/tokens": 31.0}, {"longer answers"}),
         ({"eval_samples/tokens": 27.0}, set()),
     ],
-)  # fmt: skip
+)
 def test_evaluations(change, kinds):
     assert raised(evaluation_warnings({**START, "step": 5, **change}, START)) == kinds
 

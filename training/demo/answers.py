@@ -23,9 +23,14 @@ CUT = "…"  # ends an answer that the model did not end
 
 @torch.no_grad()
 def sample_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, count: int, greedy: bool,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    count: int,
+    greedy: bool,
     seed: int,
-) -> list[list[str]]:  # fmt: skip
+) -> list[list[str]]:
     """``count`` answers to each prompt, from the prompt alone, at temperature 1 or ``greedy``.
 
     An answer that does not end within 8 tokens has "…" at its end.
@@ -46,9 +51,13 @@ def sample_answers(
 
 
 def sample_pairs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, prompts: Sequence[Prompt], most: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    prompts: Sequence[Prompt],
+    most: int,
     settings: Settings,
-) -> list[dict[str, str]]:  # fmt: skip
+) -> list[dict[str, str]]:
     """Up to ``most`` pairs, one for each prompt that ``model`` answers both right and wrong in ``samples`` tries.
 
     Chosen is the right answer, rejected the first wrong one that is a word (at least one letter, nothing but letters,
@@ -85,9 +94,11 @@ def reflect_unseen(
     """``count`` sampled drafts to each prompt, the answers given them, and the likelier of two drafts each."""
     encoder, rows = TextEncoder(tokenizer), [(i, n) for i in range(len(prompts)) for n in range(count)]
     settings: dict[str, Any] = {
-        "max_new_tokens": MAX_NEW_TOKENS, "temperatures": [1.0] * len(rows), "chat": False,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "temperatures": [1.0] * len(rows),
+        "chat": False,
         "seeds": [[seed, i, n] for i, n in rows],
-    }  # fmt: skip
+    }
     ids = [encoder.prompt(str(prompts[i])) for i, _ in rows]
     with torch.no_grad():
         found = reflect_batch(model, encoder, ids, **settings)

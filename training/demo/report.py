@@ -150,6 +150,7 @@ def _draw_over_training(axes: Any, results: dict[str, Any]) -> None:
     axes.set_xticks(settings["long_steps"], [str(step) for step in settings["long_steps"]])
     pairs, size = settings["long_pairs"], settings["long_step_pairs"]
     axes.set(
-        title=f"Trained too long on {pairs} pairs", ylabel="right answers, greedy",
+        title=f"Trained too long on {pairs} pairs",
+        ylabel="right answers, greedy",
         xlabel=f"step of {size} pairs, constant learning rate",
-    )  # fmt: skip
+    )

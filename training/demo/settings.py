@@ -58,23 +58,47 @@ class Settings:
     def quick(cls, seed: int = 0) -> Settings:
         """The whole path in seconds, with a model too small to learn much."""
         return cls(
-            seed=seed, letters=4, lengths=(3,), unseen_per_kind=12, hidden_size=64, layers=1, fit_steps=150,
-            fit_rows=64, pairs=48, samples=32, steps=6, step_pairs=8, long_pairs=8, long_step_pairs=4,
+            seed=seed,
+            letters=4,
+            lengths=(3,),
+            unseen_per_kind=12,
+            hidden_size=64,
+            layers=1,
+            fit_steps=150,
+            fit_rows=64,
+            pairs=48,
+            samples=32,
+            steps=6,
+            step_pairs=8,
+            long_pairs=8,
+            long_step_pairs=4,
             long_steps=(2, 4),
-        )  # fmt: skip
+        )
 
 
 def fine_tune_config(name: str, settings: Settings, folder: Path) -> TrainConfig:
     """One arm of ``FINE_TUNES``; all have the same base, pairs, order of the pairs, steps and learning rate."""
     options = FINE_TUNES[name]
     return TrainConfig(
-        model=str(folder / "base" / "final"), train_data=str(folder / PAIRS), eval_data=str(folder / UNSEEN_PAIRS),
-        output_dir=str(folder / name), reference_cache=str(folder), max_length=64,
-        beta=settings.beta if options["objective"] == "dpo" else None, **options,
-        max_steps=settings.steps, per_device_train_batch_size=settings.step_pairs, seed=settings.seed,
-        learning_rate=settings.learning_rate, lr_scheduler_type="linear", logging_steps=max(1, settings.steps // 10),
-        eval_steps=max(1, settings.steps // 10), save_strategy="no", keep_best=False, sample_prompts=0,
-    )  # fmt: skip
+        model=str(folder / "base" / "final"),
+        train_data=str(folder / PAIRS),
+        eval_data=str(folder / UNSEEN_PAIRS),
+        output_dir=str(folder / name),
+        reference_cache=str(folder),
+        max_length=64,
+        beta=settings.beta if options["objective"] == "dpo" else None,
+        **options,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.step_pairs,
+        seed=settings.seed,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        logging_steps=max(1, settings.steps // 10),
+        eval_steps=max(1, settings.steps // 10),
+        save_strategy="no",
+        keep_best=False,
+        sample_prompts=0,
+    )
 
 
 def long_config(name: str, settings: Settings, folder: Path) -> TrainConfig:
@@ -84,10 +108,21 @@ def long_config(name: str, settings: Settings, folder: Path) -> TrainConfig:
     """
     options = FINE_TUNES[name]
     return TrainConfig(
-        model=str(folder / "base" / "final"), train_data=str(folder / FEW_PAIRS),
-        output_dir=str(folder / f"{name}_long"), reference_cache=str(folder), max_length=64,
-        beta=settings.long_beta, **options,
-        max_steps=settings.long_steps[-1], per_device_train_batch_size=settings.long_step_pairs, seed=settings.seed,
-        learning_rate=settings.long_learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=8,
-        logging_steps=settings.long_steps[-1], save_strategy="no", keep_best=False, sample_prompts=0,
-    )  # fmt: skip
+        model=str(folder / "base" / "final"),
+        train_data=str(folder / FEW_PAIRS),
+        output_dir=str(folder / f"{name}_long"),
+        reference_cache=str(folder),
+        max_length=64,
+        beta=settings.long_beta,
+        **options,
+        max_steps=settings.long_steps[-1],
+        per_device_train_batch_size=settings.long_step_pairs,
+        seed=settings.seed,
+        learning_rate=settings.long_learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=8,
+        logging_steps=settings.long_steps[-1],
+        save_strategy="no",
+        keep_best=False,
+        sample_prompts=0,
+    )

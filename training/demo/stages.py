@@ -130,10 +130,11 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
             for i, prompt in enumerate(world.unseen)
             if i % (settings.unseen_per_kind // 2) == 0
         ],
-        "reflection": {way: compare(world, texts, None if way == "draft" else ways["draft"])
-                       for way, texts in ways.items()},
+        "reflection": {
+            way: compare(world, texts, None if way == "draft" else ways["draft"]) for way, texts in ways.items()
+        },
         "seconds": seconds,
-    }  # fmt: skip
+    }
     draw_picture(results, metrics["inspo"], folder / PICTURE)
     done("evaluation", f"5. answered {len(world.unseen)} unseen prompts with each model")
     return results
@@ -149,11 +150,17 @@ def fit_base(world: World, tokenizer: PreTrainedTokenizerBase, settings: Setting
         torch.manual_seed(settings.seed)
         model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=settings.hidden_size, num_hidden_layers=settings.layers,
-                intermediate_size=settings.hidden_size * 8 // 3, num_attention_heads=4, max_position_embeddings=64,
-                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                vocab_size=len(tokenizer),
+                hidden_size=settings.hidden_size,
+                num_hidden_layers=settings.layers,
+                intermediate_size=settings.hidden_size * 8 // 3,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
             )
-        )  # fmt: skip
+        )
     rng = random.Random(f"demonstrations {settings.seed}")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     peak, steps = settings.fit_learning_rate, settings.fit_steps

@@ -78,6 +78,9 @@ class World:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("reverse |shift |."), "isolated")
         tokenizer.decoder = decoders.Fuse()
         return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            eos_token="<eos>",
+            unk_token="<unk>",
             clean_up_tokenization_spaces=False,
-        )  # fmt: skip
+        )
