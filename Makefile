@@ -87,8 +87,8 @@ benchmark: pairs-given benchmark-head benchmark-step benchmark-trl benchmark-par
 
 # The README's "loss", "logps" and "scaling" and the scaling plot.
 benchmark-head: install
-	$(BIN)/python -m benchmarks.loss --shape reference real --rounds 7 --only time --json $(RESULTS)/loss_cpu.json
-	$(BIN)/python -m benchmarks.loss --shape reference real --only memory --resume --json $(RESULTS)/loss_cpu.json
+	$(BIN)/python -m benchmarks.loss --shape reference real --rounds 5 --only time --json $(RESULTS)/loss_cpu.json
+	$(BIN)/python -m benchmarks.loss --shape reference --only memory --resume --json $(RESULTS)/loss_cpu.json
 	$(BIN)/python -m benchmarks.logps --shape reference --rounds 5 --only time --json $(RESULTS)/logps_cpu.json
 	$(BIN)/python -m benchmarks.logps --shape reference --only memory --resume --json $(RESULTS)/logps_cpu.json
 	$(BIN)/python -m benchmarks.scaling --only time --json $(RESULTS)/scaling_cpu.json

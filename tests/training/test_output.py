@@ -202,7 +202,7 @@ def test_a_run_warns_where_answers_from_the_prompt_alone_get_worse(tmp_path, cap
     """A rate so large that a model of random weights forgets both responses."""
     main(
         options(
-            tmp_path / "out", *RUN, "--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--warmup_steps", "0"
+            tmp_path / "out", *RUN, "--learning_rate", "1.0", "--lr_scheduler_type", "constant", "--warmup_steps", "0"
         )
     )
     printed = capsys.readouterr().out
