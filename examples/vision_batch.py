@@ -11,22 +11,13 @@ import inspo_kernels as ik
 
 tokenizer = tiny_tokenizer(special=["<image>"])
 processor = LlavaProcessor(  # yours: AutoProcessor.from_pretrained(...)
-    CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
-    tokenizer,
-    patch_size=4,
-    vision_feature_select_strategy="default",
-    image_token="<image>",
-    num_additional_image_tokens=1,
-)
+    CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}), tokenizer,
+    patch_size=4, vision_feature_select_strategy="default", image_token="<image>", num_additional_image_tokens=1,
+)  # fmt: skip
 vision = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
+    "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+}  # fmt: skip
 text = {"model_type": "llama", **tiny_config(tokenizer)}
 image = tokenizer.convert_tokens_to_ids("<image>")
 torch.manual_seed(0)

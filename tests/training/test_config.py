@@ -94,7 +94,7 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--objective", "aot", "--gradient_accumulation_steps", "2"], "looks at all pairs of a step together"),
         (["--fp16", "true"], "fp16 is not supported: .*bf16"),
         (["--load_best_model_at_end", "true"], "keep_best leaves the best model"),
-        (["--save_only_model", "true"], "cannot be resumed"),
+        (["--save_only_model", "true"], "a run cannot resume without"),
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type='cosin': must be .*cosine"),
         (["--report_to", "nobody"], "report_to=nobody: the package is not installed"),
         (["--attn_implementation", "flex_attention"], "flex_attention needs a GPU"),
