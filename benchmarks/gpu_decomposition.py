@@ -1,4 +1,4 @@
-"""Where the time of one pass goes: each matmul, each pass over the logits and the glue between them, by itself.
+"""Time the parts of one pass alone: each matmul, each pass over the logits and the glue between them.
 
 Line by line the same as ``benchmarks.roofline`` predicts. Each line is timed twice: ``idle`` starts on an idle device,
 so it includes the latency of Python and of launches; ``busy`` queues the same work behind a long matmul, so it is the

@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures, in full and in quick sizes, and what its results are held to."""
+"""Sizes of the GPU benchmark, full and quick, and the targets of its results."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ QUICK = Plan(
 
 
 def targets(result: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
-    """What the Triton backend is held to at Llama-3-8B's head and 8,192 tokens, stated for an H200."""
+    """Return the targets of the Triton backend at Llama-3-8B's head and 8,192 tokens, stated for an H200."""
     model, tokens = FULL.main
     cells = {c["mode"]: c for c in result["cells"] if (c["model"], c["tokens"]) == (model, tokens)}
     rows = []
@@ -155,7 +155,7 @@ def triton_row(cell: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]
 
 
 def problems(result: dict[str, Any]) -> list[str]:
-    """What makes the run fail: a step that broke, failing tests, or an accuracy check beyond its limit."""
+    """Return the reasons why the run fails: a step that broke, failing tests, or an accuracy check beyond its limit."""
     found = [
         f"step {name} {row['status']}" for name, row in result["steps"].items() if row["status"].startswith("failed")
     ]

@@ -37,7 +37,7 @@ RESERVE_SECONDS = 20.0
 
 @dataclass
 class Context:
-    """What a step works with: sizes, device, its own time, and the part of the results that it fills.
+    """Input of a step: sizes, device, its own time, and the part of the results that it fills.
 
     ``known`` holds the cells of earlier calls, which are not measured again.
     """
@@ -96,7 +96,7 @@ def main_shape(context: Context) -> None:
 
 
 def decomposition(context: Context) -> None:
-    """Where the time goes: each matmul and pass by itself, idle and busy."""
+    """Time each matmul and pass alone, on an idle and on a busy device."""
     for name, rows in gpu_decomposition.decompose(context.main_batch(), context.plan.stage_rows):
         context.part.setdefault("decomposition", {})[name] = rows
         context.say(gpu_decomposition.line(name, rows))
@@ -126,7 +126,7 @@ def autocast(context: Context) -> None:
 
 
 def statistics(context: Context) -> None:
-    """What entropy and the other statistics add to log-probs and loss."""
+    """Measure the time that entropy and the other statistics add to log-probs and loss."""
     _fill(context, "statistics", gpu_training.statistics(context.main_batch(), context.plan.rounds, context.left))
 
 
@@ -267,7 +267,7 @@ def pin_matmul_settings() -> dict[str, Any]:
 
 
 def device_notes(device: torch.device) -> list[str]:
-    """What a reader of the times must know of the device: too old for our kernels, or shared with others."""
+    """Return warnings about the device: too old for our kernels, or shared with other processes."""
     if device.type != "cuda":
         return []
     notes, name = [], torch.cuda.get_device_name(device)
