@@ -15,10 +15,10 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from inspo_kernels.layouts.alternative_dropout import checked_dropout
 from inspo_kernels.objectives import OBJECTIVES, Objective, make_objective
 
 from .data_options import DataOptions
-from .dropout import check_dropout
 from .errors import InputError
 
 OBJECTIVE_PARAMETERS = (
@@ -33,6 +33,11 @@ OBJECTIVE_PARAMETERS = (
     "divergence_alpha",
 )
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-7, 1e-5
+AT_LEAST = {
+    0: "num_train_epochs logging_steps eval_steps save_steps sample_prompts learning_rate weight_decay max_grad_norm "
+    "marginal_weight warmup_steps",
+    1: "per_device_train_batch_size gradient_accumulation_steps max_batch_tokens save_total_limit sample_tokens",
+}
 
 # Options of TrainingArguments that follow from other options.
 _FOLLOWING = {
@@ -139,27 +144,11 @@ class TrainConfig(DataOptions, TrainingArguments):
             self.output_dir = ""  # TrainingArguments has set a folder, and Trainer does not accept None
 
     def _check(self) -> None:
-        least = {
-            "num_train_epochs": 0,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "max_batch_tokens": 1,
-            "logging_steps": 0,
-            "eval_steps": 0,
-            "save_steps": 0,
-            "save_total_limit": 1,
-            "sample_prompts": 0,
-            "sample_tokens": 1,
-            "learning_rate": 0,
-            "weight_decay": 0,
-            "max_grad_norm": 0,
-            "marginal_weight": 0,
-            "warmup_steps": 0,
-        }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= minimum:
-                raise InputError(f"{name}={value}: must be at least {minimum}")
+        for minimum, names in AT_LEAST.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not value >= minimum:
+                    raise InputError(f"{name}={value}: must be at least {minimum}")
         if self.max_steps == 0 or self.max_steps < -1:
             raise InputError(f"max_steps={self.max_steps}: must be at least 1, or -1 to use num_train_epochs")
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
@@ -171,7 +160,7 @@ class TrainConfig(DataOptions, TrainingArguments):
         if self.reference_conditioned and (self.marginal_weight or not self.conditioned):
             raise InputError("reference_conditioned needs conditioned=true and marginal_weight=0")
         objective = self.make_objective()
-        check_dropout(self, objective)
+        self._check_dropout(objective)
         if not objective.needs_reference and self.reference_conditioned:
             raise InputError(f"reference_conditioned: objective {self.objective!r} has no reference")
         trackers = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
@@ -181,8 +170,21 @@ class TrainConfig(DataOptions, TrainingArguments):
             raise InputError(
                 f"report_to={tracker}: the package is not installed, or the name is unknown; try pip install {tracker}"
             )
-        if self.attn_implementation == "flex_attention" and not torch.cuda.is_available():
-            raise InputError("attn_implementation=flex_attention needs a GPU; use sdpa or eager")
+
+    def _check_dropout(self, objective: Objective) -> None:
+        try:
+            dropout = checked_dropout(self.alternative_dropout)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if dropout and not self.conditioned:
+            raise InputError("alternative_dropout needs conditioned=true: the plain baseline has nothing to drop")
+        if dropout and (self.marginal_weight or objective.needs_marginals):
+            cause = "marginal_weight" if self.marginal_weight else f"objective {objective}"
+            remedy = "marginal_weight=0" if self.marginal_weight else "sft=chosen or another objective"
+            raise InputError(
+                f"alternative_dropout: {cause} needs the log-probs given the prompt alone beside the conditioned ones, "
+                f"and a dropped pair has no conditioned ones; set {remedy}, or alternative_dropout=0"
+            )
 
     def _check_engine(self) -> None:
         if self.couples_pairs and (self.world_size > 1 or self.gradient_accumulation_steps > 1):

@@ -1,4 +1,4 @@
-"""Options from YAML files and the command line to a ``TrainConfig``; each mistake names the option that is right."""
+"""Options from YAML files and the command line for a ``TrainConfig``; each error names the right option."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .config import TrainConfig
 from .errors import InputError
 
 DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
-# Options whose value is a place: ~ and $VARIABLES mean the same in YAML as in a shell.
+# Options whose value is a path: ~ and $VARIABLES mean the same in YAML as in a shell.
 PLACES = {"model", "train_data", "eval_data", "output_dir", "reference_cache", "resume_from_checkpoint", "deepspeed"}
-# Names that others use, and this project used before, with the option that they are here.
+# Names in other trainers and in earlier versions, with the option here.
 OTHER_NAMES = {
     "batch_size": "per_device_train_batch_size, pairs of one process",
     "num_epochs": "num_train_epochs",
@@ -81,7 +81,7 @@ OTHER_NAMES = {
 
 
 def parse_config(arguments: Sequence[str]) -> TrainConfig:
-    """Read ``--config FILE`` and ``--option value``, which wins. Raises InputError."""
+    """Read ``--config FILE`` and ``--option value``; the command line wins. Raises InputError."""
     given = _pairs_of(arguments)
     values: dict[str, Any] = {}
     for name, value in given:
@@ -98,7 +98,7 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
 
 
 def help_text() -> str:
-    """Return this project's options on one screen, and where the others are."""
+    """Return this project's options on one screen, and where to find the others."""
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     hints = get_type_hints(TrainConfig, include_extras=True)
     lines = ["python -m training.train --config FILE.yaml [--option value ...]"]
@@ -137,7 +137,7 @@ def _pairs_of(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _put(values: dict[str, Any], name: str, text: str) -> None:
-    """Set the option, or the field of a section (``lora.r``), to what ``text`` is in YAML."""
+    """Set the option, or the field of a section (``lora.r``), to ``text`` read as YAML."""
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -146,12 +146,12 @@ def _put(values: dict[str, Any], name: str, text: str) -> None:
     if dot:
         old = values.get(section)
         values[section] = {**(old if isinstance(old, dict) else {}), field: value}
-    else:  # the words themselves, but for sections, lists and null: 007 and 1e5 may be names
+    else:  # keep the text unless it is a section, a list or null: 007 and 1e5 may be names
         values[name] = value if isinstance(value, dict | list) or value is None else text
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may stand once, and only true and false are booleans: ``save_strategy: no`` is a word."""
+    """YAML without duplicate keys, in which only true and false are booleans: ``save_strategy: no`` is a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -196,7 +196,7 @@ def _check_name(name: str, where: str) -> None:
 
 @cache
 def _types() -> dict[str, TypeAdapter]:
-    """Return what converts the value of each option: numbers may be names, and a choice of words is not any text."""
+    """Return the converter of each option's value: a number may be a name, and an enum takes only its own words."""
     hints, settings = get_type_hints(TrainConfig), ConfigDict(coerce_numbers_to_str=True)
     types = {}
     for field in dataclasses.fields(TrainConfig):

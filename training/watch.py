@@ -1,4 +1,4 @@
-"""Warnings while a run trains: signs that answers from the prompt alone, as inference asks for, get worse."""
+"""Warnings during training: signs that answers from the prompt alone, which inference uses, get worse."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ REMEDY = "Lower learning_rate, or set marginal_weight (0.1 to 1)."
 
 
 class Watch:
-    """Says each warning once, and again only after it has cleared, or at the end of the run.
+    """Logs each warning once, and again only after it has cleared or at the end of the run.
 
-    A kind of ``PATIENCE`` is seen in few pairs: it is said once it has stood for so many rows in a row.
+    A kind in ``PATIENCE`` is judged from few pairs: it is logged after that many rows in a row.
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:
@@ -26,7 +26,7 @@ class Watch:
         self._standing: dict[str, int] = {}  # rows in a row
 
     def __call__(self, warnings: dict[str, str | None], *, last: bool) -> None:
-        """``warnings`` by kind; ``last``: what stands at the end is said once more."""
+        """Log the texts of ``warnings``, by kind. With ``last``, log what still holds once more."""
         for kind, text in warnings.items():
             rows = self._standing[kind] = 0 if text is None else self._standing.get(kind, 0) + 1
             patience = PATIENCE.get(kind, 1)
@@ -49,7 +49,7 @@ def evaluation_warnings(row: dict[str, Any], first: dict[str, Any]) -> dict[str,
 
 
 def _opposite_margins(row: dict[str, Any]) -> str | None:
-    """Training goes one way and what inference uses the other way."""
+    """Warn if the conditioned margin is positive and the one from the prompt alone negative."""
     conditioned, alone = row["rewards/margins"], row.get("marginal/rewards/margins", 0.0)
     if not (alone < -TIE and conditioned > TIE):
         return None
@@ -61,7 +61,7 @@ def _opposite_margins(row: dict[str, Any]) -> str | None:
 
 
 def _fall_from_reference(row: dict[str, Any]) -> list[float]:
-    """Change of the log-probs given the prompt alone since the reference, nats per token; empty without a reference."""
+    """Return how log-probs given the prompt alone differ from the reference, nats per token; [] without a reference."""
     if "ref_logps/chosen" not in row:
         return []
     alone = "marginal/" if "marginal/logps/chosen" in row else ""
@@ -72,7 +72,7 @@ def _fall_from_reference(row: dict[str, Any]) -> list[float]:
 
 
 def _fall_from_start(row: dict[str, Any], first: dict[str, Any]) -> list[float]:
-    """Change of the held-out log-probs given the prompt alone; empty where the intervals do not tell it from noise."""
+    """Return how held-out log-probs given the prompt alone changed, nats per token; [] if that may be noise."""
     name = "eval_marginal/logps_per_token/"
     now, then = row.get(f"{name}chosen_ci"), first.get(f"{name}chosen_ci")
     if now is None or then is None or not now[1] < then[0]:
@@ -91,7 +91,7 @@ def _falling(change: list[float], where: str) -> str | None:
 
 
 def _longer_preferred(row: dict[str, Any], first: dict[str, Any]) -> str | None:
-    """Longer responses win clearly more often than they are chosen, and than they did before training."""
+    """Warn if longer responses win clearly more often than they are chosen, and than before training."""
     name = "eval_marginal/longer_preferred"
     if name not in row or row["step"] == first["step"]:
         return None

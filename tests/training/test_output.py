@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import TensorBoardCallback
 
 import inspo_kernels as ik
+import training.reporting
 import training.resumable
 import training.save_model
-import training.trainer
 from training import output
-from training.checkpoint import SaveError, check_checkpoint
+from training.checkpoint import check_checkpoint
 from training.config import TrainConfig
 from training.errors import InputError
 from training.evaluation import is_better, sample_answers
@@ -121,15 +121,15 @@ def test_better_is_by_accuracy_from_the_prompt_alone_and_ties_by_margin():
 
 
 def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    original = training.save_model.on_first_process
+    original = training.save_model.model_card
     calls = iter(range(99))
 
-    def fail_first(write):
+    def fail_first(*given, **more):
         if next(calls) == 0:
-            raise SaveError("best could not be written: full")
-        original(write)
+            raise OSError("full")
+        return original(*given, **more)
 
-    monkeypatch.setattr(training.save_model, "on_first_process", fail_first)
+    monkeypatch.setattr(training.save_model, "model_card", fail_first)
     main(options(tmp_path / "out", *RUN))
     assert "best could not be written: full; the run goes on" in capsys.readouterr().out
     assert (tmp_path / "out" / "best").is_dir() and (tmp_path / "out" / "final").is_dir()
@@ -215,7 +215,7 @@ def test_a_run_warns_where_answers_from_the_prompt_alone_get_worse(tmp_path, cap
 def test_a_run_that_goes_on_in_another_folder_has_a_best_model_there(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(output, "plot_curves", lambda *what: None)
     out = tmp_path / "out"
-    monkeypatch.setattr(training.trainer, "is_better", lambda row, best: best is None and row["step"] > 0)
+    monkeypatch.setattr(training.reporting, "is_better", lambda row, best: best is None and row["step"] > 0)
     main(options(out, *RUN, "--resume_from_checkpoint", str(finished / "checkpoint-3")))
     assert "After step 4, on held-out pairs" in (out / "best" / "README.md").read_text()
 
