@@ -10,8 +10,7 @@ from .scoring import TIE
 FALL = -0.1  # nats per token that both responses lose
 PREFERENCE = 0.15  # share of pairs by which longer responses win more often than they are the chosen ones
 TOGETHER = 0.5  # share of the rejected responses' fall by which the chosen ones fall, too
-PATIENCE = {"opposite": 3, "falling": 3, "longer answers": 2}
-GROWTH, GROWTH_TOKENS = 1.5, 8  # answers longer by this factor, and by this many tokens
+PATIENCE = {"opposite": 3, "falling": 3}
 REMEDY = "Lower learning_rate, or set marginal_weight (0.1 to 1)."
 
 
@@ -44,7 +43,6 @@ def evaluation_warnings(row: dict[str, Any], first: dict[str, Any]) -> dict[str,
     return {
         "falling, held-out": _falling(_fall_from_start(row, first), "held-out pairs"),
         "longer preferred": _longer_preferred(row, first),
-        "longer answers": _longer_answers(row, first),
     }
 
 
@@ -102,14 +100,4 @@ def _longer_preferred(row: dict[str, Any], first: dict[str, Any]) -> str | None:
         f"from the prompt alone, the model prefers the longer response in {row[name]:.0%} of the held-out\n"
         f"pairs, but it is the chosen one in {row['eval_longer_chosen']:.0%} (before training preferred in "
         f"{first[name]:.0%}): it may be\nlearning length. Objectives that account for it are simpo and rdpo."
-    )
-
-
-def _longer_answers(row: dict[str, Any], first: dict[str, Any]) -> str | None:
-    then, now = (some.get("eval_samples/tokens", 0) for some in (first, row))
-    if not then or now < GROWTH * then or now < then + GROWTH_TOKENS:
-        return None
-    return (
-        f"sample answers grow: {now:.0f} tokens on average, {then:.0f} before training. Read them in\n"
-        f"samples.jsonl. {REMEDY}"
     )
