@@ -21,7 +21,7 @@ from inspo_kernels.objectives import OBJECTIVES, Objective, make_objective
 from .data_options import DataOptions
 from .errors import InputError
 
-OBJECTIVE_PARAMETERS = {field.name for kind in OBJECTIVES.values() for field in dataclasses.fields(kind)}
+OBJECTIVE_PARAMETERS = {field.name for kind in OBJECTIVES.values() for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-7, 1e-5
 AT_LEAST = {
     0: "num_train_epochs logging_steps eval_steps save_steps sample_prompts learning_rate weight_decay max_grad_norm "
