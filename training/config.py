@@ -20,6 +20,7 @@ from inspo_kernels.objectives import OBJECTIVES, Objective, make_objective
 
 from .data_options import DataOptions
 from .errors import InputError
+from .other_options import UNSUPPORTED, UNSUPPORTED_OPTIMIZERS
 
 OBJECTIVE_PARAMETERS = {field.name for kind in OBJECTIVES.values() for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-7, 1e-5
@@ -40,28 +41,6 @@ _FOLLOWING = {
     "dataloader_pin_memory",
     "greater_is_better",
     "hub_token",
-}
-
-# Options of TrainingArguments that would be ignored or do harm here, with the reason or the alternative.
-UNSUPPORTED = {
-    "label_smoothing_factor": "the objective's own option is label_smoothing",
-    "auto_find_batch_size": "max_batch_tokens bounds the memory of a forward pass",
-    "neftune_noise_alpha": "policy and reference must be the same function at step 1",
-    "use_liger_kernel": "the loss is fused already",
-    "fp16": "float16 needs loss scaling; use bf16",
-    "fp16_full_eval": "use bf16",
-    "bf16_full_eval": "use bf16",
-    "torch_compile": "lengths differ from pass to pass",
-    "load_best_model_at_end": "keep_best leaves the best model in best/",
-    "save_only_model": "a run cannot resume without the optimizer state; final/ and best/ hold only the model",
-    "enable_jit_checkpoint": "SIGTERM saves a checkpoint in any case",
-    "ignore_data_skip": "a resumed run continues with the next pairs",
-    "eval_on_start": "eval_data is always scored before step 1",
-    "per_device_eval_batch_size": "max_batch_tokens bounds the memory of an evaluation, too",
-    "dataloader_drop_last": "each epoch has all pairs",
-    "train_sampling_strategy": "each epoch is a permutation that depends on seed",
-    "parallelism_config": "only data parallelism is supported: DDP, FSDP2, DeepSpeed",
-    "hub_strategy": "push_to_hub uploads final/ at the end",
 }
 
 
@@ -139,8 +118,19 @@ class TrainConfig(DataOptions, TrainingArguments):
                 value = getattr(self, name)
                 if value is not None and not value >= minimum:
                     raise InputError(f"{name}={value}: must be at least {minimum}")
+                if value == math.inf and name != "max_grad_norm":
+                    raise InputError(f"{name}={value}: must be finite")
         if self.max_steps == 0 or self.max_steps < -1:
             raise InputError(f"max_steps={self.max_steps}: must be at least 1, or -1 to use num_train_epochs")
+        if self.max_steps < 1 and not self.num_train_epochs:
+            raise InputError("num_train_epochs=0: must be above 0; --dry_run true checks a run without training")
+        if not self.save_steps and self.save_strategy == "steps":
+            raise InputError("save_steps=0: must be above 0; save_strategy=no writes no checkpoints")
+        if self.save_strategy == "best":
+            raise InputError("save_strategy=best is not supported: keep_best leaves the best model in best/")
+        for part, reason in UNSUPPORTED_OPTIMIZERS:
+            if part in self.optim:
+                raise InputError(f"optim={self.optim} is not supported: {reason}")
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
         for name, remedy in UNSUPPORTED.items():
             if getattr(self, name) != defaults[name]:

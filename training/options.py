@@ -19,65 +19,11 @@ from transformers import TrainingArguments
 
 from .config import TrainConfig
 from .errors import InputError
+from .other_options import OTHER_NAMES
 
 DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 # Options whose value is a path: ~ and $VARIABLES mean the same in YAML as in a shell.
 PLACES = {"model", "train_data", "eval_data", "output_dir", "reference_cache", "resume_from_checkpoint", "deepspeed"}
-# Names in other trainers and in earlier versions, with the option here.
-OTHER_NAMES = {
-    "batch_size": "per_device_train_batch_size, pairs of one process",
-    "num_epochs": "num_train_epochs",
-    "lr_scheduler": "lr_scheduler_type",
-    "warmup": "warmup_steps, below 1 a share of all steps",
-    "param_dtype": "dtype",
-    "mixed_precision": "bf16",
-    "log_every": "logging_steps",
-    "eval_every": "eval_steps",
-    "save_every": "save_steps",
-    "save_total": "save_total_limit",
-    "resume": "resume_from_checkpoint",
-    "model_name_or_path": "model",
-    "dataset_name": "train_data",
-    "dataset_train_split": "train_data, as NAME:SPLIT",
-    "dataset_test_split": "eval_data, as NAME:SPLIT",
-    "loss_type": "objective",
-    "torch_dtype": "dtype",
-    "max_prompt_length": "max_length, of prompt and both responses",
-    "truncation_mode": "truncation",
-    "max_completion_length": "max_length, of prompt and both responses",
-    "simpo_gamma": "gamma",
-    "use_peft": "lora",
-    "lora_r": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_target_modules": "lora.target_modules",
-    "precompute_ref_log_probs": "nothing: reference log-probs are always computed once",
-    "ref_model": "model: the reference is the model before training",
-    "rpo_alpha": "marginal_weight",
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps, below 1 a share of all steps",
-    "no_cuda": "use_cpu",
-    "dataloader_batch_size": "per_device_train_batch_size",
-    "lr": "learning_rate",
-    "base_model": "model",
-    "datasets": "train_data",
-    "test_datasets": "eval_data",
-    "sequence_len": "max_length",
-    "micro_batch_size": "per_device_train_batch_size",
-    "optimizer": "optim",
-    "rl": "objective",
-    "rl_beta": "beta",
-    "dpo_beta": "beta",
-    "adapter": "lora",
-    "val_set_size": "eval_data, a file of its own",
-    "saves_per_epoch": "save_steps",
-    "evals_per_epoch": "eval_steps",
-    "wandb_project": "report_to: wandb",
-    "output": "output_dir",
-    "data": "train_data",
-    "flash_attention": "attn_implementation: flash_attention_2",
-    "save_only_last": "save_total_limit: 1",
-    "early_stopping_patience": "nothing: best/ holds the best model",
-}
 
 
 def parse_config(arguments: Sequence[str]) -> TrainConfig:
@@ -168,6 +114,10 @@ _Loader.yaml_implicit_resolvers = {
     letter: [entry for entry in entries if entry[0] != _BOOLEAN]
     for letter, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+# YAML 1.1 reads 1e-7, without a dot, as text.
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|false)$", re.I), list("tTfF"))  # type: ignore[no-untyped-call]
 
 

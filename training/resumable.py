@@ -7,12 +7,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import upload_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from .checkpoint import rotate, save_checkpoint
@@ -127,6 +128,25 @@ class ResumableTrainer(Trainer):
         if type(schedule) is LambdaLR:
             _step_to(schedule, 1)
         return schedule
+
+
+def check_optimizer(config: TrainConfig, model: PreTrainedModel, steps: int) -> None:
+    """Create optimizer and schedule for a single weight. Raises InputError for what the run would fail with later."""
+    if config.deepspeed:  # has its own
+        return
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(config, model)
+        optimizer = kind([nn.Parameter(torch.zeros(2, 2))], **{k: v for k, v in settings.items() if k != "params"})
+        get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=config.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        )
+    except Exception as error:  # each optimizer and schedule refuses in its own way
+        chosen = f"optim={config.optim}, lr_scheduler_type={config.lr_scheduler_type}"
+        raise InputError(f"{chosen}: {' '.join(str(error).split())}") from None
 
 
 def _step_to(schedule: LambdaLR, step: int) -> None:

@@ -31,6 +31,7 @@ from .memory import report_disk, report_memory, report_precision
 from .model import byte_tokenizer, check_architecture, load_tokenizer, meta_model, size_text
 from .options import help_text, parse_config
 from .output import CURVES, RunLog, check_folder, locked
+from .resumable import check_optimizer
 from .resume import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
 from .save_model import check_saving
 from .scoring import Batcher, Lengths, lengths_of
@@ -169,8 +170,9 @@ def plan(
         f"{head.shape[0]} x {head.shape[1]}{tied}"
     )
     say(config.title)
+    steps, totals = config.total_steps(len(lengths)), lengths.sum(1)
+    check_optimizer(config, model, steps)
     if known:
-        steps, totals = config.total_steps(len(lengths)), lengths.sum(1)
         in_epoch = config.steps_per_epoch(len(lengths))
         several = f", {process_count()} processes" if process_count() > 1 else ""
         say(

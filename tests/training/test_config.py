@@ -97,6 +97,17 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--save_only_model", "true"], "a run cannot resume without"),
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type='cosin': must be .*cosine"),
         (["--report_to", "nobody"], "report_to=nobody: the package is not installed"),
+        (["--num_train_epochs", "0"], "num_train_epochs=0: must be above 0"),
+        (["--num_train_epochs", "inf"], "num_train_epochs=inf: must be finite"),
+        (["--learning_rate", "inf"], "learning_rate=inf: must be finite"),
+        (["--save_steps", "0"], "save_steps=0: must be above 0; save_strategy=no"),
+        (["--save_strategy", "best"], "keep_best leaves the best model"),
+        (["--optim", "galore_adamw_layerwise"], "updates weights within each backward pass"),
+        (["--optim", "lomo"], "updates weights within each backward pass"),
+        (["--optim", "schedule_free_adamw"], "differ between training and evaluation"),
+        (["--torch_compile_mode", "default"], "torch_compile_mode is not supported"),
+        (["--data_seed", "3"], "data_seed is not supported: seed orders the pairs"),
+        (["--dataloader_num_workers", "4"], "dataloader_num_workers is not supported"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["beta", "1"], "'beta' stands alone"),
         (["--beta"], "--beta has no value"),
@@ -170,3 +181,10 @@ def test_main_prints_one_line_and_exits_with_2(capsys):
 def test_plain_orpo_fits_the_chosen_response():
     assert TrainConfig(objective="orpo", conditioned=False).make_objective().sft == "chosen"
     assert TrainConfig(objective="orpo").make_objective().sft == "marginal"
+
+
+def test_numbers_in_sections_may_have_exponents(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-7}\nlora: {r: 8}\n")
+    config = parse_config([*REQUIRED, "--config", str(file), "--lora.lora_alpha", "1E1"])
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-7} and config.lora == {"r": 8, "lora_alpha": 10.0}

@@ -207,3 +207,25 @@ def test_pairs_longer_than_the_positions_are_foreseen_without_data(tmp_path):
     ARCHITECTURES["llama-3-8b"][1].save_pretrained(tmp_path)
     said = planned(parse_config(words_of("llama-3-8b", tmp_path, "--max_length", "10000")))
     assert "max_length=10000, but pairs of more than 8192 tokens would be refused" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr_scheduler_type cosine_with_min_lr", "One of min_lr or min_lr_rate"),
+        ("--lr_scheduler_kwargs {nope:1}", "unexpected keyword argument 'nope'"),
+        ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
+        ("--optim adamw_bnb_8bit", "install `bitsandbytes`"),
+        ("--optim galore_adamw --optim_target_modules all-linear", "install `galore_torch`"),
+        ("--optim_args nonsense", "optim=adamw_torch"),
+        ("--adam_beta1 1.5", "Invalid beta parameter"),
+        ("--adam_epsilon -1", "Invalid epsilon value"),
+    ],
+)
+def test_optimizers_and_schedules_are_tried_before_step_one(tmp_path, capsys, words, message):
+    for dry in ("true", "false"):
+        given = [word.replace(":", ": ") for word in words.split()]
+        with pytest.raises(SystemExit, match="2"):
+            main(options(tmp_path / "out", *given, "--dry_run", dry))
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out" / "config.yaml").exists()

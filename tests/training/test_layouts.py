@@ -125,7 +125,7 @@ def test_a_tree_is_trusted_only_where_it_gives_the_logps_of_rows(layout, bf16, m
                 patch.setattr(training.scoring.ik, "hidden_and_head", without_positions(ik.hidden_and_head))
             assert check(False) == BATCHER
             assert said.pop().startswith("WARNING: this model scores a small pair differently as a tree")
-            with pytest.raises(InputError, match=r"layout=tree: .* nats a token; set layout=rows"):
+            with pytest.raises(InputError, match=r"layout=tree: .* nats per token; set layout=rows"):
                 check(True)
 
 
