@@ -40,9 +40,9 @@ def lora_settings(options: dict[str, Any]) -> LoraConfig:
     needs_targets = "target_parameters" not in given and "trainable_token_indices" not in given
     defaults = _DEFAULTS if needs_targets else {k: v for k, v in _DEFAULTS.items() if k != "target_modules"}
     settings = {**defaults, **given}
-    for name in ("r", "lora_alpha"):
-        if isinstance(settings[name], bool) or not isinstance(settings[name], int | float) or not settings[name] > 0:
-            raise InputError(f"lora: {name}={settings[name]!r} must be a number above 0")
+    for name, kinds, what in (("r", int, "a whole number"), ("lora_alpha", int | float, "a number")):
+        if isinstance(settings[name], bool) or not isinstance(settings[name], kinds) or not settings[name] > 0:
+            raise InputError(f"lora: {name}={settings[name]!r} must be {what} above 0")
     if needs_targets and not settings["target_modules"]:
         raise InputError("lora: target_modules must not be empty")
     try:

@@ -144,11 +144,18 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
             found = _measure(path / name)
         except OSError as error:
             raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
-        if found["bytes"] != written["bytes"]:
-            raise DamagedError(f"{name} has {found['bytes']} bytes, {written['bytes']} were written")
         if found != written:
-            raise DamagedError(f"{name} is not what was written (SHA-256)")
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+            size = written.get("bytes") if isinstance(written, dict) else None
+            same = found["bytes"] == size
+            problem = (
+                "is not what was written (SHA-256)" if same else f"has {found['bytes']} bytes, {size} were written"
+            )
+            raise DamagedError(f"{name} {problem}")
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    number = path.name.removeprefix("checkpoint-")
+    if number.isdecimal() and int(number) != state["step"]:
+        raise DamagedError(f"its name says step {number}, but it is of step {state['step']}")
+    return state
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

@@ -106,7 +106,7 @@ class TrainConfig(DataOptions, TrainingArguments):
         self._check()
         try:
             TrainingArguments.__post_init__(self)
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
+        except Exception as error:  # transformers and engines refuse in many ways, with a missing package for example
             raise InputError(" ".join(str(error).split())) from None
         self._check_engine()
         if writes_nothing:
@@ -128,9 +128,10 @@ class TrainConfig(DataOptions, TrainingArguments):
             raise InputError("save_steps=0: must be above 0; save_strategy=no writes no checkpoints")
         if self.save_strategy == "best":
             raise InputError("save_strategy=best is not supported: keep_best leaves the best model in best/")
+        optim = str(getattr(self.optim, "value", self.optim))
         for part, reason in UNSUPPORTED_OPTIMIZERS:
-            if part in self.optim:
-                raise InputError(f"optim={self.optim} is not supported: {reason}")
+            if part in optim:
+                raise InputError(f"optim={optim} is not supported: {reason}")
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
         for name, remedy in UNSUPPORTED.items():
             if getattr(self, name) != defaults[name]:

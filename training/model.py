@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
 import inspo_kernels as ik
@@ -52,10 +53,8 @@ def load_model(options: Any, *, training: bool = True) -> tuple[PreTrainedModel,
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             return build_model(options, settings), byte_tokenizer()
-    name, generation = local_path(options.model), None
-    if (file := Path(name, "generation_config.json")).is_file():
-        with reading(name, file.name):  # transformers ignores a damaged file
-            generation = json.loads(file.read_text())
+    name = local_path(options.model)
+    generation = read_generation_config(name)
     tokenizer = load_tokenizer(name)
     model = _from_pretrained(options, name, **_quantization(options))
     if not has_adapter(model):
@@ -63,7 +62,7 @@ def load_model(options: Any, *, training: bool = True) -> tuple[PreTrainedModel,
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype_of(options))
         return model, tokenizer
-    if generation is not None:  # the adapter's own; transformers has read the base's
+    if generation:  # the adapter's own; transformers has read the base's
         model.generation_config = GenerationConfig(**generation)
     if training and options.lora is not None:
         raise InputError(
@@ -157,10 +156,18 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     name = base = local_path(options.model)
     file = Path(name, "adapter_config.json")
     if file.is_file():
-        with reading(name, "adapter_config.json"):
-            base = json.loads(file.read_text())["base_model_name_or_path"]
-    with reading(base, "config.json"):
-        settings = AutoConfig.from_pretrained(base)
+        with reading(name, file.name):
+            base = json.loads(file.read_text()).get("base_model_name_or_path")
+        if not base:
+            raise InputError(f"model {name!r}: {file.name} names no base_model_name_or_path; write the base there")
+    try:
+        with reading(base, "config.json"):
+            settings = AutoConfig.from_pretrained(base)
+    except InputError as error:
+        if base == name:
+            raise
+        raise type(error)(f"model {name!r}: the base that {file.name} names cannot be read: {error}") from None
+    read_generation_config(name)
     quantized = getattr(settings, "quantization_config", None)
     if wanted and quantized:
         raise InputError(f"quantization: the weights of {name!r} are quantised already; leave it out")
@@ -172,7 +179,21 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     method = "bitsandbytes" if wanted else dict(quantized or {}).get("quant_method")
     if method == "bitsandbytes" and find_spec("bitsandbytes") is None:
         raise InputError(f"model {name!r}: 4- and 8-bit weights need bitsandbytes: pip install bitsandbytes")
+    if quantized:
+        try:
+            AutoHfQuantizer.from_config(quantized, pre_quantized=True).validate_environment()
+        except Exception as error:  # each method asks for its own packages and devices
+            raise InputError(f"model {name!r}: its quantised weights ({method}) cannot be read: {error}") from None
     return settings
+
+
+def read_generation_config(name: str) -> dict[str, Any]:
+    """Return what ``generation_config.json`` of a folder holds, {} if there is none. Raises InputError if damaged."""
+    file = Path(name, "generation_config.json")
+    if not file.is_file():
+        return {}
+    with reading(name, file.name):  # transformers ignores a damaged file
+        return json.loads(file.read_text())
 
 
 def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
@@ -206,14 +227,18 @@ def meta_model(options: Any) -> PreTrainedModel:
     """
     settings = load_settings(options)
     if not isinstance(options.model, dict) and Path(name := local_path(options.model)).is_dir():
-        weights = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
-        if weights and getattr(settings, "quantization_config", None) is None:
+        if has_weights(name) and getattr(settings, "quantization_config", None) is None:
             model = _from_pretrained(options, name, device_map="meta")
             if has_adapter(model):
                 continue_adapter(model)
             return model
     with torch.device("meta"):
         return build_model(options, settings)
+
+
+def has_weights(folder: str) -> bool:
+    """Return whether the folder of a model or an adapter should have weights: an adapter's always should."""
+    return any(any(Path(folder).glob(kind)) for kind in ("*.safetensors", "*.bin", "adapter_config.json"))
 
 
 def check_architecture(model: PreTrainedModel) -> None:

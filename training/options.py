@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from .config import TrainConfig
 from .errors import InputError
-from .other_options import OTHER_NAMES
+from .other_options import NOT_NEEDED, OTHER_NAMES
 
 DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 # Options whose value is a path: ~ and $VARIABLES mean the same in YAML as in a shell.
@@ -103,6 +103,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(name, list | dict):
+                raise InputError(f"line {key.start_mark.line + 1}: a key must be a word, not {name}")
             if name in seen:
                 raise InputError(f"line {key.start_mark.line + 1}: {name!r} stands there twice; keep one of them")
             seen.add(name)
@@ -137,10 +139,14 @@ def _check_name(name: str, where: str) -> None:
     known = _types()
     if name in known:
         return
-    if name in OTHER_NAMES:
-        raise InputError(f"unknown option {where}{name}; here it is {OTHER_NAMES[name]}")
+    if name in NOT_NEEDED:
+        raise InputError(f"unknown option {where}{name}; it is not needed: {NOT_NEEDED[name]}")
+    if name in OTHER_NAMES or name.startswith("lora_"):
+        field = name if name in ("lora_alpha", "lora_dropout", "lora_bias") else name.removeprefix("lora_")
+        right = OTHER_NAMES.get(name, f"lora.{field}")
+        raise InputError(f"unknown option {where}{name}; here it is {right}")
     close = difflib.get_close_matches(name, [*known, *OTHER_NAMES], n=1)
-    right = OTHER_NAMES.get(close[0], close[0]) if close else None
+    right = OTHER_NAMES.get(close[0], close[0]) if close else ""
     raise InputError(f"unknown option {where}{name}" + (f"; did you mean {right}?" if right else "; see --help"))
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PreTrainedModel, Trainer, get_scheduler
+from transformers import PreTrainedModel, SchedulerType, Trainer, get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.training_args import OptimizerNames
 
 from .checkpoint import rotate, save_checkpoint
 from .config import TrainConfig
@@ -145,7 +146,8 @@ def check_optimizer(config: TrainConfig, model: PreTrainedModel, steps: int) -> 
             scheduler_specific_kwargs=config.lr_scheduler_kwargs,  # type: ignore[arg-type]
         )
     except Exception as error:  # each optimizer and schedule refuses in its own way
-        chosen = f"optim={config.optim}, lr_scheduler_type={config.lr_scheduler_type}"
+        chosen = f"optim={OptimizerNames(config.optim).value}, "
+        chosen += f"lr_scheduler_type={SchedulerType(config.lr_scheduler_type).value}"
         raise InputError(f"{chosen}: {' '.join(str(error).split())}") from None
 
 

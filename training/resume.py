@@ -54,8 +54,13 @@ MAY_CHANGE = {
     "hub_model_id",
     "log_level",
     "disable_tqdm",
-    "data_workers",
-    "do_eval",
+    "save_dtype",
+    "hub_private_repo",
+    "hub_revision",
+    "trackio_space_id",
+    "log_level_replica",
+    "ddp_backend",
+    "ddp_bucket_cap_mb",
 }
 
 

@@ -28,9 +28,10 @@ from .errors import InputError, NonFiniteError, NotAtHandError, SaveError, Stopp
 from .inputs import Given, TokenPairs, check_sources, load_inputs, read_inputs
 from .layouts import choose_layout
 from .memory import report_disk, report_memory, report_precision
-from .model import byte_tokenizer, check_architecture, load_tokenizer, meta_model, size_text
+from .model import byte_tokenizer, check_architecture, has_weights, load_tokenizer, meta_model, size_text
 from .options import help_text, parse_config
 from .output import CURVES, RunLog, check_folder, locked
+from .reading import local_path
 from .resumable import check_optimizer
 from .resume import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
 from .save_model import check_saving
@@ -126,6 +127,8 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
     check_sources(config, Given())
     model = meta_model(config)
     check_architecture(model)
+    if isinstance(config.model, str) and Path(folder := local_path(config.model)).is_dir() and not has_weights(folder):
+        say(f"note: {folder} has no weights; a run needs them")
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
     separator: tuple[int, ...] = ()

@@ -76,6 +76,13 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--model_name_or_path", "m"], "here it is model"),
         (["--micro_batch_size", "1"], "here it is per_device_train_batch_size"),  # axolotl's
         (["--sequence_len", "1"], "here it is max_length"),
+        (["--lora_dropout", "0"], "here it is lora.lora_dropout"),
+        (["--lora_target_modules", "q"], "here it is lora.target_modules"),
+        (["--load_in_4bit", "true"], "here it is quantization: 4bit"),
+        (["--f_divergence_type", "js"], "here it is divergence"),
+        (["--disable_dropout", "true"], "not needed: dropout is always off"),
+        (["--group_by_length", "true"], "not needed: max_batch_tokens"),
+        (["--deepspeed", "nowhere.json"], "deepspeed"),
         (["--micro_batchsize", "1"], "did you mean per_device_train_batch_size"),
         (["--objective", "simp"], "unknown objective 'simp'; did you mean 'simpo'"),
         (["--objective", "simpo", "--tau", "0.1"], "'simpo' takes no 'tau'"),
@@ -128,6 +135,7 @@ def test_bad_options_are_named(arguments, message):
         ("max_steps: soon\n", "max_steps"),
         ("beta: 0.1\nseed: 1\nbeta: 0.2\n", "c.yaml: line 3: 'beta' stands there twice"),
         ("lora: {r: 1, r: 2}\n", "'r' stands there twice"),
+        ("? [a, b]\n: 1\n", "line 1: a key must be a word"),
     ],
 )
 def test_bad_yaml_is_named(tmp_path, text, message):
