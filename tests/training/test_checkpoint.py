@@ -106,7 +106,7 @@ def truncate(file):
 
 def empty_entries(file):
     manifest = json.loads(file.read_text())
-    file.write_text(json.dumps(manifest | {"files": dict.fromkeys(manifest["files"], {})}))
+    file.write_text(json.dumps(manifest | {"files": {name: {} for name in manifest["files"]}}))
 
 
 def flip(file):
