@@ -117,6 +117,7 @@ UNSUPPORTED = {
     "train_sampling_strategy": "each epoch is a permutation that depends on seed",
     "parallelism_config": "only data parallelism is supported: DDP, FSDP2, DeepSpeed",
     "hub_strategy": "push_to_hub uploads final/ at the end",
+    "debug": "a step that is not finite stops the run and names its pairs",
     "data_seed": "seed orders the pairs",
     "torch_compile_backend": "lengths differ from pass to pass",
     "torch_compile_mode": "lengths differ from pass to pass",

@@ -14,9 +14,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .errors import InputError
+from .errors import InputError, SaveError
 
-METRICS, SAMPLES, CURVES, LOG = "metrics.jsonl", "samples.jsonl", "curves.png", "log.txt"
+METRICS, SAMPLES, CURVES = "metrics.jsonl", "samples.jsonl", "curves.png"
+CONFIG, LOG, LOCK = "config.yaml", "log.txt", ".lock"
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def locked(folder: Path | None) -> Iterator[None]:
         yield
         return
     check_folder(folder)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
@@ -44,9 +45,14 @@ def locked(folder: Path | None) -> Iterator[None]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise InputError for an ``output_dir`` that is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file; choose a folder")
+    """Raise InputError for an ``output_dir`` that is a file, or lies in a folder that cannot be written to."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"output_dir {folder}: {place} is a file; choose a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir {folder}: {place} cannot be written to; choose another one")
 
 
 def duration(seconds: float) -> str:
@@ -103,8 +109,16 @@ class RunLog:
                 with (self.folder / LOG).open("a", encoding="utf-8") as file:
                     file.writelines(lines)
 
-    def open(self) -> None:
-        """Begin to keep lines, earlier ones included, in ``log.txt``: a run that is refused writes nothing."""
+    def open(self, settings: str) -> None:
+        """Write ``settings`` to config.yaml, and from now on all lines to log.txt: a refused run writes nothing.
+
+        Raises SaveError if config.yaml cannot be written.
+        """
+        assert self.folder is not None
+        try:
+            (self.folder / CONFIG).write_text(settings, encoding="utf-8")
+        except OSError as error:
+            raise SaveError(f"{self.folder / CONFIG} could not be written: {error}") from error
         self._opened = True
 
     def draw(self, rows: list[dict[str, Any]], title: str) -> None:

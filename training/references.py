@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,8 +175,9 @@ def _write(table: Tensor, file: Path | None, log: Callable[[str], None]) -> bool
             save_file({"logps": table.contiguous()}, partial)
             partial.replace(file)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             problem = str(error)
+            with suppress(OSError):
+                partial.unlink()
     if (problem := from_first_process(problem)) is not None:
         log(f"WARNING: {file} could not be written ({problem}); the run goes on with the values in memory")
     return problem is None

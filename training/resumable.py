@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from .checkpoint import rotate, save_checkpoint
 from .config import TrainConfig
-from .engine import all_finite
+from .engine import all_finite, raise_on_all_ranks
 from .errors import InputError, NonFiniteError, SaveError
 from .output import RunLog
 from .resume import resume_hint
@@ -68,6 +68,18 @@ class ResumableTrainer(Trainer):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             tensors = trained_tensors(self.model, self.model.state_dict() if state_dict is None else state_dict)
             save_file(tensors, Path(output_dir) / "model.safetensors")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository of ``push_to_hub``. Raises InputError on all ranks if that fails."""
+        with raise_on_all_ranks():
+            try:
+                super().init_hf_repo(token, private)
+            except Exception as error:  # the network, a token that is missing or may not write
+                problem = " ".join(str(error).split())
+                raise InputError(
+                    f"push_to_hub: the repository could not be created ({type(error).__name__}: {problem}); log in "
+                    "with `hf auth login`, or leave push_to_hub out and upload final/ later"
+                ) from None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Do nothing: only the trained model is uploaded."""

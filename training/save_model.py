@@ -108,7 +108,11 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
     if has_adapter(model):  # peft looks up each tensor of the adapter
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name in trained}
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        place = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise InputError(f"no temporary folder can be written to ({error}); make space, or set TMPDIR") from None
+    with place as folder:
         try:
             save_final(Path(folder), model, tokenizer, state, options)
         except SaveError as error:

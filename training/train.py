@@ -24,13 +24,14 @@ from transformers.utils import logging
 from .adapters import add_lora
 from .config import TrainConfig
 from .engine import end_processes, from_first_process, process_count, process_index, raise_on_all_ranks
-from .errors import InputError, NonFiniteError, NotAtHandError, SaveError, Stopped
+from .errors import InputError, NonFiniteError, NotAtHandError, SaveError, Stopped, check_names
+from .evaluation import METRICS
 from .inputs import Given, TokenPairs, check_sources, load_inputs, read_inputs
 from .layouts import choose_layout
 from .memory import report_disk, report_memory, report_precision
 from .model import byte_tokenizer, check_architecture, has_weights, load_tokenizer, meta_model, size_text
 from .options import help_text, parse_config
-from .output import CURVES, RunLog, check_folder, locked
+from .output import CURVES, LOCK, RunLog, check_folder, locked
 from .reading import local_path
 from .resumable import check_optimizer
 from .resume import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
@@ -104,8 +105,7 @@ def train(
         with raise_on_all_ranks():
             if folder and main:
                 discard_later_checkpoints(folder, found.state["step"] if found else 0, log.say)
-                (folder / "config.yaml").write_text(config.to_yaml())
-                log.open()
+                log.open(config.to_yaml())
         trainer = PairTrainer(
             config, inputs, batcher, log, resumed=found, stop_requested=stop_requested, callbacks=callbacks
         )
@@ -123,6 +123,9 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
     found = None
     if config.folder is not None:
         check_folder(config.folder)
+        if (config.folder / LOCK).exists():
+            with locked(config.folder):
+                pass
         found = find_checkpoint(config.folder, config, say)
     check_sources(config, Given())
     model = meta_model(config)
@@ -175,6 +178,8 @@ def plan(
     say(config.title)
     steps, totals = config.total_steps(len(lengths)), lengths.sum(1)
     check_optimizer(config, model, steps)
+    if config.metric_for_best_model:
+        check_names([f"eval_{config.metric_for_best_model.removeprefix('eval_')}"], METRICS, "metric_for_best_model=")
     if known:
         in_epoch = config.steps_per_epoch(len(lengths))
         several = f", {process_count()} processes" if process_count() > 1 else ""

@@ -113,6 +113,7 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--optim", "lomo"], "updates weights within each backward pass"),
         (["--optim", "schedule_free_adamw"], "differ between training and evaluation"),
         (["--torch_compile_mode", "default"], "torch_compile_mode is not supported"),
+        (["--debug", "underflow_overflow"], "debug is not supported"),
         (["--data_seed", "3"], "data_seed is not supported: seed orders the pairs"),
         (["--dataloader_num_workers", "4"], "dataloader_num_workers is not supported"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),

@@ -12,6 +12,7 @@ from training.config import TrainConfig
 from training.errors import InputError
 from training.model import byte_tokenizer
 from training.options import parse_config
+from training.output import locked
 from training.train import dry_run, main
 
 CONFIGS = Path(__file__).parents[2] / "training/configs"
@@ -220,6 +221,8 @@ def test_pairs_longer_than_the_positions_are_foreseen_without_data(tmp_path):
         ("--optim_args nonsense", "optim=adamw_torch"),
         ("--adam_beta1 1.5", "Invalid beta parameter"),
         ("--adam_epsilon -1", "Invalid epsilon value"),
+        ("--metric_for_best_model accuracy", "unknown option metric_for_best_model=eval_accuracy"),
+        ("--metric_for_best_model rewards/margins", "did you mean 'eval_marginal/rewards/margins'"),
     ],
 )
 def test_optimizers_and_schedules_are_tried_before_step_one(tmp_path, capsys, words, message):
@@ -229,3 +232,14 @@ def test_optimizers_and_schedules_are_tried_before_step_one(tmp_path, capsys, wo
             main(options(tmp_path / "out", *given, "--dry_run", dry))
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_a_folder_in_use_or_below_a_file_is_refused(tmp_path, capsys):
+    busy = tmp_path / "busy"
+    for dry in ("true", "false"):
+        with locked(busy), pytest.raises(SystemExit, match="2"):
+            main(options(busy, "--dry_run", dry))
+        assert "another run is writing there" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="2"):
+            main(options(PAIRS / "out", "--dry_run", dry))
+        assert f"{PAIRS} is a file; choose a folder" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from helpers import PAIRS, metrics, options, tiny_model, token_pairs
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.integrations import TensorBoardCallback
 
 import inspo_kernels as ik
@@ -25,7 +25,7 @@ from training import output
 from training.checkpoint import check_checkpoint
 from training.config import TrainConfig
 from training.errors import InputError
-from training.evaluation import is_better, sample_answers
+from training.evaluation import METRICS, is_better, sample_answers
 from training.model import byte_tokenizer
 from training.scoring import PairModel
 from training.train import main, train
@@ -280,3 +280,36 @@ def test_the_trained_model_alone_is_uploaded(tmp_path, monkeypatch, capsys):
     main(options(tmp_path / "two", "--push_to_hub", "true"))
     assert "could not be uploaded (ConnectionError: no network)" in capsys.readouterr().out
     assert (tmp_path / "two/final").is_dir()
+
+
+def test_a_repository_that_cannot_be_created_is_refused_before_step_one(tmp_path, monkeypatch, capsys):
+    def fail(*given, **more):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", fail)
+    with pytest.raises(SystemExit, match="2"):
+        main(options(tmp_path / "out", "--push_to_hub", "true", "--hub_model_id", "me/mine"))
+    assert "push_to_hub: the repository could not be created (ConnectionError: no network)" in capsys.readouterr().err
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_metrics_for_the_best_model_are_in_each_evaluation(finished):
+    rows = [row for row in metrics(finished) if "eval_loss" in row]
+    assert rows and all(set(METRICS) <= row.keys() for row in rows)
+
+
+def test_without_a_temporary_folder_a_run_says_what_to_set(tmp_path, monkeypatch, capsys):
+    def full(*given, **more):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(training.save_model.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(SystemExit, match="2"):
+        main(options(tmp_path / "out"))
+    assert "make space, or set TMPDIR" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_from_the_start_names_the_file(tmp_path, capsys):
+    (tmp_path / "out/config.yaml").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="1"):
+        main(options(tmp_path / "out"))
+    assert f"{tmp_path / 'out/config.yaml'} could not be written" in capsys.readouterr().err
