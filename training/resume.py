@@ -119,7 +119,13 @@ def find_checkpoint(folder: Path, config: TrainConfig, log: Callable[[str], None
             "auto, or choose another output_dir"
         )
     if found is not None:
-        _refuse(_changed_settings(found.state["settings"], config), found.path, config, log)
+        changed = _changed_settings(found.state["settings"], config)
+        _refuse(changed, found.path, config, log)
+        if other := [text for text in changed if text.startswith("optim was ")]:
+            raise InputError(
+                f"{found.path} holds the state of another optimizer ({other[0]}), which no other can use; resume with "
+                "the old one, or start a new run in another output_dir"
+            )
     return found
 
 

@@ -323,6 +323,14 @@ def test_other_data_or_another_model_in_the_same_place_is_refused_unless_it_is_w
     assert "resumed with other settings: model holds something else; train_data holds something else" in printed
 
 
+def test_the_state_of_another_optimizer_is_refused(tmp_path, uninterrupted, capsys):
+    resume = ["--resume_from_checkpoint", str(uninterrupted / "checkpoint-4"), "--resume_changed", "true"]
+    for optim in ("adafactor", "sgd"):
+        with pytest.raises(SystemExit, match="2"):
+            main(options(tmp_path / "out", *RUN, *resume, "--optim", optim))
+        assert "holds the state of another optimizer (optim was 'adamw_torch_fused'" in capsys.readouterr().err
+
+
 def test_a_checkpoint_beyond_the_end_is_refused(tmp_path, uninterrupted, capsys):
     more = [
         *RUN,
