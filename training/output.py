@@ -49,10 +49,9 @@ def check_folder(folder: Path) -> None:
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
-    if not place.is_dir():
-        raise InputError(f"output_dir {folder}: {place} is a file; choose a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"output_dir {folder}: {place} cannot be written to; choose another one")
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        problem = "no permission in" if place.is_dir() else "not a folder:"
+        raise InputError(f"output_dir {folder}: cannot be written to ({problem} {place}); choose another one")
 
 
 def duration(seconds: float) -> str:

@@ -161,7 +161,7 @@ def test_output_folders_and_trackers_are_refused_as_in_the_run(tmp_path, capsys)
         (unfinished, [*auto, "--seed", "7"], "seed was 42, is 7"),
         (unfinished, [*auto, "--eval_data", one], "eval_data holds something else"),
         (unfinished, [*auto, "--max_steps", "1", "--resume_changed", "true"], "is of step 3, but the run has 1 steps"),
-        (file, [], "is a file"),
+        (file, [], "not a folder"),
         (tmp_path / "new", ["--report_to", "trackio"], "pip install trackio"),
     ):
         before = sorted(tmp_path.rglob("*"))
@@ -242,4 +242,4 @@ def test_a_folder_in_use_or_below_a_file_is_refused(tmp_path, capsys):
         assert "another run is writing there" in capsys.readouterr().err
         with pytest.raises(SystemExit, match="2"):
             main(options(PAIRS / "out", "--dry_run", dry))
-        assert f"{PAIRS} is a file; choose a folder" in capsys.readouterr().err
+        assert f"cannot be written to (not a folder: {PAIRS})" in capsys.readouterr().err
