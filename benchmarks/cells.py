@@ -16,12 +16,10 @@ from .harness import (
     add_common_options,
     cell_of,
     checked_device,
-    checked_result,
     command,
     kept_on_interrupt,
     lacks,
-    provenance,
-    write_json,
+    opened_result,
 )
 from .measure import LOSS, measure, measure_peaks
 
@@ -69,19 +67,8 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
     options = parser.parse_args(arguments)
     device = checked_device(parser, options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    result: dict[str, Any] = {
-        **provenance(command(module, arguments, options.json), PEER_PACKAGES),
-        "what": what,
-        "dtype": str(dtype).removeprefix("torch."),
-        "finished": False,
-        "cells": [],
-    }
-    result = checked_result(parser, options, result)
-
-    def save() -> None:
-        if options.json:
-            write_json(options.json, result)
-
+    given = command(module, arguments, options.json)
+    result, save = opened_result(parser, options, given, PEER_PACKAGES, str(dtype).removeprefix("torch."), what=what)
     chosen_shapes = options.shape or (["quick", "quick-real"] if options.quick else ["reference", "real"])
     todo = [(name, mode) for name in chosen_shapes for mode in modes]
     with kept_on_interrupt(save):
@@ -125,7 +112,9 @@ def fill(
     if device.type == "cpu" and only != "time":
         missing = [name for name in ("floor", *names) if lacks(known.get(name), "peak_bytes")]
         measure_peaks(shape, mode, missing, cell, what=what, rows=rows, save=save)
-    if only == "memory" or not any(lacks(known.get(name), "seconds") for name in names):
+    if only == "memory" or not any(
+        lacks(row := known.get(name), "seconds") or row.get("rounds", rounds) < rounds for name in names
+    ):
         return
     # Times of other rounds say nothing beside these: who was timed before is timed again.
     names = [*names, *(name for name, row in known.items() if "seconds" in row and name not in ("floor", *names))]

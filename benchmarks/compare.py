@@ -43,7 +43,9 @@ def _differences(name: str, was: dict[str, Any], row: dict[str, Any], least: flo
     if was["status"] != row["status"]:
         yield was["status"] == "measured", f"{was['status']} -> {row['status']}"
         return
-    kinds = [k for k in ("times_floor", "times_four_forwards", "seconds") if was.get(k) and row.get(k)]
+    kinds = [
+        k for k in ("times_floor", "times_four_forwards", "times_trl_compact", "seconds") if was.get(k) and row.get(k)
+    ]
     # The base of the ratios is 1 in both files: only its seconds can differ.
     kinds = [k for k in kinds if k != f"times_{name}"]
     if kinds:

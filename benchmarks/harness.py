@@ -30,6 +30,7 @@ import inspo_kernels
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy")
 FEWEST_ROUNDS = 3
+RESULT_FOLDER = "benchmarks/results"
 
 
 def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": versions,
-        "package": {"version": inspo_kernels.__version__, "commit": _commit()},
+        "package": {"version": inspo_kernels.__version__, "commit": commit()},
         "hardware": {
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
@@ -54,15 +55,27 @@ def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    """Short hash of the checkout this runs in, and whether tracked files differ from it; None without git."""
+def joined_provenance(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return date and package for figures of two runs: the new ones, with the commits of both runs."""
+    before = old.get("package", {}).get("commit") or "unknown"
+    known = before.split(", ")
+    commits = dict.fromkeys([*known, new["package"]["commit"] or "unknown"])
+    commit = None if list(commits) == ["unknown"] else ", ".join(commits)
+    return {"date": new["date"], "package": new["package"] | {"commit": commit}}
+
+
+def commit() -> str | None:
+    """Return the short hash of this checkout, None without git; "+changes" if a tracked file differs.
+
+    Result files do not count: a run writes them, so they differ in a checkout that was clean before.
+    """
 
     def git(*words: str) -> str:
         folder = Path(__file__).parent
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude,top){RESULT_FOLDER}")
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -277,12 +290,27 @@ def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     parser.add_argument("--resume", action="store_true", help="measure what the result file lacks, and add it")
 
 
-def checked_result(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, result: dict[str, Any]
-) -> dict[str, Any]:
-    """``result``, or with --resume what the file holds, if it was measured in the same way on the same machine."""
-    if not options.resume:
-        return result
+def opened_result(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    command: str,
+    packages: Sequence[str],
+    dtype: str,
+    **fields: Any,
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Return a new result, or with --resume the file's, and the function that saves it if --json names a file."""
+    result = provenance(command, packages) | {"dtype": dtype, "finished": False, "cells": []} | fields
+    result = _resumed(parser, options, result) if options.resume else result
+
+    def save() -> None:
+        if options.json:
+            write_json(options.json, result)
+
+    return result, save
+
+
+def _resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    """Return what the file holds, if it was measured in the same way on the same machine, with all its commits."""
     if options.json is None or not options.json.exists():
         parser.error("--resume: needs --json with the file of an earlier run")
     try:
@@ -294,8 +322,8 @@ def checked_result(
     for key in ("hardware", "versions", "dtype"):
         if old.get(key) != result[key]:
             parser.error(f"--resume: {key} of {options.json} are {old.get(key)}, here {result[key]}; start a new file")
-    same = old["command"].split("; ")
-    return old | {"command": "; ".join(dict.fromkeys([*same, result["command"]])), "date": result["date"]}
+    commands = dict.fromkeys([*old["command"].split("; "), result["command"]])
+    return old | joined_provenance(old, result) | {"command": "; ".join(commands), "finished": False}
 
 
 def lacks(row: Mapping[str, Any] | None, what: str) -> bool:

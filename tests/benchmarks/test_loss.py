@@ -145,7 +145,7 @@ def test_scaling_fits_exponents(tmp_path, no_processes, capsys):
     file = tmp_path / "scaling.json"
     scaling.main(["--quick", "--rounds", "1", "--sweeps", "vocabulary", "workspace", "--json", str(file)])
     result = json.loads(file.read_text())
-    assert [cell["value"] for cell in result["cells"]] == [2, 4] and len(result["workspace"]) == 8
+    assert [cell["value"] for cell in result["cells"]] == [2, 4] and len(result["workspace"]) == 7
     default, *others = result["workspace"].values()
     assert default["times_default"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
     assert all(row["times_default"]["median"] > 0 for row in others)
