@@ -1,4 +1,4 @@
-"""The command behind ``benchmarks.loss`` and ``benchmarks.logps``: shapes by contenders, one file of cells."""
+"""Run ``benchmarks.loss`` and ``benchmarks.logps``: every contender at every shape, one file of cells."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ from tqdm import tqdm
 
 from .batches import PairBatch, Shape, shapes
 from .contenders import CONTENDERS, PEER_PACKAGES, chosen
-from .harness import (
-    add_common_options,
-    cell_of,
-    checked_device,
-    command,
-    kept_on_interrupt,
-    lacks,
-    opened_result,
-)
 from .measure import LOSS, measure, measure_peaks
+from .result_files import add_common_options, cell_of, checked_device, command, kept_on_interrupt, lacks, opened_result
 
 
 def table(cell: dict[str, Any]) -> str:
-    """One cell, for a terminal."""
+    """Format one cell for a terminal."""
     lines = [f"{cell['name']}: {cell['scored_tokens']:,} scored tokens, H = {cell['hidden']}, V = {cell['vocab']:,}"]
     for name, row in cell["contenders"].items():
         if row["status"] != "measured" or "seconds" not in row:
@@ -42,7 +34,7 @@ def table(cell: dict[str, Any]) -> str:
 
 
 def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Sequence[str] | None) -> None:
-    """Parse, measure every shape in every mode, and keep the file up to date with what there is."""
+    """Parse the options, measure every shape in every mode, and save the file after each figure."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(f"python -m {module}", description=doc.splitlines()[0])
     known = shapes(torch.device("cpu"))
@@ -107,7 +99,7 @@ def fill(
     save: Callable[[], None],
     only: str | None,
 ) -> None:
-    """Memory (on a CPU: in processes of their own, while this one holds nothing), then errors and times."""
+    """Measure memory (on a CPU in fresh processes, while this one holds nothing), then errors and times."""
     rows, known = what == LOSS, cell.get("contenders", {})
     if device.type == "cpu" and only != "time":
         missing = [name for name in ("floor", *names) if lacks(known.get(name), "peak_bytes")]
@@ -116,7 +108,7 @@ def fill(
         lacks(row := known.get(name), "seconds") or row.get("rounds", rounds) < rounds for name in names
     ):
         return
-    # Times of other rounds say nothing beside these: who was timed before is timed again.
+    # Times of other rounds cannot be compared with these: contenders timed before are timed again.
     names = [*names, *(name for name, row in known.items() if "seconds" in row and name not in ("floor", *names))]
     batch = PairBatch(shape, dtype=dtype, device=device, rows=rows)
     measure(batch, mode, chosen(names, batch, per_token=not rows), rounds, what=what, cell=cell, save=save)

@@ -1,6 +1,6 @@
 """Write the tables of the README and docs/ and the plots from the result files: ``python -m benchmarks.report``.
 
-Between ``<!-- generated: NAME -->`` and ``<!-- end -->`` stands what section NAME makes of its file. To add a section,
+Section NAME fills the lines between ``<!-- generated: NAME -->`` and ``<!-- end -->`` from its file. To add a section,
 write a function from the parsed file to Markdown and list it in ``SECTIONS``; plots are listed in ``PLOTS``.
 """
 
@@ -32,7 +32,7 @@ BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def loss(result: dict[str, Any]) -> str:
-    """Time beside the floor and memory of the pairwise loss at each shape, and the worst error at any."""
+    """Tabulate time beside the floor and memory of the pairwise loss at each shape, and the worst error."""
     cells = result["cells"]
     lines = [f"The pairwise loss, {result['dtype']}, forward + backward:", ""]
     lines += [
@@ -63,7 +63,7 @@ SAVINGS = ("floor", "torch", "full_log_softmax", "log_softmax", "trl", "liger")
 
 
 def savings(result: dict[str, Any]) -> str:
-    """Time and memory of the best-known ways at the first shape: the README's short form of ``loss``."""
+    """Tabulate time and memory of the best-known implementations at the first shape, for the README."""
     cell = result["cells"][0]
     lines = [
         f"The pairwise loss, {result['dtype']}, forward + backward, {cell['pairs']} pairs (prompt "
@@ -113,12 +113,12 @@ def _mebibytes(row: dict[str, Any]) -> str:
 
 
 def logps(result: dict[str, Any]) -> str:
-    """Time / floor of the per-token op in its modes, at the first shape."""
+    """Tabulate time / floor of the per-token op in its modes, at the first shape."""
     cells = [cell for cell in result["cells"] if cell["shape"] == result["cells"][0]["shape"]]
     first = cells[0]
     lines = [
         f"`linear_logps` under any upstream gradient, {first['scored_tokens']:,} tokens, H = {first['hidden']}, "
-        f"V = {first['vocab']:,}, {result['dtype']}; time / bare products of that mode (products), peak memory:",
+        f"V = {first['vocab']:,}, {result['dtype']}; time / bare matmuls of that mode (their number), peak memory:",
         "",
         "| | " + " | ".join(f"{cell['mode']} ({PRODUCTS[cell['mode']]})" for cell in cells) + " |",
         "|---" * (len(cells) + 1) + "|",
@@ -136,7 +136,7 @@ def logps(result: dict[str, Any]) -> str:
 
 
 def scaling(result: dict[str, Any]) -> str:
-    """Fitted growth of time and memory."""
+    """Tabulate the fitted growth of time and memory."""
     sweeps = result["fits"]
     names = list(dict.fromkeys(name for fit in sweeps.values() for name in fit))
     lines = [
@@ -157,8 +157,8 @@ def scaling(result: dict[str, Any]) -> str:
     share = default[1]["seconds"]["median"] / best[1]["seconds"]["median"]
     lines += [
         "",
-        f"Workspace at the shape above: the {default[0].split(' ')[0]} of {default[1]['rows']} rows "
-        f"({default[1]['bytes'] / 2**20:.0f} MiB) takes {share:.2f} of the time of the fastest tried, "
+        f"At the reference shape, the default workspace of {default[1]['rows']} rows "
+        f"({default[1]['bytes'] / 2**20:.0f} MiB) takes {share:.2f} times as long as the fastest one tried, of "
         f"{best[1]['rows']} rows ({best[1]['bytes'] / 2**20:.0f} MiB).",
         "",
         "![time and memory](docs/scaling_cpu.png)",
@@ -167,14 +167,14 @@ def scaling(result: dict[str, Any]) -> str:
 
 
 def step(result: dict[str, Any]) -> str:
-    """Whole steps by prompt share, and that the work is the same."""
+    """Tabulate whole steps by prompt share, and say that the work is the same."""
     titles = result["titles"]
     lines = [
         f"A whole training step, {result['dtype']}: time / four forwards (quartiles) and peak memory, by the prompt's "
-        "share of prompt + chosen + rejected, or with the lengths of real pairs. Four forwards: policy and reference, "
-        "chosen and rejected, each by itself, in every step. The others pass each pair through the reference once, "
-        "before training: what that adds in a run of one epoch stands behind the +. TRL's is left out: it was not "
-        "timed apart from the start of its trainer.",
+        "share of prompt + chosen + rejected, or with the lengths of real pairs. The baseline runs four forwards in "
+        "every step: policy and reference, chosen and rejected. The others pass each pair through the reference once, before "
+        "training; the figure after the + is what this adds in a run of one epoch. For TRL it is left out, because it "
+        "was not timed apart from building the trainer.",
         "",
         "| model, prompt share | " + " | ".join(titles.values()) + " |",
         "|---" * (len(titles) + 1) + "|",
@@ -197,8 +197,8 @@ def step(result: dict[str, Any]) -> str:
     if padding:
         lines += [
             "",
-            f"The training loop puts pairs of like length together ({'; '.join(padding)}); the others take a step's "
-            "pairs in one batch, as they come. TRL, too, would pad less in smaller batches.",
+            f"The training loop groups pairs of similar length ({'; '.join(padding)}). The others take a step's pairs "
+            "as one batch. TRL would also pad less in smaller batches.",
         ]
     return "\n".join(
         [
@@ -214,7 +214,7 @@ def step(result: dict[str, Any]) -> str:
 
 
 def _step_time(name: str, row: dict[str, Any], cell: dict[str, Any]) -> str:
-    """Beside four forwards: the step, its share of a reference pass that is made once, and memory."""
+    """Format a step / four forwards, its share of the reference pass that is made once, and memory."""
     memory = "" if row.get("peak_bytes") is None else f", {_mebibytes(row)}"
     if "times_four_forwards" not in row:
         return f"not yet timed{memory}"
@@ -236,16 +236,38 @@ def _same_work(result: dict[str, Any]) -> str:
             continue
         verdict = "" if row["same"] else ", NOT THE SAME"
         parts.append(
-            f"{result['titles'][name]}: losses within {row['errors']['loss']:.0e}, weights within "
-            f"{row['errors']['weights']:.0e} of the way they went{verdict}"
+            f"{result['titles'].get(name, name)}: losses differ by at most {row['errors']['loss']:.0e}, weights by "
+            f"{row['errors']['weights']:.0e} of the distance that they moved{verdict}"
         )
-    return (
-        f"The same work, after {work['updates']} updates in {work['dtype']}, beside four forwards: {'; '.join(parts)}."
-    )
+    return f"After {work['updates']} updates in {work['dtype']}, relative to four forwards: {'; '.join(parts)}."
+
+
+def trainers(result: dict[str, Any]) -> str:
+    """Tabulate a step of InSPOTrainer beside one of TRL's DPOTrainer."""
+    titles, first = dict(result["titles"]), result["cells"][0]
+    titles["trl_compact"] = "DPOTrainer, conditioned rows, head on scored positions"
+    lines = [
+        f"A step inside TRL, {result['dtype']}: time / DPOTrainer (quartiles) and peak memory. Both trainers make the "
+        f"same updates. The last of {first['updates']} steps is logged, and there InSPOTrainer also scores the "
+        "marginals.",
+        "",
+        "| model, prompt share | " + " | ".join(titles.values()) + " |",
+        "|---" * (len(titles) + 1) + "|",
+    ]
+    for cell in result["cells"]:
+        rows = ((name, cell["contenders"].get(name, {"status": "not measured"})) for name in titles)
+        texts = [
+            f"{_ratio(row['times_trl_compact'], name == 'trl_compact')}, {_mebibytes(row)}"
+            if "times_trl_compact" in row
+            else row["status"]
+            for name, row in rows
+        ]
+        lines.append(f"| {cell['name']} | " + " | ".join(texts) + " |")
+    return "\n".join([*lines, "", _source(result, "trl_step_cpu.json")])
 
 
 def gpu(result: dict[str, Any]) -> str:
-    """Time / floor at the main shape, and the targets."""
+    """Tabulate time / floor at the main shape, and the targets."""
     cells = [cell for cell in result["cells"] if (cell["model"], cell["tokens"]) == ("llama3-8b", 8192)] or [
         result["cells"][0]
     ]
@@ -262,7 +284,7 @@ def gpu(result: dict[str, Any]) -> str:
 
 
 def demo(result: dict[str, Any]) -> str:
-    """Accuracy of the demo's four models over its seeds."""
+    """Tabulate the accuracy of the demo's four models over its seeds."""
     summary = result["summary"]
     lines = [
         f"The demo's world (answers judged exactly, unseen prompts, from the prompt alone), {summary['seeds']} seeds, "
@@ -295,13 +317,13 @@ def _demo_ranking(summary: dict[str, Any]) -> str:
 
 
 def real_pairs(result: dict[str, Any]) -> str:
-    """Held-out reward accuracies of the fine-tunes on real pairs."""
+    """Tabulate held-out reward accuracies of the fine-tunes on real pairs."""
     data = result["data"]
     lines = [
         f"A byte-level model of {result['model']['parameters'] / 1e6:.2f}M parameters on real preference pairs "
-        f"({data['train_pairs']:,} to train on, {data['held_out_pairs']} held out with prompts of their own): "
-        "does every objective go all the way through, and where does the held-out reward accuracy end up? Such a model "
-        "is far too small to answer anything.",
+        f"({data['train_pairs']:,} to train on, {data['held_out_pairs']} held out, of other prompts). "
+        "Every objective runs from data to a saved model that generates; the table shows the held-out reward accuracy. "
+        "Such a model is far too small to answer anything.",
         "",
         "| | conditioned accuracy (95%) | marginal accuracy (95%) |",
         "|---|---|---|",
@@ -326,8 +348,8 @@ def _beside_chance(runs: list[dict[str, Any]]) -> str:
         (above if low > 0.5 else below if high < 0.5 else []).append(name)
     return (
         "From the prompt alone (marginal), by intervals of one seed that are not adjusted for their number, better "
-        f"than chance: {'; '.join(above) or 'none'}; worse: {'; '.join(below) or 'none'}. So this shows that the path "
-        "works, not that any objective is good."
+        f"than chance: {'; '.join(above) or 'none'}; worse: {'; '.join(below) or 'none'}. This shows that the "
+        "pipeline works, not that any objective is good."
     )
 
 
@@ -356,7 +378,7 @@ def helps(result: dict[str, Any]) -> str:
 
 
 def loop_overhead(result: dict[str, Any]) -> str:
-    """One sentence."""
+    """Say in one sentence what the loop adds to its bare steps."""
     rounds = len(result["seconds"]["loop"])
     return (
         f"Metrics, logs, finite checks and a checkpoint every {result['save_every']} steps: the loop took "
@@ -366,7 +388,7 @@ def loop_overhead(result: dict[str, Any]) -> str:
 
 
 def split_heads(result: dict[str, Any]) -> str:
-    """A head that is split over ranks: what was measured on CPUs, and what is calculated for GPUs."""
+    """Tabulate a head split over ranks: measured on CPUs, and calculated for GPUs."""
     return f"{parallel.tables(result)}\n\n{_source(result, 'parallel_cpu.json')}"
 
 
@@ -376,6 +398,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "logps": ("logps_cpu.json", logps),
     "scaling": ("scaling_cpu.json", scaling),
     "step": ("step_cpu.json", step),
+    "trainers": ("trl_step_cpu.json", trainers),
     "gpu": ("gpu.json", gpu),
     "split_heads": ("parallel_cpu.json", split_heads),
     "loop_overhead": ("loop_overhead.json", loop_overhead),
@@ -396,7 +419,7 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
 
 
 def render(page: Path) -> str:
-    """The page's text with every generated block written anew, links to results as seen from its folder."""
+    """Return the page's text with every generated block written anew, links relative to its folder."""
     in_docs = page.parent == DOCS
 
     def block(match: re.Match[str]) -> str:

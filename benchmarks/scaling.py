@@ -26,19 +26,9 @@ from inspo_kernels.head import checked_head
 from .batches import HeadShape, PairBatch, Shape, equal, shapes
 from .cells import fill
 from .contenders import PEER_PACKAGES, Contender, ours
-from .harness import (
-    add_common_options,
-    cell_of,
-    checked_device,
-    command,
-    interleaved_times,
-    kept_on_interrupt,
-    opened_result,
-    own_peak,
-    ratios,
-    spread,
-)
+from .harness import interleaved_times, own_peak, ratios, spread
 from .measure import LOSS, TRAIN, step
+from .result_files import add_common_options, cell_of, checked_device, command, kept_on_interrupt, opened_result
 
 CONTENDERS = ("torch", "full_log_softmax", "trl")
 # Base: 8 pairs of prompt 64 and responses of 64 tokens, H 256, V 16,000. Three points each, a factor of four apart.
@@ -53,7 +43,7 @@ WORKSPACE_ROWS = (64, 128, 256, 512, 1024, 2048)
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> dict[str, float] | None:
-    """Slope on logarithms and its standard error, from three points on."""
+    """Return the slope on logarithms and its standard error, None for fewer than three points."""
     points = [(n, value) for n, value in points if value > 0]
     if len(points) < 3:
         return None
@@ -74,7 +64,7 @@ def fits(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def workspace_sweep(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Time of ours with workspaces of so many rows, beside the default."""
+    """Time ours with workspaces of so many rows, beside the default."""
     batch = PairBatch(shape, dtype=dtype, device=device, rows=True)
     head = checked_head(batch.hidden, batch.weight, None, batch.softcap, 1.0)
     backend = backends.resolve_backend("auto", head, device)

@@ -1,11 +1,11 @@
-"""A whole training step, end to end: ours, TRL's trainer with a conditioning collator, and four forwards.
+"""Measure whole training steps: ours, TRL's trainers, and four forwards as in the authors' code.
 
     python -m benchmarks.step --json benchmarks/results/step_cpu.json
 
-Every contender makes the same SGD updates of the same Llama-shaped model (random weights) on the same pairs. What is
-timed goes from token ids to updated weights, batches included; the reference's log-probs, computed once before training
-by all but ``four_forwards``, are timed by themselves. Before any timing, a float64 run of a few updates shows that the
-work is the same: losses, and the weights' distance after the updates as a share of the way they went.
+Every contender makes the same SGD updates of the same Llama-shaped model (random weights) on the same pairs. The
+timed part goes from token ids to updated weights, batches included. All but ``four_forwards`` compute the reference's
+log-probs once, before training, which is timed by itself. First, a float64 run of a few updates shows that the work is
+the same. It compares losses, and the distance between final weights as a share of how far they moved.
 
 Cells are a model with pairs of one length at a share of the prompt in prompt + chosen + rejected, or with the lengths
 of real pairs ("real").
@@ -29,22 +29,24 @@ from tqdm import tqdm
 
 from .batches import real_lengths
 from .harness import (
-    add_common_options,
-    cell_of,
-    checked_device,
-    command,
     guarded,
-    kept_on_interrupt,
-    lacks,
     limit_memory,
-    opened_result,
     own_peak,
     peak_memory_in_fresh_process,
-    positive,
     ratios,
     reason,
     release_freed_memory,
     spread,
+)
+from .result_files import (
+    add_common_options,
+    cell_of,
+    checked_device,
+    command,
+    kept_on_interrupt,
+    lacks,
+    opened_result,
+    positive,
 )
 from .step_contenders import STEP_CONTENDERS, TRAINERS
 from .step_jobs import MODELS, Job, Trained, job_of
@@ -55,7 +57,7 @@ BASES = (BASE, "trl_compact")
 
 
 def prepared(names: Sequence[str], job: Job, failed: dict[str, str]) -> dict[str, tuple[Job, Callable[[], Trained]]]:
-    """Each contender with a copy of the model to itself; a failing or missing one goes to ``failed``."""
+    """Prepare each contender with its own copy of the model; enter failing or missing ones in ``failed``."""
     found = {}
     for name in names:
         why = STEP_CONTENDERS[name].unavailable()
@@ -77,7 +79,7 @@ def from_start(own: Job, start: dict[str, Any], run: Callable[[], Trained]) -> T
 
 
 def same_work(names: Sequence[str], job: Job) -> dict[str, Any]:
-    """Losses of every contender in float64, and how far its final weights are from those of ``four_forwards``."""
+    """Return each contender's losses in float64, and how far its final weights are from ``four_forwards``."""
     failed: dict[str, str] = {}
     start = copy.deepcopy(job.model.state_dict())
     rows: dict[str, Any] = {}
@@ -103,12 +105,12 @@ def same_work(names: Sequence[str], job: Job) -> dict[str, Any]:
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Between the parameters that ``a`` names."""
+    """Return the distance between the parameters that ``a`` names."""
     return math.sqrt(sum((value - b[name]).square().sum().item() for name, value in a.items()))
 
 
 def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], save: Callable[[], None]) -> None:
-    """Interleaved runs of every contender from the same weights, entered in ``cell``."""
+    """Time interleaved runs of every contender from the same weights, and enter them in ``cell``."""
     rows = cell.setdefault("contenders", {})
     failed = {name: row["status"] for name, row in rows.items() if row["status"] != "measured"}
     start = copy.deepcopy(job.model.state_dict())
@@ -142,7 +144,7 @@ def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], s
 
 
 def peak(what: dict[str, Any], name: str, device: torch.device) -> dict[str, Any]:
-    """Peak above the model itself, of preparing and running, gradients and all copies included.
+    """Return the peak above the model of preparing and running, gradients and all copies included.
 
     On a CPU this is to be called in a fresh process.
     """
@@ -191,7 +193,7 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.
         nargs="+",
         default=["0.1", "0.5", "0.9", "real"],
         metavar="SHARE",
-        help='of the prompt, or "real" [0.1 0.5 0.9 real]',
+        help='the prompt\'s share of a pair, or "real" [0.1 0.5 0.9 real]',
     )
     default = [name for name in STEP_CONTENDERS if name not in TRAINERS]
     parser.add_argument(
@@ -202,9 +204,9 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.
         metavar="NAME",
         help=f"of {', '.join(STEP_CONTENDERS)} [all but {', '.join(TRAINERS)}]",
     )
-    parser.add_argument("--pairs", type=positive, default=4, help="a step [4]")
-    parser.add_argument("--tokens", type=positive, default=512, help="of a pair, at most [512]")
-    parser.add_argument("--updates", type=positive, default=2, help="timed together [2]")
+    parser.add_argument("--pairs", type=positive, default=4, help="pairs a step [4]")
+    parser.add_argument("--tokens", type=positive, default=512, help="tokens of a pair, at most [512]")
+    parser.add_argument("--updates", type=positive, default=2, help="updates timed together [2]")
     options = parser.parse_args(arguments)
     for share in options.shares:
         if share != "real" and not _is_share(share):

@@ -1,4 +1,4 @@
-"""Whole training steps, each by other means: the same model, the same pairs, the same SGD updates.
+"""Define whole training steps that make the same SGD updates of the same model on the same pairs.
 
 - ``rows`` and ``tree``: ``condition_pairs``, ``hidden_and_head``, ``fused_inspo_loss``, all pairs in one forward.
 - ``loop``: the step of ``training.train``, which groups pairs of similar length into micro-batches.
@@ -40,7 +40,7 @@ LOOP_TOKENS = 4096  # of a forward pass of ``loop``
 def sgd_loop(
     job: Job, backward: Callable[[int], Tensor], trained: Trained, counted: Sequence[PreTrainedModel]
 ) -> Trained:
-    """``backward`` leaves the gradients of batch i in the model and returns the loss."""
+    """Take an SGD step per batch: ``backward(i)`` leaves the gradients of batch i and returns the loss."""
     optimizer = torch.optim.SGD(job.model.parameters(), lr=job.learning_rate)
     start = now(job.model.device)
     with counting_positions(counted, trained):
@@ -54,7 +54,7 @@ def sgd_loop(
 
 
 class Ours:
-    """Our step in one layout."""
+    """Take our step in one layout."""
 
     def __init__(self, job: Job, layout: str) -> None:
         self.job, self.layout = job, layout
@@ -92,7 +92,7 @@ class Ours:
 
 
 class Loop:
-    """The step of ``training.train``: forward passes of pairs of similar length, in the layout that costs less.
+    """Take the step of ``training.train``: micro-batches of pairs of similar length, in the cheaper layout.
 
     Like the loop between two logged lines, it does not score the marginals.
     """
@@ -125,7 +125,7 @@ class Loop:
 
 
 class FourForwards:
-    """Policy and reference, chosen and rejected: four forwards a step, log_softmax at every position."""
+    """Run four forwards a step (policy and reference, chosen and rejected) and log_softmax at every position."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -161,7 +161,7 @@ class FourForwards:
 
 @dataclass(frozen=True)
 class StepContender:
-    """A title, and ``prepare``, which sets up a job untimed and returns what is timed.
+    """Hold a title, and ``prepare``, which sets up a job untimed and returns the timed call.
 
     ``tolerance`` limits how far losses and weights may be from those of ``four_forwards`` in float64, relatively.
     """

@@ -1,4 +1,4 @@
-"""Input of a whole training step: Llama-shaped models, batches of random pairs, and what a run returns."""
+"""Build the input of a whole training step: Llama-shaped models and batches of random pairs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelShape:
     vocab: int
 
     def build(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """Random weights, the same ones each time. The last two ids are padding and end of sequence."""
+        """Build the model with the same random weights each time. The last two ids are padding and end of sequence."""
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=self.vocab,
@@ -51,7 +51,7 @@ class ModelShape:
 
 
 def _keep_float64(model: PreTrainedModel) -> None:
-    """The library's norms round to float32 whatever the model's dtype; torch's own compute in it."""
+    """Replace the library's norms, which round to float32, by torch's own, which compute in the model's dtype."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, LlamaRMSNorm):
@@ -61,7 +61,7 @@ def _keep_float64(model: PreTrainedModel) -> None:
 
 
 def random_pairs(lengths: Sequence[Lengths], vocab: int) -> list[Pair]:
-    """Random ids; every response ends with the end-of-sequence id."""
+    """Draw random ids; every response ends with the end-of-sequence id."""
     g = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
@@ -72,7 +72,7 @@ def random_pairs(lengths: Sequence[Lengths], vocab: int) -> list[Pair]:
 
 @dataclass
 class Trained:
-    """Result of a run: losses, seconds from the first step's begin to the last's end, positions through the trunk."""
+    """Hold a run's losses, seconds from its first step's start to its last one's end, and positions in the trunk."""
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -82,7 +82,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Job:
-    """Input of every contender: ``batches`` are the pairs of each update."""
+    """Hold the input of every contender: ``batches`` are the pairs of each update."""
 
     model: PreTrainedModel
     batches: list[list[Pair]]
@@ -94,7 +94,7 @@ class Job:
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock that is read when the device has done all it was asked to."""
+    """Return a clock's seconds once the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -102,7 +102,7 @@ def now(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def counting_positions(models: Sequence[PreTrainedModel], trained: Trained) -> Iterator[None]:
-    """Count what enters the trunks, padding included."""
+    """Count the positions that enter the trunks, padding included."""
 
     def count(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids = named["input_ids"] if "input_ids" in named else arguments[0]

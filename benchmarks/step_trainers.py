@@ -1,4 +1,4 @@
-"""A training step inside TRL: DPOTrainer with a conditioning collator, and InSPOTrainer."""
+"""Train inside TRL: DPOTrainer with a conditioning collator, and InSPOTrainer."""
 
 from __future__ import annotations
 

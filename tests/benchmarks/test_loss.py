@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import inspo_kernels as ik
-from benchmarks import compare, harness, logps, loss, measure, report, scaling
+from benchmarks import compare, harness, logps, loss, measure, report, result_files, scaling
 from benchmarks.contenders import CONTENDERS
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +150,7 @@ def test_scaling_fits_exponents(tmp_path, no_processes, capsys):
     assert default["times_default"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
     assert all(row["times_default"]["median"] > 0 for row in others)
     assert result["finished"] and "workspace of" in capsys.readouterr().out
-    assert "| floor: " in report.scaling(result) and "takes 1.00 of the time" in report.scaling(
+    assert "| floor: " in report.scaling(result) and "takes 1.00 times as long" in report.scaling(
         with_equal_times(result)
     )
     fit = scaling.exponent([(n, 3 * n**1.5) for n in (1, 2, 4, 8)])
@@ -183,7 +183,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     finally:
         process.kill()
     result = json.loads(file.read_text())
-    assert process.returncode == 130 and "what is done is kept" in said
+    assert process.returncode == 130 and "finished figures are kept" in said
     assert not result["finished"] and result["cells"][0]["contenders"]["torch"]["seconds"]["median"] > 0
 
 
@@ -296,15 +296,15 @@ def test_the_device_asked_for_is_made_the_current_one(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     parser = argparse.ArgumentParser()
-    assert harness.checked_device(parser, "cuda:1") == torch.device("cuda:1") == current[0]
+    assert result_files.checked_device(parser, "cuda:1") == torch.device("cuda:1") == current[0]
     with pytest.raises(SystemExit):
-        harness.checked_device(parser, "cuda:2")
+        result_files.checked_device(parser, "cuda:2")
     assert "there is no such device, only 2 of type cuda" in capsys.readouterr().err and len(current) == 1
 
 
 def test_interrupted_writing_leaves_the_old_file(tmp_path):
     file = tmp_path / "result.json"
-    harness.write_json(file, {"old": 1})
+    result_files.write_json(file, {"old": 1})
     with pytest.raises(TypeError):
-        harness.write_json(file, {"new": object()})
+        result_files.write_json(file, {"new": object()})
     assert json.loads(file.read_text()) == {"old": 1}

@@ -43,10 +43,8 @@ def test_figures_of_a_gpu_name_it_and_triton():
     assert "<sub>a GPU, torch 2.13, triton 3.7, 2026-11-22;" in report._source(result, "gpu.json")
 
 
-# Recorded commands that the Makefile does not repeat, and what it has instead. The first went on after an interruption
-# and adds nothing to a whole file.
+# Recorded commands that the Makefile does not repeat, and what it has instead.
 NOT_REPEATED = {
-    "python -m benchmarks.loss --shape real --rounds 7 --only time --resume --json FILE": None,
     # Reports what this one has run, which goes on to do the same.
     "python -m benchmarks.study --report": "python -m benchmarks.study",
     # The command without --part runs this part, too.

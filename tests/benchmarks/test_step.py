@@ -142,6 +142,20 @@ def test_bad_arguments_say_what_to_do(capsys):
         assert text in capsys.readouterr().err
 
 
+def test_trainers_are_compared_with_each_other(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.setattr(step, "peak_memory_in_fresh_process", lambda *_: {"status": "measured", "peak_bytes": 3 << 20})
+    file = tmp_path / "trainers.json"
+    words = ["--shares", "0.5", "--rounds", "1", "--updates", "2", "--contenders", "trl_compact", "trainer"]
+    step.main(["--quick", *words, "--json", str(file)])
+    result = json.loads(file.read_text())
+    rows = result["cells"][0]["contenders"]
+    assert list(rows) == ["trl_compact", "trainer"] and rows["trainer"]["times_trl_compact"]["median"] > 0
+    assert all(row["same"] for row in result["same_work"]["contenders"].values())
+    said = report.trainers(result)
+    assert "| 1.00, 3 MiB | " in said and "InSPOTrainer" in said and "times_" not in said
+
+
 def test_readme_shows_the_reference_pass_where_it_was_timed_by_itself():
     """Beside four forwards of 2 s: a step of a quarter, and 0.2 s of reference for each step's pairs."""
     ratio = {"median": 0.25, "q1": 0.2, "q3": 0.3}
