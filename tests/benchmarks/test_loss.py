@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import inspo_kernels as ik
-from benchmarks import compare, harness, logps, loss, measure, report, result_files, scaling
+from benchmarks import compare, harness, logps, loss, measure, result_files, scaling, speed_tables
 from benchmarks.contenders import CONTENDERS
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def test_quick_loss_writes_a_complete_file(tmp_path, capsys):
     assert result["command"].endswith("--contenders torch cut_cross_entropy --json FILE")
     assert {"date", "versions", "hardware"} <= set(result) and "liger-kernel" in result["versions"]
     assert "torch" in capsys.readouterr().out
-    assert "| inspo_kernels (torch)" in report.loss(result) and "needs a GPU" in report.loss(result)
+    assert "| inspo_kernels (torch)" in speed_tables.loss(result) and "needs a GPU" in speed_tables.loss(result)
 
 
 def test_variants_are_no_contenders_of_their_own(monkeypatch, capsys):
@@ -125,7 +125,7 @@ def test_an_interrupted_cell_has_no_rows_without_figures(only, phase, tmp_path, 
     with pytest.raises(SystemExit):
         loss.main(["--shape", "quick", "--contenders", "torch", "--only", only, "--json", str(file)])
     (cell,) = json.loads(file.read_text())["cells"]
-    assert cell["contenders"] == {} and report.loss(json.loads(file.read_text()))
+    assert cell["contenders"] == {} and speed_tables.loss(json.loads(file.read_text()))
     assert compare.main([str(file)] * 2) == 0
 
 
@@ -150,7 +150,7 @@ def test_scaling_fits_exponents(tmp_path, no_processes, capsys):
     assert default["times_default"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
     assert all(row["times_default"]["median"] > 0 for row in others)
     assert result["finished"] and "workspace of" in capsys.readouterr().out
-    assert "| floor: " in report.scaling(result) and "takes 1.00 times as long" in report.scaling(
+    assert "| floor: " in speed_tables.scaling(result) and "takes 1.00 times as long" in speed_tables.scaling(
         with_equal_times(result)
     )
     fit = scaling.exponent([(n, 3 * n**1.5) for n in (1, 2, 4, 8)])

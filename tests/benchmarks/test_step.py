@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import report, step, step_contenders, step_jobs
+from benchmarks import speed_tables, step, step_contenders, step_jobs
 from benchmarks.step_contenders import STEP_CONTENDERS, StepContender
 
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def test_quick_run_writes_a_complete_file(tmp_path, monkeypatch, capsys):
     assert rows["rows"]["times_four_forwards"]["median"] > 0 and rows["rows"]["peak_bytes"] == 1 << 20
     assert rows["rows"]["reference_seconds_per_step"] > 0 == rows["four_forwards"]["reference_seconds_per_step"]
     assert result["same_work"]["contenders"]["rows"]["same"]
-    assert "not installed" in capsys.readouterr().out and "not installed" in report.step(result)
+    assert "not installed" in capsys.readouterr().out and "not installed" in speed_tables.step(result)
 
 
 def test_peak_of_a_step_is_above_the_model(capsys):
@@ -152,7 +152,7 @@ def test_trainers_are_compared_with_each_other(tmp_path, monkeypatch):
     rows = result["cells"][0]["contenders"]
     assert list(rows) == ["trl_compact", "trainer"] and rows["trainer"]["times_trl_compact"]["median"] > 0
     assert all(row["same"] for row in result["same_work"]["contenders"].values())
-    said = report.trainers(result)
+    said = speed_tables.trainers(result)
     assert "| 1.00, 3 MiB | " in said and "InSPOTrainer" in said and "times_" not in said
 
 
@@ -161,6 +161,6 @@ def test_readme_shows_the_reference_pass_where_it_was_timed_by_itself():
     ratio = {"median": 0.25, "q1": 0.2, "q3": 0.3}
     row = {"status": "measured", "times_four_forwards": ratio, "reference_seconds_per_step": 0.2, "peak_bytes": 2**20}
     cell = {"contenders": {"four_forwards": {"seconds": {"median": 2.0}}}}
-    assert report._step_time("tree", row, cell) == "0.25 (0.20-0.30) + 0.10, 1 MiB"
-    assert report._step_time("trl", row, cell) == "0.25 (0.20-0.30), 1 MiB"
-    assert report._step_time("loop", {"status": "measured", "peak_bytes": 2**21}, cell) == "not yet timed, 2 MiB"
+    assert speed_tables.step_time("tree", row, cell) == "0.25 (0.20-0.30) + 0.10, 1 MiB"
+    assert speed_tables.step_time("trl", row, cell) == "0.25 (0.20-0.30), 1 MiB"
+    assert speed_tables.step_time("loop", {"status": "measured", "peak_bytes": 2**21}, cell) == "not yet timed, 2 MiB"
