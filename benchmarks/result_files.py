@@ -139,7 +139,11 @@ def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="small shapes, to check in minutes that everything runs")
     parser.add_argument("--only", choices=["time", "memory"], help="measure only this; --resume adds the other later")
-    parser.add_argument("--resume", action="store_true", help="keep finished cells of --json, and add what it lacks")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="if the file of --json exists, keep its finished cells and add what is missing",
+    )
 
 
 def opened_result(
@@ -162,9 +166,14 @@ def opened_result(
 
 
 def _resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
-    """Return what the file holds, if it was measured in the same way on the same machine, with all its commits."""
-    if options.json is None or not options.json.exists():
+    """Return what the file holds, with this run added to its provenance, or ``result`` if there is no file.
+
+    A file of another benchmark, machine, precision or package version is an error.
+    """
+    if options.json is None:
         parser.error("--resume: needs --json with the file of an earlier run")
+    if not options.json.exists():
+        return result
     try:
         old = read_result(options.json)
     except (OSError, ValueError) as error:

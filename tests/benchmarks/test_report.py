@@ -61,7 +61,7 @@ def commands(target):
     """What ``make target`` would run of the benchmarks, result files being FILE; and all that it would."""
     done = make("-n", target, "PAIRS=preferences.jsonl")
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"/bin/(python -m benchmarks\..*)", done.stdout)
+    found = [line.rstrip() for line in re.findall(r"/bin/(python -m benchmarks\..*)", done.stdout)]
     return [re.sub(r"benchmarks/results/\S+\.json", "FILE", line) for line in found], done.stdout
 
 

@@ -66,3 +66,12 @@ def test_resume_repeats_a_cell_with_too_few_rounds(main, words, tmp_path):
     assert cell.get("rounds", cell["contenders"].get("torch", {}).get("rounds")) == 3
     main([*arguments, "--rounds", "2", "--resume"])
     assert json.loads(file.read_text())["cells"] == [cell]
+
+
+def test_resume_without_a_file_starts_one(tmp_path):
+    file = tmp_path / "loss.json"
+    words = ["--shape", "quick", "--rounds", "1", "--only", "time", "--contenders", "torch", "--json", str(file)]
+    for _ in range(2):
+        loss.main([*words, "--resume"])
+    result = json.loads(file.read_text())
+    assert result["finished"] and result["command"].count("benchmarks.loss") == 1
