@@ -37,6 +37,7 @@ from .contenders import PEER_PACKAGES, PEERS
 from .gpu_plan import CACHED_TARGETS, hardware, problems, targets
 from .gpu_processes import run_in_group
 from .gpu_steps import PART, STEPS
+from .harness import FEWEST_ROUNDS
 from .result_files import checked_device, commit, joined_provenance, provenance, write_json
 
 # Held to by this form of the pass; see gpu_plan.
@@ -173,7 +174,7 @@ def run_step(
 ) -> None:
     """Run a step in its own process and enter what it leaves, however it ends."""
     before = result["steps"].get(name, {"status": "done"})
-    # A step that did not end well goes on; one that did, and is asked for, is done again.
+    # An unfinished step continues; a finished one that is named is repeated.
     known = [] if before["status"] == "done" else [cell["name"] for cell in result["cells"] if _has(cell, name)]
     command = [sys.executable, "-m", "benchmarks.gpu_steps", name, "--out", str(options.out.absolute()), "--device"]
     command += [options.device, "--seconds", f"{max(5.0, seconds - 5):.0f}", "--end-with-parent"]
@@ -196,7 +197,9 @@ def run_step(
 
 
 def _has(cell: dict[str, Any], step: str) -> bool:
-    return any(row.get("step") == step for row in cell["contenders"].values())
+    """Return whether the step measured this cell in enough rounds; a killed step leaves a cell with fewer."""
+    rows = [row for row in cell["contenders"].values() if row.get("step") == step]
+    return bool(rows) and all(row.get("rounds", FEWEST_ROUNDS) >= FEWEST_ROUNDS for row in rows)
 
 
 def shorten(log: Path) -> None:
