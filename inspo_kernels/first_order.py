@@ -11,19 +11,20 @@ from torch import Tensor
 
 
 def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Decorate ``backward``: differentiating its results raises instead of treating them as constants.
+    """Decorate ``backward`` so that differentiating its results raises instead of treating them as constants.
 
-    torch's ``once_differentiable`` raises only if the upstream gradient requires grad, which that of a plain loss does
-    not; a gradient penalty would then silently lose its gradient.
+    torch's ``once_differentiable`` raises only if the upstream gradient requires grad, and that of a plain loss does
+    not: a gradient penalty would silently lose its gradient. The forward pass must save one of its own differentiable
+    outputs. That output connects the results to all inputs, so no derivative can pass the error by.
     """
 
     @wraps(backward)
-    def wrapper(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def wrapper(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
         if not torch.is_grad_enabled():
             return gradients
-        anchor = torch.zeros((), device="cpu", requires_grad=True)
+        anchor = next(t for t in ctx.saved_tensors if t is not None and t.requires_grad)
         return tuple(None if g is None else _NoSecondDerivative.apply(g, anchor) for g in gradients)
 
     return wrapper

@@ -291,7 +291,7 @@ def test_evaluation_gives_the_same_values_and_no_graph(mode):
     torch.testing.assert_close(out.logps, expected.logps, rtol=1e-12, atol=0)
 
 
-def test_upstream_gradient_retain_graph_and_double_backward():
+def test_upstream_gradient_and_retain_graph():
     hidden, weight = RAGGED.hidden.clone().requires_grad_(), RAGGED.weight.clone().requires_grad_()
     out = ik.fused_inspo_loss(hidden, weight, RAGGED.labels, ref_logps=RAGGED.ref_logps)
     first = torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)
@@ -300,9 +300,24 @@ def test_upstream_gradient_retain_graph_and_double_backward():
     for a, b, c in zip(first, tripled, again):
         torch.testing.assert_close(3 * a, b)
         assert torch.equal(a, c)
-    (d_weight,) = torch.autograd.grad(out.loss, weight, create_graph=True)
+
+
+@pytest.mark.parametrize("call", ["loss", "tokens", "frozen tokens"])
+@pytest.mark.parametrize("is_leaf", [True, False])
+@pytest.mark.parametrize("end", ["backward", "grad", "loss changed in place"])
+def test_second_derivatives_raise(call, is_leaf, end):
+    leaf, weight = RAGGED.hidden.clone().requires_grad_(), RAGGED.weight.clone().requires_grad_("frozen" not in call)
+    hidden = leaf if is_leaf else leaf * 1.0
+    if call == "loss":
+        loss = ik.fused_inspo_loss(hidden, weight, RAGGED.labels, ref_logps=RAGGED.ref_logps).loss
+    else:
+        loss = ik.linear_logps(hidden, weight, RAGGED.labels).sum()
+    if end == "loss changed in place":
+        loss /= 2
+    (d_hidden,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    penalised = loss + d_hidden.square().sum()
     with pytest.raises(RuntimeError, match="first derivatives only"):
-        (out.loss + d_weight.square().sum()).backward()
+        penalised.backward() if end == "backward" else torch.autograd.grad(penalised, hidden)
 
 
 def test_same_input_same_bits():
