@@ -1,4 +1,4 @@
-"""Refuse second derivatives of autograd functions whose backward is not differentiable."""
+"""Refuse what fused gradients cannot do: second derivatives and the transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -28,6 +28,22 @@ def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Call
         return tuple(None if g is None else _NoSecondDerivative.apply(g, anchor) for g in gradients)
 
     return wrapper
+
+
+def refuse_transforms(name: str, backend: str) -> None:
+    """Raise inside torch.func.grad, vmap and other transforms, unless ``backend`` is the reference.
+
+    The torch function is private, but ``torch.autograd.Function`` calls it, too. Without it, torch's own error appears.
+    """
+    if backend == "reference" or torch.compiler.is_compiling():
+        return
+    is_transformed = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if is_transformed is None or not is_transformed():
+        return
+    raise RuntimeError(
+        f"{name} cannot be transformed by torch.func (grad, vmap, jvp, ...): use torch.autograd, or call "
+        f"inspo_kernels.reference.{name}, which is plain torch"
+    )
 
 
 class _NoSecondDerivative(torch.autograd.Function):

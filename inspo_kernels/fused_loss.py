@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import compiled, passes, reference
 from .agreement import Split, errors_shared, refuse_compiled
-from .first_order import first_order_only
+from .first_order import first_order_only, refuse_transforms
 from .gradients import Needs, dtypes_of
 from .groups import local_shard
 from .objectives import Objective, make_objective
@@ -103,6 +103,7 @@ def fused_inspo_loss(
     Raises:
         TypeError, ValueError: before any matmul. The message names the argument and what to change.
     """
+    refuse_transforms("fused_inspo_loss", backend)
     refuse_compiled(process_group=process_group, sequence_group=sequence_group)
     split = Split.of(process_group, sequence_group)
     with errors_shared(split, hidden):

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import compiled, reference, scored_rows
 from .agreement import Split, errors_shared, refuse_compiled, splits_words
 from .backends import resolve_backend
-from .first_order import first_order_only
+from .first_order import first_order_only, refuse_transforms
 from .gradients import Needs, dtypes_of
 from .groups import local_shard
 from .head import checked_head
@@ -71,6 +71,7 @@ def linear_logps(
     d logp / d hidden, one H-vector, and backward recomputes nothing: 4NHV. With a trainable head, the C tokens that the
     workspace holds are kept until the backward pass: 6NHV + 2HV max(0, N - C).
     """
+    refuse_transforms("linear_logps", backend)
     refuse_compiled(process_group=process_group)
     split = Split.of(process_group)
     with errors_shared(split, hidden):

@@ -320,6 +320,25 @@ def test_second_derivatives_raise(call, is_leaf, end):
         penalised.backward() if end == "backward" else torch.autograd.grad(penalised, hidden)
 
 
+@pytest.mark.parametrize("name", ["fused_inspo_loss", "linear_logps"])
+def test_transforms_are_refused_with_advice_that_works(name):
+    hidden, weight, labels = RAGGED.hidden, RAGGED.weight, RAGGED.labels
+    options = {"ref_logps": RAGGED.ref_logps} if name == "fused_inspo_loss" else {}
+
+    def total(module, hidden):
+        result = getattr(module, name)(hidden, weight, labels, **options)
+        return result.loss if name == "fused_inspo_loss" else result.sum()
+
+    for transform in (torch.func.grad, torch.func.vmap, lambda f: torch.func.vmap(torch.func.grad(f))):
+        batched = hidden if transform is torch.func.grad else hidden[None]
+        with pytest.raises(RuntimeError, match=f"torch.func.*inspo_kernels.reference.{name}"):
+            transform(lambda h: total(ik, h))(batched)
+        transform(lambda h: total(ik.reference, h))(batched)
+    leaf = hidden.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(ik, leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda h: total(ik.reference, h))(hidden), expected)
+
+
 def test_same_input_same_bits():
     case = RAGGED.to(torch.float32)
     first, second = (run(case, backend="torch", marginal_weight=0.5) for _ in range(2))
@@ -708,6 +727,8 @@ UNSCORED[1] = IGNORE
         ({"hidden": [1.0]}, TypeError, "hidden must be a tensor"),
         ({"weight": RAGGED.weight[0]}, ValueError, r"weight must be \(V, H\)"),
         ({"weight": RAGGED.weight.to("meta")}, ValueError, "weight is on meta"),
+        ({"hidden": RAGGED.hidden.to("meta"), "weight": RAGGED.weight.to("meta"), "bias": None}, ValueError, "no data"),
+        ({"ref_logps": RAGGED.ref_logps.to("meta")}, ValueError, "ref_logps is on the meta device"),
         ({"bias": RAGGED.bias[1:]}, ValueError, r"bias must be \(29,\)"),
         ({"ref_logps": None}, ValueError, "DPO needs ref_logps"),
         ({"ref_logps": RAGGED.ref_logps[:4]}, ValueError, r"ref_logps must have shape \(8,\)"),
