@@ -218,8 +218,8 @@ class InSPOTrainer(DPOTrainer):
         return "image" in sample or "images" in sample
 
     def _causal_lm(self, model: Any) -> Any:
-        """Return the causal LM inside engines and adapters."""
-        model = self.accelerator.unwrap_model(model)
+        """Return the causal LM inside engines, adapters and ``torch.compile``."""
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return model.get_base_model() if is_peft_model(model) else model
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
