@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import inspo_kernels as ik
 from benchmarks.report import DOCS, PAGES, README, ROOT, render
 from training.model import byte_tokenizer
+from training.train import main
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 TEXTS = {page: page.read_text() for page in (README, CONTRIBUTING, *sorted(DOCS.glob("*.md")))}
 BLOCKS = {page.name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for page, text in TEXTS.items()}
+RECORDS = re.search(r"```json\n(.*?)```", TEXTS[DOCS / "quick_start.md"], re.DOTALL).group(1)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,30 @@ def test_custom_loop_runs_and_learns(model_folder, capsys):
     exec(loop.replace(name, str(model_folder)).replace("lr=5e-7", "lr=1e-3"), {})
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
     assert len(losses) == steps and losses[-1] < losses[0]
+
+
+def test_own_data_configuration_is_read(model_folder, tmp_path, monkeypatch, capsys):
+    """The quick start's YAML file and its two forms of records, with the column names that the file maps."""
+    monkeypatch.chdir(tmp_path)
+    text = re.search(r"```yaml\n(.*?)```", TEXTS[DOCS / "quick_start.md"], re.DOTALL).group(1)
+    config, name = yaml.safe_load(text), "Qwen/Qwen3-0.6B"
+    assert config["model"] == name
+    Path("mine.yaml").write_text(text.replace(name, str(model_folder)))
+    records = RECORDS
+    for column, other in config["columns"].items():
+        records = records.replace(f'"{column}":', f'"{other}":')
+    for form, record in enumerate(records.splitlines()):
+        Path(config["train_data"]).write_text(f"{record}\n")
+        main(["--config", "mine.yaml", "--dry_run", "true"])
+        assert "1 kept" in capsys.readouterr().out, form
+
+
+def test_training_from_python_runs(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text(RECORDS.splitlines()[0])
+    scope = {"folder": str(model_folder)}
+    exec(next(block for block in BLOCKS["training.md"] if "train(" in block), scope)
+    assert scope["result"].metrics and Path("runs/mine/final").exists()
 
 
 def test_tree_gives_the_loss_of_rows(model_folder):
@@ -110,7 +138,7 @@ def test_links_lead_somewhere(page, target):
         assert heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
 
 
-@pytest.mark.parametrize("page, path", found(r"--config(?:_file)? ((?!FILE)\S+)"))
+@pytest.mark.parametrize("page, path", found(r"--config(?:_file)? ((?!FILE|mine)\S+)"))
 def test_named_configurations_exist(page, path):
     assert (ROOT / path).exists()
 
