@@ -199,6 +199,7 @@ def _vector(name: str, tensor: Tensor | None, length: int, device: torch.device)
     if tensor is None:
         return None
     if tensor.shape != (length,):
-        raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+        remedy = f": pass {name}.flatten()" if tensor.numel() == length else ""  # a table of pair_logps
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}{remedy}")
     # A copy: objectives are the user's code, and might write to it.
     return tensor.detach().to(device, torch.float64, non_blocking=tensor.device.type == "cpu", copy=True)
