@@ -162,6 +162,19 @@ def test_named_files_exist(page, line):
         assert name in WRITTEN or any((folder / name).exists() for folder in folders), name
 
 
+@pytest.mark.parametrize("symptom", re.findall(r"(?m)^\*\*`([^`]+)`", TEXTS[DOCS / "troubleshooting.md"]))
+def test_quoted_messages_exist(symptom):
+    """Some part of each message that the page quotes, between its "...", is in the code."""
+    if "keyword argument" in symptom:  # Python's own message
+        return
+    code = "".join(
+        path.read_text() for folder in ("inspo_kernels", "training") for path in (ROOT / folder).rglob("*.py")
+    )
+    code = re.sub(r'"\s*f?"', "", code)  # adjacent literals
+    parts = [part.strip(" ,") for part in symptom.split("...")]
+    assert any(part in code for part in parts if len(part) > 7), symptom
+
+
 def test_readme_is_short():
     assert len(TEXTS[README].splitlines()) <= 150
 
