@@ -126,10 +126,13 @@ def pair_logps(
     Takes the arguments and input forms of ``fused_inspo_loss``. 2NHV operations, in a workspace of one tile.
 
     Returns:
-        sums: (kinds, B) float64, in nats.
-        lengths: (kinds, B) int64, scored tokens. 0 for a response without a scored token.
+        Two tables of shape (kinds, B).
 
-        Rows: chosen, rejected, and where marginals are scored log pi(y_w | x) and log pi(y_l | x).
+        - sums: float64, in nats.
+        - lengths: int64, scored tokens. 0 for a response without a scored token.
+
+        Row 0 of each holds the chosen, row 1 the rejected responses. With marginals, rows 2 and 3 hold those of
+        log pi(y_w | x) and log pi(y_l | x).
 
     Raises:
         TypeError, ValueError: as ``fused_inspo_loss``.

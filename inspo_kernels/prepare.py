@@ -199,7 +199,8 @@ def _vector(name: str, tensor: Tensor | None, length: int, device: torch.device)
     if tensor is None:
         return None
     if tensor.shape != (length,):
-        raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+        remedy = f": pass {name}.flatten()" if tensor.numel() == length else ""  # a table of pair_logps
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}{remedy}")
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device, which holds no data")
     # A copy: objectives are the user's code, and might write to it.

@@ -732,6 +732,7 @@ UNSCORED[1] = IGNORE
         ({"bias": RAGGED.bias[1:]}, ValueError, r"bias must be \(29,\)"),
         ({"ref_logps": None}, ValueError, "DPO needs ref_logps"),
         ({"ref_logps": RAGGED.ref_logps[:4]}, ValueError, r"ref_logps must have shape \(8,\)"),
+        ({"ref_logps": RAGGED.ref_logps.view(2, 4)}, ValueError, r"pass ref_logps.flatten\(\)"),
         ({"ref_logps": RAGGED.ref_logps.long()}, TypeError, "ref_logps must be a floating-point"),
         ({"ref_logps": [0.0] * 8}, TypeError, "ref_logps must be a floating-point tensor, got list"),
         ({"weight": RAGGED.weight.to_sparse()}, TypeError, r"weight must be a dense tensor.*to_dense\(\)"),
