@@ -134,7 +134,8 @@ class TrainConfig(DataOptions, TrainingArguments):
                 raise InputError(f"optim={optim} is not supported: {reason}")
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
         for name, remedy in UNSUPPORTED.items():
-            if getattr(self, name) != defaults[name]:
+            value, default = getattr(self, name), defaults[name]
+            if value != default and (value or default):  # TrainingArguments turns "" into []
                 raise InputError(f"{name} is not supported: {remedy}")
         if self.marginal_weight and not self.conditioned:
             raise InputError("marginal_weight needs conditioned=true: the plain baseline already trains the marginals")

@@ -60,6 +60,11 @@ def test_resolved_config_reads_back_equal(tmp_path):
     assert parse_config(["--config", str(file)]) == config
 
 
+def test_a_config_can_be_replaced():
+    config = TrainConfig(optim="sgd", lr_scheduler_type="linear", eval_strategy="epoch", eval_data="d")
+    assert dataclasses.replace(dataclasses.replace(config, seed=7), seed=config.seed) == config
+
+
 def test_tiny_yaml_is_valid_and_needs_only_data():
     config = parse_config(["--config", str(ROOT / "training/configs/tiny.yaml"), "--train_data", str(PAIRS)])
     assert isinstance(config.model, dict)
