@@ -1,4 +1,4 @@
-"""LoRA adapters: fresh ones, and those of a folder that are trained further."""
+"""LoRA adapters: new adapters, and adapters of a folder that are trained further."""
 
 from __future__ import annotations
 
@@ -14,30 +14,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from .errors import InputError, check_names
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-from .errors import InputError, check_names
-
-# Set by the loop, or without effect in it.
-_FIXED = {
-    "task_type",
-    "peft_type",
-    "inference_mode",
-    "base_model_name_or_path",
-    "revision",
-    "auto_mapping",
-    "peft_version",
-    "runtime_config",
-}
 _DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
 def lora_settings(options: dict[str, Any]) -> LoraConfig:
-    """Return peft's configuration of ``options``, its fields; ``alpha`` is ``lora_alpha``. Raises InputError."""
-    from peft import LoraConfig  # slow to import
+    """Return peft's configuration with the fields ``options``; ``alpha`` is ``lora_alpha``. Raises InputError."""
+    from peft import LoraConfig, PeftConfig  # slow to import
 
-    known = sorted({field.name for field in dataclasses.fields(LoraConfig)} - _FIXED)
+    of_any_adapter = {field.name for field in dataclasses.fields(PeftConfig)}  # set by the loop
+    known = sorted({field.name for field in dataclasses.fields(LoraConfig)} - of_any_adapter - {"runtime_config"})
     check_names(options, [*known, "alpha"], "lora.")
     given = {"lora_alpha" if name == "alpha" else name: value for name, value in options.items() if value is not None}
     if given.get("lora_dropout"):
@@ -50,9 +40,9 @@ def lora_settings(options: dict[str, Any]) -> LoraConfig:
     needs_targets = "target_parameters" not in given and "trainable_token_indices" not in given
     defaults = _DEFAULTS if needs_targets else {k: v for k, v in _DEFAULTS.items() if k != "target_modules"}
     settings = {**defaults, **given}
-    for name in ("r", "lora_alpha"):
-        if isinstance(settings[name], bool) or not isinstance(settings[name], int | float) or not settings[name] > 0:
-            raise InputError(f"lora: {name}={settings[name]!r} must be a number above 0")
+    for name, kinds, what in (("r", int, "a whole number"), ("lora_alpha", int | float, "a number")):
+        if isinstance(settings[name], bool) or not isinstance(settings[name], kinds) or not settings[name] > 0:
+            raise InputError(f"lora: {name}={settings[name]!r} must be {what} above 0")
     if needs_targets and not settings["target_modules"]:
         raise InputError("lora: target_modules must not be empty")
     try:
@@ -62,10 +52,10 @@ def lora_settings(options: dict[str, Any]) -> LoraConfig:
 
 
 def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None:
-    """Put a fresh LoRA adapter into ``model`` and freeze everything else; it changes nothing before it is trained.
+    """Add a new LoRA adapter to ``model`` and freeze the rest; the model's outputs stay the same until training.
 
-    The adapter's own parameters are float32, whatever the model's dtype is. Raises InputError for names that nothing in
-    the model has.
+    The adapter's parameters are float32, whatever the model's dtype. Raises InputError for names that match nothing in
+    the model.
     """
     if has_adapter(model):
         raise InputError("lora: the model has an adapter already; leave out lora to train that one, or merge it first")
@@ -82,7 +72,7 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None
 
 
 def continue_adapter(model: PreTrainedModel) -> None:
-    """Make the adapter that ``model`` was loaded with what is trained; the reference is the model as it is now."""
+    """Make the adapter that ``model`` was loaded with trainable. The reference is the model with this adapter."""
     settings: Any
     (settings,) = model.peft_config.values()
     if settings.peft_type != "LORA":
@@ -96,9 +86,9 @@ def continue_adapter(model: PreTrainedModel) -> None:
 
 
 def read_adapter(model: PreTrainedModel, folder: Path, missing: set[str]) -> set[str]:
-    """Read the tensors ``missing`` in the adapter of ``model`` as peft does; return those that ``folder`` lacks.
+    """Load the ``missing`` tensors of the adapter of ``model`` with peft; return those that ``folder`` lacks.
 
-    transformers does not find some of them, as the magnitudes of DoRA.
+    transformers does not find all of them, such as the magnitudes of DoRA.
     """
     from peft import set_peft_model_state_dict
 
@@ -116,7 +106,7 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def adapter_off(model: PreTrainedModel) -> Iterator[None]:
-    """Make the model its reference, as long as nothing is trained: a fresh adapter is off, one trained further on."""
+    """Make an untrained model its reference: a new adapter is off, and an adapter that is trained further stays on."""
     if not has_adapter(model) or getattr(model, "_continued_adapter", False):
         yield
         return
@@ -136,7 +126,7 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _check_targets(model: PreTrainedModel, settings: LoraConfig) -> None:
-    """Raise InputError for each name in a list that matches nothing, which peft passes over while others match."""
+    """Raise InputError for a name that matches nothing; peft ignores it as long as another name matches."""
     modules, parameters = ([name for name, _ in found] for found in (model.named_modules(), model.named_parameters()))
     options = {
         "target_modules": modules,

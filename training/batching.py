@@ -1,4 +1,4 @@
-"""Which pairs make a step, and which of them go through the model together, and in which process."""
+"""Pairs assigned to steps, and the pairs of a step to forward passes and ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 
 class EpochBatches:
-    """The indices of ``size`` pairs at a time; each epoch is a permutation that follows from seed and epoch alone.
+    """Batches of ``size`` indices; each epoch is a permutation that depends only on seed and epoch.
 
-    Every process gets all of them, so that the pairs of a step do not depend on the number of processes.
+    Every rank gets all of them, so the pairs of a step do not depend on the number of ranks.
     """
 
     def __init__(self, num_pairs: int, size: int, seed: int) -> None:
@@ -33,7 +33,7 @@ class EpochBatches:
 
 
 class EpochLoader(DataLoader):
-    """Lists of indices from ``EpochBatches``, as ``Trainer`` takes them."""
+    """Yields the lists of indices of ``EpochBatches`` to ``Trainer``."""
 
     def __init__(self, num_pairs: int, size: int, seed: int) -> None:
         super().__init__(range(num_pairs), batch_sampler=EpochBatches(num_pairs, size, seed), collate_fn=list)  # type: ignore[arg-type]
@@ -43,14 +43,14 @@ class EpochLoader(DataLoader):
 
 
 def used_indices(num_pairs: int, wanted: int, seed: int) -> Sequence[int]:
-    """The pairs that the first ``wanted`` places of a run take, ascending: all of them from an epoch on."""
+    """Return, ascending, the pairs that a run of ``wanted`` pairs takes: all of them from one epoch on."""
     if wanted >= num_pairs:
         return range(num_pairs)
     return sorted(next(iter(EpochBatches(num_pairs, wanted, seed))))
 
 
 class MicroBatch(NamedTuple):
-    """Pairs of one forward pass, as positions in the list that was planned. Weight 0: only there to keep step."""
+    """Pairs of one forward pass, as positions in the planned list. Weight 0: a repeat that does not count."""
 
     pairs: list[int]
     weight: float
@@ -59,14 +59,15 @@ class MicroBatch(NamedTuple):
 def micro_batches(
     sizes: Sequence[int], max_tokens: int, processes: int = 1, *, packed: bool = False
 ) -> list[list[MicroBatch]]:
-    """Forward passes of each process for pairs of ``sizes`` tokens.
+    """Return the forward passes of each process for pairs of ``sizes`` tokens.
 
-    A pass costs its count times its largest size, or the sum of its sizes where pairs are ``packed`` behind one
-    another. Each pair is in exactly one pass of weight 1. Pairs of similar size share a pass (packed: any pairs, in
-    passes of nearly equal cost), of at most ``max_tokens`` (a larger pair goes alone). Engines that communicate within
-    a pass need the same number of passes in every process, so passes are split until they can be dealt evenly; a
-    process that is still short repeats the smallest pair with weight 0. Passes of similar cost run at the same time,
-    the costliest first.
+    Each pair is in exactly one pass of weight 1. A pass costs its count times its largest size, or the sum of its sizes
+    if pairs are ``packed``; that is at most ``max_tokens``, and a larger pair goes alone. Pairs of similar size share a
+    pass; packed passes have nearly equal cost.
+
+    Engines that communicate within a pass need the same number of passes on every rank. Passes are split until they
+    can be dealt evenly. A rank that is still short repeats the smallest pair with weight 0. Passes of similar cost run
+    at the same time, the costliest first.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
 
@@ -86,14 +87,14 @@ def micro_batches(
     for turn in range(math.ceil(len(passes) / processes)):
         some = [MicroBatch(pairs, 1.0) for pairs in passes[turn * processes : (turn + 1) * processes]]
         some += [filler] * (processes - len(some))
-        # Every other turn the other way round: nobody has the costliest pass of every turn.
+        # Reverse every other turn, so that no rank has the costliest pass of every turn.
         for process, item in zip(dealt, reversed(some) if turn % 2 else some):
             process.append(item)
     return dealt
 
 
 def _padded(order: Sequence[int], sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Neighbours in ``order``, which is by falling size, together."""
+    """Return passes of neighbours in ``order``, which is by descending size."""
     passes: list[list[int]] = []
     for i in order:
         if passes and (len(passes[-1]) + 1) * sizes[passes[-1][0]] <= max_tokens:
@@ -104,7 +105,7 @@ def _padded(order: Sequence[int], sizes: Sequence[int], max_tokens: int) -> list
 
 
 def _packed(order: Sequence[int], sizes: Sequence[int], max_tokens: int, processes: int) -> list[list[int]]:
-    """As few passes as this finds, as many in each process: the largest pairs first, each to the emptiest pass."""
+    """Return few passes, as many for each process: the largest pairs first, each into the emptiest pass."""
     count = processes * max(1, math.ceil(sum(sizes) / (max_tokens * processes)))
     while True:
         passes: list[list[int]] = [[] for _ in range(count)]

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are complete or absent.
 
-``Trainer`` writes model, optimizer, schedule and random states into a folder beside the place where they belong. Then
-``manifest.json`` is added with size and SHA-256 of every file, and the folder is renamed to ``checkpoint-STEP``. So a
-checkpoint that was cut off, or corrupted since, is known and named.
+``Trainer`` writes model, optimizer, schedule and random states into a temporary folder. ``manifest.json`` is added with
+size and SHA-256 of every file, and the folder is renamed to ``checkpoint-STEP``. A checkpoint that was cut off, or
+corrupted later, is recognised and named.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError
 
-from .engine import gathered, process_count, process_index
+from .engine import gathered, process_count, process_index, raise_on_all_ranks
 from .errors import SaveError
 
-Value = TypeVar("Value")
 FORMAT = 3
 MANIFEST, STATE = "manifest.json", "state.json"
-# What a checkpoint cannot be without, each under the names that the engines give it.
+# Parts that a checkpoint must have, each with the names that the engines give it.
 NEEDED = {
     "model": ("model.safetensors", "pytorch_model_fsdp", "global_step"),
     "optimizer state": ("optimizer", "global_step"),
@@ -35,7 +34,7 @@ NEEDED = {
 
 
 class DamagedError(ValueError):
-    """A checkpoint is not as it was written; the message says which file, and how it differs."""
+    """A checkpoint is not as it was written; the message names the file and the difference."""
 
 
 # ---- writing ----
@@ -43,9 +42,9 @@ class DamagedError(ValueError):
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write to, renamed to ``folder`` at the end: a folder of that name is whole.
+    """Yield a temporary folder to write to, and rename it to ``folder`` at the end.
 
-    Where writing fails, the temporary folder is removed and SaveError raised.
+    Raises SaveError, and removes the temporary folder, if writing fails.
     """
     partial = partial_folder(folder)
     try:
@@ -64,10 +63,10 @@ def partial_folder(folder: Path) -> Path:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Give ``partial`` the name ``folder`` once every byte of it is on the disk."""
+    """Rename ``partial`` to ``folder`` once every byte of it is on the disk."""
     for file in [*partial.rglob("*"), partial]:
         _sync(file)
-    if folder.exists():  # of this step, from before the run was taken back to an earlier one
+    if folder.exists():  # from before the run was resumed at an earlier step
         shutil.rmtree(folder)
     os.replace(partial, folder)
     _sync(folder.parent)
@@ -82,54 +81,35 @@ def _sync(path: Path) -> None:
 
 
 def save_checkpoint(path: Path, write: Callable[[Path], None], state: dict[str, Any]) -> int:
-    """Write the checkpoint ``path``: what ``write`` puts into a folder of its name, and ``state`` (JSON types).
+    """Write the checkpoint ``path``: the files that ``write`` puts into a folder of its name, and ``state`` (JSON).
 
-    ``write`` takes the folder around it, as Trainer does. All processes call this. Returns the bytes written. Raises
-    SaveError on all of them, and leaves nothing behind then.
+    ``write`` takes the parent of that folder, as Trainer does. All ranks call this. Returns the bytes written. Raises
+    SaveError on all ranks, and leaves nothing behind then.
     """
-    around = partial_folder(path)
+    around, first = partial_folder(path), process_index() == 0
     partial = around / path.name
-
-    def begin() -> None:
-        shutil.rmtree(around, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def seal() -> None:
-        files = {name: entry for part in shares for name, entry in part.items()}
-        (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
-        publish(partial, path)
-
     try:
-        on_first_process(begin)
-        _on_all(lambda: write(around))
-        on_first_process(lambda: (partial / STATE).write_text(json.dumps(state), encoding="utf-8"))
-        shares = _on_all(lambda: _measure_share(partial))  # hashing takes as long as writing: each reads a part
-        on_first_process(seal)
-    except SaveError as error:
+        with raise_on_all_ranks():
+            if first:
+                shutil.rmtree(around, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with raise_on_all_ranks():
+            write(around)
+            if first:
+                (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
+        with raise_on_all_ranks():
+            share = _measure_share(partial)  # hashing takes as long as writing: each rank reads a part
+        files = {name: entry for part in gathered(share) for name, entry in part.items()}
+        with raise_on_all_ranks():
+            if first:
+                (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+                publish(partial, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         raise SaveError(f"{path} could not be written: {error}") from error
     finally:
-        if process_index() == 0:
+        if first:
             shutil.rmtree(around, ignore_errors=True)
-    return sum(entry["bytes"] for part in shares for entry in part.values())
-
-
-def _on_all(act: Callable[[], Value]) -> list[Value]:
-    """Return what ``act`` returns in each process; where it fails in one, raise SaveError in all of them."""
-    failure = value = None
-    try:
-        value = act()
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        failure = str(error) or type(error).__name__
-    results = gathered((failure, value))
-    for failed, _ in results:
-        if failed is not None:
-            raise SaveError(failed)
-    return [value for _, value in results]  # type: ignore[misc]
-
-
-def on_first_process(act: Callable[[], object]) -> None:
-    """Call ``act`` in the first process; where that fails, raise SaveError in all of them."""
-    _on_all(lambda: None if process_index() else act() and None)
+    return sum(entry["bytes"] for entry in files.values())
 
 
 def _measure_share(folder: Path) -> dict[str, dict[str, Any]]:
@@ -146,7 +126,7 @@ def _measure(file: Path) -> dict[str, Any]:
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the run state of a checkpoint after comparing every byte with the manifest. Raises DamagedError."""
+    """Compare every byte of a checkpoint with its manifest, and return its run state. Raises DamagedError."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         kind, files = manifest["format"], manifest.get("files", {})
@@ -164,11 +144,18 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
             found = _measure(path / name)
         except OSError as error:
             raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
-        if found["bytes"] != written["bytes"]:
-            raise DamagedError(f"{name} has {found['bytes']} bytes, {written['bytes']} were written")
         if found != written:
-            raise DamagedError(f"{name} is not what was written (SHA-256)")
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+            size = written.get("bytes") if isinstance(written, dict) else None
+            same = found["bytes"] == size
+            problem = (
+                "is not what was written (SHA-256)" if same else f"has {found['bytes']} bytes, {size} were written"
+            )
+            raise DamagedError(f"{name} {problem}")
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    number = path.name.removeprefix("checkpoint-")
+    if number.isdecimal() and int(number) != state["step"]:
+        raise DamagedError(f"its name says step {number}, but it is of step {state['step']}")
+    return state
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
@@ -181,11 +168,11 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def rotate(folder: Path, step: int, keep: int | None, log: Callable[[str], None]) -> None:
-    """Delete the oldest checkpoints so that ``keep`` are left (None: all), the one of ``step`` being the newest."""
+    """Delete the oldest checkpoints up to ``step`` so that ``keep`` are left (None: all)."""
     older = [path for number, path in checkpoints(folder).items() if number <= step]
     for old in older[:-keep] if keep else []:
         try:
-            os.replace(old, partial_folder(old))  # what is half deleted must not look like a checkpoint
+            os.replace(old, partial_folder(old))  # a half-deleted folder must not look like a checkpoint
             shutil.rmtree(partial_folder(old))
         except OSError as error:
             log(f"WARNING: the old {old} could not be deleted: {error}")

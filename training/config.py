@@ -15,24 +15,20 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from inspo_kernels.layouts.alternative_dropout import checked_dropout
 from inspo_kernels.objectives import OBJECTIVES, Objective, make_objective
 
 from .data_options import DataOptions
-from .dropout import check_dropout
 from .errors import InputError
+from .other_options import UNSUPPORTED, UNSUPPORTED_OPTIMIZERS
 
-OBJECTIVE_PARAMETERS = (
-    "beta",
-    "label_smoothing",
-    "tau",
-    "gamma",
-    "alpha",
-    "lam",
-    "sft",
-    "divergence",
-    "divergence_alpha",
-)
+OBJECTIVE_PARAMETERS = {field.name for kind in OBJECTIVES.values() for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-7, 1e-5
+AT_LEAST = {
+    0: "num_train_epochs logging_steps eval_steps save_steps sample_prompts learning_rate weight_decay max_grad_norm "
+    "marginal_weight warmup_steps",
+    1: "per_device_train_batch_size gradient_accumulation_steps max_batch_tokens save_total_limit sample_tokens",
+}
 
 # Options of TrainingArguments that follow from other options.
 _FOLLOWING = {
@@ -45,28 +41,6 @@ _FOLLOWING = {
     "dataloader_pin_memory",
     "greater_is_better",
     "hub_token",
-}
-
-# Options of TrainingArguments that would be ignored or do harm here, with the reason or the alternative.
-UNSUPPORTED = {
-    "label_smoothing_factor": "the objective's own option is label_smoothing",
-    "auto_find_batch_size": "max_batch_tokens bounds the memory of a forward pass",
-    "neftune_noise_alpha": "policy and reference must be the same function at step 1",
-    "use_liger_kernel": "the loss is fused already",
-    "fp16": "float16 needs loss scaling; use bf16",
-    "fp16_full_eval": "use bf16",
-    "bf16_full_eval": "use bf16",
-    "torch_compile": "lengths differ from pass to pass",
-    "load_best_model_at_end": "keep_best leaves the best model in best/",
-    "save_only_model": "a run cannot resume without the optimizer state; final/ and best/ hold only the model",
-    "enable_jit_checkpoint": "SIGTERM saves a checkpoint in any case",
-    "ignore_data_skip": "a resumed run continues with the next pairs",
-    "eval_on_start": "eval_data is always scored before step 1",
-    "per_device_eval_batch_size": "max_batch_tokens bounds the memory of an evaluation, too",
-    "dataloader_drop_last": "each epoch has all pairs",
-    "train_sampling_strategy": "each epoch is a permutation that depends on seed",
-    "parallelism_config": "only data parallelism is supported: DDP, FSDP2, DeepSpeed",
-    "hub_strategy": "push_to_hub uploads final/ at the end",
 }
 
 
@@ -132,46 +106,43 @@ class TrainConfig(DataOptions, TrainingArguments):
         self._check()
         try:
             TrainingArguments.__post_init__(self)
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
+        except Exception as error:  # transformers and engines refuse in many ways, with a missing package for example
             raise InputError(" ".join(str(error).split())) from None
         self._check_engine()
         if writes_nothing:
             self.output_dir = ""  # TrainingArguments has set a folder, and Trainer does not accept None
 
     def _check(self) -> None:
-        least = {
-            "num_train_epochs": 0,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "max_batch_tokens": 1,
-            "logging_steps": 0,
-            "eval_steps": 0,
-            "save_steps": 0,
-            "save_total_limit": 1,
-            "sample_prompts": 0,
-            "sample_tokens": 1,
-            "learning_rate": 0,
-            "weight_decay": 0,
-            "max_grad_norm": 0,
-            "marginal_weight": 0,
-            "warmup_steps": 0,
-        }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= minimum:
-                raise InputError(f"{name}={value}: must be at least {minimum}")
+        for minimum, names in AT_LEAST.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not value >= minimum:
+                    raise InputError(f"{name}={value}: must be at least {minimum}")
+                if value == math.inf and name != "max_grad_norm":
+                    raise InputError(f"{name}={value}: must be finite")
         if self.max_steps == 0 or self.max_steps < -1:
             raise InputError(f"max_steps={self.max_steps}: must be at least 1, or -1 to use num_train_epochs")
+        if self.max_steps < 1 and not self.num_train_epochs:
+            raise InputError("num_train_epochs=0: must be above 0; --dry_run true checks a run without training")
+        if not self.save_steps and self.save_strategy == "steps":
+            raise InputError("save_steps=0: must be above 0; save_strategy=no writes no checkpoints")
+        if self.save_strategy == "best":
+            raise InputError("save_strategy=best is not supported: keep_best leaves the best model in best/")
+        optim = str(getattr(self.optim, "value", self.optim))
+        for part, reason in UNSUPPORTED_OPTIMIZERS:
+            if part in optim:
+                raise InputError(f"optim={optim} is not supported: {reason}")
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
         for name, remedy in UNSUPPORTED.items():
-            if getattr(self, name) != defaults[name]:
+            value, default = getattr(self, name), defaults[name]
+            if value != default and (value or default):  # TrainingArguments turns "" into []
                 raise InputError(f"{name} is not supported: {remedy}")
         if self.marginal_weight and not self.conditioned:
             raise InputError("marginal_weight needs conditioned=true: the plain baseline already trains the marginals")
         if self.reference_conditioned and (self.marginal_weight or not self.conditioned):
             raise InputError("reference_conditioned needs conditioned=true and marginal_weight=0")
         objective = self.make_objective()
-        check_dropout(self, objective)
+        self._check_dropout(objective)
         if not objective.needs_reference and self.reference_conditioned:
             raise InputError(f"reference_conditioned: objective {self.objective!r} has no reference")
         trackers = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
@@ -181,8 +152,21 @@ class TrainConfig(DataOptions, TrainingArguments):
             raise InputError(
                 f"report_to={tracker}: the package is not installed, or the name is unknown; try pip install {tracker}"
             )
-        if self.attn_implementation == "flex_attention" and not torch.cuda.is_available():
-            raise InputError("attn_implementation=flex_attention needs a GPU; use sdpa or eager")
+
+    def _check_dropout(self, objective: Objective) -> None:
+        try:
+            dropout = checked_dropout(self.alternative_dropout)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if dropout and not self.conditioned:
+            raise InputError("alternative_dropout needs conditioned=true: the plain baseline has nothing to drop")
+        if dropout and (self.marginal_weight or objective.needs_marginals):
+            cause = "marginal_weight" if self.marginal_weight else f"objective {objective}"
+            remedy = "marginal_weight=0" if self.marginal_weight else "sft=chosen or another objective"
+            raise InputError(
+                f"alternative_dropout: {cause} needs the log-probs given the prompt alone beside the conditioned ones, "
+                f"and a dropped pair has no conditioned ones; set {remedy}, or alternative_dropout=0"
+            )
 
     def _check_engine(self) -> None:
         if self.couples_pairs and (self.world_size > 1 or self.gradient_accumulation_steps > 1):

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, and what an engine keeps from a model's own code."""
+"""Communication between the ranks of a run, and activation checkpointing that works under each engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .errors import InputError
+from .errors import InputError, SaveError
 
 Value = TypeVar("Value")
 
@@ -31,11 +31,10 @@ def process_index() -> int:
 
 
 def end_processes(status: int) -> None:
-    """End a program that joined others, with exit status ``status``; return where it is the only process.
+    """Exit with ``status`` if this is one of several ranks; otherwise return.
 
-    The interpreter's own end is skipped: a thread of gloo that releases the last tensors meanwhile is aborted, and with
-    it a process whose work was done. ``destroy_process_group`` does not stop these threads, because caches of torch
-    still refer to the group of a sharded model.
+    The interpreter's own shutdown is skipped. Threads of gloo may still release tensors during it, and would abort a
+    rank whose work is done. ``destroy_process_group`` does not stop them: torch's caches still refer to the group.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -45,7 +44,7 @@ def end_processes(status: int) -> None:
 
 
 def decoder_layers(module: nn.Module, what: str) -> list[GradientCheckpointingLayer]:
-    """Return the layers of the transformers model in ``module``. Raises InputError where ``what`` cannot find any."""
+    """Return the decoder layers in ``module``. Raises InputError, naming the option ``what``, if there are none."""
     layers = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
         raise InputError(f"{what} needs a model whose layers are transformers' GradientCheckpointingLayer")
@@ -54,47 +53,43 @@ def decoder_layers(module: nn.Module, what: str) -> list[GradientCheckpointingLa
 
 @contextmanager
 def checkpointed(layers: Sequence[GradientCheckpointingLayer]) -> Iterator[None]:
-    """Within the block, forwards of ``layers`` keep their input alone and are computed again in the backward pass.
+    """Make the forwards of ``layers`` keep only their input and recompute the rest in the backward pass.
 
-    transformers does so only in train mode, which would switch dropout on; here the layers' mode stays as it is. The
-    hooks of an engine stay outside: a sharded layer is gathered before it is computed again.
+    transformers does this only in train mode, which would enable dropout; here the mode of the layers stays as it is.
+    The hooks of an engine stay outside: a sharded layer is gathered before it is recomputed.
     """
-    forwards = [layer.forward for layer in layers]
-    replaced = ["forward" in vars(layer) for layer in layers]  # by hooks that place a model on devices, say
-    for layer, forward in zip(layers, forwards):
-        # Nothing random is computed again, so there is no random state to keep.
-        layer.forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    replaced = [vars(layer).get("forward") for layer in layers]  # by hooks that place a model on devices, for example
+    for layer in layers:
+        # Nothing random is recomputed, so there is no random state to keep.
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
-        for layer, forward, own in zip(layers, forwards, replaced):
-            if own:
+        for layer, forward in zip(layers, replaced):
+            del layer.forward
+            if forward is not None:
                 layer.forward = forward
-            else:
-                del layer.forward
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum in place; the same in each process."""
+    """Sum ``values`` over the ranks, in place, and return the sum on each."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def in_any_process(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is true in some process; the same in each."""
-    if not dist.is_initialized():
-        return flag
+    """Return on each rank whether ``flag`` is true on any."""
     return bool(sum_over_processes(torch.tensor(float(flag), device=device)).item())
 
 
 def from_first_process(value: Value) -> Value:
-    """Return ``value`` of the first process, in each."""
+    """Return the ``value`` of the first rank on each."""
     return gathered(value)[0]
 
 
 def gathered(value: Value) -> list[Value]:
-    """Return the values of all processes, in each, by rank."""
+    """Return the values of all ranks, in their order, on each."""
     values = [value] * process_count()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
@@ -102,14 +97,14 @@ def gathered(value: Value) -> list[Value]:
 
 
 def check_same(value: Any, what: str) -> None:
-    """Raise InputError, in each process, where ``value`` is not the same in all of them."""
+    """Raise InputError on each rank if ``value`` differs between ranks."""
     digests = gathered(hashlib.blake2b(repr(value).encode()).hexdigest())
     if differing := [i for i, digest in enumerate(digests) if digest != digests[0]]:
         raise InputError(f"{what} in process {differing[0]} differ from those in process 0; give all the same")
 
 
 def all_finite(module: nn.Module) -> bool:
-    """Whether all trained parameters are, in all processes; one read from the device."""
+    """Return whether the trained parameters of all ranks are finite; this reads the device once."""
     trained = [getattr(p, "ds_tensor", p) for p in module.parameters() if p.requires_grad]  # DeepSpeed's own share
     parts = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
     bad = torch.stack([part.detach().isfinite().logical_not().any() for part in parts]).any()
@@ -118,22 +113,21 @@ def all_finite(module: nn.Module) -> bool:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Let an exception that leaves the block in one process leave it in all: nobody waits for one that is gone.
+    """Raise an exception of the block on all ranks, so that none waits for a rank that has failed.
 
-    For work without communication between the processes; all of them enter the block.
+    All ranks enter the block, which must not communicate. A rank that did not fail raises InputError or SaveError for
+    an exception of that class, and RuntimeError for any other.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    failure = None
-    if error is not None:
-        text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        failure = (isinstance(error, InputError), text)
-    failures = gathered(failure)
-    if error is None and (failed := [i for i, one in enumerate(failures) if one]):
-        users, text = failures[failed[0]] or (False, "")
-        error = (InputError if users else RuntimeError)(f"in process {failed[0]}: {text}")
+    kind = next((kind for kind in (InputError, SaveError) if isinstance(error, kind)), RuntimeError)
+    text = str(error) if kind is not RuntimeError else f"{type(error).__name__}: {error}"
+    failures = gathered(error and (kind, text))
     if error is not None:
         raise error
+    for rank, failure in enumerate(failures):
+        if failure:
+            raise failure[0](f"in process {rank}: {failure[1]}")

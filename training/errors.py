@@ -1,4 +1,4 @@
-"""What a run can fail with; the command line turns each into one line and an exit status."""
+"""Errors of a run; the command line prints each as one line and exits with its status."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
-    """Bad input from the user: the message names the file, line or option and says what to change."""
+    """Bad input: the message names the file, line or option and says what to change."""
 
 
 class NotAtHandError(InputError):
-    """A tokenizer or data that could not be read from where they are said to be, such as the hub without a network."""
+    """A tokenizer or data that could not be reached, such as on the hub without a network."""
 
 
 class SaveError(RuntimeError):
-    """A folder could not be written, for want of space for instance. What was there before is untouched."""
+    """A folder could not be written, for example on a full disk. Its earlier content is unchanged."""
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm of a step was not finite. The step's update was not made."""
+    """The loss or the gradient norm of a step was not finite. The step made no update."""
 
 
 class Stopped(RuntimeError):
-    """The run was asked to stop. The message says what it has saved and how to go on."""
+    """The run was asked to stop. The message says what is saved and how to resume."""
 
 
 def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
-    """Raise InputError for the first name that is not known, with the nearest known name."""
+    """Raise InputError for the first unknown name, with the nearest known one."""
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

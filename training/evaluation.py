@@ -1,15 +1,13 @@
-"""Loss, reward accuracy and margin on pairs, conditioned and given the prompt alone, with 95% intervals; samples.
+"""Metrics of held-out pairs with 95% intervals, conditioned and from the prompt alone; sample answers.
 
-All runs are scored in the conditioned layout, plain ones, too: its two sequences hold both quantities, so that runs
-with and without conditioning are compared on the same numbers. From the prompt alone, which is what inference uses,
-they are the ones that the plain layout gives, up to rounding.
+Every run, plain ones included, is scored in the conditioned layout. Its two sequences give both kinds of log-probs, so
+runs with and without conditioning are compared on the same numbers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,13 +17,19 @@ from transformers import PreTrainedTokenizerBase
 import inspo_kernels as ik
 
 from .config import TrainConfig
-from .data import Pair
 from .errors import InputError
-from .scoring import Scores, correct
+from .pairs import Pair
+from .scoring import Scores, correct, pair_metrics
 
 Z95 = 1.959964
 # Nats per token: below it, the model takes responses noticeably worse after the other one than right after the prompt.
 CONDITIONING_GAP_WARNING = -0.25
+# Metrics of every evaluation, from which metric_for_best_model chooses.
+METRICS = ["eval_loss"] + [
+    f"eval_{layout}/rewards/{kind}"
+    for layout in ("marginal", "conditioned")
+    for kind in ("accuracies", "margins", "chosen", "rejected")
+]
 
 
 def evaluate(
@@ -38,38 +42,23 @@ def evaluate(
     marginal_weight: float,
     marginal_ref_logps: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Compute metrics of conditioned ``scores``: what is trained, and what inference uses (``marginal``), for any run.
+    """Compute the metrics of conditioned ``scores``: those of training, and those of inference (``marginal``).
 
-    ``ref_logps`` (2, n) are those that the run trains with. Where they are conditioned, ``marginal_ref_logps`` (2, n)
+    ``ref_logps`` (2, n) are the reference log-probs of the run. If they are conditioned, ``marginal_ref_logps`` (2, n)
     are the reference's given the prompt alone.
 
     Keys: ``eval_loss`` (the run's own loss), and for layout in ``conditioned``, ``marginal``:
     ``eval_LAYOUT/rewards/{chosen,rejected,accuracies,margins}``, ``eval_LAYOUT/logps/{chosen,rejected}`` and, in nats
-    per token, ``eval_LAYOUT/logps_per_token/{chosen,rejected}``. Accuracies, margins and these have a 95% interval
-    under the same name + ``_ci``, in which pairs that share a prompt are one cluster. Accuracy counts ties as half.
+    per token, ``eval_LAYOUT/logps_per_token/{chosen,rejected}``. Accuracies, margins and log-probs per token have a 95%
+    interval under the same name + ``_ci``, in which pairs that share a prompt are one cluster. Accuracy counts ties as
+    half.
 
     ``eval_marginal/longer_preferred`` (+ ``_ci``): the share of pairs whose longer response has the larger reward;
-    ``eval_longer_chosen``: the share whose longer response is the chosen one. Absent where all lengths are equal.
+    ``eval_longer_chosen``: the share whose longer response is the chosen one. Both are absent if all lengths are equal.
     """
     assert scores.marginal_logps is not None
     alone_ref = ref_logps if marginal_ref_logps is None else marginal_ref_logps
-    (ref_chosen, ref_rejected), (alone_ref_chosen, alone_ref_rejected) = (
-        (None, None) if ref is None else ref for ref in (ref_logps, alone_ref)
-    )
-    both = ik.PairSums(
-        chosen=scores.logps[0],
-        rejected=scores.logps[1],
-        chosen_len=scores.lengths[0],
-        rejected_len=scores.lengths[1],
-        index=torch.arange(len(pairs)),
-        ref_chosen=ref_chosen,
-        ref_rejected=ref_rejected,
-        marginal_chosen=scores.marginal_logps[0],
-        marginal_rejected=scores.marginal_logps[1],
-        marginal_chosen_len=scores.lengths[0],
-        marginal_rejected_len=scores.lengths[1],
-    )
-    alone = replace(both.on_marginals(), ref_chosen=alone_ref_chosen, ref_rejected=alone_ref_rejected)
+    both, alone = _sums(scores, scores.logps, ref_logps), _sums(scores, scores.marginal_logps, alone_ref)
     losses = objective(both if conditioned else alone)
     if marginal_weight:
         losses = losses + marginal_weight * objective(alone)
@@ -78,15 +67,7 @@ def evaluate(
     prompts: dict[tuple[int, ...], int] = {}
     groups = torch.tensor([prompts.setdefault(tuple(p.prompt), len(prompts)) for p in pairs])
     for layout, sums in (("conditioned", both), ("marginal", alone)):
-        chosen, rejected = objective.rewards(sums)
-        margins = chosen - rejected
-        columns = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": correct(margins),
-            "rewards/margins": margins,
-            "logps/chosen": sums.chosen,
-            "logps/rejected": sums.rejected,
+        columns = pair_metrics(*objective.rewards(sums), sums.chosen, sums.rejected) | {
             "logps_per_token/chosen": sums.chosen / sums.chosen_len,
             "logps_per_token/rejected": sums.rejected / sums.rejected_len,
         }
@@ -94,21 +75,40 @@ def evaluate(
             metrics[f"eval_{layout}/{name}"] = values.mean().item()
             if name in INTERVALS:
                 metrics[f"eval_{layout}/{name}_ci"] = INTERVALS[name](values, groups)
-    longer = (scores.lengths[0] - scores.lengths[1]).sign()  # margins are the marginal ones now
+    longer = (scores.lengths[0] - scores.lengths[1]).sign()
     if (unequal := longer != 0).any():
-        preferred = correct(margins * longer)[unequal]
+        preferred = correct(columns["rewards/margins"] * longer)[unequal]  # of the marginal layout, the last one
         metrics["eval_marginal/longer_preferred"] = preferred.mean().item()
         metrics["eval_marginal/longer_preferred_ci"] = proportion_interval(preferred, groups[unequal])
         metrics["eval_longer_chosen"] = (longer[unequal] > 0).double().mean().item()
     return metrics
 
 
-def is_better(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
-    """Whether an evaluation beats the best one so far: by accuracy from the prompt alone, then by margin.
+def _sums(scores: Scores, logps: Tensor, ref_logps: Tensor | None) -> ik.PairSums:
+    """Return what an objective takes; the marginal log-probs are there in any case."""
+    assert scores.marginal_logps is not None
+    ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps
+    return ik.PairSums(
+        chosen=logps[0],
+        rejected=logps[1],
+        chosen_len=scores.lengths[0],
+        rejected_len=scores.lengths[1],
+        index=torch.arange(logps.shape[1]),
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        marginal_chosen=scores.marginal_logps[0],
+        marginal_rejected=scores.marginal_logps[1],
+        marginal_chosen_len=scores.lengths[0],
+        marginal_rejected_len=scores.lengths[1],
+    )
 
-    Not by loss or by conditioned metrics: they are what is trained, and may look perfect while answers from the prompt
-    alone, which is how the model is used, get worse. Accuracy is bounded, so that a few pairs with huge margins cannot
-    decide. The untrained model is no candidate.
+
+def is_better(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
+    """Return whether an evaluation beats the best one so far: by accuracy from the prompt alone, then by margin.
+
+    The loss and the conditioned metrics do not count: they can look perfect while answers from the prompt alone get
+    worse. Accuracy comes first because it is bounded: a few pairs with huge margins cannot decide. The untrained model
+    is no candidate.
     """
 
     def rank(one: dict[str, Any]) -> tuple[float, float]:
@@ -135,12 +135,12 @@ def sample_answers(
     pad_token_id: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Answer prompts (token ids) alone, greedily, up to an id in ``ends``: texts, length in tokens, whether it ended.
+    """Answer each prompt (token ids) greedily, up to an id in ``ends``: texts, length in tokens, whether it ended.
 
-    ``module`` has a ``generate`` for one prompt. All processes call it with the same prompts, and all do the same
-    work: where the weights are sharded, each layer is gathered for it.
+    ``module`` has a ``generate`` for one prompt. All ranks call this with the same prompts and do the same work:
+    sharded weights are gathered layer by layer.
     """
-    # Whatever the model's generation_config says, so that the answers of all models are comparable.
+    # The model's generation_config does not count, so that the answers of all models are comparable.
     greedy = {
         "do_sample": False,
         "num_beams": 1,
@@ -166,7 +166,7 @@ def sample_answers(
 
 
 def mean_interval(values: Tensor, groups: Tensor) -> list[float] | None:
-    """Return the 95% interval of a mean, robust to dependence within groups; None where there is one group."""
+    """Return the 95% interval of a mean, robust to dependence within groups; None if there is one group."""
     if len(groups.unique()) < 2:
         return None
     mean, half = values.mean().item(), Z95 * math.sqrt(_variance_of_mean(values, groups))
@@ -178,7 +178,7 @@ def proportion_interval(right: Tensor, groups: Tensor) -> list[float]:
     p, size = right.mean().item(), float(len(right))
     count = len(groups.unique())
     if count < 2 or p in (0.0, 1.0):
-        size = count  # nothing tells how much more than one observation a group is worth
+        size = count  # how much more than one observation a group is worth is unknown
     elif (variance := _variance_of_mean(right, groups)) > p * (1 - p) / size:
         size = p * (1 - p) / variance
     scale = 1 + Z95**2 / size
@@ -205,7 +205,7 @@ INTERVALS: dict[str, Callable[[Tensor, Tensor], list[float] | None]] = {
 def starting_report(
     scores: Scores, ref_logps: Tensor | None, config: TrainConfig, log: Callable[[str], None], *, coarse: bool = False
 ) -> None:
-    """Say from the untrained model's conditioned ``scores`` of the first pairs how it takes the conditioned layout.
+    """Report how the untrained model takes the conditioned layout, from its ``scores`` of the first pairs.
 
     Raises InputError if ``ref_logps`` (2, n) are not this model's own. ``coarse``: they are rounded as in bfloat16.
     """

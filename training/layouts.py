@@ -1,4 +1,4 @@
-"""How a run lays its pairs out for the model: as two sequences in rows, or as a tree that holds the prompt once."""
+"""Layout of a run's pairs: as two sequences in rows, or as a tree that holds the prompt once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .data import Pair
 from .errors import InputError
 from .scoring import Batcher, Lengths, score
 
-_EAGER_SHARE = 0.7  # of the tokens of rows: above, eager attention over whole trees costs more than is saved
-# Nats a token by which trees and rows may differ before a tree is thought wrong: rounding stays far below.
-_TOLERANCE = {True: 5e-2, False: 2e-4}  # computed in bfloat16 or not
+_EAGER_SHARE = 0.7  # of the tokens of rows: above it, eager attention over whole trees costs more than it saves
+# Largest difference of trees and rows in nats per token, in bfloat16 or not. Rounding stays far below.
+_TOLERANCE = {True: 5e-2, False: 2e-4}
 
 
 def choose_layout(
@@ -30,11 +30,10 @@ def choose_layout(
     conditioned: bool,
     log: Callable[[str], None],
 ) -> Batcher:
-    """Return ``batcher`` with the layout that ``wanted`` ("auto", "tree" or "rows") means here.
+    """Return ``batcher`` with the layout that ``wanted`` ("auto", "tree" or "rows") selects, and log the reason.
 
-    ``lengths`` (n, 3) are the pairs' tokens. "auto" is a tree where the model can read one, with eager attention only
-    where it saves many tokens. Raises InputError where a tree is wanted and the model cannot read it. One line of
-    ``log`` says which layout it is, and why.
+    ``lengths`` (n, 3) are the pairs' tokens. "auto" is a tree if the model can read one; with eager attention also only
+    if it saves many tokens. Raises InputError if a tree is wanted and the model cannot read it.
     """
     rows = dataclasses.replace(batcher, layout="rows")
     if wanted == "rows":
@@ -73,13 +72,13 @@ def check_layout(
     required: bool,
     log: Callable[[str], None],
 ) -> Batcher:
-    """Return ``batcher`` if ``module`` gives two small pairs the log-probs that they have in rows; else one of rows.
+    """Return ``batcher`` if ``module`` scores two small pairs as in rows; otherwise a batcher of rows.
 
-    With ``required`` that is an InputError instead. All processes call it, and find the same.
+    Raises InputError instead if the tree is ``required``. All ranks call this and get the same result.
     """
     if batcher.layout == "rows":
         return batcher
-    # Ragged, whatever the data are, so that masks have padding or another pair to hide.
+    # Ragged on purpose: masks must hide padding or another pair.
     small = [
         Pair(pairs[0].prompt[-24:], pairs[0].chosen[-12:], pairs[0].rejected[-9:]),
         Pair(pairs[-1].prompt[-5:], pairs[-1].chosen[-3:], pairs[-1].rejected[-7:]),
@@ -91,10 +90,10 @@ def check_layout(
         for one, other in ((found.logps, expected.logps), (found.marginal_logps, expected.marginal_logps)):
             if one is not None and other is not None:
                 differences.append((one - other) / expected.lengths)
-    worst = torch.cat(differences).abs().max().item()  # of NaN, NaN, which is no small number
+    worst = torch.cat(differences).abs().max().item()  # NaN stays NaN and fails the comparison
     if worst <= _TOLERANCE[bf16]:
         return batcher
-    message = f"this model gives a small pair laid out as a tree other log-probs than in rows: {worst:.1e} nats a token"
+    message = f"this model scores a small pair differently as a tree and in rows: {worst:.1e} nats per token"
     if required:
         raise InputError(f"layout=tree: {message}; set layout=rows")
     log(f"WARNING: {message}. layout: rows")

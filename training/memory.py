@@ -1,4 +1,4 @@
-"""How much memory a process of a run needs, estimated before it starts, and what bfloat16 parameters lose."""
+"""Estimates of the memory and disk space a run needs, and the updates that bfloat16 weights would lose."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import inspo_kernels as ik
@@ -18,13 +17,13 @@ from .config import TrainConfig
 from .scoring import Batcher, Lengths
 
 GIB = 2**30
-LOST_UPDATES_WARNING = 0.5  # share of weights that steps of the learning rate's size leave as they are
-SAMPLE = 10_000  # weights of a matrix that are looked at
+LOST_UPDATES_WARNING = 0.5  # share of weights that updates of the learning rate's size leave unchanged
+SAMPLE = 10_000  # weights of each matrix that are examined
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. ``gathered``: weights and gradients that FSDP2 has whole for a while."""
+    """Bytes of one process. ``gathered``: whole weights and gradients that FSDP2 holds for a while."""
 
     parameters: int
     gradients: int
@@ -40,13 +39,12 @@ class Memory:
     def text(self, tokens: int) -> str:
         listed = " + ".join(f"{name} {size / GIB:.2f}" for name, size in vars(self).items() if size)
         return (
-            f"{listed} = {self.total / GIB:.2f} GiB of memory. Activations: of a pass of {tokens} tokens,\nroughly, "
-            "without attention matrices (kernels like flash attention have none). Not counted: the framework itself, "
-            "fragmentation"
+            f"{listed} = {self.total / GIB:.2f} GiB of memory. Activations are\nof a pass of {tokens} tokens, without "
+            "attention matrices (kernels like flash attention have none), framework or fragmentation"
         )
 
     def warning(self, capacity: int, config: TrainConfig) -> str | None:
-        """Say what to change where a device of ``capacity`` bytes is too small."""
+        """Return what to change if a device of ``capacity`` bytes is too small."""
         if self.total <= capacity:
             return None
         changes = ["a smaller max_batch_tokens"] if self.activations + self.head > 0.1 * self.total else []
@@ -57,46 +55,36 @@ class Memory:
 
 
 def estimate_memory(
-    model: PreTrainedModel,
-    config: TrainConfig,
-    device: torch.device,
-    *,
-    tokens: int,
-    longest_pair: int,
-    processes: int,
-    sharded: bool,
+    model: PreTrainedModel, config: TrainConfig, device: torch.device, *, tokens: int, longest_pair: int, share: int = 1
 ) -> Memory:
-    """Estimate the memory of a process that trains ``model`` with AdamW in forward passes of ``tokens`` tokens each.
+    """Estimate the memory of a process that trains ``model`` with AdamW in forward passes of ``tokens`` tokens.
 
-    It is as if the loss were differentiated in all of them; ``longest_pair``: in so many of one pair.
-    The activations' formula is that of a gated decoder layer (Llama); its largest tensors are those that the matmuls of
-    the backward pass need.
+    The loss is differentiated in all of them, at most ``longest_pair`` of one pair. ``share``: the number of processes
+    among which FSDP2 shards the model. The activations are those of a gated decoder layer (Llama): the inputs that the
+    matmuls of the backward pass need, and the norms.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     parameters, gradients = (sum(p.nbytes for p in some) for some in (list(model.parameters()), trained))
-    share = processes if sharded else 1
     compute = 2 if config.bf16 else model.dtype.itemsize
-    residual = compute if sharded else model.dtype.itemsize  # autocast leaves the residual stream as it is
+    residual = compute if share > 1 else model.dtype.itemsize  # autocast leaves the residual stream as it is
 
     fields = model.config.get_text_config()
     hidden, layers, heads = fields.hidden_size, fields.num_hidden_layers, fields.num_attention_heads
     attention = heads * (getattr(fields, "head_dim", None) or hidden // heads)
     inner = getattr(fields, "intermediate_size", None) or 4 * hidden
-    # Two norms in float32 (input, normalised) with the matmuls' input behind each; queries, keys, values (repeated for
-    # all heads), what attention returns and its copy; gate, its activation, up and their product.
-    norms = 2 * (4 * 2 * hidden + compute * hidden)
-    layer = tokens * (norms + compute * (5 * attention + 4 * inner))
+    # Two norms in float32 (input, normalised), each with the input of a matmul. Queries, keys and values (repeated for
+    # all heads), the output of attention and its copy. Gate, its activation, up and their product.
+    layer = tokens * (2 * (4 * 2 * hidden + compute * hidden) + compute * (5 * attention + 4 * inner))
     activations = layers * tokens * residual * hidden + layer if config.activation_checkpointing else layers * layer
     weight = model.get_output_embeddings().weight
-    if config.bf16 and not sharded:  # autocast's copies of the matrices, which the backward pass needs
-        activations += sum(2 * p.numel() for p in model.parameters() if p.ndim > 1) - 2 * weight.numel()
-
     gathered = 0
-    if sharded:
-        layer_weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name or ".h." in name)
-        whole = sum(p.numel() for p in model.parameters()) - layer_weights
+    if share > 1:
+        of_layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name or ".h." in name)
+        whole = sum(p.numel() for p in model.parameters()) - of_layers
         # Embeddings and head throughout, in the matmuls' dtype and with their gradients; two layers at a time.
-        gathered = compute * (2 * whole + 2 * 2 * layer_weights // layers)
+        gathered = compute * (2 * whole + 2 * 2 * of_layers // layers)
+    elif config.bf16:  # autocast's copies of the matrices, which the backward pass needs
+        activations += sum(2 * p.numel() for p in model.parameters() if p.ndim > 1) - 2 * weight.numel()
     head = ik.workspace_bytes(
         tokens,
         weight.shape[1],
@@ -115,19 +103,14 @@ def report_memory(
     batcher: Batcher,
     lengths: Lengths,
     log: Callable[[str], None],
-    *,
-    processes: int,
-    sharded: bool,
+    share: int,
 ) -> None:
-    """Say what each of ``processes`` will need for pairs of ``lengths`` (n, 3); warn where a GPU has less."""
+    """Log the memory a process needs for pairs of ``lengths`` (n, 3), and a warning if its GPU has less."""
     longest, device = int(batcher.padded(lengths, conditioned=config.sees_alternative).max()), batcher.device
-    tokens = min(max(config.max_batch_tokens, longest), longest * math.ceil(config.pairs_per_micro_step / processes))
-    # As many as the loss is differentiated in; the marginals' once more.
+    tokens = min(max(config.max_batch_tokens, longest), longest * config.per_device_train_batch_size)
     longest_pair = int(lengths[:, 1:].sum(1).max()) * (2 if config.marginal_weight else 1)
-    memory = estimate_memory(
-        model, config, device, tokens=tokens, longest_pair=longest_pair, processes=processes, sharded=sharded
-    )
-    name = f"each of {processes} processes that share the model (FSDP2)" if sharded else "a process"
+    memory = estimate_memory(model, config, device, tokens=tokens, longest_pair=longest_pair, share=share)
+    name = f"each of {share} processes that share the model (FSDP2)" if share > 1 else "a process"
     log(f"{name} needs, estimated: {memory.text(tokens)}")
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
@@ -136,14 +119,14 @@ def report_memory(
 
 
 def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Callable[[str], None]) -> None:
-    """Say how much a run will write at most, and warn where that is not free. AdamW's state is taken as float32."""
+    """Log how much a run writes at most, with AdamW's state in float32, and a warning if the disk has less."""
     if config.folder is None:
         return
     trained = [p for p in model.parameters() if p.requires_grad]
     one = sum(p.nbytes + 8 * p.numel() for p in trained)
     every = config.save_steps if config.save_steps >= 1 else max(1, round(config.save_steps * steps))
     saved = 0 if config.save_strategy == "no" else math.ceil(steps / every)
-    kept = min(saved, (config.save_total_limit or saved) + 1)  # the oldest one goes after the newest is there
+    kept = min(saved, (config.save_total_limit or saved) + 1)  # the oldest one is deleted after the newest is written
     finals = sum(p.nbytes for p in trained) * (2 if config.keep_best and config.eval_data else 1)
     total, place = kept * one + finals, config.folder
     log(
@@ -158,21 +141,21 @@ def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Ca
 
 
 def lost_updates(model: PreTrainedModel, learning_rate: float) -> float:
-    """Return the share of bfloat16 weights that one step of size ``learning_rate``, AdamW's, leaves as they are.
+    """Return the share of bfloat16 weights that an AdamW step of size ``learning_rate`` leaves unchanged.
 
-    A step that is less than half the distance to the next number is rounded away: 1/512 to 1/256 of the weight.
+    A step below half the distance to the next number is rounded away: 1/512 to 1/256 of the weight.
     """
-    shares: list[Tensor] = []
+    shares = [0.0]
     for parameter in model.parameters():
         if parameter.dtype == torch.bfloat16 and parameter.requires_grad and parameter.ndim > 1:
             values = parameter.detach().flatten()
             some = values[:: max(1, len(values) // SAMPLE)]
-            shares.append(((some.float() + learning_rate).bfloat16() == some).float().mean().cpu())
-    return torch.stack(shares).mean().item() if shares else 0.0
+            shares.append(((some.float() + learning_rate).bfloat16() == some).float().mean().item())
+    return sum(shares) / max(1, len(shares) - 1)
 
 
 def report_precision(model: PreTrainedModel, learning_rate: float, log: Callable[[str], None]) -> None:
-    """Warn where bfloat16 parameters would not move."""
+    """Log a warning if bfloat16 weights would not move."""
     lost = lost_updates(model, learning_rate)
     if lost >= LOST_UPDATES_WARNING:
         log(
@@ -182,7 +165,7 @@ def report_precision(model: PreTrainedModel, learning_rate: float, log: Callable
 
 
 def in_use(device: torch.device) -> dict[str, float]:
-    """Return what this process takes: the peak of a GPU, or its resident memory."""
+    """Return the memory this process takes: the peak on a GPU, or resident memory."""
     if device.type == "cuda":
         return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / GIB}
     return {"rss_gib": psutil.Process().memory_info().rss / GIB}

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
 import inspo_kernels as ik
@@ -43,28 +44,25 @@ _CHAT_TEMPLATE = (
 def load_model(options: Any, *, training: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return ``options.model`` in ``options.dtype`` with its tokenizer.
 
-    A section of config fields builds a small random model. It may name a ``model_type`` (default llama); its tokenizer
-    is byte-level. A folder that holds an adapter gives its base with the adapter active and, with ``training``, ready
-    to be trained further. Raises InputError for a model that cannot be trained as ``options`` say, and where a tensor
-    is missing that ``from_pretrained`` would make up.
+    A section of config fields builds a small random model of a ``model_type`` (default llama) with a byte-level
+    tokenizer. A folder with an adapter gives its base with the adapter active and, with ``training``, trainable. Raises
+    InputError for a model that cannot be trained as ``options`` say, and for weights that lack a tensor.
     """
     settings = load_settings(options, training=training)
     if isinstance(options.model, dict):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             return build_model(options, settings), byte_tokenizer()
-    name, generation = local_path(options.model), None
-    if (file := Path(name, "generation_config.json")).is_file():
-        with reading(name, file.name):  # transformers goes on without a damaged one
-            generation = json.loads(file.read_text())
+    name = local_path(options.model)
+    generation = read_generation_config(name)
     tokenizer = load_tokenizer(name)
     model = _from_pretrained(options, name, **_quantization(options))
     if not has_adapter(model):
-        for parameter in model.parameters():  # what a quantised folder keeps in its own dtype
+        for parameter in model.parameters():  # a quantised folder keeps some in its own dtype
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype_of(options))
         return model, tokenizer
-    if generation is not None:  # the adapter's own, of which transformers reads the base's
+    if generation:  # the adapter's own; transformers has read the base's
         model.generation_config = GenerationConfig(**generation)
     if training and options.lora is not None:
         raise InputError(
@@ -78,9 +76,9 @@ def load_model(options: Any, *, training: bool = True) -> tuple[PreTrainedModel,
 
 
 def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained``, which refuses what it would otherwise initialise anew."""
+    """Call ``from_pretrained``. Raises InputError for tensors that it would initialise randomly."""
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # what the report of the tensors says is said here, or is of no matter
+    logging.set_verbosity_error()  # the errors below replace its report of the tensors
     try:
         with reading(name, "weights (model.safetensors, or its parts)"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -147,7 +145,7 @@ def _quantization(options: Any) -> dict[str, Any]:
 
 
 def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
-    """Return the configuration of the architecture, without any weights. Raises InputError for one that cannot run."""
+    """Return the configuration of the architecture, without weights. Raises InputError if it cannot run."""
     if options.attn_implementation == "flex_attention" and not torch.cuda.is_available():
         raise InputError("attn_implementation=flex_attention has no backward pass on a CPU; use sdpa or eager")
     wanted = getattr(options, "quantization", None)
@@ -158,10 +156,18 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     name = base = local_path(options.model)
     file = Path(name, "adapter_config.json")
     if file.is_file():
-        with reading(name, "adapter_config.json"):
-            base = json.loads(file.read_text())["base_model_name_or_path"]
-    with reading(base, "config.json"):
-        settings = AutoConfig.from_pretrained(base)
+        with reading(name, file.name):
+            base = json.loads(file.read_text()).get("base_model_name_or_path")
+        if not base:
+            raise InputError(f"model {name!r}: {file.name} names no base_model_name_or_path; write the base there")
+    try:
+        with reading(base, "config.json"):
+            settings = AutoConfig.from_pretrained(base)
+    except InputError as error:
+        if base == name:
+            raise
+        raise type(error)(f"model {name!r}: the base that {file.name} names cannot be read: {error}") from None
+    read_generation_config(name)
     quantized = getattr(settings, "quantization_config", None)
     if wanted and quantized:
         raise InputError(f"quantization: the weights of {name!r} are quantised already; leave it out")
@@ -173,7 +179,21 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     method = "bitsandbytes" if wanted else dict(quantized or {}).get("quant_method")
     if method == "bitsandbytes" and find_spec("bitsandbytes") is None:
         raise InputError(f"model {name!r}: 4- and 8-bit weights need bitsandbytes: pip install bitsandbytes")
+    if quantized:
+        try:
+            AutoHfQuantizer.from_config(quantized, pre_quantized=True).validate_environment()
+        except Exception as error:  # each method asks for its own packages and devices
+            raise InputError(f"model {name!r}: its quantised weights ({method}) cannot be read: {error}") from None
     return settings
+
+
+def read_generation_config(name: str) -> dict[str, Any]:
+    """Return what ``generation_config.json`` of a folder holds, {} if there is none. Raises InputError if damaged."""
+    file = Path(name, "generation_config.json")
+    if not file.is_file():
+        return {}
+    with reading(name, file.name):  # transformers ignores a damaged file
+        return json.loads(file.read_text())
 
 
 def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
@@ -189,26 +209,25 @@ def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder or hub id. Raises InputError for one that knows no text."""
+    """Return the tokenizer of a folder or hub id. Raises InputError if it has no vocabulary."""
     name = local_path(name)
     with reading(name, "tokenizer (tokenizer.json, tokenizer_config.json)"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-        # Of a folder that has a model's config.json alone, transformers makes a tokenizer that knows no text.
+        # From a folder with only config.json, transformers makes a tokenizer without vocabulary.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError(f"{name} has no vocabulary for {type(tokenizer).__name__}")
         return tokenizer
 
 
 def meta_model(options: Any) -> PreTrainedModel:
-    """Return the model without weights, on the meta device: shapes and names, and no memory.
+    """Return the model on the meta device: names and shapes without memory.
 
-    Of a local folder with weights, names and shapes of the weights are compared with its configuration. Raises
-    InputError as ``load_model`` does.
+    If a local folder has weights, their names and shapes are compared with its configuration. Raises InputError as
+    ``load_model`` does.
     """
     settings = load_settings(options)
     if not isinstance(options.model, dict) and Path(name := local_path(options.model)).is_dir():
-        weights = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
-        if weights and getattr(settings, "quantization_config", None) is None:
+        if has_weights(name) and getattr(settings, "quantization_config", None) is None:
             model = _from_pretrained(options, name, device_map="meta")
             if has_adapter(model):
                 continue_adapter(model)
@@ -217,8 +236,13 @@ def meta_model(options: Any) -> PreTrainedModel:
         return build_model(options, settings)
 
 
+def has_weights(folder: str) -> bool:
+    """Return whether the folder of a model or an adapter should have weights: an adapter's always should."""
+    return any(any(Path(folder).glob(kind)) for kind in ("*.safetensors", "*.bin", "adapter_config.json"))
+
+
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raise InputError where ``hidden_and_head`` cannot take the model apart; found out on a few tokens."""
+    """Raise InputError if ``hidden_and_head`` cannot split the model; this tries it on a few tokens."""
     try:
         if model.device.type == "meta":  # nothing can be computed
             check_head(model)
@@ -228,26 +252,26 @@ def check_architecture(model: PreTrainedModel) -> None:
         with torch.no_grad():
             ik.hidden_and_head(model, input_ids=ids[None] % words)
     except (TypeError, ValueError) as error:
-        problem = str(error).split(". ")[0]  # what follows is advice to those who call the library
+        problem = str(error).split(". ")[0]  # advice to callers of the library follows
         raise InputError(
             f"model: {type(model).__name__} cannot be trained here: {problem}; choose a model of another architecture"
         ) from None
 
 
 def rounds_by_batch(model: PreTrainedModel) -> bool:
-    """Whether a row's log-probs depend on the rows beside it: 8-bit layers treat a batch's outliers apart."""
+    """Return whether a row's log-probs depend on its batch: 8-bit layers treat a batch's outliers separately."""
     return any(getattr(getattr(module, "state", None), "threshold", 0) > 0 for module in model.modules())
 
 
 def size_text(model: PreTrainedModel) -> str:
-    """Say how many parameters there are, and how many of them are trained if not all."""
+    """Return the number of parameters as text, and how many are trained if not all."""
     sizes = [(p.numel() / 1e6, p.requires_grad) for p in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     return f"{total:,.2f}M parameters" + ("" if trained == total else f", {trained:,.2f}M of them trained (LoRA)")
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]) -> int:
-    """Return the id that pads; EOS where the tokenizer has none. Raises InputError for a tokenizer without EOS."""
+    """Return the padding id, or EOS if the tokenizer has none. Raises InputError for a tokenizer without EOS."""
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no EOS token, so responses would never end; set its eos_token and save it")
     if tokenizer.pad_token_id is None:
@@ -257,7 +281,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]) -
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of the 256 bytes and ``<pad>``, ``<bos>``, ``<eos>``: reads any text, needs no download."""
+    """Return a tokenizer of the 256 bytes and ``<pad>``, ``<bos>``, ``<eos>``: it needs no download."""
     special = ["<pad>", "<bos>", "<eos>"]
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,4 +1,4 @@
-"""Options from YAML files and the command line to a ``TrainConfig``; each mistake names the option that is right."""
+"""Options from YAML files and the command line for a ``TrainConfig``; each error names the right option."""
 
 from __future__ import annotations
 
@@ -19,69 +19,15 @@ from transformers import TrainingArguments
 
 from .config import TrainConfig
 from .errors import InputError
+from .other_options import NOT_NEEDED, OTHER_NAMES
 
 DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
-# Options whose value is a place: ~ and $VARIABLES mean the same in YAML as in a shell.
+# Options whose value is a path: ~ and $VARIABLES mean the same in YAML as in a shell.
 PLACES = {"model", "train_data", "eval_data", "output_dir", "reference_cache", "resume_from_checkpoint", "deepspeed"}
-# Names that others use, and this project used before, with the option that they are here.
-OTHER_NAMES = {
-    "batch_size": "per_device_train_batch_size, pairs of one process",
-    "num_epochs": "num_train_epochs",
-    "lr_scheduler": "lr_scheduler_type",
-    "warmup": "warmup_steps, below 1 a share of all steps",
-    "param_dtype": "dtype",
-    "mixed_precision": "bf16",
-    "log_every": "logging_steps",
-    "eval_every": "eval_steps",
-    "save_every": "save_steps",
-    "save_total": "save_total_limit",
-    "resume": "resume_from_checkpoint",
-    "model_name_or_path": "model",
-    "dataset_name": "train_data",
-    "dataset_train_split": "train_data, as NAME:SPLIT",
-    "dataset_test_split": "eval_data, as NAME:SPLIT",
-    "loss_type": "objective",
-    "torch_dtype": "dtype",
-    "max_prompt_length": "max_length, of prompt and both responses",
-    "truncation_mode": "truncation",
-    "max_completion_length": "max_length, of prompt and both responses",
-    "simpo_gamma": "gamma",
-    "use_peft": "lora",
-    "lora_r": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_target_modules": "lora.target_modules",
-    "precompute_ref_log_probs": "nothing: reference log-probs are always computed once",
-    "ref_model": "model: the reference is the model before training",
-    "rpo_alpha": "marginal_weight",
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps, below 1 a share of all steps",
-    "no_cuda": "use_cpu",
-    "dataloader_batch_size": "per_device_train_batch_size",
-    "lr": "learning_rate",
-    "base_model": "model",
-    "datasets": "train_data",
-    "test_datasets": "eval_data",
-    "sequence_len": "max_length",
-    "micro_batch_size": "per_device_train_batch_size",
-    "optimizer": "optim",
-    "rl": "objective",
-    "rl_beta": "beta",
-    "dpo_beta": "beta",
-    "adapter": "lora",
-    "val_set_size": "eval_data, a file of its own",
-    "saves_per_epoch": "save_steps",
-    "evals_per_epoch": "eval_steps",
-    "wandb_project": "report_to: wandb",
-    "output": "output_dir",
-    "data": "train_data",
-    "flash_attention": "attn_implementation: flash_attention_2",
-    "save_only_last": "save_total_limit: 1",
-    "early_stopping_patience": "nothing: best/ holds the best model",
-}
 
 
 def parse_config(arguments: Sequence[str]) -> TrainConfig:
-    """Read ``--config FILE`` and ``--option value``, which wins. Raises InputError."""
+    """Read ``--config FILE`` and ``--option value``; the command line wins. Raises InputError."""
     given = _pairs_of(arguments)
     values: dict[str, Any] = {}
     for name, value in given:
@@ -98,7 +44,7 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
 
 
 def help_text() -> str:
-    """Return this project's options on one screen, and where the others are."""
+    """Return this project's options on one screen, and where to find the others."""
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     hints = get_type_hints(TrainConfig, include_extras=True)
     lines = ["python -m training.train --config FILE.yaml [--option value ...]"]
@@ -137,7 +83,7 @@ def _pairs_of(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _put(values: dict[str, Any], name: str, text: str) -> None:
-    """Set the option, or the field of a section (``lora.r``), to what ``text`` is in YAML."""
+    """Set the option, or the field of a section (``lora.r``), to ``text`` read as YAML."""
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -146,17 +92,19 @@ def _put(values: dict[str, Any], name: str, text: str) -> None:
     if dot:
         old = values.get(section)
         values[section] = {**(old if isinstance(old, dict) else {}), field: value}
-    else:  # the words themselves, but for sections, lists and null: 007 and 1e5 may be names
+    else:  # keep the text unless it is a section, a list or null: 007 and 1e5 may be names
         values[name] = value if isinstance(value, dict | list) or value is None else text
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may stand once, and only true and false are booleans: ``save_strategy: no`` is a word."""
+    """YAML without duplicate keys, in which only true and false are booleans: ``save_strategy: no`` is a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(name, list | dict):
+                raise InputError(f"line {key.start_mark.line + 1}: a key must be a word, not {name}")
             if name in seen:
                 raise InputError(f"line {key.start_mark.line + 1}: {name!r} stands there twice; keep one of them")
             seen.add(name)
@@ -168,6 +116,10 @@ _Loader.yaml_implicit_resolvers = {
     letter: [entry for entry in entries if entry[0] != _BOOLEAN]
     for letter, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+# YAML 1.1 reads 1e-7, without a dot, as text.
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|false)$", re.I), list("tTfF"))  # type: ignore[no-untyped-call]
 
 
@@ -187,16 +139,20 @@ def _check_name(name: str, where: str) -> None:
     known = _types()
     if name in known:
         return
-    if name in OTHER_NAMES:
-        raise InputError(f"unknown option {where}{name}; here it is {OTHER_NAMES[name]}")
+    if name in NOT_NEEDED:
+        raise InputError(f"unknown option {where}{name}; it is not needed: {NOT_NEEDED[name]}")
+    if name in OTHER_NAMES or name.startswith("lora_"):
+        field = name if name in ("lora_alpha", "lora_dropout", "lora_bias") else name.removeprefix("lora_")
+        right = OTHER_NAMES.get(name, f"lora.{field}")
+        raise InputError(f"unknown option {where}{name}; here it is {right}")
     close = difflib.get_close_matches(name, [*known, *OTHER_NAMES], n=1)
-    right = OTHER_NAMES.get(close[0], close[0]) if close else None
+    right = OTHER_NAMES.get(close[0], close[0]) if close else ""
     raise InputError(f"unknown option {where}{name}" + (f"; did you mean {right}?" if right else "; see --help"))
 
 
 @cache
 def _types() -> dict[str, TypeAdapter]:
-    """Return what converts the value of each option: numbers may be names, and a choice of words is not any text."""
+    """Return the converter of each option's value: a number may be a name, and an enum takes only its own words."""
     hints, settings = get_type_hints(TrainConfig), ConfigDict(coerce_numbers_to_str=True)
     types = {}
     for field in dataclasses.fields(TrainConfig):

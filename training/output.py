@@ -1,4 +1,4 @@
-"""What a run tells: lines on the screen and in log.txt, metrics.jsonl, samples.jsonl, and curves.png."""
+"""Output of a run: lines on the screen and in log.txt, metrics.jsonl, samples.jsonl and curves.png."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .errors import InputError
+from .errors import InputError, SaveError
 
-METRICS, SAMPLES, CURVES, LOG = "metrics.jsonl", "samples.jsonl", "curves.png", "log.txt"
+METRICS, SAMPLES, CURVES = "metrics.jsonl", "samples.jsonl", "curves.png"
+CONFIG, LOG, LOCK = "config.yaml", "log.txt", ".lock"
 
 
 @contextmanager
 def locked(folder: Path | None) -> Iterator[None]:
-    """Admit one run at a time to ``folder``. The lock ends with the process, however that ends."""
+    """Hold a lock on ``folder``, which admits one run at a time and ends with the process.
+
+    Raises InputError if another run holds it, or the folder cannot be written to.
+    """
     if folder is None:
         yield
         return
     check_folder(folder)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
@@ -41,9 +45,13 @@ def locked(folder: Path | None) -> Iterator[None]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise InputError for an ``output_dir`` that is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file; choose a folder")
+    """Raise InputError for an ``output_dir`` that is a file, or lies in a folder that cannot be written to."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        problem = "no permission in" if place.is_dir() else "not a folder:"
+        raise InputError(f"output_dir {folder}: cannot be written to ({problem} {place}); choose another one")
 
 
 def duration(seconds: float) -> str:
@@ -54,7 +62,7 @@ def duration(seconds: float) -> str:
 
 
 class JsonLines:
-    """A file of one JSON object a line. While the disk is full, the run goes on, and rows wait for space."""
+    """A file with one JSON object per line. While the disk is full, the run goes on and rows wait for space."""
 
     def __init__(self, file: Path | None, say: Callable[[str], None]) -> None:
         self.file, self._say = file, say
@@ -62,7 +70,7 @@ class JsonLines:
         self._behind = False
 
     def write(self, rows: Sequence[dict[str, Any]], *, anew: bool = False) -> None:
-        """Write those of all ``rows`` that the file lacks; ``anew``: all of them, in place of what it holds."""
+        """Append the rows that the file lacks. With ``anew``, replace its content with all ``rows``."""
         if self.file is None:
             return
         anew = anew or self._behind
@@ -80,7 +88,7 @@ class JsonLines:
 
 
 class RunLog:
-    """Lines with the time of day, unless ``quiet``; with a folder, they are in ``log.txt``, and rows in JSON files."""
+    """Prints lines with the time of day unless ``quiet``; with a ``folder``, also keeps lines and rows in files."""
 
     def __init__(self, folder: Path | None, quiet: bool) -> None:
         self.quiet, self.folder = quiet, folder
@@ -90,33 +98,41 @@ class RunLog:
 
     def say(self, text: str) -> None:
         line = f"{time.strftime('%H:%M:%S')} {text}\n"
-        with suppress(OSError):  # a line that a full disk or a closed pipe does not take is not worth a run
+        with suppress(OSError):  # a full disk or a closed pipe must not end the run
             if not self.quiet:
                 sys.stdout.write(line)
-                sys.stdout.flush()  # in a file, too, a warning is seen at once
+                sys.stdout.flush()  # a redirected warning is also visible at once
             self._waiting.append(f"{time.strftime('%Y-%m-%d')} {line}")
             if self._opened and self.folder is not None:
                 lines, self._waiting = self._waiting, []
                 with (self.folder / LOG).open("a", encoding="utf-8") as file:
                     file.writelines(lines)
 
-    def open(self) -> None:
-        """Keep lines in ``log.txt`` from the next one on, and those before it: a run that is refused writes nothing."""
+    def open(self, settings: str) -> None:
+        """Write ``settings`` to config.yaml, and from now on all lines to log.txt: a refused run writes nothing.
+
+        Raises SaveError if config.yaml cannot be written.
+        """
+        assert self.folder is not None
+        try:
+            (self.folder / CONFIG).write_text(settings, encoding="utf-8")
+        except OSError as error:
+            raise SaveError(f"{self.folder / CONFIG} could not be written: {error}") from error
         self._opened = True
 
     def draw(self, rows: list[dict[str, Any]], title: str) -> None:
         if self.folder is not None:
             try:
                 plot_curves(rows, title, self.folder / CURVES)
-            except OSError as error:  # a picture is not worth a run
+            except OSError as error:
                 self.say(f"WARNING: {CURVES} could not be written: {error}")
 
 
 @dataclass
 class Window:
-    """Sums of the steps since the last logged line, so that a line shows means over them. Survives a checkpoint.
+    """Sums over the steps since the last logged row, which shows their means. A checkpoint keeps them.
 
-    ``sums`` has (total, pairs) of each metric: what is computed on logged steps alone is a mean over their pairs.
+    ``sums`` has (total, pairs) for each metric, because some metrics are computed on logged steps only.
     """
 
     sums: dict[str, list[float]] = field(default_factory=dict)
@@ -134,7 +150,7 @@ class Window:
 
 
 def training_line(row: dict[str, Any], total_steps: int, elapsed: float, left: float) -> str:
-    """Describe one logged step, and the time that the run has taken and will take."""
+    """Describe one logged step, with the run's elapsed and remaining time."""
     parts = [f"step {row['step']:>5}/{total_steps}", f"loss {row['loss']:.4f}"]
     for layout, name in (("", ""), ("marginal/", "prompt alone: ")):
         if f"{layout}rewards/margins" in row:
@@ -167,8 +183,8 @@ PANELS = (
 
 
 def plot_curves(rows: list[dict[str, Any]], title: str, file: Path) -> None:
-    """Draw loss, reward accuracy, margin and chosen log-prob over steps; conditioned and prompt-alone together."""
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display and no global state
+    """Draw loss, reward accuracy, margin and chosen log-prob over steps, conditioned and from the prompt alone."""
+    from matplotlib.figure import Figure  # slow to import; a separate Figure needs no display and no global state
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     figure.suptitle(title)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,18 +23,17 @@ from .inputs import Inputs
 from .output import duration
 from .scoring import Batcher, Conditioned, StopRequested, score, unwrap
 
-# Pairs that are scored together, always the same ones: a pass that is resumed gives the same bits.
-CHUNK = 256
-KEEP_SECONDS = 60.0  # between two writings of what is scored so far, and two lines about it
+CHUNK = 256  # pairs scored together, always the same ones: a resumed pass gives the same bits
+KEEP_SECONDS = 60.0  # between two times that the scored pairs are written and reported
 
 
 @dataclass(frozen=True)
 class References:
-    """Summed log-probs of a run's reference, float64; None where the objective needs none, or there are no such pairs.
+    """Summed log-probs of a run's reference, float64; None if the objective needs none or there are no such pairs.
 
-    ``train`` (2, n) of the training pairs, NaN for those that the run does not use; ``held_out`` (2, m), and
-    ``held_out_marginal`` where the former sees the other response and the rewards from the prompt alone need another.
-    ``train_plain`` (2, n) for pairs whose alternative is dropped, where ``train`` is conditioned.
+    ``train`` (2, n): the training pairs, NaN for pairs that the run does not use. ``held_out`` (2, m): the held-out
+    pairs. If the reference is conditioned, ``held_out_marginal`` (2, m) and ``train_plain`` (2, n) are the same given
+    the prompt alone, the latter for pairs whose alternative is dropped.
     """
 
     train: Tensor | None
@@ -53,10 +53,9 @@ class References:
         log: Callable[[str], None],
         stop_requested: Callable[[], bool],
     ) -> References:
-        """Score under the model as loaded, a fresh adapter off: call it before a checkpoint replaces the weights.
+        """Score the pairs with the model as loaded and a new adapter off, before a checkpoint replaces the weights.
 
-        ``used``: indices of the training pairs that the run takes. Raises Stopped where SIGTERM came meanwhile; what is
-        scored is kept.
+        ``used``: indices of the training pairs that the run takes. Raises Stopped after SIGTERM; scored pairs are kept.
         """
         if not config.make_objective().needs_reference:
             return cls(None, None, None)
@@ -91,7 +90,7 @@ class References:
         return cls(*tables)
 
     def of_batch(self, batch: Sequence[int], conditioned: Conditioned) -> Tensor | None:
-        """Return (2B,) of the training pairs of these indices, as the loss takes them, each in its own layout."""
+        """Return (2B,): the log-probs of the training pairs ``batch``, each in its own layout."""
         if self.train is None:
             return None
         rows = list(batch)
@@ -111,10 +110,10 @@ def reference_logps(
     log: Callable[[str], None],
     stop_requested: Callable[[], bool],
 ) -> Tensor:
-    """Return (2, len(pairs)) float64 log-probs: of the pairs of ``indices``, and of others that ``file`` has.
+    """Return (2, len(pairs)) float64 log-probs of the pairs ``indices``, and of other pairs that ``file`` holds.
 
-    NaN stands for what is not scored yet. The first process alone reads and writes the file. A file that cannot be
-    written costs a warning: the values are in memory.
+    Pairs that are not scored have NaN. Only the first rank reads and writes the file. If the file cannot be written,
+    the run warns and uses the values in memory.
     """
     table = from_first_process(_read(file, len(pairs), log) if process_index() == 0 else None)
     if table is None:
@@ -165,7 +164,7 @@ def _read(file: Path | None, num_pairs: int, log: Callable[[str], None]) -> Tens
 
 
 def _write(table: Tensor, file: Path | None, log: Callable[[str], None]) -> bool:
-    """Write ``table`` in the first process, and return whether that was done."""
+    """Write ``table`` on the first rank; return on all ranks whether that succeeded."""
     if file is None:
         return False
     problem = None
@@ -176,8 +175,9 @@ def _write(table: Tensor, file: Path | None, log: Callable[[str], None]) -> bool
             save_file({"logps": table.contiguous()}, partial)
             partial.replace(file)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             problem = str(error)
+            with suppress(OSError):
+                partial.unlink()
     if (problem := from_first_process(problem)) is not None:
         log(f"WARNING: {file} could not be written ({problem}); the run goes on with the values in memory")
     return problem is None

@@ -1,4 +1,4 @@
-"""``ResumableTrainer``: transformers' ``Trainer`` with checkpoints that are whole or not there, and resumed exactly."""
+"""``ResumableTrainer``: transformers' ``Trainer`` with verified checkpoints and exact resuming."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import upload_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import Trainer
+from transformers import PreTrainedModel, SchedulerType, Trainer, get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.training_args import OptimizerNames
 
 from .checkpoint import rotate, save_checkpoint
 from .config import TrainConfig
-from .engine import all_finite
+from .engine import all_finite, raise_on_all_ranks
 from .errors import InputError, NonFiniteError, SaveError
 from .output import RunLog
 from .resume import resume_hint
 
 
 class ResumableTrainer(Trainer):
-    """Writes what ``Trainer`` writes beside its place, verified and moved, with what ``run_state`` returns."""
+    """Writes Trainer's checkpoints to a temporary folder, adds ``run_state`` and a manifest, and renames the folder."""
 
     config: TrainConfig
     run_log: RunLog
@@ -32,11 +34,11 @@ class ResumableTrainer(Trainer):
     optimizer: Optimizer
 
     def run_state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds besides Trainer's own, in JSON types."""
+        """Return the state of the run that a checkpoint adds to Trainer's, in JSON types."""
         raise NotImplementedError
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, verify and move it. A full disk costs a warning, not the run."""
+        """Write a verified checkpoint. If that fails, as on a full disk, warn and let the run go on."""
         folder, step = self.config.folder, self.state.global_step
         if folder is None:
             return
@@ -61,17 +63,29 @@ class ResumableTrainer(Trainer):
             rotate(folder, step, self.config.save_total_limit, self.run_log.say)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write what is trained of the module, and its buffers, for a checkpoint."""
+        """Write the trained parameters and the buffers of the module for a checkpoint."""
         if self.args.should_save and output_dir is not None:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             tensors = trained_tensors(self.model, self.model.state_dict() if state_dict is None else state_dict)
             save_file(tensors, Path(output_dir) / "model.safetensors")
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository of ``push_to_hub``. Raises InputError on all ranks if that fails."""
+        with raise_on_all_ranks():
+            try:
+                super().init_hf_repo(token, private)
+            except Exception as error:  # the network, a token that is missing or may not write
+                problem = " ".join(str(error).split())
+                raise InputError(
+                    f"push_to_hub: the repository could not be created ({type(error).__name__}: {problem}); log in "
+                    "with `hf auth login`, or leave push_to_hub out and upload final/ later"
+                ) from None
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Do nothing: what is uploaded is the trained model."""
+        """Do nothing: only the trained model is uploaded."""
 
     def upload(self) -> None:
-        """Upload ``final/`` to the repository that Trainer has made. A failure costs a warning."""
+        """Upload ``final/`` to the repository that Trainer has created. If that fails, warn."""
         final = Path(self.args.output_dir or "") / "final"
         try:
             upload_folder(
@@ -88,23 +102,23 @@ class ResumableTrainer(Trainer):
     # ---- resuming ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Do nothing yet: the reference is scored with the weights that the run began with. See ``_restore``."""
+        """Do nothing yet: the reference needs the weights from before training. ``restore`` loads the checkpoint."""
 
     def _init_training_state(self, max_steps: int, *more: Any) -> tuple[int, int]:
-        """Trainer's, with the intervals of these options, not of the checkpoint's."""
+        """Initialise the state as Trainer does, but with the intervals of these options instead of the checkpoint's."""
         counts = super()._init_training_state(max_steps, *more)
         self.state.compute_steps(self.args, max_steps)
         return counts
 
     def restore(self, path: Path) -> None:
-        """Put the checkpoint ``path`` into module, optimizer and schedule. Raises InputError where it does not fit."""
+        """Load the checkpoint ``path`` into module, optimizer and schedule. Raises InputError if it does not fit."""
         if self.is_deepspeed_enabled:
             deepspeed_load_checkpoint(self.model_wrapped, str(path))
         elif self.is_fsdp_enabled:
             super()._load_from_checkpoint(str(path), self.model_wrapped)
         else:
             load_trained(self.model, path)
-        # A checkpoint brings the optimizer's state; its rates and the like follow from the run's settings.
+        # The optimizer's state comes from the checkpoint; learning rates and the like come from the run's settings.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         rates: list[Any] = getattr(self.lr_scheduler, "base_lrs", [])
         self._load_optimizer_and_scheduler(str(path))
@@ -115,12 +129,12 @@ class ResumableTrainer(Trainer):
             _step_to(self.lr_scheduler, self.lr_scheduler.last_epoch)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """Return the schedule of ``lr_scheduler_type``; its warm-up begins above 0, so that no update is wasted."""
+        """Return the schedule of ``lr_scheduler_type``, with a warm-up that begins above 0: no update is wasted."""
         steps = self.args.get_warmup_steps(num_training_steps)
         if not steps or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         own, self.args.warmup_steps = self.args.warmup_steps, steps + 1
-        try:  # of a schedule that is one step longer, without its first step
+        try:  # a schedule that is one step longer, without its first step
             schedule = super().create_scheduler(num_training_steps + 1, optimizer)
         finally:
             self.args.warmup_steps = own
@@ -129,26 +143,46 @@ class ResumableTrainer(Trainer):
         return schedule
 
 
+def check_optimizer(config: TrainConfig, model: PreTrainedModel, steps: int) -> None:
+    """Create optimizer and schedule for a single weight. Raises InputError for what the run would fail with later."""
+    if config.deepspeed:  # has its own
+        return
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(config, model)
+        optimizer = kind([nn.Parameter(torch.zeros(2, 2))], **{k: v for k, v in settings.items() if k != "params"})
+        get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=config.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        )
+    except Exception as error:  # each optimizer and schedule refuses in its own way
+        chosen = f"optim={OptimizerNames(config.optim).value}, "
+        chosen += f"lr_scheduler_type={SchedulerType(config.lr_scheduler_type).value}"
+        raise InputError(f"{chosen}: {' '.join(str(error).split())}") from None
+
+
 def _step_to(schedule: LambdaLR, step: int) -> None:
-    """Give the optimizer the rates that ``schedule`` has at ``step``."""
+    """Set the optimizer's learning rates to those of ``schedule`` at ``step``."""
     schedule.last_epoch = step - 1
-    with warnings.catch_warnings():  # of a step of the schedule before one of the optimizer
+    with warnings.catch_warnings():  # torch warns if the schedule steps before the optimizer
         warnings.simplefilter("ignore", UserWarning)
         schedule.step()
 
 
 def trained_tensors(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, Tensor]:
-    """Return what of ``state_dict`` is trained, and buffers; a tied parameter once, under its first name."""
+    """Return trained parameters and buffers of ``state_dict``; a tied parameter once, under its first name."""
     registered = dict(module.named_buffers(remove_duplicate=False))
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    # Not the scales that quantised layers add to their state.
+    # The state of quantised layers also has scales, which are neither.
     buffers = [name for name in module.state_dict() if name in registered]
     found = {name: state_dict.get(name) for name in [*trained, *buffers]}
     return {name: value.detach().contiguous() for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def load_trained(module: nn.Module, path: Path) -> None:
-    """Put the model of checkpoint ``path`` into ``module``. Raises InputError where it does not fit."""
+    """Load the model of checkpoint ``path`` into ``module``. Raises InputError if it does not fit."""
     tensors = load_file(path / "model.safetensors")
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = {name: tuple(value.shape) for name, value in trained_tensors(module, module.state_dict()).items()}

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is the same run."""
+"""The checkpoint from which a run resumes, and the check that it belongs to the same run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .checkpoint import MANIFEST, STATE, DamagedError, check_checkpoint, checkpo
 from .config import TrainConfig
 from .errors import InputError
 
-# Options that a resumed run may change: they decide what is shown and kept, how far the run goes, or change no more
-# than rounding. Whether data and a model's files are the same, wherever they are now, is seen by what they hold.
+# Options that a resumed run may change: they affect logs, files, the length of the run, or only rounding. Data and
+# model may be at another place; their contents are compared.
 MAY_CHANGE = {
     "output_dir",
     "resume_from_checkpoint",
@@ -54,22 +54,27 @@ MAY_CHANGE = {
     "hub_model_id",
     "log_level",
     "disable_tqdm",
-    "data_workers",
-    "do_eval",
+    "save_dtype",
+    "hub_private_repo",
+    "hub_revision",
+    "trackio_space_id",
+    "log_level_replica",
+    "ddp_backend",
+    "ddp_bucket_cap_mb",
 }
 
 
 class Resumed(NamedTuple):
-    """The checkpoint that a run goes on from, with its run state."""
+    """The checkpoint from which a run resumes, with the state of that run."""
 
     path: Path
     state: dict[str, Any]
 
 
 def newest_valid(folder: Path, log: Callable[[str], None]) -> Resumed | None:
-    """Return the newest whole checkpoint; say which newer ones are corrupted. None where there is none at all.
+    """Return the newest complete checkpoint and log newer ones that are damaged; None if there is no checkpoint.
 
-    Raises InputError where all are corrupted: to begin anew is for the user to decide.
+    Raises InputError if all are damaged: only the user can decide to start again.
     """
     paths = checkpoints(folder)
     for path in reversed(paths.values()):
@@ -85,10 +90,9 @@ def newest_valid(folder: Path, log: Callable[[str], None]) -> Resumed | None:
 
 
 def find_checkpoint(folder: Path, config: TrainConfig, log: Callable[[str], None]) -> Resumed | None:
-    """Return the checkpoint to go on from; None where the run begins anew.
+    """Return the checkpoint from which to resume; None if the run starts at step 1.
 
-    Raises InputError for a folder in which another run would be lost, a checkpoint that is damaged, and settings other
-    than the run's.
+    Raises InputError if another run in ``folder`` would be lost, the checkpoint is damaged, or its settings differ.
     """
     wanted, found = config.resume_from_checkpoint, None
     if wanted == "auto":
@@ -115,12 +119,18 @@ def find_checkpoint(folder: Path, config: TrainConfig, log: Callable[[str], None
             "auto, or choose another output_dir"
         )
     if found is not None:
-        _refuse(_changed_settings(found.state["settings"], config), found.path, config, log)
+        changed = _changed_settings(found.state["settings"], config)
+        _refuse(changed, found.path, config, log)
+        if other := [text for text in changed if text.startswith("optim was ")]:
+            raise InputError(
+                f"{found.path} holds the state of another optimizer ({other[0]}), which no other can use; resume with "
+                "the old one, or start a new run in another output_dir"
+            )
     return found
 
 
 def settings_to_keep(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings by which a resumed run is compared with the one it goes on from."""
+    """Return the settings with which a resumed run is compared."""
     return json.loads(json.dumps({**config.settings(), "pairs in a step": config.pairs_per_step}))
 
 
@@ -138,9 +148,7 @@ def _changed_settings(then: dict[str, Any], config: TrainConfig) -> list[str]:
 def check_resumed(
     found: Resumed, inputs: dict[str, str], total_steps: int, config: TrainConfig, log: Callable[[str], None]
 ) -> None:
-    """Raise InputError where model or data, by their digests, are not those that the checkpoint's run began with, and
-    where it is beyond the last step.
-    """
+    """Raise InputError if the digests ``inputs`` of model or data have changed, or no step is left to train."""
     path, state = found
     changed = [f"{name} holds something else" for name in inputs if inputs[name] != state["inputs"][name]]
     _refuse(changed, path, config, log)
@@ -164,7 +172,7 @@ def _refuse(differences: list[str], path: Path, config: TrainConfig, log: Callab
 
 
 def resume_hint(folder: Path | None) -> str:
-    """Tell the user how to resume a run that ends before its time."""
+    """Tell the user how to resume an interrupted run."""
     kept = list(checkpoints(folder).values()) if folder else []
     if not kept:
         return "no checkpoint was kept"
@@ -172,9 +180,7 @@ def resume_hint(folder: Path | None) -> str:
 
 
 def discard_later_checkpoints(folder: Path, step: int, log: Callable[[str], None]) -> None:
-    """Remove what an interrupted save has left, and rename checkpoints later than ``step``: none is taken for the new
-    run's.
-    """
+    """Delete incomplete saves, and rename checkpoints after ``step`` so that the new run cannot mistake them."""
     for partial in folder.glob("*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
     for number, path in checkpoints(folder).items():

@@ -1,4 +1,4 @@
-"""The trained model's folder, as transformers or peft loads it, with its card; tried before the first step."""
+"""The folder of the trained model, as transformers or peft loads it, with its card."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 import inspo_kernels as ik
 
 from .adapters import has_adapter
-from .checkpoint import on_first_process, whole_folder
+from .checkpoint import whole_folder
 from .config import TrainConfig
 from .data import trained_ends
-from .engine import process_count
+from .engine import process_count, process_index, raise_on_all_ranks
 from .errors import InputError, SaveError
 from .inputs import Inputs
 from .model import size_text
@@ -42,18 +42,17 @@ def write_model(
 ) -> None:
     """Write the model with ``weights``, a PairModel's, after ``step`` of ``steps``, to ``folder``.
 
-    All processes call it, the first one writes. Raises SaveError, in all of them, and leaves what was there before.
+    All ranks call this, and the first one writes. Raises SaveError on all ranks, and leaves an older folder as it was.
     """
-
-    def write() -> None:
-        state_dict = {n.removeprefix("model."): t.detach().cpu() for n, t in weights.items() if isinstance(t, Tensor)}
-        with whole_folder(folder) as to:
-            ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
-            save_final(to, inputs.model, inputs.tokenizer, state_dict, config, ends=ends, log=log)
-            name = f"{folder.parent.name}/{folder.name}"
-            model_card(config, inputs, name, step=step, steps=steps, evaluations=evaluations).save(to / "README.md")
-
-    on_first_process(write)
+    with raise_on_all_ranks():
+        if process_index() == 0:
+            tensors = {n.removeprefix("model."): t.detach().cpu() for n, t in weights.items() if isinstance(t, Tensor)}
+            with whole_folder(folder) as to:
+                ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
+                save_final(to, inputs.model, inputs.tokenizer, tensors, config, ends=ends, log=log)
+                name = f"{folder.parent.name}/{folder.name}"
+                card = model_card(config, inputs, name, step=step, steps=steps, evaluations=evaluations)
+                card.save(to / "README.md")
 
 
 def save_final(
@@ -67,9 +66,9 @@ def save_final(
 ) -> None:
     """Write ``model`` with the whole weights ``state_dict``, CPU tensors under its names, into ``folder``.
 
-    Weights are in ``options.save_dtype``; an adapter's folder has the adapter alone, as it is. The token ids ``ends``
-    that training ended responses with go into ``generation_config.json``, so that the served model stops there. Raises
-    SaveError for whatever goes wrong.
+    Weights are converted to ``options.save_dtype``; an adapter is saved alone and as it is. The token ids ``ends``
+    ended responses in training. They are added to ``generation_config.json``, so that the served model stops there.
+    Raises SaveError for any failure.
     """
     dtype = None if has_adapter(model) else getattr(options, "save_dtype", None)
     if dtype is not None:
@@ -77,8 +76,8 @@ def save_final(
         state_dict = {n: t.to(low) if t.is_floating_point() else t for n, t in state_dict.items()}
     own = model.generation_config
     try:
-        # transformers saves no settings of which it would warn, such as a temperature without sampling, once a run has
-        # touched them. They are the base's own, and are written as they are.
+        # transformers refuses to save settings of which it would warn, such as a temperature without sampling. They are
+        # the base model's own, and are written unchanged.
         model.generation_config = GenerationConfig()
         try:
             model.save_pretrained(folder, state_dict=state_dict)
@@ -95,7 +94,7 @@ def save_final(
         if added := sorted(set(ends).difference(known)):
             _edit(file, {"eos_token_id": [*known, *added]})
             log(f"{file.name}: eos_token_id gets {added}, with which the responses of the data end")
-    except Exception as error:  # the libraries that write fail in any way
+    except Exception as error:  # the libraries raise errors of many classes
         raise SaveError(f"{folder} could not be written: {' '.join(str(error).split()) or repr(error)}") from error
 
 
@@ -104,12 +103,16 @@ def _edit(file: Path, changes: dict[str, Any]) -> None:
 
 
 def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: Any) -> None:
-    """Try what ``save_final`` will do, but for the weights. Raises InputError for what would fail after training."""
+    """Try ``save_final`` without weights. Raises InputError for anything that would fail after training."""
     state: dict[str, Tensor] = {}
-    if has_adapter(model):  # whose writer looks each of its tensors up
+    if has_adapter(model):  # peft looks up each tensor of the adapter
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name in trained}
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        place = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise InputError(f"no temporary folder can be written to ({error}); make space, or set TMPDIR") from None
+    with place as folder:
         try:
             save_final(Path(folder), model, tokenizer, state, options)
         except SaveError as error:
@@ -120,10 +123,7 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
 def model_card(
     config: TrainConfig, inputs: Inputs, name: str, *, step: int, steps: int, evaluations: list[dict[str, Any]]
 ) -> ModelCard:
-    """Describe the model after ``step`` of ``steps``: how it was made, and its ``evaluations`` (rows of metrics.jsonl).
-
-    ``name`` is the folder's.
-    """
+    """Describe the model ``name`` after ``step`` of ``steps``: settings, data and ``evaluations`` (metrics rows)."""
     base = config.model if isinstance(config.model, str) else None
     library = "peft" if has_adapter(inputs.model) else "transformers"
     data = ModelCardData(

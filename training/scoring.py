@@ -1,4 +1,4 @@
-"""Model and loss as one module, and the log-probs of many pairs: one code path for policy, reference and evaluation."""
+"""Model and loss as one module, and log-probs of many pairs: one path for policy, reference and evaluation."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ Lengths = NDArray[np.int64]
 Conditioned = bool | Sequence[bool]  # of all pairs, or of each
 _SCORED_OF_ROWS, _SCORED_OF_TREES = ("labels", "marginal_labels"), ("labels", "segment_ids", "num_pairs")
 _READ_BY_MODEL = ("input_ids", "attention_mask", "position_ids", "tree_ends", "paths", "path_of", "rows")
-TIE = 1e-4  # margins this small are rounding: before training all of them are 0 where there is a reference
+TIE = 1e-4  # smaller margins are rounding: before training, all margins from a reference are 0
 
 
 class StopRequested(RuntimeError):
-    """Some process was asked to stop while pairs were scored."""
+    """A rank was asked to stop while pairs were scored."""
 
 
 @dataclass
 class Batch:
-    """What a forward pass of ``PairModel`` takes. Engines cast tensors that they find; they do not look into this.
+    """Input of a forward pass of ``PairModel``, in a class so that engines do not cast the tensors.
 
-    ``tensors`` as ``condition_pairs`` gives them, ``ref_logps`` (2B,) float64. The loss is ``scale`` times the sum over
-    the pairs. With ``sums_only`` there is no loss. With ``marginals`` the report has the log-probs given the prompt
-    alone of every pair, plain ones included.
+    ``tensors``: from ``condition_pairs``. ``ref_logps``: (2B,) float64. The loss is ``scale`` times the sum over the
+    pairs; with ``sums_only`` there is no loss. With ``marginals`` the report has the log-probs given the prompt alone
+    for every pair, plain pairs included.
     """
 
     tensors: dict[str, Any]
@@ -50,16 +50,16 @@ class Batch:
 
 @dataclass
 class Report:
-    """What a forward pass reports: metrics as float64 sums over the pairs, or the table of ``sums_only``."""
+    """Report of a forward pass: metrics as float64 sums over the pairs, or the ``table`` of ``sums_only``."""
 
     metrics: dict[str, Tensor]
     table: Tensor | None = None
 
 
 class PairModel(nn.Module):
-    """A causal LM whose forward takes a batch of pairs and returns the loss summed over them, with all that is logged.
+    """A causal LM whose forward takes a batch of pairs and returns the summed loss with the metrics to log.
 
-    Training engines wrap this module, not the model inside: the head's weight is read within the wrapped forward.
+    Training engines wrap this module, not the model in it: the head's weight is read within the wrapped forward.
     """
 
     def __init__(self, model: PreTrainedModel, objective: ik.Objective, marginal_weight: float = 0.0) -> None:
@@ -67,7 +67,7 @@ class PairModel(nn.Module):
         self.model = model
         self.loss = ik.InSPOLoss(objective, marginal_weight=marginal_weight, reduction="sum")
         self.checkpointed: tuple[Any, ...] = ()
-        # What Trainer and accelerate ask a model for.
+        # Trainer and accelerate read these attributes.
         self.config = model.config
         self.quantization_method = getattr(model, "quantization_method", None)
         self._no_split_modules = list(model._no_split_modules or ())
@@ -93,7 +93,7 @@ class PairModel(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """Keep the inputs of each ``every_n_layers``-th decoder layer alone; Trainer calls it."""
+        """Checkpoint the activations of every ``every_n_layers``-th decoder layer; Trainer calls this."""
         self.checkpointed = tuple(decoder_layers(self.model, "activation_checkpointing"))[::every_n_layers]
 
     def generate(self, input_ids: Tensor, **settings: Any) -> Tensor:
@@ -103,16 +103,16 @@ class PairModel(nn.Module):
 
 
 def unwrap(module: nn.Module) -> PairModel:
-    """Return the PairModel in ``module``, which is one in its engine."""
+    """Return the PairModel in ``module``, which may be wrapped by an engine."""
     inner = module.module if isinstance(module, DistributedDataParallel) or hasattr(module, "module") else module
     assert isinstance(inner, PairModel)
     return inner
 
 
 def summed_metrics(out: ik.InSPOOutput, marginals: bool = False) -> dict[str, Tensor]:
-    """Return sums over the pairs, float64, under TRL's names; behind "marginal/" the same given the prompt alone.
+    """Return float64 sums over the pairs under TRL's names, and under "marginal/" those given the prompt alone.
 
-    With ``marginals`` the latter are there even if no pair has marginals: a plain pair's own log-probs are these.
+    With ``marginals`` the latter are included even if no pair has marginals: they are a plain pair's own log-probs.
     """
     own = out.chosen_rewards, out.rejected_rewards, out.logps
     kinds = [("", *own)]
@@ -126,16 +126,24 @@ def summed_metrics(out: ik.InSPOOutput, marginals: bool = False) -> dict[str, Te
         kinds.append(("marginal/", *own))
     metrics: dict[str, Tensor] = {}
     for name, chosen, rejected, logps in kinds:
-        columns = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": correct(chosen - rejected),
-            "rewards/margins": chosen - rejected,
-            "logps/chosen": logps.view(2, -1)[0],
-            "logps/rejected": logps.view(2, -1)[1],
-        }
+        columns = pair_metrics(chosen, rejected, *logps.view(2, -1))
         metrics |= {name + key: column.double().sum() for key, column in columns.items()}
     return metrics
+
+
+def pair_metrics(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_logps: Tensor, rejected_logps: Tensor
+) -> dict[str, Tensor]:
+    """Return the metrics of each pair, (n,), under TRL's names."""
+    margins = chosen_rewards - rejected_rewards
+    return {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": correct(margins),
+        "rewards/margins": margins,
+        "logps/chosen": chosen_logps,
+        "logps/rejected": rejected_logps,
+    }
 
 
 def correct(margins: Tensor) -> Tensor:
@@ -145,11 +153,11 @@ def correct(margins: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batcher:
-    """Pairs to the tensors ``PairModel`` takes; the one place that knows how sequences lie in them.
+    """Turns pairs into the tensors of ``PairModel``, and knows how many tokens they take.
 
     Labels stay on the CPU, where planning needs no synchronisation. ``max_tokens`` bounds a forward pass.
-    ``separator_ids`` stand between the other response and the one that is scored given it. ``layout`` is one of
-    ``condition_pairs``: rows, tree or packed_tree.
+    ``separator_ids`` separate the other response from the scored one. ``layout`` is a layout of ``condition_pairs``:
+    rows, tree or packed_tree.
     """
 
     pad_token_id: int
@@ -159,7 +167,7 @@ class Batcher:
     layout: str = "rows"
 
     def __call__(self, pairs: Sequence[Pair], *, conditioned: Conditioned, marginals: bool = True) -> dict[str, Any]:
-        """Return the batch; without ``marginals`` no row meets the head for the log-probs given the prompt alone."""
+        """Return the batch; without ``marginals``, the log-probs given the prompt alone are not computed."""
         batch = ik.condition_pairs(
             [p[:3] for p in pairs],
             pad_token_id=self.pad_token_id,
@@ -175,20 +183,20 @@ class Batcher:
         return batch | {name: batch[name].to(self.device) for name in _READ_BY_MODEL if name in batch}
 
     def tokens(self, lengths: Lengths, *, conditioned: Conditioned) -> Lengths:
-        """Tokens that the model reads for pairs of ``lengths`` (n, 3), without padding; (n,)."""
+        """Return (n,): the tokens that the model reads for pairs of ``lengths`` (n, 3), without padding."""
         prompt, both = lengths[:, 0], lengths[:, 1] + lengths[:, 2]
         in_rows = np.where(conditioned, 2 * (prompt + both + len(self.separator_ids)), 2 * prompt + both)
         return in_rows if self.layout == "rows" else in_rows - prompt
 
     def padded(self, lengths: Lengths, *, conditioned: Conditioned) -> Lengths:
-        """Tokens that each pair takes in a forward pass of which it is the largest; (n,)."""
+        """Return (n,): the tokens that each pair takes in a forward pass in which it is the largest."""
         tokens = self.tokens(lengths, conditioned=conditioned)
         if self.layout != "rows":
             return tokens
         return np.where(conditioned, tokens, 2 * (lengths[:, 0] + lengths[:, 1:].max(1)))
 
     def plan(self, pairs: Sequence[Pair], *, conditioned: Conditioned) -> list[MicroBatch]:
-        """The forward passes of this process, as many in each process."""
+        """Return the forward passes of this rank; each rank has the same number."""
         sizes = self.padded(lengths_of(pairs), conditioned=conditioned).tolist()
         packed = self.layout == "packed_tree"
         return micro_batches(sizes, self.max_tokens, process_count(), packed=packed)[process_index()]
@@ -217,10 +225,10 @@ def score(
     conditioned: bool,
     stop_requested: Callable[[], bool] | None = None,
 ) -> Scores:
-    """Score all pairs; conditioned log-probs bring the marginals along.
+    """Score all pairs; conditioned scores include the marginals.
 
-    The processes share the work, and each returns all of it. Raises StopRequested in all of them before the next pass
-    where ``stop_requested`` has become true in one.
+    The ranks share the work, and each returns all scores. Once ``stop_requested`` is true on one rank, all ranks raise
+    StopRequested before the next pass.
     """
     table = torch.zeros(6 if conditioned else 4, len(pairs), dtype=torch.float64, device=batcher.device)
     for part in batcher.plan(pairs, conditioned=conditioned):

@@ -1,6 +1,6 @@
 """Fine-tunes a causal language model on preference pairs: ``python -m training.train --config FILE.yaml``.
 
-``train`` says in which order things happen; a step, an evaluation and a checkpoint are in ``trainer.py``.
+``train`` shows the order of a run. A step is in ``trainer.py``, an evaluation in ``reporting.py``.
 """
 
 from __future__ import annotations
@@ -24,27 +24,30 @@ from transformers.utils import logging
 from .adapters import add_lora
 from .config import TrainConfig
 from .engine import end_processes, from_first_process, process_count, process_index, raise_on_all_ranks
-from .errors import InputError, NonFiniteError, NotAtHandError, SaveError, Stopped
+from .errors import InputError, NonFiniteError, NotAtHandError, SaveError, Stopped, check_names
+from .evaluation import METRICS
 from .inputs import Given, TokenPairs, check_sources, load_inputs, read_inputs
 from .layouts import choose_layout
 from .memory import report_disk, report_memory, report_precision
-from .model import byte_tokenizer, check_architecture, load_tokenizer, meta_model, size_text
+from .model import byte_tokenizer, check_architecture, has_weights, load_tokenizer, meta_model, size_text
 from .options import help_text, parse_config
-from .output import CURVES, RunLog, check_folder, locked
+from .output import CURVES, LOCK, RunLog, check_folder, locked
+from .reading import local_path
+from .resumable import check_optimizer
 from .resume import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
 from .save_model import check_saving
 from .scoring import Batcher, Lengths, lengths_of
 from .trainer import PairTrainer
 
 STOPPED = 128 + signal.SIGTERM  # 143, as a shell reports a process that SIGTERM ended
-SHARED_BY = 8  # processes of the FSDP2 launch whose memory a dry run tells beside that of one process
+SHARED_BY = 8  # processes of the FSDP2 launch whose memory a dry run also estimates
 
 
 @dataclass
 class TrainResult:
-    """``model`` is the trained one (passed in: trained in place; FSDP2: this process's share).
+    """The trained ``model`` (passed in: trained in place; FSDP2: this rank's shard) and where it is (``final``).
 
-    ``metrics`` holds the rows of ``metrics.jsonl``, the same in each process.
+    ``metrics`` holds the rows of ``metrics.jsonl``, the same on each rank.
     """
 
     model: PreTrainedModel
@@ -64,18 +67,18 @@ def train(
     quiet: bool = False,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> TrainResult:
-    """Run ``config``.
+    """Train as ``config`` says, and return the trained model with its metrics.
 
     ``pairs`` and ``eval_pairs`` (prompt ids, chosen ids, rejected ids; each response with its EOS) and a ``model`` in
-    memory take the place of ``train_data``, ``eval_data`` and ``model``. ``pad_token_id`` counts where there is no
-    tokenizer. Without ``output_dir`` nothing is written. Dropout stays off, as for the reference. ``callbacks`` are
-    transformers' own.
+    memory replace ``train_data``, ``eval_data`` and ``model``. ``pad_token_id`` is used if there is no tokenizer.
+    Without ``output_dir`` nothing is written. Dropout stays off, as for the reference. ``callbacks`` are transformers'
+    callbacks.
 
-    Several processes that a launcher has started share the work: each calls this function with the same arguments. The
-    first one alone prints and writes.
+    Under a launcher each rank calls this with the same arguments, and the ranks share the work. Only the first rank
+    prints and writes.
 
-    Raises InputError for what the user can mend, NonFiniteError where training diverged, SaveError where the trained
-    model could not be written, and Stopped after SIGTERM.
+    Raises InputError for bad input, NonFiniteError if training diverged, SaveError if the trained model could not be
+    written, and Stopped after SIGTERM.
     """
     folder, main = config.folder, process_index() == 0
     log = RunLog(folder if main else None, quiet or not main)
@@ -97,15 +100,12 @@ def train(
                 check_saving(inputs.model, inputs.tokenizer, config)
         batcher = Batcher(inputs.pad_token_id, config.device, config.max_batch_tokens, inputs.separator)
         batcher = plan(config, inputs.model, lengths, batcher, found, log.say)
-        report_memory(
-            inputs.model, config, batcher, lengths, log.say, processes=process_count(), sharded=config.sharded
-        )
+        report_memory(inputs.model, config, batcher, lengths, log.say, process_count() if config.sharded else 1)
         report_precision(inputs.model, config.learning_rate or 0.0, log.say)
         with raise_on_all_ranks():
             if folder and main:
                 discard_later_checkpoints(folder, found.state["step"] if found else 0, log.say)
-                (folder / "config.yaml").write_text(config.to_yaml())
-                log.open()
+                log.open(config.to_yaml())
         trainer = PairTrainer(
             config, inputs, batcher, log, resumed=found, stop_requested=stop_requested, callbacks=callbacks
         )
@@ -115,18 +115,23 @@ def train(
 
 
 def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
-    """Check what can be checked without weights, and say what the run would be. The model takes no memory.
+    """Check what can be checked without weights, and describe the run. The model takes no memory.
 
-    Raises InputError as the run itself would, but for a tokenizer and data that are not at hand: these it says.
+    Raises InputError as the run would. If tokenizer or data cannot be reached, a note says so instead.
     """
     say("dry run: no weights are loaded, and nothing is written")
     found = None
     if config.folder is not None:
         check_folder(config.folder)
+        if (config.folder / LOCK).exists():
+            with locked(config.folder):
+                pass
         found = find_checkpoint(config.folder, config, say)
     check_sources(config, Given())
     model = meta_model(config)
     check_architecture(model)
+    if isinstance(config.model, str) and Path(folder := local_path(config.model)).is_dir() and not has_weights(folder):
+        say(f"note: {folder} has no weights; a run needs them")
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
     separator: tuple[int, ...] = ()
@@ -147,8 +152,8 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
         say(f"goes on from {found.path} after step {found.state['step']}")
     batcher = Batcher(0, config.device, config.max_batch_tokens, separator)
     batcher = plan(config, model, lengths, batcher, found, say, known=known)
-    for processes in (1, SHARED_BY):
-        report_memory(model, config, batcher, lengths, say, processes=processes, sharded=processes > 1)
+    for share in (1, SHARED_BY):
+        report_memory(model, config, batcher, lengths, say, share)
 
 
 def plan(
@@ -161,9 +166,9 @@ def plan(
     *,
     known: bool = True,
 ) -> Batcher:
-    """Say what a run on pairs of ``lengths`` (n, 3) will be, and return ``batcher`` in the layout of their pairs.
+    """Describe a run on pairs of ``lengths`` (n, 3), and return ``batcher`` with the layout of the run.
 
-    Of lengths that are not ``known``, but the longest possible, neither number nor average is told.
+    If the lengths are not ``known`` but the longest possible, neither their number nor their average is reported.
     """
     head, tied = model.get_output_embeddings().weight, " (tied)" if model.config.tie_word_embeddings else ""
     say(
@@ -171,8 +176,11 @@ def plan(
         f"{head.shape[0]} x {head.shape[1]}{tied}"
     )
     say(config.title)
+    steps, totals = config.total_steps(len(lengths)), lengths.sum(1)
+    check_optimizer(config, model, steps)
+    if config.metric_for_best_model:
+        check_names([f"eval_{config.metric_for_best_model.removeprefix('eval_')}"], METRICS, "metric_for_best_model=")
     if known:
-        steps, totals = config.total_steps(len(lengths)), lengths.sum(1)
         in_epoch = config.steps_per_epoch(len(lengths))
         several = f", {process_count()} processes" if process_count() > 1 else ""
         say(
@@ -182,7 +190,7 @@ def plan(
         report_disk(model, config, steps, say)
     if torch.cuda.device_count() > process_count():
         say(f"note: {torch.cuda.device_count()} GPUs, one is used; `accelerate launch` starts a process for each")
-    # A resumed run goes on in the layout that it began with.
+    # A resumed run keeps its layout.
     layout = found.state["layout"] if found is not None and config.layout == "auto" else config.layout
     batcher = choose_layout(layout, model, batcher, lengths, conditioned=config.sees_alternative, log=say)
     sizes = batcher.padded(lengths, conditioned=config.sees_alternative)
@@ -192,7 +200,7 @@ def plan(
 
 
 def run(trainer: PairTrainer, found: Resumed | None) -> None:
-    """Train to the end, and write the model. Raises Stopped where SIGTERM came before it."""
+    """Train to the end, and write the model. Raises Stopped if SIGTERM came first."""
     config, log = trainer.config, trainer.run_log
     trainer.train(resume_from_checkpoint=str(found.path) if found else None)
     step, folder = trainer.state.global_step, config.folder
@@ -216,9 +224,9 @@ def run(trainer: PairTrainer, found: Resumed | None) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within it, SIGTERM ends nothing; the function it yields says whether one has come.
+    """Hold SIGTERM back in the block, and yield a function that returns whether one has come.
 
-    Outside the main thread, Python allows no handlers: there, SIGTERM does what it did before.
+    Python allows handlers in the main thread only. In other threads SIGTERM keeps its effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -1,4 +1,4 @@
-"""Warnings while a run trains: signs that answers from the prompt alone, as inference asks for, get worse."""
+"""Warnings during training: signs that answers from the prompt alone, which inference uses, get worse."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from .scoring import TIE
 FALL = -0.1  # nats per token that both responses lose
 PREFERENCE = 0.15  # share of pairs by which longer responses win more often than they are the chosen ones
 TOGETHER = 0.5  # share of the rejected responses' fall by which the chosen ones fall, too
-PATIENCE = {"opposite": 3, "falling": 3, "longer answers": 2}
-GROWTH, GROWTH_TOKENS = 1.5, 8  # answers longer by this factor, and by this many tokens
+PATIENCE = {"opposite": 3, "falling": 3}
 REMEDY = "Lower learning_rate, or set marginal_weight (0.1 to 1)."
 
 
 class Watch:
-    """Says each warning once, and again only after it has cleared, or at the end of the run.
+    """Logs each warning once, and again only after it has cleared or at the end of the run.
 
-    A kind of ``PATIENCE`` is seen in few pairs: it is said once it has stood for so many rows in a row.
+    A kind in ``PATIENCE`` is judged from few pairs: it is logged after that many rows in a row.
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:
@@ -26,7 +25,7 @@ class Watch:
         self._standing: dict[str, int] = {}  # rows in a row
 
     def __call__(self, warnings: dict[str, str | None], *, last: bool) -> None:
-        """``warnings`` by kind; ``last``: what stands at the end is said once more."""
+        """Log the texts of ``warnings``, by kind. With ``last``, log what still holds once more."""
         for kind, text in warnings.items():
             rows = self._standing[kind] = 0 if text is None else self._standing.get(kind, 0) + 1
             patience = PATIENCE.get(kind, 1)
@@ -44,12 +43,11 @@ def evaluation_warnings(row: dict[str, Any], first: dict[str, Any]) -> dict[str,
     return {
         "falling, held-out": _falling(_fall_from_start(row, first), "held-out pairs"),
         "longer preferred": _longer_preferred(row, first),
-        "longer answers": _longer_answers(row, first),
     }
 
 
 def _opposite_margins(row: dict[str, Any]) -> str | None:
-    """Training goes one way and what inference uses the other way."""
+    """Warn if the conditioned margin is positive and the one from the prompt alone negative."""
     conditioned, alone = row["rewards/margins"], row.get("marginal/rewards/margins", 0.0)
     if not (alone < -TIE and conditioned > TIE):
         return None
@@ -61,7 +59,7 @@ def _opposite_margins(row: dict[str, Any]) -> str | None:
 
 
 def _fall_from_reference(row: dict[str, Any]) -> list[float]:
-    """Change of the log-probs given the prompt alone since the reference, nats per token; empty without a reference."""
+    """Return how log-probs given the prompt alone differ from the reference, nats per token; [] without a reference."""
     if "ref_logps/chosen" not in row:
         return []
     alone = "marginal/" if "marginal/logps/chosen" in row else ""
@@ -72,7 +70,7 @@ def _fall_from_reference(row: dict[str, Any]) -> list[float]:
 
 
 def _fall_from_start(row: dict[str, Any], first: dict[str, Any]) -> list[float]:
-    """Change of the held-out log-probs given the prompt alone; empty where the intervals do not tell it from noise."""
+    """Return how held-out log-probs given the prompt alone changed, nats per token; [] if that may be noise."""
     name = "eval_marginal/logps_per_token/"
     now, then = row.get(f"{name}chosen_ci"), first.get(f"{name}chosen_ci")
     if now is None or then is None or not now[1] < then[0]:
@@ -91,7 +89,7 @@ def _falling(change: list[float], where: str) -> str | None:
 
 
 def _longer_preferred(row: dict[str, Any], first: dict[str, Any]) -> str | None:
-    """Longer responses win clearly more often than they are chosen, and than they did before training."""
+    """Warn if longer responses win clearly more often than they are chosen, and than before training."""
     name = "eval_marginal/longer_preferred"
     if name not in row or row["step"] == first["step"]:
         return None
@@ -102,14 +100,4 @@ def _longer_preferred(row: dict[str, Any], first: dict[str, Any]) -> str | None:
         f"from the prompt alone, the model prefers the longer response in {row[name]:.0%} of the held-out\n"
         f"pairs, but it is the chosen one in {row['eval_longer_chosen']:.0%} (before training preferred in "
         f"{first[name]:.0%}): it may be\nlearning length. Objectives that account for it are simpo and rdpo."
-    )
-
-
-def _longer_answers(row: dict[str, Any], first: dict[str, Any]) -> str | None:
-    then, now = (some.get("eval_samples/tokens", 0) for some in (first, row))
-    if not then or now < GROWTH * then or now < then + GROWTH_TOKENS:
-        return None
-    return (
-        f"sample answers grow: {now:.0f} tokens on average, {then:.0f} before training. Read them in\n"
-        f"samples.jsonl. {REMEDY}"
     )

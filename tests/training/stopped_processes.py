@@ -20,8 +20,8 @@ from typing import Any
 from helpers import PAIRS, options
 
 import training.references
+import training.reporting
 import training.resumable
-import training.trainer
 from training import checkpoint, output
 from training.engine import end_processes, process_index
 from training.errors import SaveError, Stopped
@@ -91,7 +91,7 @@ def main() -> None:
     in_evaluation = lambda *_, stop_requested=None, **__: (  # noqa: E731
         stop_requested is not None and (folder / "broken_off" / "metrics.jsonl").read_text().count("\n") > 1
     )
-    seen["broken_off"] = stopped_in(training.trainer, "score", in_evaluation, folder / "broken_off")
+    seen["broken_off"] = stopped_in(training.reporting, "score", in_evaluation, folder / "broken_off")
     scored = iter(range(99))
     seen["reference"] = stopped_in(
         training.references, "score", lambda *_, **__: next(scored) == 1, folder / "reference"

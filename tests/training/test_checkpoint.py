@@ -104,6 +104,11 @@ def truncate(file):
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def empty_entries(file):
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | {"files": {name: {} for name in manifest["files"]}}))
+
+
 def flip(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -120,6 +125,7 @@ DAMAGES = [
     (lambda path: (path / "manifest.json").write_text('{"format": 9}'), r"manifest.json is not of format 3"),
     (lambda path: (path / "manifest.json").write_text('{"format": 3, "files": {}}'), r"it has no model"),
     (lambda path: (path / "model.safetensors").write_bytes(b""), r"model.safetensors has 0 bytes"),
+    (lambda path: empty_entries(path / "manifest.json"), r"has \d+ bytes, None were written"),
 ]
 
 
@@ -135,6 +141,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dama
     said = []
     assert newest_valid(tmp_path, said.append) == (tmp_path / "checkpoint-9", {"step": 9})
     assert len(said) == 1 and "checkpoint-10 is damaged" in said[0]
+
+
+def test_a_checkpoint_under_another_number_is_not_used(tmp_path):
+    """Its run would take it for a later step, and set it aside."""
+    shutil.copytree(save(tmp_path, 4), tmp_path / "checkpoint-0009")
+    said = []
+    assert newest_valid(tmp_path, said.append) == (tmp_path / "checkpoint-4", {"step": 4})
+    assert "its name says step 0009, but it is of step 4" in said[0]
 
 
 def test_where_all_are_damaged_the_run_does_not_silently_begin_anew(tmp_path):

@@ -60,6 +60,11 @@ def test_resolved_config_reads_back_equal(tmp_path):
     assert parse_config(["--config", str(file)]) == config
 
 
+def test_a_config_can_be_replaced():
+    config = TrainConfig(optim="sgd", lr_scheduler_type="linear", eval_strategy="epoch", eval_data="d")
+    assert dataclasses.replace(dataclasses.replace(config, seed=7), seed=config.seed) == config
+
+
 def test_tiny_yaml_is_valid_and_needs_only_data():
     config = parse_config(["--config", str(ROOT / "training/configs/tiny.yaml"), "--train_data", str(PAIRS)])
     assert isinstance(config.model, dict)
@@ -76,6 +81,13 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--model_name_or_path", "m"], "here it is model"),
         (["--micro_batch_size", "1"], "here it is per_device_train_batch_size"),  # axolotl's
         (["--sequence_len", "1"], "here it is max_length"),
+        (["--lora_dropout", "0"], "here it is lora.lora_dropout"),
+        (["--lora_target_modules", "q"], "here it is lora.target_modules"),
+        (["--load_in_4bit", "true"], "here it is quantization: 4bit"),
+        (["--f_divergence_type", "js"], "here it is divergence"),
+        (["--disable_dropout", "true"], "not needed: dropout is always off"),
+        (["--group_by_length", "true"], "not needed: max_batch_tokens"),
+        (["--deepspeed", "nowhere.json"], "deepspeed"),
         (["--micro_batchsize", "1"], "did you mean per_device_train_batch_size"),
         (["--objective", "simp"], "unknown objective 'simp'; did you mean 'simpo'"),
         (["--objective", "simpo", "--tau", "0.1"], "'simpo' takes no 'tau'"),
@@ -97,7 +109,18 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--save_only_model", "true"], "a run cannot resume without"),
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type='cosin': must be .*cosine"),
         (["--report_to", "nobody"], "report_to=nobody: the package is not installed"),
-        (["--attn_implementation", "flex_attention"], "flex_attention needs a GPU"),
+        (["--num_train_epochs", "0"], "num_train_epochs=0: must be above 0"),
+        (["--num_train_epochs", "inf"], "num_train_epochs=inf: must be finite"),
+        (["--learning_rate", "inf"], "learning_rate=inf: must be finite"),
+        (["--save_steps", "0"], "save_steps=0: must be above 0; save_strategy=no"),
+        (["--save_strategy", "best"], "keep_best leaves the best model"),
+        (["--optim", "galore_adamw_layerwise"], "updates weights within each backward pass"),
+        (["--optim", "lomo"], "updates weights within each backward pass"),
+        (["--optim", "schedule_free_adamw"], "differ between training and evaluation"),
+        (["--torch_compile_mode", "default"], "torch_compile_mode is not supported"),
+        (["--debug", "underflow_overflow"], "debug is not supported"),
+        (["--data_seed", "3"], "data_seed is not supported: seed orders the pairs"),
+        (["--dataloader_num_workers", "4"], "dataloader_num_workers is not supported"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["beta", "1"], "'beta' stands alone"),
         (["--beta"], "--beta has no value"),
@@ -118,6 +141,7 @@ def test_bad_options_are_named(arguments, message):
         ("max_steps: soon\n", "max_steps"),
         ("beta: 0.1\nseed: 1\nbeta: 0.2\n", "c.yaml: line 3: 'beta' stands there twice"),
         ("lora: {r: 1, r: 2}\n", "'r' stands there twice"),
+        ("? [a, b]\n: 1\n", "line 1: a key must be a word"),
     ],
 )
 def test_bad_yaml_is_named(tmp_path, text, message):
@@ -171,3 +195,10 @@ def test_main_prints_one_line_and_exits_with_2(capsys):
 def test_plain_orpo_fits_the_chosen_response():
     assert TrainConfig(objective="orpo", conditioned=False).make_objective().sft == "chosen"
     assert TrainConfig(objective="orpo").make_objective().sft == "marginal"
+
+
+def test_numbers_in_sections_may_have_exponents(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-7}\nlora: {r: 8}\n")
+    config = parse_config([*REQUIRED, "--config", str(file), "--lora.lora_alpha", "1E1"])
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-7} and config.lora == {"r": 8, "lora_alpha": 10.0}

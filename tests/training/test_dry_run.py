@@ -12,6 +12,7 @@ from training.config import TrainConfig
 from training.errors import InputError
 from training.model import byte_tokenizer
 from training.options import parse_config
+from training.output import locked
 from training.train import dry_run, main
 
 CONFIGS = Path(__file__).parents[2] / "training/configs"
@@ -160,7 +161,7 @@ def test_output_folders_and_trackers_are_refused_as_in_the_run(tmp_path, capsys)
         (unfinished, [*auto, "--seed", "7"], "seed was 42, is 7"),
         (unfinished, [*auto, "--eval_data", one], "eval_data holds something else"),
         (unfinished, [*auto, "--max_steps", "1", "--resume_changed", "true"], "is of step 3, but the run has 1 steps"),
-        (file, [], "is a file"),
+        (file, [], "not a folder"),
         (tmp_path / "new", ["--report_to", "trackio"], "pip install trackio"),
     ):
         before = sorted(tmp_path.rglob("*"))
@@ -207,3 +208,38 @@ def test_pairs_longer_than_the_positions_are_foreseen_without_data(tmp_path):
     ARCHITECTURES["llama-3-8b"][1].save_pretrained(tmp_path)
     said = planned(parse_config(words_of("llama-3-8b", tmp_path, "--max_length", "10000")))
     assert "max_length=10000, but pairs of more than 8192 tokens would be refused" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr_scheduler_type cosine_with_min_lr", "One of min_lr or min_lr_rate"),
+        ("--lr_scheduler_kwargs {nope:1}", "unexpected keyword argument 'nope'"),
+        ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
+        ("--optim adamw_bnb_8bit", "install `bitsandbytes`"),
+        ("--optim galore_adamw --optim_target_modules all-linear", "install `galore_torch`"),
+        ("--optim_args nonsense", "optim=adamw_torch"),
+        ("--adam_beta1 1.5", "Invalid beta parameter"),
+        ("--adam_epsilon -1", "Invalid epsilon value"),
+        ("--metric_for_best_model accuracy", "unknown option metric_for_best_model=eval_accuracy"),
+        ("--metric_for_best_model rewards/margins", "did you mean 'eval_marginal/rewards/margins'"),
+    ],
+)
+def test_optimizers_and_schedules_are_tried_before_step_one(tmp_path, capsys, words, message):
+    for dry in ("true", "false"):
+        given = [word.replace(":", ": ") for word in words.split()]
+        with pytest.raises(SystemExit, match="2"):
+            main(options(tmp_path / "out", *given, "--dry_run", dry))
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_a_folder_in_use_or_below_a_file_is_refused(tmp_path, capsys):
+    busy = tmp_path / "busy"
+    for dry in ("true", "false"):
+        with locked(busy), pytest.raises(SystemExit, match="2"):
+            main(options(busy, "--dry_run", dry))
+        assert "another run is writing there" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="2"):
+            main(options(PAIRS / "out", "--dry_run", dry))
+        assert f"cannot be written to (not a folder: {PAIRS})" in capsys.readouterr().err

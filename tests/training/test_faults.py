@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import training.reporting
 import training.resumable
 import training.save_model
 import training.train
-import training.trainer
 from training import output
 from training.checkpoint import check_checkpoint, checkpoints
 from training.config import TrainConfig
@@ -58,7 +58,7 @@ KILLS = {
     "in the middle of the optimizer's file": ("torch.save", "checkpoint-4/optimizer", "within"),
     "with all files of a checkpoint but its name": ("training.checkpoint.publish", "checkpoint-4", "before"),
     "after a checkpoint, before older ones are deleted": ("training.resumable.rotate", 2, "before"),
-    "after sample answers, before the row of their evaluation": ("training.trainer.PairTrainer._sample", 3, "after"),
+    "after sample answers, before their row": ("training.reporting.ReportingTrainer._sample", 3, "after"),
     "while the best model is written": ("training.checkpoint.publish", "best", "before"),
     "after the row of an evaluation": ("training.output.RunLog.draw", 3, "before"),
     "in the middle of a row": ("training.output.JsonLines._put", 6, "within"),
@@ -227,10 +227,10 @@ def test_sigterm_breaks_an_evaluation_off_and_keeps_its_step(
         broken_off = more["stop_requested"] is not None and next(evaluations) == evaluation
         return original(counted if broken_off else module, pairs, *given, **more)
 
-    out, passes, original, evaluations = tmp_path / "out", [], training.trainer.score, iter(range(1, 99))
+    out, passes, original, evaluations = tmp_path / "out", [], training.reporting.score, iter(range(1, 99))
     run = [*RUN, "--save_steps", save_every]
     with monkeypatch.context() as patch:
-        patch.setattr(training.trainer, "score", score)
+        patch.setattr(training.reporting, "score", score)
         with pytest.raises(SystemExit, match="143"):
             main(options(out, *run))
     assert len(passes) == 1  # of several
@@ -321,6 +321,14 @@ def test_other_data_or_another_model_in_the_same_place_is_refused_unless_it_is_w
     printed = capsys.readouterr().out
     assert "WARNING" in printed and "resumed with other settings: weight_decay was 0.0, is 0.5" in printed
     assert "resumed with other settings: model holds something else; train_data holds something else" in printed
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path, uninterrupted, capsys):
+    resume = ["--resume_from_checkpoint", str(uninterrupted / "checkpoint-4"), "--resume_changed", "true"]
+    for optim in ("adafactor", "sgd"):
+        with pytest.raises(SystemExit, match="2"):
+            main(options(tmp_path / "out", *RUN, *resume, "--optim", optim))
+        assert "holds the state of another optimizer (optim was 'adamw_torch_fused'" in capsys.readouterr().err
 
 
 def test_a_checkpoint_beyond_the_end_is_refused(tmp_path, uninterrupted, capsys):

@@ -124,8 +124,8 @@ def test_a_tree_is_trusted_only_where_it_gives_the_logps_of_rows(layout, bf16, m
             else:
                 patch.setattr(training.scoring.ik, "hidden_and_head", without_positions(ik.hidden_and_head))
             assert check(False) == BATCHER
-            assert said.pop().startswith("WARNING: this model gives a small pair laid out as a tree other log-probs")
-            with pytest.raises(InputError, match=r"layout=tree: .* nats a token; set layout=rows"):
+            assert said.pop().startswith("WARNING: this model scores a small pair differently as a tree")
+            with pytest.raises(InputError, match=r"layout=tree: .* nats per token; set layout=rows"):
                 check(True)
 
 

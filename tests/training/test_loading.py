@@ -282,6 +282,42 @@ def test_an_error_of_the_library_gives_advice_for_the_command_line(tmp_path, cap
 # --- Adapters ---
 
 
+def test_an_adapter_that_is_not_whole_is_refused(tmp_path, capsys):
+    run(base(tmp_path / "m"), tmp_path / "one", "--lora.r", "2")
+    adapter = tmp_path / "one/final"
+    settings = adapter / "adapter_config.json"
+    (adapter / "adapter_model.safetensors").rename(tmp_path / "kept")
+    for said in refused(adapter, tmp_path, capsys):
+        assert "adapter_model.safetensors" in said
+    (tmp_path / "kept").rename(adapter / "adapter_model.safetensors")
+    edit(settings, base_model_name_or_path="/nowhere/base")
+    for said in refused(adapter, tmp_path, capsys):
+        assert f"model '{adapter}': the base that adapter_config.json names cannot be read" in said
+        assert "'/nowhere/base': no such folder" in said
+    edit(settings, base_model_name_or_path=None)
+    for said in refused(adapter, tmp_path, capsys):
+        assert "adapter_config.json names no base_model_name_or_path" in said
+
+
+def test_a_rank_is_a_whole_number(tmp_path, capsys):
+    for said in refused(base(tmp_path / "m"), tmp_path, capsys, "--lora.r", "2.5"):
+        assert "lora: r=2.5 must be a whole number above 0" in said
+
+
+def test_a_damaged_generation_config_is_refused_in_a_dry_run_too(tmp_path, capsys):
+    folder = base(tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"max_length"')
+    for said in refused(folder, tmp_path, capsys):
+        assert "generation_config.json is damaged" in said
+
+
+def test_a_dry_run_says_that_weights_are_missing(tmp_path, capsys):
+    folder = base(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    run(folder, tmp_path / "out", "--dry_run", "true")
+    assert f"note: {folder} has no weights" in capsys.readouterr().out
+
+
 def test_an_adapter_is_trained_further(tmp_path, capsys):
     folder = base(tmp_path / "m")
     run(folder, tmp_path / "one", "--lora.r", "2", "--lora.lora_alpha", "8", "--learning_rate", "0.1")
@@ -377,7 +413,7 @@ def merge(folder, other):
         ({"rnak": 4}, r"lora\.rnak; did you mean 'rank_pattern'|lora\.rnak"),
         ({"lora_dropout": 0.1}, "lora_dropout: must be 0"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa': must be true or gaussian"),
-        ({"r": 0}, "lora: r=0 must be a number above 0"),
+        ({"r": 0}, "lora: r=0 must be a whole number above 0"),
         ({"task_type": "SEQ_CLS"}, "task_type"),
         ({"bias": "sometimes"}, "lora"),
     ],
@@ -445,6 +481,14 @@ def test_a_quantised_base_without_an_adapter_is_refused(tmp_path, capsys, quanti
     edit(folder / "config.json", quantization_config=quantization)
     for said in refused(folder, tmp_path, capsys):
         assert "is quantised, and quantised weights cannot be trained; train an adapter on them" in said
+
+
+def test_a_method_of_quantising_that_cannot_be_read_is_refused(tmp_path, capsys):
+    folder = base(tmp_path / "m")
+    for method in ("gptq", "nonesuch"):
+        edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+        for said in refused(folder, tmp_path, capsys, "--lora.r", "2"):
+            assert f"its quantised weights ({method}) cannot be read" in said
 
 
 def test_without_bitsandbytes_a_quantised_base_says_what_to_install(tmp_path, capsys, monkeypatch):

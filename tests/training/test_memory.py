@@ -67,7 +67,7 @@ def test_the_estimate_is_right_within_a_third(peaks: dict[str, int], name: str) 
     if peaks[name] is None:
         pytest.skip("no /proc to measure memory with: the estimate is NOT tested")
     model = tiny_model(**FIELDS)
-    memory = estimate_memory(model, config_of(name), CPU, tokens=TOKENS, longest_pair=500, processes=1, sharded=False)
+    memory = estimate_memory(model, config_of(name), CPU, tokens=TOKENS, longest_pair=500)
     expected = memory.total - memory.parameters  # the model was there before
     assert peaks[name] / 1.33 < expected < peaks[name] * 1.33, (memory, peaks[name] / GIB)
 
@@ -75,10 +75,7 @@ def test_the_estimate_is_right_within_a_third(peaks: dict[str, int], name: str) 
 def test_checkpointing_saves_what_the_estimate_says(peaks: dict[str, int]) -> None:
     model = tiny_model(**FIELDS)
     estimates = {
-        name: estimate_memory(
-            model, config_of(name), CPU, tokens=TOKENS, longest_pair=500, processes=1, sharded=False
-        ).total
-        for name in RUNS
+        name: estimate_memory(model, config_of(name), CPU, tokens=TOKENS, longest_pair=500).total for name in RUNS
     }
     if peaks["kept"] is not None:
         saved = peaks["kept"] - peaks["checkpointed"]
@@ -88,8 +85,7 @@ def test_checkpointing_saves_what_the_estimate_says(peaks: dict[str, int]) -> No
 def test_processes_that_share_the_model_hold_their_share_and_what_they_gather() -> None:
     config = TrainConfig()
     alone, shared = (
-        estimate_memory(tiny_model(**FIELDS), config, CPU, tokens=100, longest_pair=50, processes=8, sharded=sharded)
-        for sharded in (False, True)
+        estimate_memory(tiny_model(**FIELDS), config, CPU, tokens=100, longest_pair=50, share=share) for share in (1, 8)
     )
     whole = sum(p.nbytes for p in tiny_model(**FIELDS).parameters())
     assert (alone.parameters, alone.gradients, alone.optimizer, alone.gathered) == (whole, whole, 2 * whole, 0)
@@ -101,19 +97,15 @@ def test_processes_that_share_the_model_hold_their_share_and_what_they_gather() 
 def test_frozen_parameters_have_neither_gradients_nor_optimizer_state() -> None:
     model = tiny_model(**FIELDS).requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)
-    memory = estimate_memory(model, TrainConfig(), CPU, tokens=100, longest_pair=50, processes=1, sharded=False)
-    trained = estimate_memory(
-        tiny_model(**FIELDS), TrainConfig(), CPU, tokens=100, longest_pair=50, processes=1, sharded=False
-    )
+    memory = estimate_memory(model, TrainConfig(), CPU, tokens=100, longest_pair=50)
+    trained = estimate_memory(tiny_model(**FIELDS), TrainConfig(), CPU, tokens=100, longest_pair=50)
     assert (memory.gradients, memory.optimizer) == (4 * 256, 8 * 256)
     assert trained.head - memory.head > 4 * 16_000 * 256  # dW, at least
 
 
 def test_the_warning_names_what_helps_and_is_not_there_yet() -> None:
     config = TrainConfig()
-    memory = estimate_memory(
-        tiny_model(**FIELDS), config, CPU, tokens=4000, longest_pair=50, processes=1, sharded=False
-    )
+    memory = estimate_memory(tiny_model(**FIELDS), config, CPU, tokens=4000, longest_pair=50)
     assert memory.warning(memory.total, config) is None
     warning = memory.warning(memory.total - 1, config)
     assert all(name in warning for name in ("max_batch_tokens", "activation_checkpointing: true", "FSDP2", "lora"))

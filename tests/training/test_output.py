@@ -14,18 +14,18 @@ from helpers import PAIRS, metrics, options, tiny_model, token_pairs
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.integrations import TensorBoardCallback
 
 import inspo_kernels as ik
+import training.reporting
 import training.resumable
 import training.save_model
-import training.trainer
 from training import output
-from training.checkpoint import SaveError, check_checkpoint
+from training.checkpoint import check_checkpoint
 from training.config import TrainConfig
 from training.errors import InputError
-from training.evaluation import is_better, sample_answers
+from training.evaluation import METRICS, is_better, sample_answers
 from training.model import byte_tokenizer
 from training.scoring import PairModel
 from training.train import main, train
@@ -121,15 +121,15 @@ def test_better_is_by_accuracy_from_the_prompt_alone_and_ties_by_margin():
 
 
 def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    original = training.save_model.on_first_process
+    original = training.save_model.model_card
     calls = iter(range(99))
 
-    def fail_first(write):
+    def fail_first(*given, **more):
         if next(calls) == 0:
-            raise SaveError("best could not be written: full")
-        original(write)
+            raise OSError("full")
+        return original(*given, **more)
 
-    monkeypatch.setattr(training.save_model, "on_first_process", fail_first)
+    monkeypatch.setattr(training.save_model, "model_card", fail_first)
     main(options(tmp_path / "out", *RUN))
     assert "best could not be written: full; the run goes on" in capsys.readouterr().out
     assert (tmp_path / "out" / "best").is_dir() and (tmp_path / "out" / "final").is_dir()
@@ -215,7 +215,7 @@ def test_a_run_warns_where_answers_from_the_prompt_alone_get_worse(tmp_path, cap
 def test_a_run_that_goes_on_in_another_folder_has_a_best_model_there(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(output, "plot_curves", lambda *what: None)
     out = tmp_path / "out"
-    monkeypatch.setattr(training.trainer, "is_better", lambda row, best: best is None and row["step"] > 0)
+    monkeypatch.setattr(training.reporting, "is_better", lambda row, best: best is None and row["step"] > 0)
     main(options(out, *RUN, "--resume_from_checkpoint", str(finished / "checkpoint-3")))
     assert "After step 4, on held-out pairs" in (out / "best" / "README.md").read_text()
 
@@ -280,3 +280,36 @@ def test_the_trained_model_alone_is_uploaded(tmp_path, monkeypatch, capsys):
     main(options(tmp_path / "two", "--push_to_hub", "true"))
     assert "could not be uploaded (ConnectionError: no network)" in capsys.readouterr().out
     assert (tmp_path / "two/final").is_dir()
+
+
+def test_a_repository_that_cannot_be_created_is_refused_before_step_one(tmp_path, monkeypatch, capsys):
+    def fail(*given, **more):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", fail)
+    with pytest.raises(SystemExit, match="2"):
+        main(options(tmp_path / "out", "--push_to_hub", "true", "--hub_model_id", "me/mine"))
+    assert "push_to_hub: the repository could not be created (ConnectionError: no network)" in capsys.readouterr().err
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_metrics_for_the_best_model_are_in_each_evaluation(finished):
+    rows = [row for row in metrics(finished) if "eval_loss" in row]
+    assert rows and all(set(METRICS) <= row.keys() for row in rows)
+
+
+def test_without_a_temporary_folder_a_run_says_what_to_set(tmp_path, monkeypatch, capsys):
+    def full(*given, **more):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(training.save_model.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(SystemExit, match="2"):
+        main(options(tmp_path / "out"))
+    assert "make space, or set TMPDIR" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_from_the_start_names_the_file(tmp_path, capsys):
+    (tmp_path / "out/config.yaml").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="1"):
+        main(options(tmp_path / "out"))
+    assert f"{tmp_path / 'out/config.yaml'} could not be written" in capsys.readouterr().err

@@ -124,3 +124,10 @@ def test_a_full_disk_at_the_reference_costs_a_warning(tmp_path, monkeypatch):
     assert torch.equal(reference(tiny_model(), tmp_path, said), expected)
     assert "could not be written (No space left on device); the run goes on" in said[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_cache_that_is_a_file_costs_a_warning(tmp_path):
+    said, cache = [], tmp_path / "file"
+    cache.write_text("")
+    assert reference(tiny_model(), cache, said).isfinite().all()
+    assert "could not be written" in said[0] and "the run goes on" in said[0]

@@ -249,7 +249,7 @@ def test_a_failed_start_leaves_the_folder_as_it_was(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="2"):
         main(options(tmp_path / "file"))
-    assert "is a file" in capsys.readouterr().err
+    assert "not a folder" in capsys.readouterr().err
 
 
 def test_a_run_can_be_taken_back_to_an_earlier_checkpoint_of_its_own(tmp_path):
