@@ -166,7 +166,15 @@ def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, An
         else f"{{%- set {name} = {value} %}}"
         for name, value in values.items()
     )
-    _edit_template(tokenizer, lambda text: text if text.startswith(lines) else lines + text)
+    template = ChatTemplate(tokenizer)
+    if all(text.startswith(lines) for text in template.texts):
+        return  # they were fixed before
+    read = template.columns
+    for name in values:
+        if name not in read:
+            known = ", ".join(sorted(read)) or "none"
+            raise InputError(f"chat_template_kwargs: the chat template reads no {name!r} (it reads: {known})")
+    _edit_template(tokenizer, lambda text: lines + text)
 
 
 def _edit_template(tokenizer: PreTrainedTokenizerBase, edit: Callable[[str], str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,15 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import TextEncoder
 from .errors import InputError
-from .pairs import SCHEMA, Pair, Pairs
+from .pairs import SCHEMA, Pair, Pairs, file_hash, kept_table
 from .records import FAULTS, LEFT_OUT, READ, REMARKS, REPEATS_PROMPT, draft, encode
-from .sources import Records, Source, check_source, files_of, parse_sources
+from .sources import Records, Source, files_of, parse_sources
 
 Log = Callable[[str], None]
 
-__all__ = ["Pair", "Pairs", "check_pairs", "check_source", "load_pairs", "select_pairs", "trained_ends"]
+__all__ = ["Pair", "Pairs", "check_pairs", "load_pairs", "select_pairs", "trained_ends"]
 
-FORMAT = 2  # of what is kept; after a change of what is tokenised, another number makes all of it be done again
+FORMAT = 3  # of what is kept; after a change of what is tokenised, another number makes all of it be done again
 _BATCH = 256  # records tokenised together
 _KEPT_FROM = 4_000_000  # bytes of a text file; a smaller one is tokenised again each time, within seconds
 
@@ -38,8 +37,8 @@ def load_pairs(
 ) -> Pairs:
     """Read and tokenise ``source``: what ``parse_sources`` takes, with the columns and weights it gives.
 
-    Large sources are tokenised once a node and kept in the cache of ``datasets``. An empty response gives an empty list
-    of ids. Raises InputError, naming file and line, for anything that is not a pair.
+    Large sources are tokenised once a node and kept beside the cache of ``datasets``. An empty response gives an empty
+    list of ids. Raises InputError, naming file and line, for anything that is not a pair.
     """
     encoder = TextEncoder(tokenizer)
     tables: list[pa.Table] = []
@@ -48,8 +47,10 @@ def load_pairs(
     for one in sources:
         found = [_tokenised(file, encoder, options, log) for file in files_of(one)]
         start, size = sum(map(len, tables)), sum(map(len, found))
+        if not size:
+            raise InputError(f"{one.name}: holds no record")
         chosen = weighted(size, one.weight, getattr(options, "seed", 0))
-        if size and not len(chosen):
+        if not len(chosen):
             raise InputError(f"{one.name}: weight={one.weight} leaves none of its {size} pairs; raise it")
         tables += found
         indices.append(start + chosen)
@@ -72,53 +73,42 @@ def weighted(size: int, weight: float, seed: int) -> np.ndarray:
 
 
 def _tokenised(source: Source, encoder: TextEncoder, options: Any, log: Log) -> pa.Table:
-    """The pairs of ``source``. ``datasets`` keeps those of large sources, and lets one process of a node work."""
+    """The pairs of ``source``. Those of large sources are kept, and one process of a node tokenises them."""
     records = Records(source)
-    rows = partial(_rows, records, encoder, options, log)
+    batches = partial(_batches, records, encoder, options, log)
     if not getattr(options, "dry_run", False) and (not records.is_text or records.total >= _KEPT_FROM):
-        import datasets
+        from datasets import config  # slow to import
 
-        datasets.disable_progress_bars()  # ours knows the total
         try:
-            kept = datasets.Dataset.from_generator(
-                rows,
-                features=datasets.Features.from_arrow_schema(SCHEMA),
-                fingerprint=_key(records, encoder, options),
-                cache_dir=os.environ.get("HF_DATASETS_CACHE"),
-            )
-            log(f"{records.name}: {len(kept)} tokenised pairs are in {kept.cache_files[0]['filename']}")
-            return kept.data.table
-        except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__
-            if not isinstance(cause, OSError):
-                raise cause from None  # type: ignore[misc]
-            log(f"WARNING: {records.name}: tokenised pairs cannot be kept and read ({cause}); they are kept in memory")
-    return pa.Table.from_pylist([*rows()], SCHEMA)
+            folder = Path(config.HF_DATASETS_CACHE, "tokenised_pairs")
+            table, file = kept_table(folder, _key(records, encoder, options), batches, log)
+        except OSError as error:
+            log(f"WARNING: {records.name}: tokenised pairs cannot be kept ({error}); they are in memory")
+        else:
+            log(f"{records.name}: {len(table)} tokenised pairs are in {file}")
+            return table
+    return pa.Table.from_batches(batches(), SCHEMA)
 
 
 def _key(records: Records, encoder: TextEncoder, options: Any) -> str:
     """Hash of everything that the tokenised pairs depend on."""
-    tokenizer, content = encoder.tokenizer, records.identity
+    tokenizer = encoder.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    if records.is_text:
-        with Path(records.source.path).open("rb") as file:
-            content = hashlib.file_digest(file, "blake2b").hexdigest()
     parts = [
         FORMAT,
         type(tokenizer).__name__,
-        words,
+        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
         tokenizer.special_tokens_map,
         tokenizer.chat_template,
         encoder.today(),
         asdict(records.source),
         getattr(options, "alternative", ""),
-        content,
+        file_hash(Path(records.source.path)) if records.is_text else records.identity,
     ]
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _rows(records: Records, encoder: TextEncoder, options: Any, log: Log) -> Iterator[dict[str, Any]]:
+def _batches(records: Records, encoder: TextEncoder, options: Any, log: Log) -> Iterator[pa.RecordBatch]:
     messages_only = getattr(options, "alternative", "plain") == "chat"
     unread: set[str] = set()
     with tqdm(
@@ -130,8 +120,8 @@ def _rows(records: Records, encoder: TextEncoder, options: Any, log: Log) -> Ite
             encoder.prefetch(text for one in drafts for text in one.texts)
             for one, record in zip(drafts, batch):
                 unread |= record.values.keys() - READ - (encoder.columns if one.chat else set())
-                pair, problem = encode(one, encoder)
-                yield pair.row(problem, one.chat)
+            encoded = [(*encode(one, encoder), one.chat) for one in drafts]
+            yield pa.RecordBatch.from_pylist([pair.row(problem, chat) for pair, problem, chat in encoded], SCHEMA)
             bar.update(batch[-1].done - bar.n)
     if unread:
         log(f"note: {records.name}: columns not read: {', '.join(map(repr, sorted(unread)))}")

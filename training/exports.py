@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import InputError
-from .messages import Messages, check_text
+from .messages import Messages, check_text, read_messages
 from .sources import Records, Source
 
 FORMATS = ("alpaca_eval", "arena_hard", "mt_bench")
@@ -54,6 +54,11 @@ class Question(NamedTuple):
     @property
     def answers(self) -> int:
         return 1 if self.text is not None else len(self.turns)
+
+    @property
+    def asked(self) -> str:
+        """What the first answer replies to."""
+        return self.text if self.text is not None else str(self.turns[0][-1]["content"])
 
 
 class Answer(NamedTuple):
@@ -87,34 +92,34 @@ def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Que
         raise InputError(f"{origin}: {missing[0]!r} is missing, which {form} needs ({found})")
     if record.get("input"):
         raise InputError(f"{origin}: 'input' is not read; write it into 'instruction'")
-    name = next((name for name in ("messages", "turns", "instruction", "prompt") if name in record), None)
+    name = next((n for n in ("messages", "conversations", "turns", "instruction", "prompt") if n in record), None)
     if name is None:
         raise InputError(f"{origin}: neither messages, turns, instruction nor prompt ({found})")
     value = record[name]
-    if name == "prompt" and not chat and form != "arena_hard":
-        if not isinstance(value, str):
-            raise InputError(f"{origin}: 'prompt' must be a string")
+    if name == "prompt" and isinstance(value, str) and not chat and form != "arena_hard":
         check_text(value, origin)
         return Question(origin, record, value, [])
     if name == "turns" and not (isinstance(value, list) and value):
         raise InputError(f"{origin}: 'turns' must be a list with at least one entry")
-    contents = value if name == "turns" else [value]
-    turns = (
-        [value]
-        if name == "messages"
-        else [
-            [{"role": "user", "content": turn.get("content") if isinstance(turn, dict) else turn}] for turn in contents
-        ]
-    )
-    for messages in turns:
-        whole = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
-        if not whole or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
-            raise InputError(f"{origin}: each message needs a role and a content, both strings")
-        for message in messages:
-            check_text(str(message["content"]), origin)
+    turns = [_turn(one, name, origin) for one in (value if name == "turns" else [value])]
     if form == "alpaca_eval" and len(turns) > 1:
         raise InputError(f"{origin}: {len(turns)} turns, but alpaca_eval has one; use --format mt_bench")
     return Question(origin, record, None, turns)
+
+
+def _turn(value: Any, name: str, origin: str) -> Messages:
+    if isinstance(value, str) and name != "messages":
+        value = {"role": "user", "content": value}
+    elif isinstance(value, dict) and name == "turns":
+        value = {"role": "user", **value}
+    messages = read_messages(value, name, origin)
+    if messages is None:
+        raise InputError(f"{origin}: {name!r} must hold text or messages; each message needs a role and a content")
+    if messages[-1]["role"] == "assistant":
+        raise InputError(f"{origin}: {name!r} ends with a message of the assistant; end it with what is to be answered")
+    for message in messages:
+        check_text(message["content"], origin)
+    return messages
 
 
 def write_answers(
@@ -126,6 +131,11 @@ def write_answers(
         text = json.dumps(entries, ensure_ascii=False, indent=2) + "\n"
     else:
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    write_whole(file, text)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write ``text`` so that ``file`` never holds half of it."""
     partial = file.with_name(file.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
@@ -134,9 +144,13 @@ def write_answers(
 def _entry(form: str, question: Question, answers: Sequence[Answer], name: str) -> dict[str, Any]:
     record = question.record
     if form == "alpaca_eval":
-        said = question.text if question.text is not None else question.turns[0][-1]["content"]
         kept = {key: record[key] for key in ("dataset",) if key in record}
-        return {**kept, "instruction": record.get("instruction", said), "output": answers[0].text, "generator": name}
+        return {
+            **kept,
+            "instruction": record.get("instruction", question.asked),
+            "output": answers[0].text,
+            "generator": name,
+        }
     if form == "arena_hard" and "uid" in record:
         reply = {"role": "assistant", "content": {"answer": answers[0].text}}
         return {

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .adapters import add_lora
 from .chat import prepare_tokenizer, separator_ids
 from .config import TrainConfig
-from .data import Pair, Pairs, check_pairs, check_source, load_pairs, select_pairs
+from .data import Pair, Pairs, check_pairs, load_pairs, select_pairs
 from .data_options import DataOptions
 from .engine import check_same, raise_on_all_ranks
 from .errors import InputError
 from .model import check_architecture, load_model, padding_id
 from .scoring import weights_digest
+from .sources import check_source, parse_sources
 
 # (prompt ids, chosen ids, rejected ids), each response with its EOS
 TokenPairs = Sequence[Pair] | Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]
@@ -71,8 +72,8 @@ def load_inputs(config: TrainConfig, given: Given, log: Callable[[str], None]) -
 def check_sources(config: DataOptions, given: Given) -> None:
     """Raise InputError for a local file that is not there."""
     for source, held in ((config.train_data, given.pairs), (config.eval_data, given.eval_pairs)):
-        if source is not None and held is None:
-            check_source(source)
+        for one in parse_sources(source) if source is not None and held is None else []:
+            check_source(one)
 
 
 def read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log: Callable[[str], None]) -> Inputs:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from filelock import FileLock
 from numpy.typing import NDArray
 
 # ``ids``: the prompt's, chosen's and rejected's ids one after the other; ``prompt`` and ``chosen``: how many of each.
@@ -154,3 +156,39 @@ class Pairs(Sequence[Pair]):
     def cut(self, kept: Sequence[int], cuts: Sequence[int], bos: int | None) -> Pairs:
         """The pairs ``kept``; of their prompts, ``cuts`` tokens behind the BOS are left out."""
         return Pairs(self._table, self._where[np.asarray(kept, np.int64)], np.asarray(cuts, np.int64), bos)
+
+
+def kept_table(
+    folder: Path, key: str, batches: Callable[[], Iterable[pa.RecordBatch]], log: Callable[[str], None]
+) -> tuple[pa.Table, Path]:
+    """Return the rows of ``batches`` as a file of ``folder``, mapped into memory, and that file.
+
+    A file that ``key`` names is read if its contents have the hash in its name. Otherwise one process writes it, while
+    others wait. Raises OSError where that cannot be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{key}.lock"):
+        for file in folder.glob(f"{key}-*.arrow"):
+            if file.stem.endswith(file_hash(file)):
+                return _mapped(file), file
+            log(f"WARNING: {file} is damaged; its pairs are tokenised again")
+            file.unlink()
+        unfinished = folder / f"{key}.unfinished"
+        try:
+            with unfinished.open("wb") as content, pa.ipc.new_stream(content, SCHEMA) as writer:
+                for batch in batches():
+                    writer.write_batch(batch)
+            file = unfinished.rename(folder / f"{key}-{file_hash(unfinished)}.arrow")
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return _mapped(file), file
+
+
+def _mapped(file: Path) -> pa.Table:
+    return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+
+
+def file_hash(file: Path) -> str:
+    """Return a hash of the contents of ``file``."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, partial(hashlib.blake2b, digest_size=16)).hexdigest()

@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
+import io
 import json
 import lzma
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from .errors import InputError
 
-OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
+_BINARY = {  # how files begin that no text does
+    b"\x1f\x8b": "compressed; name it .gz",
+    b"BZh": "compressed; name it .bz2",
+    b"\x28\xb5\x2f\xfd": "compressed; name it .zst",
+    b"\xfd7zXZ": "compressed; name it .xz",
+    b"PK\3\4": "a zip archive; unpack it",
+    b"PAR1": "Parquet; name it .parquet",
+    b"ARROW1": "Arrow; name it .arrow",
+    b"\xff\xfe": "written in UTF-16; save it in UTF-8",
+    b"\xfe\xff": "written in UTF-16; save it in UTF-8",
+}
 _SPACE = re.compile(r"\s*")
 
 
 def read_records(path: Path, kind: str, compression: str) -> Iterator[tuple[int, dict[str, Any], int]]:
     """Yield the line, the values and the number of bytes of ``path`` that are read, of each record.
 
-    ``kind`` is the format's suffix, ``compression`` one of ``OPENERS`` or empty. Raises InputError naming the line.
+    ``kind`` is the format's suffix, ``compression`` one of ``COMPRESSIONS`` or empty. Raises InputError with the line.
     """
-    with path.open("rb") as raw, OPENERS.get(compression, lambda file: file)(raw) as file:
+    with path.open("rb") as raw:
         try:
-            head = file.peek(3)[:3]
-            if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise InputError(f"{path}: is written in UTF-16; save it in UTF-8")
-            file.read(3 if head == b"\xef\xbb\xbf" else 0)
+            file = _decompressed(raw, compression)
+            head = file.peek(6)
+            for start, what in _BINARY.items():
+                if head.startswith(start):
+                    raise InputError(f"{path}: is {what}")
+            file.read(3 if head[:3] == b"\xef\xbb\xbf" else 0)
             rows = _csv(path, file, "\t" if kind == ".tsv" else ",") if kind in (".csv", ".tsv") else _json(path, file)
             for number, values in rows:
                 yield number, values, raw.tell()
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        except (EOFError, OSError, lzma.LZMAError) as error:
             raise InputError(f"{path}: cannot be decompressed ({error}); is the file complete?") from None
+
+
+def _decompressed(raw: Any, compression: str) -> Any:
+    if not compression:
+        return raw
+    if compression == ".xz":
+        return lzma.open(raw)
+    return io.BufferedReader(pa.input_stream(raw, compression=COMPRESSIONS[compression]))  # type: ignore[arg-type]
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:

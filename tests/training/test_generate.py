@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from training import generate as module
 from training.chat import TextEncoder
+from training.errors import InputError
 from training.generate import generate, generate_batch, main
 from training.model import byte_tokenizer
 
@@ -308,6 +309,24 @@ def test_what_another_model_or_other_options_answered_is_not_kept(saved, tmp_pat
     assert entries == answer_file(tmp_path, folder, records, "alpaca_eval", *more, name="anew")
 
 
+USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER | {"content": [{"type": "text", "text": "Why?"}]}]},
+        {"conversations": [{"from": "human", "value": "Why?"}]},
+        {"prompt": [USER]},
+    ],
+)
+def test_conversations_of_every_form_are_answered(saved, tmp_path, record):
+    _, folder = saved
+    (expected,) = answer_file(tmp_path, folder, [{"messages": [USER]}], "alpaca_eval")
+    assert expected["instruction"] == "Why?"
+    assert answer_file(tmp_path, folder, [record], "alpaca_eval", name="other") == [expected]
+
+
 @pytest.mark.parametrize(
     ("record", "form", "message"),
     [
@@ -323,8 +342,12 @@ def test_what_another_model_or_other_options_answered_is_not_kept(saved, tmp_pat
         ({"question_id": 1, "turns": [3]}, "mt_bench", "each message needs a role and a content"),
         ({"uid": "a", "instruction": "b"}, "arena_hard", "'prompt' is missing, which arena_hard needs"),
         ({"instruction": "a"}, "arena_hard", "'question_id' is missing"),
-        ({"prompt": 3}, "alpaca_eval", "'prompt' must be a string"),
+        ({"prompt": 3}, "alpaca_eval", "'prompt' must hold text or messages"),
         ({"messages": "a"}, "alpaca_eval", "each message needs a role and a content"),
+        ({"messages": [USER, ANSWER]}, "alpaca_eval", "ends with a message of the assistant"),
+        ({"messages": [USER | {"role": "human"}]}, "alpaca_eval", "p.jsonl:1: the role 'human' is not one of"),
+        ({"messages": [USER], "tools": [{"name": "f"}]}, "alpaca_eval", "p.jsonl:1: has 'tools', which the"),
+        ({"messages": [USER | {"content": [{"type": "image"}]}]}, "alpaca_eval", "has a part of type 'image'"),
         (3, "alpaca_eval", "p.jsonl:1: must be a JSON object"),
         ({"prompt": "a" * 60}, "alpaca_eval", "p.jsonl:1: the prompt has 61 tokens, which leaves fewer than 6 of the"),
     ],
@@ -368,6 +391,7 @@ def test_bad_files_and_options_are_named(saved, tmp_path, capsys):
         (["--prompts", prompts], "--prompts and --out belong together"),
         (["--prompt", "a", "--prompts", prompts], "not allowed with"),
         (["--prompt", "a", "--temperature", "-1"], "must be at least 0"),
+        (["--prompt", "a", "--temperature", "nan"], "must be at least 0, and finite"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["--model", folder, *words])
@@ -386,3 +410,27 @@ def test_a_missing_model_is_named(capsys, tmp_path):
         main(["--model", str(tmp_path / "nothing"), "--prompt", "Why?"])
     assert stopped.value.code == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_a_template_that_drops_the_question_is_refused(saved):
+    model, _ = saved
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}A:"
+    with pytest.raises(InputError, match="--prompt: the chat template leaves out what a message says"):
+        generate(model, tokenizer, "Why?", chat=True)
+
+
+def test_a_model_that_never_ends_is_refused():
+    model, tokenizer = wild_model(), byte_tokenizer()
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    with pytest.raises(InputError, match="neither the tokenizer nor generation_config.json has an EOS token"):
+        generate(model, tokenizer, "Why?")
+
+
+def test_a_damaged_file_of_answers_is_written_anew(saved, tmp_path):
+    _, folder = saved
+    expected = answer_file(tmp_path, folder, [{"prompt": "Why?"}], "alpaca_eval")
+    for number, content in enumerate([b'{"key": 3}\n{"x"}\n', b"\xff\xfe}\n", b"3\n"]):
+        (tmp_path / f"{number}.json.partial").write_bytes(content)
+        found = answer_file(tmp_path, folder, [{"prompt": "Why?"}], "alpaca_eval", name=str(number))
+        assert found == expected
