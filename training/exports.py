@@ -4,12 +4,9 @@ What each tool reads, by its own source:
 
 - ``alpaca_eval``, github.com/tatsu-lab/alpaca_eval, ``main.py`` (``model_outputs``): one JSON list of objects with
   ``instruction``, ``output`` and ``generator``; ``dataset`` is passed on.
-- ``arena_hard``, github.com/lmarena/arena-hard-auto. Version 2.0, ``gen_answer.py`` and ``gen_judgment.py``: JSON lines
-  with ``uid``, ``ans_id``, ``model``, ``messages`` (the last one's content is ``{"answer": text}``) and ``tstamp``, for
-  questions with ``uid`` and ``prompt``. Version 0.1: JSON lines with ``question_id``, ``answer_id``, ``model_id``,
-  ``choices`` (``[{"index", "turns": [{"content", "token_len"}]}]``) and ``tstamp``, for questions with ``question_id``
-  and ``turns`` of ``{"content": text}``. The questions decide which. Style control additionally needs what their
-  ``utils/add_markdown_info.py`` adds, with a tokenizer of theirs.
+- ``arena_hard``, github.com/lmarena/arena-hard-auto 2.0, ``gen_answer.py`` and ``gen_judgment.py``: JSON lines with
+  ``uid``, ``ans_id``, ``model``, ``messages`` (the last one's content is ``{"answer": text}``) and ``tstamp``. Style
+  control additionally needs what their ``utils/add_markdown_info.py`` adds, with a tokenizer of theirs.
 - ``mt_bench``, github.com/lm-sys/FastChat, ``fastchat/llm_judge``: JSON lines with ``question_id``, ``answer_id``,
   ``model_id``, ``choices`` (``[{"index", "turns": [text, text]}]``) and ``tstamp``. The second answer follows the
   first. ``TEMPERATURES`` are those that ``common.py`` there has for the categories, ``DEFAULT_TEMPERATURE`` that of
@@ -61,17 +58,12 @@ class Question(NamedTuple):
         return self.text if self.text is not None else str(self.turns[0][-1]["content"])
 
 
-class Answer(NamedTuple):
-    text: str
-    tokens: int
-
-
 def read_questions(file: str, form: str, *, chat: bool) -> list[Question]:
     """The records of ``file``, in any format that training data may have, each able to fill ``form``.
 
-    A record holds ``messages`` (a conversation to be answered), ``turns`` (strings or ``{"content"}``, each answered),
-    ``instruction`` (a user's message) or ``prompt`` (text as it stands; a user's message with ``chat``, and in
-    Arena-Hard's questions). Raises InputError, naming file and line.
+    A record holds ``messages`` (a conversation to be answered), ``turns`` (strings, each answered), ``instruction`` (a
+    user's message) or ``prompt`` (text as it stands; a user's message with ``chat``, and in Arena-Hard's questions).
+    Raises InputError, naming file and line.
     """
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file (working directory: {Path.cwd()})")
@@ -84,15 +76,13 @@ def read_questions(file: str, form: str, *, chat: bool) -> list[Question]:
 
 def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Question:
     found = f"keys found: {', '.join(map(repr, record)) or 'none'}"
-    needed = {
-        "arena_hard": ["uid", "prompt"] if "uid" in record else ["question_id", "turns"],
-        "mt_bench": ["question_id", "turns"],
-    }.get(form, [])
+    needed = {"arena_hard": ("prompt", "uid"), "mt_bench": ("turns", "question_id")}.get(form, ())
     if missing := [name for name in needed if name not in record]:
         raise InputError(f"{origin}: {missing[0]!r} is missing, which {form} needs ({found})")
     if record.get("input"):
         raise InputError(f"{origin}: 'input' is not read; write it into 'instruction'")
-    name = next((n for n in ("messages", "conversations", "turns", "instruction", "prompt") if n in record), None)
+    names = needed[:1] or ("messages", "conversations", "turns", "instruction", "prompt")
+    name = next((name for name in names if name in record), None)
     if name is None:
         raise InputError(f"{origin}: neither messages, turns, instruction nor prompt ({found})")
     value = record[name]
@@ -110,8 +100,6 @@ def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Que
 def _turn(value: Any, name: str, origin: str) -> Messages:
     if isinstance(value, str) and name != "messages":
         value = {"role": "user", "content": value}
-    elif isinstance(value, dict) and name == "turns":
-        value = {"role": "user", **value}
     messages = read_messages(value, name, origin)
     if messages is None:
         raise InputError(f"{origin}: {name!r} must hold text or messages; each message needs a role and a content")
@@ -123,7 +111,7 @@ def _turn(value: Any, name: str, origin: str) -> Messages:
 
 
 def write_answers(
-    file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[Answer]], name: str
+    file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[str]], name: str
 ) -> None:
     """Write ``answers``, one list for each of ``questions``, of the model ``name``; the file appears whole."""
     entries = [_entry(form, question, given, name) for question, given in zip(questions, answers, strict=True)]
@@ -141,32 +129,16 @@ def write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def _entry(form: str, question: Question, answers: Sequence[Answer], name: str) -> dict[str, Any]:
-    record = question.record
+def _entry(form: str, question: Question, answers: Sequence[str], name: str) -> dict[str, Any]:
+    record, now, answer_id = question.record, time.time(), uuid.uuid4().hex
     if form == "alpaca_eval":
         kept = {key: record[key] for key in ("dataset",) if key in record}
-        return {
-            **kept,
-            "instruction": record.get("instruction", question.asked),
-            "output": answers[0].text,
-            "generator": name,
-        }
-    if form == "arena_hard" and "uid" in record:
-        reply = {"role": "assistant", "content": {"answer": answers[0].text}}
-        return {
-            "uid": record["uid"],
-            "ans_id": uuid.uuid4().hex,
-            "model": name,
-            "messages": [*question.turns[0], reply],
-            "tstamp": time.time(),
-        }
-    turns: list[Any] = [answer.text for answer in answers]
+        instruction = record.get("instruction", question.asked)
+        return {**kept, "instruction": instruction, "output": answers[0], "generator": name}
     if form == "arena_hard":
-        turns = [{"content": answer.text, "token_len": answer.tokens} for answer in answers]
-    return {
-        "question_id": record["question_id"],
-        "answer_id": uuid.uuid4().hex,
-        "model_id": name,
-        "choices": [{"index": 0, "turns": turns}],
-        "tstamp": time.time(),
-    }
+        reply = {"role": "assistant", "content": {"answer": answers[0]}}
+        messages = [*question.turns[0], reply]
+        return {"uid": record["uid"], "ans_id": answer_id, "model": name, "messages": messages, "tstamp": now}
+    choices = [{"index": 0, "turns": answers}]
+    ids = {"question_id": record["question_id"], "answer_id": answer_id, "model_id": name}
+    return {**ids, "choices": choices, "tstamp": now}

@@ -10,12 +10,10 @@ there is no other response at inference, and no extra cost.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal, cast
 
@@ -39,7 +37,6 @@ from .exports import (
     DEFAULT_TEMPERATURE,
     FORMATS,
     TEMPERATURES,
-    Answer,
     Question,
     read_questions,
     write_answers,
@@ -138,27 +135,23 @@ def answer_questions(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
-    journal: Path,
-    key: str,
-) -> list[list[Answer]]:
-    """Return all answers to each question. They are kept in ``journal``; a journal with the same ``key`` is resumed."""
-    done = _read_journal(journal, key)
-    if done:
-        print(f"{len(done)} of {len(questions)} prompts are already answered in {journal}", file=sys.stderr)
-    openings = {i: prompt_ids(encoder, q, []) for i, q in enumerate(questions) if i not in done}
+) -> list[list[str]]:
+    """Return all answers to each question. Raises InputError for one that leaves no room in the model's positions."""
+    openings = [prompt_ids(encoder, question, []) for question in questions]
     positions = getattr(model.config, "max_position_embeddings", None)
-    for i, ids in openings.items():
+    for question, ids in zip(questions, openings):
         if positions and len(ids) + max_new_tokens > positions:
             raise InputError(
-                f"{questions[i].origin}: the prompt has {len(ids)} tokens, which leaves fewer than {max_new_tokens} of "
+                f"{question.origin}: the prompt has {len(ids)} tokens, which leaves fewer than {max_new_tokens} of "
                 f"the model's {positions} positions to the answer; lower --max_new_tokens, or leave the prompt out"
             )
     # Batch similar lengths, the longest first: if memory is too small, the run fails at once.
-    order = sorted(openings, key=lambda i: -len(openings[i]))
-    with tqdm(total=len(questions), initial=len(done), desc="answers", disable=None) as bar, journal.open("a") as file:
+    order = sorted(range(len(questions)), key=lambda i: -len(openings[i]))
+    answers: list[list[str]] = [[] for _ in questions]
+    cut = 0
+    with tqdm(total=len(questions), desc="answers", disable=None) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            answers: dict[int, list[Answer]] = {i: [] for i in batch}
             while left := [i for i in batch if len(answers[i]) < questions[i].answers]:
                 turn = len(answers[left[0]])
                 outputs = generate_batch(
@@ -171,24 +164,21 @@ def answer_questions(
                     chat=any(questions[i].text is None for i in left),
                 )
                 for i, ids in zip(left, outputs):
-                    answers[i].append(Answer(answer_text(ids, encoder.tokenizer).strip(), len(ids)))
-            done |= answers
-            file.writelines(json.dumps({"index": i, "answers": answers[i]}) + "\n" for i in batch)
-            file.flush()
+                    answers[i].append(answer_text(ids, encoder.tokenizer).strip())
+                    cut += len(ids) >= max_new_tokens
             bar.update(len(batch))
-    cut = sum(answer.tokens >= max_new_tokens for given in done.values() for answer in given)
     if cut:
         print(f"note: {cut} answers have --max_new_tokens={max_new_tokens} tokens and may be cut off", file=sys.stderr)
-    return [done[i] for i in range(len(questions))]
+    return answers
 
 
-def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[Answer]) -> list[int]:
+def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[str]) -> list[int]:
     """Return the ids that the next answer follows, given the ``answers`` to the question's first turns."""
     text = question.text
     if text is None:
         messages: Messages = []
         for turn, answer in zip(question.turns, [*answers, None]):
-            messages = [*messages, *turn, *([] if answer is None else [{"role": "assistant", "content": answer.text}])]
+            messages = [*messages, *turn, *([] if answer is None else [{"role": "assistant", "content": answer}])]
         columns = template_columns(question.record, encoder, question.origin)
         text = encoder.render(messages, answer_next=True, origin=question.origin, **columns)
         asked = question.turns[: len(answers) + 1]
@@ -198,18 +188,6 @@ def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[Answe
     if not ids:
         raise InputError(f"{question.origin}: the prompt is empty, and the tokenizer has no BOS token to begin with")
     return ids
-
-
-def _read_journal(journal: Path, key: str) -> dict[int, list[Answer]]:
-    """Return the answers of an interrupted run with the same ``key``; any other journal is overwritten."""
-    whole = []
-    with suppress(ValueError):  # an interrupted run may leave half a line
-        for line in journal.read_bytes().splitlines() if journal.exists() else []:
-            whole.append(json.loads(line))
-    if not whole or whole[0] != {"key": key}:
-        whole = [{"key": key}]
-    journal.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
-    return {line["index"]: [Answer(*answer) for answer in line["answers"]] for line in whole[1:]}
 
 
 def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -232,20 +210,13 @@ def _ints(value: int | list[int] | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _fingerprint(prompts: Path, folder: Path, options: dict[str, object]) -> str:
-    """Hash all that answers depend on: prompts, options, and the names, sizes and times of the model's files."""
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*"))]
-    what = json.dumps([files, sorted(options.items())]).encode()
-    return hashlib.blake2b(prompts.read_bytes() + what, digest_size=16).hexdigest()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.generate", description="Answer from the prompt alone.")
     parser.add_argument("--model", required=True, help="model or adapter: a folder such as a run's final/, or a hub id")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text, in the form of the training data's prompts")
     source.add_argument("--prompts", help="data file with prompt, instruction, messages or turns; needs --out")
-    parser.add_argument("--out", help="answer file; an interrupted run continues from OUT.partial")
+    parser.add_argument("--out", help="answer file")
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=f"format of --out [{FORMATS[0]}]")
     parser.add_argument("--name", help="the model's name in --out [--model]")
     parser.add_argument("--chat", action="store_true", help="make each prompt a user's message of the chat template")
@@ -294,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted" + (": the same command goes on from here" if options.out else ""), file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -327,14 +298,8 @@ def _run(options: argparse.Namespace) -> None:
         temperatures = [temperature] * len(questions)
         if options.temperature is None and options.format == "mt_bench":
             temperatures = [TEMPERATURES.get(str(q.record.get("category")), DEFAULT_TEMPERATURE) for q in questions]
-        said = {n: getattr(options, n) for n in ("model", "format", "chat", "max_new_tokens", "temperature", "seed")}
-        key = _fingerprint(Path(options.prompts), Path(options.model), said | {"dtype": dtype})
-        journal = out.with_name(out.name + ".partial")
-        answers = answer_questions(
-            model, encoder, questions, temperatures=temperatures, journal=journal, key=key, **common
-        )
+        answers = answer_questions(model, encoder, questions, temperatures=temperatures, **common)
         write_answers(out, options.format, questions, answers, options.name or options.model)
-        journal.unlink()
     else:
         common.pop("batch_size")
         print(generate(model, tokenizer, options.prompt, temperature=temperature, chat=options.chat, **common))

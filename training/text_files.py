@@ -16,17 +16,7 @@ import pyarrow as pa
 from .errors import InputError
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
-_BINARY = {  # how files begin that no text does
-    b"\x1f\x8b": "compressed; name it .gz",
-    b"BZh": "compressed; name it .bz2",
-    b"\x28\xb5\x2f\xfd": "compressed; name it .zst",
-    b"\xfd7zXZ": "compressed; name it .xz",
-    b"PK\3\4": "a zip archive; unpack it",
-    b"PAR1": "Parquet; name it .parquet",
-    b"ARROW1": "Arrow; name it .arrow",
-    b"\xff\xfe": "written in UTF-16; save it in UTF-8",
-    b"\xfe\xff": "written in UTF-16; save it in UTF-8",
-}
+_BINARY = re.compile(rb"[\0-\x08\x0e-\x1f]")  # in no text, but within the first bytes of anything else
 _SPACE = re.compile(r"\s*")
 
 
@@ -38,10 +28,12 @@ def read_records(path: Path, kind: str, compression: str) -> Iterator[tuple[int,
     with path.open("rb") as raw:
         try:
             file = _decompressed(raw, compression)
-            head = file.peek(6)
-            for start, what in _BINARY.items():
-                if head.startswith(start):
-                    raise InputError(f"{path}: is {what}")
+            head = file.peek(64)[:64]
+            if _BINARY.search(head):
+                raise InputError(
+                    f"{path}: is no text in UTF-8; save text in UTF-8, unpack archives, and let names end by format: "
+                    f"{', '.join(COMPRESSIONS)} or .parquet"
+                )
             file.read(3 if head[:3] == b"\xef\xbb\xbf" else 0)
             rows = _csv(path, file, "\t" if kind == ".tsv" else ",") if kind in (".csv", ".tsv") else _json(path, file)
             for number, values in rows:

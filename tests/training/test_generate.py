@@ -210,19 +210,6 @@ def test_arena_hard_2_reads_uid_model_and_messages(saved, tmp_path):
     assert entry == {"uid": "u1", "model": "mine", "messages": [user("Why?"), answer]}
 
 
-def test_arena_hard_01_reads_choices_of_turns_with_content(saved, tmp_path):
-    model, folder = saved
-    record = {"question_id": "q1", "category": "arena-hard-v0.1", "cluster": "c", "turns": [{"content": "Why?"}]}
-    (entry,) = answer_file(tmp_path, folder, [record], "arena_hard", "--name", "mine")
-    assert isinstance(entry.pop("answer_id"), str) and isinstance(entry.pop("tstamp"), float)
-    text, tokens = said(model, [user("Why?")])
-    assert entry == {
-        "question_id": "q1",
-        "model_id": "mine",
-        "choices": [{"index": 0, "turns": [{"content": text, "token_len": tokens}]}],
-    }
-
-
 def test_mt_bench_answers_the_second_turn_after_the_first(saved, tmp_path):
     model, folder = saved
     records = [
@@ -256,57 +243,14 @@ def test_mt_bench_samples_at_the_temperature_of_the_category(saved, tmp_path):
     assert len({e["choices"][0]["turns"][0] for e in cold}) == 1
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_with_the_same_file(saved, tmp_path, monkeypatch, capsys):
-    _, folder = saved
-    records = [{"instruction": text} for text in PROMPTS]
-    more = ["--batch_size", "2", "--temperature", "1.5", "--seed", "3"]
-    expected = answer_file(tmp_path, folder, records, "alpaca_eval", *more)
-
-    calls = []
-
+def test_an_interrupted_run_leaves_no_file(saved, tmp_path, monkeypatch):
     def stops(*arguments, **options):
-        calls.append(len(arguments[2]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate_batch(*arguments, **options)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "generate_batch", stops)
     with pytest.raises(SystemExit, match="130"):
-        answer_file(tmp_path, folder, records, "alpaca_eval", *more, name="again")
-    assert "the same command goes on from here" in capsys.readouterr().err
-    journal = tmp_path / "again.json.partial"
-    journal.write_text(journal.read_text() + '{"index": 0, "answ')  # killed in the middle of a line
-    assert not (tmp_path / "again.json").exists()
-    again = answer_file(tmp_path, folder, records, "alpaca_eval", *more, name="again")
-    assert "4 of 5 prompts are already answered" in capsys.readouterr().err
-    assert calls[3:] == [1] and again == expected
-    assert not journal.exists()
-
-
-@pytest.mark.parametrize("change", ["seed", "prompts", "weights"])
-def test_what_another_model_or_other_options_answered_is_not_kept(saved, tmp_path, monkeypatch, change, capsys):
-    model, folder = saved
-    records = [{"instruction": text} for text in PROMPTS]
-
-    def stops(*arguments, **options):
-        if len(arguments[2]) == 1:
-            raise KeyboardInterrupt
-        return generate_batch(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "generate_batch", stops)
-        with pytest.raises(SystemExit):
-            answer_file(tmp_path, folder, records, "alpaca_eval", "--batch_size", "4")
-    if change == "prompts":
-        records[0] = {"instruction": "Another one"}
-    if change == "weights":
-        with torch.no_grad():
-            model.lm_head.weight.mul_(-1)
-        model.save_pretrained(folder)
-    more = ["--seed", "1"] if change == "seed" else []
-    entries = answer_file(tmp_path, folder, records, "alpaca_eval", *more)
-    assert "already answered" not in capsys.readouterr().err
-    assert entries == answer_file(tmp_path, folder, records, "alpaca_eval", *more, name="anew")
+        answer_file(tmp_path, saved[1], [{"prompt": "Why?"}], "alpaca_eval")
+    assert not [*tmp_path.glob("answers*")]
 
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
@@ -339,9 +283,13 @@ def test_conversations_of_every_form_are_answered(saved, tmp_path, record):
         ({"turns": ["a", "b"]}, "alpaca_eval", "2 turns, but alpaca_eval has one"),
         ({"turns": ["a"]}, "mt_bench", "'question_id' is missing, which mt_bench needs"),
         ({"question_id": 1, "turns": []}, "mt_bench", "'turns' must be a list with at least one"),
-        ({"question_id": 1, "turns": [3]}, "mt_bench", "each message needs a role and a content"),
+        (
+            {"question_id": 1, "turns": [3]},
+            "mt_bench",
+            "'turns' must hold text or messages; each message needs a role and a content",
+        ),
         ({"uid": "a", "instruction": "b"}, "arena_hard", "'prompt' is missing, which arena_hard needs"),
-        ({"instruction": "a"}, "arena_hard", "'question_id' is missing"),
+        ({"prompt": "a"}, "arena_hard", "'uid' is missing"),
         ({"prompt": 3}, "alpaca_eval", "'prompt' must hold text or messages"),
         ({"messages": "a"}, "alpaca_eval", "each message needs a role and a content"),
         ({"messages": [USER, ANSWER]}, "alpaca_eval", "ends with a message of the assistant"),
@@ -423,14 +371,5 @@ def test_a_template_that_drops_the_question_is_refused(saved):
 def test_a_model_that_never_ends_is_refused():
     model, tokenizer = wild_model(), byte_tokenizer()
     model.generation_config.eos_token_id = tokenizer.eos_token = None
-    with pytest.raises(InputError, match="neither the tokenizer nor generation_config.json has an EOS token"):
+    with pytest.raises(InputError, match=r"neither the tokenizer nor generation_config\.json has an EOS token"):
         generate(model, tokenizer, "Why?")
-
-
-def test_a_damaged_file_of_answers_is_written_anew(saved, tmp_path):
-    _, folder = saved
-    expected = answer_file(tmp_path, folder, [{"prompt": "Why?"}], "alpaca_eval")
-    for number, content in enumerate([b'{"key": 3}\n{"x"}\n', b"\xff\xfe}\n", b"3\n"]):
-        (tmp_path / f"{number}.json.partial").write_bytes(content)
-        found = answer_file(tmp_path, folder, [{"prompt": "Why?"}], "alpaca_eval", name=str(number))
-        assert found == expected

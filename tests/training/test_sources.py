@@ -13,8 +13,6 @@ import pyarrow as pa
 import pytest
 from helpers import options, tiny_model, write_jsonl
 
-from training import data
-from training.config import TrainConfig
 from training.data import load_pairs
 from training.data_options import DataOptions
 from training.errors import InputError
@@ -165,9 +163,9 @@ def test_a_bad_record_is_named_in_every_format(tmp_path, form):
         ("d.jsonl.xz", b"no xz", r"d\.jsonl\.xz: cannot be decompressed"),
         ("d.jsonl.zst", b"no zstd", r"d\.jsonl\.zst: cannot be decompressed"),
         ("d.jsonl.zst", zstd(b'{"prompt": "a"}\n' * 9)[:-3], r"d\.jsonl\.zst: cannot be decompressed"),
-        ("d.jsonl", gzip.compress(b"{}"), r"d\.jsonl: is compressed; name it \.gz"),
-        ("d.zip", b"PK\3\4\x14", r"d\.zip: is a zip archive; unpack it"),
-        ("d.pq", b"PAR1\x15\4", r"d\.pq: is Parquet; name it \.parquet"),
+        ("d.jsonl", gzip.compress(b"{}"), r"d\.jsonl: is no text in UTF-8; .* names end by format: \.gz"),
+        ("d.zip", b"PK\3\4\x14", r"d\.zip: is no text in UTF-8; .*unpack archives"),
+        ("d.pq", b"PAR1\x15\4", r"d\.pq: is no text in UTF-8; .*\.parquet"),
         ("d.parquet", b"no parquet", r"d\.parquet: could not be read"),
         ("d.arrow", b"no arrow", r"d\.arrow: could not be read"),
     ],
@@ -181,15 +179,15 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"d\.jsonl: is written in UTF-16"),
-        ("d.json", '[{"prompt": "a"}]'.encode("utf-16"), r"d\.json: is written in UTF-16"),
-        ("d.csv", "prompt,chosen\n".encode("utf-16"), r"d\.csv: is written in UTF-16"),
+        ("d.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"d\.jsonl: is no text in UTF-8; save text in UTF-8"),
+        ("d.json", '[{"prompt": "a"}]'.encode("utf-16"), r"d\.json: is no text in UTF-8; save text in UTF-8"),
+        ("d.csv", "prompt,chosen\n".encode("utf-16"), r"d\.csv: is no text in UTF-8; save text in UTF-8"),
         ("d.jsonl", b'{"chosen": "b", "prompt": "a", "chosen": "c"}', r"d\.jsonl:1: .*'chosen' stands there twice"),
         ("d.json", b'[{"a": 1},\n{"a": {"b": 1, "b": 2}}]', r"d\.json:2: .*'b' stands there twice"),
         ("d.csv", b"prompt,chosen,rejected,chosen\na,b,c,d\n", r"d\.csv:1: two columns have the same name"),
         ("d.csv", b'prompt,chosen,rejected\n"a\n",b,c\n\xe9,b,c\n', r"d\.csv:4: not a line of CSV in UTF-8"),
         ("d.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": NaN}', r"d\.jsonl:1: 'rejected' must be a string"),
-        ("d.jsonl", b"\0\0\0", r"d\.jsonl:1: not a line of JSON"),
+        ("d.jsonl", b"\0\0\0", r"d\.jsonl: is no text in UTF-8"),
     ],
 )
 def test_text_that_others_read_wrong_is_refused(tmp_path, name, content, message):
