@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,16 +27,8 @@ from .messages import Messages, check_text, read_messages
 from .sources import Records, Source
 
 FORMATS = ("alpaca_eval", "arena_hard", "mt_bench")
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
+TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
 DEFAULT_TEMPERATURE = 0.7
 
 
@@ -118,8 +110,12 @@ def write_answers(
     if form == "alpaca_eval":
         text = json.dumps(entries, ensure_ascii=False, indent=2) + "\n"
     else:
-        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        text = json_lines(entries)
     write_whole(file, text)
+
+
+def json_lines(entries: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -10,7 +10,6 @@ there is no other response at inference, and no extra cost.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from .exports import (
     FORMATS,
     TEMPERATURES,
     Question,
+    json_lines,
     read_questions,
     write_answers,
     write_whole,
@@ -149,7 +149,7 @@ def answer_questions(
     order = sorted(range(len(questions)), key=lambda i: -len(openings[i]))
     answers: list[list[str]] = [[] for _ in questions]
     cut = 0
-    with tqdm(total=len(questions), desc="answers", disable=None) as bar:
+    with tqdm(total=len(questions), desc="answers", disable=None if len(questions) > 1 else True) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             while left := [i for i in batch if len(answers[i]) < questions[i].answers]:
@@ -289,22 +289,23 @@ def _run(options: argparse.Namespace) -> None:
         from .reflect import reflect_questions  # here, because it imports this module
 
         separator = separator_ids(tokenizer, options)
-        rows = [*reflect_questions(model, encoder, questions, separator=separator, temperature=temperature, **common)]
+        found = reflect_questions(model, encoder, questions, separator=separator, temperature=temperature, **common)
+        rows = [*found]
+        said = f"draft: {rows[0]['draft']}\n\nanswer given the draft: {rows[0]['answer']}"
         if options.out:
-            write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        else:
-            print(f"draft: {rows[0]['draft']}\n\nanswer given the draft: {rows[0]['answer']}")
-    elif options.out:
+            write_whole(out, json_lines(rows))
+    else:
         temperatures = [temperature] * len(questions)
         if options.temperature is None and options.format == "mt_bench":
             temperatures = [TEMPERATURES.get(str(q.record.get("category")), DEFAULT_TEMPERATURE) for q in questions]
         answers = answer_questions(model, encoder, questions, temperatures=temperatures, **common)
-        write_answers(out, options.format, questions, answers, options.name or options.model)
-    else:
-        common.pop("batch_size")
-        print(generate(model, tokenizer, options.prompt, temperature=temperature, chat=options.chat, **common))
+        said = answers[0][0]
+        if options.out:
+            write_answers(out, options.format, questions, answers, options.name or options.model)
     if options.out:
         print(f"{len(questions)} prompts answered in {out}", file=sys.stderr)
+    else:
+        print(said)
 
 
 if __name__ == "__main__":

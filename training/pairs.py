@@ -14,16 +14,9 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from numpy.typing import NDArray
 
-# ``ids``: the prompt's, chosen's and rejected's ids one after the other; ``prompt`` and ``chosen``: how many of each.
+_IDS = ("prompt", "chosen", "rejected")
 SCHEMA = pa.schema(
-    {
-        "ids": pa.list_(pa.int32()),
-        "prompt": pa.int32(),
-        "chosen": pa.int32(),
-        "origin": pa.string(),
-        "problem": pa.string(),
-        "chat": pa.bool_(),
-    }
+    {name: pa.list_(pa.int32()) for name in _IDS} | {"origin": pa.string(), "problem": pa.string(), "chat": pa.bool_()}
 )
 
 
@@ -35,21 +28,10 @@ class Pair(NamedTuple):
     rejected: list[int]
     origin: str = ""
 
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
     def row(self, problem: str = "", chat: bool = False) -> dict[str, Any]:
         """The pair as a row of ``SCHEMA``."""
-        ids = np.array([*self.prompt, *self.chosen, *self.rejected], np.int32)
-        return {
-            "ids": ids,
-            "prompt": len(self.prompt),
-            "chosen": len(self.chosen),
-            "origin": self.origin,
-            "problem": problem,
-            "chat": chat,
-        }
+        ids = {name: np.array(getattr(self, name), np.int32) for name in _IDS}
+        return {**ids, "origin": self.origin, "problem": problem, "chat": chat}
 
 
 class Pairs(Sequence[Pair]):
@@ -65,7 +47,7 @@ class Pairs(Sequence[Pair]):
         cuts: NDArray[np.int64] | None = None,
         bos: int | None = None,
     ) -> None:
-        self._table, self._ids, self._bos = table, table.column("ids"), bos
+        self._table, self._ids, self._bos = table, [table.column(name) for name in _IDS], bos
         self._where = np.arange(len(table)) if where is None else where
         self._cuts = np.zeros(len(self._where), np.int64) if cuts is None else cuts
 
@@ -113,9 +95,7 @@ class Pairs(Sequence[Pair]):
         return [prompt, *responses]
 
     def _whole(self, index: int) -> list[NDArray[np.int32]]:
-        ids = self._ids[int(self._where[index])].values.to_numpy()
-        first, second = len(ids) - self.lengths[index, 1] - self.lengths[index, 2], len(ids) - self.lengths[index, 2]
-        return [ids[:first], ids[first:second], ids[second:]]
+        return [ids[int(self._where[index])].values.to_numpy() for ids in self._ids]
 
     @property
     def prompts(self) -> Iterator[bytes]:
@@ -125,9 +105,8 @@ class Pairs(Sequence[Pair]):
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """(n, 3) numbers of tokens of prompt, chosen and rejected."""
-        columns = [self._table.column("prompt"), self._table.column("chosen"), pc.list_value_length(self._ids)]
-        prompt, chosen, tokens = (column.to_numpy()[self._where].astype(np.int64) for column in columns)
-        return np.stack([prompt - self._cuts, chosen, tokens - prompt - chosen], 1)
+        sizes = [pc.list_value_length(ids).to_numpy()[self._where].astype(np.int64) for ids in self._ids]
+        return np.stack([sizes[0] - self._cuts, *sizes[1:]], 1)
 
     @staticmethod
     def lengths_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:

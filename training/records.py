@@ -123,14 +123,11 @@ def _draft_chat(
 def _answer(response: Messages, name: str, origin: str) -> Messages:
     """The one message of the assistant that ``response`` is; what others say after it is not read by anything."""
     roles = [message["role"] for message in response]
-    last = max((i for i, role in enumerate(roles) if role == "assistant"), default=None)
-    if last == 0:
+    if roles[:1] == ["assistant"] and "assistant" not in roles[1:]:
         return response[:1]
-    if last is None:
-        raise InputError(f"{origin}: {name!r} has no message of the assistant (roles: {', '.join(roles) or 'none'})")
     raise InputError(
-        f"{origin}: {name!r} has the roles {', '.join(roles)}; it must be one message of the assistant, because what "
-        "others say would be scored. Put what precedes the last answer into 'prompt', or end the response earlier"
+        f"{origin}: {name!r} has the roles {', '.join(roles) or 'none'}; it must be one message of the assistant, "
+        "because what others say would be scored. Put what precedes the last answer into 'prompt', or end it earlier"
     )
 
 
@@ -149,14 +146,14 @@ def template_columns(record: dict[str, Any], encoder: TextEncoder, origin: str) 
 
 def _from_json(value: Any, name: str, kind: type, origin: str) -> Any:
     """``value``, which may be text that holds JSON, as a ``kind``; None for nothing."""
+    wanted = "a list of JSON objects" if kind is list else "a JSON object"
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
         except ValueError as error:
-            raise InputError(f"{origin}: {name!r} is not JSON ({error})") from None
+            raise InputError(f"{origin}: {name!r} is not JSON ({error}); write {wanted}") from None
     if value is not None and not isinstance(value, kind):
-        what = "a list of JSON schemas, each an object" if name == "tools" else "a JSON object"
-        raise InputError(f"{origin}: {name!r} must be {what}")
+        raise InputError(f"{origin}: {name!r} must be {wanted}")
     return value
 
 
@@ -167,8 +164,8 @@ def encode(drafted: Draft, encoder: TextEncoder) -> tuple[Pair, str]:
     pair = Pair(encoder.prompt(text) if text.strip() else [], y_w, y_l, origin)
     bos, eos, unknown = (getattr(encoder.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk"))
     if bos is not None and bos != eos:  # where BOS is EOS, too, it may stand anywhere
-        for name, ids in (("prompt", pair.prompt[1:2]), ("chosen", pair.chosen[:1]), ("rejected", pair.rejected[:1])):
-            if ids == [bos]:
+        for name, ids in zip(_COLUMNS, (pair.prompt[1:], y_w, y_l)):
+            if ids[:1] == [bos]:
                 raise InputError(
                     f"{origin}: a second {encoder.tokenizer.bos_token!r} stands at the beginning of {name!r}; take it "
                     "out of the text, or out of the chat template"
@@ -190,10 +187,7 @@ def _field(record: dict[str, Any], name: str, origin: str) -> str | Messages | N
         problem = "is null" if name in record else f"is missing {_found(record)}"
         raise InputError(f"{origin}: {name!r} {problem}; a pair has prompt, chosen and rejected")
     if isinstance(value, str) and _MESSAGES.match(value):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise InputError(f"{origin}: {name!r} holds messages as text that is not JSON; write a JSON list") from None
+        value = _from_json(value, name, list, origin)
     if isinstance(value, str):
         return value
     if messages := read_messages(value, name, origin):

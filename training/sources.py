@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -17,7 +16,6 @@ from .reading import damaged_file, local_path
 from .text_files import COMPRESSIONS, read_records
 
 _TABLES, _TEXTS = {".parquet", ".arrow"}, {".jsonl", ".json", ".ndjson", ".csv", ".tsv"}
-_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,6 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
 
     ``columns`` are those of a source without its own. Raises InputError for anything else.
     """
-    if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
-        try:
-            given = json.loads(given)
-        except ValueError as error:
-            raise InputError(f"data source {given[:80]!r}: not JSON ({error})") from None
     if isinstance(given, list | tuple):
         if not given:
             raise InputError("a list of data sources must name at least one")
@@ -163,19 +156,17 @@ class Records:
             yield Record(number, self._renamed(values, number) if self.source.columns else values, done)
 
     def _renamed(self, values: dict[str, Any], number: int) -> dict[str, Any]:
-        for ours, theirs in self.source.columns.items():
-            if theirs not in values and ours != "tools":  # few records may have tools
-                raise InputError(f"{self.origin(number)}: no column {theirs!r} (found: {_names(values)}); see columns")
-        taken = set(self.source.columns.values())
-        named = {ours: values[theirs] for ours, theirs in self.source.columns.items() if theirs in values}
-        return {name: value for name, value in values.items() if name not in taken} | named
+        columns = {ours: theirs for ours, theirs in self.source.columns.items() if theirs in values}
+        if missing := self.source.columns.keys() - columns.keys() - {"tools"}:  # few records may have tools
+            name = self.source.columns[min(missing)]
+            raise InputError(f"{self.origin(number)}: no column {name!r} (found: {_names(values)}); see columns")
+        others = {name: value for name, value in values.items() if name not in columns.values()}
+        return others | {ours: values[theirs] for ours, theirs in columns.items()}
 
     def _table_rows(self) -> Iterator[tuple[int, dict[str, Any], int]]:
-        for start in range(0, len(self.rows), _BATCH):
-            with _loading(self.source):
-                columns = self.rows[start : start + _BATCH]
-            for at, values in enumerate(zip(*columns.values()), start):
-                yield at, {name: _without_nulls(value) for name, value in zip(columns, values)}, at + 1
+        with _loading(self.source):
+            for at, values in enumerate(self.rows):
+                yield at, _without_nulls(values), at + 1
 
 
 @contextmanager

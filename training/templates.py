@@ -19,17 +19,8 @@ ASKED: Messages = [{"role": "user", "content": _QUESTION}]
 ANSWERED: Messages = [*ASKED, {"role": "assistant", "content": _ANSWER}]
 _SYSTEM: Messages = [{"role": "system", "content": "Iussum"}]
 # Variables of a template that are no columns of the data: transformers sets them.
-_OWN = {
-    "messages",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "return_dict",
-    "prompt",
-    "chosen",
-    "rejected",
-    "raise_exception",
-}
+_OWN = {"messages", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "raise_exception"}
+_OWN |= {"prompt", "chosen", "rejected"}
 # A tag of transformers' own, which marks what the assistant says.
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*[-+]?%\}")
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}

@@ -116,7 +116,7 @@ def test_messages_as_text_are_read_as_messages(tmp_path, name):
     tokenizer = tokenizer_with(CHATML)
     as_list, as_text = CHAT | {name: [message]}, CHAT | {name: json.dumps([message])}
     assert load(tmp_path, [as_text], tokenizer)[0][:3] == load(tmp_path, [as_list], tokenizer)[0][:3]
-    refused(tmp_path, CHAT | {name: f"[{message}\n {message}]"}, f"'{name}' holds messages as text that is not JSON")
+    refused(tmp_path, CHAT | {name: f"[{message}\n {message}]"}, f"'{name}' is not JSON")
 
 
 def test_columns_of_json_text_reach_the_template(tmp_path):
