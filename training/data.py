@@ -118,13 +118,13 @@ def _batches(records: Records, encoder: TextEncoder, options: DataOptions, log: 
     ) as bar:
         rows = iter(records)
         while batch := list(islice(rows, _BATCH)):
-            drafts = [draft(r.values, encoder, records.origin(r.number), messages_only) for r in batch]
+            drafts = [draft(values, encoder, origin, messages_only) for origin, values, _ in batch]
             encoder.prefetch(text for one in drafts for text in one.texts)
-            for one, record in zip(drafts, batch):
-                unread |= record.values.keys() - READ - (encoder.columns if one.chat else set())
+            for one, (_, values, _) in zip(drafts, batch):
+                unread |= values.keys() - READ - (encoder.columns if one.chat else set())
             encoded = [(*encode(one, encoder), one.chat) for one in drafts]
             yield pa.RecordBatch.from_pylist([pair.row(problem, chat) for pair, problem, chat in encoded], SCHEMA)
-            bar.update(batch[-1].done - bar.n)
+            bar.update(batch[-1][2] - bar.n)
     if unread:
         log(f"note: {records.name}: columns not read: {', '.join(map(repr, sorted(unread)))}")
 

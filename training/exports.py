@@ -59,8 +59,7 @@ def read_questions(file: str, form: str, *, chat: bool) -> list[Question]:
     """
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file (working directory: {Path.cwd()})")
-    records = Records(Source(file))
-    questions = [_question(records.origin(record.number), record.values, form, chat) for record in records]
+    questions = [_question(origin, values, form, chat) for origin, values, _ in Records(Source(file))]
     if not questions:
         raise InputError(f"{file}: holds no record")
     return questions
@@ -100,6 +99,11 @@ def _turn(value: Any, name: str, origin: str) -> Messages:
     for message in messages:
         check_text(message["content"], origin)
     return messages
+
+
+def temperature(question: Question) -> float:
+    """Return the temperature at which MT-Bench asks ``question``."""
+    return TEMPERATURES.get(str(question.record.get("category")), DEFAULT_TEMPERATURE)
 
 
 def write_answers(

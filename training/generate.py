@@ -29,19 +29,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from . import exports
 from .chat import TextEncoder, separator_ids
 from .data_options import DataOptions
 from .errors import InputError
-from .exports import (
-    DEFAULT_TEMPERATURE,
-    FORMATS,
-    TEMPERATURES,
-    Question,
-    json_lines,
-    read_questions,
-    write_answers,
-    write_whole,
-)
+from .exports import Question
 from .messages import Messages, holds_all, kept_texts
 from .model import load_model
 from .records import template_columns
@@ -212,35 +204,25 @@ def _ints(value: int | list[int] | None) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.generate", description="Answer from the prompt alone.")
-    parser.add_argument("--model", required=True, help="model or adapter: a folder such as a run's final/, or a hub id")
+    add, form = parser.add_argument, exports.FORMATS[0]
+    add("--model", required=True, help="model or adapter: a folder such as a run's final/, or a hub id")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text, in the form of the training data's prompts")
     source.add_argument("--prompts", help="data file with prompt, instruction, messages or turns; needs --out")
-    parser.add_argument("--out", help="answer file")
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=f"format of --out [{FORMATS[0]}]")
-    parser.add_argument("--name", help="the model's name in --out [--model]")
-    parser.add_argument("--chat", action="store_true", help="make each prompt a user's message of the chat template")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="most tokens of an answer [1024]")
-    parser.add_argument("--temperature", type=float, help="0: greedy [0; mt_bench: by category, as in FastChat]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [0]")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts answered together [16]")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on a GPU, float32 on a CPU]")
-    parser.add_argument(
-        "--reflect",
-        action="store_true",
-        help="experimental: answer, then answer again given the draft; --out gets JSON lines of prompt, draft, answer",
-    )
-    parser.add_argument(
-        "--alternative",
-        choices=("plain", "chat"),
-        default="plain",
-        help="--reflect: what stood between two responses in training [plain]",
-    )
-    parser.add_argument(
-        "--alternative_instruction",
-        default=DataOptions.alternative_instruction,
-        help="--reflect --alternative chat: what the user says in that turn, as in training",
-    )
+    add("--out", help="answer file")
+    add("--format", choices=exports.FORMATS, default=form, help=f"format of --out [{form}]")
+    add("--name", help="the model's name in --out [--model]")
+    add("--chat", action="store_true", help="make each prompt a user's message of the chat template")
+    add("--max_new_tokens", type=int, default=1024, help="most tokens of an answer [1024]")
+    add("--temperature", type=float, help="0: greedy [0; mt_bench: by category, as in FastChat]")
+    add("--seed", type=int, default=0, help="seed of the sampling [0]")
+    add("--batch_size", type=int, default=16, help="prompts answered together [16]")
+    add("--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on a GPU, float32 on a CPU]")
+    add("--reflect", action="store_true", help="experimental: answer, then answer again given that draft")
+    alternatives = ("plain", "chat")
+    add("--alternative", choices=alternatives, default="plain", help="--reflect: what precedes the answer [plain]")
+    instruction = DataOptions.alternative_instruction
+    add("--alternative_instruction", default=instruction, help="--alternative chat: what the user says in that turn")
     return parser
 
 
@@ -254,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--max_new_tokens and --batch_size must be at least 1")
     if (options.prompts is None) != (options.out is None):
         parser.error("--prompts and --out belong together: give both or neither")
-    if options.reflect and options.format != FORMATS[0]:
+    if options.reflect and options.format != exports.FORMATS[0]:
         parser.error("--reflect writes JSON lines of its own: leave --format out")
     if not options.reflect and options.alternative != "plain":
         parser.error("--alternative is for --reflect: without it the model sees the prompt alone")
@@ -276,7 +258,7 @@ def _run(options: argparse.Namespace) -> None:
             raise InputError(f"--out {out} exists; choose another file, or move or delete this file")
         if not out.parent.is_dir():
             raise InputError(f"--out {out}: there is no folder {out.parent}")
-        questions = read_questions(options.prompts, options.format, chat=options.chat)
+        questions = exports.read_questions(options.prompts, options.format, chat=options.chat)
     else:
         questions = [_asked(options.prompt, options.chat)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -293,15 +275,15 @@ def _run(options: argparse.Namespace) -> None:
         rows = [*found]
         said = f"draft: {rows[0]['draft']}\n\nanswer given the draft: {rows[0]['answer']}"
         if options.out:
-            write_whole(out, json_lines(rows))
+            exports.write_whole(out, exports.json_lines(rows))
     else:
         temperatures = [temperature] * len(questions)
         if options.temperature is None and options.format == "mt_bench":
-            temperatures = [TEMPERATURES.get(str(q.record.get("category")), DEFAULT_TEMPERATURE) for q in questions]
+            temperatures = [exports.temperature(question) for question in questions]
         answers = answer_questions(model, encoder, questions, temperatures=temperatures, **common)
         said = answers[0][0]
         if options.out:
-            write_answers(out, options.format, questions, answers, options.name or options.model)
+            exports.write_answers(out, options.format, questions, answers, options.name or options.model)
     if options.out:
         print(f"{len(questions)} prompts answered in {out}", file=sys.stderr)
     else:

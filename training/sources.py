@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .errors import InputError, NotAtHandError, check_names
 from .reading import damaged_file, local_path
@@ -125,14 +125,6 @@ def files_of(source: Source) -> list[Source]:
     return [replace(source, path=file, subset=None, split=None) for file in files]
 
 
-class Record(NamedTuple):
-    """``number`` is a line, from 1, or a row, from 0; ``done`` counts up to ``Records.total``."""
-
-    number: int
-    values: dict[str, Any]
-    done: int
-
-
 class Records:
     """The records of one source, read once from beginning to end. Raises InputError that names file and line."""
 
@@ -146,20 +138,19 @@ class Records:
             self.rows = _rows(source)
             self.total, self.unit, self.identity = len(self.rows), "pairs", self.rows._fingerprint
 
-    def origin(self, number: int) -> str:
-        return f"{self.name}:{number}" if self.is_text else f"{self.name} row {number}"
-
-    def __iter__(self) -> Iterator[Record]:
-        path = Path(self.source.path)
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any], int]]:
+        """Yield a record's origin (line from 1, row from 0), its values, and how much of ``total`` is read."""
+        path, place = Path(self.source.path), ":" if self.is_text else " row "
         rows = read_records(path, self.source.kind, self.source.compression) if self.is_text else self._table_rows()
         for number, values, done in rows:
-            yield Record(number, self._renamed(values, number) if self.source.columns else values, done)
+            origin = f"{self.name}{place}{number}"
+            yield origin, self._renamed(values, origin), done
 
-    def _renamed(self, values: dict[str, Any], number: int) -> dict[str, Any]:
+    def _renamed(self, values: dict[str, Any], origin: str) -> dict[str, Any]:
         columns = {ours: theirs for ours, theirs in self.source.columns.items() if theirs in values}
         if missing := self.source.columns.keys() - columns.keys() - {"tools"}:  # few records may have tools
             name = self.source.columns[min(missing)]
-            raise InputError(f"{self.origin(number)}: no column {name!r} (found: {_names(values)}); see columns")
+            raise InputError(f"{origin}: no column {name!r} (found: {_names(values)}); see columns")
         others = {name: value for name, value in values.items() if name not in columns.values()}
         return others | {ours: values[theirs] for ours, theirs in columns.items()}
 

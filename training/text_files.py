@@ -17,7 +17,7 @@ from .errors import InputError
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 _BINARY = re.compile(rb"[\0-\x08\x0e-\x1f]")  # in no text, but within the first bytes of anything else
-_SPACE = re.compile(r"\s*")
+_STEP = re.compile(r"\s*([,\]]?)\s*")  # between two entries of a list
 
 
 def read_records(path: Path, kind: str, compression: str) -> Iterator[tuple[int, dict[str, Any], int]]:
@@ -83,28 +83,24 @@ def _json(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_list(path: Path, content: bytes, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    number, counted = first, 0
+    number, counted, separator = first, 0, ""
     try:
         text = content.decode()
         at = text.index("[") + 1
-        while True:
-            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches nothing, too
-            number, counted = number + text.count("\n", counted, at), at
-            if text[at : at + 1] == "]":
-                break
-            values, at = _DECODER.raw_decode(text, at)
+        while (step := _STEP.match(text, at)) and step[1] != "]":
+            if step[1] != separator:
+                raise json.JSONDecodeError("expected ',' or ']'", text, step.start(1))
+            number, counted = number + text.count("\n", counted, step.end()), step.end()
+            values, at = _DECODER.raw_decode(text, step.end())
             if not isinstance(values, dict):
                 raise InputError(f"{path}:{number}: each entry of the list must be a JSON object")
             yield number, values
-            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-            if text[at : at + 1] not in (",", "]"):
-                raise json.JSONDecodeError("expected ',' or ']'", text, at)
-            at += text[at] == ","
-        if text[at + 1 :].strip():
-            raise json.JSONDecodeError("the list is followed by more text", text, at)
+            separator = ","
+        if step and step.end() < len(text):
+            raise json.JSONDecodeError("the list is followed by more text", text, step.end())
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         number = first + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else number
         raise InputError(f"{path}:{number}: not a JSON list ({error})") from None
 
