@@ -19,7 +19,8 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make docs        build the documentation as a site, in build/site"
 	@echo "make benchmark PAIRS=FILE.jsonl"
-	@echo "                 all of the README's tables and plots anew, for hours on two cores; or parts of them:"
+	@echo "                 all of the README's tables and plots anew, for hours on two cores; or parts of them,"
+	@echo "                 which continue after an interruption with RESUME=1:"
 	@echo "  benchmark-head     the loss and the log-probs by themselves, and how they scale"
 	@echo "  benchmark-step     whole training steps"
 	@echo "  benchmark-trl      steps of TRL's trainer and of InSPOTrainer"
@@ -82,47 +83,55 @@ lint: install
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
 
-# The commands that the result files name, and in their order: times on an idle machine first, then memory.
+# The commands that the result files name, and in their order: times on an idle machine first, then memory. A part
+# begins anew, or with RESUME=1 keeps the finished cells of its files: after an interruption.
+anew = $(if $(RESUME),,rm -f $(addprefix $(RESULTS)/,$(1)))
 benchmark: pairs-given benchmark-head benchmark-step benchmark-trl benchmark-parallel benchmark-demo benchmark-pairs benchmark-study benchmark-compile tables
 
 # The README's "loss", "logps" and "scaling" and the scaling plot.
+LOGPS := --shape reference --contenders torch log_softmax compiled_log_softmax trl torch_linear_cross_entropy
 benchmark-head: install
-	$(BIN)/python -m benchmarks.loss --shape reference real --rounds 5 --only time --json $(RESULTS)/loss_cpu.json
+	$(call anew,loss_cpu.json logps_cpu.json scaling_cpu.json)
+	$(BIN)/python -m benchmarks.loss --shape reference --rounds 5 --only time --resume --json $(RESULTS)/loss_cpu.json
+	$(BIN)/python -m benchmarks.logps $(LOGPS) --rounds 3 --only time --resume --json $(RESULTS)/logps_cpu.json
+	$(BIN)/python -m benchmarks.scaling --rounds 3 --only time --resume --json $(RESULTS)/scaling_cpu.json
 	$(BIN)/python -m benchmarks.loss --shape reference --only memory --resume --json $(RESULTS)/loss_cpu.json
-	$(BIN)/python -m benchmarks.logps --shape reference --rounds 5 --only time --json $(RESULTS)/logps_cpu.json
-	$(BIN)/python -m benchmarks.logps --shape reference --only memory --resume --json $(RESULTS)/logps_cpu.json
-	$(BIN)/python -m benchmarks.scaling --only time --json $(RESULTS)/scaling_cpu.json
-	$(BIN)/python -m benchmarks.scaling --sweeps workspace --rounds 9 --only time --resume --json $(RESULTS)/scaling_cpu.json
+	$(BIN)/python -m benchmarks.logps $(LOGPS) --only memory --resume --json $(RESULTS)/logps_cpu.json
 	$(BIN)/python -m benchmarks.scaling --only memory --resume --json $(RESULTS)/scaling_cpu.json
 
-# "step" and its plot.
+# "step" and its plot. Without TRL's head at every position where a step takes longest.
 STEP := $(BIN)/python -m benchmarks.step
+SHORT := --updates 1 --pairs 2 --tokens 384
+LONG := --models trunk --shares real --contenders rows tree loop trl_compact four_forwards --updates 1 --pairs 4 --tokens 1024
 benchmark-step: install
-	$(STEP) --models small --rounds 5 --updates 1 --tokens 384 --pairs 2 --only time --json $(RESULTS)/step_cpu.json
-	$(STEP) --models trunk --rounds 3 --updates 1 --tokens 384 --pairs 2 --only time --json $(RESULTS)/step_cpu.json --resume
-	$(STEP) --models trunk --shares real --rounds 3 --updates 1 --pairs 8 --tokens 1024 --only time --json $(RESULTS)/step_cpu.json --resume
-	$(STEP) --models small --shares 0.1 0.667 0.9 real --updates 1 --tokens 384 --pairs 2 --only memory --json $(RESULTS)/step_cpu.json --resume
-	$(STEP) --models trunk --shares 0.667 real --updates 1 --tokens 384 --pairs 2 --only memory --json $(RESULTS)/step_cpu.json --resume
-	$(STEP) --models trunk --shares real --updates 1 --pairs 8 --tokens 1024 --only memory --json $(RESULTS)/step_cpu.json --resume
+	$(call anew,step_cpu.json)
+	$(STEP) --models small $(SHORT) --rounds 5 --only time --resume --json $(RESULTS)/step_cpu.json
+	$(STEP) --models trunk --shares 0.1 0.9 $(SHORT) --rounds 3 --only time --resume --json $(RESULTS)/step_cpu.json
+	$(STEP) $(LONG) --rounds 3 --only time --resume --json $(RESULTS)/step_cpu.json
+	$(STEP) --models small --shares 0.5 real $(SHORT) --only memory --resume --json $(RESULTS)/step_cpu.json
+	$(STEP) --models trunk --shares 0.9 $(SHORT) --only memory --resume --json $(RESULTS)/step_cpu.json
+	$(STEP) $(LONG) --only memory --resume --json $(RESULTS)/step_cpu.json
 
-# No table: a step of InSPOTrainer beside DPOTrainer on the same conditioned rows.
+# "trainers": a step of InSPOTrainer beside DPOTrainer on the same conditioned rows.
+TRAINERS := --contenders trl_compact trainer_rows trainer --shares 0.5 --pairs 2 --tokens 384
 benchmark-trl: install
-	$(BIN)/python -m benchmarks.trl_step --updates 2 --rounds 3 --json $(RESULTS)/trl_step_cpu.json
+	$(call anew,trl_step_cpu.json)
+	$(STEP) $(TRAINERS) --updates 2 --rounds 3 --resume --json $(RESULTS)/trl_step_cpu.json
 
-# No table: what the README says of split heads.
+# "split_heads".
 benchmark-parallel: install
 	$(BIN)/python -m benchmarks.parallel --rounds 5 --json $(RESULTS)/parallel_cpu.json
 
-# "demo" and "no_drafts". The command by itself goes on with the seeds that a file has; this begins anew.
+# "demo" and "no_drafts".
 benchmark-demo: install
-	rm -f $(RESULTS)/demo_seeds.json $(RESULTS)/demo_no_drafts.json
+	$(call anew,demo_seeds.json demo_no_drafts.json)
 	$(BIN)/python -m benchmarks.demo_seeds --json $(RESULTS)/demo_seeds.json
 	$(BIN)/python -m benchmarks.demo_seeds --draft_share 0 --seeds 0 1 2 3 4 --json $(RESULTS)/demo_no_drafts.json
 
 # "real_pairs" and "loop_overhead", on pairs that are not part of the repository.
 benchmark-pairs: pairs-given install
 	$(BIN)/python -m benchmarks.real_pairs --pairs $(PAIRS) --json $(RESULTS)/real_pairs.json
-	$(BIN)/python -m benchmarks.loop_overhead --pairs $(PAIRS) --steps 50 --json $(RESULTS)/loop_overhead.json
+	$(BIN)/python -m benchmarks.loop_overhead --pairs $(PAIRS) --steps 50 --rounds 3 --json $(RESULTS)/loop_overhead.json
 
 pairs-given:
 	@test -f "$(PAIRS)" || { echo "give the pairs: PAIRS=FILE.jsonl with prompt, chosen, rejected; or make the parts without them"; exit 1; }

@@ -1,4 +1,4 @@
-"""Shapes that are measured, and random batches of them.
+"""Define the measured shapes, and draw random batches of them.
 
 Lengths are those of real preference pairs (``pair_lengths.json``: token counts, no texts) or equal ones; heads are
 those of known models. Values are random, of the size a trained model's are.
@@ -74,7 +74,7 @@ def equal(head: HeadShape, pairs: int, prompt: int, response: int) -> Shape:
 
 
 def scored_tokens(head: HeadShape, tokens: int, response: int) -> Shape:
-    """``tokens`` scored tokens in responses of ``response`` tokens each, after prompts half as long."""
+    """Return a shape of ``tokens`` scored tokens: responses of ``response`` tokens, after prompts half as long."""
     if tokens % (2 * response):
         raise ValueError(f"{tokens} tokens are no whole number of pairs of two responses of {response} tokens")
     return equal(head, tokens // (2 * response), max(1, response // 2), response)
@@ -82,7 +82,7 @@ def scored_tokens(head: HeadShape, tokens: int, response: int) -> Shape:
 
 @cache
 def real_lengths() -> tuple[Lengths, ...]:
-    """Token counts of real pairs."""
+    """Return token counts of real pairs."""
     table = json.loads((Path(__file__).parent / "pair_lengths.json").read_text())
     return tuple((x, w, l) for x, w, l in table["lengths"])
 
@@ -94,7 +94,7 @@ def sample_lengths(pairs: int, *, longest: int, seed: int = 0) -> tuple[Lengths,
 
 
 def shapes(device: torch.device) -> dict[str, Shape]:
-    """Shapes by name. On a CPU the models' heads meet few tokens: each of them costs milliseconds there."""
+    """Return shapes by name. On a CPU the models' heads get few tokens, because each token costs milliseconds."""
     reference = HeadShape(512, 32_000)
     models = {
         name: equal(head, 8, 256, 512) if device.type == "cuda" else equal(head, 1, 32, 64)
@@ -110,7 +110,7 @@ def shapes(device: torch.device) -> dict[str, Shape]:
 
 
 def random_head(shape: HeadShape, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(V, H), normal with variance 1/H."""
+    """Return a random head (V, H), normal with variance 1/H."""
     g = torch.Generator(device).manual_seed(0)
     return torch.randn(shape.vocab, shape.hidden, generator=g, device=device).div_(shape.hidden**0.5).to(dtype)
 
@@ -175,21 +175,21 @@ class PairBatch:
 
     @cached_property
     def on_host(self) -> tuple[Tensor, Tensor]:
-        """Targets and segment ids on the CPU."""
+        """Return targets and segment ids on the CPU."""
         return self.targets.cpu(), self.segment_ids.cpu()
 
     def scored_rows(self, hidden: Tensor) -> Tensor:
-        """(N, H) of ``hidden``, which is laid out as the batch's own; differentiable."""
+        """Return the scored rows (N, H) of ``hidden``, which has the batch's layout; differentiable."""
         return hidden if self.scored_mask is None else hidden[self.scored_mask]
 
     def sums(self, logps: Tensor) -> Tensor:
-        """(2B,) sums of per-token log-probs (N,), in their dtype: padded rows, summed, as trainers do."""
+        """Sum per-token log-probs (N,) to (2B,), in their dtype, over padded rows as trainers do."""
         padded = logps.new_zeros(self.response_mask.shape).masked_scatter(self.response_mask, logps)
         return padded.sum(1)
 
 
 def _estimated_logps(x: Tensor, label_rows: Tensor, head: HeadShape) -> Tensor:
-    """Given standard normal logits beside the label's."""
+    """Estimate log-probs, given standard normal logits except for the label's."""
     label_logit = (x * label_rows).sum(1)
     if head.softcap is not None:
         label_logit = head.softcap * torch.tanh(label_logit / head.softcap)

@@ -1,4 +1,4 @@
-"""The command behind ``benchmarks.loss`` and ``benchmarks.logps``: shapes by contenders, one file of cells."""
+"""Run ``benchmarks.loss`` and ``benchmarks.logps``: every contender at every shape, one file of cells."""
 
 from __future__ import annotations
 
@@ -12,22 +12,12 @@ from tqdm import tqdm
 
 from .batches import PairBatch, Shape, shapes
 from .contenders import CONTENDERS, PEER_PACKAGES, chosen
-from .harness import (
-    add_common_options,
-    cell_of,
-    checked_device,
-    checked_result,
-    command,
-    kept_on_interrupt,
-    lacks,
-    provenance,
-    write_json,
-)
 from .measure import LOSS, measure, measure_peaks
+from .result_files import add_common_options, cell_of, checked_device, command, kept_on_interrupt, lacks, opened_result
 
 
 def table(cell: dict[str, Any]) -> str:
-    """One cell, for a terminal."""
+    """Format one cell for a terminal."""
     lines = [f"{cell['name']}: {cell['scored_tokens']:,} scored tokens, H = {cell['hidden']}, V = {cell['vocab']:,}"]
     for name, row in cell["contenders"].items():
         if row["status"] != "measured" or "seconds" not in row:
@@ -44,7 +34,7 @@ def table(cell: dict[str, Any]) -> str:
 
 
 def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Sequence[str] | None) -> None:
-    """Parse, measure every shape in every mode, and keep the file up to date with what there is."""
+    """Parse the options, measure every shape in every mode, and save the file after each figure."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(f"python -m {module}", description=doc.splitlines()[0])
     known = shapes(torch.device("cpu"))
@@ -69,19 +59,8 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
     options = parser.parse_args(arguments)
     device = checked_device(parser, options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    result: dict[str, Any] = {
-        **provenance(command(module, arguments, options.json), PEER_PACKAGES),
-        "what": what,
-        "dtype": str(dtype).removeprefix("torch."),
-        "finished": False,
-        "cells": [],
-    }
-    result = checked_result(parser, options, result)
-
-    def save() -> None:
-        if options.json:
-            write_json(options.json, result)
-
+    given = command(module, arguments, options.json)
+    result, save = opened_result(parser, options, given, PEER_PACKAGES, str(dtype).removeprefix("torch."), what=what)
     chosen_shapes = options.shape or (["quick", "quick-real"] if options.quick else ["reference", "real"])
     todo = [(name, mode) for name in chosen_shapes for mode in modes]
     with kept_on_interrupt(save):
@@ -120,14 +99,16 @@ def fill(
     save: Callable[[], None],
     only: str | None,
 ) -> None:
-    """Memory (on a CPU: in processes of their own, while this one holds nothing), then errors and times."""
+    """Measure memory (on a CPU in fresh processes, while this one holds nothing), then errors and times."""
     rows, known = what == LOSS, cell.get("contenders", {})
     if device.type == "cpu" and only != "time":
         missing = [name for name in ("floor", *names) if lacks(known.get(name), "peak_bytes")]
         measure_peaks(shape, mode, missing, cell, what=what, rows=rows, save=save)
-    if only == "memory" or not any(lacks(known.get(name), "seconds") for name in names):
+    if only == "memory" or not any(
+        lacks(row := known.get(name), "seconds") or row.get("rounds", rounds) < rounds for name in names
+    ):
         return
-    # Times of other rounds say nothing beside these: who was timed before is timed again.
+    # Times of other rounds cannot be compared with these: contenders timed before are timed again.
     names = [*names, *(name for name, row in known.items() if "seconds" in row and name not in ("floor", *names))]
     batch = PairBatch(shape, dtype=dtype, device=device, rows=rows)
     measure(batch, mode, chosen(names, batch, per_token=not rows), rounds, what=what, cell=cell, save=save)

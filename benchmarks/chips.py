@@ -1,4 +1,4 @@
-"""The chips that predictions are made for: their rates, and where each rate comes from.
+"""List the chips that predictions are made for, their rates, and the source of each rate.
 
 A rate is "measured" if it was read off one such card: bfloat16 matmuls of 8192 x 8192 x 8192 on random data, and a
 device-to-device copy counting bytes read and written. Otherwise it is a data sheet's figure, or "assumed": a share of
@@ -26,12 +26,12 @@ class Chip:
 
     @property
     def lanes(self) -> float:
-        """Instructions of single lanes that all multiprocessors issue in a second: four warps of 32 a clock."""
+        """Return the single-lane instructions all multiprocessors issue in a second: four warps of 32 a clock."""
         return 128 * self.multiprocessors * self.clock
 
     @property
     def special(self) -> float:
-        """Special functions (MUFU: exp2, reciprocal, logarithm) in a second: 16 a clock and multiprocessor."""
+        """Return the special functions (MUFU: exp2, reciprocal, logarithm) a second: 16 a clock and multiprocessor."""
         return 16 * self.multiprocessors * self.clock
 
 

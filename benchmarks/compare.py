@@ -2,11 +2,11 @@
 
     python -m benchmarks.compare OLD.json NEW.json
 
-Cells are matched by name, contenders within them. Where a file has times relative to the bare products of the same
-round, those are compared, so that another machine or a busier one does not count; else seconds. A contender is slower
-if its lower quartile is above the old upper quartile and its median grew by more than ``--least``, and faster likewise.
-Memory has no noise to speak of: it is compared by ``--least`` alone. The exit status is 1 if anything got slower or
-larger, stopped working or is missing.
+Cells are matched by name, contenders within them. Times relative to the bare matmuls of the same round are compared
+where both files have them, so that another or a busier machine does not count; otherwise seconds are compared. A
+contender is slower if its lower quartile is above the old upper quartile and its median grew by more than ``--least``,
+and faster likewise. Memory has almost no noise and is compared by ``--least`` alone. The exit status is 1 if
+anything got slower or larger, stopped working or is missing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .harness import benchmark_of, read_result
+from .result_files import benchmark_of, read_result
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], least: float) -> Iterator[tuple[bool, str]]:
-    """Each difference, and whether it is for the worse."""
+    """Yield each difference, and whether it is for the worse."""
     before = {cell["name"]: cell for cell in old["cells"]}
     after = {cell["name"]: cell for cell in new["cells"]}
     for name, cell in before.items():
@@ -43,7 +43,9 @@ def _differences(name: str, was: dict[str, Any], row: dict[str, Any], least: flo
     if was["status"] != row["status"]:
         yield was["status"] == "measured", f"{was['status']} -> {row['status']}"
         return
-    kinds = [k for k in ("times_floor", "times_four_forwards", "seconds") if was.get(k) and row.get(k)]
+    kinds = [
+        k for k in ("times_floor", "times_four_forwards", "times_trl_compact", "seconds") if was.get(k) and row.get(k)
+    ]
     # The base of the ratios is 1 in both files: only its seconds can differ.
     kinds = [k for k in kinds if k != f"times_{name}"]
     if kinds:

@@ -28,9 +28,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .harness import provenance, write_json
 from .launches import Case, cases, recorded
 from .machine_code import bound, describe
+from .result_files import provenance, write_json
 
 GPU_TESTS = ("tests/inspo_kernels/test_triton.py", "tests/inspo_kernels/test_triton_kernels.py")
 
@@ -113,7 +113,7 @@ class CompileOnlyDriver:
 
 @contextmanager
 def compiling_for(target: Target) -> Iterator[list[Any]]:
-    """Every launch inside compiles for ``target``, starts nothing, and appends its compiled kernel to the list."""
+    """Have every launch inside compile for ``target``, start nothing, and append its compiled kernel to the list."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -133,7 +133,7 @@ def compiling_for(target: Target) -> Iterator[list[Any]]:
 
 
 def budget_of(case: Case, target: Target) -> Budget | None:
-    """The budget of a case's hot loop on a target under the installed Triton, or None."""
+    """Return the budget of a case's hot loop on a target under the installed Triton, or None."""
     import triton
 
     if case.elements is None or target.backend != "cuda":
@@ -181,7 +181,7 @@ def problems(case: Case, target: Target, found: dict[str, Any]) -> list[str]:
 
 
 def compiled_row(case: Case, name: str, compiled: Any) -> dict[str, Any]:
-    """The report's row of one compiled kernel."""
+    """Return the report's row of one compiled kernel."""
     row = {"kernel": case.kernel, "configuration": case.configuration, "target": name} | describe(compiled, name)
     if case.elements and row.get("loop"):
         elements, loop = case.elements(name), row["loop"]

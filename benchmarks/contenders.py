@@ -1,4 +1,4 @@
-"""Every way to the pairwise loss and to per-token log-probs that is measured, ours and others', in one place.
+"""Define every measured way to compute the pairwise loss and per-token log-probs, ours and others'.
 
 A contender gives per-token log-probs of the scored rows (``logps``), a loss of the whole batch (``loss``), or both;
 from log-probs alone the loss is DPO by torch autograd. What is not installed, cannot run on a device or lacks a
@@ -31,14 +31,14 @@ Loss = Callable[[Tensor, Tensor, PairBatch], tuple[Tensor, Tensor]]
 
 
 def dpo(logps: Tensor, batch: PairBatch, ref_logps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Loss and detached sums (2B,) from per-token log-probs (N,), by torch autograd."""
+    """Return loss and detached sums (2B,) from per-token log-probs (N,), by torch autograd."""
     sums = batch.sums(logps)
     chosen, rejected = (sums - (batch.ref_logps if ref_logps is None else ref_logps)).chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean(), sums.detach()
 
 
 def ours(backend: str, *, on_host: bool = False, max_workspace_bytes: int | None = None) -> Loss:
-    """``fused_inspo_loss`` as a training loop calls it: on every position where the batch has them."""
+    """Call ``fused_inspo_loss`` as a training loop does: on every position if the batch has them."""
 
     def run(hidden: Tensor, weight: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
         if batch.labels is not None:
@@ -67,7 +67,7 @@ def our_logps(backend: str) -> Logps:
 
 
 def log_probs(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-    """Logits in the input dtype, log_softmax in float32 (float64 for float64): the way it is usually written."""
+    """Compute logits in the input dtype and log_softmax in float32 (float64 for float64), as usually written."""
     logits = F.linear(x, weight)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -168,7 +168,7 @@ class Contender:
         return self.logps(batch.scored_rows(hidden), weight, batch)
 
     def unavailable(self, batch: PairBatch, *, per_token: bool = False) -> str | None:
-        """Why there can be no figure here, or None."""
+        """Return why there can be no figure here, or None."""
         if importlib.util.find_spec(self.module) is None:
             return f"not installed: pip install {self.package}"
         if self.package == "torch" and self.logps is torch_linear_cross_entropy:
@@ -191,7 +191,7 @@ class Contender:
 
 @cache
 def _backend_unavailable(backend: str, device: torch.device) -> str | None:
-    """Why one of our backends cannot run on the device, in the package's words, or None."""
+    """Return why one of our backends cannot run on the device, in the package's words, or None."""
     one = torch.zeros(1, 1, device=device)
     try:
         ik.linear_logps(one, one, torch.zeros(1, dtype=torch.int64), backend=backend)

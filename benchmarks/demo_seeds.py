@@ -1,8 +1,8 @@
-"""The demo on several seeds: does InSPO make the base better on each of them, and by how much beside SFT and DPO?
+"""Run the demo on several seeds: does InSPO improve the base on each, and by how much compared with SFT and DPO?
 
     python -m benchmarks.demo_seeds --json benchmarks/results/demo_seeds.json
 
-Runs the demo's own function. The file is written after each seed, and a run that was interrupted goes on where it was.
+It runs the demo's own function. The file is written after each seed, and an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import statistics
 import sys
 import tempfile
@@ -27,11 +26,11 @@ from training.demo.report import NAMES, table
 from training.demo.settings import Settings
 from training.demo.stages import run_demo
 
-from .harness import provenance, write_json
+from .result_files import command, joined_provenance, provenance, result_file, write_json
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
-    """Mean, range and, from five seeds on, the 95% t interval of the mean: seeds are the observations."""
+    """Return mean, range and, from five seeds on, the 95% t interval of the mean. Seeds are the observations."""
     summary: dict[str, Any] = {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
     if len(values) >= 5:
         half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
@@ -40,7 +39,7 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
 
 
 def summarize(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Accuracies and gains of all models over the seeds, and on how many the gain's own interval is above 0."""
+    """Summarize accuracies and gains over the seeds, and count seeds whose gain has an interval above 0."""
     summary: dict[str, Any] = {"seeds": len(seeds)}
     for how in ("greedy", "sampled"):
         for name in NAMES:
@@ -70,9 +69,9 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_seeds", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, help="result file; seeds it already has are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="[0 to 9]")
-    parser.add_argument("--quick", action="store_true", help="the demo's quick sizes")
+    parser.add_argument("--json", type=result_file, required=True, help="result file; seeds it already has are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="seeds to run [0 to 9]")
+    parser.add_argument("--quick", action="store_true", help="use the demo's quick sizes")
     parser.add_argument("--draft_share", type=float, help="share of the base's rows with a draft before the answer")
     options = parser.parse_args()
     logging.disable_progress_bar()
@@ -83,15 +82,15 @@ def main() -> None:
 
     torch.set_num_threads(make().threads)  # the demo's own number: the one that the result file names
     settings = json.loads(json.dumps({k: v for k, v in asdict(make()).items() if k != "seed"}))
-    command = shlex.join(["python", "-m", "benchmarks.demo_seeds", *sys.argv[1:]])
-    result = {**provenance(command), "settings": settings, "summary": {}, "seeds": {}}
+    given = command("benchmarks.demo_seeds", sys.argv[1:], options.json)
+    result = {**provenance(given), "settings": settings, "summary": {}, "seeds": {}}
     if options.json.exists():
         earlier = json.loads(options.json.read_text())
         same = {key: earlier.get(key) == result[key] for key in ("settings", "versions", "hardware")}
         if not all(same.values()):
             other = ", ".join(key for key, is_same in same.items() if not is_same)
             sys.exit(f"error: --json {options.json}: was made with other {other}; move the file or choose another one")
-        result["seeds"] = earlier["seeds"]
+        result |= joined_provenance(earlier, result) | {"seeds": earlier["seeds"]}
 
     for seed in tqdm(options.seeds, desc="seeds", unit="seed"):
         if str(seed) in result["seeds"]:

@@ -1,4 +1,4 @@
-"""Fitting the small models that the study and the runs on real pairs begin with."""
+"""Fit the small models that the study and the runs on real pairs begin with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAST = 20  # steps whose losses are averaged
 def fit(
     model: PreTrainedModel, batches: Iterable[Sequence[tuple[list[int], list[int]]]], pad: int, schedule: LRScheduler
 ) -> float:
-    """A step of ``schedule`` and its optimizer on each batch of (context, answer) ids; answers are learned.
+    """Take a step of ``schedule`` and its optimizer on each batch of (context, answer) ids; answers are learned.
 
     Returns the mean of the last losses, in nats a token.
     """

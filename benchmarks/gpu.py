@@ -1,11 +1,11 @@
-"""Everything there is to measure on a GPU, in order of value, in calls of a few minutes each.
+"""Measure everything that needs a GPU, in order of value, in calls of a few minutes each.
 
-    python -m benchmarks.gpu --out DIR                  as many steps as fit into 9.5 minutes; again: goes on
+    python -m benchmarks.gpu --out DIR                  as many steps as fit into 9.5 minutes; a second call continues
     python -m benchmarks.gpu --out DIR --steps smoke,main,decomposition --minutes 4
 
-Each step is a process of its own with its own time limit, and DIR/gpu.json is written when it ends. So a CUDA error
-that outlives its cause, a crash or a lack of time costs one step. Another call with the same DIR goes on with the steps
-and shapes that are missing; steps that are named are done again. DIR holds gpu.json, part.json (while a step runs),
+Each step runs in its own process with its own time limit, and DIR/gpu.json is written when it ends. So a CUDA error
+that outlives its cause, a crash or a lack of time costs one step. Another call with the same DIR continues with the
+missing steps and shapes; steps that are named are repeated. DIR holds gpu.json, part.json (while a step runs),
 steps.log, tests.log, time.png and memory.png.
 
 ``forward`` is without gradients (1 matmul), ``frozen head`` computes dX alone (2), ``forward+backward`` dX and dW (3).
@@ -37,7 +37,8 @@ from .contenders import PEER_PACKAGES, PEERS
 from .gpu_plan import CACHED_TARGETS, hardware, problems, targets
 from .gpu_processes import run_in_group
 from .gpu_steps import PART, STEPS
-from .harness import checked_device, provenance, write_json
+from .harness import FEWEST_ROUNDS
+from .result_files import checked_device, commit, joined_provenance, provenance, write_json
 
 # Held to by this form of the pass; see gpu_plan.
 TARGETS = CACHED_TARGETS
@@ -50,13 +51,13 @@ peers on a machine without a network: fetch their wheels elsewhere,
   pip download --no-deps --only-binary=:all: --python-version 3.12 -d .whl \\
     trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 and name the folder: --wheels .whl. All are pure Python, 2 MiB together, so they fit into 64 MiB with this repository.
-What is timed here of trl loads without trl's own requirements. A peer that is missing is said so in its row; plots need
-matplotlib, and nothing else does.
+The timed part of trl loads without trl's own requirements. The row of a missing peer says so. Only plots need
+matplotlib.
 """
 
 
 class Clock:
-    """Seconds since the start, and how many are left."""
+    """Count the seconds since the start, and those left."""
 
     def __init__(self, seconds: float) -> None:
         self.start, self.seconds = time.perf_counter(), seconds
@@ -92,7 +93,7 @@ def fresh_result(command: str, device: torch.device) -> dict[str, Any]:
 
 
 def merge(result: dict[str, Any], row: dict[str, Any]) -> None:
-    """Enter what a step has left. Lists and tables are replaced; contenders are added to the cells that are there.
+    """Enter what a step has left. Lists and tables are replaced; contenders are added to existing cells.
 
     A contender measured by two steps keeps the figures of the earlier step, unless that step is done again.
     """
@@ -128,18 +129,17 @@ def enter_interrupted(out: Path, result: dict[str, Any]) -> None:
     """Enter what a step had when its call was interrupted or killed."""
     if row := collect(out, result):
         result["steps"][row["step"]] = step_row(
-            result, row["status"] or "stopped with its call; what it had is kept", row
+            row["status"] or "stopped with its call; its figures so far are kept", row
         )
 
 
-def step_row(result: dict[str, Any], status: str, row: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
+def step_row(status: str, row: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
     today = datetime.now(UTC).strftime("%Y-%m-%d")
-    about = {"commit": result["package"]["commit"], "date": today}
-    return {"status": status, "notes": row["notes"], "seconds": seconds, **about}
+    return {"status": status, "notes": row["notes"], "seconds": seconds, "commit": commit(), "date": today}
 
 
-def opened_result(parser: argparse.ArgumentParser, out: Path, command: str, device: torch.device) -> dict[str, Any]:
-    """The result of earlier calls with this folder, or a new one."""
+def result_of_folder(parser: argparse.ArgumentParser, out: Path, command: str, device: torch.device) -> dict[str, Any]:
+    """Return the result of earlier calls with this folder, or a new one."""
     file = out / "gpu.json"
     result = fresh_result(command, device)
     if not file.exists():
@@ -154,14 +154,14 @@ def opened_result(parser: argparse.ArgumentParser, out: Path, command: str, devi
         if old[key] != result[key]:
             parser.error(f"--out: {key} of {file} are {old[key]}, here {result[key]}; name another folder")
     commands = dict.fromkeys([*old["command"].split("; "), command])
-    return old | {"command": "; ".join(commands), "date": result["date"]}
+    return old | joined_provenance(old, result) | {"command": "; ".join(commands)}
 
 
 # --- steps ---
 
 
 def pending(result: dict[str, Any], named: Sequence[str] | None) -> list[str]:
-    """The steps of this call in order: those named, or those never tried and then those that did not end well."""
+    """Return the steps of this call in order: the named ones, or untried and then unfinished ones."""
     if named is not None:
         return [name for name in STEPS if name in named]
     tried = [name for name in STEPS if name in result["steps"]]
@@ -172,9 +172,9 @@ def pending(result: dict[str, Any], named: Sequence[str] | None) -> list[str]:
 def run_step(
     name: str, options: argparse.Namespace, result: dict[str, Any], seconds: float, environment: dict[str, str]
 ) -> None:
-    """Run a step in a process of its own and enter what it leaves, however it ends."""
+    """Run a step in its own process and enter what it leaves, however it ends."""
     before = result["steps"].get(name, {"status": "done"})
-    # A step that did not end well goes on; one that did, and is asked for, is done again.
+    # An unfinished step continues; a finished one that is named is repeated.
     known = [] if before["status"] == "done" else [cell["name"] for cell in result["cells"] if _has(cell, name)]
     command = [sys.executable, "-m", "benchmarks.gpu_steps", name, "--out", str(options.out.absolute()), "--device"]
     command += [options.device, "--seconds", f"{max(5.0, seconds - 5):.0f}", "--end-with-parent"]
@@ -189,7 +189,7 @@ def run_step(
     elif not status:
         why = f"signal {-code}" if code < 0 else f"exit status {code}"
         status = f"failed: the process ended with {why}; see {LOG}"
-    result["steps"][name] = step_row(result, status, row, time.perf_counter() - start)
+    result["steps"][name] = step_row(status, row, time.perf_counter() - start)
     with log.open(errors="replace") as file:
         file.seek(shown)
         print(file.read(20_000).rstrip(), flush=True)
@@ -197,17 +197,19 @@ def run_step(
 
 
 def _has(cell: dict[str, Any], step: str) -> bool:
-    return any(row.get("step") == step for row in cell["contenders"].values())
+    """Return whether the step measured this cell in enough rounds; a killed step leaves a cell with fewer."""
+    rows = [row for row in cell["contenders"].values() if row.get("step") == step]
+    return bool(rows) and all(row.get("rounds", FEWEST_ROUNDS) >= FEWEST_ROUNDS for row in rows)
 
 
 def shorten(log: Path) -> None:
-    """Keep the end of a log that has grown beyond what can be brought back."""
+    """Keep only the end of a log that has grown too large to bring back."""
     if log.stat().st_size > LOG_BYTES:
         log.write_bytes(log.read_bytes()[-LOG_BYTES // 2 :])
 
 
 def installed_wheels(parser: argparse.ArgumentParser, folder: Path | None, target: str) -> dict[str, str]:
-    """The environment of the steps: with --wheels, the wheels unpacked for them alone."""
+    """Return the environment of the steps: with --wheels, the wheels unpacked for them alone."""
     environment = dict(os.environ)
     if folder is None:
         return environment
@@ -225,7 +227,7 @@ def installed_wheels(parser: argparse.ArgumentParser, folder: Path | None, targe
 
 
 def run(options: argparse.Namespace, result: dict[str, Any], clock: Clock, environment: dict[str, str]) -> None:
-    """The steps of this call, as far as its time goes."""
+    """Run the steps of this call until its time is spent."""
     earlier = result["seconds"]
     todo = pending(result, options.steps)
     for i, name in enumerate(todo):
@@ -247,7 +249,7 @@ def save(out: Path, result: dict[str, Any]) -> None:
 
 
 def draw(out: Path, result: dict[str, Any]) -> None:
-    """Plots of time and memory, where there is anything to show and something to draw it with."""
+    """Draw time and memory if there are figures and matplotlib is installed."""
     try:
         from .plots import peak_gib, plot_cells, times_floor
     except ImportError as error:  # every figure is in gpu.json, and can be drawn elsewhere
@@ -265,7 +267,7 @@ def draw(out: Path, result: dict[str, Any]) -> None:
 
 
 def step_names(text: str) -> list[str]:
-    """For argparse: names of steps, with commas between."""
+    """Parse step names separated by commas, for argparse."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if wrong := [name for name in names if name not in STEPS]:
         raise argparse.ArgumentTypeError(f"there is no step {', '.join(wrong)}: they are {', '.join(STEPS)}")
@@ -280,18 +282,20 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, ar
         epilog=f"steps, in order:\n{steps}\n{WHEELS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results, of earlier calls or new")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the results: a new one, or that of earlier calls"
+    )
     parser.add_argument("--device", default="cuda", help='"cuda", "cuda:1", or "cpu" (with --quick) [cuda]')
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
-    parser.add_argument("--steps", type=step_names, metavar="A,B", help="do these [all that are missing]")
-    parser.add_argument("--minutes", type=float, default=9.5, help="of this call [9.5]")
+    parser.add_argument("--steps", type=step_names, metavar="A,B", help="steps to run [all that are missing]")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time limit of this call [9.5]")
     parser.add_argument(
         "--peers",
         nargs="*",
         choices=PEERS,
         default=list(PEERS),
         metavar="PEER",
-        help=f"other libraries to time, of {', '.join(PEERS)} [all]",
+        help=f"other libraries to time: {', '.join(PEERS)} [all]",
     )
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of wheels of peers that are not installed")
     return parser, parser.parse_args(arguments)
@@ -308,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     given = ["DIR" if a == str(options.out) else "--out=DIR" if a.startswith("--out=") else a for a in given]
     command = shlex.join(["python", "-m", "benchmarks.gpu", *given])
-    result, clock = opened_result(parser, options.out, command, device), Clock(60 * options.minutes)
+    result, clock = result_of_folder(parser, options.out, command, device), Clock(60 * options.minutes)
     enter_interrupted(options.out, result)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     interrupted = False
@@ -318,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             interrupted = True
             enter_interrupted(options.out, result)
-            print("interrupted; what is done is kept, and another call goes on", file=sys.stderr)
+            print("interrupted; finished steps are kept, and another call continues", file=sys.stderr)
     save(options.out, result)
     draw(options.out, result)
     for row in result["targets"]:

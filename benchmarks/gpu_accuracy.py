@@ -1,4 +1,4 @@
-"""How far both backends and the peers are from float64 on a device, and how far they may be."""
+"""Measure how far both backends and the peers are from float64 on a device, and check the limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMOKE_HEAD = HeadShape(256, 2000)
 
 
 def truncation_nat(hidden: int, tokens: int, words: int = 2048, group: int = 16) -> float:
-    """Simulated error of the summed log-sum-exp of ``tokens`` rows of standard normal logits, in nats.
+    """Simulate the error of the summed log-sum-exp of ``tokens`` rows of standard normal logits, in nats.
 
     Exact sums of ``group`` terms are added to a float32 accumulator that is rounded toward zero, as measured on tensor
     cores (Fasi et al. 2021). A sample of ``words`` stands for the vocabulary: the mean error does not depend on it.
@@ -42,7 +42,7 @@ def truncation_nat(hidden: int, tokens: int, words: int = 2048, group: int = 16)
 def accuracy(
     head: HeadShape, pairs: int, response: int, peers: Sequence[str], timed: torch.dtype, device: torch.device
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows of errors against float64, one list per dtype and soft-cap; peers in the dtype they are timed in."""
+    """Yield rows of errors against float64, one list per dtype and soft-cap; peers in the dtype they are timed in."""
     for dtype in (torch.bfloat16, torch.float32):
         for softcap in (None, 30.0):
             shape = equal(replace(head, softcap=softcap), pairs, response, response)
@@ -59,7 +59,7 @@ def accuracy(
 
 
 def loss_errors(batch: PairBatch, found: dict[str, Outcome]) -> list[dict[str, Any]]:
-    """Of the pairwise loss: gradients relative, loss and sequence log-probs in nats.
+    """Return errors of the pairwise loss: gradients relative, loss and sequence log-probs in nats.
 
     Ours may err in the gradients twice as much as plain torch. The coefficient of a pair's gradient carries the error
     of its own log-probs besides, which is judged by itself: up to 2 beta times the largest of them, relative.
@@ -91,7 +91,7 @@ def loss_errors(batch: PairBatch, found: dict[str, Outcome]) -> list[dict[str, A
 
 
 def logps_errors(batch: PairBatch, found: dict[str, Outcome]) -> list[dict[str, Any]]:
-    """Of ``linear_logps`` under an arbitrary upstream gradient, and of plain torch: relative, log-probs in nats."""
+    """Return errors of ``linear_logps`` and of plain torch under an arbitrary upstream gradient."""
 
     truth = Truth(batch, LOGPS)
     rows = []

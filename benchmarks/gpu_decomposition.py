@@ -22,7 +22,7 @@ ROUNDS = 7
 
 
 class NeedsGPU(Exception):
-    """A kernel cannot be launched where there is no GPU."""
+    """Report that a kernel needs a GPU and there is none."""
 
 
 def decompose(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -51,7 +51,7 @@ Line = Callable[[], tuple[Callable[[], Any], dict[str, Any]]]
 
 
 def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Line]]:
-    """Name and maker of each line. A maker allocates the operands and returns what to run and the work in it."""
+    """Yield name and maker of each line. A maker allocates the operands and returns the call and its work."""
     x, weight = batch.hidden, batch.weight
     (n, hidden), vocab = x.shape, len(weight)
     narrow, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
@@ -61,7 +61,7 @@ def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Li
         return matmul_run(a, b, dtype), operations
 
     def e() -> Tensor:
-        """Values in place of E: random, because matmuls of zeros run faster."""
+        """Return random values in place of E, because matmuls of zeros run faster."""
         return torch.rand(n, vocab, dtype=narrow, device=x.device)
 
     yield "copy", lambda: copy_run(x.device)
@@ -114,7 +114,7 @@ def _staged_matmul(
 
 
 def _row_pass(batch: PairBatch, rows: int, store: bool) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """One launch per stage, over all the rows of the batch: the same memory again, which is larger than any cache."""
+    """Launch once per group of rows, over the same memory, which is larger than any cache."""
     if not batch.hidden.is_cuda:
         raise NeedsGPU
     launch, raw = launch_row_pass(batch, rows, store=store)
@@ -128,7 +128,7 @@ def _row_pass(batch: PairBatch, rows: int, store: bool) -> tuple[Callable[[], An
 
 
 def _cache_tiles(batch: PairBatch, store: bool | None) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """One row of tiles, each multiplied and, unless ``store`` is None, read back from the cache at once."""
+    """Multiply one row of tiles, each read back from the cache at once unless ``store`` is None."""
     if not batch.hidden.is_cuda:
         raise NeedsGPU
     from inspo_kernels.kernels import config
@@ -167,7 +167,7 @@ def _scaling(x: Tensor, source: torch.dtype, target: torch.dtype) -> tuple[Calla
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Seconds of ``run`` from an idle device and behind other work; on a CPU the two are one."""
+    """Return seconds of ``run`` from an idle device and behind other work; on a CPU they are equal."""
     run()
     idle = spread([seconds_of(run, str(device)) for _ in range(ROUNDS)])
     busy = spread([seconds_behind_work(run, device) for _ in range(ROUNDS)]) if device.type == "cuda" else idle
@@ -175,7 +175,7 @@ def timed(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
 
 
 def seconds_behind_work(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of ``run`` on a CUDA device that is kept busy until all of it is queued."""
+    """Return seconds of ``run`` on a CUDA device that is kept busy until all of it is queued."""
     blocker = torch.rand(8192, 8192, device=device, dtype=torch.bfloat16)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -189,7 +189,7 @@ def seconds_behind_work(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def line(name: str, row: dict[str, Any]) -> str:
-    """One line for a terminal."""
+    """Format one line for a terminal."""
     if row["status"] != "measured":
         return f"  {name:<42}{row['status']}"
     rates = f"{row['tflops']:8.1f} TFLOP/s" if "tflops" in row else ""

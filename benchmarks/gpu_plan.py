@@ -1,4 +1,4 @@
-"""Sizes of the GPU benchmark, full and quick, and the targets of its results."""
+"""Define the sizes of the GPU benchmark, full and quick, and the targets of its results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .gpu_accuracy import SEQUENCE_NAT
 from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN
 
 # What the bytes allow on an H200, by the form of the pass over the logits (``benchmarks.roofline`` derives them): rows
-# of logits staged in memory, or tiles of logits that stay in the cache.
+# of logits written to memory, or tiles of logits that stay in the cache.
 STAGED_TARGETS = {TRAIN: 1.08, FROZEN: 1.12, FORWARD: 1.18}
 CACHED_TARGETS = {TRAIN: 1.05, FROZEN: 1.08, FORWARD: 1.10}
 MEMORY_TARGET = 1.05
@@ -20,7 +20,7 @@ MEMORY_TARGET = 1.05
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of every step. ``response`` is the tokens of each response, ``main`` the model and tokens of most steps."""
+    """Hold the sizes of every step: ``response`` tokens a response, ``main`` model and tokens of most steps."""
 
     models: dict[str, HeadShape]
     tokens: tuple[int, ...]
@@ -43,11 +43,11 @@ class Plan:
         return self.models[self.main[0]]
 
     def main_cells(self) -> list[tuple[str, int, str]]:
-        """(model, tokens, mode) of the main shape."""
+        """Return (model, tokens, mode) of the main shape."""
         return [(*self.main, mode) for mode in MODES]
 
     def other_cells(self) -> list[tuple[str, int, str]]:
-        """All other shapes: the main model's lengths, then the models at the main length, then the rest."""
+        """Return all other shapes: the main model's lengths, then the models at the main length, then the rest."""
         model, tokens = self.main
         lengths = [(model, n) for n in self.tokens]
         at_main = [(m, tokens) for m in self.models]
@@ -147,7 +147,7 @@ def targets(result: dict[str, Any], limits: dict[str, float]) -> list[dict[str, 
 
 
 def triton_row(cell: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
-    """The Triton backend's measured row of a cell, or why there is none."""
+    """Return the Triton backend's measured row of a cell, or why there is none."""
     if cell is None:
         return None, f"{FULL.main[0]} at {FULL.main[1]} tokens did not run"
     row = cell["contenders"].get("triton", {"status": "triton did not run"})
@@ -168,7 +168,7 @@ def problems(result: dict[str, Any]) -> list[str]:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Name, memory, multiprocessors and capability of a device."""
+    """Return name, memory, multiprocessors and capability of a device."""
     if device.type != "cuda":
         return {"type": device.type}
     properties = torch.cuda.get_device_properties(device)

@@ -1,4 +1,4 @@
-"""Processes of the GPU benchmark: a step, the tests and a training run, each ended with all that it has started."""
+"""Run processes of the GPU benchmark (a step, the tests, a training run) and end all that they start."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def exit_when_asked() -> None:
 
 
 def end_with_parent() -> None:
-    """End this process when the process that started it is gone, however that one ended."""
+    """End this process when its parent is gone, however the parent ended."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -63,7 +63,7 @@ def end_with_parent() -> None:
 
 
 def run_tests(tests: Sequence[str], log: Path, seconds: float) -> dict[str, Any]:
-    """Run the package's tests and return how they went; their output is in ``log``."""
+    """Run the package's tests and return their result; their output is in ``log``."""
     command = [sys.executable, "-m", "pytest", *tests, "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]

@@ -1,4 +1,4 @@
-"""The steps of the GPU benchmark, each run in a process of its own.
+"""Run one step of the GPU benchmark in its own process.
 
     python -m benchmarks.gpu_steps STEP --out DIR --device cuda --seconds 60
 
@@ -27,8 +27,9 @@ from .cells import table
 from .contenders import CONTENDERS, OURS, PEER_PACKAGES, PEERS, Contender, chosen
 from .gpu_plan import FULL, QUICK, Plan, hardware
 from .gpu_processes import end_with_parent, exit_when_asked, run_tests
-from .harness import checked_device, provenance, reason, write_json
+from .harness import reason
 from .measure import TRAIN, measure
+from .result_files import checked_device, provenance, write_json
 
 PART = "part.json"
 # No cell starts with less time left than the slowest one takes at its fewest rounds.
@@ -37,7 +38,7 @@ RESERVE_SECONDS = 20.0
 
 @dataclass
 class Context:
-    """Input of a step: sizes, device, its own time, and the part of the results that it fills.
+    """Hold a step's input: sizes, device, its own time, and the part of the results that it fills.
 
     ``known`` holds the cells of earlier calls, which are not measured again.
     """
@@ -285,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of part.json")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes")
-    parser.add_argument("--seconds", type=float, default=600.0, help="the step's time [600]")
+    parser.add_argument("--seconds", type=float, default=600.0, help="time limit of the step [600]")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER")
     parser.add_argument("--known", type=json.loads, default=[], help="JSON list of cells that are not measured again")
     parser.add_argument("--end-with-parent", action="store_true", help="end when the starting process ends")

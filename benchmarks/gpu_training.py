@@ -1,4 +1,4 @@
-"""Steps of the GPU benchmark that use the loss as training does: autocast, statistics, trees, and a whole run."""
+"""Run the GPU benchmark's steps that use the loss as training does: autocast, statistics, trees, a whole run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def compared(
 
 
 def line(name: str, row: dict[str, Any]) -> str:
-    """One line for a terminal."""
+    """Format one line for a terminal."""
     if row["status"] != "measured":
         return f"  {name:<44}{row['status']}"
     beside = next(
@@ -226,7 +226,7 @@ def training_run(
 def write_training_config(
     folder: Path, model_fields: dict[str, Any], lengths: tuple[int, int], steps: int, device: torch.device
 ) -> Path:
-    """Write pairs of random letters and the run's options; the one place that knows the trainer's option names."""
+    """Write pairs of random letters and the run's options; only here are the trainer's option names known."""
     generator = torch.Generator().manual_seed(0)
     prompt, response = lengths
 
@@ -255,7 +255,7 @@ def write_training_config(
 
 
 def training_figures(run: Path) -> dict[str, Any]:
-    """Speed of the later half of a run, when everything is warm, from its log; the one place that knows its format."""
+    """Read the speed of a run's later half, when everything is warm, from its log; only here is its format known."""
     file = run / "metrics.jsonl"
     rows = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
     rows = [row for row in rows if "tokens_per_second" in row]
@@ -268,7 +268,7 @@ def training_figures(run: Path) -> dict[str, Any]:
 
 
 def training_line(result: dict[str, Any]) -> str:
-    """One line for a terminal."""
+    """Format one line for a terminal."""
     text = f"  training, {result['steps']} steps: {result['status']}, {result['seconds']:.0f} s"
     if "tokens_per_second" in result:
         text += f", {result['tokens_per_second']['median']:,.0f} tokens/s"

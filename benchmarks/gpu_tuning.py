@@ -1,4 +1,4 @@
-"""Block sizes and workspaces beside the shipped ones, and what the shipped workspace comes to."""
+"""Time other block sizes and workspaces beside the shipped ones, and count the shipped workspace's bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .measure import TRAIN, step
 def sweep(
     shipped: str, runs: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, repeats: int = 1
 ) -> dict[str, Any]:
-    """Candidates interleaved, each beside ``shipped``; each run is ``repeats`` launches, back to back."""
+    """Time interleaved candidates, each beside ``shipped``; each run is ``repeats`` launches, back to back."""
     failed: dict[str, str] = {}
     runs = guarded(runs, failed)
     for run in runs.values():
@@ -40,7 +40,7 @@ def sweep(
 
 
 def tune(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dict[str, Any]:
-    """Candidates next to what ships. Nothing is changed."""
+    """Time candidates beside the shipped choice; nothing is changed."""
     result: dict[str, Any] = {}
     for name, runs in (
         ("row pass", tune_row_pass),
@@ -101,7 +101,7 @@ def launch_row_pass(
 
 
 def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[str, Any]:
-    """Block and warps of the pass over one stage of logits."""
+    """Time other blocks and warps of the pass over one tile of logits."""
     from inspo_kernels.kernels import config
 
     rows = min(rows, batch.shape.scored)  # each row reads its target
@@ -130,13 +130,13 @@ def row_pass_name(candidate: Any) -> str:
 
 
 def tune_tiles(batch: PairBatch, seconds: float) -> dict[str, Any]:
-    """Forward + backward with other tiles of logits, which stay in the cache or not."""
+    """Time forward + backward with other tiles of logits, in the cache or not."""
     from inspo_kernels.kernels import config
 
     device = batch.hidden.device
     shipped = config.logits_tile(config.architecture(device), device, 4)
     sizes = [(rows, words) for rows in (512, 1024, 2048) for words in (4224, 8448, 16896)]
-    whole = config.LogitsTile(1024, config.padded_vocab(batch.head.vocab))  # staged in memory
+    whole = config.LogitsTile(1024, config.padded_vocab(batch.head.vocab))  # written to memory
     candidates = dict.fromkeys([shipped, *(config.LogitsTile(*size) for size in sizes), whole])
 
     def run(tile: Any) -> None:
@@ -148,7 +148,7 @@ def tune_tiles(batch: PairBatch, seconds: float) -> dict[str, Any]:
 
 
 def tune_kept(batch: PairBatch, seconds: float) -> dict[str, Any]:
-    """Forward + backward with fewer rows of E kept at a time."""
+    """Time forward + backward with fewer rows of E kept at a time."""
     from inspo_kernels.backends import triton_backend
 
     def run(rows: int) -> None:
@@ -161,7 +161,7 @@ def tune_kept(batch: PairBatch, seconds: float) -> dict[str, Any]:
 
 
 def tune_torch(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dict[str, Any]:
-    """Forward + backward of the torch backend with other workspaces."""
+    """Time forward + backward of the torch backend with other workspaces."""
     head, resolved = _head_and_backend(batch, "torch")
     default = resolved.default_workspace_bytes(head, batch.hidden.device)
     shipped = f"default ({resolved.capacity(head, batch.hidden.device, default)})"
@@ -174,7 +174,7 @@ def tune_torch(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) 
 
 
 def workspace_and_gradients(batch: PairBatch, backend: str) -> int:
-    """Bytes of the default workspace (what N rows keep beside its tile, if less) + dX + dW in the accumulate dtype."""
+    """Count bytes of the default workspace (what N rows keep beside its tile, if less) + dX + dW in its dtype."""
     head, resolved = _head_and_backend(batch, backend)
     device, rows = batch.hidden.device, batch.shape.scored
     default = resolved.default_workspace_bytes(head, device)

@@ -61,7 +61,7 @@ def cases() -> Iterator[Case]:
 def row_pass_case(
     dtype: torch.dtype, store: bool, transform: str, vocab: int, first: int = 0, statistics: bool = False
 ) -> Case:
-    """A tile of logits from word ``first`` on; E in place of the logits, and float16, come as one tile of all words."""
+    """Return a launch on a tile of logits from word ``first`` on. E in place, and float16, use one whole tile."""
     from inspo_kernels.kernels import config
     from inspo_kernels.kernels.row_pass import PARTS, row_pass
 
@@ -171,7 +171,7 @@ def recorded(file: Path) -> Iterator[Case]:
 
 
 def _made(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """The argument that ``record_launches.written`` wrote down; tensors of one address share it here, too."""
+    """Rebuild an argument that ``record_launches.written`` recorded; tensors of one address share it again."""
     if not isinstance(value, dict):
         return value
     if "set" in value:
@@ -192,7 +192,7 @@ def _made(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def _shown(call: dict[str, Any]) -> str:
-    """The dtypes of a call's tensors and its options, for a table."""
+    """Format the dtypes of a call's tensors and its options for a table."""
     values = [*call["args"], *call["kwargs"].values()]
     dtypes = [v["dtype"] for v in values if isinstance(v, dict) and "dtype" in v]
     options = {name: v for name, v in call["kwargs"].items() if not isinstance(v, dict)}

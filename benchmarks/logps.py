@@ -1,4 +1,4 @@
-"""Per-token log-probs of scored rows, under any upstream gradient, beside their floor and every other way.
+"""Measure per-token log-probs under any upstream gradient, beside the floor and every other implementation.
 
     python -m benchmarks.logps --json benchmarks/results/logps_cpu.json
 

@@ -33,14 +33,15 @@ from training.model import load_model
 from training.scoring import Batch, Batcher, PairModel, score
 from training.train import train
 
-from .harness import positive, provenance, result_file, spread, write_json
+from .harness import spread
 from .real_pairs import command_of, pairs_of
+from .result_files import positive, provenance, result_file, write_json
 
 MODEL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
 class Marks(TrainerCallback):
-    """The times at which steps begin."""
+    """Record the times at which steps begin."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -101,8 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loop_overhead", description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
     parser.add_argument("--json", required=True, type=result_file, help="result file")
-    parser.add_argument("--steps", type=positive, default=100, help="of a run, with a checkpoint after them [100]")
-    parser.add_argument("--rounds", type=positive, default=5, help="of a run of each [5]")
+    parser.add_argument(
+        "--steps", type=positive, default=100, help="steps of a run, with a checkpoint after them [100]"
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds of one run of each [5]")
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error("--steps 1: the first step is not timed, so give at least 2")

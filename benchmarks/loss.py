@@ -1,4 +1,4 @@
-"""The pairwise loss, forward and backward, beside its floor and every other way to compute it.
+"""Measure the pairwise loss, forward and backward, beside its floor and every other implementation.
 
     python -m benchmarks.loss --json benchmarks/results/loss_cpu.json
 

@@ -1,4 +1,4 @@
-"""Facts read from compiled kernels: registers, stack, access widths, and their hot loops.
+"""Read facts from compiled kernels: registers, stack, access widths, and their hot loops.
 
 NVIDIA's machine code is read with the ``cuobjdump`` that Triton brings, AMD's from the assembly that Triton keeps.
 """
@@ -40,7 +40,7 @@ def describe(compiled: Any, target: str) -> dict[str, Any]:
 
 
 def residents(target: str, registers: int, warps: int) -> int:
-    """Programs that fit one multiprocessor at once, by registers (allocated 256 a warp), warps and their number."""
+    """Count programs that fit one multiprocessor at once, by registers (256 at a time), warps and their number."""
     register_file, most_warps, most_programs = RESIDENCY[target]
     per_warp = -(-registers * 32 // 256) * 256
     return min(register_file // (per_warp * warps), most_warps // warps, most_programs)
@@ -71,7 +71,7 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
 
 
 def instructions(sass: str) -> Instructions:
-    """Address and text of each instruction, in order; padding after the end of the code is left out."""
+    """Yield address and text of each instruction in order, without padding after the code."""
     found = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;/]+?)\s*;", sass)]
     while found and found[-1][1] == "NOP":
         found.pop()
@@ -133,7 +133,7 @@ def _branch(text: str) -> int | None:
 
 
 def _widths(listing: Instructions, *opcodes: str) -> list[int]:
-    """Bytes a lane that each global access moves, of the given opcodes."""
+    """Return the bytes a lane that each global access of the given opcodes moves."""
     widths = []
     for _, text in listing:
         name, *modifiers = _opcode(text).split(".")

@@ -1,4 +1,4 @@
-"""One measurement: contenders on one batch, errors against float64, time beside the bare products, peak memory."""
+"""Measure contenders on one batch: errors against float64, time beside the bare matmuls, peak memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .harness import (
     spread,
 )
 
-# The modes and how many products of the scored rows with the head each needs: without gradients, dX alone, dX and dW.
+# The modes and how many matmuls of the scored rows with the head each needs: without gradients, dX alone, dX and dW.
 FORWARD, FROZEN, TRAIN = "forward", "frozen head", "forward+backward"
 PRODUCTS = {FORWARD: 1, FROZEN: 2, TRAIN: 3}
 MODES = (TRAIN, FORWARD, FROZEN)
@@ -40,7 +40,7 @@ BLOCK = 4096
 
 
 def step(batch: PairBatch, mode: str, contender: Contender, what: str = LOSS) -> dict[str, Tensor]:
-    """Loss and summed log-probs (2B,), or log-probs (N,), and the gradients that ``mode`` asks for."""
+    """Return loss and summed log-probs (2B,), or log-probs (N,), and the gradients that ``mode`` asks for."""
     hidden = batch.hidden.detach().requires_grad_(mode != FORWARD)
     weight = batch.weight.detach().requires_grad_(mode == TRAIN)
     with torch.set_grad_enabled(mode != FORWARD):
@@ -57,7 +57,7 @@ def step(batch: PairBatch, mode: str, contender: Contender, what: str = LOSS) ->
 
 
 def upstream_of(logps: Tensor) -> Tensor:
-    """A gradient that differs from token to token."""
+    """Return a gradient that differs from token to token."""
     return torch.linspace(-1, 2, len(logps), dtype=logps.dtype, device=logps.device)
 
 
@@ -94,7 +94,7 @@ class Truth:
         self.values["dhidden"] = dx if batch.scored_mask is None else _spread(dx, batch.scored_mask)
 
     def errors(self, got: dict[str, Tensor]) -> dict[str, float]:
-        """Largest difference of loss, sums and log-probs in nats; gradients relative, by their norms."""
+        """Return largest differences of loss, sums and log-probs in nats, and relative errors of gradients by norm."""
         names = {"loss": "loss_nat", "sums": "sequence_nat", "logps": "token_nat"}
         result = {}
         for name, value in got.items():
@@ -135,7 +135,7 @@ def relative(errors: dict[str, float], truth: Truth) -> dict[str, float]:
 def checked(
     got: dict[str, Tensor], batch: PairBatch, what: str, knows: bool, truths: dict[bool, Truth | str]
 ) -> dict[str, Any]:
-    """Errors against float64 for a contender's row, or why there are none: float64 takes far more memory than it.
+    """Return a contender's errors against float64, or that memory ran out: float64 takes far more than the contender.
 
     ``truths`` keeps the truths with and without a reference from one contender to the next.
     """
@@ -160,7 +160,7 @@ def too_large(error: Exception) -> str:
 
 
 def products(batch: PairBatch, count: int, rows: int | None = None, words: int | None = None) -> Callable[[], None]:
-    """X W^T, then E W, then E^T X, outputs preallocated in the input dtype; the logits stand for E.
+    """Return a call that computes X W^T, E W and E^T X into preallocated outputs; the logits stand for E.
 
     In groups of ``rows`` rows and ``words`` words, all of them by default.
     """
@@ -188,7 +188,7 @@ def products(batch: PairBatch, count: int, rows: int | None = None, words: int |
 
 
 def fastest_products(batch: PairBatch, count: int) -> Callable[[], None]:
-    """The floor: on a CPU the fastest of several groups of rows and words, elsewhere the whole matmuls."""
+    """Return the floor: on a CPU the fastest of several groups of rows and words, elsewhere whole matmuls."""
     candidates = [products(batch, count)]
     if batch.hidden.device.type == "cpu":
         candidates += [products(batch, count, rows, words) for rows in (512, 1024, 2048) for words in (1000, None)]
@@ -209,7 +209,7 @@ def measure(
     cell: dict[str, Any] | None = None,
     save: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """``cell`` with, under ``contenders``, a row of the floor and of each name in ``found``.
+    """Return ``cell`` with, under ``contenders``, a row of the floor and of each name in ``found``.
 
     A contender that fails is named with its reason and not called again. Rows are in ``cell`` from the first round on
     and ``save`` is called after each. Rows that are there already, such as those of memory, are added to; one that
@@ -275,7 +275,7 @@ def measure_peaks(
     rows: bool = True,
     save: Callable[[], None] = lambda: None,
 ) -> None:
-    """Peak memory above the inputs of each contender, in a fresh process each, entered in ``cell``."""
+    """Measure each contender's peak memory above its inputs in a fresh process, and enter it in ``cell``."""
     table = cell.setdefault("contenders", {})
     for name in names:
         what_to_run: dict[str, Any] = {"head": asdict(shape.head), "lengths": shape.lengths, "mode": mode, "name": name}
@@ -290,7 +290,7 @@ def run_of(name: str, batch: PairBatch, mode: str, what: str) -> Callable[[], An
 
 
 def main(arguments: list[str]) -> None:
-    """Print, as JSON, the status and peak of one contender after a first call that loads what it loads."""
+    """Print, as JSON, the status and peak of one contender, on the call after a warm-up."""
     parser = argparse.ArgumentParser("python -m benchmarks.measure", description=main.__doc__)
     parser.add_argument("what_to_run", type=json.loads)
     given = parser.parse_args(arguments).what_to_run

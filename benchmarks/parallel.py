@@ -1,10 +1,10 @@
-"""A head that is split over ranks by words: time, bytes sent and peak memory of a rank, on gloo processes.
+"""Measure a head split over ranks by words: time, bytes sent and peak memory of a rank, on gloo.
 
     python -m benchmarks.parallel --json benchmarks/results/parallel_cpu.json
 
-The floor is the three bare matmuls of a rank's own words, outputs preallocated, on as many processes at once. Each rank
-has one thread; times of more ranks than cores are left out, for they would show the machine. The second table is
-calculated, not measured: what the collectives of one call take on faster networks, beside the matmuls.
+The floor is the three bare matmuls of a rank's own words, outputs preallocated, on as many ranks at once. Each rank has
+one thread. Times of more ranks than cores are left out, because they would measure the machine. The second table is
+calculated, not measured: the time of one call's collectives on faster networks, beside the matmuls.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import inspo_kernels as ik
 from inspo_kernels.groups import GATHER
 
 from .batches import HeadShape, Shape, equal
-from .harness import command, own_peak, positive, provenance, release_freed_memory, result_file, spread, write_json
+from .harness import own_peak, release_freed_memory, spread
+from .result_files import command, positive, provenance, result_file, write_json
 
 RANKS = (1, 2, 4)
 REFERENCE, QUICK = equal(HeadShape(512, 32_000), 4, 128, 256), equal(HeadShape(32, 500), 2, 8, 16)
@@ -50,7 +51,7 @@ GPUS, TOKENS, FLOPS = (2, 4, 8), 8192, 790e12
 
 
 def calculated() -> list[dict[str, Any]]:
-    """One call's matmuls and collectives on GPUs, in milliseconds, for each head, network and number of ranks."""
+    """Calculate one call's matmuls and collectives on GPUs, in ms, for each head, network and number of ranks."""
     rows = []
     for head_name, head in HEADS.items():
         for ranks in GPUS:
@@ -78,13 +79,13 @@ def calculated() -> list[dict[str, Any]]:
 
 @dataclass
 class Traffic:
-    """Seconds in collectives of one rank, waiting for the others included, and the bytes that it gives to each kind."""
+    """Count one rank's seconds in collectives, waiting included, and the bytes it gives to each kind."""
 
     seconds: float = 0.0
     sent: dict[str, int] = field(default_factory=dict)
 
     def watch(self) -> None:
-        """From now on."""
+        """Count from now on."""
         for name in (GATHER, "all_reduce"):
             setattr(dist, name, self._timed(name, getattr(dist, name)))
 
@@ -114,7 +115,7 @@ class _TimedWork:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.parallel", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=result_file, help="result file")
-    parser.add_argument("--rounds", type=positive, default=7, help="after a warm-up [7]")
+    parser.add_argument("--rounds", type=positive, default=7, help="rounds after a warm-up [7]")
     parser.add_argument("--quick", action="store_true", help="a small shape, to see that everything runs")
     options = parser.parse_args(arguments)
     shape = QUICK if options.quick else REFERENCE
@@ -135,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(shape: Shape, ranks: int, rounds: int) -> dict[str, Any]:
-    """One row of the measured table."""
+    """Measure one row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, (ranks, folder, shape, rounds), ranks, start_method="spawn")
         found = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(ranks)]
@@ -183,7 +184,7 @@ def _rank(rank: int, ranks: int, folder: str, shape: Shape, rounds: int) -> None
 
 
 def _runs(shape: Shape, rank: int, ranks: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The loss with its gradients on this rank's words, and the bare matmuls."""
+    """Return the loss with its gradients on this rank's words, and the bare matmuls."""
     g = torch.Generator().manual_seed(0)
     pairs = [[torch.randint(shape.head.vocab, (n,), generator=g).tolist() for n in pair] for pair in shape.lengths]
     labels = ik.condition_pairs(pairs, pad_token_id=0)["labels"]
@@ -212,12 +213,12 @@ def _runs(shape: Shape, rank: int, ranks: int) -> tuple[Callable[[], None], Call
 
 
 def tables(result: dict[str, Any]) -> str:
-    """What was measured and what was calculated, in Markdown."""
+    """Format the measured and the calculated table in Markdown."""
     first = result["cells"][0]
     lines = [
         f"Measured: one call with its gradients, {first['scored_tokens']:,} scored tokens, H = {first['hidden']}, "
         f"V = {first['vocab']:,}, {result['dtype']}, gloo on {result['hardware']['cores']} cores, one thread a rank. "
-        "The floor is the three bare matmuls of a rank's words, on as many processes at once.",
+        "The floor is the three bare matmuls of a rank's words, on as many ranks at once.",
         "",
         "| ranks | ms | time / floor | in collectives | a rank sends: sums, dX | peak memory of a rank |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Figures from result files."""
+"""Draw figures from result files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from .contenders import CONTENDERS
 
-TITLES = {"floor": "bare products, preallocated", **{name: c.title for name, c in CONTENDERS.items()}}
+TITLES = {"floor": "bare matmuls, preallocated", **{name: c.title for name, c in CONTENDERS.items()}}
 
 
 def plot_cells(
     result: dict[str, Any], value: Callable[[dict[str, Any]], tuple[float, float, float] | None], label: str
 ) -> Figure:
-    """One panel per mode and model: ``value`` (median, q1, q3) of every contender by scored tokens."""
+    """Plot ``value`` (median, q1, q3) of every contender by scored tokens, a panel per mode and model."""
     cells = result["cells"]
     models, modes = (list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "mode"))
     names = list(dict.fromkeys(name for c in cells for name in c["contenders"]))
@@ -67,7 +67,7 @@ def peak_gib(row: dict[str, Any]) -> tuple[float, float, float] | None:
 
 
 def plot_scaling(result: dict[str, Any]) -> Figure:
-    """Time above, memory below, a column per sweep; last the workspace."""
+    """Plot time above and memory below, a column per sweep, and the workspace last."""
     sweeps = list(result["fits"])
     figure = Figure(figsize=(3.2 * (len(sweeps) + 1), 5.6), layout="constrained")
     panels = figure.subplots(2, len(sweeps) + 1, squeeze=False)
@@ -114,7 +114,7 @@ def plot_scaling(result: dict[str, Any]) -> Figure:
 
 
 def plot_step(result: dict[str, Any]) -> Figure:
-    """Time beside four forwards by prompt share, a panel per model; and the float64 losses laid over each other."""
+    """Plot time / four forwards by prompt share, a panel per model, and the float64 losses over each other."""
     models = list(dict.fromkeys(cell["model"] for cell in result["cells"]))
     figure = Figure(figsize=(4.2 * (len(models) + 1), 3.8), layout="constrained")
     panels = figure.subplots(1, len(models) + 1)

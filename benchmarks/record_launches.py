@@ -1,4 +1,4 @@
-"""pytest plugin that writes down every launch of the package's kernels, for ``benchmarks.compile_report --tests``.
+"""Record, as a pytest plugin, every launch of the package's kernels, for ``benchmarks.compile_report --tests``.
 
     LAUNCHES=FILE python -m pytest -p benchmarks.record_launches tests/inspo_kernels/test_triton.py
 

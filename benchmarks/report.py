@@ -1,6 +1,6 @@
 """Write the tables of the README and docs/ and the plots from the result files: ``python -m benchmarks.report``.
 
-Between ``<!-- generated: NAME -->`` and ``<!-- end -->`` stands what section NAME makes of its file. To add a section,
+Section NAME fills the lines between ``<!-- generated: NAME -->`` and ``<!-- end -->`` from its file. To add a section,
 write a function from the parsed file to Markdown and list it in ``SECTIONS``; plots are listed in ``PLOTS``.
 """
 
@@ -16,12 +16,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from . import parallel, plots
-from .contenders import CONTENDERS
-from .measure import PRODUCTS
+from .speed_tables import gpu, logps, loss, ratio_text, savings, scaling, source, step, trainers
 from .study import axis_report, code_report
 from .study.report import against_plain, finding
 
-TITLES = {name: contender.title for name, contender in CONTENDERS.items()}
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -31,238 +29,8 @@ PAGES = tuple(page for page in (README, *sorted(DOCS.glob("*.md"))) if BLOCK_STA
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def loss(result: dict[str, Any]) -> str:
-    """Time beside the floor and memory of the pairwise loss at each shape, and the worst error at any."""
-    cells = result["cells"]
-    lines = [f"The pairwise loss, {result['dtype']}, forward + backward:", ""]
-    lines += [
-        f"- {cell['shape']}: {cell['pairs']} pairs, prompt {cell['mean_prompt']:.0f}, responses "
-        f"{cell['mean_response']:.0f}{'' if cell['shape'] == 'reference' else ' on average'}, H = {cell['hidden']}, "
-        f"V = {cell['vocab']:,}: {cell['scored_tokens']:,} scored of {cell['positions']:,} positions"
-        for cell in cells
-    ]
-    titles = [f"{cell['shape']}: {what}" for cell in cells for what in ("time / floor (quartiles)", "peak memory")]
-    lines += ["", "| | " + " | ".join(titles) + " | worst error against float64 |", "|---" * (len(titles) + 2) + "|"]
-    for name in cells[0]["contenders"]:
-        texts, errors = [], []
-        for cell in cells:
-            row = cell["contenders"].get(name, {"status": "not yet measured"})
-            if row["status"] == "measured":
-                time = _ratio(row["times_floor"], name == "floor") if row.get("times_floor") else "not yet timed"
-                texts += [time, _mebibytes(row)]
-                errors += row.get("relative_error", {}).values()
-            else:
-                texts += [row["status"], ""]
-        error = f"{max(errors):.0e}" if errors else ""
-        lines.append(f"| {_title(name)} | " + " | ".join([*texts, error]) + " |")
-    peak = "Peak memory is what a fresh process takes above its inputs."
-    return "\n".join([*lines, "", peak, "", _source(result, "loss_cpu.json")])
-
-
-SAVINGS = ("floor", "torch", "full_log_softmax", "log_softmax", "trl", "liger")
-
-
-def savings(result: dict[str, Any]) -> str:
-    """Time and memory of the best-known ways at the first shape: the README's short form of ``loss``."""
-    cell = result["cells"][0]
-    lines = [
-        f"The pairwise loss, {result['dtype']}, forward + backward, {cell['pairs']} pairs (prompt "
-        f"{cell['mean_prompt']:.0f}, responses {cell['mean_response']:.0f}), H = {cell['hidden']}, V = "
-        f"{cell['vocab']:,}. Peak memory is what a fresh process takes above its inputs.",
-        "",
-        "| | time / bare matmuls (quartiles) | peak memory |",
-        "|---|---|---|",
-    ]
-    for name in SAVINGS:
-        row = cell["contenders"][name]
-        lines.append(f"| {_title(name)} | {_ratio(row['times_floor'], name == 'floor')} | {_mebibytes(row)} |")
-    return "\n".join([*lines, "", _source(result, "loss_cpu.json")])
-
-
-def _title(name: str) -> str:
-    return "floor: the bare matmuls, outputs preallocated" if name == "floor" else TITLES[name]
-
-
-def _cell_table(cell: dict[str, Any], base: str) -> list[str]:
-    lines = [
-        f"| | time / {base} (quartiles) | seconds | peak memory above inputs | worst error against float64 |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in cell["contenders"].items():
-        title = _title(name)
-        if row["status"] != "measured":
-            lines.append(f"| {title} | {row['status']} | | | |")
-            continue
-        if not row.get(f"times_{base}"):
-            lines.append(f"| {title} | not yet timed | | {_mebibytes(row)} | |")
-            continue
-        errors = row.get("relative_error")
-        error = f"{max(errors.values()):.0e}" if errors else ""
-        ratio, seconds = _ratio(row[f"times_{base}"], name == base), f"{row['seconds']['median']:.2f}"
-        lines.append(f"| {title} | {ratio} | {seconds} | {_mebibytes(row)} | {error} |")
-    return lines
-
-
-def _ratio(ratio: dict[str, float], is_base: bool = False) -> str:
-    around = "one round" if ratio["q1"] == ratio["q3"] else f"{ratio['q1']:.2f}-{ratio['q3']:.2f}"
-    return f"{ratio['median']:.2f}" + ("" if is_base else f" ({around})")
-
-
-def _mebibytes(row: dict[str, Any]) -> str:
-    return "not measured" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
-
-
-def logps(result: dict[str, Any]) -> str:
-    """Time / floor of the per-token op in its modes, at the first shape."""
-    cells = [cell for cell in result["cells"] if cell["shape"] == result["cells"][0]["shape"]]
-    first = cells[0]
-    lines = [
-        f"`linear_logps` under any upstream gradient, {first['scored_tokens']:,} tokens, H = {first['hidden']}, "
-        f"V = {first['vocab']:,}, {result['dtype']}; time / bare products of that mode (products), peak memory:",
-        "",
-        "| | " + " | ".join(f"{cell['mode']} ({PRODUCTS[cell['mode']]})" for cell in cells) + " |",
-        "|---" * (len(cells) + 1) + "|",
-    ]
-    for name in first["contenders"]:
-        if name == "floor":
-            continue
-        texts = []
-        for cell in cells:
-            row = cell["contenders"].get(name, {"status": "not yet measured"})
-            time = _ratio(row["times_floor"]) if row.get("times_floor") else "not yet timed"
-            texts.append(f"{time}, {_mebibytes(row)}" if row["status"] == "measured" else row["status"])
-        lines.append(f"| {TITLES[name]} | " + " | ".join(texts) + " |")
-    return "\n".join([*lines, "", _source(result, "logps_cpu.json")])
-
-
-def scaling(result: dict[str, Any]) -> str:
-    """Fitted growth of time and memory."""
-    sweeps = result["fits"]
-    names = list(dict.fromkeys(name for fit in sweeps.values() for name in fit))
-    lines = [
-        "Growth of time, and of peak memory, as the exponent of a fitted power (1 is linear, 0 constant), one thing "
-        "changed at a time:",
-        "",
-        "| | " + " | ".join(sweeps) + " |",
-        "|---" * (len(sweeps) + 1) + "|",
-    ]
-    for name in names:
-        cells = []
-        for fit in sweeps.values():
-            figures = [fit.get(name, {}).get(key) for key in ("seconds", "peak_bytes")]
-            cells.append(", ".join("-" if f is None else f"{f['exponent']:.2f}" for f in figures))
-        lines.append(f"| {_title(name)} | " + " | ".join(cells) + " |")
-    best = min(result["workspace"].items(), key=lambda item: item[1]["seconds"]["median"])
-    default = next(item for item in result["workspace"].items() if item[0].startswith("default"))
-    share = default[1]["seconds"]["median"] / best[1]["seconds"]["median"]
-    lines += [
-        "",
-        f"Workspace at the shape above: the {default[0].split(' ')[0]} of {default[1]['rows']} rows "
-        f"({default[1]['bytes'] / 2**20:.0f} MiB) takes {share:.2f} of the time of the fastest tried, "
-        f"{best[1]['rows']} rows ({best[1]['bytes'] / 2**20:.0f} MiB).",
-        "",
-        "![time and memory](docs/scaling_cpu.png)",
-    ]
-    return "\n".join([*lines, "", _source(result, "scaling_cpu.json")])
-
-
-def step(result: dict[str, Any]) -> str:
-    """Whole steps by prompt share, and that the work is the same."""
-    titles = result["titles"]
-    lines = [
-        f"A whole training step, {result['dtype']}: time / four forwards (quartiles) and peak memory, by the prompt's "
-        "share of prompt + chosen + rejected, or with the lengths of real pairs. Four forwards: policy and reference, "
-        "chosen and rejected, each by itself, in every step. The others pass each pair through the reference once, "
-        "before training: what that adds in a run of one epoch stands behind the +. TRL's is left out: it was not "
-        "timed apart from the start of its trainer.",
-        "",
-        "| model, prompt share | " + " | ".join(titles.values()) + " |",
-        "|---" * (len(titles) + 1) + "|",
-    ]
-    for cell in result["cells"]:
-        texts = []
-        for name in titles:
-            row = cell["contenders"].get(name, {"status": "not measured"})
-            texts.append(_step_time(name, row, cell) if row["status"] == "measured" else row["status"])
-        lines.append(f"| {cell['name']} | " + " | ".join(texts) + " |")
-    models = "; ".join(
-        f"{name}: {m['layers']} layers, H = {m['hidden']}, V = {m['vocab']:,}" for name, m in result["models"].items()
-    )
-    padding = [
-        f"{cell['name']}: {loop['positions_per_step']:,.0f} positions against {tree['positions_per_step']:,.0f}"
-        for cell in result["cells"]
-        for loop, tree in [[cell["contenders"].get(name, {}) for name in ("loop", "tree")]]
-        if loop.get("positions_per_step", 0) < 0.9 * tree.get("positions_per_step", 0)
-    ]
-    if padding:
-        lines += [
-            "",
-            f"The training loop puts pairs of like length together ({'; '.join(padding)}); the others take a step's "
-            "pairs in one batch, as they come. TRL, too, would pad less in smaller batches.",
-        ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Models (Llama-shaped, random weights): {models}.",
-            "",
-            _same_work(result),
-            "",
-            _source(result, "step_cpu.json"),
-        ]
-    )
-
-
-def _step_time(name: str, row: dict[str, Any], cell: dict[str, Any]) -> str:
-    """Beside four forwards: the step, its share of a reference pass that is made once, and memory."""
-    memory = "" if row.get("peak_bytes") is None else f", {_mebibytes(row)}"
-    if "times_four_forwards" not in row:
-        return f"not yet timed{memory}"
-    text = _ratio(row["times_four_forwards"], name == "four_forwards")
-    if name not in ("four_forwards", "trl", "trl_compact") and row["reference_seconds_per_step"]:
-        base = cell["contenders"]["four_forwards"]["seconds"]["median"]
-        text += f" + {row['reference_seconds_per_step'] / base:.2f}"
-    return text + memory
-
-
-def _same_work(result: dict[str, Any]) -> str:
-    work = result["same_work"]
-    parts = []
-    for name, row in work["contenders"].items():
-        if name == "four_forwards":
-            continue
-        if "errors" not in row:
-            parts.append(f"{result['titles'][name]}: {row['status']}")
-            continue
-        verdict = "" if row["same"] else ", NOT THE SAME"
-        parts.append(
-            f"{result['titles'][name]}: losses within {row['errors']['loss']:.0e}, weights within "
-            f"{row['errors']['weights']:.0e} of the way they went{verdict}"
-        )
-    return (
-        f"The same work, after {work['updates']} updates in {work['dtype']}, beside four forwards: {'; '.join(parts)}."
-    )
-
-
-def gpu(result: dict[str, Any]) -> str:
-    """Time / floor at the main shape, and the targets."""
-    cells = [cell for cell in result["cells"] if (cell["model"], cell["tokens"]) == ("llama3-8b", 8192)] or [
-        result["cells"][0]
-    ]
-    lines = []
-    for cell in cells:
-        lines += [f"{cell['name']}, {result['dtype']}:", "", *_cell_table(cell, "floor"), ""]
-    lines += [
-        f"- {row['target']} <= {row['limit']:g}: "
-        + ("" if row["measured"] is None else f"{row['measured']:.4g}, ")
-        + row["verdict"]
-        for row in result["targets"]
-    ]
-    return "\n".join([*lines, "", _source(result, "gpu.json")])
-
-
 def demo(result: dict[str, Any]) -> str:
-    """Accuracy of the demo's four models over its seeds."""
+    """Tabulate the accuracy of the demo's four models over its seeds."""
     summary = result["summary"]
     lines = [
         f"The demo's world (answers judged exactly, unseen prompts, from the prompt alone), {summary['seeds']} seeds, "
@@ -279,7 +47,7 @@ def demo(result: dict[str, Any]) -> str:
         above = [summary[how][name].get("seeds_with_gain_interval_above_0") for how in ("greedy", "sampled")]
         cells.append("" if name == "base" else f"{above[0]} greedy, {above[1]} sampled")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _demo_ranking(summary), "", _source(result, "demo_seeds.json")])
+    return "\n".join([*lines, "", _demo_ranking(summary), "", source(result, "demo_seeds.json")])
 
 
 def _demo_ranking(summary: dict[str, Any]) -> str:
@@ -295,13 +63,13 @@ def _demo_ranking(summary: dict[str, Any]) -> str:
 
 
 def real_pairs(result: dict[str, Any]) -> str:
-    """Held-out reward accuracies of the fine-tunes on real pairs."""
+    """Tabulate held-out reward accuracies of the fine-tunes on real pairs."""
     data = result["data"]
     lines = [
         f"A byte-level model of {result['model']['parameters'] / 1e6:.2f}M parameters on real preference pairs "
-        f"({data['train_pairs']:,} to train on, {data['held_out_pairs']} held out with prompts of their own): "
-        "does every objective go all the way through, and where does the held-out reward accuracy end up? Such a model "
-        "is far too small to answer anything.",
+        f"({data['train_pairs']:,} to train on, {data['held_out_pairs']} held out, of other prompts). "
+        "Every objective runs from data to a saved model that generates; the table shows the held-out reward accuracy. "
+        "Such a model is far too small to answer anything.",
         "",
         "| | conditioned accuracy (95%) | marginal accuracy (95%) |",
         "|---|---|---|",
@@ -313,7 +81,7 @@ def real_pairs(result: dict[str, Any]) -> str:
             accuracy, ends = (after[f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "accuracies_ci"))
             cells.append(f"{accuracy:.2f} ({ends[0]:.2f}-{ends[1]:.2f})")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _beside_chance(result["runs"]), "", _source(result, "real_pairs.json")])
+    return "\n".join([*lines, "", _beside_chance(result["runs"]), "", source(result, "real_pairs.json")])
 
 
 def _beside_chance(runs: list[dict[str, Any]]) -> str:
@@ -326,8 +94,8 @@ def _beside_chance(runs: list[dict[str, Any]]) -> str:
         (above if low > 0.5 else below if high < 0.5 else []).append(name)
     return (
         "From the prompt alone (marginal), by intervals of one seed that are not adjusted for their number, better "
-        f"than chance: {'; '.join(above) or 'none'}; worse: {'; '.join(below) or 'none'}. So this shows that the path "
-        "works, not that any objective is good."
+        f"than chance: {'; '.join(above) or 'none'}; worse: {'; '.join(below) or 'none'}. This shows that the "
+        "pipeline works, not that any objective is good."
     )
 
 
@@ -341,7 +109,7 @@ def no_drafts(result: dict[str, Any]) -> str:
         f"In the demo's world, with a base fitted without drafts ({summary['seeds']} seeds), y after the other answer "
         f"is up to {-gap:.1f} nats a token less likely, and InSPO changes the sampled prompt-only accuracy by "
         f"{inspo['mean']:+.2f} ({inspo['min']:+.2f} to {inspo['max']:+.2f}), plain DPO by "
-        f"{gains['dpo']['mean']:+.2f}, SFT by {gains['sft']['mean']:+.2f}.\n\n" + _source(result, "demo_no_drafts.json")
+        f"{gains['dpo']['mean']:+.2f}, SFT by {gains['sft']['mean']:+.2f}.\n\n" + source(result, "demo_no_drafts.json")
     )
 
 
@@ -356,18 +124,18 @@ def helps(result: dict[str, Any]) -> str:
 
 
 def loop_overhead(result: dict[str, Any]) -> str:
-    """One sentence."""
+    """Say in one sentence what the loop adds to its bare steps."""
     rounds = len(result["seconds"]["loop"])
     return (
         f"Metrics, logs, finite checks and a checkpoint every {result['save_every']} steps: the loop took "
-        f"{_ratio(result['loop_over_bare'])} times as long as its bare steps (median and quartiles of {rounds} "
-        f"rounds of {result['steps']} steps).\n\n" + _source(result, "loop_overhead.json")
+        f"{ratio_text(result['loop_over_bare'])} times as long as its bare steps (median and quartiles of {rounds} "
+        f"rounds of {result['steps']} steps).\n\n" + source(result, "loop_overhead.json")
     )
 
 
 def split_heads(result: dict[str, Any]) -> str:
-    """A head that is split over ranks: what was measured on CPUs, and what is calculated for GPUs."""
-    return f"{parallel.tables(result)}\n\n{_source(result, 'parallel_cpu.json')}"
+    """Tabulate a head split over ranks: measured on CPUs, and calculated for GPUs."""
+    return f"{parallel.tables(result)}\n\n{source(result, 'parallel_cpu.json')}"
 
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -376,6 +144,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "logps": ("logps_cpu.json", logps),
     "scaling": ("scaling_cpu.json", scaling),
     "step": ("step_cpu.json", step),
+    "trainers": ("trl_step_cpu.json", trainers),
     "gpu": ("gpu.json", gpu),
     "split_heads": ("parallel_cpu.json", split_heads),
     "loop_overhead": ("loop_overhead.json", loop_overhead),
@@ -396,7 +165,7 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
 
 
 def render(page: Path) -> str:
-    """The page's text with every generated block written anew, links to results as seen from its folder."""
+    """Return the page's text with every generated block written anew, links relative to its folder."""
     in_docs = page.parent == DOCS
 
     def block(match: re.Match[str]) -> str:
@@ -416,21 +185,6 @@ def _gain(row: dict[str, Any]) -> str:
     gain = row["gain"]
     ends = f" ({gain['mean_ci'][0]:+.2f} to {gain['mean_ci'][1]:+.2f})" if "mean_ci" in gain else ""
     return f"{gain['mean']:+.2f}{ends}"
-
-
-def _source(result: dict[str, Any], file: str) -> str:
-    """Name hardware, versions and date of a measurement; the full command is in the file."""
-    hardware, versions = result["hardware"], result["versions"]
-    where, packages = f"{hardware['cpu']}, {hardware['cores']} cores", ["torch"]
-    if gpu := result.get("device", {}).get("name"):
-        where, packages = gpu, ["torch", "triton"]
-    used = ", ".join(f"{package} {versions[package]}" for package in packages)
-    commit = result.get("package", {}).get("commit")
-    at = f", commit {commit}" if commit else ""
-    return (
-        f"<sub>{where}, {used}, {result['date'][:10]}{at}; command and all figures: "
-        f"[{file}](benchmarks/results/{file})</sub>"
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:

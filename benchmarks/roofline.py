@@ -1,4 +1,4 @@
-"""Predict the time of one pass on GPUs that nobody has measured it on, line by line.
+"""Predict the time of one pass on GPUs where it has not been measured, line by line.
 
     python -m benchmarks.roofline                              Llama-3-8B's head, 8,192 tokens
     python -m benchmarks.roofline --chips H200 --grid          every model, length and mode
@@ -63,7 +63,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds of one part of a pass, and the count over the rate that they come from."""
+    """Hold the seconds of one part of a pass, and the count and rate behind them."""
 
     name: str
     seconds: float
@@ -72,26 +72,26 @@ class Line:
 
 
 def tile_words(chip: Chip) -> int:
-    """Words of a tile of logits on the chip, as the backend chooses them."""
+    """Return the words of a tile of logits on the chip, as the backend chooses them."""
     return config.tile_in_cache(chip.target, chip.cache_bytes, chip.multiprocessors, 4).words
 
 
 def matmul_seconds(chip: Chip, m: int, n: int, k: int, moved: float) -> float:
-    """Of an (m, k) by (k, n) matmul: its operations, in whole waves, or the bytes moved if they take longer."""
+    """Predict an (m, k) by (k, n) matmul: its operations in whole waves, or the bytes moved if they take longer."""
     tiles = -(-m // MATMUL_TILE[0]) * -(-n // MATMUL_TILE[1])
     full = -(-tiles // chip.multiprocessors) * chip.multiprocessors / tiles
     return max(2 * m * n * k / chip.matmul * full, moved / chip.memory)
 
 
 def floor(chip: Chip, head: HeadShape, tokens: int, mode: str) -> float:
-    """Seconds of the bare matmuls of a mode, each one call over all rows, operands and results in bfloat16."""
+    """Predict the seconds of the bare matmuls of a mode, each one call over all rows in bfloat16."""
     moved = 2 * (tokens * head.hidden + head.vocab * head.hidden + tokens * head.vocab)
     shapes = [(tokens, head.vocab, head.hidden), (tokens, head.hidden, head.vocab), (head.vocab, head.hidden, tokens)]
     return sum(matmul_seconds(chip, m, n, k, moved) for m, n, k in shapes[: PRODUCTS[mode]])
 
 
 def row_pass_seconds(chip: Chip, head: HeadShape, elements: float, store: bool, form: str) -> tuple[float, str]:
-    """Of the pass over the logits, and what bounds it: memory, cache, issue of instructions or special functions."""
+    """Predict the pass over the logits and its bound: memory, cache, instruction issue or special functions."""
     cap = head.softcap is not None
     times = {
         "memory": elements * ((0 if form == CACHED else 4) + (2 if store else 0)) / chip.memory,
@@ -106,7 +106,7 @@ def row_pass_seconds(chip: Chip, head: HeadShape, elements: float, store: bool, 
 
 
 def lines(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) -> list[Line]:
-    """The parts of a pass; those of one name are what ``benchmarks.gpu`` measures in its step ``decomposition``."""
+    """Return the parts of a pass, named as in the step ``decomposition`` of ``benchmarks.gpu``."""
     h, v, n, logits = head.hidden, head.vocab, tokens, tokens * head.vocab
     store = mode != FORWARD
     rows = min(n, STAGE_ROWS if form == STAGED else TILE_ROWS)
@@ -147,7 +147,7 @@ def lines(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) -> lis
 
 
 def predicted(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) -> tuple[float, float]:
-    """Seconds of a pass, and their ratio to the floor."""
+    """Return the seconds of a pass, and their ratio to the floor."""
     seconds = sum(line.seconds for line in lines(chip, head, tokens, mode, form))
     return seconds, seconds / floor(chip, head, tokens, mode)
 
@@ -167,7 +167,7 @@ def above_floor(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) 
 
 
 def measured_lines(result: dict[str, Any]) -> dict[str, float]:
-    """Seconds by line, from the busy device, of a result file's decomposition."""
+    """Return seconds by line, from the busy device, of a result file's decomposition."""
     found = {
         name: row["busy"]["median"]
         for name, row in result.get("decomposition", {}).items()
@@ -180,7 +180,7 @@ def measured_lines(result: dict[str, Any]) -> dict[str, float]:
 
 
 def measured_cell(result: dict[str, Any], model: str, tokens: int, mode: str) -> tuple[float, float] | None:
-    """Seconds of the Triton backend and their ratio to the floor, or None."""
+    """Return the seconds of the Triton backend and their ratio to the floor, or None."""
     for cell in result.get("cells", []):
         if (cell["model"], cell["tokens"], cell["mode"]) == (model, tokens, mode):
             row = cell["contenders"].get("triton", {})
@@ -190,7 +190,7 @@ def measured_cell(result: dict[str, Any], model: str, tokens: int, mode: str) ->
 
 
 def chip_of(result: dict[str, Any]) -> str | None:
-    """Which of the chips a result file was measured on."""
+    """Return the chip that a result file was measured on."""
     name = result.get("device", {}).get("name", "")
     return next((chip for chip in CHIPS if chip in name), None)
 
@@ -199,7 +199,7 @@ def chip_of(result: dict[str, Any]) -> str | None:
 
 
 def line_table(chip: Chip, model: str, tokens: int, mode: str, form: str, result: dict[str, Any] | None = None) -> str:
-    """One pass, line by line; with a result file, what was measured stands beside."""
+    """Format one pass line by line, beside the measured times of a result file if given."""
     head = MODELS[model]
     beside = measured_lines(result) if result else {}
     if mode == FORWARD and "row pass, statistics alone" in beside:
@@ -227,7 +227,7 @@ def line_table(chip: Chip, model: str, tokens: int, mode: str, form: str, result
 
 
 def grid_table(chips: Sequence[str], form: str, result: dict[str, Any] | None = None) -> str:
-    """Ratio to the floor by model, tokens and mode; a measured ratio stands behind a slash."""
+    """Format the ratio to the floor by model, tokens and mode, measured ratios behind a slash."""
     text = [f"time / bare matmuls, {form}, predicted" + (" / measured" if result else "")]
     text.append(f"  {'':<34}" + "".join(f"{name:>16}" for name in chips))
     for model, head in MODELS.items():
@@ -243,7 +243,7 @@ def grid_table(chips: Sequence[str], form: str, result: dict[str, Any] | None = 
 
 
 def summary() -> str:
-    """The docs' table: ratio to the floor at Llama-3-8B's head and 8,192 tokens, staged / cached."""
+    """Format the docs' table: ratio to the floor at Llama-3-8B's head and 8,192 tokens, staged / cached."""
     text = ["| predicted | forward | frozen head | forward + backward |", "|---|---|---|---|"]
     for chip in CHIPS.values():
         cells = [
@@ -255,7 +255,7 @@ def summary() -> str:
 
 
 def assumptions(chips: Sequence[str]) -> str:
-    """Every rate with its source, and what is assumed of the code."""
+    """List every rate with its source, and the assumptions about the code."""
     text = ["assumptions"]
     for name in chips:
         chip = CHIPS[name]

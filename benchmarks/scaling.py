@@ -26,36 +26,24 @@ from inspo_kernels.head import checked_head
 from .batches import HeadShape, PairBatch, Shape, equal, shapes
 from .cells import fill
 from .contenders import PEER_PACKAGES, Contender, ours
-from .harness import (
-    add_common_options,
-    cell_of,
-    checked_device,
-    checked_result,
-    command,
-    interleaved_times,
-    kept_on_interrupt,
-    own_peak,
-    provenance,
-    ratios,
-    spread,
-    write_json,
-)
+from .harness import interleaved_times, own_peak, ratios, spread
 from .measure import LOSS, TRAIN, step
+from .result_files import add_common_options, cell_of, checked_device, command, kept_on_interrupt, opened_result
 
 CONTENDERS = ("torch", "full_log_softmax", "trl")
-# Base: 8 pairs of prompt 64 and responses of 64 tokens, H 256, V 16,000.
+# Base: 8 pairs of prompt 64 and responses of 64 tokens, H 256, V 16,000. Three points each, a factor of four apart.
 SWEEPS: dict[str, dict[int, Shape]] = {
-    "scored tokens": {128 * b: equal(HeadShape(256, 16_000), b, 64, 64) for b in (4, 8, 16, 32)},
-    "vocabulary": {v: equal(HeadShape(256, v), 8, 64, 64) for v in (8_000, 16_000, 32_000, 64_000)},
-    "hidden size": {h: equal(HeadShape(h, 16_000), 8, 64, 64) for h in (128, 256, 512, 1024)},
-    "pair length": {3 * y: equal(HeadShape(256, 16_000), 1024 // (2 * y), y, y) for y in (32, 64, 128, 256, 512)},
+    "scored tokens": {128 * b: equal(HeadShape(256, 16_000), b, 64, 64) for b in (2, 8, 32)},
+    "vocabulary": {v: equal(HeadShape(256, v), 8, 64, 64) for v in (4_000, 16_000, 64_000)},
+    "hidden size": {h: equal(HeadShape(h, 16_000), 8, 64, 64) for h in (64, 256, 1024)},
+    "pair length": {3 * y: equal(HeadShape(256, 16_000), 1024 // (2 * y), y, y) for y in (32, 128, 512)},
 }
 QUICK_SWEEPS = {name: {n: equal(HeadShape(16, 100), n, 4, 4) for n in (2, 4)} for name in SWEEPS}
-WORKSPACE_ROWS = (32, 64, 128, 256, 512, 1024, 2048)
+WORKSPACE_ROWS = (64, 128, 256, 512, 1024, 2048)
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> dict[str, float] | None:
-    """Slope on logarithms and its standard error, from three points on."""
+    """Return the slope on logarithms and its standard error, None for fewer than three points."""
     points = [(n, value) for n, value in points if value > 0]
     if len(points) < 3:
         return None
@@ -76,7 +64,7 @@ def fits(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def workspace_sweep(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Time of ours with workspaces of so many rows, beside the default."""
+    """Time ours with workspaces of so many rows, beside the default."""
     batch = PairBatch(shape, dtype=dtype, device=device, rows=True)
     head = checked_head(batch.hidden, batch.weight, None, batch.softcap, 1.0)
     backend = backends.resolve_backend("auto", head, device)
@@ -120,20 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = checked_device(parser, options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    result: dict[str, Any] = {
-        **provenance(command("benchmarks.scaling", arguments, options.json), PEER_PACKAGES),
-        "dtype": str(dtype).removeprefix("torch."),
-        "finished": False,
-        "cells": [],
-        "fits": {},
-        "workspace": {},
-    }
-    result = checked_result(parser, options, result)
-
-    def save() -> None:
-        if options.json:
-            write_json(options.json, result)
-
+    given = command("benchmarks.scaling", arguments, options.json)
+    precision = str(dtype).removeprefix("torch.")
+    result, save = opened_result(parser, options, given, PEER_PACKAGES, precision, fits={}, workspace={})
     sweeps = {name: s for name, s in (QUICK_SWEEPS if options.quick else SWEEPS).items() if name in options.sweeps}
     todo = [(name, value, shape) for name, sweep in sweeps.items() for value, shape in sweep.items()]
     with kept_on_interrupt(save):

@@ -1,11 +1,11 @@
-"""A whole training step, end to end: ours, TRL's trainer with a conditioning collator, and four forwards.
+"""Measure whole training steps: ours, TRL's trainers, and four forwards as in the authors' code.
 
     python -m benchmarks.step --json benchmarks/results/step_cpu.json
 
-Every contender makes the same SGD updates of the same Llama-shaped model (random weights) on the same pairs. What is
-timed goes from token ids to updated weights, batches included; the reference's log-probs, computed once before training
-by all but ``four_forwards``, are timed by themselves. Before any timing, a float64 run of a few updates shows that the
-work is the same: losses, and the weights' distance after the updates as a share of the way they went.
+Every contender makes the same SGD updates of the same Llama-shaped model (random weights) on the same pairs. The
+timed part goes from token ids to updated weights, batches included. All but ``four_forwards`` compute the reference's
+log-probs once, before training, which is timed by itself. First, a float64 run of a few updates shows that the work is
+the same. It compares losses, and the distance between final weights as a share of how far they moved.
 
 Cells are a model with pairs of one length at a share of the prompt in prompt + chosen + rejected, or with the lengths
 of real pairs ("real").
@@ -27,61 +27,37 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .batches import Lengths, real_lengths, sample_lengths
+from .batches import real_lengths
 from .harness import (
-    add_common_options,
-    cell_of,
-    checked_device,
-    checked_result,
-    command,
     guarded,
-    kept_on_interrupt,
-    lacks,
     limit_memory,
     own_peak,
     peak_memory_in_fresh_process,
-    positive,
-    provenance,
     ratios,
     reason,
     release_freed_memory,
     spread,
-    write_json,
 )
-from .step_contenders import STEP_CONTENDERS, Job, ModelShape, Trained, random_pairs
+from .result_files import (
+    add_common_options,
+    cell_of,
+    checked_device,
+    command,
+    kept_on_interrupt,
+    lacks,
+    opened_result,
+    positive,
+)
+from .step_contenders import STEP_CONTENDERS, TRAINERS
+from .step_jobs import MODELS, Job, Trained, job_of
 
-# "small": the head is most of the step. "trunk": the layers are, as in models of billions of parameters.
-MODELS = {
-    "small": ModelShape(256, 688, 2, 4, 32_000),
-    "trunk": ModelShape(512, 1376, 12, 8, 32_000),
-    "quick": ModelShape(32, 64, 2, 2, 500),
-}
-LEARNING_RATE = 0.05
-# Of losses, relative, and of weights, relative to the way they went, in float64. TRL's op keeps its sums in float32.
-TOLERANCE = 1e-9
-TRL_TOLERANCE = 1e-4
 BASE = "four_forwards"
-
-
-def lengths_of(share: str, pairs: int, tokens: int) -> tuple[Lengths, ...]:
-    """Build a step of ``pairs`` pairs: of ``tokens`` tokens with a prompt of ``share``, or real ones no longer."""
-    if share == "real":
-        return sample_lengths(pairs, longest=tokens)
-    response = max(1, round(tokens * (1 - float(share)) / 2))
-    return ((tokens - 2 * response, response, response),) * pairs
-
-
-def job_of(
-    model: str, share: str, updates: int, pairs: int, tokens: int, dtype: torch.dtype, device: torch.device
-) -> Job:
-    shape = MODELS[model]
-    drawn = random_pairs(lengths_of(share, updates * pairs, tokens), shape.vocab)
-    batches = [drawn[i : i + pairs] for i in range(0, len(drawn), pairs)]
-    return Job(shape.build(dtype, device), batches, LEARNING_RATE)
+# Ratios are taken to these, where they are measured.
+BASES = (BASE, "trl_compact")
 
 
 def prepared(names: Sequence[str], job: Job, failed: dict[str, str]) -> dict[str, tuple[Job, Callable[[], Trained]]]:
-    """Each contender with a copy of the model to itself; a failing or missing one goes to ``failed``."""
+    """Prepare each contender with its own copy of the model; enter failing or missing ones in ``failed``."""
     found = {}
     for name in names:
         why = STEP_CONTENDERS[name].unavailable()
@@ -103,7 +79,7 @@ def from_start(own: Job, start: dict[str, Any], run: Callable[[], Trained]) -> T
 
 
 def same_work(names: Sequence[str], job: Job) -> dict[str, Any]:
-    """Losses of every contender in float64, and how far its final weights are from those of ``four_forwards``."""
+    """Return each contender's losses in float64, and how far its final weights are from ``four_forwards``."""
     failed: dict[str, str] = {}
     start = copy.deepcopy(job.model.state_dict())
     rows: dict[str, Any] = {}
@@ -123,18 +99,18 @@ def same_work(names: Sequence[str], job: Job) -> dict[str, Any]:
             "loss": max(abs(a / b - 1) for a, b in zip(rows[name]["losses"], rows[BASE]["losses"], strict=True)),
             "weights": distance(final, weights[BASE]) / moved,
         }
-        tolerance = TRL_TOLERANCE if name.startswith("trl") else TOLERANCE
+        tolerance = STEP_CONTENDERS[name].tolerance
         rows[name] |= {"errors": errors, "tolerance": tolerance, "same": max(errors.values()) <= tolerance}
     return rows
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Between the parameters that ``a`` names."""
+    """Return the distance between the parameters that ``a`` names."""
     return math.sqrt(sum((value - b[name]).square().sum().item() for name, value in a.items()))
 
 
 def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], save: Callable[[], None]) -> None:
-    """Interleaved runs of every contender from the same weights, entered in ``cell``."""
+    """Time interleaved runs of every contender from the same weights, and enter them in ``cell``."""
     rows = cell.setdefault("contenders", {})
     failed = {name: row["status"] for name, row in rows.items() if row["status"] != "measured"}
     start = copy.deepcopy(job.model.state_dict())
@@ -160,7 +136,7 @@ def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], s
         if i:
             cell["rounds"] = i
             done = {name: t for name, t in times.items() if name not in failed}
-            for base in (BASE, "trl", "rows"):
+            for base in BASES:
                 if base in done:
                     for name, ratio in ratios(done, base).items():
                         rows[name][f"times_{base}"] = ratio
@@ -168,7 +144,7 @@ def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], s
 
 
 def peak(what: dict[str, Any], name: str, device: torch.device) -> dict[str, Any]:
-    """Peak above the model itself, of preparing and running, gradients and all copies included.
+    """Return the peak above the model of preparing and running, gradients and all copies included.
 
     On a CPU this is to be called in a fresh process.
     """
@@ -188,28 +164,25 @@ def peak(what: dict[str, Any], name: str, device: torch.device) -> dict[str, Any
 
 
 def table(cell: dict[str, Any]) -> str:
+    """Format one cell for a terminal."""
     lines = [cell["name"]]
     for name, row in cell["contenders"].items():
         if "seconds" not in row:
             lines.append(f"  {name:<15}{row['status']}")
             continue
-        beside = row.get(f"times_{BASE}")
+        base = next((base for base in BASES if f"times_{base}" in row), None)
+        beside = row[f"times_{base}"] if base else None
         memory = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:8,.0f} MiB"
         lines.append(
             f"  {name:<15}{row['seconds']['median']:8.3f} s"
-            + (f"{beside['median']:7.2f}x {BASE} ({beside['q1']:.2f}-{beside['q3']:.2f})" if beside else "")
+            + (f"{beside['median']:7.2f}x {base} ({beside['q1']:.2f}-{beside['q3']:.2f})" if beside else "")
             + f"{row['positions_per_step']:8,.0f} positions"
             + f"{row['scored_tokens_per_second']:8,.0f} scored tokens/s{memory}"
         )
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["--peak-of"]:
-        what = json.loads(arguments[1])
-        print(json.dumps(peak(what, what.pop("name"), torch.device("cpu"))))
-        return
+def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser("python -m benchmarks.step", description=__doc__.splitlines()[0])
     add_common_options(parser, rounds=5)
     parser.add_argument(
@@ -218,93 +191,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--shares",
         nargs="+",
-        default=["0.1", "0.5", "0.667", "0.9", "real"],
+        default=["0.1", "0.5", "0.9", "real"],
         metavar="SHARE",
-        help='of the prompt, or "real" [0.1 0.5 0.667 0.9 real]',
+        help='the prompt\'s share of a pair, or "real" [0.1 0.5 0.9 real]',
     )
+    default = [name for name in STEP_CONTENDERS if name not in TRAINERS]
     parser.add_argument(
         "--contenders",
         nargs="+",
         choices=STEP_CONTENDERS,
-        default=list(STEP_CONTENDERS),
+        default=default,
         metavar="NAME",
-        help=f"of {', '.join(STEP_CONTENDERS)} [all]",
+        help=f"of {', '.join(STEP_CONTENDERS)} [all but {', '.join(TRAINERS)}]",
     )
-    parser.add_argument("--pairs", type=positive, default=4, help="a step [4]")
-    parser.add_argument("--tokens", type=positive, default=512, help="of a pair, at most [512]")
-    parser.add_argument("--updates", type=positive, default=2, help="timed together [2]")
+    parser.add_argument("--pairs", type=positive, default=4, help="pairs a step [4]")
+    parser.add_argument("--tokens", type=positive, default=512, help="tokens of a pair, at most [512]")
+    parser.add_argument("--updates", type=positive, default=2, help="updates timed together [2]")
     options = parser.parse_args(arguments)
     for share in options.shares:
         if share != "real" and not _is_share(share):
             parser.error(f'--shares {share}: a number between 0 and 1, or "real"')
-    device = checked_device(parser, options.device)
-    models = options.models or (["quick"] if options.quick else ["small", "trunk"])
-    tokens = min(options.tokens, 48) if options.quick else options.tokens
-    fitting, needed = sum(sum(lengths) <= tokens for lengths in real_lengths()), options.updates * options.pairs
+    options.models = options.models or (["quick"] if options.quick else ["small", "trunk"])
+    options.tokens = min(options.tokens, 48) if options.quick else options.tokens
+    fitting = sum(sum(lengths) <= options.tokens for lengths in real_lengths())
+    needed = options.updates * options.pairs
     if "real" in options.shares and needed > fitting:
         parser.error(
-            f"{needed} real pairs of at most {tokens} tokens are needed and there are {fitting}: "
+            f"{needed} real pairs of at most {options.tokens} tokens are needed and there are {fitting}: "
             "fewer --pairs or --updates, or more --tokens"
         )
-    proof_model, proof_updates = ("quick", 3) if options.quick else ("small", 6)
-    result: dict[str, Any] = {
-        **provenance(command("benchmarks.step", arguments, options.json), ["trl", "datasets"]),
-        "dtype": "float32",
-        "models": {},
-        "titles": {},
-        "finished": False,
-        "same_work": {},
-        "cells": [],
-    }
-    result = checked_result(parser, options, result)
-    result["models"] |= {name: asdict(MODELS[name]) for name in models}
-    result["titles"] |= {name: contender.title for name, contender in STEP_CONTENDERS.items()}
-
-    def save() -> None:
-        if options.json:
-            write_json(options.json, result)
-
-    with kept_on_interrupt(save):
-        if not result["same_work"]:
-            proof = job_of(proof_model, "real", proof_updates, 2, 48 if options.quick else 160, torch.float64, device)
-            result["same_work"] = {
-                "model": proof_model,
-                "updates": proof_updates,
-                "dtype": "float64",
-                "contenders": same_work(options.contenders, proof),
-            }
-            for name, row in result["same_work"]["contenders"].items():
-                print(
-                    f"{name}: {row['errors']} {'the same' if row['same'] else 'NOT THE SAME'}"
-                    if "errors" in row
-                    else f"{name}: {row['status']}"
-                )
-            save()
-        todo = [(model, share) for model in models for share in options.shares]
-        for model, share in tqdm(todo, desc="cells", disable=not sys.stderr.isatty()):
-            what = {"model": model, "share": share, "updates": options.updates, "pairs": options.pairs}
-            what |= {"tokens": tokens}
-            name = f"{model}, {share}, {options.pairs} pairs of {tokens} tokens{' at most' * (share == 'real')}"
-            cell = cell_of(result, {"name": name, **what, "contenders": {}})
-            rows = cell["contenders"]
-            if options.only != "time":
-                for name in [n for n in options.contenders if lacks(rows.get(n), "peak_bytes")]:
-                    if device.type == "cuda":  # whose allocator counts by itself: no process of its own
-                        found = peak(what, name, device)
-                    else:
-                        given = json.dumps(what | {"name": name})
-                        found = peak_memory_in_fresh_process("benchmarks.step", ["--peak-of", given])
-                    rows[name] = rows.get(name, {}) | found
-                    save()
-            if "rounds" in cell or options.only == "memory":
-                continue
-            job = job_of(**what, dtype=torch.float32, device=device)
-            measure(job, options.contenders, options.rounds, cell, save)
-            tqdm.write(table(cell))
-        result["finished"] = True
-        save()
-    if options.json:
-        print(f"written to {options.json}")
+    return parser, options
 
 
 def _is_share(text: str) -> bool:
@@ -312,6 +228,77 @@ def _is_share(text: str) -> bool:
         return 0 < float(text) < 1
     except ValueError:
         return False
+
+
+def prove(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Compare the contenders' updates in float64, and print how far apart they are."""
+    model, updates, tokens = ("quick", 3, 48) if options.quick else ("small", 6, 160)
+    rows = same_work(options.contenders, job_of(model, "real", updates, 2, tokens, torch.float64, device))
+    for name, row in rows.items():
+        verdict = "the same" if row.get("same") else "NOT THE SAME"
+        print(f"{name}: {row['errors']} {verdict}" if "errors" in row else f"{name}: {row['status']}")
+    return {"model": model, "updates": updates, "dtype": "float64", "contenders": rows}
+
+
+def fill(
+    cell: dict[str, Any],
+    what: dict[str, Any],
+    options: argparse.Namespace,
+    device: torch.device,
+    save: Callable[[], None],
+) -> None:
+    """Measure what ``cell`` lacks: memory first, on a CPU in fresh processes, then times."""
+    rows = cell["contenders"]
+    if options.only != "time":
+        for name in [n for n in options.contenders if lacks(rows.get(n), "peak_bytes")]:
+            if device.type == "cuda":  # its allocator counts by itself
+                found = peak(what, name, device)
+            else:
+                given = json.dumps(what | {"name": name})
+                found = peak_memory_in_fresh_process("benchmarks.step", ["--peak-of", given])
+            rows[name] = rows.get(name, {}) | found
+            save()
+    if options.only != "memory" and cell.get("rounds", 0) < options.rounds:
+        measure(job_of(**what, dtype=torch.float32, device=device), options.contenders, options.rounds, cell, save)
+        tqdm.write(table(cell))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["--peak-of"]:
+        what = json.loads(arguments[1])
+        print(json.dumps(peak(what, what.pop("name"), torch.device("cpu"))))
+        return
+    parser, options = parsed(arguments)
+    device = checked_device(parser, options.device)
+    result, save = opened_result(
+        parser,
+        options,
+        command("benchmarks.step", arguments, options.json),
+        ("trl", "datasets"),
+        "float32",
+        models={},
+        titles={},
+        same_work={},
+    )
+    result["models"] |= {name: asdict(MODELS[name]) for name in options.models}
+    result["titles"] |= {name: STEP_CONTENDERS[name].title for name in options.contenders}
+    with kept_on_interrupt(save):
+        if not result["same_work"]:
+            result["same_work"] = prove(options, device)
+            save()
+        todo = [(model, share) for model in options.models for share in options.shares]
+        for model, share in tqdm(todo, desc="cells", disable=not sys.stderr.isatty()):
+            what = {"model": model, "share": share, "updates": options.updates, "pairs": options.pairs}
+            what |= {"tokens": options.tokens}
+            most = " at most" if share == "real" else ""
+            name = f"{model}, {share}, {options.pairs} pairs of {options.tokens} tokens{most}"
+            cell = cell_of(result, {"name": name, **what, "contenders": {}})
+            fill(cell, what, options, device, save)
+        result["finished"] = True
+        save()
+    if options.json:
+        print(f"written to {options.json}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loss and the per-token log-probs under pytest-benchmark: one shape, a group per mode.
+"""Time the loss and the per-token log-probs under pytest-benchmark: one shape, a group per mode.
 
     pytest benchmarks --benchmark-only
 

@@ -7,4 +7,10 @@ OUTSIDE = re.compile(r"(!?)\[([^\]]+)\]\(\.\./([^)]+)\)")
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Replace links that leave the site by the path to open in the repository, and images by nothing."""
-    return OUTSIDE.sub(lambda link: "" if link[1] else f"{link[2]} (`{link[3].partition('#')[0]}`)", markdown)
+    return OUTSIDE.sub(_path, markdown)
+
+
+def _path(link: re.Match[str]) -> str:
+    image, text, target = link.groups()
+    path = target.partition("#")[0]
+    return "" if image else f"`{path}`" if text == path else f"{text} (`{path}`)"

@@ -20,7 +20,7 @@ def forward(conditioned):
     return *ik.hidden_and_head(model, **inputs), batch
 
 
-with torch.no_grad():  # the reference is the model before training, and sees no alternative
+with torch.no_grad():  # the reference is the model before training, and sees the prompt alone
     hidden, head, batch = forward(conditioned=False)
     sums, _ = ik.pair_logps(hidden, labels=batch["labels"], **head)
     ref_logps = sums.flatten()

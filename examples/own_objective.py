@@ -1,4 +1,4 @@
-"""A pairwise loss of one's own: plain torch on per-pair sums, on the fused path like every other."""
+"""A pairwise loss of your own: plain torch on per-pair sums, on the same fused path."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
-"""A head that is split over ranks by words, on CPUs: torchrun --standalone --nproc_per_node 2 FILE, or python FILE.
+"""An LM head split over ranks, on CPUs: torchrun --standalone --nproc_per_node 2 FILE, or python FILE for one rank.
 
-Every rank runs the same trunk on the same pairs and holds its own rows of the LM head. Any number of ranks prints the
-same losses.
+Every rank runs the same trunk on the same pairs and holds its own rows of the head's weight. The losses are the same
+for any number of ranks.
 """
 
 import os
@@ -25,7 +25,7 @@ def main():
     pairs = [[torch.randint(VOCAB, (n,)).tolist() for n in (5, 12, 9)] for _ in range(8)]
     batch = ik.condition_pairs(pairs, pad_token_id=0)
     trunk = nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH))
-    # V need not be a multiple of the number of ranks.
+    # The vocabulary need not divide by the number of ranks.
     weight = nn.Parameter(distribute_tensor(torch.randn(VOCAB, WIDTH) / 8, mesh, [Shard(0)]))
     # An optimizer takes DTensors or plain tensors, not both at once.
     optimizers = [torch.optim.AdamW(parameters, lr=1e-3) for parameters in (trunk.parameters(), [weight])]
@@ -34,7 +34,7 @@ def main():
         out = ik.fused_inspo_loss(
             hidden, weight, batch["labels"], objective="simpo", process_group=mesh.get_group("tp")
         )
-        out.loss.backward()  # the trunk's gradients are those of all words: nothing is left to add up
+        out.loss.backward()  # hidden's gradient is summed over the ranks already
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -10,7 +10,7 @@ CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 
 
 def tiny_tokenizer(special=()):
-    """Return a tokenizer with a padding and an end-of-sequence token, and the ``special`` ones."""
+    """Return a tokenizer with a padding and an end-of-sequence token, and the ``special`` tokens."""
     words = [*CHARACTERS, "<pad>", "<eos>", *special]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

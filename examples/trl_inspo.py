@@ -19,7 +19,7 @@ rows = [
 ]
 trainer = DPOTrainer(
     tiny_model(tokenizer),  # yours: "Qwen/Qwen3-0.6B"
-    tiny_model(tokenizer),  # the reference; leave it out for a model that has a name
+    tiny_model(tokenizer),  # the reference; leave it out if you give the model by name
     args=DPOConfig(
         sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(),
         per_device_train_batch_size=2,

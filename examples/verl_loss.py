@@ -1,8 +1,8 @@
 """InSPO's loss with the signature of verl's actor: ``loss_function(config, model_output, data, dp_group=None)``.
 
-verl's engines hand a loss the log-probs (B, response length) of a micro-batch and its data, and take back a scalar and
-metrics. ``response_log_probs`` stands for their fused kernel, which gets hidden states and the head's weight, and gives
-log-probs and entropy. verl lays out the rows; those of a pair must share a micro-batch, chosen rows first.
+verl calls such a loss with the log-probs (B, response length) of a micro-batch and its data; the loss returns a scalar
+and metrics. Here ``response_log_probs`` takes the place of verl's fused kernel: hidden states and the head's weight in,
+log-probs and entropy out. verl lays out the rows; both rows of a pair must share a micro-batch, chosen rows first.
 """
 
 from types import SimpleNamespace

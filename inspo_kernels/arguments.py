@@ -1,4 +1,4 @@
-"""Checks of plain arguments: each returns the value it was given, or raises an error that names it."""
+"""Check arguments that are not tensors: each function returns the value, or raises an error that names it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ from torch import Tensor
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """The end of an error message: "; did you mean 'dpo'? (known: dpo, ipo)", the question only where one is close."""
+    """Return the end of an error message: "; did you mean 'dpo'? (known: dpo, ipo)".
+
+    The question is left out if no known name is similar.
+    """
     choices = list(known)
     close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
     return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(choices)})"
 
 
 def integer(name: str, value: Any, *, minimum: int | None = None, hint: str = "") -> int:
-    """An ``int`` (or what behaves as one, bool apart) of at least ``minimum``; ``hint`` ends the message."""
+    """Return ``value`` as an ``int``; raise unless it is an integer (no bool) of at least ``minimum``.
+
+    ``hint`` ends the error message.
+    """
     number = None
-    if isinstance(value, int):  # symbolic ones, of torch.compile, included
+    if isinstance(value, int):  # torch.compile's symbolic integers included
         number = None if isinstance(value, bool) else value
     elif hasattr(value, "__index__"):
         try:
             number = operator.index(value)
-        except TypeError:  # of a tensor that is no single integer
+        except TypeError:  # a tensor that does not hold a single integer
             number = None
     if number is None or (minimum is not None and number < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
@@ -36,14 +42,14 @@ def integer(name: str, value: Any, *, minimum: int | None = None, hint: str = ""
 
 
 def finite(name: str, value: Any) -> float:
-    """A finite number. A tensor that requires grad is an error: it would get no gradient."""
+    """Return ``value`` as a finite float. A tensor that requires grad is an error: it would get no gradient."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{name} requires grad, but would get no gradient here: pass a number")
     try:
         number = float(value) if not isinstance(value, str) else math.nan
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
-    # Not math.isfinite, which torch.compile cannot ask of a symbolic number.
+    # math.isfinite does not accept torch.compile's symbolic numbers.
     if not abs(number) <= sys.float_info.max:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return number

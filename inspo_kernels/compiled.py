@@ -1,9 +1,9 @@
-"""Three operators that ``torch.compile`` does not look into, with the shapes that they return.
+"""Define the operators that stand for the public functions under ``torch.compile``, with the shapes they return.
 
-Planning reads the labels, and objectives are differentiated inside: neither can be traced. Under ``torch.compile`` the
-public functions therefore become one operator each, with the same checks, plan and passes inside. Shapes of its results
-follow from those of the inputs, so that a new length is no new graph (torch itself compiles a second, dynamic one).
-Gradients leave the operator in the accumulate dtype and are rounded once, as in eager mode.
+The compiler cannot trace planning, which reads the labels, or the derivative of an objective. So each public function
+becomes one opaque operator that runs the same checks, plan and passes. The shapes of its results follow from the shapes
+of its inputs: a new length needs no new graph, except that torch compiles a second, dynamic graph once. Gradients leave
+the operator in the accumulate dtype and are rounded once, as in eager mode.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NO_REFERENCE = 'backend="reference" is for reading and testing: call it outside
 
 
 def fused_inspo_loss(tensors: PairTensors, options: PairOptions) -> InSPOOutput:
-    """``inspo_kernels.fused_inspo_loss`` as traced. Compact input always reports marginals, 0 if it has none."""
+    """Compute the traced loss. Compact input always reports marginals, 0 if it has none."""
     hidden, marginal_labels, segment_ids = tensors.hidden, tensors.marginal_labels, tensors.segment_ids
     head = checked_head(hidden, tensors.weight, tensors.bias, options.softcap, options.logit_scale)
     num_pairs, objective, statistics = options.num_pairs, options.objective, options.statistics
@@ -50,7 +50,7 @@ def fused_inspo_loss(tensors: PairTensors, options: PairOptions) -> InSPOOutput:
     given = _flatten(options) | {
         "num_pairs": num_pairs,
         "objective": objective if isinstance(objective, str) else f"{id(objective)}",
-        # As a tensor, and by a product, which torch.compile carries out on tensors: no new graph for a new value.
+        # A tensor from a product: torch.compile computes the product on tensors, so a new value needs no new graph.
         "marginal_weight": options.marginal_weight * torch.ones((), dtype=torch.float64, device="cpu"),
     }
     autocast = torch.is_autocast_enabled(hidden.device.type)
@@ -78,7 +78,7 @@ def fused_inspo_loss(tensors: PairTensors, options: PairOptions) -> InSPOOutput:
 
 
 class _PairResults(NamedTuple):
-    """Results of the operator before the statistics: the fields of ``InSPOOutput``, then gradients.
+    """List the operator's results that precede the statistics: fields of ``InSPOOutput``, then gradients.
 
     An empty tensor stands for a missing result.
     """
@@ -120,7 +120,7 @@ def _schema(*classes: type) -> str:
 
 
 def _flatten(options: TokenOptions) -> dict[str, Any]:
-    """Return options as an operator takes them: operators take no lists of strings."""
+    """Return options in a form that operators accept: names of statistics are joined, as operators take no lists."""
     return arguments_of(options) | {"statistics": ",".join(options.statistics)}
 
 
@@ -143,14 +143,14 @@ def _pair_arguments(flat: Sequence[Any]) -> tuple[PairTensors, PairOptions]:
     tags=_TAGS,
 )
 def _pair_loss(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *flat: Any) -> list[Tensor]:
-    """The fields of ``_PairResults``, then the statistics."""
+    """Return the fields of ``_PairResults``, then the statistics."""
     tensors, traced = _pair_arguments(flat)
     hidden = tensors.hidden
 
     def run() -> list[Tensor]:
         marginal_weight = finite("marginal_weight", traced.marginal_weight)
         options = replace(traced, objective=find_objective(str(traced.objective)), marginal_weight=marginal_weight)
-        # The autocast under which the call was traced is over by now.
+        # The autocast context of the traced call has ended.
         with torch.autocast(hidden.device.type, dtype=compute_dtype if autocast else None, enabled=autocast):
             p = prepare(tensors, options)
         if p.run is None:
@@ -241,7 +241,7 @@ _pair_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 def linear_logps(
     hidden: Tensor, head: LMHead, targets: Tensor, options: TokenOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``inspo_kernels.linear_logps`` as traced. A trainable head keeps nothing for its backward pass here: 8NHV."""
+    """Compute the traced log-probs. A trainable head keeps no rows here: 8NHV."""
     needs = Needs.of(hidden, head)
     flat = (hidden, head.weight, head.bias, targets, *_flatten(options).values())
     logps, _, *found = _linear_logps([needs.x, needs.weight, needs.bias], head.compute_dtype, *flat)
@@ -269,7 +269,7 @@ _TOKEN_ARGUMENTS = (
     "inspo_kernels::linear_logps", mutates_args=(), schema=f"({_TOKEN_ARGUMENTS}) -> Tensor[]", tags=_TAGS
 )
 def _linear_logps(needs: list[bool], compute_dtype: torch.dtype, *arguments: Any) -> list[Tensor]:
-    """Log-probs; for a frozen head the gradient of each in its own row of hidden (otherwise empty); statistics."""
+    """Return log-probs; the gradient of each in its own row of hidden if the head is frozen, else empty; statistics."""
     hidden, _, _, targets, *_ = arguments
     scored = _scored_tokens(compute_dtype, *arguments)
     scores, dx = scored.forward(Needs(*needs), may_keep=False)
@@ -301,7 +301,7 @@ def _(needs: list[bool], compute_dtype: torch.dtype, *arguments: Any) -> list[Te
 def _linear_logps_backward(
     upstream: Tensor, needs: list[bool], compute_dtype: torch.dtype, *arguments: Any
 ) -> list[Tensor]:
-    """Gradients in hidden, weight and bias in their own dtypes (empty where not needed)."""
+    """Return the gradients of hidden, weight and bias in the dtypes of these tensors; empty if not needed."""
     hidden, weight, bias, *_ = arguments
     scored = _scored_tokens(compute_dtype, *arguments)
     _, kept = scored.forward(Needs(*needs))
@@ -348,7 +348,7 @@ _linear_logps.register_autograd(_token_gradients, setup_context=_save_tokens)
 
 
 def _in_worker(run: Callable[[], _T], device: torch.device) -> _T:
-    """``run`` in a thread of its own. Inside an operator autograd is off for the thread, and objectives need it."""
+    """Call ``run`` in another thread: objectives need autograd, and torch turns it off for an operator's thread."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def on_stream() -> _T:

@@ -1,4 +1,4 @@
-"""Refuse second derivatives of autograd functions whose backward is not differentiable."""
+"""Refuse what fused gradients cannot do: second derivatives and the transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -11,22 +11,39 @@ from torch import Tensor
 
 
 def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Decorate ``backward``: differentiating its results raises instead of treating them as constants.
+    """Decorate ``backward`` so that differentiating its results raises instead of treating them as constants.
 
-    torch's ``once_differentiable`` raises only if the upstream gradient requires grad, which that of a plain loss does
-    not; a gradient penalty would then silently lose its gradient.
+    torch's ``once_differentiable`` raises only if the upstream gradient requires grad, and that of a plain loss does
+    not: a gradient penalty would silently lose its gradient. The forward pass must save one of its own differentiable
+    outputs. That output connects the results to all inputs, so no derivative can pass the error by.
     """
 
     @wraps(backward)
-    def wrapper(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def wrapper(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
         if not torch.is_grad_enabled():
             return gradients
-        anchor = torch.zeros((), device="cpu", requires_grad=True)
+        anchor = next(t for t in ctx.saved_tensors if t is not None and t.requires_grad)
         return tuple(None if g is None else _NoSecondDerivative.apply(g, anchor) for g in gradients)
 
     return wrapper
+
+
+def refuse_transforms(name: str, backend: str) -> None:
+    """Raise inside torch.func.grad, vmap and other transforms, unless ``backend`` is the reference.
+
+    The torch function is private, but ``torch.autograd.Function`` calls it, too. Without it, torch's own error appears.
+    """
+    if backend == "reference" or torch.compiler.is_compiling():
+        return
+    is_transformed = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if is_transformed is None or not is_transformed():
+        return
+    raise RuntimeError(
+        f"{name} cannot be transformed by torch.func (grad, vmap, jvp, ...): use torch.autograd, or call "
+        f"inspo_kernels.reference.{name}, which is plain torch"
+    )
 
 
 class _NoSecondDerivative(torch.autograd.Function):

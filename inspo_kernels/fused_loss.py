@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import compiled, passes, reference
 from .agreement import Split, errors_shared, refuse_compiled
-from .first_order import first_order_only
+from .first_order import first_order_only, refuse_transforms
 from .gradients import Needs, dtypes_of
 from .groups import local_shard
 from .objectives import Objective, make_objective
@@ -103,6 +103,7 @@ def fused_inspo_loss(
     Raises:
         TypeError, ValueError: before any matmul. The message names the argument and what to change.
     """
+    refuse_transforms("fused_inspo_loss", backend)
     refuse_compiled(process_group=process_group, sequence_group=sequence_group)
     split = Split.of(process_group, sequence_group)
     with errors_shared(split, hidden):
@@ -173,17 +174,22 @@ class _FusedPairLoss(torch.autograd.Function):
         assert p.run is not None
         losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, x, needs)
         ctx.dtypes = dtypes_of(x, weight, bias)
-        ctx.save_for_backward(*gradients.tensors)
+        # ``losses`` leads the backward pass to this node if it is to be differentiated; see ``first_order_only``.
+        ctx.save_for_backward(losses, *gradients.tensors)
+        ctx.set_materialize_grads(False)
         # What ctx itself holds lives as long as the loss, not only until its backward.
         ctx.gradients = gradients.replace_tensors(*(None for _ in gradients.tensors))
-        outputs = (losses, sums.table, *sums.statistics.values())
+        outputs = (sums.table, *sums.statistics.values())
         ctx.mark_non_differentiable(*outputs)
-        return p.terms.reduce(losses).to(p.head.accumulate_dtype), *outputs
+        return p.terms.reduce(losses).to(p.head.accumulate_dtype), losses, *outputs
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.gradients.replace_tensors(*ctx.saved_tensors).scaled(upstream, *ctx.dtypes), None, None)
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 5
+        _, *tensors = ctx.saved_tensors
+        return (*ctx.gradients.replace_tensors(*tensors).scaled(upstream, *ctx.dtypes), None, None)
 
 
 def _reference(tensors: PairTensors, options: PairOptions, p: Prepared) -> InSPOOutput:

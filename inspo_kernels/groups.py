@@ -1,4 +1,4 @@
-"""Ranks that share one loss: they hold different words of the vocabulary, or different tokens of the same pairs.
+"""Communicate between ranks that hold different words of the vocabulary, or different tokens of the same pairs.
 
 Vocabulary. Rank r has the sums over its own words, with its own offset o_r (see ``row_sums``). One gather of three
 floats per row, (o_r, rest_r, label), lets every rank compute

@@ -1,4 +1,4 @@
-"""The LM head as one value: z = logit_scale * (hidden @ weight.T + bias), z' = cap * tanh(z / cap) / temperature.
+"""Describe the LM head: z = logit_scale * (hidden @ weight.T + bias), z' = cap * tanh(z / cap) / temperature.
 
 Without a soft-cap z' = z / temperature.
 """
@@ -17,10 +17,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class LMHead:
-    """Parameters and transform of a checked LM head.
+    """Hold the parameters and the transform of a checked LM head.
 
-    ``compute_dtype`` is what the products' operands are rounded to: the inputs' dtype, or autocast's.
-    ``accumulate_dtype`` is what logits, statistics and accumulators are kept in: float64 for float64, else float32.
+    The operands of matmuls are rounded to ``compute_dtype``, the dtype of the inputs or of autocast. Logits,
+    statistics and accumulators have ``accumulate_dtype``: float64 for float64, else float32.
     """
 
     weight: Tensor
@@ -29,12 +29,12 @@ class LMHead:
     logit_scale: float
     compute_dtype: torch.dtype
     temperature: float = 1.0
-    # Words of the whole vocabulary where this head holds a rank's share of them.
+    # Size of the whole vocabulary, if this head holds only a rank's part of it.
     whole_vocab: int | None = None
 
     @property
     def vocab_size(self) -> int:
-        """Words that this rank holds."""
+        """Return the number of words that this rank holds."""
         return self.weight.shape[0]
 
     @property
@@ -43,7 +43,7 @@ class LMHead:
 
     @property
     def all_words(self) -> int:
-        """Words of the whole vocabulary."""
+        """Return the size of the whole vocabulary."""
         return self.vocab_size if self.whole_vocab is None else self.whole_vocab
 
     @property
@@ -56,7 +56,7 @@ class LMHead:
 
     @property
     def slope(self) -> float:
-        """dz'/d(hidden @ weight.T + bias), the derivative of the soft-cap apart."""
+        """Return dz'/d(hidden @ weight.T + bias), without the derivative of the soft-cap."""
         return self.logit_scale / self.temperature
 
     def detach(self) -> LMHead:
@@ -64,7 +64,7 @@ class LMHead:
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     def without_weight(self) -> LMHead:
-        """Return a head of this shape that holds no memory: a kept row's gradients need neither weight nor bias."""
+        """Return a head of this shape that holds no memory: gradients of kept rows need neither weight nor bias."""
         return replace(self, weight=self.weight.new_zeros(()).expand(self.weight.shape), bias=None)
 
 
@@ -80,9 +80,8 @@ def checked_head(
 ) -> LMHead:
     """Check hidden (..., H) against weight (V, H), bias (V,) and the transform; errors say what to change.
 
-    A rank's share of a head, ``is_shard``, may have no words.
-
-    Under autocast the dtypes may differ, and the products use autocast's dtype unless everything is float64.
+    With ``is_shard``, the head is one rank's part of the vocabulary and may have no words. Under autocast, dtypes may
+    differ; matmuls then use autocast's dtype, unless the inputs are float64.
     """
     given = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, tensor in given.items():
@@ -96,6 +95,8 @@ def checked_head(
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} but hidden on {hidden.device}: move one of them")
+    if hidden.is_meta:
+        raise ValueError("hidden and weight are on the meta device, which holds no data: load the model first")
     if weight.dim() != 2 or not weight.shape[1] or not (weight.shape[0] or is_shard):
         raise ValueError(f"weight must be (V, H), got shape {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -119,19 +120,19 @@ def checked_head(
 
 def _dtensor_advice(name: str) -> str:
     if name == "hidden":
-        return "pass hidden.to_local() of one that is replicated (hidden.redistribute(placements=[Replicate()]))"
+        return "replicate it and pass its local tensor: hidden.redistribute(placements=[Replicate()]).to_local()"
     return (
-        "with FSDP2, compute the loss inside the wrapped module's forward, where the engine hands out the whole "
-        "parameter (of a head that is a unit of its own, after its unshard()); or, on a data-parallel mesh, pass "
-        f"{name}.full_tensor(grad_placements=[Partial('avg')]) with "
-        "Partial from torch.distributed.tensor (without grad_placements the ranks' gradients would not be averaged). "
-        f"With tensor parallelism, where each rank computes its own words for the same hidden states, pass {name} "
-        f"as it is and process_group={name}.device_mesh.get_group()"
+        "with FSDP2, compute the loss inside the wrapped module's forward, where the parameter is whole (if the head "
+        "is wrapped by itself, call its unshard() first). Or, on a data-parallel mesh, pass "
+        f"{name}.full_tensor(grad_placements=[Partial('avg')]), with Partial from torch.distributed.tensor (without "
+        "grad_placements the ranks' gradients would not be averaged). With tensor parallelism, where each rank "
+        f"computes its own words for the same hidden states, pass {name} as it is and "
+        f"process_group={name}.device_mesh.get_group()"
     )
 
 
 def checked_softcap(softcap: float | None) -> float | None:
-    """A positive number or None."""
+    """Return a positive number or None; raise for anything else."""
     softcap = None if softcap is None else finite("softcap", softcap)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap!r}")
@@ -139,7 +140,7 @@ def checked_softcap(softcap: float | None) -> float | None:
 
 
 def checked_temperature(temperature: float) -> float:
-    """A positive number."""
+    """Return a positive number; raise for anything else."""
     temperature = finite("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature!r}")
@@ -147,5 +148,5 @@ def checked_temperature(temperature: float) -> float:
 
 
 def plain_arithmetic(device: torch.device) -> torch.autocast:
-    """Autocast off: operand dtypes are the head's own decision, and statistics must never be rounded."""
+    """Return a context without autocast: the head chooses operand dtypes, and statistics must never be rounded."""
     return torch.autocast(device.type, enabled=False)

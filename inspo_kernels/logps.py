@@ -12,7 +12,7 @@ from torch import Tensor
 from . import compiled, reference, scored_rows
 from .agreement import Split, errors_shared, refuse_compiled, splits_words
 from .backends import resolve_backend
-from .first_order import first_order_only
+from .first_order import first_order_only, refuse_transforms
 from .gradients import Needs, dtypes_of
 from .groups import local_shard
 from .head import checked_head
@@ -71,6 +71,7 @@ def linear_logps(
     d logp / d hidden, one H-vector, and backward recomputes nothing: 4NHV. With a trainable head, the C tokens that the
     workspace holds are kept until the backward pass: 6NHV + 2HV max(0, N - C).
     """
+    refuse_transforms("linear_logps", backend)
     refuse_compiled(process_group=process_group)
     split = Split.of(process_group)
     with errors_shared(split, hidden):
@@ -125,10 +126,13 @@ def pair_logps(
     Takes the arguments and input forms of ``fused_inspo_loss``. 2NHV operations, in a workspace of one tile.
 
     Returns:
-        sums: (kinds, B) float64, in nats.
-        lengths: (kinds, B) int64, scored tokens. 0 for a response without a scored token.
+        Two tables of shape (kinds, B).
 
-        Rows: chosen, rejected, and where marginals are scored log pi(y_w | x) and log pi(y_l | x).
+        - sums: float64, in nats.
+        - lengths: int64, scored tokens. 0 for a response without a scored token.
+
+        Row 0 of each holds the chosen, row 1 the rejected responses. With marginals, rows 2 and 3 hold those of
+        log pi(y_w | x) and log pi(y_l | x).
 
     Raises:
         TypeError, ValueError: as ``fused_inspo_loss``.
@@ -185,17 +189,18 @@ class _LinearLogps(torch.autograd.Function):
         run = scored.run
         assert run is not None
         ctx.needs, ctx.dtypes = needs, dtypes_of(x, weight, bias)
+        logps = scores.logps  # saved first, for ``first_order_only``
         if isinstance(state, KeptTokens):
             ctx.recomputes = state.sums is not None
             sums = () if state.sums is None else (state.sums.offset, state.sums.rest, state.sums.label)
             # Only recomputation reads the weight: an engine may take it away where all rows are kept.
             head = (run.head.weight, run.head.bias) if ctx.recomputes else (None, None)
-            ctx.save_for_backward(scored.x, scored.targets, *head, state.dx, *sums, *state.kept)
+            ctx.save_for_backward(logps, scored.x, scored.targets, *head, state.dx, *sums, *state.kept)
             empty = scored.x.new_empty(0)
             ctx.scored = replace(scored, x=empty, targets=empty, run=replace(run, head=run.head.without_weight()))
         elif state is not None:
-            ctx.save_for_backward(state)
-        outputs = (scores.logps, *scores.statistics.values())
+            ctx.save_for_backward(logps, state)
+        outputs = (logps, *scores.statistics.values())
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -203,9 +208,9 @@ class _LinearLogps(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs.head:
-            (dx,) = ctx.saved_tensors
+            _, dx = ctx.saved_tensors
             return (dx * upstream.unsqueeze(1)).to(ctx.dtypes[0]), None, None, None, None
-        x, targets, weight, bias, dx, *others = ctx.saved_tensors
+        _, x, targets, weight, bias, dx, *others = ctx.saved_tensors
         run, sums = ctx.scored.run, None
         if ctx.recomputes:
             run = replace(run, head=replace(run.head, weight=weight, bias=bias))

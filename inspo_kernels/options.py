@@ -1,4 +1,4 @@
-"""The arguments of the public functions as values: made once, checked once and passed on."""
+"""Bundle the arguments of the public functions: build once, check once, pass on as one value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Options = TypeVar("_Options", bound="TokenOptions")
 
 @dataclass(frozen=True)
 class TokenOptions:
-    """The plain arguments of ``linear_logps``; see there."""
+    """Hold the arguments of ``linear_logps`` that are not tensors; see there."""
 
     softcap: float | None = None
     logit_scale: float = 1.0
@@ -32,13 +32,13 @@ class TokenOptions:
 
     @classmethod
     def checked(cls: type[_Options], **given: Any) -> _Options:
-        """Check and convert ``given``; ``TypeError`` or ``ValueError`` names the argument that is wrong by itself."""
+        """Check and convert ``given``. Raise ``TypeError`` or ``ValueError`` that names an argument that is wrong."""
         return cls(**check_options(given))
 
 
 @dataclass(frozen=True)
 class PairOptions(TokenOptions):
-    """The plain arguments of ``fused_inspo_loss`` and ``pair_logps``; see there."""
+    """Hold the arguments of ``fused_inspo_loss`` and ``pair_logps`` that are not tensors; see there."""
 
     objective: str | Objective = "dpo"
     shift: bool = True
@@ -49,7 +49,7 @@ class PairOptions(TokenOptions):
 
 @dataclass(frozen=True)
 class PairTensors:
-    """The tensors of ``fused_inspo_loss`` and ``pair_logps``; see there for shapes."""
+    """Hold the tensors of ``fused_inspo_loss`` and ``pair_logps``; see there for shapes."""
 
     hidden: Tensor
     weight: Tensor
@@ -62,7 +62,7 @@ class PairTensors:
     pair_weights: Tensor | None = None
 
     def check_kinds(self) -> None:
-        """Raise for labels, boundaries, references or weights that are no tensors of their kind."""
+        """Raise unless labels, boundaries, references and weights are tensors of the right kind."""
         for name in ("ref_logps", "pair_weights"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Tensor) or value.dtype not in FLOATS):
@@ -77,12 +77,12 @@ class PairTensors:
 
 
 def arguments_of(value: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the fields of a dataclass by name, for a call that takes them as keywords."""
+    """Return the fields of a dataclass as keyword arguments."""
     return {field.name: getattr(value, field.name) for field in fields(value) if field.name not in without}
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Check and convert the plain arguments that are given; an error names the argument."""
+    """Check and convert ``options``; an error names the argument."""
     checked = dict(options)
     for name, value in options.items():
         if name == "objective" and not isinstance(value, (str, Objective)):

@@ -183,9 +183,10 @@ class InSPOOutput:
         terms: PairTerms,
         statistics: Mapping[str, Tensor] | None = None,
     ) -> InSPOOutput:
-        """Build the output from the differentiable ``loss``, detached ``losses`` and (kinds, B) sums and lengths."""
+        """Build the output from the differentiable ``loss``, ``losses`` and (kinds, B) sums and lengths."""
         marginal_chosen = marginal_rejected = None
         with torch.no_grad():
+            own_losses = losses.to(loss.dtype, copy=True)
             s = terms.sums(logps.clone(), lengths.to(logps.dtype))  # the user's code may compute rewards, and write
             chosen, rejected = terms.rewards(s)
             if len(logps) == 4:
@@ -194,7 +195,7 @@ class InSPOOutput:
                 marginal_chosen, marginal_rejected = (r.masked_fill(unscored, torch.nan) for r in marginal_rewards)
         return cls(
             loss=loss,
-            losses=losses.to(loss.dtype),
+            losses=own_losses,
             logps=(logps if len(logps) == 2 else logps[:2]).flatten(),
             lengths=(lengths if len(lengths) == 2 else lengths[:2]).flatten(),
             marginal_logps=logps[2:].flatten() if len(logps) == 4 else None,

@@ -1,4 +1,4 @@
-"""Everything before the first matmul: check the loss's arguments together, recognise the input form, plan."""
+"""Do everything that precedes the first matmul: check the arguments together, recognise the input form, plan."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .pair_loss import PairTerms
 from .passes import HeadPass
 from .scored_rows import checked_labels
 
-# Without a bound by the user, a pair longer than the default workspace gets one of up to so many times its rows:
-# staging them twice would cost up to a third more time.
+# If the user sets no bound, a pair longer than the default workspace gets up to this many times its rows: computing the
+# logits twice would take up to a third more time.
 PAIR_GROWTH = 4
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked call of the loss: what the passes need. ``run`` is None for the reference.
+    """Hold what the passes need to run a checked call of the loss. ``run`` is None for the reference.
 
-    ``pair_capacity``: rows that may be kept for a pair that is longer than the workspace.
+    ``pair_capacity``: the number of rows that may be kept for a pair that is longer than the workspace.
     """
 
     head: LMHead
@@ -41,7 +41,7 @@ class Prepared:
 
 
 def prepare(tensors: PairTensors, options: PairOptions, split: Split | None = None) -> Prepared:
-    """Plan the loss of checked ``options``; errors as for ``fused_inspo_loss``."""
+    """Plan a call of the loss with checked ``options``; raises the errors of ``fused_inspo_loss``."""
     t, o = tensors, options
     hidden, objective = t.hidden, make_objective(o.objective)
     head = checked_head(hidden, t.weight, t.bias, o.softcap, o.logit_scale, is_shard=splits_words(split))
@@ -85,7 +85,7 @@ def prepare(tensors: PairTensors, options: PairOptions, split: Split | None = No
 
 
 def check_split(split: Split | None, backend: Backend | None, *, shift: bool = False) -> None:
-    """Raise for what split heads and sequences cannot do."""
+    """Raise if this call cannot be split over ranks."""
     if split is None:
         return
     if backend is None:
@@ -98,7 +98,7 @@ def check_split(split: Split | None, backend: Backend | None, *, shift: bool = F
 
 
 def common_arguments(hidden: Tensor, head: LMHead, backend: Backend | None, options: TokenOptions) -> dict[str, Any]:
-    """Return the arguments that all ranks of a split head must share, whichever function they call."""
+    """Return the arguments that must be equal on all ranks, for every public function."""
     return {
         "hidden": (tuple(hidden.shape), head.compute_dtype),
         "weight": (head.hidden_size, head.weight.dtype, head.bias is None),
@@ -121,7 +121,7 @@ def head_pass(
     statistics: tuple[str, ...] = (),
     split: Split | None = None,
 ) -> HeadPass | None:
-    """The head on its backend, with its workspace; None for the reference."""
+    """Return the head with its backend and workspace; None for the reference."""
     if backend is None:
         return None
     vocab: VocabGroup | None = None if split is None else split.vocab
@@ -132,7 +132,7 @@ def head_pass(
     if max_workspace_bytes is None:
         max_workspace_bytes = backend.default_workspace_bytes(largest, device)
         if vocab is not None:
-            # Room for the rows that a whole head would keep: a rank's share of its workspace.
+            # Keep as many rows as the whole head would: this rank's part of that workspace.
             whole = vocab.whole(head)
             rows = backend.capacity(whole, device, backend.default_workspace_bytes(whole, device))
             more = backend.capacity(largest, device, max_workspace_bytes) - rows
@@ -199,6 +199,9 @@ def _vector(name: str, tensor: Tensor | None, length: int, device: torch.device)
     if tensor is None:
         return None
     if tensor.shape != (length,):
-        raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+        remedy = f": pass {name}.flatten()" if tensor.numel() == length else ""  # a table of pair_logps
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}{remedy}")
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device, which holds no data")
     # A copy: objectives are the user's code, and might write to it.
     return tensor.detach().to(device, torch.float64, non_blocking=tensor.device.type == "cpu", copy=True)

@@ -1,8 +1,8 @@
-"""Plain-torch implementation, to be read first: every logit materialised, every gradient torch's own.
+"""Compute the same results in plain torch; read this first. Every logit is materialised, every gradient is torch's.
 
 This is the oracle of the tests: given float64 inputs it computes in float64 throughout (float32 for all others). It
-shares what turns sums into a loss with the fast path (``objectives`` and ``pair_loss``) and nothing else: sequences are
-cut out one by one, and nothing is planned, grouped or reused.
+shares only ``objectives`` and ``pair_loss``, which turn sums into a loss, with the fast path. Sequences are processed
+one by one, and nothing is planned, grouped or reused.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def linear_logps(
     temperature: float = 1.0,
     statistics: Iterable[str] = (),
 ) -> Any:
-    """Per-token log-probs: hidden (..., H), weight (V, H), targets (...) -> (...), 0 where ignored.
+    """Return per-token log-probs: hidden (..., H), weight (V, H), targets (...) -> (...), 0 where ignored.
 
-    Given ``statistics``, a pair: the log-probs and {name: (...)}, detached.
+    With ``statistics``, return a pair: the log-probs and {name: (...)}, detached.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     with torch.autocast(hidden.device.type, enabled=False):
         scored = targets != ignore_index
-        # What lies elsewhere must not matter, not even NaN.
+        # Positions that are not scored must not matter, even if they hold NaN.
         logits = hidden.to(dtype).masked_fill(~scored.unsqueeze(-1), 0.0) @ weight.to(dtype).T
         if bias is not None:
             logits = logits + bias.to(dtype)
@@ -83,11 +83,11 @@ def pair_sums(
     marginal_labels: Tensor | None = None,
     statistics: Iterable[str] = (),
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Tables (kinds, B): summed log-probs in float64, scored tokens, and summed statistics by name."""
+    """Return tables (kinds, B): summed log-probs in float64, scored tokens, and summed statistics by name."""
     names = checked_statistics(statistics)
 
     def tokens(hidden: Tensor, labels: Tensor) -> Tensor:
-        """Per label a row of: log-prob, whether it is scored, statistics."""
+        """Return for each label a row: its log-prob, whether it is scored, its statistics."""
         options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
         options |= {"ignore_index": ignore_index, "statistics": names or ("logsumexp",)}
         logps, found = linear_logps(hidden, weight, labels, **options)
@@ -142,7 +142,7 @@ def fused_inspo_loss(
     reduction: str = "mean",
     **inputs: Any,
 ) -> InSPOOutput:
-    """``inspo_kernels.fused_inspo_loss`` without its checks and its options of speed: same output, nothing fused.
+    """Compute ``inspo_kernels.fused_inspo_loss`` without its checks and speed options: same output, nothing fused.
 
     ``inputs``: the other arguments of ``pair_sums``.
     """

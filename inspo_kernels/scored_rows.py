@@ -1,8 +1,9 @@
-"""Reduce rows, packed or compact input to the scored rows, pair by pair: only they meet the LM head.
+"""Reduce rows, packed or compact input to the scored rows, pair by pair: only these go through the LM head.
 
-Every form first becomes ``Candidates``: for each label position the row of the flattened hidden states that predicts
-it, its target and its segment, numbered kind * B + pair (kinds as in ``pair_loss.KINDS``). ``plan`` then counts, checks
-and sorts them. Where the labels live on an accelerator one host read serves all of that; on the CPU none is needed.
+Every form first becomes ``Candidates``. Each label position gets the row of the flattened hidden states that predicts
+it, its target and its segment. Segments are numbered kind * B + pair, with the kinds of ``pair_loss.KINDS``. ``plan``
+then counts, checks and sorts the candidates. It waits for labels on an accelerator once, in one host read, and never
+for labels on the CPU.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from .pair_loss import KINDS
 
 @dataclass(frozen=True)
 class Candidates:
-    """Label positions before anything is dropped: (K,) tensors on the labels' device.
+    """Hold all label positions, scored or not: (K,) tensors on the labels' device.
 
-    ``marginals``: whether marginals are scored; None leaves it to whether there are any. ``valid`` is a 0-d bool
-    tensor, checked with the rest: whether cu_seqlens or segment_ids made sense; None where there are none.
+    ``marginals``: whether marginals are scored; None means that they are if there are any. ``valid``: 0-d bool tensor,
+    whether cu_seqlens or segment_ids are well-formed; None if neither was given.
     """
 
     rows: Tensor
@@ -39,13 +40,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """The rows to score: those that need gradients first, pair by pair, then the forward-only ones.
+    """Hold the rows to score: first the rows that need gradients, pair by pair, then the forward-only rows.
 
-    - ``rows``, ``targets``: (N,) int64 on the compute device: row of the flattened hidden states, label; labels count
+    - ``rows``, ``targets``: (N,) int64 on the compute device: row of the flattened hidden states; label. Labels count
       from the first word that this rank holds.
     - ``lengths``: (kinds, B) int64 on the compute device: scored tokens of each segment, on all ranks.
-    - ``order``: (kinds * B,) int64 on the compute device: the segments in the order in which their rows come.
-    - ``counts``: rows of each segment, in that order; on the host, and ``device_counts`` (kinds * B,) on the device.
+    - ``order``: (kinds * B,) int64 on the compute device: the segments in the order of their rows.
+    - ``counts``: the number of rows of each segment, in that order, on the host. ``device_counts`` (kinds * B,) holds
+      the same numbers on the device.
     - ``kinds_per_pair``: how many segments of each pair need gradients, so that pair p owns the segments
       ``order[p * kinds_per_pair : (p + 1) * kinds_per_pair]``.
     - ``sequence``: the ranks that hold the pairs' other tokens, if any.
@@ -66,13 +68,16 @@ class ScoredRows:
 
     @property
     def pair_rows(self) -> list[int]:
-        """Rows of each pair that need gradients."""
+        """Return the number of rows of each pair that need gradients."""
         k = self.kinds_per_pair
         return [sum(self.counts[p * k : (p + 1) * k]) for p in range(self.num_pairs)]
 
 
 def from_rows(labels: Tensor, marginal_labels: Tensor | None, *, shift: bool, ignore_index: int) -> Candidates:
-    """Rows form, labels (2B, T): sequence b scores y_w of pair b and y_l as a marginal; sequence B + b the reverse."""
+    """Return the candidates of the rows form, labels (2B, T).
+
+    Sequence b scores y_w of pair b, and y_l as a marginal. Sequence B + b does the reverse.
+    """
     num_rows, length = labels.shape
     positions = torch.arange(labels.numel(), device=labels.device)
     sequence = positions // length
@@ -86,11 +91,14 @@ def from_rows(labels: Tensor, marginal_labels: Tensor | None, *, shift: bool, ig
 def from_packed(
     labels: Tensor, marginal_labels: Tensor | None, cu_seqlens: Tensor, *, shift: bool, ignore_index: int
 ) -> Candidates:
-    """Packed form, labels (N,): sequence s is positions cu_seqlens[s] to cu_seqlens[s + 1], as in the rows form."""
+    """Return the candidates of the packed form, labels (N,).
+
+    Sequence s holds positions cu_seqlens[s] to cu_seqlens[s + 1]; sequences come in the order of the rows form.
+    """
     positions = torch.arange(len(labels), device=labels.device)
     cu_seqlens = cu_seqlens.to(labels.device, torch.int64)
     num_sequences = len(cu_seqlens) - 1
-    # Positions that a malformed cu_seqlens leaves over get the number 2B: in bounds until the host read reports them.
+    # Positions outside a malformed cu_seqlens get the number 2B, which stays in bounds until the host read reports it.
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
     valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(labels)) & (cu_seqlens.diff() >= 0).all()
     return _from_sequences(
@@ -108,7 +116,7 @@ def from_packed(
 
 
 def from_compact(labels: Tensor, segment_ids: Tensor, num_pairs: int, *, ignore_index: int) -> Candidates:
-    """Compact form: row i of hidden predicts labels[i] for segment segment_ids[i]."""
+    """Return the candidates of the compact form: row i of hidden predicts labels[i] for segment segment_ids[i]."""
     limit = 4 * num_pairs
     return Candidates(
         rows=torch.arange(len(labels), device=labels.device),
@@ -134,7 +142,10 @@ def _from_sequences(
     valid: Tensor | None = None,
     invalid_message: str = "",
 ) -> Candidates:
-    """``has_earlier``: whether a position is not the first of its sequence, read where labels are shifted."""
+    """Return the candidates of whole sequences.
+
+    ``has_earlier``: whether a position is not the first of its sequence; read only if labels are shifted.
+    """
     rows = positions - 1 if shift else positions
     targets, segments = labels, sequence
     if marginal_labels is not None:
@@ -159,20 +170,21 @@ def plan(
     split: Split | None = None,
     same: Mapping[str, Any] | None = None,
 ) -> ScoredRows:
-    """Count, check and sort the candidates. Ranks of ``split`` agree on ``same`` and on the labels.
+    """Count, check and sort the candidates. Ranks of ``split`` must agree on ``same`` and on the labels.
 
-    Both callables take the number of kinds that are scored: ``gradient_kinds`` returns those that the loss is
-    differentiated in, ``required_kinds`` those that every pair must have scored tokens in.
+    Both callables take the number of kinds that are scored. ``gradient_kinds`` returns the kinds that the loss is
+    differentiated in. ``required_kinds`` returns the kinds in which every pair must have scored tokens.
 
-    Raises ``ValueError`` for labels outside the vocabulary, malformed cu_seqlens or segment_ids, and pairs with a
-    response that the loss needs but no label scores.
+    Raises:
+        ValueError: for labels outside the vocabulary, malformed cu_seqlens or segment_ids, and pairs with a response
+            that the loss needs but no label scores.
     """
     c, num_pairs = candidates, candidates.num_pairs
     counts_device = torch.zeros(4 * num_pairs, dtype=torch.int64, device=c.targets.device)
     counts_device.scatter_add_(0, c.segments, c.scored.long())
     lowest_highest = _lowest_highest(c.targets, c.scored)
     valid = lowest_highest.new_ones(1) if c.valid is None else c.valid.view(1)
-    # The one host read: everything the plan and the checks need.
+    # The only host read: everything that the plan and the checks need.
     numbers = torch.cat([valid, lowest_highest, counts_device])
     if split is None:
         is_valid, lowest, highest, *counts = numbers.tolist()
@@ -215,18 +227,18 @@ def plan(
 
 
 def _fingerprint(c: Candidates) -> Tensor:
-    """(1,) int64 of what is scored where."""
+    """Return a (1,) int64 hash of which labels are scored, and where."""
     scored = c.scored.long()
     return fingerprint(torch.stack([scored * (column + 1) for column in (c.targets, c.rows, c.segments)]))
 
 
 def _own_words(targets: Tensor, split: Split | None) -> Tensor:
-    """Labels counted from this rank's first word; words of other ranks lie outside 0..V-1."""
+    """Return labels counted from this rank's first word; words of other ranks lie outside 0..V-1."""
     return targets if split is None or split.vocab is None else targets - split.vocab.first
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for the device. Safe in this direction: pageable memory is read before the call returns."""
+    """Move ``tensor`` without waiting for the device. That is safe: pageable memory is read before the call returns."""
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
@@ -238,7 +250,7 @@ def scored_positions(
     split: Split | None = None,
     same: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Positions (N,) of flat ``targets`` that are scored, checked to be in the vocabulary, with one host read."""
+    """Return the positions (N,) of flat ``targets`` that are scored; check with one host read that they are words."""
     scored = targets != ignore_index
     lowest_highest = _lowest_highest(targets, scored)
     if split is None:
@@ -253,7 +265,7 @@ def scored_positions(
 
 
 def checked_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    """``labels`` as int64; an error unless it is an integer tensor of that shape on the CPU or on ``device``."""
+    """Return ``labels`` as int64; raise unless it is an integer tensor of that shape on the CPU or on ``device``."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -266,7 +278,7 @@ def checked_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.d
 
 
 def _lowest_highest(targets: Tensor, scored: Tensor) -> Tensor:
-    """(2,) int64: range of the scored targets and 0, which stands for the others."""
+    """Return (2,) int64: the range of the scored targets and 0, which stands for the other targets."""
     return torch.stack((targets * scored).aminmax()) if len(targets) else targets.new_zeros(2)
 
 
@@ -292,5 +304,5 @@ def _check_scored(counts: list[int], num_pairs: int, required_kinds: tuple[int, 
                 )
             raise ValueError(
                 f"the {name} response of pair(s) {shown} has no scored token; its loss would be a constant: drop these "
-                "pairs or mend their labels (with shift=True the label at a sequence's first position is not scored)"
+                "pairs or correct their labels (with shift=True the label at a sequence's first position is not scored)"
             )

@@ -1,4 +1,4 @@
-"""A checked call of ``linear_logps``: which tokens are scored, and the passes over them, in eager mode and compiled."""
+"""Run a checked call of ``linear_logps``, eager or compiled: find the scored tokens, and pass them through the head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .scored_rows import checked_labels, scored_positions, to_device
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """The scored tokens of a call: their positions (N,) among all targets, rows x (N, H) of hidden, targets (N,).
+    """Hold the scored tokens of a call: positions (N,) among all targets, rows x (N, H) of hidden, targets (N,).
 
     ``run`` is None for the reference.
     """
@@ -42,6 +42,7 @@ class ScoredTokens:
         split: Split | None = None,
         needs: Needs | None = None,
     ) -> ScoredTokens:
+        """Check ``targets`` and return those that are scored, with their rows of ``hidden``."""
         targets = checked_labels("targets", targets, hidden.shape[:-1], hidden.device)
         backend = resolve_backend(options.backend, head, hidden.device)
         flat = targets.flatten()
@@ -57,10 +58,10 @@ class ScoredTokens:
         return cls(run, index, hidden.reshape(-1, head.hidden_size).index_select(0, index), flat)
 
     def forward(self, needs: Needs, *, may_keep: bool = True) -> tuple[TokenScores, Tensor | KeptTokens | None]:
-        """Scores of the tokens, and what their gradients need.
+        """Return the scores of the tokens, and what their gradients need.
 
-        With a frozen head that is the gradient (N, H) of each log-prob in its own row. With a trainable one, kept rows;
-        None where ``may_keep`` is false and for no gradients.
+        A frozen head needs the gradient (N, H) of each log-prob with respect to its own row. A trainable head needs
+        kept rows, or None if ``may_keep`` is false. Without gradients it is None.
         """
         assert self.run is not None
         with plain_arithmetic(self.x.device):
@@ -74,16 +75,16 @@ class ScoredTokens:
             return self.run.score(self.x, self.targets), None
 
     def backward(self, upstream: Tensor, kept: KeptTokens, needs: Needs) -> Gradients:
-        """Gradients of sum(upstream * log-probs), upstream (N,)."""
+        """Return the gradients of sum(upstream * log-probs), upstream (N,)."""
         assert self.run is not None
         with plain_arithmetic(self.x.device):
             return passes.token_gradients(self.run, self.x, self.targets, kept, upstream, needs)
 
     def scatter(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """``values`` (N, ...) at the scored positions of a tensor of that shape, 0 elsewhere."""
+        """Return a tensor of that shape with ``values`` (N, ...) at the scored positions and 0 elsewhere."""
         total = shape.numel() if values.dim() == 1 else shape[:-1].numel()
         return values.new_zeros(total, *values.shape[1:]).index_copy(0, self.index, values).view(shape)
 
     def scatter_statistics(self, scores: TokenScores, shape: torch.Size) -> dict[str, Tensor]:
-        """The statistics at the scored positions, 0 or False elsewhere."""
+        """Return the statistics at the scored positions, 0 or False elsewhere."""
         return {name: self.scatter(value, shape) for name, value in scores.statistics.items()}

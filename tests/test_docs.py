@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import inspo_kernels as ik
 from benchmarks.report import DOCS, PAGES, README, ROOT, render
 from training.model import byte_tokenizer
+from training.train import main
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 TEXTS = {page: page.read_text() for page in (README, CONTRIBUTING, *sorted(DOCS.glob("*.md")))}
 BLOCKS = {page.name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for page, text in TEXTS.items()}
+RECORDS = re.search(r"```json\n(.*?)```", TEXTS[DOCS / "quick_start.md"], re.DOTALL).group(1)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,30 @@ def test_custom_loop_runs_and_learns(model_folder, capsys):
     exec(loop.replace(name, str(model_folder)).replace("lr=5e-7", "lr=1e-3"), {})
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
     assert len(losses) == steps and losses[-1] < losses[0]
+
+
+def test_own_data_configuration_is_read(model_folder, tmp_path, monkeypatch, capsys):
+    """The quick start's YAML file and its two forms of records, with the column names that the file maps."""
+    monkeypatch.chdir(tmp_path)
+    text = re.search(r"```yaml\n(.*?)```", TEXTS[DOCS / "quick_start.md"], re.DOTALL).group(1)
+    config, name = yaml.safe_load(text), "Qwen/Qwen3-0.6B"
+    assert config["model"] == name
+    Path("mine.yaml").write_text(text.replace(name, str(model_folder)))
+    records = RECORDS
+    for column, other in config["columns"].items():
+        records = records.replace(f'"{column}":', f'"{other}":')
+    for form, record in enumerate(records.splitlines()):
+        Path(config["train_data"]).write_text(f"{record}\n")
+        main(["--config", "mine.yaml", "--dry_run", "true"])
+        assert "1 kept" in capsys.readouterr().out, form
+
+
+def test_training_from_python_runs(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text(RECORDS.splitlines()[0])
+    scope = {"folder": str(model_folder)}
+    exec(next(block for block in BLOCKS["training.md"] if "train(" in block), scope)
+    assert scope["result"].metrics and Path("runs/mine/final").exists()
 
 
 def test_tree_gives_the_loss_of_rows(model_folder):
@@ -110,13 +138,14 @@ def test_links_lead_somewhere(page, target):
         assert heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
 
 
-@pytest.mark.parametrize("page, path", found(r"--config(?:_file)? ((?!FILE)\S+)"))
+@pytest.mark.parametrize("page, path", found(r"--config(?:_file)? ((?!FILE|mine)\S+)"))
 def test_named_configurations_exist(page, path):
     assert (ROOT / path).exists()
 
 
 NAMED = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|yaml|md|png)|(?:[\w-]+/)+)`")
-WRITTEN = {"curves.png", "config.yaml", "final/", "best/", "runs/demo/", "results.json", "picture.png"}  # by a run
+WRITTEN = {"curves.png", "config.yaml", "final/", "best/", "runs/demo/", "results.json", "picture.png"}
+WRITTEN |= {"mine.yaml"}  # by the reader
 
 
 @pytest.mark.parametrize("page, line", found(r"(?m)^.*`[\w/-]+(?:\.(?:py|yaml|md|png)|/)`.*$"))
@@ -133,6 +162,19 @@ def test_named_files_exist(page, line):
         assert name in WRITTEN or any((folder / name).exists() for folder in folders), name
 
 
+@pytest.mark.parametrize("symptom", re.findall(r"(?m)^\*\*`([^`]+)`", TEXTS[DOCS / "troubleshooting.md"]))
+def test_quoted_messages_exist(symptom):
+    """Some part of each message that the page quotes, between its "...", is in the code."""
+    if "keyword argument" in symptom:  # Python's own message
+        return
+    code = "".join(
+        path.read_text() for folder in ("inspo_kernels", "training") for path in (ROOT / folder).rglob("*.py")
+    )
+    code = re.sub(r'"\s*f?"', "", code)  # adjacent literals
+    parts = [part.strip(" ,") for part in symptom.split("...")]
+    assert any(part in code for part in parts if len(part) > 7), symptom
+
+
 def test_readme_is_short():
     assert len(TEXTS[README].splitlines()) <= 150
 
@@ -140,6 +182,12 @@ def test_readme_is_short():
 def test_every_page_is_in_the_site():
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert not [page.name for page in DOCS.glob("*.md") if f" {page.name}\n" not in navigation]
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = re.findall(r"^::: inspo_kernels\.([\w.]+)", TEXTS[DOCS / "api.md"], re.MULTILINE)
+    names = [*ik.__all__, "integrations.trl.InSPOConfig", "integrations.trl.InSPOTrainer"]
+    assert sorted(listed) == sorted(names)
 
 
 def test_no_paragraph_stands_twice():

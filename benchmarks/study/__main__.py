@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..harness import checked_device, provenance, write_json
+from ..result_files import checked_device, provenance, write_json
 from . import axis_report, axis_summary, code_study, report, summary
 from .axis import AXIS_PLANS
 from .execution import axis_study, open_axis_records, open_records, study

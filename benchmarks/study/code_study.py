@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from ..harness import command, provenance, result_file, write_json
+from ..result_files import command, provenance, result_file, write_json
 from . import code_report
 from .code_runs import (
     ARMS,

@@ -42,7 +42,7 @@ from torch import Tensor
 
 import inspo_kernels as ik
 
-from ..harness import provenance, write_json
+from ..result_files import provenance, write_json
 
 DOUBLE = torch.float64
 KINDS = ("bradley_terry", "cyclic")

@@ -1,4 +1,4 @@
-"""Backends by name. ``"reference"`` is not listed: it is ``inspo_kernels.reference``, which has no passes to drive."""
+"""List the backends by name. ``"reference"`` is missing: ``inspo_kernels.reference`` has no passes to drive."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TorchBacke
 
 
 def check_backend(name: str) -> None:
-    """Raise ``ValueError`` unless some backend is called so, or it is "auto"."""
+    """Raise ``ValueError`` unless ``name`` is "auto", "reference" or the name of a backend."""
     known = [*BACKENDS, "auto", "reference"]
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"unknown backend {name!r}{nearest(name, known)}")
 
 
 def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | None:
-    """The backend called ``name``, or the device's default for "auto"; None for "reference".
+    """Return the backend called ``name``, or the device's default for "auto"; None for "reference".
 
     Raises ``ValueError`` for an unknown name, or one that cannot run this head here.
     """
@@ -41,10 +41,10 @@ def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | 
 
 
 def open_tile(backend: Backend, head: LMHead, capacity: int, workspace_bytes: int) -> HeadTile:
-    """A workspace of ``backend`` that keeps up to ``capacity`` rows; one that does nothing for a head of no words."""
+    """Return a workspace of ``backend`` that keeps up to ``capacity`` rows; it does nothing without words."""
     if head.vocab_size:
         return backend.open_tile(head, capacity, workspace_bytes)
-    # A head of one word tells how many rows the other ranks' tiles take; it is never multiplied.
+    # A head of one word, which is never multiplied, shows how many rows the other ranks' tiles take.
     one_word = replace(head, weight=head.weight.new_zeros(()).expand(1, head.hidden_size), bias=None)
     dx_rows = backend.open_tile(one_word, capacity, workspace_bytes).dx_rows
     return TileWithoutWords(head, capacity, dx_rows)

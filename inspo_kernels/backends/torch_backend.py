@@ -24,7 +24,6 @@ float64) and dW is never rounded between groups.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from functools import cached_property
 from typing import Any
@@ -170,6 +169,7 @@ class TorchTile(HeadTile):
         # x W^T + b enters with the factor inner: z' / log 2, or the argument of the soft-cap's tanh.
         self.inner = head.slope / LOG2 if head.softcap is None else head.logit_scale / head.softcap
         self.outer = 1.0 if head.softcap is None else head.softcap / (head.temperature * LOG2)
+        self.is_graded = False
         self.words = self._equal_words()
         self.buffer: Tensor | None = None
 
@@ -186,8 +186,12 @@ class TorchTile(HeadTile):
     def bias(self) -> Tensor | None:
         if self.head.bias is None:
             return None
-        # In float64, not as _times_inner does it: to a word of bias -inf the remainder would add inf.
+        # In float64, not by ``_multiply``, which would turn a bias of -inf into NaN.
         return (self._widen(self.head.bias).double() * self.inner).to(self.dtype)
+
+    @cached_property
+    def one(self) -> Tensor:
+        return torch.ones((), dtype=self.dtype, device=self.device)
 
     def _reserve(self, start: int, n: int, width: int) -> Tensor:
         """The workspace, allocated when first needed, with room for a tile (n, width) from ``start`` on."""
@@ -214,13 +218,20 @@ class TorchTile(HeadTile):
     def _widen(self, t: Tensor) -> Tensor:
         return t if self.plain_weight else t.to(self.head.compute_dtype).to(self.dtype)
 
-    def _times_inner(self, t: Tensor) -> Tensor:
-        # A constant rounded to float32 would scale all logits by the same wrong factor; its remainder mends that.
-        if self.inner == 1.0:
+    def _multiply(self, t: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+        """Return ``factor`` * t, in ``out`` if given, as if ``factor`` had not been rounded to t's dtype.
+
+        A rounded constant would scale all logits by the same wrong factor, and that error grows with the length of a
+        response. Here the first part of the constant is exact in few bits, and the second part is small.
+        """
+        if factor == 1.0:
             return t
-        rounded = self.inner if self.dtype == torch.float64 else ctypes.c_float(self.inner).value
-        product = t * rounded
-        return product if rounded == self.inner else product.add_(t, alpha=self.inner - rounded)
+        if self.dtype == torch.float64 or not abs(factor) < 1e30:
+            return torch.mul(t, factor, out=out)
+        fraction, exponent = math.frexp(factor)
+        exact = math.ldexp(round(fraction * 4096), exponent - 12)
+        product = torch.mul(t, exact, out=out)
+        return product if exact == factor else product.add_(product, alpha=factor / exact - 1)
 
     def stage(
         self,
@@ -232,6 +243,7 @@ class TorchTile(HeadTile):
         parts: frozenset[str] = frozenset(),
     ) -> RowSums:
         self._open(x, targets, dx)
+        self.is_graded = keep or dx is not None
         # Tiles whose offsets differ from those of the tile before, in any row.
         self.raised: set[int] = set()
         blocks, offsets = [], []
@@ -259,7 +271,8 @@ class TorchTile(HeadTile):
 
     def _stage_block(self, rows: slice, keep: bool, parts: frozenset[str]) -> tuple[RowSums, list[Tensor]]:
         """Sums of a block of rows, and the offset of each tile, (rows,) in units of log 2."""
-        x, targets, labels = self._times_inner(cut(self.x, rows)), cut(self.targets, rows), self._labels_of(rows)
+        x, targets = self._multiply(cut(self.x, rows), self.inner), cut(self.targets, rows)
+        labels = self._labels_of(rows)
         dx = None if self.dx is None else cut(self.dx, rows)
         n, offsets = len(x), []
         more = _Statistics(parts, targets)
@@ -292,7 +305,7 @@ class TorchTile(HeadTile):
                 z.sub_(offset.unsqueeze(1))
             e_sums = more.exp2(z)
             rest = e_sums.double() if i == 0 else rest.add_(e_sums)
-            if derivative is not None and (keep or dx is not None):
+            if derivative is not None:
                 z.mul_(derivative)
             if dx is not None:
                 _matmul(z, weight, dx, accumulate=i > 0)
@@ -325,14 +338,17 @@ class TorchTile(HeadTile):
     def _logits(
         self, x: Tensor, weight: Tensor, part: slice, z: Tensor, inside: Tensor | None, column: Tensor, rows: slice
     ) -> Tensor | None:
-        """Write z' / log 2 of one tile; returns D where there is a soft-cap."""
+        """Write z' / log 2 of one tile; return D if there is a soft-cap and a gradient will need it."""
         _matmul(x, weight.t(), z)
         if self.bias is not None:
             z.add_(cut(self.bias, part))
         if self.label_slope is None:
             return None
-        derivative = 1 - z.tanh_().square()
-        z.mul_(self.outer)
+        z.tanh_()
+        derivative = torch.addcmul(self.one, z, z, value=-1) if self.is_graded else None
+        self._multiply(z, self.outer, out=z)
+        if derivative is None:
+            return None
         slope = derivative.gather(1, column)
         self.label_slope[rows] += (slope if inside is None else torch.where(inside, slope, 0.0)).squeeze(1)
         return derivative
@@ -408,11 +424,12 @@ class TorchTile(HeadTile):
     ) -> None:
         self._open(x, targets, dx)
         self._take(sums)
+        self.is_graded = True
         scales = (coefficients * self.unit).to(self.dtype)
         for rows in chunks(0, len(x), self.block):
             own_x, offset = cut(self.x, rows), (cut(self.offset, rows) / LOG2).to(self.dtype).unsqueeze(1)
             labels, scale = self._labels_of(rows), cut(scales, rows)
-            inner_x, scaled = self._times_inner(own_x), None if dweight is None else own_x * scale.unsqueeze(1)
+            inner_x, scaled = self._multiply(own_x, self.inner), None if dweight is None else own_x * scale.unsqueeze(1)
             for i, part in enumerate(self.words):
                 z = self._passing_tile(len(own_x), part)
                 weight = self._widen(cut(self.head.weight, part))

@@ -39,10 +39,11 @@ class PairMetrics:
     Args:
         beta: reward of a log-ratio of one nat, as in TRL.
         add_over_ranks: sums a tensor over all ranks.
+        copies: ranks that read the same pairs, because they share each model by tensor parallelism.
     """
 
-    def __init__(self, beta: float, add_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        self.beta, self.add_over_ranks = beta, add_over_ranks
+    def __init__(self, beta: float, add_over_ranks: Callable[[Tensor], Tensor], copies: int = 1) -> None:
+        self.beta, self.add_over_ranks, self.copies = beta, add_over_ranks, copies
         self.tokens_trained = 0
         self._passes: dict[str, list[Tensor]] = {}
         self._names: dict[str, list[str]] = {}
@@ -77,14 +78,15 @@ class PairMetrics:
         for key, prefix in ((mode, ""), (MARGINAL + mode, MARGINAL)):
             totals = self._totals(key)
             if key == "train" and totals:
-                self.tokens_trained += int(totals["num_tokens"].sum())
+                self.tokens_trained += int(totals["num_tokens"].sum()) // self.copies
             self._passes.pop(key, None)
             for metric, (name, count) in _RATIOS.items():
                 if name in totals and (counted := totals[count] > 0).any():
                     metrics[prefix + metric] = (totals[name] / totals[count])[counted].mean().item()
         if metrics:
             unlogged = self._totals("train").get("num_tokens")
-            metrics["num_tokens"] = self.tokens_trained + (0 if unlogged is None else int(unlogged.sum()))
+            waiting = 0 if unlogged is None else int(unlogged.sum()) // self.copies
+            metrics["num_tokens"] = self.tokens_trained + waiting
         return metrics
 
     def _preferences(self, logps: Tensor, ref_logps: Tensor) -> dict[str, Any]:

@@ -115,7 +115,9 @@ def pair_loss(
         **head,
     )
     found = {"loss": out.loss, "logps": out.logps, "lengths": out.lengths, "statistics": out.statistics}
-    return found if out.marginal_logps is None else found | {"marginal_logps": out.marginal_logps}
+    # Under torch.compile, compact input reports marginals of 0 where it has none.
+    has_marginals = len(x) > scored["num_own"]
+    return found | {"marginal_logps": out.marginal_logps} if has_marginals else found
 
 
 def token_loss(

@@ -142,7 +142,9 @@ class InSPOTrainer(DPOTrainer):
         self._parts = objective_parts(args)
         self._conditioned, self._marginal_weight = _option(args, "conditioned"), _option(args, "marginal_weight")
         self._needs_marginals = self._conditioned and (self._marginal_weight > 0 or fits_tokens(self._parts))
-        self._pair_metrics = PairMetrics(args.beta, lambda sums: self.accelerator.reduce(sums, "sum"))
+        split = self.accelerator.parallelism_config
+        copies = 1 if split is None else split.tp_size
+        self._pair_metrics = PairMetrics(args.beta, lambda sums: self.accelerator.reduce(sums, "sum"), copies)
         self._gap_seen = False
         self._coins: AlternativeCoins | None = None
         if dropout := _option(args, "alternative_dropout"):
@@ -216,8 +218,8 @@ class InSPOTrainer(DPOTrainer):
         return "image" in sample or "images" in sample
 
     def _causal_lm(self, model: Any) -> Any:
-        """Return the causal LM inside engines and adapters."""
-        model = self.accelerator.unwrap_model(model)
+        """Return the causal LM inside engines, adapters and ``torch.compile``."""
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return model.get_base_model() if is_peft_model(model) else model
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:

@@ -53,7 +53,7 @@ def condition_pairs(
 ) -> dict[str, Any]:
     """Build the batch that scores B preference pairs, as 2B sequences or as B trees.
 
-    Sequence ``b`` scores the chosen response of pair ``b`` and sequence ``B + b`` the rejected one::
+    Sequence ``b`` scores the chosen response of pair ``b`` and sequence ``B + b`` the rejected one:
 
         conditioned=True    x + y_l + separator + y_w    then    x + y_w + separator + y_l
         conditioned=False   x + y_w                      then    x + y_l
@@ -86,22 +86,21 @@ def condition_pairs(
             or ``"packed_tree"`` (all trees in one row, for flex_attention, which skips masked blocks).
 
     Returns:
-        A dict of CPU tensors, lists and counts. With T the longest sequence and N the number of tokens:
+        A dict of CPU tensors, lists and counts. T is the longest sequence, N the number of tokens.
 
-        =================  ====================  ==============  =====================================================
-        key                rows                  packed          meaning
-        =================  ====================  ==============  =====================================================
-        input_ids          (2B, T) int64         (1, N) int64    token ids
-        attention_mask     (2B, T) int64         None            1 on tokens, 0 on padding
-        position_ids       (2B, T) int64         (1, N) int64    0, 1, ... within each sequence; 0 on padding
-        labels             (2B, T) int64         (N,) int64      id of each token of the scored response, else -100
-        marginal_labels    (2B, T) int64         (N,) int64      the same for the alternative, -100 in a plain pair's
-                                                                 sequences; None if no pair is conditioned
-        cu_seqlens         absent                (2B+1,) int32   sequence s is ``[cu_seqlens[s], cu_seqlens[s + 1])``
-        dropped            list of int           list of int     positions in ``pairs`` left out by ``"drop"``
-        truncated          int                   int             number of prompts cut by ``"prompt_left"``
-        plain              list of int           list of int     positions in ``pairs`` of the plain pairs
-        =================  ====================  ==============  =====================================================
+        | key                 | rows          | packed        | meaning |
+        |---|---|---|---|
+        | ``input_ids``       | (2B, T) int64 | (1, N) int64  | token ids |
+        | ``attention_mask``  | (2B, T) int64 | None          | 1 on tokens, 0 on padding |
+        | ``position_ids``    | (2B, T) int64 | (1, N) int64  | 0, 1, ... within each sequence; 0 on padding |
+        | ``labels``          | (2B, T) int64 | (N,) int64    | id of each token of the scored response, else -100 |
+        | ``marginal_labels`` | (2B, T) int64 | (N,) int64    | the same for the other response; None if all are plain |
+        | ``cu_seqlens``      | absent        | (2B+1,) int32 | sequence s is ``[cu_seqlens[s], cu_seqlens[s + 1])`` |
+        | ``dropped``         | list of int   | list of int   | positions in ``pairs`` left out by ``"drop"`` |
+        | ``truncated``       | int           | int           | number of prompts cut by ``"prompt_left"`` |
+        | ``plain``           | list of int   | list of int   | positions in ``pairs`` of the plain pairs |
+
+        The ``marginal_labels`` of a plain pair are -100 everywhere.
 
         Pass ``input_ids``, ``attention_mask`` and ``position_ids`` to a transformers causal LM as they are. In a
         packed batch transformers separates sequences where ``position_ids`` restart. It does so only if
@@ -110,22 +109,20 @@ def condition_pairs(
         Trees come with only the scored rows, the compact form of ``fused_inspo_loss``. With T the longest tree, N the
         number of tokens, n the longest sequence and M the number of scored tokens, marginals included:
 
-        =================  ==============  ==============  ===========================================================
-        key                tree            packed_tree     meaning
-        =================  ==============  ==============  ===========================================================
-        input_ids          (B, T) int64    (1, N) int64    token ids: prompt, branch of y_w, branch of y_l
-        position_ids       (B, T) int64    (1, N) int64    0, 1, ... along prompt and branch; 0 on padding
-        tree_ends          (B, T) int64    (1, N) int64    token q sees token k if ``k <= q < tree_ends[k]``
-        paths              (2B, n) int64   (2B, n) int64   rows of ``hidden.flatten(0, 1)`` of each sequence's tokens
-        path_of            (B, T) int64    (1, N) int64    a sequence that the token is in; 0 on padding
-        rows               (M,) int64      (M,) int64      rows of ``hidden.flatten(0, 1)`` that predict a scored token
-        labels             (M,) int64      (M,) int64      the id that each row predicts
-        segment_ids        (M,) int64      (M,) int64      its segment, as numbered by ``fused_inspo_loss``
-        num_pairs          int             int             B
-        dropped            list of int     list of int     as above
-        truncated          int             int             as above
-        plain              list of int     list of int     as above
-        =================  ==============  ==============  ===========================================================
+        | key              | tree          | packed_tree   | meaning |
+        |---|---|---|---|
+        | ``input_ids``    | (B, T) int64  | (1, N) int64  | token ids: prompt, branch of y_w, branch of y_l |
+        | ``position_ids`` | (B, T) int64  | (1, N) int64  | 0, 1, ... along prompt and branch; 0 on padding |
+        | ``tree_ends``    | (B, T) int64  | (1, N) int64  | token q sees token k if ``k <= q < tree_ends[k]`` |
+        | ``paths``        | (2B, n) int64 | (2B, n) int64 | rows of ``hidden.flatten(0, 1)`` of a sequence |
+        | ``path_of``      | (B, T) int64  | (1, N) int64  | a sequence that the token is in; 0 on padding |
+        | ``rows``         | (M,) int64    | (M,) int64    | rows of ``hidden.flatten(0, 1)`` to score |
+        | ``labels``       | (M,) int64    | (M,) int64    | the id that each row predicts |
+        | ``segment_ids``  | (M,) int64    | (M,) int64    | its segment, as numbered by ``fused_inspo_loss`` |
+        | ``num_pairs``    | int           | int           | B |
+        | ``dropped``      | list of int   | list of int   | as above |
+        | ``truncated``    | int           | int           | as above |
+        | ``plain``        | list of int   | list of int   | as above |
 
         The mask depends on the model: ``tree_attention_mask(batch, model)``. The prompt's last row predicts the first
         token of both branches, so it appears twice in ``rows``.

@@ -32,7 +32,7 @@ def condition_batch(
     """Return the conditioned version of a collated preference batch, text or vision.
 
     Row ``b`` becomes ``x + y_l + separator + y_w`` and row ``B + b`` becomes ``x + y_w + separator + y_l``, each scored
-    on its last response alone. Rows are padded on the right. Use the result in place of the batch::
+    on its last response alone. Rows are padded on the right. Use the result in place of the batch:
 
         batch = collator(examples)                     # TRL's, or a processor's
         conditioned = ik.condition_batch(batch, pad_token_id=tokenizer.pad_token_id)

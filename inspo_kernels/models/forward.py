@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -137,14 +138,19 @@ def _composed(hidden: Tensor, parts: HeadParts, tail: Tail) -> tuple[Tensor, dic
 
 def _compiled(model: Any, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, HeadParts, Tail, Any]:
     """Run the base model, whose output is the head's input: hooks on the head cannot be traced."""
-    tail = _tail_while_tracing(model)
+    tail = _tail_while_tracing(id(model))
     outputs = model.base_model(**inputs)
     return outputs.last_hidden_state, head_parts(head), tail, outputs
 
 
 @torch.compiler.assume_constant_result
-def _tail_while_tracing(model: Any) -> Tail:
-    """Return the verified tail; verify it on two tokens if no call outside torch.compile has done so."""
+def _tail_while_tracing(address: int) -> Tail:
+    """Return the verified tail; verify it on two tokens if no call outside torch.compile has done so.
+
+    ``address`` is the model's id(), on which the compiled code is then guarded: torch 2.11 passes no module to such a
+    function. The caller holds the model, so the address is valid.
+    """
+    model = ctypes.cast(address, ctypes.py_object).value
     head = model.get_output_embeddings()
     tail = known_in_any_mode(model, head)
     if tail is None:

@@ -1,4 +1,4 @@
-"""Scale, soft-cap and vocabulary between a head's output and a model's logits, fitted and checked on a few rows."""
+"""Fit and check, on a few rows, the scale, soft-cap and vocabulary that turn a head's output into the logits."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def tolerance_of(*values: Tensor) -> float:
 
 
 def rows_of(values: Tensor) -> Tensor:
-    """(B, k, V) to at most twelve rows in float64 on the CPU."""
+    """Return at most twelve rows of (B, k, V), in float64 on the CPU."""
     return values.detach().flatten(0, -2)[:12].cpu().double()
 
 
 def row_difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference relative to the largest entry of its row; rows that overflow say nothing."""
+    """Return the largest difference relative to the largest entry of its row; rows that overflow are ignored."""
     error = (one - other).abs().amax(-1) / torch.maximum(one.abs().amax(-1), other.abs().amax(-1)).clamp(min=1e-30)
     error = error[one.isfinite().all(-1)]
     return float("inf") if len(error) == 0 or error.isnan().any() else error.max().item()
@@ -64,7 +64,7 @@ def fit_tail(
             bent = softcap * torch.atanh((logits / softcap).clamp(-0.99, 0.99))
         y, z = output[informative], bent[informative]
         fitted = ((y * z).sum() / (y * y).sum().clamp(min=1e-300)).item()
-        # Rounding averages out in the fit, less so where a bend was undone first.
+        # Rounding averages out in the fit, but less so after a soft-cap was inverted.
         for scale in _scales(fitted, named, tolerance / 20 if softcap is None else tolerance):
             made = output * scale if softcap is None else softcap * torch.tanh(output * scale / softcap)
             best = min(best, (row_difference(made, logits), softcap, scale), key=lambda found: found[0])
@@ -78,14 +78,14 @@ def fit_tail(
 
 
 def _softcaps(logits: Tensor, named: Sequence[float]) -> list[float]:
-    """Return bounds that the logits approach: numbers that the model holds, then the largest logit itself."""
+    """Return candidates for the soft-cap: numbers that the model holds, then the largest logit itself."""
     top = logits[logits.isfinite()].abs().max().item()
     near = [value for value in named if top <= value * (1 + 1e-2)]
     return [*sorted(near, key=lambda value: value - top), top]
 
 
 def _scales(fitted: float, named: Sequence[float], tolerance: float) -> list[float]:
-    """Return the numbers (or inverses) held by the model that lie beside the fitted scale, nearest first; then it."""
+    """Return candidates for the scale: the model's numbers or their inverses, nearest first, then the fitted scale."""
     near = {value for number in (1.0, *named) for value in (number, 1 / number)}
     close = [value for value in near if abs(value - fitted) <= tolerance * abs(fitted)]
     # The same number may be stored rounded to float32: the simplest of equals is 1.
@@ -93,7 +93,7 @@ def _scales(fitted: float, named: Sequence[float], tolerance: float) -> list[flo
 
 
 def named_numbers(model: Any) -> list[float]:
-    """Return the positive numbers of a model and its configs, those first whose name speaks of logits."""
+    """Return the positive numbers of a model and its configs, with names that mention logits first."""
     owners = (model, model.config, model.config.get_text_config())
     found = {value: name for owner in owners for name, value in numbers(owner).items() if value > 0}
     return sorted(found, key=lambda value: not any(word in found[value] for word in ("logit", "cap", "scal", "mult")))

@@ -1,4 +1,4 @@
-"""The weight and bias of an output head, whether it is one layer or carries an adapter of its own."""
+"""Read the weight and bias of an output head: a single layer, or a layer with an adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FUSED_ADAPTERS = (
 
 
 class HeadError(ValueError):
-    """The head cannot be fused, for the reason in the message; ``advice`` is what to do, where it is particular."""
+    """Say why a head cannot be fused; ``advice`` says what to do if the general advice does not apply."""
 
     def __init__(self, problem: str, advice: str | None = None) -> None:
         super().__init__(problem)
@@ -27,7 +27,7 @@ class HeadError(ValueError):
 
 @dataclass(frozen=True)
 class LowRank:
-    """A LoRA adapter on the head: it adds ``scaling * up(down(dropout(hidden)))`` to the head's output."""
+    """Hold a LoRA adapter on the head, which adds ``scaling * up(down(dropout(hidden)))`` to the head's output."""
 
     down: Tensor  # (r, H)
     up: Tensor  # (V, r)
@@ -37,7 +37,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class HeadParts:
-    """Tensors that make up a head, all of them the model's own: gradients reach the parameters through them."""
+    """Hold the tensors that make up a head. They are the model's own, so gradients reach its parameters."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
@@ -62,7 +62,7 @@ class HeadParts:
         return torch.cat(columns, -1), torch.cat(rows, -1)
 
     def apply(self, hidden: Tensor) -> Tensor:
-        """Return the head's output for ``hidden`` (..., H) from the parts: all words, also where ranks share them."""
+        """Return the head's output for ``hidden`` (..., H) from its parts, for all words, even if ranks share them."""
         hidden, weight = self.joined(hidden)
         if not is_dtensor(weight):
             return linear(hidden, weight, self.bias)

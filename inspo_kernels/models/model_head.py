@@ -22,13 +22,13 @@ from ..groups import is_dtensor
 from .head_fit import fit_tail, named_numbers, numbers, row_difference, rows_of, tolerance_of
 from .head_parts import HeadError, HeadParts, adapter_state, head_parts, qualified_name
 
-# Factors on a hidden state in the rows that are tried: small logits show scales, large ones show where they bend.
+# Factors on the hidden states of the trial rows: small logits show the scale, large logits show the soft-cap.
 _SIZES = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
 
 
 @dataclass(frozen=True)
 class Tail:
-    """Logits from the head's output y: ``softcap * tanh(z / softcap)`` with ``z = logit_scale * y``.
+    """Turn the head's output y into logits: ``softcap * tanh(z / softcap)`` with ``z = logit_scale * y``.
 
     ``vocab_size`` is the number of leading columns that are words; None for all. ``from_base`` says that the head is
     given what the base model returns as ``last_hidden_state``.
@@ -71,7 +71,7 @@ def _state(model: Any, head: nn.Module) -> tuple[Any, ...]:
 
 @dataclass
 class HeadCall:
-    """Inputs and outputs of the head in one forward of the model."""
+    """Record the inputs and outputs of the head in one forward pass of the model."""
 
     shape: tuple[int, int]
     hidden: Tensor | None = None
@@ -113,7 +113,7 @@ def in_fsdp(model: Any) -> bool:
 
 @contextmanager
 def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iterator[None]:
-    """Let the head run on a few rows or on none, and record in ``call`` what it would have run on."""
+    """Make the head run on few rows or none, and record in ``call`` the states that it was given."""
     before_forward = _identity(head)
     offloaded = _LinearArguments()
     dropouts: list[nn.Module] = []
@@ -199,7 +199,7 @@ class _LinearArguments(TorchFunctionMode):
 
 
 def _identity(head: nn.Module) -> list[tuple[int, int, int]]:
-    """Tell whether an engine has put other tensors in the place of parameters, or filled empty ones."""
+    """Tell whether an engine has replaced parameters by other tensors, or filled empty parameters."""
     return [(id(p), p.numel(), p.untyped_storage().size() if _has_storage(p) else 0) for p in head.parameters()]
 
 
@@ -249,7 +249,7 @@ def _verified(model: Any, call: HeadCall) -> Tail:
 
 
 def _check_leaves(model: Any, logits: Tensor, expected: Tensor) -> None:
-    """Raise HeadError where a parameter acts on the logits that is no part of the head: it would get no gradient."""
+    """Raise HeadError if a parameter outside the head affects the logits: it would get no gradient."""
     missing = _leaves(logits).keys() - _leaves(expected).keys()
     if missing:
         names = [name for name, parameter in model.named_parameters() if id(parameter) in missing]
@@ -288,7 +288,7 @@ def _check_adapters(module: nn.Module, rows: Tensor) -> None:
 
 
 class _WithParts(nn.Module):
-    """A head beside what its parts make of the same rows."""
+    """Compare a head with its parts on the same rows."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()

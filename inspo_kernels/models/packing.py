@@ -1,4 +1,4 @@
-"""Whether a model keeps packed sequences apart, found out on a few tokens."""
+"""Find out on a few tokens whether a model keeps packed sequences apart."""
 
 from __future__ import annotations
 

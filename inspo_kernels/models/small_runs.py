@@ -1,4 +1,4 @@
-"""Small forward passes by which a model shows what it does, leaving no trace of themselves."""
+"""Run small trial forward passes that leave no trace in the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rounding of hidden states, relative to the largest: what is surely rounding, and what may be.
+# Errors of hidden states relative to the largest: certainly rounding, and possibly rounding.
 _ROUNDING = {torch.float64: (1e-12, 1e-6), torch.float32: (1e-6, 1e-3)}
 _ROUNDING_16_BIT = (5e-3, 0.1)
 
@@ -50,7 +50,7 @@ def undisturbed(model: Any) -> Iterator[None]:
 
 
 def device_of(model: Any) -> torch.device:
-    """Return where a model computes: accelerate keeps offloaded weights elsewhere."""
+    """Return the device on which a model computes; accelerate keeps offloaded weights elsewhere."""
     device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     return model.device if device is None else torch.device(device)
 

@@ -57,10 +57,11 @@ def tree_attention_mask(batch: Mapping[str, Any], model: PreTrainedModel) -> Mas
         model: the transformers causal LM itself.
 
     Returns:
-        For ``"sdpa"``, a ``PathMask``: attention runs over the paths as ordinary causal sequences. For ``"eager"``, a
-        tensor (rows, 1, T, T) in the model's dtype that is added to the scores. For ``"flex_attention"``, a
-        ``BlockMask`` that skips the empty blocks between branches and pairs. For a model whose layers differ, a dict
-        of masks by layer type.
+        The mask, or a dict of masks by layer type for a model whose layers differ.
+
+        - ``"sdpa"``: a ``PathMask``. Attention runs over the paths as ordinary causal sequences.
+        - ``"eager"``: a tensor (rows, 1, T, T) in the model's dtype that is added to the scores.
+        - ``"flex_attention"``: a ``BlockMask`` that skips the empty blocks between branches and pairs.
 
     Raises:
         ValueError: ``model`` cannot read trees (``tree_unsupported`` says why), or a row is too long for a dense mask

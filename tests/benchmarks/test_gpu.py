@@ -178,6 +178,18 @@ def test_step_that_takes_too_long_is_stopped(tmp_path, fake_step):
     assert result["steps"]["main"]["notes"] == ["half"] and not gpu_plan.problems(result)
 
 
+def test_cells_cut_short_are_measured_again(tmp_path, fake_step):
+    fake, options, result = fake_step
+    fake(f'echo "$@" > {tmp_path}/words')
+    result["steps"]["main"] = {"status": "stopped with its call"}
+    for name, rounds in (("short", 1), ("whole", 3)):
+        row = {"status": "measured", "step": "main", "rounds": rounds}
+        rows = {"floor": row, "cut_cross_entropy": {"status": "needs a GPU", "step": "main"}}
+        result["cells"].append({"name": name, "contenders": rows})
+    gpu.run_step("main", options, result, 20.0, {})
+    assert '--known ["whole"]' in (tmp_path / "words").read_text()
+
+
 def test_step_without_time_left_is_not_started(capsys, fake_step):
     _, options, result = fake_step
     options.steps = ["main", "training"]

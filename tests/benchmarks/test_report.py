@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, speed_tables
 
 ROOT = report.README.parent
 
@@ -38,15 +38,13 @@ def test_source_lines_are_short_and_link_the_file(name):
 def test_figures_of_a_gpu_name_it_and_triton():
     hardware, versions = {"cpu": "a CPU", "cores": 2, "gpu": "a GPU"}, {"torch": "2.13", "triton": "3.7"}
     result = {"hardware": hardware, "versions": versions, "date": "2026-11-22"}
-    assert "a CPU, 2 cores, torch 2.13, 2026-11-22;" in report._source(result, "loss_cpu.json")
+    assert "a CPU, 2 cores, torch 2.13, 2026-11-22;" in speed_tables.source(result, "loss_cpu.json")
     result["device"] = {"type": "cuda", "name": "a GPU"}
-    assert "<sub>a GPU, torch 2.13, triton 3.7, 2026-11-22;" in report._source(result, "gpu.json")
+    assert "<sub>a GPU, torch 2.13, triton 3.7, 2026-11-22;" in speed_tables.source(result, "gpu.json")
 
 
-# Recorded commands that the Makefile does not repeat, and what it has instead. The first went on after an interruption
-# and adds nothing to a whole file.
+# Recorded commands that the Makefile does not repeat, and what it has instead.
 NOT_REPEATED = {
-    "python -m benchmarks.loss --shape real --rounds 7 --only time --resume --json FILE": None,
     # Reports what this one has run, which goes on to do the same.
     "python -m benchmarks.study --report": "python -m benchmarks.study",
     # The command without --part runs this part, too.
@@ -63,7 +61,7 @@ def commands(target):
     """What ``make target`` would run of the benchmarks, result files being FILE; and all that it would."""
     done = make("-n", target, "PAIRS=preferences.jsonl")
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"/bin/(python -m benchmarks\..*)", done.stdout)
+    found = [line.rstrip() for line in re.findall(r"/bin/(python -m benchmarks\..*)", done.stdout)]
     return [re.sub(r"benchmarks/results/\S+\.json", "FILE", line) for line in found], done.stdout
 
 

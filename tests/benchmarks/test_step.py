@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import report, step, step_contenders
+from benchmarks import speed_tables, step, step_contenders, step_jobs
 from benchmarks.step_contenders import STEP_CONTENDERS, StepContender
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ QUICK = {"model": "quick", "updates": 3, "pairs": 2, "tokens": 48}
 
 
 def job(share="real", dtype=torch.float64):
-    return step.job_of(**QUICK, share=share, dtype=dtype, device=CPU)
+    return step_jobs.job_of(**QUICK, share=share, dtype=dtype, device=CPU)
 
 
 def test_every_contender_makes_the_same_updates():
@@ -25,10 +25,8 @@ def test_every_contender_makes_the_same_updates():
     rows = step.same_work(list(STEP_CONTENDERS), job())
     assert list(rows) == ["four_forwards", *(n for n in STEP_CONTENDERS if n != "four_forwards")]
     assert all(row["same"] for row in rows.values()), rows
-    assert {n: row["tolerance"] for n, row in rows.items() if row["tolerance"] > 1e-9} == {
-        "trl": 1e-4,
-        "trl_compact": 1e-4,
-    }
+    within = {name: row["tolerance"] for name, row in rows.items() if row["tolerance"] > 1e-9}
+    assert within == dict.fromkeys(("trl", "trl_compact", "trainer_rows", "trainer"), 1e-4)
     losses = rows["rows"]["losses"]
     assert len(losses) == 3 and len(set(losses)) == 3 and all(abs(loss - 0.69) < 0.1 for loss in losses)
 
@@ -68,8 +66,8 @@ def test_positions_are_those_of_the_layouts():
 
 
 def test_lengths_of_a_share():
-    assert step.lengths_of("0.667", 1, 512) == ((342, 85, 85),)
-    assert max(map(sum, step.lengths_of("real", 20, 100))) <= 100
+    assert step_jobs.lengths_of("0.667", 1, 512) == ((342, 85, 85),)
+    assert max(map(sum, step_jobs.lengths_of("real", 20, 100))) <= 100
 
 
 def test_quick_run_writes_a_complete_file(tmp_path, monkeypatch, capsys):
@@ -111,7 +109,7 @@ def test_quick_run_writes_a_complete_file(tmp_path, monkeypatch, capsys):
     assert rows["rows"]["times_four_forwards"]["median"] > 0 and rows["rows"]["peak_bytes"] == 1 << 20
     assert rows["rows"]["reference_seconds_per_step"] > 0 == rows["four_forwards"]["reference_seconds_per_step"]
     assert result["same_work"]["contenders"]["rows"]["same"]
-    assert "not installed" in capsys.readouterr().out and "not installed" in report.step(result)
+    assert "not installed" in capsys.readouterr().out and "not installed" in speed_tables.step(result)
 
 
 def test_peak_of_a_step_is_above_the_model(capsys):
@@ -123,10 +121,10 @@ def test_peak_of_a_step_is_above_the_model(capsys):
 def test_seconds_are_of_one_update(monkeypatch):
     """By a clock that shows a second more each time, a run takes one, however many updates it makes."""
     ticks = itertools.count()
-    monkeypatch.setattr(step_contenders, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(step_jobs, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     for updates in (1, 4):
         cell: dict = {}
-        own = step.job_of(**QUICK | {"updates": updates}, share="0.5", dtype=torch.float32, device=CPU)
+        own = step_jobs.job_of(**QUICK | {"updates": updates}, share="0.5", dtype=torch.float32, device=CPU)
         step.measure(own, ["four_forwards"], 1, cell, lambda: None)
         assert cell["contenders"]["four_forwards"]["seconds"]["median"] == 1 / updates
 
@@ -144,11 +142,25 @@ def test_bad_arguments_say_what_to_do(capsys):
         assert text in capsys.readouterr().err
 
 
+def test_trainers_are_compared_with_each_other(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.setattr(step, "peak_memory_in_fresh_process", lambda *_: {"status": "measured", "peak_bytes": 3 << 20})
+    file = tmp_path / "trainers.json"
+    words = ["--shares", "0.5", "--rounds", "1", "--updates", "2", "--contenders", "trl_compact", "trainer"]
+    step.main(["--quick", *words, "--json", str(file)])
+    result = json.loads(file.read_text())
+    rows = result["cells"][0]["contenders"]
+    assert list(rows) == ["trl_compact", "trainer"] and rows["trainer"]["times_trl_compact"]["median"] > 0
+    assert all(row["same"] for row in result["same_work"]["contenders"].values())
+    said = speed_tables.trainers(result)
+    assert "| 1.00, 3 MiB | " in said and "InSPOTrainer" in said and "times_" not in said
+
+
 def test_readme_shows_the_reference_pass_where_it_was_timed_by_itself():
     """Beside four forwards of 2 s: a step of a quarter, and 0.2 s of reference for each step's pairs."""
     ratio = {"median": 0.25, "q1": 0.2, "q3": 0.3}
     row = {"status": "measured", "times_four_forwards": ratio, "reference_seconds_per_step": 0.2, "peak_bytes": 2**20}
     cell = {"contenders": {"four_forwards": {"seconds": {"median": 2.0}}}}
-    assert report._step_time("tree", row, cell) == "0.25 (0.20-0.30) + 0.10, 1 MiB"
-    assert report._step_time("trl", row, cell) == "0.25 (0.20-0.30), 1 MiB"
-    assert report._step_time("loop", {"status": "measured", "peak_bytes": 2**21}, cell) == "not yet timed, 2 MiB"
+    assert speed_tables.step_time("tree", row, cell) == "0.25 (0.20-0.30) + 0.10, 1 MiB"
+    assert speed_tables.step_time("trl", row, cell) == "0.25 (0.20-0.30), 1 MiB"
+    assert speed_tables.step_time("loop", {"status": "measured", "peak_bytes": 2**21}, cell) == "not yet timed, 2 MiB"

@@ -291,7 +291,7 @@ def test_evaluation_gives_the_same_values_and_no_graph(mode):
     torch.testing.assert_close(out.logps, expected.logps, rtol=1e-12, atol=0)
 
 
-def test_upstream_gradient_retain_graph_and_double_backward():
+def test_upstream_gradient_and_retain_graph():
     hidden, weight = RAGGED.hidden.clone().requires_grad_(), RAGGED.weight.clone().requires_grad_()
     out = ik.fused_inspo_loss(hidden, weight, RAGGED.labels, ref_logps=RAGGED.ref_logps)
     first = torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)
@@ -300,9 +300,43 @@ def test_upstream_gradient_retain_graph_and_double_backward():
     for a, b, c in zip(first, tripled, again):
         torch.testing.assert_close(3 * a, b)
         assert torch.equal(a, c)
-    (d_weight,) = torch.autograd.grad(out.loss, weight, create_graph=True)
+
+
+@pytest.mark.parametrize("call", ["loss", "tokens", "frozen tokens"])
+@pytest.mark.parametrize("is_leaf", [True, False])
+@pytest.mark.parametrize("end", ["backward", "grad", "loss changed in place"])
+def test_second_derivatives_raise(call, is_leaf, end):
+    leaf, weight = RAGGED.hidden.clone().requires_grad_(), RAGGED.weight.clone().requires_grad_("frozen" not in call)
+    hidden = leaf if is_leaf else leaf * 1.0
+    if call == "loss":
+        loss = ik.fused_inspo_loss(hidden, weight, RAGGED.labels, ref_logps=RAGGED.ref_logps).loss
+    else:
+        loss = ik.linear_logps(hidden, weight, RAGGED.labels).sum()
+    if end == "loss changed in place":
+        loss /= 2
+    (d_hidden,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    penalised = loss + d_hidden.square().sum()
     with pytest.raises(RuntimeError, match="first derivatives only"):
-        (out.loss + d_weight.square().sum()).backward()
+        penalised.backward() if end == "backward" else torch.autograd.grad(penalised, hidden)
+
+
+@pytest.mark.parametrize("name", ["fused_inspo_loss", "linear_logps"])
+def test_transforms_are_refused_with_advice_that_works(name):
+    hidden, weight, labels = RAGGED.hidden, RAGGED.weight, RAGGED.labels
+    options = {"ref_logps": RAGGED.ref_logps} if name == "fused_inspo_loss" else {}
+
+    def total(module, hidden):
+        result = getattr(module, name)(hidden, weight, labels, **options)
+        return result.loss if name == "fused_inspo_loss" else result.sum()
+
+    for transform in (torch.func.grad, torch.func.vmap, lambda f: torch.func.vmap(torch.func.grad(f))):
+        batched = hidden if transform is torch.func.grad else hidden[None]
+        with pytest.raises(RuntimeError, match=f"torch.func.*inspo_kernels.reference.{name}"):
+            transform(lambda h: total(ik, h))(batched)
+        transform(lambda h: total(ik.reference, h))(batched)
+    leaf = hidden.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(ik, leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda h: total(ik.reference, h))(hidden), expected)
 
 
 def test_same_input_same_bits():
@@ -693,9 +727,12 @@ UNSCORED[1] = IGNORE
         ({"hidden": [1.0]}, TypeError, "hidden must be a tensor"),
         ({"weight": RAGGED.weight[0]}, ValueError, r"weight must be \(V, H\)"),
         ({"weight": RAGGED.weight.to("meta")}, ValueError, "weight is on meta"),
+        ({"hidden": RAGGED.hidden.to("meta"), "weight": RAGGED.weight.to("meta"), "bias": None}, ValueError, "no data"),
+        ({"ref_logps": RAGGED.ref_logps.to("meta")}, ValueError, "ref_logps is on the meta device"),
         ({"bias": RAGGED.bias[1:]}, ValueError, r"bias must be \(29,\)"),
         ({"ref_logps": None}, ValueError, "DPO needs ref_logps"),
         ({"ref_logps": RAGGED.ref_logps[:4]}, ValueError, r"ref_logps must have shape \(8,\)"),
+        ({"ref_logps": RAGGED.ref_logps.view(2, 4)}, ValueError, r"pass ref_logps.flatten\(\)"),
         ({"ref_logps": RAGGED.ref_logps.long()}, TypeError, "ref_logps must be a floating-point"),
         ({"ref_logps": [0.0] * 8}, TypeError, "ref_logps must be a floating-point tensor, got list"),
         ({"weight": RAGGED.weight.to_sparse()}, TypeError, r"weight must be a dense tensor.*to_dense\(\)"),

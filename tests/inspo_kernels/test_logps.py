@@ -35,6 +35,19 @@ def plain(hidden, weight, targets, bias=None, softcap=None, logit_scale=1.0):
     return picked * (targets >= 0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"logit_scale": 1.1}, {"temperature": 0.7}, {"softcap": 30.0}, {"softcap": 15.0, "temperature": 1.3}],
+    ids=str,
+)
+def test_float32_errors_cancel_over_many_tokens(options):
+    # A constant that is rounded to float32 scales all logits alike, so that errors of all tokens add up.
+    hidden, weight, _, targets = inputs((4000,), hidden_size=48, vocab=700, dtype=torch.float32, ignored=0.0)
+    exact = ik.linear_logps(hidden.double(), weight.double(), targets, backend="reference", **options)
+    errors = ik.linear_logps(hidden, weight, targets, backend="torch", **options).double() - exact
+    assert errors.mean().abs() < 5 * errors.square().mean().sqrt() / len(errors) ** 0.5
+
+
 @given(
     shape=st.sampled_from([(1,), (7,), (2, 3), (2, 1, 4), (0,), (3, 0)]),
     vocab=st.sampled_from([1, 2, 31]),

@@ -119,6 +119,7 @@ config.row_pass = lambda *_: config.RowPass(4096, 1)
 found += [problems("sm_90", "bf16 E, bias.*V=128256, word 0")]
 config.row_pass = row_pass_config
 compile_report.BUDGETS["row_pass"] = {"bf16 E, plain": compile_report.Budget(14, 0.5, 20, 17)}
+compile_report.LATER_REGISTERS = compile_report.LATER_RESIDENTS = 0  # what is planted holds for any version of Triton
 found += [problems("sm_90", "bf16 E, plain, V=1000")]
 del compile_report.BUDGETS["row_pass"]
 without_64_bits(bias_gradient._bias_gradient_kernel)
@@ -150,7 +151,7 @@ def test_report_notices_what_it_is_for():
         "does not compile",
     )
     over_budget = found.pop(BUDGET_AT)
-    for what in ("instructions an element, budget 14", "special", "registers, budget 20", "16 resident programs"):
+    for what in ("instructions an element, budget 14", "special", "registers, budget 20", "programs, budget 17"):
         assert any(what in problem for problem in over_budget), (what, over_budget)
     for problems, words in zip(found, expected, strict=True):
         assert any(words in problem for problem in problems), (problems, words)

@@ -1,0 +1,245 @@
+"""Write and read result files with their provenance, and parse the options that the commands share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import inspo_kernels
+
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy")
+# Written by the benchmarks themselves: differences there do not mark the code as changed.
+WRITTEN = ("benchmarks/results", "docs")
+
+
+def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the provenance that a result file must hold; ``packages`` are named beside the usual ones."""
+    versions = {"python": platform.python_version()}
+    for package in (*PACKAGES, *packages):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": command,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": versions,
+        "package": {"version": inspo_kernels.__version__, "commit": commit()},
+        "hardware": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def joined_provenance(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return date and package for figures of two runs: the new ones, with the commits of both runs."""
+    before = old.get("package", {}).get("commit") or "unknown"
+    known = before.split(", ")
+    commits = dict.fromkeys([*known, new["package"]["commit"] or "unknown"])
+    commit = None if list(commits) == ["unknown"] else ", ".join(commits)
+    return {"date": new["date"], "package": new["package"] | {"commit": commit}}
+
+
+def commit() -> str | None:
+    """Return the short hash of this checkout, None without git; "+changes" if a tracked file differs.
+
+    ``WRITTEN`` does not count: a run changes it in a checkout that was clean before.
+    """
+
+    def git(*words: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        code = [":/", *(f":(exclude,top){folder}" for folder in WRITTEN)]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Return a parsed result file; raises ``OSError`` or ``ValueError`` that says what is wrong with it."""
+    try:
+        result = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    what = "it is no result file of loss, logps, scaling, step or gpu"
+    if not isinstance(result, dict) or "cells" not in result:
+        raise ValueError(f"{path} has no cells: {what}")
+    if benchmark_of(result) is None:
+        raise ValueError(f"{path} names no command: {what}")
+    return result
+
+
+def benchmark_of(result: Mapping[str, Any]) -> str | None:
+    """Return the module that measured it."""
+    return next((word for word in str(result.get("command", "")).split() if word.startswith("benchmarks.")), None)
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Write whole or not at all, so that an interrupted run leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def positive(text: str) -> int:
+    """Parse a count of at least one, for argparse."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return number
+
+
+def result_file(text: str) -> Path:
+    """Parse a file that can be written, for argparse: checked before hours of measuring."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: nothing can be written in {folder}")
+    return path
+
+
+def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    parser.add_argument("--json", type=result_file, help="result file, saved after each figure")
+    parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or "cuda:1" [cpu]')
+    parser.add_argument(
+        "--rounds", type=positive, default=rounds, help=f"interleaved rounds, after a warm-up [{rounds}]"
+    )
+    parser.add_argument("--quick", action="store_true", help="small shapes, to check in minutes that everything runs")
+    parser.add_argument("--only", choices=["time", "memory"], help="measure only this; --resume adds the other later")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="if the file of --json exists, keep its finished cells and add what is missing",
+    )
+
+
+def opened_result(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    command: str,
+    packages: Sequence[str],
+    dtype: str,
+    **fields: Any,
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Return a new result, or with --resume the file's, and the function that saves it if --json names a file."""
+    result = provenance(command, packages) | {"dtype": dtype, "finished": False, "cells": []} | fields
+    result = _resumed(parser, options, result) if options.resume else result
+
+    def save() -> None:
+        if options.json:
+            write_json(options.json, result)
+
+    return result, save
+
+
+def _resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    """Return what the file holds, with this run added to its provenance, or ``result`` if there is no file.
+
+    A file of another benchmark, machine, precision or package version is an error.
+    """
+    if options.json is None:
+        parser.error("--resume: needs --json with the file of an earlier run")
+    if not options.json.exists():
+        return result
+    try:
+        old = read_result(options.json)
+    except (OSError, ValueError) as error:
+        parser.error(f"--resume: {error}")
+    if (was := benchmark_of(old)) != (now := benchmark_of(result)):
+        parser.error(f"--resume: {options.json} is of {was}, not of {now}; start a new file")
+    for key in ("hardware", "versions", "dtype"):
+        if old.get(key) != result[key]:
+            parser.error(f"--resume: {key} of {options.json} are {old.get(key)}, here {result[key]}; start a new file")
+    commands = dict.fromkeys([*old["command"].split("; "), result["command"]])
+    return old | joined_provenance(old, result) | {"command": "; ".join(commands), "finished": False}
+
+
+def lacks(row: Mapping[str, Any] | None, what: str) -> bool:
+    """Return whether a contender's row still lacks ``what``; a contender that cannot run lacks nothing."""
+    return not row or (row.get("status", "measured") == "measured" and what not in row)
+
+
+def cell_of(result: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
+    """Return the result's cell of that name, added if it is new."""
+    for known in result["cells"]:
+        if known["name"] == cell["name"]:
+            return known
+    result["cells"].append(cell)
+    return cell
+
+
+def checked_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """Return the device, made the current one, because events and memory counts are of the current device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        parser.error(f"--device {name}: {str(error).splitlines()[0]}")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {name}: only cpu and cuda devices are measured")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch sees no GPU ({_why_no_gpu()}); use --device cpu")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.index is not None and device.index >= count:
+        parser.error(f"--device {name}: there is no such device, only {count} of type {device.type}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def _why_no_gpu() -> str:
+    """Return torch's own reason: no driver, a driver that is too old, or a build without CUDA."""
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return str(error).splitlines()[0]
+    return "there is none"
+
+
+def command(module: str, arguments: Sequence[str], json_file: Path | None) -> str:
+    """Return the command for a result file, with FILE for the file's own path."""
+    given = ["FILE" if json_file is not None and a == str(json_file) else a for a in arguments]
+    return shlex.join(["python", "-m", module, *given])
+
+
+@contextmanager
+def kept_on_interrupt(save: Callable[[], None]) -> Iterator[None]:
+    """On Ctrl-C, save what is done and end with status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        save()
+        print("interrupted; finished figures are kept", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,275 @@
+"""Format the tables of time and memory from result files, for ``benchmarks.report``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .contenders import CONTENDERS
+from .measure import PRODUCTS
+
+TITLES = {name: contender.title for name, contender in CONTENDERS.items()}
+SAVINGS = ("floor", "torch", "full_log_softmax", "log_softmax", "trl", "liger")
+
+
+def loss(result: dict[str, Any]) -> str:
+    """Tabulate time beside the floor and memory of the pairwise loss at each shape, and the worst error."""
+    cells = result["cells"]
+    lines = [f"The pairwise loss, {result['dtype']}, forward + backward:", ""]
+    lines += [
+        f"- {cell['shape']}: {cell['pairs']} pairs, prompt {cell['mean_prompt']:.0f}, responses "
+        f"{cell['mean_response']:.0f}{'' if cell['shape'] == 'reference' else ' on average'}, H = {cell['hidden']}, "
+        f"V = {cell['vocab']:,}: {cell['scored_tokens']:,} scored of {cell['positions']:,} positions"
+        for cell in cells
+    ]
+    titles = [f"{cell['shape']}: {what}" for cell in cells for what in ("time / floor (quartiles)", "peak memory")]
+    lines += ["", "| | " + " | ".join(titles) + " | worst error against float64 |", "|---" * (len(titles) + 2) + "|"]
+    for name in cells[0]["contenders"]:
+        texts, errors = [], []
+        for cell in cells:
+            row = cell["contenders"].get(name, {"status": "not yet measured"})
+            if row["status"] == "measured":
+                time = ratio_text(row["times_floor"], name == "floor") if row.get("times_floor") else "not yet timed"
+                texts += [time, _mebibytes(row)]
+                errors += row.get("relative_error", {}).values()
+            else:
+                texts += [row["status"], ""]
+        error = f"{max(errors):.0e}" if errors else ""
+        lines.append(f"| {_title(name)} | " + " | ".join([*texts, error]) + " |")
+    peak = "Peak memory is what a fresh process takes above its inputs."
+    return "\n".join([*lines, "", peak, "", source(result, "loss_cpu.json")])
+
+
+def savings(result: dict[str, Any]) -> str:
+    """Tabulate time and memory of the best-known implementations at the first shape, for the README."""
+    cell = result["cells"][0]
+    lines = [
+        f"The pairwise loss, {result['dtype']}, forward + backward, {cell['pairs']} pairs (prompt "
+        f"{cell['mean_prompt']:.0f}, responses {cell['mean_response']:.0f}), H = {cell['hidden']}, V = "
+        f"{cell['vocab']:,}. Peak memory is what a fresh process takes above its inputs.",
+        "",
+        "| | time / bare matmuls (quartiles) | peak memory |",
+        "|---|---|---|",
+    ]
+    for name in SAVINGS:
+        row = cell["contenders"][name]
+        lines.append(f"| {_title(name)} | {ratio_text(row['times_floor'], name == 'floor')} | {_mebibytes(row)} |")
+    return "\n".join([*lines, "", source(result, "loss_cpu.json")])
+
+
+def _title(name: str) -> str:
+    return "floor: the bare matmuls, outputs preallocated" if name == "floor" else TITLES[name]
+
+
+def _cell_table(cell: dict[str, Any], base: str) -> list[str]:
+    lines = [
+        f"| | time / {base} (quartiles) | seconds | peak memory above inputs | worst error against float64 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in cell["contenders"].items():
+        title = _title(name)
+        if row["status"] != "measured":
+            lines.append(f"| {title} | {row['status']} | | | |")
+            continue
+        if not row.get(f"times_{base}"):
+            lines.append(f"| {title} | not yet timed | | {_mebibytes(row)} | |")
+            continue
+        errors = row.get("relative_error")
+        error = f"{max(errors.values()):.0e}" if errors else ""
+        ratio, seconds = ratio_text(row[f"times_{base}"], name == base), f"{row['seconds']['median']:.2f}"
+        lines.append(f"| {title} | {ratio} | {seconds} | {_mebibytes(row)} | {error} |")
+    return lines
+
+
+def ratio_text(ratio: dict[str, float], is_base: bool = False) -> str:
+    around = "one round" if ratio["q1"] == ratio["q3"] else f"{ratio['q1']:.2f}-{ratio['q3']:.2f}"
+    return f"{ratio['median']:.2f}" + ("" if is_base else f" ({around})")
+
+
+def _mebibytes(row: dict[str, Any]) -> str:
+    return "not measured" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
+
+
+def logps(result: dict[str, Any]) -> str:
+    """Tabulate time / floor of the per-token op in its modes, at the first shape."""
+    cells = [cell for cell in result["cells"] if cell["shape"] == result["cells"][0]["shape"]]
+    first = cells[0]
+    lines = [
+        f"`linear_logps` under any upstream gradient, {first['scored_tokens']:,} tokens, H = {first['hidden']}, "
+        f"V = {first['vocab']:,}, {result['dtype']}; time / bare matmuls of that mode (their number), peak memory:",
+        "",
+        "| | " + " | ".join(f"{cell['mode']} ({PRODUCTS[cell['mode']]})" for cell in cells) + " |",
+        "|---" * (len(cells) + 1) + "|",
+    ]
+    for name in first["contenders"]:
+        if name == "floor":
+            continue
+        texts = []
+        for cell in cells:
+            row = cell["contenders"].get(name, {"status": "not yet measured"})
+            time = ratio_text(row["times_floor"]) if row.get("times_floor") else "not yet timed"
+            texts.append(f"{time}, {_mebibytes(row)}" if row["status"] == "measured" else row["status"])
+        lines.append(f"| {TITLES[name]} | " + " | ".join(texts) + " |")
+    return "\n".join([*lines, "", source(result, "logps_cpu.json")])
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """Tabulate the fitted growth of time and memory."""
+    sweeps = result["fits"]
+    names = list(dict.fromkeys(name for fit in sweeps.values() for name in fit))
+    lines = [
+        "Growth of time, and of peak memory, as the exponent of a fitted power (1 is linear, 0 constant), one thing "
+        "changed at a time:",
+        "",
+        "| | " + " | ".join(sweeps) + " |",
+        "|---" * (len(sweeps) + 1) + "|",
+    ]
+    for name in names:
+        cells = []
+        for fit in sweeps.values():
+            figures = [fit.get(name, {}).get(key) for key in ("seconds", "peak_bytes")]
+            cells.append(", ".join("-" if f is None else f"{f['exponent']:.2f}" for f in figures))
+        lines.append(f"| {_title(name)} | " + " | ".join(cells) + " |")
+    best = min(result["workspace"].items(), key=lambda item: item[1]["seconds"]["median"])
+    default = next(item for item in result["workspace"].items() if item[0].startswith("default"))
+    share = default[1]["seconds"]["median"] / best[1]["seconds"]["median"]
+    lines += [
+        "",
+        f"At the reference shape, the default workspace of {default[1]['rows']} rows "
+        f"({default[1]['bytes'] / 2**20:.0f} MiB) takes {share:.2f} times as long as the fastest one tried, of "
+        f"{best[1]['rows']} rows ({best[1]['bytes'] / 2**20:.0f} MiB).",
+        "",
+        "![time and memory](docs/scaling_cpu.png)",
+    ]
+    return "\n".join([*lines, "", source(result, "scaling_cpu.json")])
+
+
+def step(result: dict[str, Any]) -> str:
+    """Tabulate whole steps by prompt share, and say that the work is the same."""
+    titles = result["titles"]
+    lines = [
+        f"A whole training step, {result['dtype']}: time / four forwards (quartiles) and peak memory, by the prompt's "
+        "share of prompt + chosen + rejected, or with the lengths of real pairs. The baseline runs four forwards in "
+        "every step: policy and reference, chosen and rejected. The others pass each pair through the reference once, "
+        "before training; the figure after the + is what this adds in a run of one epoch. For TRL it is left out, "
+        "because it was not timed apart from building the trainer.",
+        "",
+        "| model, prompt share | " + " | ".join(titles.values()) + " |",
+        "|---" * (len(titles) + 1) + "|",
+    ]
+    for cell in result["cells"]:
+        texts = []
+        for name in titles:
+            row = cell["contenders"].get(name, {"status": "not measured"})
+            texts.append(step_time(name, row, cell) if row["status"] == "measured" else row["status"])
+        lines.append(f"| {cell['name']} | " + " | ".join(texts) + " |")
+    models = "; ".join(
+        f"{name}: {m['layers']} layers, H = {m['hidden']}, V = {m['vocab']:,}" for name, m in result["models"].items()
+    )
+    padding = [
+        f"{cell['name']}: {loop['positions_per_step']:,.0f} positions against {tree['positions_per_step']:,.0f}"
+        for cell in result["cells"]
+        for loop, tree in [[cell["contenders"].get(name, {}) for name in ("loop", "tree")]]
+        if loop.get("positions_per_step", 0) < 0.9 * tree.get("positions_per_step", 0)
+    ]
+    if padding:
+        lines += [
+            "",
+            f"The training loop groups pairs of similar length ({'; '.join(padding)}). The others take a step's pairs "
+            "as one batch. TRL would also pad less in smaller batches.",
+        ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Models (Llama-shaped, random weights): {models}.",
+            "",
+            _same_work(result),
+            "",
+            source(result, "step_cpu.json"),
+        ]
+    )
+
+
+def step_time(name: str, row: dict[str, Any], cell: dict[str, Any]) -> str:
+    """Format a step / four forwards, its share of the reference pass that is made once, and memory."""
+    memory = "" if row.get("peak_bytes") is None else f", {_mebibytes(row)}"
+    if "times_four_forwards" not in row:
+        return f"not yet timed{memory}"
+    text = ratio_text(row["times_four_forwards"], name == "four_forwards")
+    if name not in ("four_forwards", "trl", "trl_compact") and row["reference_seconds_per_step"]:
+        base = cell["contenders"]["four_forwards"]["seconds"]["median"]
+        text += f" + {row['reference_seconds_per_step'] / base:.2f}"
+    return text + memory
+
+
+def _same_work(result: dict[str, Any]) -> str:
+    work = result["same_work"]
+    parts = []
+    for name, row in work["contenders"].items():
+        if name == "four_forwards":
+            continue
+        if "errors" not in row:
+            parts.append(f"{result['titles'][name]}: {row['status']}")
+            continue
+        verdict = "" if row["same"] else ", NOT THE SAME"
+        parts.append(
+            f"{result['titles'].get(name, name)}: losses differ by at most {row['errors']['loss']:.0e}, weights by "
+            f"{row['errors']['weights']:.0e} of the distance that they moved{verdict}"
+        )
+    return f"After {work['updates']} updates in {work['dtype']}, relative to four forwards: {'; '.join(parts)}."
+
+
+def trainers(result: dict[str, Any]) -> str:
+    """Tabulate a step of InSPOTrainer beside one of TRL's DPOTrainer."""
+    titles, first = dict(result["titles"]), result["cells"][0]
+    titles["trl_compact"] = "DPOTrainer, conditioned rows, head on scored positions"
+    lines = [
+        f"A step inside TRL, {result['dtype']}: time / DPOTrainer (quartiles) and peak memory. Both trainers make the "
+        f"same updates. The last of {first['updates']} steps is logged, and there InSPOTrainer also scores the "
+        "marginals.",
+        "",
+        "| model, prompt share | " + " | ".join(titles.values()) + " |",
+        "|---" * (len(titles) + 1) + "|",
+    ]
+    for cell in result["cells"]:
+        rows = ((name, cell["contenders"].get(name, {"status": "not measured"})) for name in titles)
+        texts = [
+            f"{ratio_text(row['times_trl_compact'], name == 'trl_compact')}, {_mebibytes(row)}"
+            if "times_trl_compact" in row
+            else row["status"]
+            for name, row in rows
+        ]
+        lines.append(f"| {cell['name']} | " + " | ".join(texts) + " |")
+    return "\n".join([*lines, "", source(result, "trl_step_cpu.json")])
+
+
+def gpu(result: dict[str, Any]) -> str:
+    """Tabulate time / floor at the main shape, and the targets."""
+    cells = [cell for cell in result["cells"] if (cell["model"], cell["tokens"]) == ("llama3-8b", 8192)] or [
+        result["cells"][0]
+    ]
+    lines = []
+    for cell in cells:
+        lines += [f"{cell['name']}, {result['dtype']}:", "", *_cell_table(cell, "floor"), ""]
+    lines += [
+        f"- {row['target']} <= {row['limit']:g}: "
+        + ("" if row["measured"] is None else f"{row['measured']:.4g}, ")
+        + row["verdict"]
+        for row in result["targets"]
+    ]
+    return "\n".join([*lines, "", source(result, "gpu.json")])
+
+
+def source(result: dict[str, Any], file: str) -> str:
+    """Name hardware, versions and date of a measurement; the full command is in the file."""
+    hardware, versions = result["hardware"], result["versions"]
+    where, packages = f"{hardware['cpu']}, {hardware['cores']} cores", ["torch"]
+    if gpu := result.get("device", {}).get("name"):
+        where, packages = gpu, ["torch", "triton"]
+    used = ", ".join(f"{package} {versions[package]}" for package in packages)
+    commit = result.get("package", {}).get("commit")
+    at = f", commit {commit}" if commit else ""
+    return (
+        f"<sub>{where}, {used}, {result['date'][:10]}{at}; command and all figures: "
+        f"[{file}](benchmarks/results/{file})</sub>"
+    )

@@ -1,0 +1,141 @@
+"""Build the input of a whole training step: Llama-shaped models and batches of random pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from .batches import Lengths, sample_lengths
+
+Pair = tuple[list[int], list[int], list[int]]
+LEARNING_RATE = 0.05
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama-shaped model."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocab: int
+
+    def build(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """Build the model with the same random weights each time. The last two ids are padding and end of sequence."""
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=32_768,
+            pad_token_id=self.vocab - 2,
+            eos_token_id=self.vocab - 1,
+            bos_token_id=None,
+            initializer_range=0.05,
+        )
+        model = LlamaForCausalLM(config).eval()
+        model.to(device, dtype)  # type: ignore[arg-type]  # transformers' wrapper of it hides self
+        if dtype == torch.float64:
+            _keep_float64(model)
+        return model
+
+
+def _keep_float64(model: PreTrainedModel) -> None:
+    """Replace the library's norms, which round to float32, by torch's own, which compute in the model's dtype."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, LlamaRMSNorm):
+                norm = torch.nn.RMSNorm(child.weight.shape, child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
+
+
+def random_pairs(lengths: Sequence[Lengths], vocab: int) -> list[Pair]:
+    """Draw random ids; every response ends with the end-of-sequence id."""
+    g = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(vocab - 2, (count,), generator=g).tolist()
+
+    return [(ids(x), [*ids(w - 1), vocab - 1], [*ids(l - 1), vocab - 1]) for x, w, l in lengths]
+
+
+@dataclass
+class Trained:
+    """Hold a run's losses, seconds from its first step's start to its last one's end, and positions in the trunk."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    positions: int = 0
+    reference_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Hold the input of every contender: ``batches`` are the pairs of each update."""
+
+    model: PreTrainedModel
+    batches: list[list[Pair]]
+    learning_rate: float
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [pair for batch in self.batches for pair in batch]
+
+
+def now(device: torch.device) -> float:
+    """Return a clock's seconds once the device has finished all queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def counting_positions(models: Sequence[PreTrainedModel], trained: Trained) -> Iterator[None]:
+    """Count the positions that enter the trunks, padding included."""
+
+    def count(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids = named["input_ids"] if "input_ids" in named else arguments[0]
+        trained.positions += ids.numel()
+
+    hooks = [model.base_model.register_forward_pre_hook(count, with_kwargs=True) for model in models]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# "small": the head is most of the step. "trunk": the layers are, as in models of billions of parameters.
+MODELS = {
+    "small": ModelShape(256, 688, 2, 4, 32_000),
+    "trunk": ModelShape(512, 1376, 12, 8, 32_000),
+    "quick": ModelShape(32, 64, 2, 2, 500),
+}
+
+
+def lengths_of(share: str, pairs: int, tokens: int) -> tuple[Lengths, ...]:
+    """Build a step of ``pairs`` pairs: of ``tokens`` tokens with a prompt of ``share``, or real ones no longer."""
+    if share == "real":
+        return sample_lengths(pairs, longest=tokens)
+    response = max(1, round(tokens * (1 - float(share)) / 2))
+    return ((tokens - 2 * response, response, response),) * pairs
+
+
+def job_of(
+    model: str, share: str, updates: int, pairs: int, tokens: int, dtype: torch.dtype, device: torch.device
+) -> Job:
+    shape = MODELS[model]
+    drawn = random_pairs(lengths_of(share, updates * pairs, tokens), shape.vocab)
+    batches = [drawn[i : i + pairs] for i in range(0, len(drawn), pairs)]
+    return Job(shape.build(dtype, device), batches, LEARNING_RATE)

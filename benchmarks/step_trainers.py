@@ -1,0 +1,188 @@
+"""Train inside TRL: DPOTrainer with a conditioning collator, and InSPOTrainer."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .contenders import BETA
+from .step_jobs import Job, Pair, Trained, counting_positions, now
+
+
+class ConditioningCollator:
+    """Collate pairs so that TRL's DPOTrainer trains InSPO: the other response goes into the context of each.
+
+    While ``conditioned`` is false, as for the reference, the rows are those of plain DPO.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id, self.conditioned = pad_token_id, False
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids, completion = [], []
+        for scored, other in (("chosen_ids", "rejected_ids"), ("rejected_ids", "chosen_ids")):
+            for example in examples:
+                context = example["prompt_ids"] + (example[other] if self.conditioned else [])
+                ids.append(torch.tensor(context + example[scored]))
+                completion.append(torch.tensor([0] * len(context) + [1] * len(example[scored])))
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "completion_mask": pad_sequence(completion, batch_first=True),
+        }
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
+
+
+class TrainerStep:
+    """Train with TRL's DPOTrainer, or with InSPOTrainer in ``layout`` if that is given.
+
+    Datasets of these trainers hold text, so ids are written as words of a tokenizer that reads them back. With
+    ``compact`` DPOTrainer selects the scored positions before the head, as it does on a GPU. Only the last step is
+    logged, and there InSPOTrainer also scores the marginals.
+    """
+
+    def __init__(self, job: Job, *, compact: bool = False, layout: str | None = None) -> None:
+        from transformers.trainer_callback import PrinterCallback
+
+        self.job, self.compact, self.layout = job, compact, layout
+        self.trained, self.start = Trained(), 0.0
+        self.losses: list[Tensor] = []
+        self.folder = tempfile.TemporaryDirectory()
+        collator = ConditioningCollator(job.model.config.pad_token_id) if layout is None else None
+        with self._around():
+            start = now(job.model.device)
+            self.trainer = self._build(collator)
+            self.trainer.remove_callback(PrinterCallback)
+            self.reference_seconds = now(job.model.device) - start
+        if collator is not None:
+            collator.conditioned = True
+        loss_of = self.trainer.compute_loss
+
+        def recorded(*arguments: Any, **named: Any) -> Any:
+            loss = loss_of(*arguments, **named)
+            self.losses.append(loss.detach())  # the logged loss is rounded
+            return loss
+
+        self.trainer.compute_loss = recorded
+
+    def _build(self, collator: ConditioningCollator | None) -> Any:
+        """Return the trainer, which computes the reference's log-probs as it is built."""
+        from datasets import Dataset, disable_progress_bars
+
+        disable_progress_bars()
+        job, model = self.job, self.job.model
+        trainer_class, config_class, options = self._classes()
+        assert all(w[-1] == l[-1] == model.config.eos_token_id for _, w, l in job.pairs)  # the trainer appends it
+        return trainer_class(
+            model,
+            args=config_class(
+                self.folder.name,
+                beta=BETA,
+                per_device_train_batch_size=len(job.batches[0]),
+                max_steps=len(job.batches),
+                learning_rate=job.learning_rate,
+                lr_scheduler_type="constant",
+                optim="sgd",
+                max_grad_norm=0.0,
+                max_length=None,
+                precompute_ref_log_probs=True,
+                gradient_checkpointing=False,
+                train_sampling_strategy="sequential",
+                bf16=False,
+                use_cpu=model.device.type == "cpu",
+                save_strategy="no",
+                logging_steps=len(job.batches),
+                disable_tqdm=True,
+                report_to=[],
+                **options,
+            ),
+            data_collator=collator,
+            train_dataset=Dataset.from_list([_as_text(pair) for pair in job.pairs]),
+            processing_class=_id_tokenizer(model.config.vocab_size),
+            callbacks=[self._clock()],
+        )
+
+    def _classes(self) -> tuple[Any, Any, dict[str, str]]:
+        if self.layout is None:
+            from trl import DPOConfig, DPOTrainer
+
+            return DPOTrainer, DPOConfig, {}
+        from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
+
+        return InSPOTrainer, InSPOConfig, {"layout": self.layout}
+
+    def _clock(self) -> Any:
+        """Return a callback that times from the first step's start to the last step's end."""
+        from transformers import TrainerCallback
+
+        contender, device = self, self.job.model.device
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step == 0:
+                    contender.start = now(device)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step == state.max_steps:
+                    contender.trained.seconds = now(device) - contender.start
+
+        return Clock()
+
+    @contextlib.contextmanager
+    def _around(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_quiet())
+            if self.compact:  # the trainer selects the scored positions first if this reports a GPU
+                stack.enter_context(mock.patch("trl.trainer.utils._use_triton", lambda device: True))
+            yield
+
+    def __call__(self) -> Trained:
+        self.trained, self.losses = Trained(reference_seconds=self.reference_seconds), []
+        with self._around(), counting_positions([self.job.model], self.trained):
+            self.trainer.train()
+        self.job.model.eval()
+        self.trained.losses = [loss.item() for loss in self.losses]
+        return self.trained
+
+
+def _as_text(pair: Pair) -> dict[str, str]:
+    """Return a row of the dataset, its responses without the end-of-sequence id."""
+    prompt, chosen, rejected = ("".join(f" {i}" for i in ids) for ids in (pair[0], pair[1][:-1], pair[2][:-1]))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _id_tokenizer(vocab: int) -> Any:
+    """Build a tokenizer that reads "17 4 9" as these ids. The last two ids are padding and end of sequence."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(i): i for i in range(vocab - 2)} | {"<pad>": vocab - 2, "<eos>": vocab - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the libraries' lines and progress bars."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    with mock.patch.dict("os.environ", {"TQDM_DISABLE": "1"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            yield
+        finally:
+            logging.set_verbosity(before)
