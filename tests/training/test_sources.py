@@ -384,6 +384,7 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
         ({"path": "d", "weight": "2"}, "must be a number"),
         ({"path": "d", "columns": {"promt": "q"}}, "columns.promt; did you mean 'prompt'"),
         ({"path": "d", "columns": {"chosen": "q", "rejected": "q"}}, "takes two columns of a pair from 'q'"),
+        ('[{"path": ', "not JSON"),
         (3, "must be a string"),
         ("https://huggingface.co/datasets/org/name", "addresses are not read; give the hub's name ORG/NAME"),
         ({"path": "hf://datasets/org/name"}, "addresses are not read"),
