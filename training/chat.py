@@ -154,19 +154,21 @@ def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, An
         return
     if not tokenizer.chat_template:
         raise InputError("chat_template_kwargs: the tokenizer has no chat template")
+    template, lines = ChatTemplate(tokenizer), ""
     for name, value in kwargs.items():
         if not name.isidentifier() or not isinstance(value, str | bool | int | float | None):
             raise InputError(
                 f"chat_template_kwargs: {name}={value!r} is not a name with a string, number or truth value"
             )
-    values = {name: "none" if value is None else json.dumps(value) for name, value in kwargs.items()}
-    lines = "".join(
-        f"{{%- macro {name}(form) %}}{{{{ {value} }}}}{{%- endmacro %}}"
-        if name == "strftime_now"
-        else f"{{%- set {name} = {value} %}}"
-        for name, value in values.items()
-    )
-    _edit_template(tokenizer, lambda text: text if text.startswith(lines) else lines + text)
+        text = "none" if value is None else json.dumps(value)
+        macro = f"{{%- macro {name}(form) %}}{{{{ {text} }}}}{{%- endmacro %}}"
+        lines += macro if name == "strftime_now" else f"{{%- set {name} = {text} %}}"
+    if all(text.startswith(lines) for text in template.texts):
+        return  # they were fixed before
+    if unread := kwargs.keys() - template.columns:
+        known = ", ".join(sorted(template.columns)) or "none"
+        raise InputError(f"chat_template_kwargs: the chat template reads no {min(unread)!r} (it reads: {known})")
+    _edit_template(tokenizer, lambda text: lines + text)
 
 
 def _edit_template(tokenizer: PreTrainedTokenizerBase, edit: Callable[[str], str]) -> None:

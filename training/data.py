@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,42 +19,46 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import TextEncoder
+from .data_options import DataOptions
 from .errors import InputError
-from .pairs import SCHEMA, Pair, Pairs
+from .pairs import SCHEMA, Pair, Pairs, file_hash, kept_table
 from .records import FAULTS, LEFT_OUT, READ, REMARKS, REPEATS_PROMPT, draft, encode
-from .sources import Records, Source, check_source, files_of, parse_sources
+from .sources import Records, Source, files_of, parse_sources
 
 Log = Callable[[str], None]
 
-__all__ = ["Pair", "Pairs", "check_pairs", "check_source", "load_pairs", "select_pairs", "trained_ends"]
+__all__ = ["Pair", "Pairs", "check_pairs", "load_pairs", "select_pairs", "trained_ends"]
 
-FORMAT = 2  # of what is kept; after a change of what is tokenised, another number makes all of it be done again
+FORMAT = 3  # of what is kept; after a change of what is tokenised, another number makes all of it be done again
 _BATCH = 256  # records tokenised together
 _KEPT_FROM = 4_000_000  # bytes of a text file; a smaller one is tokenised again each time, within seconds
 
 
 def load_pairs(
-    source: Any, tokenizer: PreTrainedTokenizerBase, options: Any = None, log: Log = lambda note: None
+    source: Any, tokenizer: PreTrainedTokenizerBase, options: DataOptions | None = None, log: Log = lambda note: None
 ) -> Pairs:
     """Read and tokenise ``source``: what ``parse_sources`` takes, with the columns and weights it gives.
 
-    Large sources are tokenised once a node and kept in the cache of ``datasets``. An empty response gives an empty list
-    of ids. Raises InputError, naming file and line, for anything that is not a pair.
+    Large sources are tokenised once a node and kept beside the cache of ``datasets``. An empty response gives an empty
+    list of ids. Raises InputError, naming file and line, for anything that is not a pair.
     """
-    encoder = TextEncoder(tokenizer)
+    encoder, options = TextEncoder(tokenizer), options or DataOptions()
     tables: list[pa.Table] = []
     indices: list[np.ndarray] = []
-    sources = parse_sources(source, getattr(options, "columns", None))
+    sources = parse_sources(source, options.columns)
     for one in sources:
         found = [_tokenised(file, encoder, options, log) for file in files_of(one)]
         start, size = sum(map(len, tables)), sum(map(len, found))
-        chosen = weighted(size, one.weight, getattr(options, "seed", 0))
-        if size and not len(chosen):
+        if not size:
+            raise InputError(f"{one.name}: holds no record")
+        chosen = weighted(size, one.weight, options.seed)
+        if not len(chosen):
             raise InputError(f"{one.name}: weight={one.weight} leaves none of its {size} pairs; raise it")
         tables += found
         indices.append(start + chosen)
-    for name in {one.name for one in sources if [other.name for other in sources].count(one.name) > 1}:
-        log(f"note: {name} stands there more than once, and so does each of its pairs; weight says so, too")
+    for name, count in Counter(one.name for one in sources).items():
+        if count > 1:
+            log(f"note: {name} stands there more than once, and so does each of its pairs; weight says so, too")
     table = pa.concat_tables(tables)
     if pc.any(table.column("chat")).as_py() and encoder.reads_clock:
         log(
@@ -71,68 +75,56 @@ def weighted(size: int, weight: float, seed: int) -> np.ndarray:
     return np.concatenate([*[np.arange(size)] * int(whole), np.sort(drawn)]).astype(np.int64)
 
 
-def _tokenised(source: Source, encoder: TextEncoder, options: Any, log: Log) -> pa.Table:
-    """The pairs of ``source``. ``datasets`` keeps those of large sources, and lets one process of a node work."""
+def _tokenised(source: Source, encoder: TextEncoder, options: DataOptions, log: Log) -> pa.Table:
+    """The pairs of ``source``. Those of large sources are kept, and one process of a node tokenises them."""
     records = Records(source)
-    rows = partial(_rows, records, encoder, options, log)
+    batches = partial(_batches, records, encoder, options, log)
     if not getattr(options, "dry_run", False) and (not records.is_text or records.total >= _KEPT_FROM):
-        import datasets
+        from datasets import config  # slow to import
 
-        datasets.disable_progress_bars()  # ours knows the total
         try:
-            kept = datasets.Dataset.from_generator(
-                rows,
-                features=datasets.Features.from_arrow_schema(SCHEMA),
-                fingerprint=_key(records, encoder, options),
-                cache_dir=os.environ.get("HF_DATASETS_CACHE"),
-            )
-            log(f"{records.name}: {len(kept)} tokenised pairs are in {kept.cache_files[0]['filename']}")
-            return kept.data.table
-        except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__
-            if not isinstance(cause, OSError):
-                raise cause from None  # type: ignore[misc]
-            log(f"WARNING: {records.name}: tokenised pairs cannot be kept and read ({cause}); they are kept in memory")
-    return pa.Table.from_pylist([*rows()], SCHEMA)
+            folder = Path(config.HF_DATASETS_CACHE, "tokenised_pairs")
+            table, file = kept_table(folder, _key(records, encoder, options), batches, log)
+        except OSError as error:
+            log(f"WARNING: {records.name}: tokenised pairs cannot be kept ({error}); they are in memory")
+        else:
+            log(f"{records.name}: {len(table)} tokenised pairs are in {file}")
+            return table
+    return pa.Table.from_batches(batches(), SCHEMA)
 
 
-def _key(records: Records, encoder: TextEncoder, options: Any) -> str:
+def _key(records: Records, encoder: TextEncoder, options: DataOptions) -> str:
     """Hash of everything that the tokenised pairs depend on."""
-    tokenizer, content = encoder.tokenizer, records.identity
+    tokenizer = encoder.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    if records.is_text:
-        with Path(records.source.path).open("rb") as file:
-            content = hashlib.file_digest(file, "blake2b").hexdigest()
     parts = [
         FORMAT,
         type(tokenizer).__name__,
-        words,
+        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
         tokenizer.special_tokens_map,
         tokenizer.chat_template,
         encoder.today(),
         asdict(records.source),
-        getattr(options, "alternative", ""),
-        content,
+        options.alternative,
+        file_hash(Path(records.source.path)) if records.is_text else records.identity,
     ]
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _rows(records: Records, encoder: TextEncoder, options: Any, log: Log) -> Iterator[dict[str, Any]]:
-    messages_only = getattr(options, "alternative", "plain") == "chat"
-    unread: set[str] = set()
+def _batches(records: Records, encoder: TextEncoder, options: DataOptions, log: Log) -> Iterator[pa.RecordBatch]:
+    messages_only, unread = options.alternative == "chat", set[str]()
     with tqdm(
         total=records.total, unit=records.unit, unit_scale=True, desc=f"tokenising {records.name}", disable=None
     ) as bar:
         rows = iter(records)
         while batch := list(islice(rows, _BATCH)):
-            drafts = [draft(r.values, encoder, records.origin(r.number), messages_only) for r in batch]
+            drafts = [draft(values, encoder, origin, messages_only) for origin, values, _ in batch]
             encoder.prefetch(text for one in drafts for text in one.texts)
-            for one, record in zip(drafts, batch):
-                unread |= record.values.keys() - READ - (encoder.columns if one.chat else set())
-                pair, problem = encode(one, encoder)
-                yield pair.row(problem, one.chat)
-            bar.update(batch[-1].done - bar.n)
+            for one, (_, values, _) in zip(drafts, batch):
+                unread |= values.keys() - READ - (encoder.columns if one.chat else set())
+            encoded = [(*encode(one, encoder), one.chat) for one in drafts]
+            yield pa.RecordBatch.from_pylist([pair.row(problem, chat) for pair, problem, chat in encoded], SCHEMA)
+            bar.update(batch[-1][2] - bar.n)
     if unread:
         log(f"note: {records.name}: columns not read: {', '.join(map(repr, sorted(unread)))}")
 
@@ -140,7 +132,7 @@ def _rows(records: Records, encoder: TextEncoder, options: Any, log: Log) -> Ite
 def select_pairs(
     pairs: Iterable[Pair | Sequence[Sequence[int]]],
     name: str,
-    options: Any,
+    options: DataOptions,
     *,
     vocab_size: int,
     bos_token_id: int | None,
@@ -155,17 +147,14 @@ def select_pairs(
     nothing is left.
     """
     given = Pairs.of_lists(pairs, name)
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = defaultdict(list)
     kept: list[int] = []
     cuts: list[int] = []
-    lengths = given.lengths.tolist()
-    for index, (problem, sizes) in enumerate(zip(given.problems, lengths)):
-        parts = given.arrays(index)
-        for wrong in (part[(part < 0) | (part >= vocab_size)] for part in parts):
-            if len(wrong):
-                raise InputError(
-                    f"{given.origin(index)}: token id {wrong[0]}, but the model's vocabulary ends at {vocab_size - 1}"
-                )
+    for index, (problem, sizes) in enumerate(zip(given.problems, given.lengths.tolist())):
+        parts, origin = given.arrays(index), given.origin(index)
+        ids = np.concatenate(parts)
+        if len(wrong := ids[(ids < 0) | (ids >= vocab_size)]):
+            raise InputError(f"{origin}: token id {wrong[0]}, but the model's vocabulary ends at {vocab_size - 1}")
         excess = sum(sizes) + separator_length - options.max_length
         reason = _fault(parts, problem)
         if not reason and excess > 0:
@@ -176,7 +165,7 @@ def select_pairs(
             kept.append(index)
             cuts.append(max(0, excess))
         for one in {reason, problem} - {""}:
-            reasons.setdefault(one, []).append(given.origin(index))
+            reasons[one].append(origin)
     _report(reasons, name, len(given), len(kept), options, separator_length, log)
     return given.cut(kept, cuts, bos_token_id)
 
@@ -193,13 +182,7 @@ def _fault(parts: list[np.ndarray], problem: str) -> str:
 
 
 def _report(
-    reasons: dict[str, list[str]],
-    name: str,
-    read: int,
-    kept: int,
-    options: Any,
-    between: int,
-    log: Log,
+    reasons: dict[str, list[str]], name: str, read: int, kept: int, options: DataOptions, between: int, log: Log
 ) -> None:
     """Say what became of the pairs that were read; raise InputError where that must not be."""
 
@@ -233,23 +216,20 @@ def check_pairs(
     pairs: Sequence[Pair],
     held_out: Sequence[Pair],
     model: PreTrainedModel,
-    options: Any,
     log: Log,
     separator_length: int = 0,
 ) -> None:
     """Raise InputError where the model does not fit the pairs; say how many held-out prompts are trained on."""
     given, unseen = (Pairs.of_lists(some, "") for some in (pairs, held_out))
-    longest = max(
-        (some[int(np.argmax(some.lengths.sum(1)))] for some in (given, unseen) if len(some)),
-        key=lambda pair: pair.tokens,
-    )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = longest.tokens + separator_length
-    if positions and tokens > positions:
-        raise InputError(
-            f"{longest.origin}: prompt, chosen and rejected have {tokens} tokens, but the model {positions} "
-            f"positions; set max_length={positions} and truncation to prompt_left or drop, or use another model"
-        )
+    for some in (given, unseen):
+        sizes = some.lengths.sum(1) + separator_length
+        if positions and len(some) and sizes.max() > positions:
+            raise InputError(
+                f"{some.origin(int(sizes.argmax()))}: prompt, chosen and rejected have {sizes.max()} tokens, but the "
+                f"model {positions} positions; set max_length={positions} and truncation to prompt_left or drop, or "
+                "use another model"
+            )
     known = {hash(prompt) for prompt in given.prompts} if len(unseen) else set()
     if shared := sum(hash(prompt) in known for prompt in unseen.prompts):
         log(f"note: {shared} of {len(unseen)} eval_data pairs have a prompt of train_data; they are not held out")

@@ -4,12 +4,9 @@ What each tool reads, by its own source:
 
 - ``alpaca_eval``, github.com/tatsu-lab/alpaca_eval, ``main.py`` (``model_outputs``): one JSON list of objects with
   ``instruction``, ``output`` and ``generator``; ``dataset`` is passed on.
-- ``arena_hard``, github.com/lmarena/arena-hard-auto. Version 2.0, ``gen_answer.py`` and ``gen_judgment.py``: JSON lines
-  with ``uid``, ``ans_id``, ``model``, ``messages`` (the last one's content is ``{"answer": text}``) and ``tstamp``, for
-  questions with ``uid`` and ``prompt``. Version 0.1: JSON lines with ``question_id``, ``answer_id``, ``model_id``,
-  ``choices`` (``[{"index", "turns": [{"content", "token_len"}]}]``) and ``tstamp``, for questions with ``question_id``
-  and ``turns`` of ``{"content": text}``. The questions decide which. Style control additionally needs what their
-  ``utils/add_markdown_info.py`` adds, with a tokenizer of theirs.
+- ``arena_hard``, github.com/lmarena/arena-hard-auto 2.0, ``gen_answer.py`` and ``gen_judgment.py``: JSON lines with
+  ``uid``, ``ans_id``, ``model``, ``messages`` (the last one's content is ``{"answer": text}``) and ``tstamp``. Style
+  control additionally needs what their ``utils/add_markdown_info.py`` adds, with a tokenizer of theirs.
 - ``mt_bench``, github.com/lm-sys/FastChat, ``fastchat/llm_judge``: JSON lines with ``question_id``, ``answer_id``,
   ``model_id``, ``choices`` (``[{"index", "turns": [text, text]}]``) and ``tstamp``. The second answer follows the
   first. ``TEMPERATURES`` are those that ``common.py`` there has for the categories, ``DEFAULT_TEMPERATURE`` that of
@@ -21,25 +18,17 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import InputError
-from .messages import Messages, check_text
+from .messages import Messages, check_text, read_messages
 from .sources import Records, Source
 
 FORMATS = ("alpaca_eval", "arena_hard", "mt_bench")
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
+TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
 DEFAULT_TEMPERATURE = 0.7
 
 
@@ -55,23 +44,22 @@ class Question(NamedTuple):
     def answers(self) -> int:
         return 1 if self.text is not None else len(self.turns)
 
-
-class Answer(NamedTuple):
-    text: str
-    tokens: int
+    @property
+    def asked(self) -> str:
+        """What the first answer replies to."""
+        return self.text if self.text is not None else str(self.turns[0][-1]["content"])
 
 
 def read_questions(file: str, form: str, *, chat: bool) -> list[Question]:
     """The records of ``file``, in any format that training data may have, each able to fill ``form``.
 
-    A record holds ``messages`` (a conversation to be answered), ``turns`` (strings or ``{"content"}``, each answered),
-    ``instruction`` (a user's message) or ``prompt`` (text as it stands; a user's message with ``chat``, and in
-    Arena-Hard's questions). Raises InputError, naming file and line.
+    A record holds ``messages`` (a conversation to be answered), ``turns`` (strings, each answered), ``instruction`` (a
+    user's message) or ``prompt`` (text as it stands; a user's message with ``chat``, and in Arena-Hard's questions).
+    Raises InputError, naming file and line.
     """
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file (working directory: {Path.cwd()})")
-    records = Records(Source(file))
-    questions = [_question(records.origin(record.number), record.values, form, chat) for record in records]
+    questions = [_question(origin, values, form, chat) for origin, values, _ in Records(Source(file))]
     if not questions:
         raise InputError(f"{file}: holds no record")
     return questions
@@ -79,80 +67,78 @@ def read_questions(file: str, form: str, *, chat: bool) -> list[Question]:
 
 def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Question:
     found = f"keys found: {', '.join(map(repr, record)) or 'none'}"
-    needed = {
-        "arena_hard": ["uid", "prompt"] if "uid" in record else ["question_id", "turns"],
-        "mt_bench": ["question_id", "turns"],
-    }.get(form, [])
+    needed = {"arena_hard": ("prompt", "uid"), "mt_bench": ("turns", "question_id")}.get(form, ())
     if missing := [name for name in needed if name not in record]:
         raise InputError(f"{origin}: {missing[0]!r} is missing, which {form} needs ({found})")
     if record.get("input"):
         raise InputError(f"{origin}: 'input' is not read; write it into 'instruction'")
-    name = next((name for name in ("messages", "turns", "instruction", "prompt") if name in record), None)
+    names = needed[:1] or ("messages", "conversations", "turns", "instruction", "prompt")
+    name = next((name for name in names if name in record), None)
     if name is None:
         raise InputError(f"{origin}: neither messages, turns, instruction nor prompt ({found})")
     value = record[name]
-    if name == "prompt" and not chat and form != "arena_hard":
-        if not isinstance(value, str):
-            raise InputError(f"{origin}: 'prompt' must be a string")
+    if name == "prompt" and isinstance(value, str) and not chat and form != "arena_hard":
         check_text(value, origin)
         return Question(origin, record, value, [])
     if name == "turns" and not (isinstance(value, list) and value):
         raise InputError(f"{origin}: 'turns' must be a list with at least one entry")
-    contents = value if name == "turns" else [value]
-    turns = (
-        [value]
-        if name == "messages"
-        else [
-            [{"role": "user", "content": turn.get("content") if isinstance(turn, dict) else turn}] for turn in contents
-        ]
-    )
-    for messages in turns:
-        whole = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
-        if not whole or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
-            raise InputError(f"{origin}: each message needs a role and a content, both strings")
-        for message in messages:
-            check_text(str(message["content"]), origin)
+    turns = [_turn(one, name, origin) for one in (value if name == "turns" else [value])]
     if form == "alpaca_eval" and len(turns) > 1:
         raise InputError(f"{origin}: {len(turns)} turns, but alpaca_eval has one; use --format mt_bench")
     return Question(origin, record, None, turns)
 
 
+def _turn(value: Any, name: str, origin: str) -> Messages:
+    if isinstance(value, str) and name != "messages":
+        value = {"role": "user", "content": value}
+    messages = read_messages(value, name, origin)
+    if messages is None:
+        raise InputError(f"{origin}: {name!r} must hold text or messages; each message needs a role and a content")
+    if messages[-1]["role"] == "assistant":
+        raise InputError(f"{origin}: {name!r} ends with a message of the assistant; end it with what is to be answered")
+    for message in messages:
+        check_text(message["content"], origin)
+    return messages
+
+
+def temperature(question: Question) -> float:
+    """Return the temperature at which MT-Bench asks ``question``."""
+    return TEMPERATURES.get(str(question.record.get("category")), DEFAULT_TEMPERATURE)
+
+
 def write_answers(
-    file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[Answer]], name: str
+    file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[str]], name: str
 ) -> None:
     """Write ``answers``, one list for each of ``questions``, of the model ``name``; the file appears whole."""
     entries = [_entry(form, question, given, name) for question, given in zip(questions, answers, strict=True)]
     if form == "alpaca_eval":
         text = json.dumps(entries, ensure_ascii=False, indent=2) + "\n"
     else:
-        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        text = json_lines(entries)
+    write_whole(file, text)
+
+
+def json_lines(entries: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write ``text`` so that ``file`` never holds half of it."""
     partial = file.with_name(file.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 
-def _entry(form: str, question: Question, answers: Sequence[Answer], name: str) -> dict[str, Any]:
-    record = question.record
+def _entry(form: str, question: Question, answers: Sequence[str], name: str) -> dict[str, Any]:
+    record, now, answer_id = question.record, time.time(), uuid.uuid4().hex
     if form == "alpaca_eval":
-        said = question.text if question.text is not None else question.turns[0][-1]["content"]
         kept = {key: record[key] for key in ("dataset",) if key in record}
-        return {**kept, "instruction": record.get("instruction", said), "output": answers[0].text, "generator": name}
-    if form == "arena_hard" and "uid" in record:
-        reply = {"role": "assistant", "content": {"answer": answers[0].text}}
-        return {
-            "uid": record["uid"],
-            "ans_id": uuid.uuid4().hex,
-            "model": name,
-            "messages": [*question.turns[0], reply],
-            "tstamp": time.time(),
-        }
-    turns: list[Any] = [answer.text for answer in answers]
+        instruction = record.get("instruction", question.asked)
+        return {**kept, "instruction": instruction, "output": answers[0], "generator": name}
     if form == "arena_hard":
-        turns = [{"content": answer.text, "token_len": answer.tokens} for answer in answers]
-    return {
-        "question_id": record["question_id"],
-        "answer_id": uuid.uuid4().hex,
-        "model_id": name,
-        "choices": [{"index": 0, "turns": turns}],
-        "tstamp": time.time(),
-    }
+        reply = {"role": "assistant", "content": {"answer": answers[0]}}
+        messages = [*question.turns[0], reply]
+        return {"uid": record["uid"], "ans_id": answer_id, "model": name, "messages": messages, "tstamp": now}
+    choices = [{"index": 0, "turns": answers}]
+    ids = {"question_id": record["question_id"], "answer_id": answer_id, "model_id": name}
+    return {**ids, "choices": choices, "tstamp": now}

@@ -10,8 +10,7 @@ there is no other response at inference, and no extra cost.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,12 +29,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .chat import TextEncoder
+from . import exports
+from .chat import TextEncoder, separator_ids
 from .data_options import DataOptions
 from .errors import InputError
-from .exports import DEFAULT_TEMPERATURE, FORMATS, TEMPERATURES, Answer, Question, read_questions, write_answers
-from .messages import Messages
+from .exports import Question
+from .messages import Messages, holds_all, kept_texts
 from .model import load_model
+from .records import template_columns
 
 
 def generate(
@@ -49,12 +50,16 @@ def generate(
     chat: bool = False,
 ) -> str:
     """Return the answer's text. Temperature 0 is greedy. ``chat``: ``prompt`` is a user message for the template."""
-    encoder, turns = TextEncoder(tokenizer), [[{"role": "user", "content": prompt}]]
-    ids = prompt_ids(encoder, Question("--prompt", {}, None if chat else prompt, turns), [])
+    encoder = TextEncoder(tokenizer)
+    ids = prompt_ids(encoder, _asked(prompt, chat), [])
     (answer,) = generate_batch(
         model, encoder, [ids], max_new_tokens=max_new_tokens, temperatures=[temperature], seeds=[[seed]], chat=chat
     )
     return answer_text(answer, tokenizer)
+
+
+def _asked(prompt: str, chat: bool) -> Question:
+    return Question("--prompt", {}, None if chat else prompt, [[{"role": "user", "content": prompt}]] if chat else [])
 
 
 @torch.no_grad()
@@ -115,35 +120,30 @@ class _Noise(LogitsProcessor):
 
 def answer_questions(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
     questions: Sequence[Question],
     *,
     temperatures: Sequence[float],
     max_new_tokens: int,
     batch_size: int,
     seed: int,
-    journal: Path,
-    key: str,
-) -> list[list[Answer]]:
-    """Return all answers to each question. They are kept in ``journal``; a journal with the same ``key`` is resumed."""
-    encoder = TextEncoder(tokenizer)
-    done = _read_journal(journal, key)
-    if done:
-        print(f"{len(done)} of {len(questions)} prompts are already answered in {journal}", file=sys.stderr)
-    openings = {i: prompt_ids(encoder, q, []) for i, q in enumerate(questions) if i not in done}
+) -> list[list[str]]:
+    """Return all answers to each question. Raises InputError for one that leaves no room in the model's positions."""
+    openings = [prompt_ids(encoder, question, []) for question in questions]
     positions = getattr(model.config, "max_position_embeddings", None)
-    for i, ids in openings.items():
+    for question, ids in zip(questions, openings):
         if positions and len(ids) + max_new_tokens > positions:
             raise InputError(
-                f"{questions[i].origin}: the prompt has {len(ids)} tokens, which leaves fewer than {max_new_tokens} of "
+                f"{question.origin}: the prompt has {len(ids)} tokens, which leaves fewer than {max_new_tokens} of "
                 f"the model's {positions} positions to the answer; lower --max_new_tokens, or leave the prompt out"
             )
     # Batch similar lengths, the longest first: if memory is too small, the run fails at once.
-    order = sorted(openings, key=lambda i: -len(openings[i]))
-    with tqdm(total=len(questions), initial=len(done), desc="answers", disable=None) as bar, journal.open("a") as file:
+    order = sorted(range(len(questions)), key=lambda i: -len(openings[i]))
+    answers: list[list[str]] = [[] for _ in questions]
+    cut = 0
+    with tqdm(total=len(questions), desc="answers", disable=None if len(questions) > 1 else True) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            answers: dict[int, list[Answer]] = {i: [] for i in batch}
             while left := [i for i in batch if len(answers[i]) < questions[i].answers]:
                 turn = len(answers[left[0]])
                 outputs = generate_batch(
@@ -156,39 +156,30 @@ def answer_questions(
                     chat=any(questions[i].text is None for i in left),
                 )
                 for i, ids in zip(left, outputs):
-                    answers[i].append(Answer(answer_text(ids, tokenizer).strip(), len(ids)))
-            done |= answers
-            file.writelines(json.dumps({"index": i, "answers": answers[i]}) + "\n" for i in batch)
-            file.flush()
+                    answers[i].append(answer_text(ids, encoder.tokenizer).strip())
+                    cut += len(ids) >= max_new_tokens
             bar.update(len(batch))
-    cut = sum(answer.tokens >= max_new_tokens for given in done.values() for answer in given)
     if cut:
         print(f"note: {cut} answers have --max_new_tokens={max_new_tokens} tokens and may be cut off", file=sys.stderr)
-    return [done[i] for i in range(len(questions))]
+    return answers
 
 
-def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[Answer]) -> list[int]:
+def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[str]) -> list[int]:
     """Return the ids that the next answer follows, given the ``answers`` to the question's first turns."""
     text = question.text
     if text is None:
         messages: Messages = []
         for turn, answer in zip(question.turns, [*answers, None]):
-            messages = [*messages, *turn, *([] if answer is None else [{"role": "assistant", "content": answer.text}])]
-        text = encoder.render(messages, answer_next=True, origin=question.origin)
+            messages = [*messages, *turn, *([] if answer is None else [{"role": "assistant", "content": answer}])]
+        columns = template_columns(question.record, encoder, question.origin)
+        text = encoder.render(messages, answer_next=True, origin=question.origin, **columns)
+        asked = question.turns[: len(answers) + 1]
+        if not holds_all(text, [said for turn in asked for message in turn for said in kept_texts(message)]):
+            raise InputError(f"{question.origin}: the chat template leaves out what a message says; use another one")
     ids = encoder.prompt(text)
     if not ids:
         raise InputError(f"{question.origin}: the prompt is empty, and the tokenizer has no BOS token to begin with")
     return ids
-
-
-def _read_journal(journal: Path, key: str) -> dict[int, list[Answer]]:
-    """Return the answers of an interrupted run with the same ``key``; any other journal is overwritten."""
-    lines = journal.read_text(encoding="utf-8").splitlines(keepends=True) if journal.exists() else []
-    whole = [json.loads(line) for line in lines if line.endswith("}\n")]  # an interrupted run may leave half a line
-    if not whole or whole[0] != {"key": key}:
-        whole = [{"key": key}]
-    journal.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
-    return {line["index"]: [Answer(*answer) for answer in line["answers"]] for line in whole[1:]}
 
 
 def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -198,46 +189,57 @@ def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def answer_ends(model: PreTrainedModel, encoder: TextEncoder, *, chat: bool) -> set[int]:
     """Return the ids that end an answer: EOS, the model's end ids, and with ``chat`` the template's end of turn."""
-    ends = {encoder.tokenizer.eos_token_id, *_ints(model.generation_config.eos_token_id)}
-    return ends | set(_ints(encoder.turn.end_id)) if chat else ends
+    turn = encoder.turn.end_id if chat else None
+    ends = {*_ints(encoder.tokenizer.eos_token_id), *_ints(model.generation_config.eos_token_id), *_ints(turn)}
+    if not ends:
+        raise InputError(
+            "neither the tokenizer nor generation_config.json has an EOS token; set it, and save the model"
+        )
+    return ends
 
 
 def _ints(value: int | list[int] | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _fingerprint(prompts: Path, folder: Path, options: dict[str, object]) -> str:
-    """Hash all that answers depend on: prompts, options, and the names, sizes and times of the model's files."""
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*"))]
-    what = json.dumps([files, sorted(options.items())]).encode()
-    return hashlib.blake2b(prompts.read_bytes() + what, digest_size=16).hexdigest()
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training.generate", description="Answer from the prompt alone.")
+    add, form = parser.add_argument, exports.FORMATS[0]
+    add("--model", required=True, help="model or adapter: a folder such as a run's final/, or a hub id")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text, in the form of the training data's prompts")
+    source.add_argument("--prompts", help="data file with prompt, instruction, messages or turns; needs --out")
+    add("--out", help="answer file")
+    add("--format", choices=exports.FORMATS, default=form, help=f"format of --out [{form}]")
+    add("--name", help="the model's name in --out [--model]")
+    add("--chat", action="store_true", help="make each prompt a user's message of the chat template")
+    add("--max_new_tokens", type=int, default=1024, help="most tokens of an answer [1024]")
+    add("--temperature", type=float, help="0: greedy [0; mt_bench: by category, as in FastChat]")
+    add("--seed", type=int, default=0, help="seed of the sampling [0]")
+    add("--batch_size", type=int, default=16, help="prompts answered together [16]")
+    add("--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on a GPU, float32 on a CPU]")
+    add("--reflect", action="store_true", help="experimental: answer, then answer again given that draft")
+    alternatives = ("plain", "chat")
+    add("--alternative", choices=alternatives, default="plain", help="--reflect: what precedes the answer [plain]")
+    instruction = DataOptions.alternative_instruction
+    add("--alternative_instruction", default=instruction, help="--alternative chat: what the user says in that turn")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit with 2 on bad input, 130 on Ctrl-C."""
-    from . import reflect  # here, because it imports this module
-
-    parser = argparse.ArgumentParser(prog="python -m training.generate", description="Answer from the prompt alone.")
-    parser.add_argument("--model", required=True, help="model or adapter: a folder such as a run's final/, or a hub id")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="text, in the form of the training data's prompts")
-    source.add_argument("--prompts", help="JSONL or JSON file: prompt, instruction, messages or turns; needs --out")
-    parser.add_argument("--out", help="answer file; an interrupted run continues from OUT.partial")
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=f"format of --out [{FORMATS[0]}]")
-    parser.add_argument("--name", help="the model's name in --out [--model]")
-    parser.add_argument("--chat", action="store_true", help="make each prompt a user's message of the chat template")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="most tokens of an answer [1024]")
-    parser.add_argument("--temperature", type=float, help="0: greedy [0; mt_bench: by category, as in FastChat]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [0]")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts answered together [16]")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on a GPU, float32 on a CPU]")
-    reflect.add_options(parser)
+    parser = _parser()
     options = parser.parse_args(arguments)
-    if (options.temperature or 0) < 0 or min(options.max_new_tokens, options.batch_size) < 1 or options.seed < 0:
-        parser.error("--temperature and --seed must be at least 0, --max_new_tokens and --batch_size at least 1")
+    if not 0 <= (options.temperature or 0) < math.inf or options.seed < 0:
+        parser.error("--temperature and --seed must be at least 0, and finite")
+    if min(options.max_new_tokens, options.batch_size) < 1:
+        parser.error("--max_new_tokens and --batch_size must be at least 1")
     if (options.prompts is None) != (options.out is None):
         parser.error("--prompts and --out belong together: give both or neither")
-    reflect.check_options(parser, options)
+    if options.reflect and options.format != exports.FORMATS[0]:
+        parser.error("--reflect writes JSON lines of its own: leave --format out")
+    if not options.reflect and options.alternative != "plain":
+        parser.error("--alternative is for --reflect: without it the model sees the prompt alone")
     logging.disable_progress_bar()  # a progress bar for loading the weights would precede the answer
     try:
         _run(options)
@@ -245,59 +247,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted" + (": the same command goes on from here" if options.out else ""), file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def _run(options: argparse.Namespace) -> None:
-    from . import reflect
-
     if options.out:
         out = Path(options.out)
         if out.exists():
             raise InputError(f"--out {out} exists; choose another file, or move or delete this file")
         if not out.parent.is_dir():
             raise InputError(f"--out {out}: there is no folder {out.parent}")
-        questions = read_questions(options.prompts, options.format, chat=options.chat)
+        questions = exports.read_questions(options.prompts, options.format, chat=options.chat)
+    else:
+        questions = [_asked(options.prompt, options.chat)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype: Literal["float32", "bfloat16"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model, tokenizer = load_model(DataOptions(model=options.model, dtype=dtype), training=False)
     model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    common = {name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "seed")}
+    temperature, encoder = options.temperature or 0.0, TextEncoder(tokenizer)
     if options.reflect:
-        reflect.answer(model, tokenizer, options)
-        return
-    if not options.out:
-        print(
-            generate(
-                model,
-                tokenizer,
-                options.prompt,
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature or 0.0,
-                seed=options.seed,
-                chat=options.chat,
-            )
-        )
-        return
-    temperatures = [options.temperature or 0.0] * len(questions)
-    if options.temperature is None and options.format == "mt_bench":
-        temperatures = [TEMPERATURES.get(q.record.get("category", ""), DEFAULT_TEMPERATURE) for q in questions]
-    settings = {n: getattr(options, n) for n in ("model", "format", "chat", "max_new_tokens", "temperature", "seed")}
-    journal = out.with_name(out.name + ".partial")
-    answers = answer_questions(
-        model,
-        tokenizer,
-        questions,
-        temperatures=temperatures,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        journal=journal,
-        key=_fingerprint(Path(options.prompts), Path(options.model), settings | {"dtype": dtype}),
-    )
-    write_answers(out, options.format, questions, answers, options.name or options.model)
-    journal.unlink()
-    print(f"{len(questions)} prompts answered in {out}", file=sys.stderr)
+        from .reflect import reflect_questions  # here, because it imports this module
+
+        separator = separator_ids(tokenizer, options)
+        found = reflect_questions(model, encoder, questions, separator=separator, temperature=temperature, **common)
+        rows = [*found]
+        said = f"draft: {rows[0]['draft']}\n\nanswer given the draft: {rows[0]['answer']}"
+        if options.out:
+            exports.write_whole(out, exports.json_lines(rows))
+    else:
+        temperatures = [temperature] * len(questions)
+        if options.temperature is None and options.format == "mt_bench":
+            temperatures = [exports.temperature(question) for question in questions]
+        answers = answer_questions(model, encoder, questions, temperatures=temperatures, **common)
+        said = answers[0][0]
+        if options.out:
+            exports.write_answers(out, options.format, questions, answers, options.name or options.model)
+    if options.out:
+        print(f"{len(questions)} prompts answered in {out}", file=sys.stderr)
+    else:
+        print(said)
 
 
 if __name__ == "__main__":

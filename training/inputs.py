@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .adapters import add_lora
 from .chat import prepare_tokenizer, separator_ids
 from .config import TrainConfig
-from .data import Pair, Pairs, check_pairs, check_source, load_pairs, select_pairs
+from .data import Pair, Pairs, check_pairs, load_pairs, select_pairs
 from .data_options import DataOptions
 from .engine import check_same, raise_on_all_ranks
 from .errors import InputError
 from .model import check_architecture, load_model, padding_id
 from .scoring import weights_digest
+from .sources import check_source, parse_sources
 
 # (prompt ids, chosen ids, rejected ids), each response with its EOS
 TokenPairs = Sequence[Pair] | Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]
@@ -70,9 +71,17 @@ def load_inputs(config: TrainConfig, given: Given, log: Callable[[str], None]) -
 
 def check_sources(config: DataOptions, given: Given) -> None:
     """Raise InputError for a local file that is not there."""
-    for source, held in ((config.train_data, given.pairs), (config.eval_data, given.eval_pairs)):
-        if source is not None and held is None:
-            check_source(source)
+    for _, source, held in _sources(config, given):
+        for one in parse_sources(source) if source is not None and held is None else []:
+            check_source(one)
+
+
+def _sources(config: DataOptions, given: Given) -> list[tuple[str, Any, TokenPairs | None]]:
+    """The option's name, its value, and the pairs in memory that take its place."""
+    return [
+        ("train_data", config.train_data, given.pairs),
+        ("eval_data", config.eval_data, given.eval_pairs or None),  # no pairs are as good as none given
+    ]
 
 
 def read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log: Callable[[str], None]) -> Inputs:
@@ -93,30 +102,22 @@ def read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log: 
         raise InputError(
             f"alternative=chat: the chat template uses tokens that the model's vocabulary lacks: {separator}"
         )
-
-    def select(held: TokenPairs | None, source: Any, name: str) -> Pairs:
-        found: Iterable[Pair | Sequence[Sequence[int]]]
-        if held is not None:
-            found = held
-        elif tokenizer is not None and source is not None:
-            found = load_pairs(source, tokenizer, config, log)
-        else:
-            raise InputError(f"{name}: give {name}, or tokenised pairs in memory")
-        return select_pairs(
-            found,
-            name,
-            config,
-            vocab_size=vocab_size,
-            log=log,
-            separator_length=len(separator),
-            bos_token_id=None if tokenizer is None else tokenizer.bos_token_id,
+    found = []
+    for name, source, held in _sources(config, given):
+        if held is None:
+            if source is None and name == "eval_data":
+                found.append(Pairs.of_lists([], ""))
+                continue
+            if source is None or tokenizer is None:
+                raise InputError(f"{name}: give {name}, or tokenised pairs in memory")
+            held = load_pairs(source, tokenizer, config, log)
+        bos, between = getattr(tokenizer, "bos_token_id", None), len(separator)
+        found.append(
+            select_pairs(held, name, config, vocab_size=vocab_size, bos_token_id=bos, log=log, separator_length=between)
         )
-
-    train_pairs = select(given.pairs, config.train_data, "train_data")
-    wants_held_out = given.eval_pairs or config.eval_data
-    held_out = select(given.eval_pairs, config.eval_data, "eval_data") if wants_held_out else Pairs.of_lists([], "")
+    train_pairs, held_out = found
     if config.eval_strategy != "no" and not held_out:
         raise InputError("eval_steps and eval_strategy need eval_data")
-    check_pairs(train_pairs, held_out, model, config, log, separator_length=len(separator))
+    check_pairs(train_pairs, held_out, model, log, separator_length=len(separator))
     digests = {"train_data": train_pairs.digest, "eval_data": held_out.digest}
     return Inputs(model, tokenizer, pad_token_id, tuple(separator), train_pairs, held_out, digests)

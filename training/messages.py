@@ -1,4 +1,4 @@
-"""What chat messages say, whatever a template makes of it."""
+"""Chat messages in the forms that data sets have, and what they say, whatever a template makes of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,37 @@ from .errors import InputError
 
 Messages = list[dict[str, Any]]
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+
+
+def read_messages(value: Any, name: str, origin: str) -> Messages | None:
+    """Return the chat messages that ``value`` is, without nulls; None if it is anything else.
+
+    Reads one message or several, ShareGPT's ``from`` and ``value``, and contents that are a list of text parts. A
+    message that calls tools or holds thoughts needs no content. Raises InputError for parts that are no text.
+    """
+    messages = [_message(one, name, origin) for one in (value if isinstance(value, list) else [value])]
+    return [message for message in messages if message is not None] if messages and None not in messages else None
+
+
+def _message(given: Any, name: str, origin: str) -> dict[str, Any] | None:
+    if not isinstance(given, dict):
+        return None
+    message = {key: value for key, value in given.items() if value is not None}
+    if "role" not in message and isinstance(role := message.pop("from", None), str):
+        message = {"role": _SHAREGPT_ROLES.get(role, role), "content": message.pop("value", None), **message}
+    if isinstance(parts := message.get("content"), list):
+        message["content"] = "".join(_part(part, name, origin) for part in parts)
+    if "content" not in message and any(given_texts(message)):
+        message["content"] = ""
+    return message if all(isinstance(message.get(key), str) for key in ("role", "content")) else None
+
+
+def _part(part: Any, name: str, origin: str) -> str:
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise InputError(f"{origin}: a message of {name!r} has a part of type {kind!r}; only text parts are read")
+    return part["text"]
 
 
 def given_texts(message: dict[str, Any]) -> Iterator[str]:
@@ -22,6 +53,14 @@ def given_texts(message: dict[str, Any]) -> Iterator[str]:
             with suppress(ValueError):
                 arguments = json.loads(arguments)
         yield from filter(None, _leaves([name, arguments]))
+
+
+def kept_texts(message: dict[str, Any]) -> Iterator[str]:
+    """What a template must write of an earlier message: all, but an assistant's thoughts, which many take out."""
+    if message["role"] == "assistant":
+        said = message["content"].rpartition("</think>")[2]
+        message = {"content": said, "tool_calls": message.get("tool_calls")}
+    return given_texts(message)
 
 
 def _calls(message: dict[str, Any]) -> Iterator[tuple[str, Any]]:

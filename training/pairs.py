@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from filelock import FileLock
 from numpy.typing import NDArray
 
-# ``ids``: the prompt's, chosen's and rejected's ids one after the other; ``prompt`` and ``chosen``: how many of each.
+_IDS = ("prompt", "chosen", "rejected")
 SCHEMA = pa.schema(
-    {
-        "ids": pa.list_(pa.int32()),
-        "prompt": pa.int32(),
-        "chosen": pa.int32(),
-        "origin": pa.string(),
-        "problem": pa.string(),
-        "chat": pa.bool_(),
-    }
+    {name: pa.list_(pa.int32()) for name in _IDS} | {"origin": pa.string(), "problem": pa.string(), "chat": pa.bool_()}
 )
 
 
@@ -33,21 +28,10 @@ class Pair(NamedTuple):
     rejected: list[int]
     origin: str = ""
 
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
     def row(self, problem: str = "", chat: bool = False) -> dict[str, Any]:
         """The pair as a row of ``SCHEMA``."""
-        ids = np.array([*self.prompt, *self.chosen, *self.rejected], np.int32)
-        return {
-            "ids": ids,
-            "prompt": len(self.prompt),
-            "chosen": len(self.chosen),
-            "origin": self.origin,
-            "problem": problem,
-            "chat": chat,
-        }
+        ids = {name: np.array(getattr(self, name), np.int32) for name in _IDS}
+        return {**ids, "origin": self.origin, "problem": problem, "chat": chat}
 
 
 class Pairs(Sequence[Pair]):
@@ -63,7 +47,7 @@ class Pairs(Sequence[Pair]):
         cuts: NDArray[np.int64] | None = None,
         bos: int | None = None,
     ) -> None:
-        self._table, self._ids, self._bos = table, table.column("ids"), bos
+        self._table, self._ids, self._bos = table, [table.column(name) for name in _IDS], bos
         self._where = np.arange(len(table)) if where is None else where
         self._cuts = np.zeros(len(self._where), np.int64) if cuts is None else cuts
 
@@ -111,9 +95,7 @@ class Pairs(Sequence[Pair]):
         return [prompt, *responses]
 
     def _whole(self, index: int) -> list[NDArray[np.int32]]:
-        ids = self._ids[int(self._where[index])].values.to_numpy()
-        first, second = len(ids) - self.lengths[index, 1] - self.lengths[index, 2], len(ids) - self.lengths[index, 2]
-        return [ids[:first], ids[first:second], ids[second:]]
+        return [ids[int(self._where[index])].values.to_numpy() for ids in self._ids]
 
     @property
     def prompts(self) -> Iterator[bytes]:
@@ -123,9 +105,8 @@ class Pairs(Sequence[Pair]):
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """(n, 3) numbers of tokens of prompt, chosen and rejected."""
-        columns = [self._table.column("prompt"), self._table.column("chosen"), pc.list_value_length(self._ids)]
-        prompt, chosen, tokens = (column.to_numpy()[self._where].astype(np.int64) for column in columns)
-        return np.stack([prompt - self._cuts, chosen, tokens - prompt - chosen], 1)
+        sizes = [pc.list_value_length(ids).to_numpy()[self._where].astype(np.int64) for ids in self._ids]
+        return np.stack([sizes[0] - self._cuts, *sizes[1:]], 1)
 
     @staticmethod
     def lengths_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:
@@ -154,3 +135,39 @@ class Pairs(Sequence[Pair]):
     def cut(self, kept: Sequence[int], cuts: Sequence[int], bos: int | None) -> Pairs:
         """The pairs ``kept``; of their prompts, ``cuts`` tokens behind the BOS are left out."""
         return Pairs(self._table, self._where[np.asarray(kept, np.int64)], np.asarray(cuts, np.int64), bos)
+
+
+def kept_table(
+    folder: Path, key: str, batches: Callable[[], Iterable[pa.RecordBatch]], log: Callable[[str], None]
+) -> tuple[pa.Table, Path]:
+    """Return the rows of ``batches`` as a file of ``folder``, mapped into memory, and that file.
+
+    A file that ``key`` names is read if its contents have the hash in its name. Otherwise one process writes it, while
+    others wait. Raises OSError where that cannot be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{key}.lock"):
+        for file in folder.glob(f"{key}-*.arrow"):
+            if file.stem.endswith(file_hash(file)):
+                return _mapped(file), file
+            log(f"WARNING: {file} is damaged; its pairs are tokenised again")
+            file.unlink()
+        unfinished = folder / f"{key}.unfinished"
+        try:
+            with unfinished.open("wb") as content, pa.ipc.new_stream(content, SCHEMA) as writer:
+                for batch in batches():
+                    writer.write_batch(batch)
+            file = unfinished.rename(folder / f"{key}-{file_hash(unfinished)}.arrow")
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return _mapped(file), file
+
+
+def _mapped(file: Path) -> pa.Table:
+    return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+
+
+def file_hash(file: Path) -> str:
+    """Return a hash of the contents of ``file``."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, partial(hashlib.blake2b, digest_size=16)).hexdigest()

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -46,7 +48,7 @@ def reading(name: str, what: str) -> Iterator[None]:
             )
         )
         problem = " ".join(str(error).split()) or repr(error)
-        damaged = damaged_file(Path(name))
+        damaged = damaged_file(Path(name), "*.json", "*.safetensors")
         has_weights = any(Path(name).glob("*.safetensors")) or any(Path(name).glob("*.bin"))
         raise (InputError if damaged or has_weights else NotAtHandError)(
             f"model {name!r}: its {what} could not be loaded as a local folder or from the hub "
@@ -54,16 +56,19 @@ def reading(name: str, what: str) -> Iterator[None]:
         ) from None
 
 
-def damaged_file(folder: Path) -> Path | None:
-    """The first file of ``folder`` that is not what its name says."""
-    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+def damaged_file(folder: Path, *patterns: str) -> Path | None:
+    """Return the first file of ``folder``, of those that match ``patterns``, that is not what its name says."""
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
         try:
-            if file.suffix == ".json":
-                if not json.loads(file.read_text(encoding="utf-8")):
-                    return file
-            else:
+            if file.suffix == ".json" and not json.loads(file.read_text(encoding="utf-8")):
+                return file
+            if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):
                     pass
-        except (OSError, ValueError, SafetensorError):
+            if file.suffix == ".parquet":
+                pq.read_metadata(file)
+            if file.suffix == ".arrow":
+                pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        except (OSError, ValueError, SafetensorError):  # pyarrow's errors are of these classes, too
             return file
     return None

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from .chat import TextEncoder
 from .errors import InputError
-from .messages import Messages, check_calls, check_text, given_texts, holds_all, squeeze
+from .messages import Messages, check_calls, check_text, given_texts, holds_all, kept_texts, read_messages
 from .pairs import Pair
-from .templates import ROLES
 
 # Pairs with one of these faults are not used; of the others, they are counted.
 LEFT_OUT, BEHIND_END = "text left out by the chat template", "text behind the end of an answer"
@@ -19,13 +18,15 @@ RENDERED, OTHERS = "messages that hold the chat template's own text", "turns of 
 FAULTS = (LEFT_OUT, BEHIND_END, RENDERED, OTHERS)
 CUT_TURNS, ONE_REPEATS = "with turns after the answer, not read", "with one answer that begins with the prompt"
 REPEATS_PROMPT, UNKNOWN = "with answers that begin with the prompt", "with text that the tokenizer does not know"
-SPECIAL, BLANKS = "with special tokens in messages or answers", "with answers that differ in white space alone"
-REMARKS = (CUT_TURNS, ONE_REPEATS, REPEATS_PROMPT, UNKNOWN, SPECIAL, BLANKS)
+SPECIAL = "with special tokens in messages or answers"
+REMARKS = (CUT_TURNS, ONE_REPEATS, REPEATS_PROMPT, UNKNOWN, SPECIAL)
 
 _COLUMNS = ("prompt", "chosen", "rejected")
-READ = {*_COLUMNS, "tools", "chat_template_kwargs"}
+READ = {*_COLUMNS, "conversations", "tools", "chat_template_kwargs"}
+# Columns that hold the prompt in many data sets. Without it, words that two answers begin with would be taken for it.
+_PROMPTS = ("question", "instruction", "query", "input", "messages")
 _NO_TEXT = ("images", "image", "videos", "video", "audios", "audio")
-_MESSAGES = re.compile(r"""\s*\[\s*\{.*["']role["']\s*:""", re.DOTALL)
+_MESSAGES = re.compile(r"""\s*\[\s*\{.*["'](?:role|from)["']\s*:""", re.DOTALL)
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # conversations in one string, as in Anthropic's data
 
 
@@ -47,13 +48,15 @@ class Draft(NamedTuple):
 def draft(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_only: bool = False) -> Draft:
     """Return the texts of ``record``: ``prompt``, ``chosen`` and ``rejected``, as strings or as lists of messages.
 
-    Without ``prompt``, it is what ``chosen`` and ``rejected`` have in common at their beginning. Raises InputError,
-    naming ``origin``, for what is not such a record.
+    ShareGPT's ``conversations`` are a prompt. Without any, it is what ``chosen`` and ``rejected`` have in common at
+    their beginning. Raises InputError, naming ``origin``, for what is not such a record.
     """
+    if "prompt" not in record and "conversations" in record:
+        record = record | {"prompt": record["conversations"]}
     for name in _NO_TEXT:
         if record.get(name):
             raise InputError(f"{origin}: has {name!r}, which is not read; use pairs of text, or take the column out")
-    prompt, chosen, rejected = (_field(record, name, encoder, origin) for name in _COLUMNS)
+    prompt, chosen, rejected = (_field(record, name, origin) for name in _COLUMNS)
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _draft_chat(record, prompt, chosen, rejected, encoder, origin)
     if not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -67,7 +70,7 @@ def draft(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_on
     for name in _COLUMNS:
         check_text(record.get(name) or "", f"{origin}: {name!r}")
     if prompt is None:
-        return _split_strings(chosen, rejected, origin)
+        return _split_strings(record, chosen, rejected, origin)
     return Draft(prompt, [chosen, rejected], False, origin, _repeats(prompt, chosen, rejected, origin))
 
 
@@ -84,7 +87,9 @@ def _draft_chat(
     else:
         shared = _shared(chosen[:-1], rejected[:-1])
         if not shared and prompt is None:
-            raise InputError(f"{origin}: no 'prompt', and 'chosen' and 'rejected' do not begin with the same messages")
+            raise InputError(
+                f"{origin}: no 'prompt', and 'chosen' and 'rejected' begin with different messages {_found(record)}"
+            )
         if shared and prompt and not any(holds_all(m["content"], [prompt]) for m in chosen[:shared]):
             raise InputError(f"{origin}: what 'chosen' and 'rejected' begin with is not 'prompt'; leave that out")
         # A string beside whole conversations repeats what they begin with; otherwise it is the user's message.
@@ -99,12 +104,14 @@ def _draft_chat(
     problem = CUT_TURNS if any(len(a) < len(r) for a, r in zip(answers, responses)) else ""
     y_w, y_l = (answer[0]["content"] for answer in answers)
     problem = _repeats(prompt[-1]["content"], y_w, y_l, origin) or problem
-    opening, texts = encoder.render_pair(prompt, answers, origin, **_template_columns(record, encoder, origin))
+    opening, texts = encoder.render_pair(prompt, answers, origin, **template_columns(record, encoder, origin))
     for messages, text in [(prompt, opening), *zip(answers, texts)]:
         check_calls(messages, text, origin)
-    said = [[text for message in prompt for text in _kept_texts(message)]]
+    said = [[text for message in prompt for text in kept_texts(message)]]
     said += [[*given_texts(answer[0])] if text else [] for answer, text in zip(answers, texts)]
-    if not all(holds_all(text, given) for text, given in zip([opening, *texts], said)):
+    # An answer may repeat what the generation prompt begins it with, such as <think>.
+    rendered = [opening, *(encoder.answer_opening + text for text in texts)]
+    if not all(holds_all(text, given) for text, given in zip(rendered, said)):
         problem = LEFT_OUT
     elif encoder.cue and any(encoder.cue in text for given in said for text in given):
         problem = RENDERED
@@ -116,26 +123,15 @@ def _draft_chat(
 def _answer(response: Messages, name: str, origin: str) -> Messages:
     """The one message of the assistant that ``response`` is; what others say after it is not read by anything."""
     roles = [message["role"] for message in response]
-    last = max((i for i, role in enumerate(roles) if role == "assistant"), default=None)
-    if last == 0:
+    if roles[:1] == ["assistant"] and "assistant" not in roles[1:]:
         return response[:1]
-    if last is None:
-        raise InputError(f"{origin}: {name!r} has no message of the assistant (roles: {', '.join(roles) or 'none'})")
     raise InputError(
-        f"{origin}: {name!r} has the roles {', '.join(roles)}; it must be one message of the assistant, because what "
-        "others say would be scored. Put what precedes the last answer into 'prompt', or end the response earlier"
+        f"{origin}: {name!r} has the roles {', '.join(roles) or 'none'}; it must be one message of the assistant, "
+        "because what others say would be scored. Put what precedes the last answer into 'prompt', or end it earlier"
     )
 
 
-def _kept_texts(message: dict[str, Any]) -> list[str]:
-    """What a template must write of an earlier message: all, but an assistant's thoughts, which many take out."""
-    if message["role"] != "assistant":
-        return [*given_texts(message)]
-    said = message["content"].rpartition("</think>")[2]
-    return [*given_texts({"content": said, "tool_calls": message.get("tool_calls")})]
-
-
-def _template_columns(record: dict[str, Any], encoder: TextEncoder, origin: str) -> dict[str, Any]:
+def template_columns(record: dict[str, Any], encoder: TextEncoder, origin: str) -> dict[str, Any]:
     """The columns of ``record`` that the chat template reads."""
     columns = {name: record[name] for name in encoder.columns if record.get(name) is not None}
     columns |= _from_json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict, origin) or {}
@@ -150,14 +146,14 @@ def _template_columns(record: dict[str, Any], encoder: TextEncoder, origin: str)
 
 def _from_json(value: Any, name: str, kind: type, origin: str) -> Any:
     """``value``, which may be text that holds JSON, as a ``kind``; None for nothing."""
+    wanted = "a list of JSON objects" if kind is list else "a JSON object"
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
         except ValueError as error:
-            raise InputError(f"{origin}: {name!r} is not JSON ({error})") from None
+            raise InputError(f"{origin}: {name!r} is not JSON ({error}); write {wanted}") from None
     if value is not None and not isinstance(value, kind):
-        what = "a list of JSON schemas, each an object" if name == "tools" else "a JSON object"
-        raise InputError(f"{origin}: {name!r} must be {what}")
+        raise InputError(f"{origin}: {name!r} must be {wanted}")
     return value
 
 
@@ -168,8 +164,8 @@ def encode(drafted: Draft, encoder: TextEncoder) -> tuple[Pair, str]:
     pair = Pair(encoder.prompt(text) if text.strip() else [], y_w, y_l, origin)
     bos, eos, unknown = (getattr(encoder.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk"))
     if bos is not None and bos != eos:  # where BOS is EOS, too, it may stand anywhere
-        for name, ids in (("prompt", pair.prompt[1:2]), ("chosen", pair.chosen[:1]), ("rejected", pair.rejected[:1])):
-            if ids == [bos]:
+        for name, ids in zip(_COLUMNS, (pair.prompt[1:], y_w, y_l)):
+            if ids[:1] == [bos]:
                 raise InputError(
                     f"{origin}: a second {encoder.tokenizer.bos_token!r} stands at the beginning of {name!r}; take it "
                     "out of the text, or out of the chat template"
@@ -180,46 +176,30 @@ def encode(drafted: Draft, encoder: TextEncoder) -> tuple[Pair, str]:
         problem = UNKNOWN
     if not problem and not drafted.chat and any(not encoder.special_ids.isdisjoint(ids[:-1]) for ids in (y_w, y_l)):
         problem = SPECIAL
-    if not problem and y_w != y_l and len({squeeze(response) for response in drafted.responses}) == 1:
-        problem = BLANKS
     return pair, problem
 
 
-def _field(record: dict[str, Any], name: str, encoder: TextEncoder, origin: str) -> str | Messages | None:
+def _field(record: dict[str, Any], name: str, origin: str) -> str | Messages | None:
     value = record.get(name)
     if value is None:
         if name == "prompt" and name not in record:
             return None
-        found = ", ".join(map(repr, record)) or "none"
-        problem = "is null" if name in record else f"is missing (keys found: {found}); name its column in columns"
+        problem = "is null" if name in record else f"is missing {_found(record)}"
         raise InputError(f"{origin}: {name!r} {problem}; a pair has prompt, chosen and rejected")
     if isinstance(value, str) and _MESSAGES.match(value):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise InputError(f"{origin}: {name!r} holds messages as text that is not JSON; write a JSON list") from None
+        value = _from_json(value, name, list, origin)
     if isinstance(value, str):
         return value
-    messages = [_message(m) for m in value] if isinstance(value, list) else []
-    if not messages or None in messages:
-        raise InputError(
-            f'{origin}: {name!r} must be a string or a list of messages {{"role": ..., "content": ...}} with string '
-            f"values, got {json.dumps(value, default=str)[:80]}"
-        )
-    for message in messages:
-        if not encoder.knows(role := message["role"]):  # type: ignore[index]
-            raise InputError(f"{origin}: the role {role!r} of {name!r} is not one of {', '.join(sorted(ROLES))}")
-    return messages  # type: ignore[return-value]
+    if messages := read_messages(value, name, origin):
+        return messages
+    raise InputError(
+        f'{origin}: {name!r} must be a string or a list of messages {{"role": ..., "content": ...}} with string '
+        f"values, got {json.dumps(value, default=str)[:80]}"
+    )
 
 
-def _message(given: Any) -> dict[str, Any] | None:
-    """``given`` without nulls, and with a content beside a tool call or thoughts; None if it is no message."""
-    if not isinstance(given, dict) or not isinstance(given.get("role"), str):
-        return None
-    message = {name: value for name, value in given.items() if value is not None}
-    if "content" not in message and any(given_texts(message)):
-        message["content"] = ""
-    return message if isinstance(message.get("content"), str) else None
+def _found(record: dict[str, Any]) -> str:
+    return f"(keys found: {', '.join(map(repr, record)) or 'none'}); name its column in columns"
 
 
 def _repeats(prompt: str, chosen: str, rejected: str, origin: str) -> str:
@@ -236,14 +216,18 @@ def _repeats(prompt: str, chosen: str, rejected: str, origin: str) -> str:
     return REPEATS_PROMPT if all(begin) else ONE_REPEATS if any(begin) else ""
 
 
-def _split_strings(chosen: str, rejected: str, origin: str) -> Draft:
+def _split_strings(record: dict[str, Any], chosen: str, rejected: str, origin: str) -> Draft:
     """The pair of two strings that begin alike: up to the last turn of a conversation, else up to a whole word."""
     shared = chosen[: _shared(chosen, rejected)]
     head, turn, _ = shared.rpartition(_ASSISTANT)
+    if not turn and (names := [name for name in _PROMPTS if record.get(name)]):
+        raise InputError(f"{origin}: no 'prompt'; set columns.prompt={names[0]}, or take that column out")
     # Neither all of a response nor half a word.
     prompt = head + turn if turn else shared[: max(shared.rfind(" "), shared.rfind("\n"), 0)]
     if not prompt:
-        raise InputError(f"{origin}: no 'prompt', and 'chosen' and 'rejected' do not begin with the same words")
+        raise InputError(
+            f"{origin}: no 'prompt', and 'chosen' and 'rejected' begin with different words {_found(record)}"
+        )
     responses = [text[len(prompt) :] for text in (chosen, rejected)]
     others = turn and any(_HUMAN in response for response in responses)
     return Draft(prompt, responses, False, origin, OTHERS if others else "")

@@ -7,25 +7,19 @@ likelier one. Whether either helps is to be measured for each model.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 import inspo_kernels as ik
 
-from .chat import TextEncoder, separator_ids
-from .data_options import DataOptions
+from .chat import TextEncoder
 from .errors import InputError
-from .exports import FORMATS, Question, read_questions
+from .exports import Question
 from .generate import answer_ends, answer_text, generate_batch, prompt_ids
-from .messages import Messages
 from .model import padding_id
 
 
@@ -117,7 +111,7 @@ def mean_logps(
 
 def reflect_questions(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
     questions: Sequence[Question],
     *,
     separator: Sequence[int],
@@ -125,9 +119,8 @@ def reflect_questions(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, str]]:
     """Yield prompt, draft and answer of each question, as text. Raises InputError for one of several turns."""
-    encoder = TextEncoder(tokenizer)
     for question in questions:
         if question.answers > 1:
             raise InputError(f"{question.origin}: {question.answers} turns, but --reflect answers one")
@@ -144,63 +137,5 @@ def reflect_questions(
             chat=any(one.text is None for one in some),
         )
         for question, reflection in zip(some, found):
-            said = question.text if question.text is not None else question.turns[0][-1]["content"]
-            texts = {name: answer_text(ids, tokenizer).strip() for name, ids in reflection._asdict().items()}
-            yield {"prompt": said, **texts}
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add to the options of ``training.generate`` those of this module."""
-    parser.add_argument(
-        "--reflect",
-        action="store_true",
-        help="experimental: answer, then answer again given the draft; --out gets JSON lines of prompt, draft, answer",
-    )
-    parser.add_argument(
-        "--alternative",
-        choices=("plain", "chat"),
-        default="plain",
-        help="--reflect: what stood between two responses in training [plain]",
-    )
-    parser.add_argument(
-        "--alternative_instruction",
-        default=DataOptions.alternative_instruction,
-        help="--reflect --alternative chat: what the user says in that turn, as in training",
-    )
-
-
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Exit through ``parser`` where an option would be ignored."""
-    if options.reflect and options.format != FORMATS[0]:
-        parser.error("--reflect writes JSON lines of its own: leave --format out")
-    if not options.reflect and options.alternative != "plain":
-        parser.error("--alternative is for --reflect: without it the model sees the prompt alone")
-
-
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> None:
-    """Print, or write to ``--out``, drafts and the answers given them."""
-    if options.out:
-        questions = read_questions(options.prompts, options.format, chat=options.chat)
-    else:
-        said: Messages = [{"role": "user", "content": options.prompt}]
-        questions = [Question("--prompt", {}, None if options.chat else options.prompt, [said] if options.chat else [])]
-    rows = reflect_questions(
-        model,
-        tokenizer,
-        questions,
-        separator=separator_ids(tokenizer, options),
-        temperature=options.temperature or 0.0,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    if not options.out:
-        for row in rows:
-            print(f"draft: {row['draft']}\n\nanswer given the draft: {row['answer']}")
-        return
-    out = Path(options.out)
-    partial = out.with_name(out.name + ".tmp")  # the file appears whole
-    with partial.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    partial.replace(out)
-    print(f"{len(questions)} prompts answered in {out}", file=sys.stderr)
+            texts = {name: answer_text(ids, encoder.tokenizer).strip() for name, ids in reflection._asdict().items()}
+            yield {"prompt": question.asked, **texts}

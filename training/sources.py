@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .errors import InputError, NotAtHandError, check_names
-from .text_files import OPENERS, read_records
+from .reading import damaged_file, local_path
+from .text_files import COMPRESSIONS, read_records
 
 _TABLES, _TEXTS = {".parquet", ".arrow"}, {".jsonl", ".json", ".ndjson", ".csv", ".tsv"}
-_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Source:
     @property
     def compression(self) -> str:
         suffix = Path(self.path).suffix.lower()
-        return suffix if suffix in OPENERS else ""
+        return suffix if suffix in COMPRESSIONS else ""
 
     @property
     def name(self) -> str:
@@ -64,11 +65,14 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
         return [source for one in given for source in parse_sources(one, columns)]
     if isinstance(given, str):
         head, _, split = given.partition(":")
-        is_whole = not split or "://" in given or Path(_expand(given)).exists()
-        given = {"path": given if is_whole else head} | ({} if is_whole else {"split": split})
+        given = (
+            {"path": given} if "://" in given or Path(local_path(given)).exists() else {"path": head, "split": split}
+        )
     if not isinstance(given, dict) or not given.get("path") or not isinstance(given["path"], str):
         raise InputError(f"data source {given!r}: must be a string, or a section with path, or a list of these")
-    path = _expand(given["path"])
+    path = local_path(given["path"])
+    if "://" in path:
+        raise InputError(f"data source {path}: addresses are not read; give the hub's name ORG/NAME, or download it")
     check_names(given, list(Source.__dataclass_fields__), f"of the data source {path}: ")
     values: dict[str, Any] = {"columns": columns or {}} | given | {"path": path}
     source = Source(**values)
@@ -77,30 +81,21 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
     if not isinstance(source.weight, int | float) or source.weight is True or not 0 < source.weight < math.inf:
         raise InputError(f"{path}: weight={source.weight!r} must be a number above 0")
     check_names(source.columns, ["prompt", "chosen", "rejected", "tools"], "columns.")
-    taken = [*source.columns.values()]
-    for name in taken:
-        if taken.count(name) > 1:
-            raise InputError(f"{path}: columns takes two columns of a pair from {name!r}; name another for one of them")
+    if twice := [name for name, count in Counter(source.columns.values()).items() if count > 1]:
+        raise InputError(f"{path}: columns takes two columns of a pair from {twice[0]!r}; name another for one of them")
     return [source]
 
 
-def _expand(path: str) -> str:
-    return os.path.expandvars(os.path.expanduser(path))
-
-
-def check_source(given: Any) -> None:
+def check_source(source: Source) -> None:
     """Raise InputError for a local file that is not there; costs nothing, so that it can be asked first."""
-    for source in [given] if isinstance(given, Source) else parse_sources(given):
-        path = Path(source.path)
-        local = (
-            source.kind in _TEXTS | _TABLES or source.compression or path.suffix == ".zst" or source.path[:1] in "./~"
-        )
-        if local and not path.exists():
-            raise InputError(f"{source.path}: no such file (working directory: {Path.cwd()})")
-        if path.is_file() and (source.subset or source.split or source.revision):
-            raise InputError(f"{source.path}: a file has no subset, split or revision")
-        if path.is_dir() and (source.revision or (source.subset and _is_saved(path))):
-            raise InputError(f"{source.path}: a local folder has no revision, and a saved dataset no subset")
+    path = Path(source.path)
+    local = source.kind in _TEXTS | _TABLES or source.compression or source.path[:1] in "./~"
+    if local and not path.exists():
+        raise InputError(f"{source.path}: no such file (working directory: {Path.cwd()})")
+    if path.is_file() and (source.subset or source.split or source.revision):
+        raise InputError(f"{source.path}: a file has no subset, split or revision")
+    if path.is_dir() and (source.revision or (source.subset and _is_saved(path))):
+        raise InputError(f"{source.path}: a local folder has no revision, and a saved dataset no subset")
 
 
 def _is_saved(folder: Path) -> bool:
@@ -136,14 +131,6 @@ def files_of(source: Source) -> list[Source]:
     return [replace(source, path=file, subset=None, split=None) for file in files]
 
 
-class Record(NamedTuple):
-    """``number`` is a line, from 1, or a row, from 0; ``done`` counts up to ``Records.total``."""
-
-    number: int
-    values: dict[str, Any]
-    done: int
-
-
 class Records:
     """The records of one source, read once from beginning to end. Raises InputError that names file and line."""
 
@@ -157,29 +144,26 @@ class Records:
             self.rows = _rows(source)
             self.total, self.unit, self.identity = len(self.rows), "pairs", self.rows._fingerprint
 
-    def origin(self, number: int) -> str:
-        return f"{self.name}:{number}" if self.is_text else f"{self.name} row {number}"
-
-    def __iter__(self) -> Iterator[Record]:
-        path = Path(self.source.path)
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any], int]]:
+        """Yield a record's origin (line from 1, row from 0), its values, and how much of ``total`` is read."""
+        path, place = Path(self.source.path), ":" if self.is_text else " row "
         rows = read_records(path, self.source.kind, self.source.compression) if self.is_text else self._table_rows()
         for number, values, done in rows:
-            yield Record(number, self._renamed(values, number) if self.source.columns else values, done)
+            origin = f"{self.name}{place}{number}"
+            yield origin, self._renamed(values, origin), done
 
-    def _renamed(self, values: dict[str, Any], number: int) -> dict[str, Any]:
-        for ours, theirs in self.source.columns.items():
-            if theirs not in values and ours != "tools":  # few records may have tools
-                raise InputError(f"{self.origin(number)}: no column {theirs!r} (found: {_names(values)}); see columns")
-        taken = set(self.source.columns.values())
-        named = {ours: values[theirs] for ours, theirs in self.source.columns.items() if theirs in values}
-        return {name: value for name, value in values.items() if name not in taken} | named
+    def _renamed(self, values: dict[str, Any], origin: str) -> dict[str, Any]:
+        columns = {ours: theirs for ours, theirs in self.source.columns.items() if theirs in values}
+        if missing := self.source.columns.keys() - columns.keys() - {"tools"}:  # few records may have tools
+            name = self.source.columns[min(missing)]
+            raise InputError(f"{origin}: no column {name!r} (found: {_names(values)}); see columns")
+        others = {name: value for name, value in values.items() if name not in columns.values()}
+        return others | {ours: values[theirs] for ours, theirs in columns.items()}
 
     def _table_rows(self) -> Iterator[tuple[int, dict[str, Any], int]]:
-        for start in range(0, len(self.rows), _BATCH):
-            with _loading(self.source):
-                columns = self.rows[start : start + _BATCH]
-            for at, values in enumerate(zip(*columns.values()), start):
-                yield at, {name: _without_nulls(value) for name, value in zip(columns, values)}, at + 1
+        with _loading(self.source):
+            for at, values in enumerate(self.rows):
+                yield at, _without_nulls(values), at + 1
 
 
 @contextmanager
@@ -191,10 +175,12 @@ def _loading(source: Source) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # each way to fail has a class of its own: network, missing, gated, split, format
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        problem = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:400]}"
         if path.exists():
-            split = f"; its split {source.split!r} was asked for" if source.split else ""
-            raise InputError(f"{path}: could not be read as data ({problem}){split}") from None
+            more = f"; its split {source.split!r} was asked for" if source.split else ""
+            if damaged := damaged_file(path, "**/*.parquet", "**/*.arrow"):
+                more = f"; {damaged} is damaged"
+            raise InputError(f"{path}: could not be read as data ({problem}){more}") from None
         raise NotAtHandError(
             f"{path}: neither a local file nor a dataset that could be loaded ({problem}); offline, give a local file "
             "(.jsonl, .json, .csv, .parquet) or folder"

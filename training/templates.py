@@ -19,16 +19,8 @@ ASKED: Messages = [{"role": "user", "content": _QUESTION}]
 ANSWERED: Messages = [*ASKED, {"role": "assistant", "content": _ANSWER}]
 _SYSTEM: Messages = [{"role": "system", "content": "Iussum"}]
 # Variables of a template that are no columns of the data: transformers sets them.
-_OWN = {
-    "messages",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "return_dict",
-    "prompt",
-    "chosen",
-    "rejected",
-}
+_OWN = {"messages", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "raise_exception"}
+_OWN |= {"prompt", "chosen", "rejected"}
 # A tag of transformers' own, which marks what the assistant says.
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*[-+]?%\}")
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
@@ -48,18 +40,21 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         given = tokenizer.chat_template or {}
-        self._texts: list[str] = [given] if isinstance(given, str) else [*given.values()]
+        self.texts: list[str] = [given] if isinstance(given, str) else [*given.values()]
 
     def render(self, messages: Messages, *, answer_next: bool, origin: str, **columns: Any) -> str:
         """Return the chat template's text; ``answer_next`` lets it end where the assistant begins to answer.
 
         ``columns`` of the record are passed to the template.
         """
+        for role in (message["role"] for message in messages):
+            if role not in ROLES and not any(repr(role) in text or f'"{role}"' in text for text in self.texts):
+                raise InputError(f"{origin}: the role {role!r} is not one of {', '.join(sorted(ROLES))}")
         text = self._render(messages, answer_next, origin, **columns)
         return text + (self.header if answer_next else "")
 
     def _render(self, messages: Messages, answer_next: bool, origin: str = "", **columns: Any) -> str:
-        if not self._texts:
+        if not self.texts:
             raise InputError(f"{origin}: holds messages, but the tokenizer has no chat template; use strings")
         try:
             text = self.tokenizer.apply_chat_template(
@@ -100,13 +95,9 @@ class ChatTemplate:
         environment = Environment(extensions=["jinja2.ext.loopcontrols"])
         names: set[str] = set()
         with suppress(TemplateError):  # one that is ill written says so when it renders
-            for text in self._texts:
+            for text in self.texts:
                 names |= meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", text)))
         return names - _OWN - set(self.tokenizer.special_tokens_map)
-
-    def knows(self, role: str) -> bool:
-        """Whether ``role`` is a usual one, or one that the template asks for; many write any role as it stands."""
-        return role in ROLES or any(repr(role) in text or f'"{role}"' in text for text in self._texts)
 
     @cached_property
     def special(self) -> dict[str, int]:
@@ -153,10 +144,15 @@ class ChatTemplate:
         """What the template writes before each answer although it has no generation prompt."""
         return self._opening[1]
 
+    @property
+    def answer_opening(self) -> str:
+        """What precedes each answer, by the generation prompt or without one."""
+        return "".join(self._opening)
+
     @cached_property
     def cue(self) -> str:
-        """What precedes each answer, if a special token is in it, so that no text of a person has it."""
-        cue = "".join(self._opening).strip()
+        """``answer_opening``, if a special token is in it, so that no text of a person has it."""
+        cue = self.answer_opening.strip()
         return cue if self.special_text.search(cue) else ""
 
     @cached_property

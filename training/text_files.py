@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
+import io
 import json
 import lzma
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from .errors import InputError
 
-OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_SPACE = re.compile(r"\s*")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
+_BINARY = re.compile(rb"[\0-\x08\x0e-\x1f]")  # in no text, but within the first bytes of anything else
+_STEP = re.compile(r"\s*([,\]]?)\s*")  # between two entries of a list
 
 
 def read_records(path: Path, kind: str, compression: str) -> Iterator[tuple[int, dict[str, Any], int]]:
     """Yield the line, the values and the number of bytes of ``path`` that are read, of each record.
 
-    ``kind`` is the format's suffix, ``compression`` one of ``OPENERS`` or empty. Raises InputError naming the line.
+    ``kind`` is the format's suffix, ``compression`` one of ``COMPRESSIONS`` or empty. Raises InputError with the line.
     """
-    with path.open("rb") as raw, OPENERS.get(compression, lambda file: file)(raw) as file:
+    with path.open("rb") as raw:
         try:
-            head = file.peek(3)[:3]
-            if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise InputError(f"{path}: is written in UTF-16; save it in UTF-8")
-            file.read(3 if head == b"\xef\xbb\xbf" else 0)
+            file = _decompressed(raw, compression)
+            head = file.peek(64)[:64]
+            if _BINARY.search(head):
+                raise InputError(
+                    f"{path}: is no text in UTF-8; save text in UTF-8, unpack archives, and let names end by format: "
+                    f"{', '.join(COMPRESSIONS)} or .parquet"
+                )
+            file.read(3 if head[:3] == b"\xef\xbb\xbf" else 0)
             rows = _csv(path, file, "\t" if kind == ".tsv" else ",") if kind in (".csv", ".tsv") else _json(path, file)
             for number, values in rows:
                 yield number, values, raw.tell()
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        except (EOFError, OSError, lzma.LZMAError) as error:
             raise InputError(f"{path}: cannot be decompressed ({error}); is the file complete?") from None
+
+
+def _decompressed(raw: Any, compression: str) -> Any:
+    if not compression:
+        return raw
+    if compression == ".xz":
+        return lzma.open(raw)
+    return io.BufferedReader(pa.input_stream(raw, compression=COMPRESSIONS[compression]))  # type: ignore[arg-type]
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,28 +83,24 @@ def _json(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_list(path: Path, content: bytes, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    number, counted = first, 0
+    number, counted, separator = first, 0, ""
     try:
         text = content.decode()
         at = text.index("[") + 1
-        while True:
-            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches nothing, too
-            number, counted = number + text.count("\n", counted, at), at
-            if text[at : at + 1] == "]":
-                break
-            values, at = _DECODER.raw_decode(text, at)
+        while (step := _STEP.match(text, at)) and step[1] != "]":
+            if step[1] != separator:
+                raise json.JSONDecodeError("expected ',' or ']'", text, step.start(1))
+            number, counted = number + text.count("\n", counted, step.end()), step.end()
+            values, at = _DECODER.raw_decode(text, step.end())
             if not isinstance(values, dict):
                 raise InputError(f"{path}:{number}: each entry of the list must be a JSON object")
             yield number, values
-            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-            if text[at : at + 1] not in (",", "]"):
-                raise json.JSONDecodeError("expected ',' or ']'", text, at)
-            at += text[at] == ","
-        if text[at + 1 :].strip():
-            raise json.JSONDecodeError("the list is followed by more text", text, at)
+            separator = ","
+        if step and step.end() < len(text):
+            raise json.JSONDecodeError("the list is followed by more text", text, step.end())
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         number = first + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else number
         raise InputError(f"{path}:{number}: not a JSON list ({error})") from None
 

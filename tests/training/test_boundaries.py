@@ -229,7 +229,7 @@ def test_turns_behind_the_answer_are_not_scored(tmp_path):
 @pytest.mark.parametrize(
     ("response", "message"),
     [
-        ([USER], "has no message of the assistant"),
+        ([USER], "has the roles none; it must be one message of the assistant"),
         ([{"role": "tool", "content": "42"}, *says("A")], "has the roles tool, assistant"),
         ([USER | {"content": "Else?"}, *says("A")], "has the roles user, assistant"),
         ([*says("A"), *says("B")], "has the roles assistant, assistant"),

@@ -364,7 +364,7 @@ def test_the_turn_counts_in_lengths_and_tokens(tmp_path, capsys):
         assert (with_turn == without + 2 * len(separator)).all()
         alone = [getattr(batcher, count)(pairs.lengths, conditioned=False) for batcher in (chat, plain)]
         assert (alone[0] == alone[1]).all()
-    longest = max(pair.tokens for pair in pairs) + len(separator)
+    longest = max(sum(map(len, pair[:3])) for pair in pairs) + len(separator)
     common = ["--model", model, "--train_data", data, "--max_steps", "1", "--alternative", "chat"]
     main([*common, "--output_dir", str(tmp_path / "o"), "--max_length", str(longest)])
     assert "2 pairs read, 2 kept" in capsys.readouterr().out

@@ -222,7 +222,7 @@ def test_what_stands_between_the_responses_counts_towards_the_length():
     with pytest.raises(InputError, match=r"x:1.*max_length=9 tokens of prompt, chosen and rejected \(and 3 between"):
         select_pairs([pair], "d", TrainConfig(max_length=9), **options)
     with pytest.raises(InputError, match="have 10 tokens, but the model 9 positions"):
-        check_pairs([pair], [], tiny_model(max_position_embeddings=9), TrainConfig(), said.append, separator_length=3)
+        check_pairs([pair], [], tiny_model(max_position_embeddings=9), said.append, separator_length=3)
 
 
 def test_held_out_prompts_are_found_behind_their_cuts():
@@ -230,7 +230,7 @@ def test_held_out_prompts_are_found_behind_their_cuts():
     cut = [select([pair], max_length=7, truncation="prompt_left") for pair in (train, held_out)]
     said = []
     assert cut[0][0].prompt != cut[1][0].prompt
-    check_pairs(*cut, tiny_model(), TrainConfig(), said.append)
+    check_pairs(*cut, tiny_model(), said.append)
     assert said == ["note: 1 of 1 eval_data pairs have a prompt of train_data; they are not held out"]
 
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from training import generate as module
 from training.chat import TextEncoder
+from training.errors import InputError
 from training.generate import generate, generate_batch, main
 from training.model import byte_tokenizer
 
@@ -209,19 +210,6 @@ def test_arena_hard_2_reads_uid_model_and_messages(saved, tmp_path):
     assert entry == {"uid": "u1", "model": "mine", "messages": [user("Why?"), answer]}
 
 
-def test_arena_hard_01_reads_choices_of_turns_with_content(saved, tmp_path):
-    model, folder = saved
-    record = {"question_id": "q1", "category": "arena-hard-v0.1", "cluster": "c", "turns": [{"content": "Why?"}]}
-    (entry,) = answer_file(tmp_path, folder, [record], "arena_hard", "--name", "mine")
-    assert isinstance(entry.pop("answer_id"), str) and isinstance(entry.pop("tstamp"), float)
-    text, tokens = said(model, [user("Why?")])
-    assert entry == {
-        "question_id": "q1",
-        "model_id": "mine",
-        "choices": [{"index": 0, "turns": [{"content": text, "token_len": tokens}]}],
-    }
-
-
 def test_mt_bench_answers_the_second_turn_after_the_first(saved, tmp_path):
     model, folder = saved
     records = [
@@ -255,57 +243,32 @@ def test_mt_bench_samples_at_the_temperature_of_the_category(saved, tmp_path):
     assert len({e["choices"][0]["turns"][0] for e in cold}) == 1
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_with_the_same_file(saved, tmp_path, monkeypatch, capsys):
-    _, folder = saved
-    records = [{"instruction": text} for text in PROMPTS]
-    more = ["--batch_size", "2", "--temperature", "1.5", "--seed", "3"]
-    expected = answer_file(tmp_path, folder, records, "alpaca_eval", *more)
-
-    calls = []
-
+def test_an_interrupted_run_leaves_no_file(saved, tmp_path, monkeypatch):
     def stops(*arguments, **options):
-        calls.append(len(arguments[2]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate_batch(*arguments, **options)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "generate_batch", stops)
     with pytest.raises(SystemExit, match="130"):
-        answer_file(tmp_path, folder, records, "alpaca_eval", *more, name="again")
-    assert "the same command goes on from here" in capsys.readouterr().err
-    journal = tmp_path / "again.json.partial"
-    journal.write_text(journal.read_text() + '{"index": 0, "answ')  # killed in the middle of a line
-    assert not (tmp_path / "again.json").exists()
-    again = answer_file(tmp_path, folder, records, "alpaca_eval", *more, name="again")
-    assert "4 of 5 prompts are already answered" in capsys.readouterr().err
-    assert calls[3:] == [1] and again == expected
-    assert not journal.exists()
+        answer_file(tmp_path, saved[1], [{"prompt": "Why?"}], "alpaca_eval")
+    assert not [*tmp_path.glob("answers*")]
 
 
-@pytest.mark.parametrize("change", ["seed", "prompts", "weights"])
-def test_what_another_model_or_other_options_answered_is_not_kept(saved, tmp_path, monkeypatch, change, capsys):
-    model, folder = saved
-    records = [{"instruction": text} for text in PROMPTS]
+USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
 
-    def stops(*arguments, **options):
-        if len(arguments[2]) == 1:
-            raise KeyboardInterrupt
-        return generate_batch(*arguments, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "generate_batch", stops)
-        with pytest.raises(SystemExit):
-            answer_file(tmp_path, folder, records, "alpaca_eval", "--batch_size", "4")
-    if change == "prompts":
-        records[0] = {"instruction": "Another one"}
-    if change == "weights":
-        with torch.no_grad():
-            model.lm_head.weight.mul_(-1)
-        model.save_pretrained(folder)
-    more = ["--seed", "1"] if change == "seed" else []
-    entries = answer_file(tmp_path, folder, records, "alpaca_eval", *more)
-    assert "already answered" not in capsys.readouterr().err
-    assert entries == answer_file(tmp_path, folder, records, "alpaca_eval", *more, name="anew")
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER | {"content": [{"type": "text", "text": "Why?"}]}]},
+        {"conversations": [{"from": "human", "value": "Why?"}]},
+        {"prompt": [USER]},
+    ],
+)
+def test_conversations_of_every_form_are_answered(saved, tmp_path, record):
+    _, folder = saved
+    (expected,) = answer_file(tmp_path, folder, [{"messages": [USER]}], "alpaca_eval")
+    assert expected["instruction"] == "Why?"
+    assert answer_file(tmp_path, folder, [record], "alpaca_eval", name="other") == [expected]
 
 
 @pytest.mark.parametrize(
@@ -320,11 +283,19 @@ def test_what_another_model_or_other_options_answered_is_not_kept(saved, tmp_pat
         ({"turns": ["a", "b"]}, "alpaca_eval", "2 turns, but alpaca_eval has one"),
         ({"turns": ["a"]}, "mt_bench", "'question_id' is missing, which mt_bench needs"),
         ({"question_id": 1, "turns": []}, "mt_bench", "'turns' must be a list with at least one"),
-        ({"question_id": 1, "turns": [3]}, "mt_bench", "each message needs a role and a content"),
+        (
+            {"question_id": 1, "turns": [3]},
+            "mt_bench",
+            "'turns' must hold text or messages; each message needs a role and a content",
+        ),
         ({"uid": "a", "instruction": "b"}, "arena_hard", "'prompt' is missing, which arena_hard needs"),
-        ({"instruction": "a"}, "arena_hard", "'question_id' is missing"),
-        ({"prompt": 3}, "alpaca_eval", "'prompt' must be a string"),
+        ({"prompt": "a"}, "arena_hard", "'uid' is missing"),
+        ({"prompt": 3}, "alpaca_eval", "'prompt' must hold text or messages"),
         ({"messages": "a"}, "alpaca_eval", "each message needs a role and a content"),
+        ({"messages": [USER, ANSWER]}, "alpaca_eval", "ends with a message of the assistant"),
+        ({"messages": [USER | {"role": "human"}]}, "alpaca_eval", "p.jsonl:1: the role 'human' is not one of"),
+        ({"messages": [USER], "tools": [{"name": "f"}]}, "alpaca_eval", "p.jsonl:1: has 'tools', which the"),
+        ({"messages": [USER | {"content": [{"type": "image"}]}]}, "alpaca_eval", "has a part of type 'image'"),
         (3, "alpaca_eval", "p.jsonl:1: must be a JSON object"),
         ({"prompt": "a" * 60}, "alpaca_eval", "p.jsonl:1: the prompt has 61 tokens, which leaves fewer than 6 of the"),
     ],
@@ -368,6 +339,7 @@ def test_bad_files_and_options_are_named(saved, tmp_path, capsys):
         (["--prompts", prompts], "--prompts and --out belong together"),
         (["--prompt", "a", "--prompts", prompts], "not allowed with"),
         (["--prompt", "a", "--temperature", "-1"], "must be at least 0"),
+        (["--prompt", "a", "--temperature", "nan"], "must be at least 0, and finite"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["--model", folder, *words])
@@ -386,3 +358,18 @@ def test_a_missing_model_is_named(capsys, tmp_path):
         main(["--model", str(tmp_path / "nothing"), "--prompt", "Why?"])
     assert stopped.value.code == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_a_template_that_drops_the_question_is_refused(saved):
+    model, _ = saved
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}A:"
+    with pytest.raises(InputError, match="--prompt: the chat template leaves out what a message says"):
+        generate(model, tokenizer, "Why?", chat=True)
+
+
+def test_a_model_that_never_ends_is_refused():
+    model, tokenizer = wild_model(), byte_tokenizer()
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    with pytest.raises(InputError, match=r"neither the tokenizer nor generation_config\.json has an EOS token"):
+        generate(model, tokenizer, "Why?")

@@ -246,7 +246,7 @@ def test_final_has_the_bases_own_pad_token(tmp_path):
 def test_a_callers_tokenizer_is_not_changed():
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
-    before = tokenizer.chat_template
+    before = tokenizer.chat_template = "{{ a }}" + tokenizer.chat_template
     prepared = prepare_tokenizer(tokenizer, DataOptions(chat_template_kwargs={"a": 1}), lambda note: None)
     assert padding_id(prepared, lambda note: None) == 2
     assert tokenizer.pad_token is None is prepared.pad_token

@@ -62,7 +62,7 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path):
 @pytest.mark.parametrize("role", ["human", "User", "gpt", ""])
 def test_a_role_that_no_template_knows_is_refused(tmp_path, role):
     prompt = [{"role": role, "content": "Why?"}]
-    refused(tmp_path, CHAT | {"prompt": prompt}, f"the role '{role}' of 'prompt' is not one of assistant, developer")
+    refused(tmp_path, CHAT | {"prompt": prompt}, f"the role '{role}' is not one of assistant, developer")
     knows = CHATML.replace("m['role']", f"'user' if m['role'] == '{role}' else m['role']")
     assert len(load(tmp_path, [CHAT | {"prompt": prompt}], tokenizer_with(knows))) == 1
 
@@ -81,8 +81,6 @@ def test_a_prompt_that_the_assistant_ends_is_refused(tmp_path, record):
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        (STRINGS | {"rejected": "b\n"}, "with answers that differ in white space alone"),
-        (CHAT | {"rejected": says("A ")}, "with answers that differ in white space alone"),
         (CHAT | {"prompt": [USER | {"content": "a<|im_end|>b"}]}, "with special tokens in messages or answers"),
         (STRINGS | {"rejected": "c<pad><pad>"}, "with special tokens in messages or answers"),
         (CHAT | {"chosen": says("A<eos>B<|im_start|>")}, None),
@@ -118,7 +116,7 @@ def test_messages_as_text_are_read_as_messages(tmp_path, name):
     tokenizer = tokenizer_with(CHATML)
     as_list, as_text = CHAT | {name: [message]}, CHAT | {name: json.dumps([message])}
     assert load(tmp_path, [as_text], tokenizer)[0][:3] == load(tmp_path, [as_list], tokenizer)[0][:3]
-    refused(tmp_path, CHAT | {name: f"[{message}\n {message}]"}, f"'{name}' holds messages as text that is not JSON")
+    refused(tmp_path, CHAT | {name: f"[{message}\n {message}]"}, f"'{name}' is not JSON")
 
 
 def test_columns_of_json_text_reach_the_template(tmp_path):

@@ -9,17 +9,16 @@ import json
 import lzma
 
 import datasets
+import pyarrow as pa
 import pytest
 from helpers import options, tiny_model, write_jsonl
 
-from training import data
-from training.config import TrainConfig
 from training.data import load_pairs
 from training.data_options import DataOptions
 from training.errors import InputError
 from training.model import byte_tokenizer
 from training.options import parse_config
-from training.sources import check_source, parse_sources
+from training.sources import parse_sources
 from training.train import main
 
 TOKENIZER = byte_tokenizer()
@@ -32,6 +31,10 @@ CHAT = [
     }
     for i in range(3)
 ]
+
+
+def zstd(content):
+    return pa.Codec("zstd").compress(content, asbytes=True)
 
 
 def write(folder, form, records):
@@ -56,12 +59,31 @@ def write(folder, form, records):
     elif form == "json":
         file.write_text(json.dumps(records, indent=2))
     else:
-        packers = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.bz2": bz2.compress, "jsonl.xz": lzma.compress}
+        packers = {
+            "jsonl": bytes,
+            "jsonl.gz": gzip.compress,
+            "jsonl.bz2": bz2.compress,
+            "jsonl.xz": lzma.compress,
+            "jsonl.zst": zstd,
+        }
         file.write_bytes(packers[form](lines))
     return str(file)
 
 
-FORMS = ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "json", "csv", "tsv", "parquet", "saved", "splits", "folder"]
+FORMS = [
+    "jsonl",
+    "jsonl.gz",
+    "jsonl.bz2",
+    "jsonl.xz",
+    "jsonl.zst",
+    "json",
+    "csv",
+    "tsv",
+    "parquet",
+    "saved",
+    "splits",
+    "folder",
+]
 
 
 def ids(pairs):
@@ -72,7 +94,7 @@ def ids(pairs):
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("pairs")))
+
         yield
 
 
@@ -93,7 +115,7 @@ def test_messages_in_a_csv_cell_are_json(tmp_path):
     cells = [{name: json.dumps(value) for name, value in record.items()} for record in CHAT]
     assert ids(load_pairs(write(tmp_path, "csv", cells), TOKENIZER)) == ids(expected)
     cells[1]["chosen"] = str(CHAT[1]["chosen"])
-    with pytest.raises(InputError, match=r"d\.csv:3: 'chosen' holds messages as text that is not JSON"):
+    with pytest.raises(InputError, match=r"d\.csv:3: 'chosen' is not JSON"):
         load_pairs(write(tmp_path, "csv", cells), TOKENIZER)
 
 
@@ -139,6 +161,11 @@ def test_a_bad_record_is_named_in_every_format(tmp_path, form):
         ("d.jsonl.gz", b"no gzip", r"d\.jsonl\.gz: cannot be decompressed"),
         ("d.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-9], r"d\.jsonl\.gz: cannot be decompressed"),
         ("d.jsonl.xz", b"no xz", r"d\.jsonl\.xz: cannot be decompressed"),
+        ("d.jsonl.zst", b"no zstd", r"d\.jsonl\.zst: cannot be decompressed"),
+        ("d.jsonl.zst", zstd(b'{"prompt": "a"}\n' * 9)[:-3], r"d\.jsonl\.zst: cannot be decompressed"),
+        ("d.jsonl", gzip.compress(b"{}"), r"d\.jsonl: is no text in UTF-8; .* names end by format: \.gz"),
+        ("d.zip", b"PK\3\4\x14", r"d\.zip: is no text in UTF-8; .*unpack archives"),
+        ("d.pq", b"PAR1\x15\4", r"d\.pq: is no text in UTF-8; .*\.parquet"),
         ("d.parquet", b"no parquet", r"d\.parquet: could not be read"),
         ("d.arrow", b"no arrow", r"d\.arrow: could not be read"),
     ],
@@ -152,15 +179,15 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"d\.jsonl: is written in UTF-16"),
-        ("d.json", '[{"prompt": "a"}]'.encode("utf-16"), r"d\.json: is written in UTF-16"),
-        ("d.csv", "prompt,chosen\n".encode("utf-16"), r"d\.csv: is written in UTF-16"),
+        ("d.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"d\.jsonl: is no text in UTF-8; save text in UTF-8"),
+        ("d.json", '[{"prompt": "a"}]'.encode("utf-16"), r"d\.json: is no text in UTF-8; save text in UTF-8"),
+        ("d.csv", "prompt,chosen\n".encode("utf-16"), r"d\.csv: is no text in UTF-8; save text in UTF-8"),
         ("d.jsonl", b'{"chosen": "b", "prompt": "a", "chosen": "c"}', r"d\.jsonl:1: .*'chosen' stands there twice"),
         ("d.json", b'[{"a": 1},\n{"a": {"b": 1, "b": 2}}]', r"d\.json:2: .*'b' stands there twice"),
         ("d.csv", b"prompt,chosen,rejected,chosen\na,b,c,d\n", r"d\.csv:1: two columns have the same name"),
         ("d.csv", b'prompt,chosen,rejected\n"a\n",b,c\n\xe9,b,c\n', r"d\.csv:4: not a line of CSV in UTF-8"),
         ("d.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": NaN}', r"d\.jsonl:1: 'rejected' must be a string"),
-        ("d.jsonl", b"\0\0\0", r"d\.jsonl:1: not a line of JSON"),
+        ("d.jsonl", b"\0\0\0", r"d\.jsonl: is no text in UTF-8"),
     ],
 )
 def test_text_that_others_read_wrong_is_refused(tmp_path, name, content, message):
@@ -220,6 +247,26 @@ def test_local_folders_have_no_revision_or_subset(tmp_path, form):
             load_pairs({"path": folder, **more}, TOKENIZER)
 
 
+def test_a_damaged_file_of_a_folder_is_named(tmp_path):
+    for folder in ("shards", "saved"):
+        (tmp_path / folder).mkdir()
+    for name in ("shards/train-00000.parquet", "shards/train-00001.parquet"):
+        datasets.Dataset.from_list(RECORDS).to_parquet(tmp_path / name)
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
+    for folder, name in (("shards", "train-00001.parquet"), ("saved", "data-00000-of-00001.arrow")):
+        file = tmp_path / folder / name
+        file.write_bytes(file.read_bytes()[:-200])
+        with pytest.raises(InputError, match=rf"{folder}: could not be read as data .*{name} is damaged"):
+            load_pairs(str(tmp_path / folder), TOKENIZER)
+
+
+def test_an_empty_source_beside_another_is_refused(tmp_path):
+    full = write_jsonl(tmp_path / "full.jsonl", RECORDS)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError, match=r"empty\.jsonl: holds no record"):
+        load_pairs([full, str(tmp_path / "empty.jsonl")], TOKENIZER)
+
+
 @pytest.mark.parametrize("name", ["empty", "empty:dev", "train.jsonl:dev", "config.json"])
 def test_a_dry_run_refuses_unreadable_data(tmp_path, capsys, name):
     (tmp_path / "empty").mkdir()
@@ -254,9 +301,9 @@ def test_a_source_that_is_named_twice_is_noted(tmp_path):
     "name", ["no.jsonl", "no.json", "no.csv", "no.parquet", "no.jsonl.gz", "./no", "/no/such", "~/no"]
 )
 def test_a_missing_file_is_not_looked_for_at_the_hub(name):
-    for given in (name, {"path": name}, [name], json.dumps([{"path": name}])):
+    for given in (name, {"path": name}, [name]):
         with pytest.raises(InputError, match="no such file"):
-            check_source(given)
+            load_pairs(given, TOKENIZER)
 
 
 def test_home_and_variables_are_read_as_in_a_shell(tmp_path, monkeypatch):
@@ -339,6 +386,8 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
         ({"path": "d", "columns": {"chosen": "q", "rejected": "q"}}, "takes two columns of a pair from 'q'"),
         ('[{"path": ', "not JSON"),
         (3, "must be a string"),
+        ("https://huggingface.co/datasets/org/name", "addresses are not read; give the hub's name ORG/NAME"),
+        ({"path": "hf://datasets/org/name"}, "addresses are not read"),
     ],
 )
 def test_a_source_that_is_ill_written_says_how(given, message):
@@ -359,85 +408,8 @@ def test_sources_are_read_from_yaml_and_the_command_line(tmp_path):
         parse_config([*words, "--train_data", '[{"path": "b", "wieght": 1}]'])
 
 
-def big_file(tmp_path):
-    return write_jsonl(tmp_path / "d.jsonl", RECORDS)
-
-
-def counted(monkeypatch):
-    """Counts the records that are tokenised; sources of any size are cached."""
-    monkeypatch.setattr(data, "_KEPT_FROM", 0)
-    calls = []
-    original = data.draft
-    monkeypatch.setattr(data, "draft", lambda *a: calls.append(a) or original(*a))
-    return calls
-
-
-def test_tokenised_pairs_are_kept_and_read_again(tmp_path, monkeypatch):
-    file, calls = big_file(tmp_path), counted(monkeypatch)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    first = load_pairs(file, TOKENIZER)
-    assert len(calls) == 5
-    said = []
-    again = load_pairs(file, TOKENIZER, log=said.append)
-    assert len(calls) == 5 and again == first and again.digest == first.digest
-    assert "5 tokenised pairs are in " in said[0]
-    assert first == load_pairs(file, TOKENIZER, TrainConfig(dry_run=True))
-
-
-@pytest.mark.parametrize("change", ["data", "template", "tokenizer", "columns"])
-def test_kept_pairs_are_not_used_for_other_inputs(tmp_path, monkeypatch, change):
-    file, calls = big_file(tmp_path), counted(monkeypatch)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    load_pairs(file, TOKENIZER)
-    tokenizer, options = byte_tokenizer(), DataOptions()
-    if change == "data":
-        write_jsonl(tmp_path / "d.jsonl", RECORDS[::-1])
-    if change == "template":
-        tokenizer.chat_template = "{{ messages }}"
-    if change == "tokenizer":
-        tokenizer.add_tokens(["Ja"])
-    if change == "columns":
-        options = DataOptions(columns={"prompt": "rejected", "rejected": "prompt"})
-    load_pairs(file, tokenizer, options)
-    assert len(calls) == 10
-
-
-@pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_damaged_kept_pairs_are_not_used(tmp_path, monkeypatch, damage):
-    file, calls = big_file(tmp_path), counted(monkeypatch)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    first = [*load_pairs(file, TOKENIZER)]
-    (kept,) = (tmp_path / "cache").rglob("*.arrow")
-    if damage == "cut":
-        kept.write_bytes(kept.read_bytes()[:-300])
-    else:
-        kept.unlink()
-    said = []
-    assert load_pairs(file, TOKENIZER, log=said.append) == first and len(calls) == 10
-    assert "cannot be kept and read" in said[0]
-
-
-def test_without_a_place_for_the_cache_pairs_are_in_memory(tmp_path, monkeypatch):
-    file, said = big_file(tmp_path), []
-    counted(monkeypatch)
-    (tmp_path / "cache").write_text("a file")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    assert len(load_pairs(file, TOKENIZER, log=said.append)) == 5
-    assert "kept in memory" in said[0]
-
-
-def test_an_error_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
-    counted(monkeypatch)
-    monkeypatch.setattr(data, "_BATCH", 1)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    file = write_jsonl(tmp_path / "d.jsonl", [*RECORDS, {"prompt": "a"}])
-    with pytest.raises(InputError, match=r"d\.jsonl:6"):
-        load_pairs(file, TOKENIZER)
-    assert not [*(tmp_path / "cache").rglob("*.arrow")]
-
-
 def test_a_slice_of_pairs_and_its_lengths(tmp_path):
-    pairs = load_pairs(big_file(tmp_path), TOKENIZER)
+    pairs = load_pairs(write_jsonl(tmp_path / "d.jsonl", RECORDS), TOKENIZER)
     assert pairs[1:3] == [pairs[1], pairs[2]] and pairs[-1] == pairs[4]
     assert pairs.lengths.tolist() == [[*map(len, pair[:3])] for pair in pairs]
     assert pairs[1:3].lengths.tolist() == pairs.lengths[1:3].tolist()
