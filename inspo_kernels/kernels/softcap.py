@@ -4,6 +4,9 @@ With u = z / cap, a = exp(-2|u|) and r = 1 / (1 + a): |tanh u| = (1 - a) r and d
 reciprocal serve both, and neither formula cancels, except 1 - a for small |u|. There float32 takes u + u^3 P(u^2),
 below |u| = 0.625 (P fitted to a relative error of 4e-9; 8e-8 was seen in float32 arithmetic). float64 keeps the
 quotient, whose absolute error there is 1e-16.
+
+A constant that is rounded to float32 would scale all logits alike: the errors of a response's tokens would have one
+sign and add up. So float32 multiplies by the constant and by what rounding took from it.
 """
 
 # Arguments of kernels are typed by Triton at launch.
@@ -17,11 +20,27 @@ import triton.language as tl
 TWO_LOG2_E = tl.constexpr(2.8853900817779268)
 
 
+@triton.constexpr_function
+def _rounded_off(constant):
+    """Return what rounding to float32 takes from ``constant``, by Veltkamp's split of a double at 24 bits."""
+    scaled = constant * (2.0**29 + 1.0)
+    return constant - (scaled - (scaled - constant))
+
+
+@triton.jit
+def _times(z, CONSTANT: tl.constexpr):
+    """z times the constant; the kernel computes it as a product and a fused multiply-add."""
+    product = z * CONSTANT
+    if z.dtype == tl.float32:
+        product += z * _rounded_off(CONSTANT)
+    return product
+
+
 @triton.jit
 def softcap(z, CAP: tl.constexpr, OUTER: tl.constexpr):
     """(outer * tanh(z / cap), 1 - tanh(z / cap)^2); outer is cap / temperature."""
-    u = z * (1.0 / CAP)
-    a = tl.exp2(tl.abs(u) * -TWO_LOG2_E)
+    u = _times(z, 1.0 / CAP)
+    a = tl.exp2(-_times(tl.abs(u), TWO_LOG2_E))
     r = 1.0 / (1.0 + a)
     tanh = tl.where(u < 0, a - 1.0, 1.0 - a) * r
     if z.dtype == tl.float32:

@@ -462,3 +462,12 @@ def test_statistics_of_an_all_but_certain_label(dtype):
     _, found = ik.linear_logps(hidden, weight, targets, statistics=test_logps.STATISTICS, backend="triton")
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0, 15.0])
+def test_float32_errors_cancel_over_many_tokens(softcap):
+    hidden, weight, _, targets = inputs((1000,), hidden_size=32, vocab=300, dtype=torch.float32, ignored=0.0)
+    exact = plain(hidden.double(), weight.double(), targets, softcap=softcap)
+    spread = (plain(hidden, weight, targets, softcap=softcap).double() - exact).square().mean().sqrt()
+    errors = ik.linear_logps(hidden, weight, targets, softcap=softcap, backend="triton").double() - exact
+    assert errors.mean().abs() < 6 * spread / len(targets) ** 0.5
