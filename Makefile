@@ -13,7 +13,7 @@ RESULTS := benchmarks/results
 help:
 	@echo "make demo        fit, sample, fine-tune and compare a tiny model (1 to 3 minutes, no GPU)"
 	@echo "make test        run the tests, in two processes (WORKERS=N)"
-	@echo "make sweep       run the tests that take minutes"
+	@echo "make sweep       run the slow tests: all architectures, compilers, whole benchmarks, kills"
 	@echo "make sanitize    run the tests of the Triton kernels with every memory access checked (one minute, no GPU)"
 	@echo "make image       run the package's tests with the versions of the GPU image (Python 3.12; installs 5 GB)"
 	@echo "make lint        ruff and mypy"
@@ -51,7 +51,7 @@ test: install
 	$(PYTEST) --dist loadfile
 
 sweep: install
-	$(PYTEST) --dist worksteal -m sweep
+	$(PYTEST) --dist loadfile -m sweep
 
 sanitize: install
 	$(PYTEST) --dist worksteal --sanitize $(addprefix tests/inspo_kernels/test_,triton.py triton_kernels.py gradients.py)

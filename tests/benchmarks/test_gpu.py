@@ -55,6 +55,7 @@ def quick(tmp_path_factory):
     return out, done
 
 
+@pytest.mark.sweep
 def test_quick_run_leaves_every_result(quick):
     out, done = quick
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,6 +78,7 @@ def test_quick_run_leaves_every_result(quick):
     assert all(row["measured"] is None and row["verdict"].startswith("not measured") for row in result["targets"])
 
 
+@pytest.mark.sweep
 def test_quick_run_checks_against_float64(quick):
     result = read(quick[0])
     checked = [row for row in [*result["smoke"], *result["accuracy"]] if row["contender"] == "torch"]
@@ -86,6 +88,7 @@ def test_quick_run_checks_against_float64(quick):
     assert all(row["ok"] and max(row["errors"].values()) > 0 for row in checked)
 
 
+@pytest.mark.sweep
 def test_quick_run_measures_every_cell(quick):
     result, plan = read(quick[0]), gpu_plan.QUICK
     cells = {(c["model"], c["tokens"], c["mode"]): c["contenders"] for c in result["cells"]}
@@ -100,6 +103,7 @@ def test_quick_run_measures_every_cell(quick):
     assert of_main["torch"]["step"] == "main" and of_main["log_softmax"]["step"] == "peers"
 
 
+@pytest.mark.sweep
 def test_killed_call_keeps_results_and_another_goes_on(tmp_path):
     steps = ("--peers", "--steps", "smoke,main,shapes")
     running = subprocess.Popen(command(tmp_path, *steps), cwd=ROOT, stdout=subprocess.DEVNULL, text=True)
@@ -197,6 +201,7 @@ def test_step_without_time_left_is_not_started(capsys, fake_step):
     assert result["steps"] == {} and capsys.readouterr().out.count("call again to go on") == 2
 
 
+@pytest.mark.sweep
 def test_failing_tests_fail_the_run(tmp_path):
     result = gpu_processes.run_tests(("tests/no_such_file.py",), tmp_path / "tests.log", 60.0)
     # 4 says that a file is missing, 5 that nothing was collected; which it is depends on pytest's plugins.
@@ -419,6 +424,7 @@ print("all ran")
 """
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself runs all this on a GPU")
 def test_tuning_and_accuracy_of_triton_run_under_its_interpreter():

@@ -163,6 +163,7 @@ def with_equal_times(result):
     return result | {"workspace": workspace}
 
 
+@pytest.mark.sweep
 def test_ctrl_c_keeps_what_is_done(tmp_path):
     file = tmp_path / "loss.json"
     command = [sys.executable, "-m", "benchmarks.loss", "--shape", "quick", "--rounds", "10000000"]

@@ -40,6 +40,7 @@ def lines_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.sweep
 def test_the_command_runs_end_to_end_and_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(plan.PLANS, "quick", MICRO)

@@ -189,6 +189,7 @@ def test_the_command_refuses_bad_options(arguments, message, capsys, tmp_path, m
     assert left.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.sweep
 def test_the_command_continues_after_a_kill(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(AXIS_PLANS, "quick", PLAN)

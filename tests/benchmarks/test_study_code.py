@@ -165,6 +165,7 @@ def test_the_earliest_of_equal_epochs_is_chosen():
     assert code_study.chosen_epochs(rows) == [1, 3]
 
 
+@pytest.mark.sweep
 def test_quick_study_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "results" / "study_code.json"

@@ -13,6 +13,7 @@ import torch
 CHECKS = Path(__file__).with_name("check_pretend_device.py")
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
 def test_on_a_device_that_is_not_the_cpu():
     pytest.importorskip("triton")

@@ -23,6 +23,7 @@ def python(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.sweep
 def test_one_case_of_every_kernel_on_every_architecture(tmp_path):
     only = "|".join(
         (
@@ -52,6 +53,7 @@ def test_one_case_of_every_kernel_on_every_architecture(tmp_path):
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 
+@pytest.mark.sweep
 def test_hot_loops_stay_within_their_budgets():
     only = "row_pass: fp32 logits, (bf16 E|sums), (plain|cap).*V=128256|bias_gradient: bf16 E, written"
     nvidia = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -138,6 +140,7 @@ print(json.dumps(found))
 BUDGET_AT = 2  # of what SABOTAGE prints
 
 
+@pytest.mark.sweep
 def test_report_notices_what_it_is_for():
     done = python("-c", SABOTAGE)
     assert done.returncode == 0, done.stderr
@@ -198,6 +201,7 @@ print(len(cases), len(rows), sum(bool(row["problems"]) for row in rows), len({ro
 """
 
 
+@pytest.mark.sweep
 def test_launches_of_tests_are_recorded_and_compiled(tmp_path):
     file = tmp_path / "launches.jsonl"
     tests = ["tests/inspo_kernels/test_triton_kernels.py", "-k", "test_label_logits or test_row_pass", "-x", "-q"]

@@ -288,6 +288,7 @@ def test_fine_tuned_models_moved_and_answer_a_prompt(
     assert capsys.readouterr().out.strip() == example["inspo"].removesuffix(CUT)
 
 
+@pytest.mark.sweep
 def test_same_seed_same_results_and_an_own_folder_is_replaced(demo: tuple[Path, str]) -> None:
     folder, _ = demo
     first = json.loads((folder / "results.json").read_text())

@@ -62,6 +62,7 @@ def peaks() -> dict[str, int]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", RUNS)
 def test_the_estimate_is_right_within_a_third(peaks: dict[str, int], name: str) -> None:
     if peaks[name] is None:
@@ -72,6 +73,7 @@ def test_the_estimate_is_right_within_a_third(peaks: dict[str, int], name: str) 
     assert peaks[name] / 1.33 < expected < peaks[name] * 1.33, (memory, peaks[name] / GIB)
 
 
+@pytest.mark.sweep
 def test_checkpointing_saves_what_the_estimate_says(peaks: dict[str, int]) -> None:
     model = tiny_model(**FIELDS)
     estimates = {
