@@ -62,7 +62,7 @@ class TrainConfig(DataOptions, TrainingArguments):
     gamma: Annotated[float | None, "simpo: target margin"] = None
     alpha: Annotated[float | None, "rdpo: weight of the length difference"] = None
     lam: Annotated[float | None, "orpo: weight of the odds ratio"] = None
-    sft: Annotated[Literal["marginal", "chosen"] | None, "orpo, sft: log-prob of the chosen response to fit"] = None
+    sft: Annotated[Literal["marginal", "chosen"] | None, "marginal|chosen: the log-prob that orpo and sft fit"] = None
     divergence: Annotated[str | None, "dpo and its relatives: reverse_kl, forward_kl, js or alpha"] = None
     divergence_alpha: Annotated[float | None, "divergence=alpha: its exponent"] = None
     max_batch_tokens: Annotated[int, "most tokens, padding included, in one forward pass of one process"] = 16384

@@ -200,7 +200,7 @@ def _report(
         raise InputError(f"{name}: {invalid}; remove these pairs or set invalid_pairs=drop")
     dropped = ", ".join(filter(None, [invalid, named(["too long"])]))
     also = named(["truncated", *REMARKS])
-    log(f"{name}: {read} pairs read, {kept} kept; dropped: {dropped or 'none'}" + (f"; {also}" if also else ""))
+    log(f"{name}: {read} pairs read, {kept} kept; dropped: {dropped or 'none'}" + (f"; noted: {also}" if also else ""))
     if LEFT_OUT in reasons:
         log(f"note: {name}: to keep those, use a chat template that writes thoughts and tool calls, too")
     if not kept:

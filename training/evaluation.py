@@ -222,7 +222,7 @@ def starting_report(
     chosen, rejected = conditioning_gap(scores)
     log(f"before step 1, log pi(y|x,other) - log pi(y|x) per token: chosen {chosen:+.3f}, rejected {rejected:+.3f}")
     if ref_logps is not None and not config.reference_sees_alternative:
-        log("the reference does not see the other response, so the first loss differs from that of equal policies")
+        log("the reference does not see the other response, so the first loss is not that of equal models")
     if min(chosen, rejected) < CONDITIONING_GAP_WARNING:
         log(
             "WARNING: the model finds a response less likely after the other one than right after the prompt. What it\n"

@@ -59,7 +59,7 @@ def choose_layout(
         log("layout: rows, because eager attention computes what a tree's mask hides, and trees would save few tokens")
         return rows
     form = "many in a row" if packed else "one in a row"
-    log(f"layout: tree, prompts read once a pair ({form}): {read[0] / read[1]:.2f} times the tokens of rows")
+    log(f"layout: tree, each pair's prompt read once, {form}: {read[0] / read[1]:.2f} times the tokens of rows")
     return tree
 
 

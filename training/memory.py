@@ -39,8 +39,8 @@ class Memory:
     def text(self, tokens: int) -> str:
         listed = " + ".join(f"{name} {size / GIB:.2f}" for name, size in vars(self).items() if size)
         return (
-            f"{listed} = {self.total / GIB:.2f} GiB of memory. Activations are\nof a pass of {tokens} tokens, without "
-            "attention matrices (kernels like flash attention have none), framework or fragmentation"
+            f"{listed} = {self.total / GIB:.2f} GiB of memory. Activations: a\nrough figure for a pass of {tokens} tokens "
+            "without attention matrices (flash attention keeps none). Not counted: the framework, fragmentation"
         )
 
     def warning(self, capacity: int, config: TrainConfig) -> str | None:
@@ -130,7 +130,7 @@ def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Ca
     finals = sum(p.nbytes for p in trained) * (2 if config.keep_best and config.eval_data else 1)
     total, place = kept * one + finals, config.folder
     log(
-        f"disk a run takes, estimated: {kept} checkpoints of {one / GIB:.2f} GiB + models {finals / GIB:.2f} = "
+        f"disk space, estimated: checkpoints {kept} x {one / GIB:.2f} GiB + models {finals / GIB:.2f} = "
         f"{total / GIB:.2f} GiB"
     )
     while not place.exists():

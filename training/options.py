@@ -58,7 +58,7 @@ def help_text() -> str:
     more = (
         "and each option of transformers.TrainingArguments, such as learning_rate [5e-7; adapter 1e-5], "
         "per_device_train_batch_size [32], num_train_epochs [1], max_steps, eval_steps, save_steps, bf16, optim, "
-        "resume_from_checkpoint [auto: the newest in output_dir], report_to, deepspeed:"
+        "resume_from_checkpoint (auto: the newest in output_dir), report_to, deepspeed:"
     )
     return "\n".join([*lines, *textwrap.wrap(more, 118), DOCS])
 
@@ -126,6 +126,8 @@ _Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|false)$", re.I), li
 def _read_yaml(file: str) -> dict[str, Any]:
     try:
         content = yaml.load(Path(file).expanduser().read_text(encoding="utf-8"), _Loader) or {}
+    except FileNotFoundError:
+        raise InputError(f"--config {file}: no such file (working directory: {Path.cwd()})") from None
     except (OSError, ValueError, yaml.YAMLError) as error:  # InputError is a ValueError
         raise InputError(f"--config {file}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -157,7 +157,7 @@ def training_line(row: dict[str, Any], total_steps: int, elapsed: float, left: f
             margin, accuracy = row[f"{layout}rewards/margins"], row[f"{layout}rewards/accuracies"]
             parts.append(f"{name}margin {margin:+.3f} acc {accuracy:.2f}")
     parts += [f"grad {row['grad_norm']:.2f}", f"lr {row['learning_rate']:.1e}", f"{row['tokens_per_second']:.0f} tok/s"]
-    return " | ".join([*parts, f"{duration(elapsed)} gone, {duration(left)} left"])
+    return " | ".join([*parts, f"{duration(elapsed)} elapsed, {duration(left)} left"])
 
 
 def evaluation_line(row: dict[str, Any]) -> str:

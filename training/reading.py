@@ -32,7 +32,7 @@ def reading(name: str, what: str) -> Iterator[None]:
         is_path = name.startswith((".", "/", "~")) or "/" in rest
         is_below = rest != "" and Path(first).is_dir()
         if is_path or is_below:
-            hint = "" if is_path else f"; a model of the hub is not looked for where there is a folder {first!r}"
+            hint = "" if is_path else f"; {first!r} is a local folder, so the hub was not searched"
             raise InputError(f"model {name!r}: no such folder (working directory: {Path.cwd()}){hint}")
     try:
         yield

@@ -132,7 +132,7 @@ def reference_logps(
         except StopRequested:
             scored = int(table.isfinite().all(0).sum())
             kept = _write(table, file, log) if start else bool(file and file.exists())
-            where = f"kept in {file}; the same command goes on from there" if kept else "and not kept"
+            where = f"kept in {file}; the same command continues from there" if kept else "and not kept"
             raise Stopped(f"stopped by SIGTERM: reference log-probs of {scored} pairs are scored, {where}") from None
         if not logps.isfinite().all():
             bad = [some[i].origin for i in (~logps.isfinite()).any(0).nonzero().flatten().tolist()]

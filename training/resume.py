@@ -176,7 +176,7 @@ def resume_hint(folder: Path | None) -> str:
     kept = list(checkpoints(folder).values()) if folder else []
     if not kept:
         return "no checkpoint was kept"
-    return f"{kept[-1]} is kept: --resume_from_checkpoint auto goes on from it"
+    return f"{kept[-1]} is kept: --resume_from_checkpoint auto continues from it"
 
 
 def discard_later_checkpoints(folder: Path, step: int, log: Callable[[str], None]) -> None:

@@ -161,7 +161,7 @@ A language model fine-tuned on preference pairs with `{config.make_objective()}`
 ## Use
 
 ```bash
-python -m training.generate --model {name} --prompt "..."
+python -m training.generate --model FOLDER --prompt "..."
 ```
 
 The prompt is text in the form of the training data. `{auto}.from_pretrained` loads the folder, too.

@@ -149,7 +149,7 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
         if found is not None:
             check_resumed(found, inputs.digests, config.total_steps(len(lengths)), config, say)
     if found is not None:
-        say(f"goes on from {found.path} after step {found.state['step']}")
+        say(f"continues from {found.path} after step {found.state['step']}")
     batcher = Batcher(0, config.device, config.max_batch_tokens, separator)
     batcher = plan(config, model, lengths, batcher, found, say, known=known)
     for share in (1, SHARED_BY):
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         end_processes(status)
         sys.exit(status)
     except KeyboardInterrupt:
-        print("interrupted; --resume_from_checkpoint auto goes on from the newest checkpoint", file=sys.stderr)
+        print("interrupted; --resume_from_checkpoint auto continues from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

@@ -210,7 +210,7 @@ def test_prompts_are_cut_on_the_left_behind_their_bos():
     kept = select([fits, long, hopeless], said, max_length=6, truncation="prompt_left")
     assert [p.prompt for p in kept] == [[BOS, 5], [BOS, 9]]
     assert kept[1].chosen == long.chosen and kept[1].rejected == long.rejected
-    assert said == ["train_data: 3 pairs read, 2 kept; dropped: 1 too long (x:3); 1 truncated (x:2)"]
+    assert said == ["train_data: 3 pairs read, 2 kept; dropped: 1 too long (x:3); noted: 1 truncated (x:2)"]
 
 
 def test_what_stands_between_the_responses_counts_towards_the_length():

@@ -171,7 +171,7 @@ def test_output_folders_and_trackers_are_refused_as_in_the_run(tmp_path, capsys)
                 main(options(out, "--eval_data", str(PAIRS), *more, "--dry_run", dry))
             assert message in capsys.readouterr().err, (message, dry)
     main(options(unfinished, "--eval_data", str(PAIRS), *auto, "--dry_run", "true"))
-    assert f"goes on from {unfinished / 'checkpoint-3'} after step 3" in capsys.readouterr().out
+    assert f"continues from {unfinished / 'checkpoint-3'} after step 3" in capsys.readouterr().out
     assert (unfinished / "checkpoint-9.partial").is_dir()
     main(options(unfinished, "--eval_data", str(PAIRS), *auto))
     assert not list(unfinished.glob("*.partial"))

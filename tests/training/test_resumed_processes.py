@@ -45,7 +45,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on_
         assert seen[0][run] == seen[1][run]
         kept = folder / run / f"checkpoint-{step}"
         expected = (
-            f"stopped by SIGTERM after step {step}: {kept} is kept: --resume_from_checkpoint auto goes on from it"
+            f"stopped by SIGTERM after step {step}: {kept} is kept: --resume_from_checkpoint auto continues from it"
         )
         if step is None:
             expected = "stopped by SIGTERM: reference log-probs of 8 pairs are scored, kept in"

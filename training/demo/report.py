@@ -73,7 +73,7 @@ def reflection(results: dict[str, Any]) -> str:
     """InSPO's model with two generations an answer: given its draft, and the likelier of two drafts."""
     rows = results["reflection"]
     titles = {"draft": "one draft", "reflected": "given the draft", "best_of_two": "likelier of two"}
-    lines = [f"{'InSPO, sampled':<22}{'right':>6}  {'95% interval':<16}{'gain over one':>15}  95% interval"]
+    lines = [f"{'InSPO, sampled':<22}{'right':>6}  {'95% interval':<16}{'gain over draft':>15}  95% interval"]
     for way, row in rows.items():
         gain = f"{row['gain']:>+15.3f}  {_interval(row['gain_ci'], '+')}" if "gain" in row else ""
         lines.append(f"  {titles[way]:<20}{row['accuracy']:>6.3f}  {_interval(row['accuracy_ci']):<16}{gain}".rstrip())
