@@ -39,8 +39,8 @@ class Memory:
     def text(self, tokens: int) -> str:
         listed = " + ".join(f"{name} {size / GIB:.2f}" for name, size in vars(self).items() if size)
         return (
-            f"{listed} = {self.total / GIB:.2f} GiB of memory. Activations: a\nrough figure for a pass of {tokens} tokens "
-            "without attention matrices (flash attention keeps none). Not counted: the framework, fragmentation"
+            f"{listed} = {self.total / GIB:.2f} GiB of memory. Activations: a rough\nfigure for a pass of {tokens} "
+            "tokens without attention matrices (flash attention keeps none). Not counted: the framework, fragmentation"
         )
 
     def warning(self, capacity: int, config: TrainConfig) -> str | None:
