@@ -135,7 +135,8 @@ class TrainConfig(DataOptions, TrainingArguments):
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
         for name, remedy in UNSUPPORTED.items():
             value, default = getattr(self, name), defaults[name]
-            if value != default and (value or default):  # TrainingArguments turns "" into []
+            unset = not value and default in (None, False, 0, "", "no")  # "no" may be written as false, "" as []
+            if value != default and not unset:
                 raise InputError(f"{name} is not supported: {remedy}")
         if self.marginal_weight and not self.conditioned:
             raise InputError("marginal_weight needs conditioned=true: the plain baseline already trains the marginals")

@@ -39,8 +39,8 @@ def load_pairs(
 ) -> Pairs:
     """Read and tokenise ``source``: what ``parse_sources`` takes, with the columns and weights it gives.
 
-    Large sources are tokenised once a node and kept beside the cache of ``datasets``. An empty response gives an empty
-    list of ids. Raises InputError, naming file and line, for anything that is not a pair.
+    Large sources are tokenised once a node and kept in the cache folder of ``datasets``. An empty response gives an
+    empty list of ids. Raises InputError, naming file and line, for anything that is not a pair.
     """
     encoder, options = TextEncoder(tokenizer), options or DataOptions()
     tables: list[pa.Table] = []
@@ -58,11 +58,11 @@ def load_pairs(
         indices.append(start + chosen)
     for name, count in Counter(one.name for one in sources).items():
         if count > 1:
-            log(f"note: {name} stands there more than once, and so does each of its pairs; weight says so, too")
+            log(f"note: {name} is listed more than once, so each of its pairs is repeated; weight does the same")
     table = pa.concat_tables(tables)
     if pc.any(table.column("chat")).as_py() and encoder.reads_clock:
         log(
-            "note: the chat template writes today's date, so on another day the data are others, and a run cannot be "
+            "note: the chat template writes today's date, so on another day the data differ, and a run cannot be "
             "resumed. Fix it: chat_template_kwargs: {strftime_now: 26 Jul 2024}"
         )
     return Pairs(table, np.concatenate(indices))

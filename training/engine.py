@@ -79,7 +79,9 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def in_any_process(flag: bool, device: torch.device) -> bool:
-    """Return on each rank whether ``flag`` is true on any."""
+    """Return on each rank whether ``flag`` is true on any. One rank alone does not wait for its device."""
+    if not dist.is_initialized():
+        return flag
     return bool(sum_over_processes(torch.tensor(float(flag), device=device)).item())
 
 

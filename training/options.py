@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from .config import TrainConfig
 from .errors import InputError
-from .other_options import NOT_NEEDED, OTHER_NAMES
+from .other_options import NOT_NEEDED, NOT_OFFERED, OTHER_NAMES
 
 DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 # Options whose value is a path: ~ and $VARIABLES mean the same in YAML as in a shell.
@@ -106,7 +106,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(name, list | dict):
                 raise InputError(f"line {key.start_mark.line + 1}: a key must be a word, not {name}")
             if name in seen:
-                raise InputError(f"line {key.start_mark.line + 1}: {name!r} stands there twice; keep one of them")
+                raise InputError(f"line {key.start_mark.line + 1}: {name!r} appears twice; keep one of them")
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -143,6 +143,8 @@ def _check_name(name: str, where: str) -> None:
         return
     if name in NOT_NEEDED:
         raise InputError(f"unknown option {where}{name}; it is not needed: {NOT_NEEDED[name]}")
+    if name in NOT_OFFERED:
+        raise InputError(f"unknown option {where}{name}; {NOT_OFFERED[name]}")
     if name in OTHER_NAMES or name.startswith("lora_"):
         field = name if name in ("lora_alpha", "lora_dropout", "lora_bias") else name.removeprefix("lora_")
         right = OTHER_NAMES.get(name, f"lora.{field}")

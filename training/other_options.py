@@ -25,6 +25,11 @@ OTHER_NAMES = {
     "truncation_mode": "truncation",
     "max_completion_length": "max_length, of prompt and both responses",
     "simpo_gamma": "gamma",
+    "lora_rank": "lora.r",
+    "lora_target": "lora.target_modules",
+    "lora_target_linear": "lora.target_modules: all-linear",
+    "lora_model_dir": "model: an adapter's folder is trained further",
+    "additional_target": "lora.modules_to_save",
     "use_peft": "lora",
     "use_lora": "lora",
     "use_dora": "lora.use_dora",
@@ -45,7 +50,6 @@ OTHER_NAMES = {
     "max_seq_length": "max_length, of prompt and both responses",
     "cutoff_len": "max_length, of prompt and both responses",
     "ref_model": "model: the reference is the model before training",
-    "rpo_alpha": "marginal_weight",
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps, below 1 a share of all steps",
     "no_cuda": "use_cpu",
@@ -94,7 +98,14 @@ NOT_NEEDED = {
     "use_liger_loss": "the loss is fused already",
     "trust_remote_code": "code from a model's repository is never run",
     "label_pad_token_id": "padding is never scored",
+    "lora_task_type": "adapters are always for causal language models",
     "early_stopping_patience": "best/ holds the best model",
+}
+# Names in other trainers for something that this loop does not do, with what does it.
+NOT_OFFERED = {
+    "rpo_alpha": "a mixture with SFT needs a loop of your own, with ik.Mixture",
+    "pref_ftx": "a mixture with SFT needs a loop of your own, with ik.Mixture",
+    "loss_weights": "a mixture of objectives needs a loop of your own, with ik.Mixture",
 }
 
 # Options of TrainingArguments that would be ignored or do harm here, with the reason or the alternative.

@@ -142,8 +142,8 @@ def kept_table(
 ) -> tuple[pa.Table, Path]:
     """Return the rows of ``batches`` as a file of ``folder``, mapped into memory, and that file.
 
-    A file that ``key`` names is read if its contents have the hash in its name. Otherwise one process writes it, while
-    others wait. Raises OSError where that cannot be.
+    A file of that ``key`` is read if its contents have the hash in its name. Otherwise one process writes it while
+    others wait. Raises OSError if the folder cannot be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock"):

@@ -26,7 +26,10 @@ READ = {*_COLUMNS, "conversations", "tools", "chat_template_kwargs"}
 # Columns that hold the prompt in many data sets. Without it, words that two answers begin with would be taken for it.
 _PROMPTS = ("question", "instruction", "query", "input", "messages")
 _NO_TEXT = ("images", "image", "videos", "video", "audios", "audio")
-_MESSAGES = re.compile(r"""\s*\[\s*\{.*["'](?:role|from)["']\s*:""", re.DOTALL)
+# Text that holds messages. JSON of another kind, such as records with a key "from", is text as it stands.
+_MESSAGES = re.compile(
+    r"""\s*\[\s*\{(?=.*["'](?:role|from)["']\s*:)(?=.*["'](?:\w*content|value|tool_calls)["']\s*:)""", re.DOTALL
+)
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # conversations in one string, as in Anthropic's data
 
 
@@ -203,12 +206,12 @@ def _found(record: dict[str, Any]) -> str:
 
 
 def _repeats(prompt: str, chosen: str, rejected: str, origin: str) -> str:
-    """The remark that responses begin with the prompt. Raises InputError where both do, with more than one word."""
+    """The remark that responses begin with the prompt. Raises InputError if both do, unless it is a greeting."""
     words = prompt.strip()
     if not words:
         return ""
     begin = [text.lstrip().startswith(words) for text in (chosen, rejected)]
-    if all(begin) and len(words.split()) > 1:
+    if all(begin) and len(words.split()) > 2:
         raise InputError(
             f"{origin}: 'chosen' begins with the prompt, and so does 'rejected': it would be read twice, and scored. "
             "Take it out of both"

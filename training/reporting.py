@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from inspo_kernels.objectives import Objective
 
 from .errors import SaveError
-from .evaluation import evaluate, is_better, sample_answers
+from .evaluation import METRICS, evaluate, is_better, sample_answers
 from .inputs import Inputs
 from .memory import in_use
 from .output import Window, evaluation_line, training_line
@@ -80,7 +80,7 @@ class ReportingTrainer(ResumableTrainer):
         except StopRequested:
             self.stopping = self.control.should_training_stop = True
             self.control.should_save = step > 0
-            return {"eval_loss": math.nan}
+            return dict.fromkeys(METRICS, math.nan)  # Trainer looks up metric_for_best_model
         metrics = evaluate(
             scores,
             self.references.held_out,
@@ -100,9 +100,17 @@ class ReportingTrainer(ResumableTrainer):
                 self.progress.best = row
             except SaveError as error:
                 self.run_log.say(f"WARNING: {error}; the run goes on")
+        if self.follows_evaluations and step:
+            schedule: Any = self.lr_scheduler
+            name = self.args.metric_for_best_model or ""
+            schedule.step(metrics[f"eval_{name.removeprefix('eval_')}"])
         self.run_log.draw(self.state.log_history, config.title)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluate(self, *given: Any, **more: Any) -> dict[str, float]:
+        """Evaluate as Trainer does, but leave the schedule to ``evaluate``: a resumed run may repeat an evaluation."""
+        return super()._evaluate(*given, **more | {"skip_scheduler": True})
 
     def _sample(self) -> dict[str, float]:
         """Answer some held-out prompts for samples.jsonl; return their mean length and the share that ended."""

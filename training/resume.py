@@ -123,7 +123,7 @@ def find_checkpoint(folder: Path, config: TrainConfig, log: Callable[[str], None
         _refuse(changed, found.path, config, log)
         if other := [text for text in changed if text.startswith("optim was ")]:
             raise InputError(
-                f"{found.path} holds the state of another optimizer ({other[0]}), which no other can use; resume with "
+                f"{found.path} holds the state of another optimizer ({other[0]}), which is of no use here; resume with "
                 "the old one, or start a new run in another output_dir"
             )
     return found

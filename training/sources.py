@@ -72,7 +72,7 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
         raise InputError(f"data source {given!r}: must be a string, or a section with path, or a list of these")
     path = local_path(given["path"])
     if "://" in path:
-        raise InputError(f"data source {path}: addresses are not read; give the hub's name ORG/NAME, or download it")
+        raise InputError(f"data source {path}: URLs are not read; give the hub name ORG/NAME, or download the data")
     check_names(given, list(Source.__dataclass_fields__), f"of the data source {path}: ")
     values: dict[str, Any] = {"columns": columns or {}} | given | {"path": path}
     source = Source(**values)
@@ -82,7 +82,7 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
         raise InputError(f"{path}: weight={source.weight!r} must be a number above 0")
     check_names(source.columns, ["prompt", "chosen", "rejected", "tools"], "columns.")
     if twice := [name for name, count in Counter(source.columns.values()).items() if count > 1]:
-        raise InputError(f"{path}: columns takes two columns of a pair from {twice[0]!r}; name another for one of them")
+        raise InputError(f"{path}: columns reads {twice[0]!r} for two columns of a pair; name another for one of them")
     return [source]
 
 
@@ -163,7 +163,7 @@ class Records:
     def _table_rows(self) -> Iterator[tuple[int, dict[str, Any], int]]:
         with _loading(self.source):
             for at, values in enumerate(self.rows):
-                yield at, _without_nulls(values), at + 1
+                yield at, {name: _without_nulls(value) for name, value in values.items()}, at + 1
 
 
 @contextmanager

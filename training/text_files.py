@@ -31,7 +31,7 @@ def read_records(path: Path, kind: str, compression: str) -> Iterator[tuple[int,
             head = file.peek(64)[:64]
             if _BINARY.search(head):
                 raise InputError(
-                    f"{path}: is no text in UTF-8; save text in UTF-8, unpack archives, and let names end by format: "
+                    f"{path}: is not UTF-8 text; save text as UTF-8, unpack archives, and end names in their format: "
                     f"{', '.join(COMPRESSIONS)} or .parquet"
                 )
             file.read(3 if head[:3] == b"\xef\xbb\xbf" else 0)
@@ -54,7 +54,7 @@ def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(items)
     if len(values) < len(items):
         names = [name for name, _ in items]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice; keep one")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice; keep one")
     return values
 
 

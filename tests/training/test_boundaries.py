@@ -100,9 +100,12 @@ def test_answers_that_take_up_the_question_are_counted_and_kept(tmp_path):
         {"prompt": "Hello", "chosen": "Hello! What is it?", "rejected": "Hello there."},
         {"prompt": "What is light? ", "chosen": "What is light? A wave.", "rejected": "A wave."},
         {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
+        {"prompt": "Good morning", "chosen": "Good morning! Tea?", "rejected": "Good morning."},
     ]
-    assert len(load(tmp_path, records, byte_tokenizer(), said)) == 3
-    assert re.search(r"1 with one answer that begins with the prompt \(.*:2\), 1 with answers that .*:1\)", said[-1])
+    assert len(load(tmp_path, records, byte_tokenizer(), said)) == 4
+    assert re.search(
+        r"1 with one answer that begins with the prompt \(.*:2\), 2 with answers that .*:1, .*:4\)", said[-1]
+    )
 
 
 def test_messages_of_the_prompt_are_not_repeated_in_the_responses(tmp_path):

@@ -14,6 +14,7 @@ from inspo_kernels.objectives import OBJECTIVES
 from training.config import TrainConfig
 from training.errors import InputError
 from training.options import parse_config
+from training.other_options import UNSUPPORTED
 from training.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,9 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--sequence_len", "1"], "here it is max_length"),
         (["--lora_dropout", "0"], "here it is lora.lora_dropout"),
         (["--lora_target_modules", "q"], "here it is lora.target_modules"),
+        (["--lora_rank", "8"], "here it is lora.r$"),  # LLaMA-Factory's
+        (["--lora_target", "all"], "here it is lora.target_modules"),
+        (["--rpo_alpha", "1"], "a mixture with SFT needs a loop of your own"),
         (["--load_in_4bit", "true"], "here it is quantization: 4bit"),
         (["--f_divergence_type", "js"], "here it is divergence"),
         (["--disable_dropout", "true"], "not needed: dropout is always off"),
@@ -139,8 +143,8 @@ def test_bad_options_are_named(arguments, message):
         ("beta: [1\n", "c.yaml: .*line 2"),
         ("just words\n", "c.yaml: must hold lines of the form"),
         ("max_steps: soon\n", "max_steps"),
-        ("beta: 0.1\nseed: 1\nbeta: 0.2\n", "c.yaml: line 3: 'beta' stands there twice"),
-        ("lora: {r: 1, r: 2}\n", "'r' stands there twice"),
+        ("beta: 0.1\nseed: 1\nbeta: 0.2\n", "c.yaml: line 3: 'beta' appears twice"),
+        ("lora: {r: 1, r: 2}\n", "'r' appears twice"),
         ("? [a, b]\n: 1\n", "line 1: a key must be a word"),
     ],
 )
@@ -202,3 +206,12 @@ def test_numbers_in_sections_may_have_exponents(tmp_path):
     file.write_text("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-7}\nlora: {r: 8}\n")
     config = parse_config([*REQUIRED, "--config", str(file), "--lora.lora_alpha", "1E1"])
     assert config.lr_scheduler_kwargs == {"min_lr": 1e-7} and config.lora == {"r": 8, "lora_alpha": 10.0}
+
+
+def test_a_default_may_be_written_out(tmp_path):
+    """Also the default of an option that is refused otherwise."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    given = {name: defaults[name] for name in UNSUPPORTED if defaults[name] is not None}
+    for values in (given, given | {"include_num_input_tokens_seen": False}):
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+        assert parse_config([*REQUIRED, "--config", str(tmp_path / "c.yaml")]) == parse_config(REQUIRED)

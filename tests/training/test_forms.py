@@ -48,6 +48,19 @@ def test_conversations_in_cells_of_text_are_read(tmp_path):
     assert pairs[0][:3] == pairs[1][:3]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"$lookup": {"from": "orders", "as": "found"}}]',
+        '[{"name": "Ann", "role": "admin"}]',
+        '[{"from": "Rome", "to": "Oslo"}] is the way',
+    ],
+)
+def test_json_that_holds_no_messages_is_text(tmp_path, text):
+    (pair,) = load(tmp_path, [{"prompt": "As JSON: ", "chosen": text, "rejected": "[]"}], byte_tokenizer())
+    assert texts(pair, byte_tokenizer())[1] == f"{text}<eos>"
+
+
 @pytest.mark.parametrize("part", [{"type": "image", "image": "a.png"}, {"type": "image_url"}, {"type": "input_audio"}])
 def test_parts_that_are_no_text_are_refused_by_name(tmp_path, part):
     with pytest.raises(InputError, match=f"d.jsonl:1: a message of 'prompt' has a part of type '{part['type']}'"):

@@ -162,7 +162,7 @@ def test_a_run_says_what_it_will_write(tmp_path: Path, monkeypatch: pytest.Monke
     train(config, token_pairs(), model=model, quiet=True)
     size = sum(file.stat().st_size for file in (out / "checkpoint-6").iterdir())
     one = sum(12 * p.numel() for p in model.parameters())
-    assert f"3 checkpoints of {one / GIB:.2f} GiB" in said[0] and size == pytest.approx(one, rel=0.01)
+    assert f"checkpoints 3 x {one / GIB:.2f} GiB" in said[0] and size == pytest.approx(one, rel=0.01)
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=one))
     report_disk(model, config, 6, said.append)
     assert said[-1].startswith("WARNING: that is more than") and "save_total_limit" in said[-1]

@@ -183,7 +183,7 @@ def test_the_model_card_says_what_was_done_and_measured(finished):
         "objective: dpo",
         "before training",
         f"torch {torch.__version__}",
-        "python -m training.generate --model run/final",
+        "python -m training.generate --model FOLDER",
     ]
     for fact in facts:
         assert fact in card.text, fact

@@ -40,7 +40,7 @@ def remark(tmp_path, record, template=CHATML, kept=True):
     """What is said of ``record``, beside one that nothing is wrong with."""
     said = []
     assert len(load(tmp_path, [CHAT, record], tokenizer_with(template), said)) == 1 + kept
-    return re.search(rf"{'none; ' if kept else 'dropped: '}1 (.*?) \(.*d\.jsonl:2\)", said[-1] if kept else said[0])[1]
+    return re.search(rf"{'noted: ' if kept else 'dropped: '}1 (.*?) \(.*d\.jsonl:2\)", said[-1] if kept else said[0])[1]
 
 
 @pytest.mark.parametrize("record", [CHAT, STRINGS])

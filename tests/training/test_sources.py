@@ -137,12 +137,20 @@ def test_pairs_know_their_line_or_row(tmp_path, form, origins):
 
 @pytest.mark.parametrize("form", ["json", "csv", "parquet", "saved", "jsonl.gz"])
 def test_a_bad_record_is_named_in_every_format(tmp_path, form):
-    records = [*RECORDS[:2], {**RECORDS[2], "rejected": "Why 2?", "chosen": "Why 2? Ja", "prompt": "Why 2?"}]
-    records[2]["rejected"] = "Why 2? Nein"
+    prompt = "Why is 2?"
+    records = [*RECORDS[:2], {"prompt": prompt, "chosen": f"{prompt} Ja", "rejected": f"{prompt} Nein"}]
     file = write(tmp_path, form, records)
     where = {"json": ":12", "csv": ":6", "parquet": " row 2", "saved": " row 2", "jsonl.gz": ":3"}[form]
     with pytest.raises(InputError, match=rf"d\.{form}{where}: 'chosen' begins with the prompt"):
         load_pairs(file, TOKENIZER)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "saved"])
+def test_a_null_prompt_is_not_replaced(tmp_path, form):
+    """Words that both answers begin with would be taken for it."""
+    records = [*RECORDS, {"prompt": None, "chosen": "The sea is blue", "rejected": "The sea is red"}]
+    with pytest.raises(InputError, match=rf"d\.{form}( row |:)\d: 'prompt' is null"):
+        load_pairs(write(tmp_path, form, records), TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -163,9 +171,9 @@ def test_a_bad_record_is_named_in_every_format(tmp_path, form):
         ("d.jsonl.xz", b"no xz", r"d\.jsonl\.xz: cannot be decompressed"),
         ("d.jsonl.zst", b"no zstd", r"d\.jsonl\.zst: cannot be decompressed"),
         ("d.jsonl.zst", zstd(b'{"prompt": "a"}\n' * 9)[:-3], r"d\.jsonl\.zst: cannot be decompressed"),
-        ("d.jsonl", gzip.compress(b"{}"), r"d\.jsonl: is no text in UTF-8; .* names end by format: \.gz"),
-        ("d.zip", b"PK\3\4\x14", r"d\.zip: is no text in UTF-8; .*unpack archives"),
-        ("d.pq", b"PAR1\x15\4", r"d\.pq: is no text in UTF-8; .*\.parquet"),
+        ("d.jsonl", gzip.compress(b"{}"), r"d\.jsonl: is not UTF-8 text; .* end names in their format: \.gz"),
+        ("d.zip", b"PK\3\4\x14", r"d\.zip: is not UTF-8 text; .*unpack archives"),
+        ("d.pq", b"PAR1\x15\4", r"d\.pq: is not UTF-8 text; .*\.parquet"),
         ("d.parquet", b"no parquet", r"d\.parquet: could not be read"),
         ("d.arrow", b"no arrow", r"d\.arrow: could not be read"),
     ],
@@ -179,15 +187,15 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"d\.jsonl: is no text in UTF-8; save text in UTF-8"),
-        ("d.json", '[{"prompt": "a"}]'.encode("utf-16"), r"d\.json: is no text in UTF-8; save text in UTF-8"),
-        ("d.csv", "prompt,chosen\n".encode("utf-16"), r"d\.csv: is no text in UTF-8; save text in UTF-8"),
-        ("d.jsonl", b'{"chosen": "b", "prompt": "a", "chosen": "c"}', r"d\.jsonl:1: .*'chosen' stands there twice"),
-        ("d.json", b'[{"a": 1},\n{"a": {"b": 1, "b": 2}}]', r"d\.json:2: .*'b' stands there twice"),
+        ("d.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"d\.jsonl: is not UTF-8 text; save text as UTF-8"),
+        ("d.json", '[{"prompt": "a"}]'.encode("utf-16"), r"d\.json: is not UTF-8 text; save text as UTF-8"),
+        ("d.csv", "prompt,chosen\n".encode("utf-16"), r"d\.csv: is not UTF-8 text; save text as UTF-8"),
+        ("d.jsonl", b'{"chosen": "b", "prompt": "a", "chosen": "c"}', r"d\.jsonl:1: .*'chosen' appears twice"),
+        ("d.json", b'[{"a": 1},\n{"a": {"b": 1, "b": 2}}]', r"d\.json:2: .*'b' appears twice"),
         ("d.csv", b"prompt,chosen,rejected,chosen\na,b,c,d\n", r"d\.csv:1: two columns have the same name"),
         ("d.csv", b'prompt,chosen,rejected\n"a\n",b,c\n\xe9,b,c\n', r"d\.csv:4: not a line of CSV in UTF-8"),
         ("d.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": NaN}', r"d\.jsonl:1: 'rejected' must be a string"),
-        ("d.jsonl", b"\0\0\0", r"d\.jsonl: is no text in UTF-8"),
+        ("d.jsonl", b"\0\0\0", r"d\.jsonl: is not UTF-8 text"),
     ],
 )
 def test_text_that_others_read_wrong_is_refused(tmp_path, name, content, message):
@@ -294,7 +302,7 @@ def test_a_weight_that_leaves_nothing_is_refused(tmp_path):
 def test_a_source_that_is_named_twice_is_noted(tmp_path):
     file, said = write_jsonl(tmp_path / "d.jsonl", RECORDS), []
     assert len(load_pairs([file, file], TOKENIZER, log=said.append)) == 10
-    assert "d.jsonl stands there more than once" in said[0]
+    assert "d.jsonl is listed more than once" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -383,11 +391,11 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
         ({"path": "d", "weight": 0}, "weight=0 must be a number above 0"),
         ({"path": "d", "weight": "2"}, "must be a number"),
         ({"path": "d", "columns": {"promt": "q"}}, "columns.promt; did you mean 'prompt'"),
-        ({"path": "d", "columns": {"chosen": "q", "rejected": "q"}}, "takes two columns of a pair from 'q'"),
+        ({"path": "d", "columns": {"chosen": "q", "rejected": "q"}}, "reads 'q' for two columns of a pair"),
         ('[{"path": ', "not JSON"),
         (3, "must be a string"),
-        ("https://huggingface.co/datasets/org/name", "addresses are not read; give the hub's name ORG/NAME"),
-        ({"path": "hf://datasets/org/name"}, "addresses are not read"),
+        ("https://huggingface.co/datasets/org/name", "URLs are not read; give the hub name ORG/NAME"),
+        ({"path": "hf://datasets/org/name"}, "URLs are not read"),
     ],
 )
 def test_a_source_that_is_ill_written_says_how(given, message):
