@@ -118,7 +118,7 @@ def helps(result: dict[str, Any]) -> str:
     few_passes = json.loads((RESULTS / "study" / "study.json").read_text())
     many_passes, best_stop, _ = axis_report.sentences(result)
     return (
-        f"Compared with the plain objective after two passes over the pairs, InSPO: {against_plain(few_passes)}. "
+        f"After two passes over the pairs, InSPO against the plain objective: {against_plain(few_passes)}. "
         f"{many_passes} {best_stop}"
     )
 
