@@ -80,7 +80,6 @@ BUDGETS = {
         r"fp32 logits, sums, plain": Budget(16.5, 1, 32, 8),
         r"fp32 logits, (\w+ )?E( in place)?, plain.*(word 0|sm_120)": Budget(18, 1, 40, 6),
         r"fp32 logits, (\w+ )?E( in place)?, plain": Budget(17.5, 1, 32, 8),
-        r"fp32 logits, sums, cap.*sm_100": Budget(39, 3, 44, 5),
         r"fp32 logits, sums, cap": Budget(41, 3, 40, 6),
         r"fp32 logits, (\w+ )?E( in place)?, cap.*sm_100": Budget(43, 3, 48, 5),
         r"fp32 logits, (\w+ )?E( in place)?, cap": Budget(46.5, 3, 40, 6),

@@ -23,7 +23,7 @@ def nearest(name: Any, known: Iterable[str]) -> str:
 
 
 def integer(name: str, value: Any, *, minimum: int | None = None, hint: str = "") -> int:
-    """Return ``value`` as an ``int``; raise unless it is an integer (no bool) of at least ``minimum``.
+    """Return ``value`` as an ``int``; raise unless it is an integer (not a bool) of at least ``minimum``.
 
     ``hint`` ends the error message.
     """

@@ -225,10 +225,10 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 
 
 @first_order_only
-def _scale_gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _scale_gradients(ctx: Any, saved: tuple[Tensor, ...], upstream: list[Tensor]) -> tuple[Tensor | None, ...]:
     hidden, weight, bias = (
         (gradient * upstream[0]).to(dtype) if needed else None
-        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)
+        for gradient, dtype, needed in zip(saved, ctx.dtypes, ctx.needs)
     )
     labels = None
     gradients = (None, None, None, hidden, weight, labels, bias)
@@ -269,7 +269,7 @@ _TOKEN_ARGUMENTS = (
     "inspo_kernels::linear_logps", mutates_args=(), schema=f"({_TOKEN_ARGUMENTS}) -> Tensor[]", tags=_TAGS
 )
 def _linear_logps(needs: list[bool], compute_dtype: torch.dtype, *arguments: Any) -> list[Tensor]:
-    """Return log-probs; the gradient of each in its own row of hidden if the head is frozen, else empty; statistics."""
+    """Return log-probs; for a frozen head the gradient of each in its own row of hidden, else empty; statistics."""
     hidden, _, _, targets, *_ = arguments
     scored = _scored_tokens(compute_dtype, *arguments)
     scores, dx = scored.forward(Needs(*needs), may_keep=False)
@@ -326,19 +326,17 @@ def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> Non
     ctx.options = _flatten(replace(_unflatten(TokenOptions, options), statistics=())).values()
     ctx.frozen = ctx.needs[0] and not (ctx.needs[1] or ctx.needs[2])
     ctx.dtype = hidden.dtype
-    if ctx.frozen:
-        ctx.save_for_backward(output[1])
-    else:
-        ctx.save_for_backward(hidden, weight, bias, targets)
+    # output[1], empty unless the head is frozen, is also saved for ``first_order_only``.
+    ctx.save_for_backward(output[1], *(() if ctx.frozen else (hidden, weight, bias, targets)))
 
 
 @first_order_only
-def _token_gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _token_gradients(ctx: Any, saved: tuple[Any, ...], upstream: list[Tensor]) -> tuple[Tensor | None, ...]:
     if ctx.frozen:
-        (dhidden,) = ctx.saved_tensors
+        (dhidden,) = saved
         gradients = [(dhidden * upstream[0].unsqueeze(-1)).to(ctx.dtype), None, None]
     else:
-        results = _linear_logps_backward(upstream[0], ctx.needs, ctx.compute_dtype, *ctx.saved_tensors, *ctx.options)
+        results = _linear_logps_backward(upstream[0], ctx.needs, ctx.compute_dtype, *saved[1:], *ctx.options)
         gradients = [g if needed else None for g, needed in zip(results, ctx.needs)]
     targets = None
     return (None, None, *gradients, targets, *(None for _ in ctx.options))
@@ -348,7 +346,7 @@ _linear_logps.register_autograd(_token_gradients, setup_context=_save_tokens)
 
 
 def _in_worker(run: Callable[[], _T], device: torch.device) -> _T:
-    """Call ``run`` in another thread: objectives need autograd, and torch turns it off for an operator's thread."""
+    """Call ``run`` in another thread: objectives need autograd, and torch turns it off in the operator's thread."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def on_stream() -> _T:

@@ -103,7 +103,7 @@ def fused_inspo_loss(
     Raises:
         TypeError, ValueError: before any matmul. The message names the argument and what to change.
     """
-    refuse_transforms("fused_inspo_loss", backend)
+    refuse_transforms("fused_inspo_loss")
     refuse_compiled(process_group=process_group, sequence_group=sequence_group)
     split = Split.of(process_group, sequence_group)
     with errors_shared(split, hidden):
@@ -174,7 +174,7 @@ class _FusedPairLoss(torch.autograd.Function):
         assert p.run is not None
         losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, x, needs)
         ctx.dtypes = dtypes_of(x, weight, bias)
-        # ``losses`` leads the backward pass to this node if it is to be differentiated; see ``first_order_only``.
+        # A backward pass that is differentiated reaches this node through ``losses``; see ``first_order_only``.
         ctx.save_for_backward(losses, *gradients.tensors)
         ctx.set_materialize_grads(False)
         # What ctx itself holds lives as long as the loss, not only until its backward.
@@ -185,11 +185,12 @@ class _FusedPairLoss(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Tensor | None, ...], upstream: Tensor | None, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 5
-        _, *tensors = ctx.saved_tensors
-        return (*ctx.gradients.replace_tensors(*tensors).scaled(upstream, *ctx.dtypes), None, None)
+        return (*ctx.gradients.replace_tensors(*saved[1:]).scaled(upstream, *ctx.dtypes), None, None)
 
 
 def _reference(tensors: PairTensors, options: PairOptions, p: Prepared) -> InSPOOutput:

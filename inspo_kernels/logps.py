@@ -71,7 +71,8 @@ def linear_logps(
     d logp / d hidden, one H-vector, and backward recomputes nothing: 4NHV. With a trainable head, the C tokens that the
     workspace holds are kept until the backward pass: 6NHV + 2HV max(0, N - C).
     """
-    refuse_transforms("linear_logps", backend)
+    if backend != "reference":
+        refuse_transforms("linear_logps")
     refuse_compiled(process_group=process_group)
     split = Split.of(process_group)
     with errors_shared(split, hidden):
@@ -101,6 +102,7 @@ def linear_logps(
     return (logps, {name: scored.scatter(v, targets.shape) for name, v in zip(names, values)}) if names else logps
 
 
+@torch.compiler.disable(reason="pair_logps plans from the labels, whose values a graph does not know")
 @torch.no_grad()
 def pair_logps(
     hidden: Tensor,
@@ -131,8 +133,8 @@ def pair_logps(
         - sums: float64, in nats.
         - lengths: int64, scored tokens. 0 for a response without a scored token.
 
-        Row 0 of each holds the chosen, row 1 the rejected responses. With marginals, rows 2 and 3 hold those of
-        log pi(y_w | x) and log pi(y_l | x).
+        Row 0 of each holds the chosen, row 1 the rejected responses. With marginals, rows 2 and 3 hold the
+        marginals of the chosen and rejected responses, log pi(y_w | x) and log pi(y_l | x).
 
     Raises:
         TypeError, ValueError: as ``fused_inspo_loss``.
@@ -206,11 +208,11 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Any, ...], upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs.head:
-            _, dx = ctx.saved_tensors
+            _, dx = saved
             return (dx * upstream.unsqueeze(1)).to(ctx.dtypes[0]), None, None, None, None
-        _, x, targets, weight, bias, dx, *others = ctx.saved_tensors
+        _, x, targets, weight, bias, dx, *others = saved
         run, sums = ctx.scored.run, None
         if ctx.recomputes:
             run = replace(run, head=replace(run.head, weight=weight, bias=bias))

@@ -32,7 +32,7 @@ class TokenOptions:
 
     @classmethod
     def checked(cls: type[_Options], **given: Any) -> _Options:
-        """Check and convert ``given``. Raise ``TypeError`` or ``ValueError`` that names an argument that is wrong."""
+        """Check and convert ``given``. The ``TypeError`` or ``ValueError`` names the wrong argument."""
         return cls(**check_options(given))
 
 

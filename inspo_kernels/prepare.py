@@ -21,8 +21,8 @@ from .pair_loss import PairTerms
 from .passes import HeadPass
 from .scored_rows import checked_labels
 
-# If the user sets no bound, a pair longer than the default workspace gets up to this many times its rows: computing the
-# logits twice would take up to a third more time.
+# If the user sets no bound, a pair that does not fit the default workspace gets one of up to this many times the rows:
+# computing the logits twice would take up to a third more time.
 PAIR_GROWTH = 4
 
 
@@ -41,7 +41,7 @@ class Prepared:
 
 
 def prepare(tensors: PairTensors, options: PairOptions, split: Split | None = None) -> Prepared:
-    """Plan a call of the loss with checked ``options``; raises the errors of ``fused_inspo_loss``."""
+    """Plan a call of the loss with checked ``options``; raise the errors of ``fused_inspo_loss``."""
     t, o = tensors, options
     hidden, objective = t.hidden, make_objective(o.objective)
     head = checked_head(hidden, t.weight, t.bias, o.softcap, o.logit_scale, is_shard=splits_words(split))
@@ -199,7 +199,9 @@ def _vector(name: str, tensor: Tensor | None, length: int, device: torch.device)
     if tensor is None:
         return None
     if tensor.shape != (length,):
-        remedy = f": pass {name}.flatten()" if tensor.numel() == length else ""  # a table of pair_logps
+        # A table of pair_logps is in the right order; a table with one row for each pair would not be.
+        in_order = tensor.numel() == length and tensor.shape[:1].numel() in (1, 2, length)
+        remedy = f": pass {name}.flatten()" if in_order else ""
         raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}{remedy}")
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device, which holds no data")

@@ -1,7 +1,7 @@
-"""Compute the same results in plain torch; read this first. Every logit is materialised, every gradient is torch's.
+"""Compute the public functions in plain torch; read this first. It materialises all logits and uses torch's gradients.
 
 This is the oracle of the tests: given float64 inputs it computes in float64 throughout (float32 for all others). It
-shares only ``objectives`` and ``pair_loss``, which turn sums into a loss, with the fast path. Sequences are processed
+shares with the fast path only ``objectives`` and ``pair_loss``, which turn sums into a loss. Sequences are processed
 one by one, and nothing is planned, grouped or reused.
 """
 

@@ -41,7 +41,7 @@ def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | 
 
 
 def open_tile(backend: Backend, head: LMHead, capacity: int, workspace_bytes: int) -> HeadTile:
-    """Return a workspace of ``backend`` that keeps up to ``capacity`` rows; it does nothing without words."""
+    """Return a workspace of ``backend`` that keeps up to ``capacity`` rows, or a dummy if the head has no words."""
     if head.vocab_size:
         return backend.open_tile(head, capacity, workspace_bytes)
     # A head of one word, which is never multiplied, shows how many rows the other ranks' tiles take.

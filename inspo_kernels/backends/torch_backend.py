@@ -186,7 +186,7 @@ class TorchTile(HeadTile):
     def bias(self) -> Tensor | None:
         if self.head.bias is None:
             return None
-        # In float64, not by ``_multiply``, which would turn a bias of -inf into NaN.
+        # In float64, not by ``_multiply``, which could turn a bias of -inf into NaN.
         return (self._widen(self.head.bias).double() * self.inner).to(self.dtype)
 
     @cached_property
@@ -222,7 +222,7 @@ class TorchTile(HeadTile):
         """Return ``factor`` * t, in ``out`` if given, as if ``factor`` had not been rounded to t's dtype.
 
         A rounded constant would scale all logits by the same wrong factor, and that error grows with the length of a
-        response. Here the first part of the constant is exact in few bits, and the second part is small.
+        response. So t is multiplied by the first 12 bits of the constant, which are exact. A small correction is added.
         """
         if factor == 1.0:
             return t

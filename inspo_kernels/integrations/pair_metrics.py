@@ -39,7 +39,7 @@ class PairMetrics:
     Args:
         beta: reward of a log-ratio of one nat, as in TRL.
         add_over_ranks: sums a tensor over all ranks.
-        copies: ranks that read the same pairs, because they share each model by tensor parallelism.
+        copies: number of ranks that read the same pairs because tensor parallelism splits each model over them.
     """
 
     def __init__(self, beta: float, add_over_ranks: Callable[[Tensor], Tensor], copies: int = 1) -> None:

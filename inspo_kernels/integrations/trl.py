@@ -140,6 +140,7 @@ class InSPOTrainer(DPOTrainer):
         super().__init__(model, ref_model, args, **kwargs)
         args = self.args
         self._parts = objective_parts(args)
+        self._objective = objective_of(self._parts)  # one object for all steps: torch.compile compiles for each object
         self._conditioned, self._marginal_weight = _option(args, "conditioned"), _option(args, "marginal_weight")
         self._needs_marginals = self._conditioned and (self._marginal_weight > 0 or fits_tokens(self._parts))
         split = self.accelerator.parallelism_config
@@ -287,7 +288,7 @@ class InSPOTrainer(DPOTrainer):
             "statistics": STATISTICS,
         }
         if self.args.ld_alpha is None and not self.args.use_weighting:
-            return partial(pair_loss, objective=objective_of(self._parts), **terms)
+            return partial(pair_loss, objective=self._objective, **terms)
         options = {"ld_alpha": self.args.ld_alpha, "use_weighting": self.args.use_weighting}
         return partial(token_loss, parts=self._parts, **options, **terms)
 

@@ -6,7 +6,8 @@ below |u| = 0.625 (P fitted to a relative error of 4e-9; 8e-8 was seen in float3
 quotient, whose absolute error there is 1e-16.
 
 A constant that is rounded to float32 would scale all logits alike: the errors of a response's tokens would have one
-sign and add up. So float32 multiplies by the constant and by what rounding took from it.
+sign and add up. So float32 multiplies by a float32 number just below the constant, and adds the product with the rest
+of the constant. The rest is positive, never 0, so that an infinite logit stays infinite and does not become NaN.
 """
 
 # Arguments of kernels are typed by Triton at launch.
@@ -21,18 +22,25 @@ TWO_LOG2_E = tl.constexpr(2.8853900817779268)
 
 
 @triton.constexpr_function
-def _rounded_off(constant):
-    """Return what rounding to float32 takes from ``constant``, by Veltkamp's split of a double at 24 bits."""
+def _just_below(constant):
+    """Return a float32 number below a positive ``constant``, by Veltkamp's split of a double at 24 bits."""
+    constant = constant * (1.0 - 2.0**-23)
     scaled = constant * (2.0**29 + 1.0)
-    return constant - (scaled - (scaled - constant))
+    return scaled - (scaled - constant)
+
+
+@triton.constexpr_function
+def _rest(constant):
+    """Return what ``_just_below`` takes from ``constant``."""
+    return constant - _just_below(constant)
 
 
 @triton.jit
 def _times(z, CONSTANT: tl.constexpr):
-    """z times the constant; the kernel computes it as a product and a fused multiply-add."""
+    """z times a positive constant; in float32 a product and a fused multiply-add."""
     product = z * CONSTANT
     if z.dtype == tl.float32:
-        product += z * _rounded_off(CONSTANT)
+        product = z * _just_below(CONSTANT) + z * _rest(CONSTANT)
     return product
 
 

@@ -147,8 +147,8 @@ def _compiled(model: Any, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tens
 def _tail_while_tracing(address: int) -> Tail:
     """Return the verified tail; verify it on two tokens if no call outside torch.compile has done so.
 
-    ``address`` is the model's id(), on which the compiled code is then guarded: torch 2.11 passes no module to such a
-    function. The caller holds the model, so the address is valid.
+    ``address`` is the model's id(), because torch 2.11 passes no module to such a function. torch guards the compiled
+    code on it. The caller holds the model, so the address is valid.
     """
     model = ctypes.cast(address, ctypes.py_object).value
     head = model.get_output_embeddings()

@@ -93,7 +93,7 @@ def _scales(fitted: float, named: Sequence[float], tolerance: float) -> list[flo
 
 
 def named_numbers(model: Any) -> list[float]:
-    """Return the positive numbers of a model and its configs, with names that mention logits first."""
+    """Return the positive numbers of a model and its configs; those whose names mention logits come first."""
     owners = (model, model.config, model.config.get_text_config())
     found = {value: name for owner in owners for name, value in numbers(owner).items() if value > 0}
     return sorted(found, key=lambda value: not any(word in found[value] for word in ("logit", "cap", "scal", "mult")))

@@ -199,7 +199,7 @@ class _LinearArguments(TorchFunctionMode):
 
 
 def _identity(head: nn.Module) -> list[tuple[int, int, int]]:
-    """Tell whether an engine has replaced parameters by other tensors, or filled empty parameters."""
+    """Return a value that changes if an engine replaces parameters by other tensors, or fills empty parameters."""
     return [(id(p), p.numel(), p.untyped_storage().size() if _has_storage(p) else 0) for p in head.parameters()]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Errors of hidden states relative to the largest: certainly rounding, and possibly rounding.
+# Bounds on the difference of hidden states, relative to the largest: below the first it is certainly rounding, above
+# the second it certainly is not.
 _ROUNDING = {torch.float64: (1e-12, 1e-6), torch.float32: (1e-6, 1e-3)}
 _ROUNDING_16_BIT = (5e-3, 0.1)
 

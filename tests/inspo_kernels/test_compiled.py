@@ -128,6 +128,34 @@ def test_linear_logps_equals_eager(needed):
             assert relative_error(a, b) < 1e-12
 
 
+def test_pair_logps_is_left_out_of_the_graphs():
+    def sums(hidden, weight, labels):
+        return 2 * ik.pair_logps(torch.tanh(hidden), weight, labels)[0]
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(sums, backend=counter)
+    for length in range(3, 7):
+        case = make_case([(2, length, 3), (1, 2, length + 1)], vocab=31)
+        arguments = case.hidden, case.weight, case.labels
+        assert relative_error(compiled(*arguments), sums(*arguments)) < 1e-12
+    assert counter.frame_count <= 4  # before and after the call: for the first length, and for all others
+
+
+@pytest.mark.parametrize("call", ["loss", "tokens"])
+def test_second_derivatives_raise_without_a_graph_of_the_backward(call):
+    def total(hidden, weight):
+        if call == "loss":
+            return ik.fused_inspo_loss(hidden, weight, RAGGED.labels, ref_logps=RAGGED.ref_logps).loss
+        return ik.linear_logps(hidden, weight, RAGGED.labels).sum()
+
+    hidden, weight = RAGGED.hidden.clone().requires_grad_(), RAGGED.weight.clone().requires_grad_()
+    loss = torch.compile(total, fullgraph=True, backend="eager")(hidden, weight)
+    (d_hidden,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    for wanted in (hidden, weight):
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.grad(loss + d_hidden.square().sum(), wanted, retain_graph=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_scaled_upstream(dtype):
     case = make_case([(4, 9, 7), (2, 5, 12)], hidden_size=16, vocab=101).to(torch.float32)

@@ -320,6 +320,23 @@ def test_second_derivatives_raise(call, is_leaf, end):
         penalised.backward() if end == "backward" else torch.autograd.grad(penalised, hidden)
 
 
+@pytest.mark.parametrize("call", ["loss", "tokens", "frozen tokens"])
+def test_a_checkpointed_call_takes_create_graph(call):
+    hidden, weight = RAGGED.hidden.clone().requires_grad_(), RAGGED.weight.clone().requires_grad_("frozen" not in call)
+
+    def total(hidden):
+        if call == "loss":
+            return ik.fused_inspo_loss(hidden, weight, RAGGED.labels, ref_logps=RAGGED.ref_logps).loss
+        return ik.linear_logps(hidden, weight, RAGGED.labels).sum()
+
+    (expected,) = torch.autograd.grad(total(hidden), hidden)
+    checkpointed = torch.utils.checkpoint.checkpoint(total, hidden, use_reentrant=False)
+    (found,) = torch.autograd.grad(checkpointed, hidden, create_graph=True)
+    assert torch.equal(found.detach(), expected)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        found.square().sum().backward()
+
+
 @pytest.mark.parametrize("name", ["fused_inspo_loss", "linear_logps"])
 def test_transforms_are_refused_with_advice_that_works(name):
     hidden, weight, labels = RAGGED.hidden, RAGGED.weight, RAGGED.labels
@@ -334,6 +351,11 @@ def test_transforms_are_refused_with_advice_that_works(name):
         with pytest.raises(RuntimeError, match=f"torch.func.*inspo_kernels.reference.{name}"):
             transform(lambda h: total(ik, h))(batched)
         transform(lambda h: total(ik.reference, h))(batched)
+    if name == "fused_inspo_loss":
+        with pytest.raises(RuntimeError, match=r"call inspo_kernels\.reference\.fused_inspo_loss"):
+            options["backend"] = "reference"
+            torch.func.grad(lambda h: total(ik, h))(hidden)
+        del options["backend"]
     leaf = hidden.clone().requires_grad_()
     (expected,) = torch.autograd.grad(total(ik, leaf), leaf)
     torch.testing.assert_close(torch.func.grad(lambda h: total(ik.reference, h))(hidden), expected)
@@ -733,6 +755,7 @@ UNSCORED[1] = IGNORE
         ({"ref_logps": None}, ValueError, "DPO needs ref_logps"),
         ({"ref_logps": RAGGED.ref_logps[:4]}, ValueError, r"ref_logps must have shape \(8,\)"),
         ({"ref_logps": RAGGED.ref_logps.view(2, 4)}, ValueError, r"pass ref_logps.flatten\(\)"),
+        ({"ref_logps": RAGGED.ref_logps.view(4, 2)}, ValueError, r"got \(4, 2\)$"),  # would be out of order
         ({"ref_logps": RAGGED.ref_logps.long()}, TypeError, "ref_logps must be a floating-point"),
         ({"ref_logps": [0.0] * 8}, TypeError, "ref_logps must be a floating-point tensor, got list"),
         ({"weight": RAGGED.weight.to_sparse()}, TypeError, r"weight must be a dense tensor.*to_dense\(\)"),

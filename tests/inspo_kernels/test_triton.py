@@ -471,3 +471,15 @@ def test_float32_errors_cancel_over_many_tokens(softcap):
     spread = (plain(hidden, weight, targets, softcap=softcap).double() - exact).square().mean().sqrt()
     errors = ik.linear_logps(hidden, weight, targets, softcap=softcap, backend="triton").double() - exact
     assert errors.mean().abs() < 6 * spread / len(targets) ** 0.5
+
+
+@pytest.mark.parametrize("softcap", [15.0, 30.0, 32.0])
+def test_softcap_of_infinite_logits_is_finite(softcap):
+    hidden, weight, bias, targets = inputs((6,), hidden_size=8, vocab=70, dtype=torch.float32, ignored=0.0)
+    bias[3], bias[65] = -torch.inf, torch.inf
+    hidden.requires_grad_(), weight.requires_grad_()
+    found = ik.linear_logps(hidden, weight, targets, bias=bias, softcap=softcap, backend="triton")
+    expected = plain(hidden, weight, targets, bias, softcap)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients_of(found.sum(), hidden, weight), gradients_of(expected.sum(), hidden, weight)):
+        assert want.isfinite().all() and relative_error(got, want) < 1e-5

@@ -61,6 +61,21 @@ def test_options_equal_trl(tmp_path, options):
     assert_same(*both(tmp_path, reference=model(seed=5), **options))
 
 
+@pytest.mark.sweep
+def test_a_compiled_mixture_is_not_compiled_at_each_step(tmp_path):
+    options = {"loss_type": ["sigmoid", "ipo"], "loss_weights": [0.8, 0.3], "conditioned": False}
+    options |= {"torch_compile": True, "torch_compile_backend": "eager", "num_train_epochs": 9}
+    graphs = []
+    for steps in (3, 6):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        make(
+            InSPOTrainer, InSPOConfig, tmp_path, policy=model(), reference=model(seed=5), max_steps=steps, **options
+        ).train()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[1]
+
+
 # Each loss type beside two others: a mixture adds what its parts give, and treats all types alike.
 @pytest.mark.sweep
 @pytest.mark.parametrize("second_is", [1, 4])
