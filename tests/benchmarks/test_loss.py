@@ -34,6 +34,7 @@ def no_processes(monkeypatch):
     monkeypatch.setattr(measure, "peak_memory_in_fresh_process", peak)
 
 
+@pytest.mark.sweep
 def test_quick_loss_writes_a_complete_file(tmp_path, capsys):
     file = tmp_path / "loss.json"
     loss.main(

@@ -18,6 +18,7 @@ def test_no_prompt_is_both_trained_on_and_held_out():
     assert not {tuple(p.prompt) for p in training} & {tuple(p.prompt) for p in held_out}
 
 
+@pytest.mark.sweep
 def test_results_hold_what_is_reported_and_no_path_of_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(real_pairs, "OBJECTIVES", {"simpo": {"beta": 1.5}})
     out = tmp_path / "r.json"

@@ -111,6 +111,7 @@ def test_an_anchor_ties_the_prompt_only_policy_to_the_plain_optimum(generator):
     torch.testing.assert_close(alone, tabular.plain_optimum(world, s), atol=1e-5, rtol=0)
 
 
+@pytest.mark.sweep
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
     file = tmp_path / "tabular.json"
     tabular.main(["--json", str(file), "--worlds", "2", "--responses", "3"])

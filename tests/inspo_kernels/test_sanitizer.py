@@ -101,6 +101,7 @@ def plant(tmp_path, monkeypatch):
     return planted
 
 
+@pytest.mark.sweep
 def test_no_finding_in_the_kernels_as_they_are():
     with Sanitizer() as checking:
         launch_all()
@@ -118,6 +119,7 @@ def test_planted_fault_is_found(name, plant):
     assert f"{fault.module}.py:" in str(found.value)
 
 
+@pytest.mark.sweep
 def test_a_barrier_before_the_label_store_is_seen(plant):
     plant(replace(NO_BARRIER, new=STORE_AT_LABEL.format(barrier="tl.debug_barrier()")))
     with Sanitizer() as checking:

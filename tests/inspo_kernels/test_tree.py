@@ -339,6 +339,7 @@ def test_gradient_checkpointing_and_autocast():
         assert (out.logps - exact).abs().max() <= 2 * error
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(shutil.which("g++") is None, reason="flex_attention on a CPU is compiled with g++")
 def test_compiled_flex_attention_gives_the_logps_of_rows():
     model = use_attention(make_model("llama"), "flex_attention")

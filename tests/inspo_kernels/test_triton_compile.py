@@ -214,6 +214,7 @@ def test_launches_of_tests_are_recorded_and_compiled(tmp_path):
     assert kernels == 2 and bad == 0 and 10 < compiled < 2 * launches
 
 
+@pytest.mark.sweep
 def test_interpreter_and_empty_selection_are_errors():
     done = python("-m", "benchmarks.compile_report", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "unset it" in done.stderr

@@ -185,6 +185,7 @@ def test_a_sharded_module_computes_what_a_whole_one_does(two: Path, name: str, t
             torch.testing.assert_close(got[key], wanted[key], rtol=0, atol=atol, msg=key)
 
 
+@pytest.mark.sweep
 def test_accelerate_launch_runs_the_command_line_in_two_processes(tmp_path: Path) -> None:
     more = ("--max_batch_tokens", "400", "--logging_steps", "1", "--eval_data", str(PAIRS))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp_8gpu.yaml")]
