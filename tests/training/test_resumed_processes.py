@@ -73,5 +73,5 @@ def test_one_process_and_two_read_each_others_checkpoints(folder, tmp_path):
 def test_a_disk_that_is_full_for_one_process_is_known_to_all(folder):
     assert not list((folder / "full").glob("checkpoint-*")) and (folder / "full" / "final").is_dir()
     seen = [json.loads((folder / f"{rank}.json").read_text())["full"] for rank in (0, 1)]
-    assert seen[0] == seen[1] and "no space in the first process" in seen[0]
+    assert seen[1] == f"in process 0: {seen[0]}" and "no space in the first process" in seen[0]
     assert not (folder / "fuller" / "final").exists()
