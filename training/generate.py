@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", choices=exports.FORMATS, default=form, help=f"format of --out [{form}]")
     add("--name", help="the model's name in --out [--model]")
     add("--chat", action="store_true", help="make each prompt a user's message of the chat template")
-    add("--max_new_tokens", type=int, default=1024, help="most tokens of an answer [1024]")
+    add("--max_new_tokens", type=int, help="most tokens of an answer [1024, or what the model's positions leave]")
     add("--temperature", type=float, help="0: greedy [0; mt_bench: by category, as in FastChat]")
     add("--seed", type=int, default=0, help="seed of the sampling [0]")
     add("--batch_size", type=int, default=16, help="prompts answered together [16]")
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not 0 <= (options.temperature or 0) < math.inf or options.seed < 0:
         parser.error("--temperature and --seed must be at least 0, and finite")
-    if min(options.max_new_tokens, options.batch_size) < 1:
+    if min(options.max_new_tokens or 1, options.batch_size) < 1 or options.max_new_tokens == 0:
         parser.error("--max_new_tokens and --batch_size must be at least 1")
     if (options.prompts is None) != (options.out is None):
         parser.error("--prompts and --out belong together: give both or neither")
@@ -251,6 +251,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _longest_answer(
+    model: PreTrainedModel, encoder: TextEncoder, questions: Sequence[Question], parts: int, between: int
+) -> int:
+    """Return the most tokens of an answer where none are given: 1024, or what the model's positions leave for it.
+
+    ``parts`` generations follow the prompt, each with an end token and ``between`` tokens of a separator.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    longest = max(len(prompt_ids(encoder, question, [])) for question in questions)
+    return int(max(1, min(1024, (positions - longest - (parts - 1) * (1 + between)) // parts)))
+
+
 def _run(options: argparse.Namespace) -> None:
     if options.out:
         out = Path(options.out)
@@ -265,12 +277,15 @@ def _run(options: argparse.Namespace) -> None:
     dtype: Literal["float32", "bfloat16"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model, tokenizer = load_model(DataOptions(model=options.model, dtype=dtype), training=False)
     model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the signature
-    common = {name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "seed")}
     temperature, encoder = options.temperature or 0.0, TextEncoder(tokenizer)
+    separator = separator_ids(tokenizer, options) if options.reflect else ()
+    if options.max_new_tokens is None:
+        parts = 2 if options.reflect else max(question.answers for question in questions)
+        options.max_new_tokens = _longest_answer(model, encoder, questions, parts, len(separator))
+    common = {name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "seed")}
     if options.reflect:
         from .reflect import reflect_questions  # here, because it imports this module
 
-        separator = separator_ids(tokenizer, options)
         found = reflect_questions(model, encoder, questions, separator=separator, temperature=temperature, **common)
         rows = [*found]
         said = f"draft: {rows[0]['draft']}\n\nanswer given the draft: {rows[0]['answer']}"

@@ -347,6 +347,15 @@ def test_bad_files_and_options_are_named(saved, tmp_path, capsys):
     assert (tmp_path / "there.json").read_text() == "kept"
 
 
+@pytest.mark.parametrize("more", [[], ["--reflect"]])
+def test_answer_takes_the_positions_that_the_model_has(saved, more, capsys):
+    model, folder = saved
+    model.config.max_position_embeddings = 64
+    model.config.save_pretrained(folder)
+    main(["--model", folder, "--prompt", "Why?", *more])
+    assert capsys.readouterr().out
+
+
 def test_answers_that_are_cut_off_are_counted(saved, tmp_path, capsys):
     _, folder = saved
     answer_file(tmp_path, folder, [{"prompt": text} for text in PROMPTS], "alpaca_eval")
