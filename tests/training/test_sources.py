@@ -171,7 +171,7 @@ def test_a_null_prompt_is_not_replaced(tmp_path, form):
         ("d.jsonl.xz", b"no xz", r"d\.jsonl\.xz: cannot be decompressed"),
         ("d.jsonl.zst", b"no zstd", r"d\.jsonl\.zst: cannot be decompressed"),
         ("d.jsonl.zst", zstd(b'{"prompt": "a"}\n' * 9)[:-3], r"d\.jsonl\.zst: cannot be decompressed"),
-        ("d.jsonl", gzip.compress(b"{}"), r"d\.jsonl: is not UTF-8 text; .* end names in their format: \.gz"),
+        ("d.jsonl", gzip.compress(b"{}", mtime=0), r"d\.jsonl: is not UTF-8 text; .* end names in their format: \.gz"),
         ("d.zip", b"PK\3\4\x14", r"d\.zip: is not UTF-8 text; .*unpack archives"),
         ("d.pq", b"PAR1\x15\4", r"d\.pq: is not UTF-8 text; .*\.parquet"),
         ("d.parquet", b"no parquet", r"d\.parquet: could not be read"),
