@@ -57,9 +57,10 @@ def joined_provenance(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[st
 
 
 def commit() -> str | None:
-    """Return the short hash of this checkout, None without git; "+changes" if a tracked file differs.
+    """Return the short hash of this checkout; "+changes" if a tracked file differs.
 
-    ``WRITTEN`` does not count: a run changes it in a checkout that was clean before.
+    ``WRITTEN`` does not count: a run changes it in a checkout that was clean before. In a copy without git the
+    environment variable INSPO_KERNELS_COMMIT may name the commit; otherwise it is None.
     """
 
     def git(*words: str) -> str:
@@ -71,7 +72,7 @@ def commit() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("INSPO_KERNELS_COMMIT")
 
 
 def read_result(path: str | Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -36,6 +37,13 @@ def test_results_and_pages_are_no_changes(checkout):
 def test_changed_code_marks_the_commit(checkout):
     (checkout / "package/code.py").write_text("new\n")
     assert result_files.commit().endswith("+changes")
+
+
+def test_a_copy_without_git_is_told_its_commit(checkout, monkeypatch):
+    shutil.rmtree(checkout / ".git")
+    assert result_files.commit() is None
+    monkeypatch.setenv("INSPO_KERNELS_COMMIT", "1234567")
+    assert result_files.commit() == "1234567"
 
 
 def test_resumed_file_names_every_commit(tmp_path, monkeypatch):
