@@ -35,17 +35,20 @@ def interleaved_times(
 ) -> dict[str, list[float]]:
     """Return each contender's seconds in each round. Every round runs all, so drifting load hits all alike.
 
+    Each round starts one contender further on. A GPU at its power limit is slower for whoever runs after a long load.
+
     After ``seconds`` no further round starts once there are ``FEWEST_ROUNDS`` (fewer only if ``rounds`` is).
     ``after_round`` gets what there is after each round, so that an interrupted run can keep it.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
     end = time.perf_counter() + seconds
     bar = tqdm(range(warmup + rounds), desc="rounds", unit="round", leave=False, disable=not sys.stderr.isatty())
     for i in bar:
         if i >= warmup + FEWEST_ROUNDS and time.perf_counter() > end:
             break
-        for name, run in contenders.items():
-            elapsed = seconds_of(run, device)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            elapsed = seconds_of(contenders[name], device)
             if i >= warmup:
                 times[name].append(elapsed)
         if i >= warmup:
