@@ -47,7 +47,8 @@ def interleaved_times(
     for i in bar:
         if i >= warmup + FEWEST_ROUNDS and time.perf_counter() > end:
             break
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        turn = i % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
             elapsed = seconds_of(contenders[name], device)
             if i >= warmup:
                 times[name].append(elapsed)
