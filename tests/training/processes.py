@@ -105,7 +105,7 @@ def sharded(name: str, folder: Path) -> dict[str, Any]:
     module: nn.Module = PairModel(model.eval(), config.make_objective(), config.marginal_weight)
     if process_count() > 1:
         mesh = init_device_mesh("cpu", (process_count(),))
-        low = torch.bfloat16 if config.bf16 else None
+        low = torch.bfloat16 if config.bf16 else None  # and output_dtype as in accelerate's own policy
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, output_dtype=low)
         for layer in decoder_layers(module, "FSDP2"):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
