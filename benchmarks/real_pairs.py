@@ -1,12 +1,12 @@
-"""Fine-tune a small model on real preference pairs with several objectives, each conditioned and plain.
+"""Fine-tune a small model on real preference pairs with several objectives, conditioned and plain.
 
     python -m benchmarks.real_pairs --pairs FILE.jsonl --json benchmarks/results/real_pairs.json
 
-A byte-level model is first fitted to the responses of the training prompts: half of them after the prompt alone, half
-after prompt and other response, so that it can take the conditioned layout. Each run then starts from that model. Whole
-prompts are held out; their pairs are reported conditioned and given the prompt alone, with 95% intervals that count the
-pairs of a prompt as one cluster. The model is far too small to answer anything. The run shows that real data goes
-through the whole pipeline, and the rewards on unseen prompts.
+A byte-level model is first fitted to the responses of the training prompts. Half of them follow the prompt alone, half
+follow the prompt and the other response, so that the model can handle the conditioned layout. Each run starts from that
+model. Whole prompts are held out. Their pairs are scored with the other response and given the prompt alone, with 95%
+intervals that treat the pairs of a prompt as one cluster. The model is far too small to answer anything. The run shows
+that real data passes through the whole pipeline, and reports rewards on unseen prompts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ REPORTED = [
 
 
 def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Return training and held-out pairs; no prompt is in both."""
+    """Return training pairs and held-out pairs that share no prompt."""
     prompts = sorted({tuple(p.prompt) for p in pairs})
     held_out = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
     return [p for p in pairs if tuple(p.prompt) not in held_out], [p for p in pairs if tuple(p.prompt) in held_out]
@@ -61,7 +61,7 @@ def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pa
 def fit_base(
     model: PreTrainedModel, pairs: list[Pair], pad: int, *, steps: int, rows: int, lr: float, seed: int
 ) -> float:
-    """Fit next tokens of either response, every other step after the other response; return the last mean loss."""
+    """Fit both responses, in every other step after the other response. Return the last mean loss."""
     rng = random.Random(seed)
 
     def batch(step: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -77,7 +77,7 @@ def fit_base(
 def pairs_of(
     parser: argparse.ArgumentParser, source: str, config: TrainConfig, tokenizer: Any, log: Callable[[str], None]
 ) -> list[Pair]:
-    """Return the pairs of ``--pairs`` that ``config`` can train on, or end with the parser's error."""
+    """Return the pairs in ``--pairs`` that ``config`` can train on, or exit with the parser's error."""
     try:
         return list(
             select_pairs(
@@ -94,7 +94,7 @@ def pairs_of(
 
 
 def command_of(module: str, arguments: Sequence[str], options: argparse.Namespace) -> str:
-    """Return the command for a result file, without the folders of the data and of the file itself."""
+    """Return the command for a result file, without the folder names of the data and of the file itself."""
     name = Path(options.pairs).name
     shown = {options.pairs: name, f"--pairs={options.pairs}": f"--pairs={name}"}
     return command(module, [shown.get(word, word) for word in arguments], options.json)
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def one_run(
     config: TrainConfig, base: PreTrainedModel, tokenizer: Any, training: list[Pair], held_out: list[Pair]
 ) -> dict[str, Any]:
-    """Train a copy of ``base``, reload what the run has saved and answer a held-out prompt with it."""
+    """Train a copy of ``base``, reload the saved model and answer a held-out prompt with it."""
     began = time.perf_counter()
     result = train(config, training, eval_pairs=held_out, model=copy.deepcopy(base), tokenizer=tokenizer, quiet=True)
     seconds = time.perf_counter() - began

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001  (minus signs and multiplication signs are meant)
-"""``docs/study_axis.md`` and its picture, from ``axis.json`` alone: ``python -m benchmarks.study.axis_report``."""
+"""Write ``docs/study_axis.md`` and its picture from ``axis.json``: ``python -m benchmarks.study.axis_report``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HYPOTHESES = {
 
 
 def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The report and its picture in ``folder``; returns the files."""
+    """Write the report and its picture to ``folder``. Return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     page, picture = folder / "study_axis.md", folder / "study_axis.png"
     page.write_text(text(result))
@@ -31,12 +31,12 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def finding(result: Mapping[str, Any]) -> str:
-    """Say what the tests of H1, H2 and H3 found, whichever way they went: a sentence each."""
+    """Return one sentence each on the outcomes of H1, H2 and H3."""
     return " ".join(sentences(result))
 
 
 def sentences(result: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return the findings of H1, H2 and H3."""
+    """Return the sentences on H1, H2 and H3."""
     plan, tests = result["plan"], result["hypotheses"]
     updates, pairs = plan["tested_updates"], plan["pairs"][0]
     passes = updates * plan["size"]["update_pairs"] // pairs
@@ -78,15 +78,15 @@ def _interval(value: Mapping[str, float]) -> str:
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     sections = [
         "# Does conditioning help when the pairs are passed over many times?",
         "<!-- written by python -m benchmarks.study; do not edit -->",
         *_warnings(result),
         _filled(finding(result)),
         _filled(
-            "The rules were fixed beforehand in the [protocol](study_protocol.md), which also describes world, arms "
-            "and training. [The first study](study.md) compares objectives and controls at few passes."
+            "The [protocol](study_protocol.md) fixed the rules beforehand. It also describes world, arms and training. "
+            "[The first study](study.md) compares objectives and controls with few passes."
         ),
         "![gain over the base by updates](study_axis.png)",
         _hypotheses(result),
@@ -149,8 +149,8 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
         {plan["tested_updates"]} updates − plain DPO at its best number of updates: {_signed(stopping)}.
         {_edge(result)}"""
     intro = f"""
-        {plan["pairs"][0]} pairs. Differences are paired by seed. H1 to H3 are tested together by Holm's method at
-        {LEVEL:g}."""
+        All three use {plan["pairs"][0]} pairs. Differences are paired by seed. Holm's method adjusts H1 to H3 together,
+        at level {LEVEL:g}."""
     return "\n".join(
         [
             "## The three hypotheses",
@@ -159,7 +159,7 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
             "",
             *_table(columns, rows),
             "",
-            f"As good as each other within ±{MARGIN:g}, by two one-sided tests at {LEVEL:g} each:",
+            f"Equally good within ±{MARGIN:g}, by two one-sided tests at level {LEVEL:g}:",
             "",
             *_table(["difference", "seeds", "mean (90%)", "p", "as good"], equal),
             "",
@@ -169,15 +169,16 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
 
 
 def _edge(result: Mapping[str, Any]) -> str:
-    """Says whether stopping earlier than the protocol allows might have been better, and where the best stop is."""
+    """Describe plain DPO's best stop, and whether stopping before the first checkpoint might have been better."""
     plan = result["plan"]
     best = result["cells"][str(plan["pairs"][0])]["plain"]["best"]
     fewest = str(plan["checkpoints"][0])
-    words = f"At its best, plain DPO's greedy quality is {_signed(best['greedy'][f'minus {BASE}'])} from the base."
+    words = f"""At its best number of updates, plain DPO's greedy quality differs from the base's by
+        {_signed(best["greedy"][f"minus {BASE}"])}."""
     if at_edge := best["chosen"][fewest]:
-        words += f""" That best number is {fewest}, the smallest one allowed, on {at_edge} of
-            {sum(best["chosen"].values())} seeds: an even earlier stop might be better, so H2 compares the arms at an
-            early stop, not at the best one there is."""
+        words += f""" This number is {fewest}, the smallest allowed, on {at_edge} of {sum(best["chosen"].values())}
+            seeds. An even earlier stop might be better, so H2 compares the arms at an early stop, not necessarily at
+            the best stop."""
     return words
 
 
@@ -205,11 +206,11 @@ def _cells(result: Mapping[str, Any]) -> Iterator[str]:
                 [
                     f"## {pairs} pairs",
                     "",
-                    "Gain in exact quality over the base, greedy (95%, not adjusted):",
+                    "Gain in exact quality of greedy answers over the base (95%, not adjusted):",
                     "",
                     *_table(columns, gains),
                     "",
-                    "Difference from plain DPO, each after as many updates or at its best:",
+                    "Difference from plain DPO, with equal updates or each arm at its best:",
                     "",
                     *_table(columns, against),
                     "",
@@ -224,15 +225,15 @@ def _chosen(arms: Mapping[str, Any]) -> str:
         if "best" in cell:
             counts = ", ".join(f"{u} on {n}" for u, n in cell["best"]["chosen"].items() if n)
             parts.append(f"{TITLES[arm]} {counts}")
-    return f"Best number of updates on validation prompts, and on how many seeds: {'; '.join(parts)}."
+    return f"Best number of updates on validation prompts, with the number of seeds: {'; '.join(parts)}."
 
 
 def _decodings(result: Mapping[str, Any]) -> Iterator[str]:
     plan, base = result["plan"], result["base"]
     few, updates = str(plan["pairs"][0]), str(plan["tested_updates"])
     columns = ["", *(f"{how}: {what}" for how in _DECODINGS for what in ("quality", "tokens"))]
-    note = """Rows of fewer seeds are of the first ones, so the differences compare better than the means. Sampled means
-        at temperature one. Right answers have 3 to 8 tokens, fillers not counted."""
+    note = """Rows with fewer seeds use the first seeds, so compare arms by the differences, not by the means. "Sampled"
+        means at temperature 1. Right answers have 3 to 8 tokens, without fillers."""
     for where, at in ((f"after {updates} updates", updates), ("each arm at its best number of updates", None)):
         rows = [["base", *(f"{base[d][w]:.{3 if w == 'quality' else 1}f}" for d in _DECODINGS for w in _WHAT)]]
         differences = []
@@ -266,15 +267,16 @@ _DECODINGS, _WHAT = ("greedy", "sampled", "T=0.7"), ("quality", "length")
 def _rerun(result: Mapping[str, Any]) -> str:
     hardware = result["hardware"]
     note = _filled(f"""
-        {result["runs"]} runs, {result["run_seconds"] / 60:.0f} minutes of their own clocks added up, on
+        {result["runs"]} runs took {result["run_seconds"] / 60:.0f} minutes, summed over the runs, on
         {hardware["cpu"]}, {hardware["cores"]} cores shared with other work, torch {result["versions"]["torch"]},
         {result["date"]}. Every run is a line of a .jsonl file in
-        [results/study_axis](../benchmarks/results/study_axis), one file for each number of pairs, with the edits of
-        its greedy answers. [axis.json](../benchmarks/results/study_axis/axis.json) and this page follow from them.""")
+        [results/study_axis](../benchmarks/results/study_axis), with the edits of its greedy answers. Each number of
+        pairs has its own file. [axis.json](../benchmarks/results/study_axis/axis.json) and this page are computed from
+        these lines.""")
     return f"""## Rerun it
 
 ```bash
-python -m benchmarks.study --part axis            # continues where it was interrupted
+python -m benchmarks.study --part axis            # continues after an interruption
 python -m benchmarks.study --part axis --quick    # tiny sizes, under a minute
 ```
 

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001  (minus signs, primes and Greek letters are meant)
-"""``docs/study.md`` and its pictures, from the result files alone: ``python -m benchmarks.study.report``."""
+"""Write ``docs/study.md`` and its pictures from the result files: ``python -m benchmarks.study.report``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEVEL = 0.05
 
 
 def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The report and its pictures in ``folder``; returns the files."""
+    """Write the report and its pictures to ``folder``. Return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "study.md"]
     files[0].write_text(text(result, json.loads(TABULAR.read_text())))
@@ -37,7 +37,7 @@ NO_DIFFERENCE = "no significant difference"
 
 
 def finding(result: Mapping[str, Any]) -> str:
-    """Say what was found, from the numbers alone, whichever way they go."""
+    """Return sentences that state the findings, computed from the numbers."""
 
     def words(kind: str, p: str = "p") -> str:
         return _in_words(_verdicts(_contrasts(result, kind), "quality", p))
@@ -57,16 +57,16 @@ def finding(result: Mapping[str, Any]) -> str:
             f"On bases that never saw a draft before an answer, InSPO-DPO collapses on {row['collapsed']} of "
             f"{row['seeds']} seeds."
         )
-    return " ".join([*sentences, "All of it: tiny models, one synthetic judge."])
+    return " ".join([*sentences, "All of this holds for tiny models and one synthetic judge."])
 
 
 def against_plain(result: Mapping[str, Any]) -> str:
-    """Say for which objectives InSPO was better or worse than the plain objective, after Holm's adjustment."""
+    """Return for which objectives InSPO was better or worse than the plain objective, after Holm's adjustment."""
     return _in_words(_verdicts(_contrasts(result, "inspo - plain"), "quality", "holm_p"))
 
 
 def _verdicts(contrasts: Sequence[Mapping[str, Any]], measure: str, p: str) -> dict[str, list[str]]:
-    """Objectives by the sign of their contrast where its ``p`` ("p" or "holm_p") is below the level."""
+    """Group objectives by the sign of their contrast, if its ``p`` ("p" or "holm_p") is below the level."""
     found: dict[str, list[str]] = {"better": [], "worse": [], NO_DIFFERENCE: []}
     for entry in contrasts:
         value = entry[measure]
@@ -81,14 +81,14 @@ def _in_words(verdicts: Mapping[str, Sequence[str]]) -> str:
 
 
 def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     sections = [
         "# Does InSPO help? A controlled study",
         "<!-- written by python -m benchmarks.study; do not edit -->",
         *_warnings(result),
         _filled(finding(result)),
         _filled(
-            "[Many passes over few pairs](study_axis.md) are a study of their own, by a protocol fixed beforehand."
+            "A separate study, whose protocol was fixed beforehand, makes [many passes over few pairs](study_axis.md)."
         ),
         "![quality by arm](study_arms.png)",
         _world(result),
@@ -106,42 +106,43 @@ def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
 
 
 def _warnings(result: Mapping[str, Any]) -> list[str]:
-    """What must be known before any number is read."""
+    """Return warnings for tiny sizes and for unfinished studies."""
     if result["plan"]["size"]["hidden_size"] < Size().hidden_size:
         return ["**Tiny sizes: everything runs, nothing is learned, and nothing follows from these numbers.**"]
     if result["runs"] >= result["planned"]:
         return []
     note = f"""
-        **Not finished: {result["runs"]} of {result["planned"]} runs.** What follows is of the arms that are complete;
-        those that are missing are named at the end. `python -m benchmarks.study` does what is left."""
+        **Unfinished: {result["runs"]} of {result["planned"]} runs.** This page covers the arms that are complete and
+        lists the missing arms at the end. `python -m benchmarks.study` runs the rest."""
     return [_filled(note)]
 
 
 def _world(result: Mapping[str, Any]) -> str:
     base, size, judge = result["bases"][base_name(True)], result["plan"]["size"], result["judge"]
     grading = _filled(f"""
-        Quality is 1 − edits to the right answer / its length, computed exactly; 0 for an answer without end. `~` is
-        filler that demonstrations often have behind the answer: `dcba~~$` is as good as `dcba$`. The judge, whose
-        labels are all that training sees, likes it: P(first preferred) = σ({judge["a"]:g} Δquality +
-        {judge["b"]:g} Δlength), and {judge["noise"]:.0%} of its labels are turned round. So length can be gamed.""")
+        Quality is 1 − edits to the right answer / its length, computed exactly. An answer that does not end has quality
+        0. Demonstrations often have filler, `~`, after the answer: `dcba~~$` is as good as `dcba$`. Training sees only
+        the judge's labels, and the judge likes filler: P(first preferred) = σ({judge["a"]:g} Δquality +
+        {judge["b"]:g} Δlength). {judge["noise"]:.0%} of its labels are flipped. A model can therefore game length.""")
     bases = _filled(f"""
-        A base (a Llama of {size["layers"]} layers and hidden size {size["hidden_size"]}; 0.23M parameters at full size)
-        is fitted to imperfect demonstrations; {size["draft_share"]:.0%} of the rows are prompt + draft + answer. It
-        answers each training prompt four times; the answers that the judge scores highest and lowest make the pair,
-        which the judge then labels. The mean base has quality {base["quality"]:.3f} ({base["right"]:.0%} of its answers
-        are right) and {base["length"]:.1f} tokens an answer. In {base["chosen_better"]:.0%} of its {base["pairs"]:.0f}
-        pairs the chosen answer is the better one, in {base["chosen_worse"]:.0%} the worse one; it is
-        {base["chosen_longer"]:.1f} tokens longer. Its log π(y|x,y′) − log π(y|x) is {base["conditioning_gap"]:+.2f}
-        nats a token (lowest seed {base["lowest_gap"]:+.2f}).""")
+        A base (a Llama with {size["layers"]} layers and hidden size {size["hidden_size"]}; 0.23M parameters at full
+        size) is fitted to imperfect demonstrations. {size["draft_share"]:.0%} of the rows are prompt + draft + answer.
+        The base answers each training prompt four times. The answers with the judge's highest and lowest score form the
+        pair, which the judge then labels. Averaged over seeds, the base has quality {base["quality"]:.3f}
+        ({base["right"]:.0%} of its answers are right) and {base["length"]:.1f} tokens per answer. The chosen answer is
+        better in {base["chosen_better"]:.0%} of its {base["pairs"]:.0f} pairs and worse in
+        {base["chosen_worse"]:.0%}. On average it is {base["chosen_longer"]:.1f} tokens longer. The base's
+        log π(y|x,y′) − log π(y|x) is {base["conditioning_gap"]:+.2f} nats per token (lowest seed
+        {base["lowest_gap"]:+.2f}).""")
     training = _filled(f"""
         Training, validation and test prompts are disjoint. Every fine-tune of a seed starts from the same base and
         sees the same pairs in the same order: {size["updates"]} updates of {size["update_pairs"]} pairs, AdamW, linear
         decay, gradients clipped at 1. Answers are sampled at temperature 1 **from the prompt alone**,
-        {size["samples"]} to each of {size["test_prompts"]} test prompts, all models on the same random draws. A seed
-        draws prompts, demonstrations, initialisation, pairs and labels anew.""")
+        {size["samples"]} for each of {size["test_prompts"]} test prompts, with the same random draws for all models.
+        Each seed has its own prompts, demonstrations, initialisation, pairs and labels.""")
     return f"""## The world
 
-One character is a token, an answer ends with `$`. Four tasks on words of {_or(size["word_lengths"])} letters:
+Each character is one token. An answer ends with `$`. Four tasks use words of {_or(size["word_lengths"])} letters:
 
     Rabcd=  ->  dcba$      Nabcd=  ->  bcde$      Sdbca=  ->  abcd$      Dabc=  ->  aabbcc$
     reverse                next letters           sort                   double
@@ -199,21 +200,22 @@ def _arms(result: Mapping[str, Any]) -> str:
         )
     taste = result["length_taste"]
     note = f"""
-        Intervals of quality: t over seeds. The judge's win rates are its mean probability, without label noise; a tie
-        counts ½. Length-controlled: logistic regression on arm + φ·tanh(Δlength/{taste["scale"]:.2f}) + difficulty of
-        the prompt, fitted jointly over all arms and seeds with ridge {RIDGE_PROMPT:g} on the difficulties and
-        {RIDGE_ARM:g} on the rest, predicted with the length term at 0; φ = {taste["coefficient"]:.2f}; for its
-        intervals everything is refitted to seeds, and prompts within them, drawn again. Reward accuracy: held-out
-        pairs of test prompts, labels drawn from P, none turned round. Collapsed, fixed beforehand: more than
-        {COLLAPSED_BELOW:g} below the base in quality, over {COLLAPSED_UNENDED:.0%} of answers without end, or a loss
-        that is not finite. Rows of {result["fewer_seeds"]} seeds are of the first {result["fewer_seeds"]}: the paired
-        differences below compare them with others, this table does not."""
+        Intervals of quality are t intervals over seeds. The judge's win rate is its mean probability of preferring the
+        arm, without label noise; a tie counts ½. The length-controlled win rate comes from a logistic regression on
+        arm + φ·tanh(Δlength/{taste["scale"]:.2f}) + difficulty of the prompt. The regression is fitted jointly over all
+        arms and seeds, with ridge {RIDGE_PROMPT:g} on the difficulties and {RIDGE_ARM:g} on the rest, and predicts with
+        the length term at 0. φ = {taste["coefficient"]:.2f}. Its intervals come from a bootstrap that resamples seeds,
+        and prompts within seeds, and repeats the whole fit. Reward accuracy is measured on held-out pairs of test
+        prompts, with labels drawn from P without flips. An arm counts as collapsed, by a rule fixed beforehand, if its
+        quality is more than {COLLAPSED_BELOW:g} below the base, if over {COLLAPSED_UNENDED:.0%} of its answers do not
+        end, or if its loss is not finite. Rows with {result["fewer_seeds"]} seeds use the first
+        {result["fewer_seeds"]}, so compare them with other rows by the paired differences below, not by this table."""
     if "simpo plain" in result["curves"]:
         before = result["curves"]["simpo plain"][0]["marginal accuracy"]
-        note += f""" SimPO and ORPO reward log-probs per token, by which the base itself is right on {before:.2f} of the
-            pairs; the others reward the change from the base."""
+        note += f""" SimPO and ORPO reward log-probs per token, and the base's own log-probs rank a share of
+            {before:.2f} of the pairs correctly. All other objectives reward the change from the base."""
     if other := result["bases"].get(base_name(False)):
-        note += f" Arms on a base without drafts are beside that base (quality {other['quality']:.3f})."
+        note += f" Arms on a base without drafts are compared with that base (quality {other['quality']:.3f})."
     return "\n".join(["## All arms", "", *_table(columns, rows), "", _filled(note)])
 
 
@@ -228,11 +230,11 @@ def _main_contrasts(result: Mapping[str, Any]) -> str:
     verdicts: dict[str, list[str]] = {}
     for measure, name in measures.items():
         verdicts.setdefault(_in_words(_verdicts(main, measure, "holm_p")), []).append(name)
-    said = " ".join(f"InSPO by {_list(names)}: {verdict}." for verdict, names in verdicts.items())
-    claim = """The paper claims consistent gains in win rate and in length-controlled win rate. Holm adjusts the five
-        tests of each measure."""
+    said = " ".join(f"InSPO, by {_list(names)}: {verdict}." for verdict, names in verdicts.items())
+    claim = """The paper claims consistent gains in win rate and in length-controlled win rate. Holm's method adjusts
+        the five tests of each measure."""
     if len(main) < len(OBJECTIVES):
-        claim = f"Holm over the {len(main)} finished contrasts. {claim}"
+        claim = f"Holm's method covers the {len(main)} finished contrasts. {claim}"
     return "\n".join(["## InSPO − plain, paired by seed", "", *_table(columns, rows), "", _filled(f"{claim} {said}")])
 
 
@@ -256,19 +258,20 @@ def _controls(result: Mapping[str, Any]) -> str:
     lines = [
         "## Controls",
         "",
-        "Differences in exact quality, paired by seed, 95% t intervals, not adjusted for their number:",
+        "Differences in exact quality, paired by seed, with 95% t intervals that are not adjusted for their number:",
     ]
-    lines += ["", *_table(["", *columns], rows)] if rows else ["", "None is finished."]
+    lines += ["", *_table(["", *columns], rows)] if rows else ["", "No control is finished."]
     for entry in _contrasts(result, "no drafts"):
         gap = result["bases"][base_name(False)]["conditioning_gap"]
         lines += [
             "",
             _filled(f"""
-            On bases fitted without drafts, whose log π(y|x,y′) − log π(y|x) is {gap:+.2f} nats a token, InSPO-DPO −
+            On bases fitted without drafts, log π(y|x,y′) − log π(y|x) is {gap:+.2f} nats per token, and InSPO-DPO −
             DPO is {_signed(entry["quality"])}."""),
         ]
-    alone = """ORPO has an SFT term of its own, on the pair's own marginals, in every variant: no shuffled alternative,
-        no further term. IPO's loss is a square of nats, beside which an SFT term of weight 1 hardly counts."""
+    alone = """Every variant of ORPO has its own SFT term on the pair's own marginals, so we ran it without a shuffled
+        alternative and without a further SFT term. IPO's loss is a square of nats, so an SFT term of weight 1 has
+        little effect."""
     lines += ["", _filled(alone)]
     return "\n".join(lines)
 
@@ -286,11 +289,11 @@ def _length(result: Mapping[str, Any]) -> str:
         else "We found no significant difference between the two"
     )
     return "## Which win rate tracks quality?\n\n" + _filled(f"""
-        Rank correlation with exact quality over {tracking["arms"]["n"]} arms within a seed, then over seeds: the
-        judge's win rate {_mean(tracking["win_rate"])}, its length-controlled win rate
+        Rank correlations with exact quality, over {tracking["arms"]["n"]} arms within a seed and then averaged over
+        seeds: the judge's win rate {_mean(tracking["win_rate"])}, its length-controlled win rate
         {_mean(tracking["lc_win_rate"])}, mean length {_signed(tracking["length"])}. {verdict}: the difference of the
-        correlations is {_signed(difference)}. The judge's taste for length has the form that the regression takes
-        out, almost by construction.""")
+        correlations is {_signed(difference)}. This is expected almost by construction: the judge's preference for
+        length has the form that the regression removes.""")
 
 
 def _curves(result: Mapping[str, Any]) -> str:
@@ -314,18 +317,19 @@ def _curves(result: Mapping[str, Any]) -> str:
                 )
     columns = [
         "",
-        "reward accuracy, given the other",
+        "reward accuracy, given the other response",
         "log π(y_w|x,y_l)",
         "reward accuracy, prompt alone",
         "log π(y_w|x)",
     ]
     return "\n".join(
         [
-            "## What is trained, and what is used",
+            "## Conditioned training, prompt-only inference",
             "",
             "![curves](study_curves.png)",
             "",
-            "Held-out pairs; log-probs of chosen answers in nats a token, before and after training:",
+            "On held-out pairs: reward accuracies, and log-probs of chosen answers in nats per token before and after "
+            "training.",
             "",
             *_table(columns, rows),
         ]
@@ -345,12 +349,13 @@ def _ablations(result: Mapping[str, Any]) -> str:
         for row in members
     ]
     note = """
-        Learning rate and beta: factors of the tuned values. Own alternative: probability that a response is conditioned
-        on the other response of its own pair, else on that of another pair of the same prompt kind. Marginal weight: at
-        InSPO's tuned settings. Label noise 0.5 means labels that say nothing: a gain there would betray a leak."""
+        Learning rate and beta are factors of the tuned values. "Own alternative" is the probability that a response is
+        conditioned on the other response of its own pair; otherwise the response comes from another pair of the same
+        prompt kind. The marginal weights use InSPO's tuned settings. With label noise 0.5 the labels carry no
+        information, so a gain would reveal a leak."""
     silent = [row for row in result["ablations"].get("label noise", []) if row["level"] == 0.5]
     if silent:
-        note += " With such labels the gains over the base are "
+        note += " With these labels the gains over the base are "
         note += "; ".join(f"{ARMS[row['line']].title} {_signed(row['gain'])}" for row in silent) + "."
     return "\n".join(
         [
@@ -397,31 +402,33 @@ def _invariance(tabular: Mapping[str, Any]) -> str:
     columns_alone = [
         "preferences",
         "training",
-        "whatever the scalarization",
-        "under other weights",
-        "under another reference",
-        "is the one that P favours",
+        "same for all scalarizations",
+        "same with other weights",
+        "same with another reference",
+        "is the answer that P favours",
     ]
     lucky = " and ".join(
         f"{tabular[kind]['prompt_only']['reference_is_the_favourite']:.2f} ({title})" for kind, title in kinds.items()
     )
     intro = f"""
-        {tabular["responses"]} responses, every log π(y|y′) a free parameter, float64, {tabular["worlds"]} random
-        preference matrices each without and with cycles, P in (0, 1); for each, a second reference and other weights.
-        u(y,y′) = [log π(y|y′) − log ref(y)] − [log π(y′|y) − log ref(y′)]. Largest values over the worlds:"""
+        This world has {tabular["responses"]} responses, and every log π(y|y′) is a free parameter in float64. We drew
+        {tabular["worlds"]} random preference matrices without cycles and as many with cycles, with P in (0, 1). Each
+        matrix was also solved with a second reference and with other weights.
+        u(y,y′) = [log π(y|y′) − log ref(y)] − [log π(y′|y) − log ref(y′)]. The largest values over the worlds:"""
     points = [
         "(i) The un-regularised target argmax_y P(y≻y′) depends on P alone, by definition.",
-        """(ii) The decoded preferences link⁻¹(u): the conditioned loss reaches its Bayes risk for every P, cycles
-        included, and decodes P whatever the scalarization, reference and weights. The plain loss does so only where
-        link(P) is additive (Bradley-Terry under the logistic or exponential link); elsewhere its decoded preferences
-        move with the weights.""",
-        f"""(iii) The conditioned policy is not determined: the optima are a family of dimension
-        {tabular["dimension_of_optima"]} = K(K−1)/2, one of which repeats the alternative with a probability of at least
+        """(ii) The decoded preferences link⁻¹(u): the conditioned loss reaches its Bayes risk for every P, even with
+        cycles, and decodes P for every scalarization, reference and weighting. The plain loss does so only if link(P)
+        is additive (Bradley-Terry under the logistic or exponential link). Otherwise its decoded preferences change
+        with the weights.""",
+        f"""(iii) The conditioned policy is not determined: the optima form a family of dimension
+        {tabular["dimension_of_optima"]} = K(K−1)/2. One member repeats the alternative with a probability of at least
         {tabular["echo"]["least_probability_of_the_alternative"]:.4f}.""",
-        f"""(iv) The prompt-only policy is what a parametrisation and an optimizer make of it. Here log π(y|y′) = log
-        softmax(θ_y + φ_yy′) and log π(y) = log softmax(θ_y), by gradient descent from θ = log ref, φ = 0; plain
-        training has its one optimum. Shares of the worlds in which the most likely answer stays the same, and is the
-        one that wins most by P (the reference's own is in {lucky}):""",
+        f"""(iv) The prompt-only policy depends on the parametrisation and the optimizer. Here log π(y|y′) = log
+        softmax(θ_y + φ_yy′) and log π(y) = log softmax(θ_y), trained by gradient descent from θ = log ref, φ = 0.
+        Plain training has a single optimum. The table shows in which share of the worlds the most likely answer stays
+        the same, and in which share it is the answer that wins most often by P. (The reference's most likely answer is
+        that answer in a share of {lucky}.)""",
     ]
     return "\n".join(
         [
@@ -435,7 +442,7 @@ def _invariance(tabular: Mapping[str, Any]) -> str:
             "",
             *_table(columns_alone, alone),
             "",
-            "So (ii) being invariant implies nothing about (iii) and (iv), and (iv) is what answers.",
+            "So the invariance of (ii) says nothing about (iii) and (iv), and inference uses (iv).",
         ]
     )
 
@@ -451,46 +458,46 @@ def _doubts(result: Mapping[str, Any]) -> str:
     ]
     fixed = "; ".join(f"{OBJECTIVES[k]} {n} {v:g}" for k, options in FIXED.items() for n, v in options.items())
     points = [
-        f"""Unequal training? Every arm of the table made {_or(checks["updates"])} updates, all arms of a seed on as
-        many pairs: {"yes" if checks["pairs_equal"] else "no"}; tests see that they are the same ones. Conditioned
-        sequences are longer: a run passes {tokens["plain"]:,.0f} tokens plain and {tokens["inspo"]:,.0f} conditioned,
-        which is why plain training at twice the updates is a control.""",
-        """A broken judge or comparison? Every number of the summary is computed a second time, by other code. The
-        regression is tested on planted coefficients, grading on known answers, the alternatives' order on the batches
-        themselves, marginal rewards after training that must separate them; losses are the package's, which are tested
+        f"""Unequal training? Every arm of the table made {_or(checks["updates"])} updates. All arms of a seed used the
+        same number of pairs: {"yes" if checks["pairs_equal"] else "no"}. Tests check that they are the same pairs.
+        Conditioned sequences are longer: a plain run processes {tokens["plain"]:,.0f} tokens, a conditioned run
+        {tokens["inspo"]:,.0f}. Plain training with twice the updates is therefore a control.""",
+        """A broken judge or comparison? A second implementation computes every number of the summary. We test the
+        regression on planted coefficients, grading on known answers, the order of the alternatives on real batches, and
+        marginal rewards after training that must separate them. The losses are the package's own, which are tested
         against a plain implementation in float64.""",
-        "A leak? Test prompts are in no demonstration and no training pair. "
+        "A leak? No demonstration and no training pair contains a test prompt. "
         + ("See label noise 0.5." if "label noise" in result["ablations"] else "Label noise 0.5 is not finished."),
-        f"""Unfair tuning? Each arm of the table, SFT and plain + SFT had a grid of its own on one seed ({TUNING_SEED},
-        used for nothing else), by exact quality on validation prompts: a middle, then learning rate and one parameter
-        divided and multiplied by {STEP:g}; for SFT {len(SFT_LEARNING_RATES)} learning rates. The middles come from a
-        look at some thirty runs on another seed. Not tuned: {fixed}; the weight of the SFT term, 1; the marginal weight
-        of the anchored arms, 1. Best at the edge of the grid, so that a wider one might move them:
-        {_list(edges) if edges else "none"}.""",
+        f"""Unfair tuning? Each arm of the table, SFT and plain + SFT had its own grid on one seed ({TUNING_SEED}, used
+        for nothing else), scored by exact quality on validation prompts. A grid has a centre, plus the learning rate
+        and one parameter divided and multiplied by {STEP:g}; for SFT it has {len(SFT_LEARNING_RATES)} learning rates.
+        The centres come from about thirty runs on another seed. Not tuned: {fixed}; the weight of the SFT term, 1; the
+        marginal weight of the anchored arms, 1. For these arms the best setting is at the edge of the grid, so a
+        wider grid might change them: {_list(edges) if edges else "none"}.""",
         f"""Chance? Seeds are the observations: {result["seeds"]} for the table, {result["fewer_seeds"]} for most
-        controls and the ablations. Only the InSPO − plain contrasts are adjusted for their number. One tuning
-        seed can pick a poor setting for an arm.""",
-        f"""Far from practice? Yes: models of 0.23M parameters, one right answer to a prompt, a synthetic judge with one
-        bias, {size["updates"]} updates. What helps or hurts here says how the objectives behave in this world, not what
-        they do to large models and human preferences.""",
+        controls and the ablations. Only the InSPO − plain contrasts are adjusted for their number. With one tuning
+        seed, an arm may get a poor setting by chance.""",
+        f"""Far from practice? Yes: models with 0.23M parameters, one right answer per prompt, a synthetic judge with
+        one bias, {size["updates"]} updates. The results show how the objectives behave in this world, not what they do
+        to large models and human preferences.""",
     ]
     if result["unfinished"]:
-        points.append(f"Not finished, and left out: {'; '.join(result['unfinished'])}.")
+        points.append(f"Unfinished and left out: {'; '.join(result['unfinished'])}.")
     return "\n".join(["## Reasons to doubt it, and checks", "", *(_item(point) for point in points)])
 
 
 def _rerun(result: Mapping[str, Any]) -> str:
     hardware = result["hardware"]
     note = _filled(f"""
-        {result["runs"]} runs, {result["run_seconds"] / 60:.0f} minutes of their own clocks added up, on
+        {result["runs"]} runs took {result["run_seconds"] / 60:.0f} minutes, summed over the runs, on
         {hardware["cpu"]}, {hardware["cores"]} cores shared with other work, torch {result["versions"]["torch"]},
         {result["date"]}. Every run is a line of [runs.jsonl](../benchmarks/results/study/runs.jsonl) with the edits and
-        lengths of its answers; [study.json](../benchmarks/results/study/study.json) and this page are computed from
-        them. `--large --device cuda` asks for a larger model and more seeds; that has not been run.""")
+        lengths of its answers. [study.json](../benchmarks/results/study/study.json) and this page are computed from
+        these lines. `--large --device cuda` runs a larger model and more seeds; this has not been done.""")
     return f"""## Rerun it
 
 ```bash
-python -m benchmarks.study            # all of it; says first how long, continues where it was interrupted
+python -m benchmarks.study            # everything; prints an estimate first, continues after an interruption
 python -m benchmarks.study --quick    # tiny sizes, minutes
 python -m benchmarks.study.tabular --json FILE
 ```

@@ -1,4 +1,4 @@
-"""The model of a run: its counts by hand, and a measurement held against it."""
+"""Test the roofline model: its counts against counts by hand, and its comparison with a measurement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LLAMA, H200 = MODELS["llama3-8b"], CHIPS["H200"]
 def test_floor_is_three_matmuls_at_the_rate():
     operations = 2 * 8192 * 4096 * 128_256
     one = roofline.floor(H200, LLAMA, 8192, FORWARD)
-    assert one == pytest.approx(operations / 790e12, rel=2e-3)  # whole waves add little to so many tiles
+    assert one == pytest.approx(operations / 790e12, rel=2e-3)  # with many tiles, incomplete waves cost little
     assert roofline.floor(H200, LLAMA, 8192, TRAIN) == pytest.approx(3 * one, rel=0.015)
 
 
@@ -76,8 +76,8 @@ def test_what_exceeds_the_floor_is_explained(capsys):
     assert [line.split("% ")[1].split(":")[0] for line in reasons] == ["row pass", "start", "gaps between kernels"]
 
 
-def test_no_tile_of_the_cache_is_predicted_to_be_better(monkeypatch):
-    """Of those that leave 0.3 of it to the operands."""
+def test_no_other_cache_tile_is_predicted_faster(monkeypatch):
+    """Compare with the tiles that leave 0.3 of the cache to the operands."""
     for name in ("A100", "H100", "H200"):
         chip = CHIPS[name]
         shipped = roofline.predicted(chip, LLAMA, 8192, FORWARD, "cached")[0]
