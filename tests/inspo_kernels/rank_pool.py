@@ -1,4 +1,4 @@
-"""Real gloo processes that stay up while a test module sends them one function after another."""
+"""Keep real gloo processes running while a test module sends them one function after another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONTEXT.set_forkserver_preload(["split_checks", "exchange_checks", "engine_chec
 
 
 class RankPool:
-    """``size`` ranks; ``run`` calls a module's function on all of them and returns what each returned."""
+    """A pool of ``size`` ranks. ``run`` calls a module's function on all ranks and returns their results."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -67,7 +67,7 @@ class RankPool:
 
 @contextlib.contextmanager
 def _import_path() -> Iterator[None]:
-    """Let the fork server, which the first start starts, find what it is to import."""
+    """Let the fork server, which the first process starts, find the modules to import."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     try:

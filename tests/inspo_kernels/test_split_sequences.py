@@ -1,4 +1,4 @@
-"""Pairs whose tokens are split over ranks, alone and together with a head that is split."""
+"""Test pairs whose tokens are split over ranks, with a whole head and with a split head."""
 
 from __future__ import annotations
 
