@@ -11,7 +11,6 @@ median and quartiles of the ratios within rounds.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -34,8 +33,8 @@ from training.scoring import Batch, Batcher, PairModel, score
 from training.train import train
 
 from .harness import spread
-from .real_pairs import command_of, pairs_of
-from .result_files import positive, provenance, result_file, write_json
+from .real_pairs import command_of, pairs_of, pairs_parser
+from .result_files import positive, provenance, write_json
 
 MODEL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 
@@ -99,9 +98,7 @@ RUNS: dict[str, Callable[[TrainConfig, list[Pair], int], float]] = {"bare": bare
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loop_overhead", description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
-    parser.add_argument("--json", required=True, type=result_file, help="result file")
+    parser = pairs_parser("benchmarks.loop_overhead", __doc__)
     parser.add_argument(
         "--steps", type=positive, default=100, help="steps of a run, which ends with a checkpoint [100]"
     )

@@ -74,6 +74,14 @@ def fit_base(
     return fit(model, (list(batch(i)) for i in tqdm(range(steps), "fitting the base", disable=None)), pad, schedule)
 
 
+def pairs_parser(module: str, doc: str) -> argparse.ArgumentParser:
+    """Return a parser with the options ``--pairs`` and ``--json``."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.split("\n")[0])
+    parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
+    parser.add_argument("--json", required=True, type=result_file, help="result file")
+    return parser
+
+
 def pairs_of(
     parser: argparse.ArgumentParser, source: str, config: TrainConfig, tokenizer: Any, log: Callable[[str], None]
 ) -> list[Pair]:
@@ -102,9 +110,7 @@ def command_of(module: str, arguments: Sequence[str], options: argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_pairs", description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
-    parser.add_argument("--json", required=True, type=result_file, help="result file")
+    parser = pairs_parser("benchmarks.real_pairs", __doc__)
     parser.add_argument(
         "--max_length", type=positive, default=512, help="tokens (bytes) of a pair; longer ones are dropped"
     )

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from . import model as models
 from . import runs
 from .arms import AXIS_ARMS
+from .plan import PLANS
 from .runs import Size, Start
 from .world import Judge, right_answer
 
@@ -61,20 +62,7 @@ class AxisPlan:
 AXIS_PLANS = {
     "full": AxisPlan(replace(Size(), validation_prompts=240, test_prompts=400, samples=2)),
     "quick": AxisPlan(
-        Size(
-            hidden_size=32,
-            layers=1,
-            word_lengths=(3,),
-            fit_prompts=400,
-            fit_steps=80,
-            fit_rows=32,
-            pairs=64,
-            update_pairs=16,
-            validation_prompts=24,
-            test_prompts=24,
-            held_out_pairs=8,
-            samples=2,
-        ),
+        replace(PLANS["quick"].size, pairs=64, updates=Size().updates, held_out_pairs=8),
         pairs=(16, 64),
         checkpoints=(2, 4, 8),
         tested_updates=4,

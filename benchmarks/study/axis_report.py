@@ -10,8 +10,9 @@ from typing import Any
 
 from .axis import AXIS_PLANS, BASE
 from .axis_summary import LEVEL, MARGIN, TITLES
+from .markdown import filled, item, p_value, signed, table
 from .pictures import draw_axis
-from .report import DOCS, _filled, _item, _p, _signed, _table
+from .report import DOCS
 
 RESULTS = Path(__file__).parent.parent / "results" / "study_axis"
 HYPOTHESES = {
@@ -83,8 +84,8 @@ def text(result: Mapping[str, Any]) -> str:
         "# Does conditioning help when the pairs are passed over many times?",
         "<!-- written by python -m benchmarks.study; do not edit -->",
         *_warnings(result),
-        _filled(finding(result)),
-        _filled(
+        filled(finding(result)),
+        filled(
             "The [protocol](study_protocol.md) fixed the rules beforehand. It also describes world, arms and training. "
             "[The first study](study.md) compares objectives and controls with few passes."
         ),
@@ -112,9 +113,9 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
             name,
             HYPOTHESES[name].format(updates=plan["tested_updates"]),
             test["n"],
-            _signed(test),
+            signed(test),
             f"{test['sd']:.3f}",
-            _p(test["holm_p"]),
+            p_value(test["holm_p"]),
             {"neither": "not significant", "equal": "not significant"}.get(test["verdict"], test["verdict"]),
             test["conclusion"],
         ]
@@ -135,8 +136,8 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
         [
             names[name].format(updates=plan["tested_updates"]),
             test["n"],
-            _signed(test),
-            _p(test["p"]),
+            signed(test),
+            p_value(test["p"]),
             "yes" if test["equivalent"] else "not shown",
         ]
         for name, test in result["equivalence"].items()
@@ -144,9 +145,9 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
     over, stopping = result["over_trained"], result["stopping"]
     training = f"""
         Plain DPO after {plan["tested_updates"]} updates − plain DPO at its best number of updates:
-        {_signed(over)}, p {_p(over["p"]) or "not defined"}, so this cell
+        {signed(over)}, p {p_value(over["p"]) or "not defined"}, so this cell
         {"is over-trained" if over["over_trained"] else "is not shown to be over-trained"}. InSPO after
-        {plan["tested_updates"]} updates − plain DPO at its best number of updates: {_signed(stopping)}.
+        {plan["tested_updates"]} updates − plain DPO at its best number of updates: {signed(stopping)}.
         {_edge(result)}"""
     intro = f"""
         All three use {plan["pairs"][0]} pairs. Differences are paired by seed. Holm's method adjusts H1 to H3 together,
@@ -155,15 +156,15 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
         [
             "## The three hypotheses",
             "",
-            _filled(intro),
+            filled(intro),
             "",
-            *_table(columns, rows),
+            *table(columns, rows),
             "",
             f"Equally good within ±{MARGIN:g}, by two one-sided tests at level {LEVEL:g}:",
             "",
-            *_table(["difference", "seeds", "mean (90%)", "p", "as good"], equal),
+            *table(["difference", "seeds", "mean (90%)", "p", "as good"], equal),
             "",
-            _filled(training),
+            filled(training),
         ]
     )
 
@@ -174,7 +175,7 @@ def _edge(result: Mapping[str, Any]) -> str:
     best = result["cells"][str(plan["pairs"][0])]["plain"]["best"]
     fewest = str(plan["checkpoints"][0])
     words = f"""At its best number of updates, plain DPO's greedy quality differs from the base's by
-        {_signed(best["greedy"][f"minus {BASE}"])}."""
+        {signed(best["greedy"][f"minus {BASE}"])}."""
     if at_edge := best["chosen"][fewest]:
         words += f""" This number is {fewest}, the smallest allowed, on {at_edge} of {sum(best["chosen"].values())}
             seeds. An even earlier stop might be better, so H2 compares the arms at an early stop, not necessarily at
@@ -184,7 +185,7 @@ def _edge(result: Mapping[str, Any]) -> str:
 
 def _deviations(result: Mapping[str, Any]) -> str:
     found = result["deviations"]
-    return "\n".join(["## Deviations from the protocol", "", *(map(_item, found) if found else ["None."])])
+    return "\n".join(["## Deviations from the protocol", "", *(map(item, found) if found else ["None."])])
 
 
 def _cells(result: Mapping[str, Any]) -> Iterator[str]:
@@ -198,9 +199,9 @@ def _cells(result: Mapping[str, Any]) -> Iterator[str]:
             if "best" in cell:
                 rows = [*(cell["updates"][updates]["greedy"] for updates in checkpoints), cell["best"]["greedy"]]
                 name = [TITLES[arm], str(cell["seeds"])]
-                gains.append([*name, *(_signed(row[f"minus {BASE}"]) for row in rows)])
+                gains.append([*name, *(signed(row[f"minus {BASE}"]) for row in rows)])
                 if arm != "plain" and "minus plain" in rows[0]:
-                    against.append([*name, *(_signed(row["minus plain"]) for row in rows)])
+                    against.append([*name, *(signed(row["minus plain"]) for row in rows)])
         if gains:
             yield "\n".join(
                 [
@@ -208,13 +209,13 @@ def _cells(result: Mapping[str, Any]) -> Iterator[str]:
                     "",
                     "Gain in exact quality of greedy answers over the base (95%, not adjusted):",
                     "",
-                    *_table(columns, gains),
+                    *table(columns, gains),
                     "",
                     "Difference from plain DPO, with equal updates or each arm at its best:",
                     "",
-                    *_table(columns, against),
+                    *table(columns, against),
                     "",
-                    _filled(_chosen(arms)),
+                    filled(_chosen(arms)),
                 ]
             )
 
@@ -246,17 +247,17 @@ def _decodings(result: Mapping[str, Any]) -> Iterator[str]:
             for other in ("plain", BASE):
                 if f"minus {other}" in row["greedy"]:
                     name = f"{TITLES[arm]} − {TITLES[other]}"
-                    differences.append([name, *(_signed(row[d][f"minus {other}"]) for d in _DECODINGS)])
+                    differences.append([name, *(signed(row[d][f"minus {other}"]) for d in _DECODINGS)])
         yield "\n".join(
             [
                 f"## Other decodings, {few} pairs, {where}",
                 "",
-                *_table(columns, rows),
+                *table(columns, rows),
                 "",
-                *([_filled(note), ""] if at else []),  # once is enough
+                *([filled(note), ""] if at else []),  # once is enough
                 f"Differences in exact quality, {where}, paired by seed (95%, not adjusted):",
                 "",
-                *_table(["", *_DECODINGS], differences),
+                *table(["", *_DECODINGS], differences),
             ]
         )
 
@@ -266,7 +267,7 @@ _DECODINGS, _WHAT = ("greedy", "sampled", "T=0.7"), ("quality", "length")
 
 def _rerun(result: Mapping[str, Any]) -> str:
     hardware = result["hardware"]
-    note = _filled(f"""
+    note = filled(f"""
         {result["runs"]} runs took {result["run_seconds"] / 60:.0f} minutes, summed over the runs, on
         {hardware["cpu"]}, {hardware["cores"]} cores shared with other work, torch {result["versions"]["torch"]},
         {result["date"]}. Every run is a line of a .jsonl file in

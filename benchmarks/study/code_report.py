@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from .code_runs import ARMS, Size
-from .report import DOCS, _filled, _item, _list, _mean, _p, _signed, _table
+from .markdown import filled, item, listed, mean_text, p_value, signed, table
+from .report import DOCS
 
 RESULTS = Path(__file__).parent.parent / "results" / "study_code"
 COLORS = {"plain": "tab:orange", "inspo": "tab:blue", "dropout": "tab:green", "shuffled": "tab:purple", "sft": "black"}
@@ -62,7 +63,7 @@ def text(result: Mapping[str, Any]) -> str:
         "# Does InSPO help on real text? A second study",
         "<!-- written by python -m benchmarks.study.code_study; do not edit -->",
         *_warnings(result),
-        _filled(_opening(result)),
+        filled(_opening(result)),
         "![quality over epochs](study_code.png)",
         _world(result),
         _hypotheses(result),
@@ -85,7 +86,7 @@ def _learned(result: Mapping[str, Any]) -> str:
     """Say whether anything was learned and whether plain was over-trained, as the protocol requires."""
 
     def among(gains: Mapping[str, Mapping[str, float]], sign: int) -> str:
-        return _list([ARMS[arm].title for arm, g in gains.items() if (g["low"] > 0 if sign > 0 else g["high"] < 0)])
+        return listed([ARMS[arm].title for arm, g in gains.items() if (g["low"] > 0 if sign > 0 else g["high"] < 0)])
 
     chosen = {arm: found["gain"] for arm, found in result["chosen"].items()}
     last = {arm: result["arms"][arm][-1]["gain"] for arm in ARMS}
@@ -97,7 +98,7 @@ def _learned(result: Mapping[str, Any]) -> str:
             quality there therefore says little."""
     words = [
         f"Plain DPO was {'' if drop['high'] < 0 else 'not measurably '}over-trained after the last epoch: "
-        f"its quality changed by {_signed(drop)} from its chosen epoch.",
+        f"its quality changed by {signed(drop)} from its chosen epoch.",
         f"After the last epoch, quality was below the base's for {worse}." if worse else "",
         learned,
     ]
@@ -121,20 +122,20 @@ def _world(result: Mapping[str, Any]) -> str:
         return float(np.mean([pair[name] for pair in pairs]))
 
     gap, lengths = np.mean([p["gap"] for p in pairs], 0), np.mean([p["lengths"] for p in pairs], 0)
-    grading = _filled(f"""
+    grading = filled(f"""
         **Prompt:** a function's header and the first line of its docstring. **Answer:** its body. **Quality:** 0 if the
         function does not compile or the answer does not end. Otherwise ½ + ½ · (share of the names read by the body
         that are bound), or ½ if the body reads no name. **Judge:** P(first preferred) = σ({judge["a"]:g} Δquality +
         {judge["b"]:g} Δlength in tokens). {judge["noise"]:.0%} of its labels are flipped. Training sees only these
         labels.""")
-    data = _filled(f"""
+    data = filled(f"""
         **Text:** {library["files"]} files of the standard library of Python {started["versions"]["python"]}.
         `ast.unparse` rewrites each function. Modules are split by name, so no module is in two splits. The study uses
         functions whose prompt and body fit in {size["most_tokens"]} tokens each: {library["training"][0]:,} for
         training, of which {library["training"][1]:,} have a docstring and serve as prompts;
         {library["validation"][1]:,} validation and {library["test"][1]:,} test prompts. Tokens come from a byte-pair
         encoding of size {size["vocabulary"]:,}, trained on the training split.""")
-    model = _filled(f"""
+    model = filled(f"""
         **Base:** a Llama with {started["base"]["parameters"] / 1e6:.2f}M parameters, fitted once and shared by all
         seeds. {size["draft_share"]:.0%} of its rows have a draft between prompt and body: a corrupted body, or late in
         training also the model's own answer. **Pairs:** of four sampled answers, the two with the judge's highest and
@@ -142,7 +143,7 @@ def _world(result: Mapping[str, Any]) -> str:
         {mean("chosen_worse"):.0%}. On average the chosen answer has {lengths[0]:.1f} tokens and the rejected answer
         {lengths[1]:.1f}. The base's log π(y|x,y′) − log π(y|x) is {gap[0]:+.2f} nats per token for chosen and
         {gap[1]:+.2f} for rejected answers.""")
-    reward = _filled(f"""
+    reward = filled(f"""
         **Does the reward vary?** The base's sampled answers to test prompts have quality
         {base["quality"]["mean"]:.3f}, and {base["compiles"]["mean"]:.0%} of them compile. Greedy answers have quality
         {base["greedy"]["mean"]:.3f}.""")
@@ -153,9 +154,9 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{name}: {test['claim']}",
-            _signed(test["quality"]),
-            _p(test["quality"]["p"]),
-            _p(test["holm_p"]),
+            signed(test["quality"]),
+            p_value(test["quality"]["p"]),
+            p_value(test["holm_p"]),
             f"{test['narrow']['low']:+.3f} to {test['narrow']['high']:+.3f}",
             test["decision"],
         ]
@@ -170,7 +171,7 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
         {len(result["seeds"])} seeds. Better or worse means Holm p < 0.05. Equivalent means that the 90% interval lies
         within ±{result["margin"]:g}. Undecided means neither. Epochs chosen on validation prompts, in order of the
         seeds: {chosen}."""
-    return "\n".join(["## The hypotheses", "", *_table(columns, rows), "", _filled(note)])
+    return "\n".join(["## The hypotheses", "", *table(columns, rows), "", filled(note)])
 
 
 def _arms(result: Mapping[str, Any]) -> str:
@@ -190,12 +191,12 @@ def _arms(result: Mapping[str, Any]) -> str:
         chosen = [] if arm == "base" else [{"epoch": "chosen", **result["chosen"][arm]}]
         for row in [*epochs, *chosen]:
             title = "base" if arm == "base" else ARMS[arm].title
-            gains = ["" if arm == "base" else _signed(row[what]) for what in ("gain", "greedy_gain")]
+            gains = ["" if arm == "base" else signed(row[what]) for what in ("gain", "greedy_gain")]
             rows.append(
                 [
                     title,
                     row["epoch"],
-                    _mean(row["quality"]),
+                    mean_text(row["quality"]),
                     gains[0],
                     f"{row['greedy']['mean']:.3f}",
                     gains[1],
@@ -209,25 +210,25 @@ def _arms(result: Mapping[str, Any]) -> str:
     note = f"""
         All answers are given from the prompt alone. Each of a seed's {size["test_prompts"]} test prompts gets
         {size["samples"]} answers sampled at temperature 1 and one greedy answer. Gains are paired by seed. "Chosen" is
-        the epoch chosen on validation prompts. A run makes {_list([str(u) for u in result["updates"]])} updates. Tokens
-        processed per run: {tokens}."""
-    return "\n".join(["## All arms", "", *_table(columns, rows), "", _filled(note)])
+        the epoch chosen on validation prompts. A run makes {listed([str(u) for u in result["updates"]])} updates.
+        Tokens processed per run: {tokens}."""
+    return "\n".join(["## All arms", "", *table(columns, rows), "", filled(note)])
 
 
 def _others(result: Mapping[str, Any]) -> str:
     rows = [
         [
             name,
-            _signed(other["quality"]),
-            _signed(other["greedy"]),
-            _signed(other["win_rate"]),
+            signed(other["quality"]),
+            signed(other["greedy"]),
+            signed(other["win_rate"]),
             f"{other['length']['mean']:+.1f}",
         ]
         for name, other in ({n: h for n, h in result["hypotheses"].items()} | dict(result["others"])).items()
     ]
     columns = ["", "quality (95%)", "greedy quality (95%)", "judge: wins over base (95%)", "tokens"]
     note = "These 95% t intervals are descriptive and not adjusted for their number. No conclusion rests on them."
-    return "\n".join(["## Other differences", "", *_table(columns, rows), "", note])
+    return "\n".join(["## Other differences", "", *table(columns, rows), "", note])
 
 
 def _limits(result: Mapping[str, Any]) -> str:
@@ -241,7 +242,7 @@ def _limits(result: Mapping[str, Any]) -> str:
         f"""{size["pairs"]} pairs are few. All DPO arms use the learning rate {size["learning_rate"]:g}, which was not
         tuned for any arm.""",
     ]
-    return "\n".join(["## Limits", "", *(_item(point) for point in points)])
+    return "\n".join(["## Limits", "", *(item(point) for point in points)])
 
 
 def _deviations(result: Mapping[str, Any]) -> str:
@@ -249,13 +250,13 @@ def _deviations(result: Mapping[str, Any]) -> str:
     if len(result["seeds"]) < result["planned_seeds"]:
         found.append(f"{len(result['seeds'])} of {result['planned_seeds']} seeds are finished; the others are missing.")
     found += DEVIATIONS
-    items = [_item(one) for one in found] or ["None."]
+    items = [item(one) for one in found] or ["None."]
     return "\n".join(["## Deviations from the protocol", "", *items])
 
 
 def _rerun(result: Mapping[str, Any]) -> str:
     hardware, started = result["hardware"], result["started"]
-    note = _filled(f"""
+    note = filled(f"""
         The first run started on {started["date"]} with commit {started["package"]["commit"]}. All runs took
         {result["run_seconds"] / 60:.0f} minutes, after {started["base"]["seconds"] / 60:.0f} minutes of fitting, on one
         thread of {hardware["cpu"]}, shared with other work; torch {result["versions"]["torch"]}. Every run is a line of

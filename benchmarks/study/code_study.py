@@ -35,6 +35,7 @@ from .code_runs import (
     with_alternatives,
 )
 from .code_world import Judge, read_library
+from .lines import append_line, check_settings, read_lines, write_lines
 from .statistics import holm, t_interval
 
 CACHE = Path("runs", "study-code")
@@ -84,13 +85,11 @@ class Records:
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
         """Read ``file`` if it exists. Raises ValueError if its runs have other settings."""
         self.file, self.settings = file, json.loads(json.dumps(settings))
-        lines = file.read_text().rpartition("\n")[0].split("\n") if file.exists() else []
-        read = [json.loads(line) for line in lines if line]
-        self.head: dict[str, Any] = read[0] if read else {}
-        self.runs: list[dict[str, Any]] = read[1:]
-        if read and (held := self.head["settings"]) != self.settings:
-            other = ", ".join(name for name in self.settings if held.get(name) != self.settings[name])
-            raise ValueError(f"{file} holds runs with other settings ({other}); move it or choose another folder")
+        lines = read_lines(file)
+        self.head: dict[str, Any] = lines[0] if lines else {}
+        self.runs: list[dict[str, Any]] = lines[1:]
+        if lines:
+            check_settings(file, self.head["settings"], self.settings)
 
     def has(self, arm: str, seed: int) -> bool:
         return any(run["arm"] == arm and run["seed"] == seed for run in self.runs)
@@ -98,12 +97,10 @@ class Records:
     def open(self, head: Mapping[str, Any]) -> None:
         """Start the file, or drop a last line that is incomplete because the run was killed."""
         self.head = self.head or {**head, "settings": self.settings}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in (self.head, *self.runs)))
+        write_lines(self.file, (self.head, *self.runs))
 
     def add(self, run: dict[str, Any]) -> None:
-        with self.file.open("a") as out:
-            out.write(json.dumps(run) + "\n")
+        append_line(self.file, run)
         self.runs.append(run)
 
 

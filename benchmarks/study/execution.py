@@ -18,6 +18,7 @@ from . import plan as planning
 from .arms import ARMS, AXIS_ARMS, FIXED, Arm
 from .axis import BASE, AxisJob, AxisPlan, axis_jobs
 from .axis import seconds as axis_seconds
+from .lines import append_line, check_settings, read_lines, write_lines
 from .plan import Job, Plan, all_jobs, base_jobs, grid, seconds, test_jobs, tuned_arms, tuning_jobs, winners
 from .world import Judge
 
@@ -31,19 +32,15 @@ class Records:
         """Read ``file`` if it exists. Raises ValueError if its runs have other settings."""
         self.file, self.settings, self.job = file, json.loads(json.dumps(settings)), job
         self.by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
-        whole = file.read_text().rpartition("\n")[0].split("\n") if file.exists() else []
-        lines = [json.loads(line) for line in whole if line]
-        if lines and lines[0] != self.settings:
-            other = ", ".join(name for name in self.settings if lines[0].get(name) != self.settings[name])
-            raise ValueError(f"{file}: holds runs with other settings ({other}); move it or choose another folder")
+        lines = read_lines(file)
+        if lines:
+            check_settings(file, lines[0], self.settings)
         for record in lines[1:]:
             self._keep(record)
 
     def open(self) -> None:
         """Prepare the file for new lines. Drop a last line that is incomplete because the run was killed."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [self.settings, *self.by_key.values()]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(self.file, [self.settings, *self.by_key.values()])
 
     def _keep(self, record: dict[str, Any]) -> None:
         self.by_key[self.job(**{name: record[name] for name in self.job.__dataclass_fields__}).key] = record
@@ -52,8 +49,7 @@ class Records:
         return job.key in self.by_key
 
     def add(self, record: dict[str, Any]) -> None:
-        with self.file.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        append_line(self.file, record)
         self._keep(record)
 
 

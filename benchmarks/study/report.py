@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import json
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import pictures
 from .arms import ARMS, FIXED, OBJECTIVES, VARIANTS
+from .markdown import either, filled, item, listed, mean_text, p_value, signed, table
 from .plan import SFT_LEARNING_RATES, STEP, TUNING_SEED
 from .runs import Size, base_name
 from .statistics import RIDGE_ARM, RIDGE_PROMPT
 from .summary import COLLAPSED_BELOW, COLLAPSED_UNENDED
+from .tabular_report import invariance
 
 RESULTS = Path(__file__).parent.parent / "results" / "study"
 TABULAR = Path(__file__).parent.parent / "results" / "study_tabular.json"
@@ -76,7 +77,7 @@ def _verdicts(contrasts: Sequence[Mapping[str, Any]], measure: str, p: str) -> d
 
 
 def _in_words(verdicts: Mapping[str, Sequence[str]]) -> str:
-    said = ", ".join(f"{verdict} for {_list(names)}" for verdict, names in verdicts.items() if names)
+    said = ", ".join(f"{verdict} for {listed(names)}" for verdict, names in verdicts.items() if names)
     return said or "not measured"
 
 
@@ -86,8 +87,8 @@ def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
         "# Does InSPO help? A controlled study",
         "<!-- written by python -m benchmarks.study; do not edit -->",
         *_warnings(result),
-        _filled(finding(result)),
-        _filled(
+        filled(finding(result)),
+        filled(
             "A separate study, whose protocol was fixed beforehand, makes [many passes over few pairs](study_axis.md)."
         ),
         "![quality by arm](study_arms.png)",
@@ -98,7 +99,7 @@ def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
         _length(result),
         _curves(result),
         *([_ablations(result)] if result["ablations"] else []),
-        _invariance(tabular),
+        invariance(tabular),
         _doubts(result),
         _rerun(result),
     ]
@@ -114,17 +115,17 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
     note = f"""
         **Unfinished: {result["runs"]} of {result["planned"]} runs.** This page covers the arms that are complete and
         lists the missing arms at the end. `python -m benchmarks.study` runs the rest."""
-    return [_filled(note)]
+    return [filled(note)]
 
 
 def _world(result: Mapping[str, Any]) -> str:
     base, size, judge = result["bases"][base_name(True)], result["plan"]["size"], result["judge"]
-    grading = _filled(f"""
+    grading = filled(f"""
         Quality is 1 − edits to the right answer / its length, computed exactly. An answer that does not end has quality
         0. Demonstrations often have filler, `~`, after the answer: `dcba~~$` is as good as `dcba$`. Training sees only
         the judge's labels, and the judge likes filler: P(first preferred) = σ({judge["a"]:g} Δquality +
         {judge["b"]:g} Δlength). {judge["noise"]:.0%} of its labels are flipped. A model can therefore game length.""")
-    bases = _filled(f"""
+    bases = filled(f"""
         A base (a Llama with {size["layers"]} layers and hidden size {size["hidden_size"]}; 0.23M parameters at full
         size) is fitted to imperfect demonstrations. {size["draft_share"]:.0%} of the rows are prompt + draft + answer.
         The base answers each training prompt four times. The answers with the judge's highest and lowest score form the
@@ -134,7 +135,7 @@ def _world(result: Mapping[str, Any]) -> str:
         {base["chosen_worse"]:.0%}. On average it is {base["chosen_longer"]:.1f} tokens longer. The base's
         log π(y|x,y′) − log π(y|x) is {base["conditioning_gap"]:+.2f} nats per token (lowest seed
         {base["lowest_gap"]:+.2f}).""")
-    training = _filled(f"""
+    training = filled(f"""
         Training, validation and test prompts are disjoint. Every fine-tune of a seed starts from the same base and
         sees the same pairs in the same order: {size["updates"]} updates of {size["update_pairs"]} pairs, AdamW, linear
         decay, gradients clipped at 1. Answers are sampled at temperature 1 **from the prompt alone**,
@@ -142,7 +143,7 @@ def _world(result: Mapping[str, Any]) -> str:
         Each seed has its own prompts, demonstrations, initialisation, pairs and labels.""")
     return f"""## The world
 
-Each character is one token. An answer ends with `$`. Four tasks use words of {_or(size["word_lengths"])} letters:
+Each character is one token. An answer ends with `$`. Four tasks use words of {either(size["word_lengths"])} letters:
 
     Rabcd=  ->  dcba$      Nabcd=  ->  bcde$      Sdbca=  ->  abcd$      Dabc=  ->  aabbcc$
     reverse                next letters           sort                   double
@@ -187,12 +188,12 @@ def _arms(result: Mapping[str, Any]) -> str:
             [
                 ARMS[name].title,
                 row["seeds"],
-                _mean(row["quality"]),
+                mean_text(row["quality"]),
                 f"{row['right']:.2f}",
                 f"{row['length']:.1f}",
                 f"{row['win_rate']['mean']:.3f}",
                 f"{row['win_rate_twin']['mean']:.3f}" if "win_rate_twin" in row else "",
-                _mean(row["lc_win_rate"]) if "lc_win_rate" in row else "",
+                mean_text(row["lc_win_rate"]) if "lc_win_rate" in row else "",
                 # SFT's objective gives no rewards.
                 "" if ARMS[name].objective == "sft" else f"{row['marginal_accuracy']:.2f}",
                 f"{row['collapsed']} of {row['seeds']}",
@@ -216,26 +217,26 @@ def _arms(result: Mapping[str, Any]) -> str:
             {before:.2f} of the pairs correctly. All other objectives reward the change from the base."""
     if other := result["bases"].get(base_name(False)):
         note += f" Arms on a base without drafts are compared with that base (quality {other['quality']:.3f})."
-    return "\n".join(["## All arms", "", *_table(columns, rows), "", _filled(note)])
+    return "\n".join(["## All arms", "", *table(columns, rows), "", filled(note)])
 
 
 def _main_contrasts(result: Mapping[str, Any]) -> str:
     measures = {"quality": "exact quality", "win_rate": "win rate over base", "lc_win_rate": "length-controlled"}
     main = _contrasts(result, "inspo - plain")
     rows = [
-        [entry["objective"], *(cell for m in measures for cell in (_signed(entry[m]), _p(entry[m]["holm_p"])))]
+        [entry["objective"], *(cell for m in measures for cell in (signed(entry[m]), p_value(entry[m]["holm_p"])))]
         for entry in main
     ]
     columns = ["", *(cell for name in measures.values() for cell in (f"{name} (95%)", "Holm p"))]
     verdicts: dict[str, list[str]] = {}
     for measure, name in measures.items():
         verdicts.setdefault(_in_words(_verdicts(main, measure, "holm_p")), []).append(name)
-    said = " ".join(f"InSPO, by {_list(names)}: {verdict}." for verdict, names in verdicts.items())
+    said = " ".join(f"InSPO, by {listed(names)}: {verdict}." for verdict, names in verdicts.items())
     claim = """The paper claims consistent gains in win rate and in length-controlled win rate. Holm's method adjusts
         the five tests of each measure."""
     if len(main) < len(OBJECTIVES):
         claim = f"Holm's method covers the {len(main)} finished contrasts. {claim}"
-    return "\n".join(["## InSPO − plain, paired by seed", "", *_table(columns, rows), "", _filled(f"{claim} {said}")])
+    return "\n".join(["## InSPO − plain, paired by seed", "", *table(columns, rows), "", filled(f"{claim} {said}")])
 
 
 def _controls(result: Mapping[str, Any]) -> str:
@@ -252,7 +253,7 @@ def _controls(result: Mapping[str, Any]) -> str:
     columns = list(OBJECTIVES.values())
     rows = []
     for kind, title in kinds.items():
-        cells = {entry["objective"]: _signed(entry["quality"]) for entry in _contrasts(result, kind)}
+        cells = {entry["objective"]: signed(entry["quality"]) for entry in _contrasts(result, kind)}
         if cells:
             rows.append([title, *(cells.get(column, "") for column in columns)])
     lines = [
@@ -260,19 +261,19 @@ def _controls(result: Mapping[str, Any]) -> str:
         "",
         "Differences in exact quality, paired by seed, with 95% t intervals that are not adjusted for their number:",
     ]
-    lines += ["", *_table(["", *columns], rows)] if rows else ["", "No control is finished."]
+    lines += ["", *table(["", *columns], rows)] if rows else ["", "No control is finished."]
     for entry in _contrasts(result, "no drafts"):
         gap = result["bases"][base_name(False)]["conditioning_gap"]
         lines += [
             "",
-            _filled(f"""
+            filled(f"""
             On bases fitted without drafts, log π(y|x,y′) − log π(y|x) is {gap:+.2f} nats per token, and InSPO-DPO −
-            DPO is {_signed(entry["quality"])}."""),
+            DPO is {signed(entry["quality"])}."""),
         ]
     alone = """Every variant of ORPO has its own SFT term on the pair's own marginals, so we ran it without a shuffled
         alternative and without a further SFT term. IPO's loss is a square of nats, so an SFT term of weight 1 has
         little effect."""
-    lines += ["", _filled(alone)]
+    lines += ["", filled(alone)]
     return "\n".join(lines)
 
 
@@ -288,11 +289,11 @@ def _length(result: Mapping[str, Any]) -> str:
         if told
         else "We found no significant difference between the two"
     )
-    return "## Which win rate tracks quality?\n\n" + _filled(f"""
+    return "## Which win rate tracks quality?\n\n" + filled(f"""
         Rank correlations with exact quality, over {tracking["arms"]["n"]} arms within a seed and then averaged over
-        seeds: the judge's win rate {_mean(tracking["win_rate"])}, its length-controlled win rate
-        {_mean(tracking["lc_win_rate"])}, mean length {_signed(tracking["length"])}. {verdict}: the difference of the
-        correlations is {_signed(difference)}. This is expected almost by construction: the judge's preference for
+        seeds: the judge's win rate {mean_text(tracking["win_rate"])}, its length-controlled win rate
+        {mean_text(tracking["lc_win_rate"])}, mean length {signed(tracking["length"])}. {verdict}: the difference of the
+        correlations is {signed(difference)}. This is expected almost by construction: the judge's preference for
         length has the form that the regression removes.""")
 
 
@@ -331,7 +332,7 @@ def _curves(result: Mapping[str, Any]) -> str:
             "On held-out pairs: reward accuracies, and log-probs of chosen answers in nats per token before and after "
             "training.",
             "",
-            *_table(columns, rows),
+            *table(columns, rows),
         ]
     )
 
@@ -341,7 +342,7 @@ def _ablations(result: Mapping[str, Any]) -> str:
         [
             f"{group}: {_level(row['level'])}",
             ARMS[row["line"]].title,
-            _signed(row["gain"]),
+            signed(row["gain"]),
             f"{row['length']:.1f}",
             f"{row['collapsed']} of {row['gain']['n']}",
         ]
@@ -356,93 +357,16 @@ def _ablations(result: Mapping[str, Any]) -> str:
     silent = [row for row in result["ablations"].get("label noise", []) if row["level"] == 0.5]
     if silent:
         note += " With these labels the gains over the base are "
-        note += "; ".join(f"{ARMS[row['line']].title} {_signed(row['gain'])}" for row in silent) + "."
+        note += "; ".join(f"{ARMS[row['line']].title} {signed(row['gain'])}" for row in silent) + "."
     return "\n".join(
         [
             "## One thing changed at a time (DPO)",
             "",
             "![ablations](study_ablations.png)",
             "",
-            *_table(["", "", "gain in quality over the base (95%)", "tokens", "collapsed"], rows),
+            *table(["", "", "gain in quality over the base (95%)", "tokens", "collapsed"], rows),
             "",
-            _filled(note),
-        ]
-    )
-
-
-def _invariance(tabular: Mapping[str, Any]) -> str:
-    keys = (
-        "gap_to_bayes",
-        "error_of_decoded_preferences",
-        "decoded_moves_with_ref_and_weights",
-        "policy_moves_with_ref_and_weights",
-    )
-    kinds = {"bradley_terry": "Bradley-Terry", "cyclic": "any, with cycles"}
-    rows = [
-        [title, training, name, *(f"{row[key]:.0e}" if row[key] < 1e-3 else f"{row[key]:.2f}" for key in keys)]
-        for kind, title in kinds.items()
-        for training in ("conditioned", "plain")
-        for name, row in tabular[kind][training].items()
-    ]
-    columns = [
-        "preferences",
-        "training",
-        "scalarization",
-        "excess over the Bayes risk, relative",
-        "error of link⁻¹(u)",
-        "link⁻¹(u) moves with reference and weights",
-        "policy moves",
-    ]
-    shares = ("same_for_all_scalarizations", "same_for_other_weights", "same_for_other_reference", "is_the_favourite")
-    alone = [
-        [title, training, *(f"{tabular[kind]['prompt_only'][training][key]:.2f}" for key in shares)]
-        for kind, title in kinds.items()
-        for training in ("conditioned", "plain")
-    ]
-    columns_alone = [
-        "preferences",
-        "training",
-        "same for all scalarizations",
-        "same with other weights",
-        "same with another reference",
-        "is the answer that P favours",
-    ]
-    lucky = " and ".join(
-        f"{tabular[kind]['prompt_only']['reference_is_the_favourite']:.2f} ({title})" for kind, title in kinds.items()
-    )
-    intro = f"""
-        This world has {tabular["responses"]} responses, and every log π(y|y′) is a free parameter in float64. We drew
-        {tabular["worlds"]} random preference matrices without cycles and as many with cycles, with P in (0, 1). Each
-        matrix was also solved with a second reference and with other weights.
-        u(y,y′) = [log π(y|y′) − log ref(y)] − [log π(y′|y) − log ref(y′)]. The largest values over the worlds:"""
-    points = [
-        "(i) The un-regularised target argmax_y P(y≻y′) depends on P alone, by definition.",
-        """(ii) The decoded preferences link⁻¹(u): the conditioned loss reaches its Bayes risk for every P, even with
-        cycles, and decodes P for every scalarization, reference and weighting. The plain loss does so only if link(P)
-        is additive (Bradley-Terry under the logistic or exponential link). Otherwise its decoded preferences change
-        with the weights.""",
-        f"""(iii) The conditioned policy is not determined: the optima form a family of dimension
-        {tabular["dimension_of_optima"]} = K(K−1)/2. One member repeats the alternative with a probability of at least
-        {tabular["echo"]["least_probability_of_the_alternative"]:.4f}.""",
-        f"""(iv) The prompt-only policy depends on the parametrisation and the optimizer. Here log π(y|y′) = log
-        softmax(θ_y + φ_yy′) and log π(y) = log softmax(θ_y), trained by gradient descent from θ = log ref, φ = 0.
-        Plain training has a single optimum. The table shows in which share of the worlds the most likely answer stays
-        the same, and in which share it is the answer that wins most often by P. (The reference's most likely answer is
-        that answer in a share of {lucky}.)""",
-    ]
-    return "\n".join(
-        [
-            "## Is the optimum invariant? Exactly, in a tabular world",
-            "",
-            _filled(intro),
-            "",
-            *_table(columns, rows),
-            "",
-            *(_item(point) for point in points),
-            "",
-            *_table(columns_alone, alone),
-            "",
-            "So the invariance of (ii) says nothing about (iii) and (iv), and inference uses (iv).",
+            filled(note),
         ]
     )
 
@@ -458,9 +382,9 @@ def _doubts(result: Mapping[str, Any]) -> str:
     ]
     fixed = "; ".join(f"{OBJECTIVES[k]} {n} {v:g}" for k, options in FIXED.items() for n, v in options.items())
     points = [
-        f"""Unequal training? Every arm of the table made {_or(checks["updates"])} updates. All arms of a seed used the
-        same number of pairs: {"yes" if checks["pairs_equal"] else "no"}. Tests check that they are the same pairs.
-        Conditioned sequences are longer: a plain run processes {tokens["plain"]:,.0f} tokens, a conditioned run
+        f"""Unequal training? Every arm of the table made {either(checks["updates"])} updates. All arms of a seed
+        used the same number of pairs: {"yes" if checks["pairs_equal"] else "no"}. Tests check that they are the same
+        pairs. Conditioned sequences are longer: a plain run processes {tokens["plain"]:,.0f} tokens, a conditioned run
         {tokens["inspo"]:,.0f}. Plain training with twice the updates is therefore a control.""",
         """A broken judge or comparison? A second implementation computes every number of the summary. We test the
         regression on planted coefficients, grading on known answers, the order of the alternatives on real batches, and
@@ -473,7 +397,7 @@ def _doubts(result: Mapping[str, Any]) -> str:
         and one parameter divided and multiplied by {STEP:g}; for SFT it has {len(SFT_LEARNING_RATES)} learning rates.
         The centres come from about thirty runs on another seed. Not tuned: {fixed}; the weight of the SFT term, 1; the
         marginal weight of the anchored arms, 1. For these arms the best setting is at the edge of the grid, so a
-        wider grid might change them: {_list(edges) if edges else "none"}.""",
+        wider grid might change them: {listed(edges) if edges else "none"}.""",
         f"""Chance? Seeds are the observations: {result["seeds"]} for the table, {result["fewer_seeds"]} for most
         controls and the ablations. Only the InSPO − plain contrasts are adjusted for their number. With one tuning
         seed, an arm may get a poor setting by chance.""",
@@ -483,12 +407,12 @@ def _doubts(result: Mapping[str, Any]) -> str:
     ]
     if result["unfinished"]:
         points.append(f"Unfinished and left out: {'; '.join(result['unfinished'])}.")
-    return "\n".join(["## Reasons to doubt it, and checks", "", *(_item(point) for point in points)])
+    return "\n".join(["## Reasons to doubt it, and checks", "", *(item(point) for point in points)])
 
 
 def _rerun(result: Mapping[str, Any]) -> str:
     hardware = result["hardware"]
-    note = _filled(f"""
+    note = filled(f"""
         {result["runs"]} runs took {result["run_seconds"] / 60:.0f} minutes, summed over the runs, on
         {hardware["cpu"]}, {hardware["cores"]} cores shared with other work, torch {result["versions"]["torch"]},
         {result["date"]}. Every run is a line of [runs.jsonl](../benchmarks/results/study/runs.jsonl) with the edits and
@@ -505,46 +429,8 @@ python -m benchmarks.study.tabular --json FILE
 {note}"""
 
 
-# --- words ---
-
-
 def _contrasts(result: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
     return [entry for entry in result["contrasts"] if entry["kind"] == kind]
-
-
-def _filled(words: str) -> str:
-    return textwrap.fill(" ".join(words.split()), 120, break_long_words=False, break_on_hyphens=False)
-
-
-def _item(words: str) -> str:
-    return textwrap.fill(
-        "- " + " ".join(words.split()), 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def _mean(value: Mapping[str, float]) -> str:
-    return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
-
-
-def _signed(value: Mapping[str, float]) -> str:
-    return f"{value['mean']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _list(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def _or(values: Iterable[Any]) -> str:
-    return " or ".join(map(str, values))
 
 
 def _level(level: float | str) -> str:

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from micro_study import MICRO_SIZE
 
 from benchmarks.study import __main__ as command
 from benchmarks.study import execution, plan, report, summary
 from benchmarks.study.arms import ARMS
 from benchmarks.study.plan import TUNING_SEED, Plan, grid, winners
-from benchmarks.study.runs import Size
 from benchmarks.study.statistics import t_interval
 
 MICRO = Plan(
-    Size(
-        hidden_size=16,
-        layers=1,
-        word_lengths=(3,),
-        fit_prompts=80,
-        fit_steps=6,
-        fit_rows=8,
-        pairs=24,
-        updates=2,
-        update_pairs=8,
-        validation_prompts=8,
-        test_prompts=8,
-        held_out_pairs=8,
-        samples=2,
-    ),
+    replace(MICRO_SIZE, fit_steps=6),
     seeds=2,
     fewer=2,
     arms=("dpo plain", "dpo inspo", "sft", "dpo plain, no drafts", "dpo inspo, label noise 0.5"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from micro_study import MICRO_SIZE
 
 from benchmarks.study import __main__ as command
 from benchmarks.study import axis, execution, runs
@@ -16,23 +17,8 @@ from benchmarks.study.axis import AXIS_PLANS, BASE, AxisJob, AxisPlan, axis_jobs
 from benchmarks.study.runs import Example, Size
 from benchmarks.study.world import Judge, encode
 
-SIZE = Size(
-    hidden_size=16,
-    layers=1,
-    word_lengths=(3,),
-    fit_prompts=80,
-    fit_steps=3,
-    fit_rows=8,
-    pairs=24,
-    updates=2,
-    update_pairs=8,
-    validation_prompts=8,
-    test_prompts=8,
-    held_out_pairs=8,
-    samples=2,
-)
 PLAN = AxisPlan(
-    SIZE,
+    MICRO_SIZE,
     pairs=(8, 16),
     checkpoints=(1, 2),
     tested_updates=2,
@@ -107,7 +93,7 @@ def test_the_learning_rate_stays_so_checkpoints_are_prefixes(tmp_path):
 
 
 def test_shuffled_alternatives_come_from_the_cells_pairs(tmp_path):
-    begun = runs.start(SIZE, 3, drafts=True, cache=tmp_path)
+    begun = runs.start(MICRO_SIZE, 3, drafts=True, cache=tmp_path)
     few = begun.training[:8]
     mine = {answer for pair in few for answer in pair.answers}
     for example in runs.label(few, Judge(), AXIS_ARMS["other"].own_alternative):
@@ -225,4 +211,4 @@ def without_seconds(line):
 
 
 def plan_of_full_size():
-    return json.loads(json.dumps(execution.asdict(replace(PLAN, size=replace(SIZE, hidden_size=96)))))
+    return json.loads(json.dumps(execution.asdict(replace(PLAN, size=replace(MICRO_SIZE, hidden_size=96)))))

@@ -6,28 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from micro_study import MICRO_SIZE
 
 from benchmarks.study import model as models
 from benchmarks.study import runs, tabular
 from benchmarks.study.arms import ARMS
-from benchmarks.study.runs import Example, Size
+from benchmarks.study.runs import Example
 from benchmarks.study.world import END, EQUALS, IDS, Judge, Prompt, encode
 
-SIZE = Size(
-    hidden_size=16,
-    layers=1,
-    word_lengths=(3,),
-    fit_prompts=80,
-    fit_steps=3,
-    fit_rows=8,
-    pairs=24,
-    updates=2,
-    update_pairs=8,
-    validation_prompts=8,
-    test_prompts=16,
-    held_out_pairs=8,
-    samples=2,
-)
+SIZE = replace(MICRO_SIZE, test_prompts=16)
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 TIMEOUT = datetime.timedelta(seconds=60)
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imports take seconds, a fork milliseconds.
-_CONTEXT.set_forkserver_preload(["split_checks", "exchange_checks", "engine_checks"])
+_CONTEXT.set_forkserver_preload(["rank_pool", "split_checks", "exchange_checks", "engine_checks"])
 
 
 class RankPool:
@@ -63,6 +64,18 @@ class RankPool:
             process.join(0 if self._broken else 5)
             process.kill()
         self._folder.cleanup()
+
+
+def ranks(size: int) -> Any:
+    """Return a fixture: a pool of ``size`` ranks that the tests of a module share."""
+
+    @pytest.fixture(scope="module")
+    def pool() -> Iterator[RankPool]:
+        pool = RankPool(size)
+        yield pool
+        pool.close()
+
+    return pool
 
 
 @contextlib.contextmanager

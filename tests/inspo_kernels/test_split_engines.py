@@ -13,18 +13,14 @@ import torch
 import transformers
 from cases import make_case
 from packaging.version import Version
-from rank_pool import RankPool
+from rank_pool import ranks
 
 import inspo_kernels as ik
 
 ROW = 29 * 8
 
 
-@pytest.fixture(scope="module")
-def two():
-    pool = RankPool(2)
-    yield pool
-    pool.close()
+two = ranks(2)
 
 
 def test_dtensor_head_with_its_group(two):

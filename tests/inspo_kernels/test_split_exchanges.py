@@ -7,23 +7,12 @@ import time
 import exchange_checks
 import pytest
 from cases import make_case
-from rank_pool import RankPool
+from rank_pool import ranks
 
 import inspo_kernels as ik
 
-
-@pytest.fixture(scope="module")
-def three():
-    pool = RankPool(3)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    pool = RankPool(4)
-    yield pool
-    pool.close()
+three = ranks(3)
+four = ranks(4)
 
 
 @pytest.mark.parametrize("kind", ["labels", "hidden", "objective", "ref_logps", "requires_grad", "pairs", "refused"])

@@ -8,7 +8,7 @@ import split_checks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_pool import RankPool
+from rank_pool import ranks
 
 from inspo_kernels.objectives import DPO, OBJECTIVES, SFT, Mixture
 
@@ -17,18 +17,8 @@ UNEQUAL = [17, 2, 10]
 ROW = 8 * 17  # bytes of a row of logits on the rank with most words
 
 
-@pytest.fixture(scope="module")
-def three():
-    pool = RankPool(3)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def two():
-    pool = RankPool(2)
-    yield pool
-    pool.close()
+three = ranks(3)
+two = ranks(2)
 
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, Mixture([(DPO(), 1.0), (SFT(), 0.3)])], ids=str)

@@ -10,6 +10,23 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PAIRS = Path(__file__).parent / "pairs.jsonl"
+# A run with several passes per step, whose evaluations, checkpoints and logs fall on different steps.
+EVENTFUL = [
+    "--per_device_train_batch_size",
+    "10",
+    "--max_batch_tokens",
+    "500",
+    "--eval_data",
+    str(PAIRS),
+    "--save_steps",
+    "2",
+    "--eval_steps",
+    "2",
+    "--logging_steps",
+    "3",
+    "--weight_decay",
+    "0.1",
+]
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 

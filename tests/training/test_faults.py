@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PAIRS, metrics, options, tiny_model, token_pairs, without_timings, write_jsonl
+from helpers import EVENTFUL, PAIRS, metrics, options, tiny_model, token_pairs, without_timings, write_jsonl
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -31,24 +31,7 @@ from training.errors import InputError, Stopped
 from training.output import JsonLines, locked
 from training.train import main
 
-RUN = [
-    "--max_steps",
-    "6",
-    "--per_device_train_batch_size",
-    "10",
-    "--max_batch_tokens",
-    "500",
-    "--eval_data",
-    str(PAIRS),
-    "--save_steps",
-    "2",
-    "--eval_steps",
-    "2",
-    "--logging_steps",
-    "3",
-    "--weight_decay",
-    "0.1",
-]
+RUN = ["--max_steps", "6", *EVENTFUL]
 
 # Name: (function, call number or text in an argument, when to kill the run: see killed.py).
 KILLS = {

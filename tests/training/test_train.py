@@ -8,7 +8,17 @@ import shutil
 
 import pytest
 import torch
-from helpers import PAIRS, TINY, metrics, options, tiny_model, token_pairs, without_timings, write_jsonl
+from helpers import (
+    EVENTFUL,
+    PAIRS,
+    TINY,
+    metrics,
+    options,
+    tiny_model,
+    token_pairs,
+    without_timings,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.batching import EpochBatches, used_indices
@@ -173,26 +183,7 @@ def test_weight_decay_is_of_matrices_alone():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_resumed_run_is_bit_identical(tmp_path, tied):
-    more = [
-        "--max_steps",
-        "7",
-        "--per_device_train_batch_size",
-        "10",
-        "--max_batch_tokens",
-        "500",
-        "--eval_data",
-        str(PAIRS),
-        "--save_steps",
-        "2",
-        "--eval_steps",
-        "2",
-        "--logging_steps",
-        "3",
-        "--weight_decay",
-        "0.1",
-        "--model.tie_word_embeddings",
-        str(tied).lower(),
-    ]
+    more = ["--max_steps", "7", *EVENTFUL, "--model.tie_word_embeddings", str(tied).lower()]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main(options(whole, *more))
     assert not list(whole.glob("*.partial"))
