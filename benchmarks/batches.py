@@ -76,7 +76,7 @@ def equal(head: HeadShape, pairs: int, prompt: int, response: int) -> Shape:
 def scored_tokens(head: HeadShape, tokens: int, response: int) -> Shape:
     """Return a shape with ``tokens`` scored tokens: responses of ``response`` tokens, prompts half as long."""
     if tokens % (2 * response):
-        raise ValueError(f"{tokens} tokens are no whole number of pairs of two responses of {response} tokens")
+        raise ValueError(f"{tokens} tokens are not a whole number of pairs with two responses of {response} tokens")
     return equal(head, tokens // (2 * response), max(1, response // 2), response)
 
 

@@ -181,11 +181,11 @@ class Contender:
         if per_token and self.logps is None:
             return "gives no per-token log-probs"
         if self.needs_every_position and batch.labels is None:
-            return "not measured: the batch has scored positions only"
+            return "not measured: the batch has only scored positions"
         if self.needs_scored_positions and batch.labels is not None:
             return "not measured: the batch has every position"
         if self.takes_padded_rows and batch.labels is None and not batch.response_mask.all():
-            return "not measured: takes padded rows, and the batch has scored positions only"
+            return "not measured: needs padded rows, but the batch has only scored positions"
         return None if self.backend is None else _backend_unavailable(self.backend, batch.hidden.device)
 
 

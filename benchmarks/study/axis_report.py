@@ -81,7 +81,7 @@ def _interval(value: Mapping[str, float]) -> str:
 def text(result: Mapping[str, Any]) -> str:
     """Return the report in Markdown."""
     sections = [
-        "# Does conditioning help when the pairs are passed over many times?",
+        "# Does conditioning help after many passes over the pairs?",
         "<!-- written by python -m benchmarks.study; do not edit -->",
         *_warnings(result),
         filled(finding(result)),

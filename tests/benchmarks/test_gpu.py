@@ -451,5 +451,5 @@ def test_bad_arguments_say_what_to_do(tmp_path, capsys):
         with pytest.raises(SystemExit):
             gpu.main(["--out", str(tmp_path), *arguments])
         assert text in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no whole number of pairs"):
+    with pytest.raises(ValueError, match="not a whole number of pairs"):
         scored_tokens(SHAPE, 20, 4)

@@ -118,7 +118,7 @@ def test_missing_peers_are_named(monkeypatch):
     found = chosen(["trl", "cut_cross_entropy", "full_log_softmax", "torch"], batch_of())
     assert found["trl"] == "not installed: pip install trl"
     assert found["cut_cross_entropy"] == "needs a GPU"
-    assert found["full_log_softmax"] == "not measured: the batch has scored positions only"
+    assert found["full_log_softmax"] == "not measured: the batch has only scored positions"
     assert found["torch"] is CONTENDERS["torch"]
     assert chosen(["liger"], batch_of(), per_token=True)["liger"] == "gives no per-token log-probs"
 
