@@ -39,9 +39,7 @@ def draw_arms(result: Mapping[str, Any], file: Path) -> None:
     contrast.set_xticks(range(len(OBJECTIVES)), list(OBJECTIVES.values()))
     contrast.set(title="InSPO - plain, paired by seed", ylabel="difference, 95%")
     for axes in (quality, contrast):
-        axes.legend(
-            fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3
-        )  # next to the points, not on them
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)  # below the points
         axes.grid(alpha=0.3, axis="y")
     figure.savefig(file, dpi=110, metadata={"Software": None})
 

@@ -146,9 +146,7 @@ def test_gradient_matches_finite_differences_and_declared_fields(objective):
 def test_preferring_the_chosen_response_never_raises_the_loss(name):
     """Check the direction of every gradient. An IPO with swapped signs would raise the rejected response."""
     objective = ik.SFT(sft="chosen") if name == "sft" else make_objective(name)
-    near = [
-        (-12.0, -12.5, -12.0, -12.0, 6, 6, -12.0)
-    ]  # within IPO's target gap, where the gradient still raises the margin
+    near = [(-12.0, -12.5, -12.0, -12.0, 6, 6, -12.0)]  # IPO still raises the margin within its target gap
     s = sums(near)
     chosen, rejected = s.chosen.clone().requires_grad_(), s.rejected.clone().requires_grad_()
     loss = objective(ik.PairSums(**{**vars(s), "chosen": chosen, "rejected": rejected})).sum()

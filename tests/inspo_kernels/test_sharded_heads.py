@@ -53,8 +53,8 @@ def test_the_advice_for_a_sharded_weight_is_right(found):
     assert found["advice"]["full_tensor()"] > 0.5
 
 
-def test_a_weight_gathered_for_forward_gets_gradients():
-    """DeepSpeed's ZeRO-3 empties a parameter outside the forward of its layer."""
+def test_a_weight_gathered_for_the_heads_forward_gets_its_gradient():
+    """DeepSpeed's ZeRO-3 empties a parameter outside the forward of the layer that has it."""
     model, ids = make_model("gemma2", torch.float64), torch.randint(3, 60, (2, 5))
     own = torch.autograd.grad(model(ids).logits.sin().sum(), model.lm_head.weight)[0]
     weight, full = model.lm_head.weight, model.lm_head.weight.data

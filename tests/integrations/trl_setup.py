@@ -173,8 +173,6 @@ def assert_same(theirs, ours):
             assert error <= 2e-5, (name, error)
     assert [sorted(log) for log in ours.logs] == [sorted(log) for log in theirs.logs]
     for expected, found in zip(theirs.logs, ours.logs):
-        if (
-            abs(expected.get("rewards/margins", 1)) < 1e-6
-        ):  # the policy equals its reference, so accuracy depends on rounding
+        if abs(expected.get("rewards/margins", 1)) < 1e-6:  # policy equals reference: accuracy is rounding
             expected, found = ({k: v for k, v in log.items() if k != "rewards/accuracies"} for log in (expected, found))
         assert found == pytest.approx(expected, rel=2e-4, abs=2e-5)

@@ -26,9 +26,7 @@ import training.output
 from training.train import main
 
 torch.set_num_threads(1)
-training.output.plot_curves = lambda *what: (
-    None
-)  # curves take most of such a run's time, and resuming does not depend on them
+training.output.plot_curves = lambda *what: None  # curves are slow, and resuming does not depend on them
 
 
 def kill() -> None:

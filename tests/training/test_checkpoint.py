@@ -189,7 +189,7 @@ def test_an_interrupted_folder_leaves_the_earlier_one(tmp_path):
         assert (tmp_path / "best" / "a").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_rotation_counts_back_from_the_saved_step(tmp_path):
+def test_rotation_counts_back_from_the_step_that_was_saved(tmp_path):
     for step in (2, 4, 6, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-best").mkdir()

@@ -24,7 +24,7 @@ def random_scores(count=6):
     return Scores(logps, lengths, marginals)
 
 
-def test_ungrouped_mean_interval_is_the_textbook_one():
+def test_interval_of_a_mean_without_groups_is_the_textbook_one():
     low, high = mean_interval(VALUES, OWN_GROUP)
     half = 1.959964 * VALUES.std().item() / math.sqrt(40)
     assert (low, high) == pytest.approx((VALUES.mean().item() - half, VALUES.mean().item() + half))

@@ -120,7 +120,7 @@ def test_the_best_model_has_best_prompt_only_accuracy():
     assert not is_better(row(2, 0.5, 9.0) | {"eval_conditioned/rewards/accuracies": 1.0}, best)
 
 
-def test_an_unwritable_best_model_only_warns(tmp_path, monkeypatch, capsys):
+def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     original = training.save_model.model_card
     calls = iter(range(99))
 
@@ -157,9 +157,7 @@ def test_samples_are_greedy_answers_to_held_out_prompts(finished):
 def test_answers_stop_at_ends_and_last_position():
     module, tokenizer = PairModel(tiny_model(max_position_embeddings=12).eval(), ik.DPO()), byte_tokenizer()
     more = {"max_new_tokens": 50, "pad_token_id": 0, "device": torch.device("cpu")}
-    module.model.generation_config.repetition_penalty = (
-        5.0  # settings for another use: samples are plain greedy answers
-    )
+    module.model.generation_config.repetition_penalty = 5.0  # of another use: samples are plain greedy answers
     (long,) = sample_answers(module, [[1, 5, 6]], tokenizer, ends={2}, **more)
     assert long["tokens"] == 9 and not long["ended"]
     ids = [1, 5, 6]
