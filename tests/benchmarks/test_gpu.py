@@ -260,7 +260,7 @@ def test_wheels_that_do_not_install_are_named(tmp_path, capsys):
     assert "--wheels: not installed" in capsys.readouterr().out
 
 
-def test_sigterm_ends_a_step_with_its_own_processes(tmp_path):
+def test_sigterm_ends_a_step_and_its_processes(tmp_path):
     code = f"""
 from pathlib import Path
 from benchmarks.gpu_processes import exit_when_asked, run_in_group

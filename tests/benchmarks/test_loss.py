@@ -70,7 +70,7 @@ def test_quick_loss_writes_a_complete_file(tmp_path, capsys):
     assert "| inspo_kernels (torch)" in speed_tables.loss(result) and "needs a GPU" in speed_tables.loss(result)
 
 
-def test_variants_are_no_contenders_of_their_own(monkeypatch, capsys):
+def test_variants_are_not_separate_contenders(monkeypatch, capsys):
     assert [name for name, c in CONTENDERS.items() if c.variant_of] == ["triton, labels on the CPU"]
     monkeypatch.setitem(CONTENDERS, "other", dataclasses.replace(CONTENDERS["torch"], variant_of="torch"))
     with pytest.raises(SystemExit):
@@ -259,7 +259,7 @@ def test_compare_reports_what_is_missing_and_compares_single_rounds():
     assert "floor: slower by 100%, s" in next(compare.compare(*floors, 0.03))[1]
 
 
-def test_own_peak_counts_what_is_allocated_and_freed():
+def test_own_peak_counts_allocated_and_freed_memory():
     def allocate():
         torch.ones(64 << 18)  # 64 MiB of float32
 

@@ -191,7 +191,7 @@ def test_cpu_labels_need_scored_rows():
 
 
 @pytest.mark.parametrize("mode, gradients", [(measure.FORWARD, 0), (measure.FROZEN, 1), (measure.TRAIN, 2)])
-def test_modes_compute_what_their_floor_computes(mode, gradients):
+def test_modes_match_their_floors(mode, gradients):
     seen = []
 
     def logps_of(x, weight, batch):

@@ -99,7 +99,7 @@ def test_no_two_seeds_or_parts_share_their_draws():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_gives_the_loss_what_the_arm_says(spy, name):
+def test_training_passes_the_arms_options_to_the_loss(spy, name):
     """The references' values identify the pairs: pair i has -i - 1 (chosen) and -i - 101 (rejected)."""
     examples = [
         Example(encode("Rab="), encode("ba$"), encode("a$"), (-i - 1.0, -i - 101.0), (encode("a$"), encode("ba$")))

@@ -151,7 +151,7 @@ def test_rows_hold_quality_gain_and_win_rates(found, answers):
         assert row["length"] == pytest.approx(np.mean([answers[arm, s][1].mean() for s in seeds]))
 
 
-def test_length_controlled_win_rates_and_what_tracks_quality(found, answers, records):
+def test_length_controlled_win_rates_track_quality(found, answers, records):
     judged = [name for name, row in found["arms"].items() if "lc_win_rate" in row]
     table = [name for name in judged if found["arms"][name]["seeds"] == 8]
     ranks = {name: [] for name in ("win_rate", "lc_win_rate", "length")}

@@ -88,7 +88,7 @@ def test_the_head_follows_which_adapters_act():
                 torch.testing.assert_close(compose(*hidden_and_head(model, IDS)), model(input_ids=IDS).logits)
 
 
-def test_dropout_acts_on_the_adapter_alone():
+def test_dropout_acts_only_on_the_adapter():
     model = adapted(target_modules=["lm_head"], lora_dropout=0.5).eval()
     assert_logits_and_gradients_agree(model)
     exact = model(input_ids=IDS).logits

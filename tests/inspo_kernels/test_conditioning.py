@@ -251,6 +251,6 @@ def test_pairs_must_be_iterable(pairs):
         condition_pairs(pairs, pad_token_id=0)
 
 
-def test_an_empty_tensor_is_empty_whatever_its_dtype():
+def test_an_empty_tensor_of_any_dtype_is_empty():
     with pytest.raises(ValueError, match="pair 0: chosen response is empty"):
         condition_pairs([([1], torch.tensor([]), [3])], pad_token_id=0)

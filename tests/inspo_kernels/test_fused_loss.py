@@ -405,7 +405,7 @@ def test_autocast_returns_unrounded_gradients():
     torch.testing.assert_close(mixed.loss, out.loss, rtol=1e-6, atol=0)
 
 
-def test_autocast_leaves_float64_alone():
+def test_autocast_does_not_touch_float64():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = run(RAGGED, backend="torch")
     assert_same(got, run(RAGGED, backend="reference"), 1e-11)
@@ -678,7 +678,7 @@ class TestCustomObjectives:
             run(RAGGED, backend=backend, objective=One())
 
     @pytest.mark.parametrize("backend", ["torch", "reference"])
-    def test_learnable_parameter_is_an_error_beside_frozen_inputs(self, backend):
+    def test_learnable_parameter_is_an_error_with_frozen_inputs(self, backend):
         class Learnable(ik.Objective):
             def __init__(self):
                 self.w = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
@@ -831,7 +831,7 @@ def test_the_module_says_where_an_objectives_parameters_go():
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_what_lies_at_unscored_positions_does_not_matter(backend):
+def test_unscored_positions_do_not_matter(backend):
     hidden = RAGGED.hidden.clone()
     scored = (RAGGED.labels != IGNORE).roll(-1, 1)
     hidden[~scored] = torch.nan

@@ -115,7 +115,7 @@ def test_changing_a_saved_weight_is_an_error():
         logps.sum().backward()
 
 
-def test_kept_rows_survive_a_changed_weight():
+def test_saved_rows_survive_a_changed_weight():
     hidden, weight, _, targets = inputs((4,), ignored=0.0)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     expected = torch.autograd.grad(ik.linear_logps(*leaves, targets).sum(), leaves)

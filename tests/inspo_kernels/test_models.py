@@ -203,7 +203,7 @@ def tailed(change):
         lambda logits, states: logits.index_fill(-1, torch.arange(VOCAB - 5, VOCAB), float("-inf")),
     ],
 )
-def test_scale_cap_and_padding_are_found_by_themselves(change, rows):
+def test_scale_cap_and_padding_are_detected(change, rows):
     model = tailed(change)
     real = rows["attention_mask"].bool()
     own = model(**model_inputs(rows)).logits
@@ -237,7 +237,7 @@ def test_a_learned_scale_is_refused_by_name(rows):
         hidden_and_head(model, **model_inputs(rows))
 
 
-def test_a_changed_config_is_verified_anew(rows):
+def test_a_changed_config_is_verified_again(rows):
     model = make_model("granite")
     assert hidden_and_head(model, **model_inputs(rows))[1]["logit_scale"] == pytest.approx(1 / 3.7)
     model.config.logits_scaling = 2.5
@@ -317,7 +317,7 @@ def test_router_losses_stay_reachable(rows):
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 @pytest.mark.parametrize("called_before", [True, False])
-def test_compiled_steps_equal_eager_ones(fullgraph, called_before, rows):
+def test_compiled_steps_equal_eager_steps(fullgraph, called_before, rows):
     torch._dynamo.reset()
     model = make_model("gemma2")
 

@@ -294,7 +294,7 @@ def test_repr_shows_a_divergence_that_is_chosen():
 
 
 @pytest.mark.parametrize("marginals", [True, False])
-def test_sft_takes_the_marginal_where_there_is_one(marginals):
+def test_sft_uses_marginals_if_given(marginals):
     s = sums()
     if not marginals:
         s = replace(s, marginal_chosen=None, marginal_rejected=None)
@@ -335,7 +335,7 @@ def test_rewards(objective, chosen, rejected):
     assert (got_chosen[0].item(), got_rejected[0].item()) == pytest.approx((chosen, rejected))
 
 
-def test_defaults_are_the_documented_ones():
+def test_defaults_match_the_documentation():
     assert make_objective("dpo") == ik.DPO(beta=0.1, label_smoothing=0.0)
     assert make_objective("one_sided") == ik.OneSided(beta=0.1)
     assert make_objective("ipo") == ik.IPO(tau=0.1)
@@ -397,7 +397,7 @@ def test_bad_objectives_say_what_to_change(call, error, message):
         call()
 
 
-def test_an_impossible_chosen_response_costs_infinitely_much():
+def test_an_impossible_chosen_response_has_infinite_loss():
     one = torch.ones(1, dtype=torch.float64)
     sums = ik.PairSums(
         chosen=-torch.inf * one,

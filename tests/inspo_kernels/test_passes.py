@@ -137,7 +137,7 @@ def test_no_tensor_exceeds_the_workspace_or_the_inputs(rows, options):
     assert N * ROW > largest_input  # otherwise this test shows nothing
 
 
-def test_default_workspace_follows_from_shapes_alone(monkeypatch):
+def test_default_workspace_depends_only_on_shapes(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: pytest.fail("looked at the machine"))
     from inspo_kernels.backends import BACKENDS
     from inspo_kernels.head import checked_head

@@ -48,7 +48,7 @@ def test_token_types_follow_their_tokens():
     assert not found["token_type_ids"][~read].any()
 
 
-def test_positions_and_labels_are_made_anew():
+def test_positions_and_labels_are_recomputed():
     batch = collated()
     more = {"position_ids": torch.zeros_like(batch["input_ids"]), "labels": batch["input_ids"].clone()}
     expected = ik.condition_pairs(PAIRS, pad_token_id=PAD)

@@ -166,7 +166,7 @@ def test_fresh_memory_is_nan():
     ],
     ids=["vector", "padded_rows", "transposed", "strided", "expanded", "scalar", "empty"],
 )
-def test_a_view_holds_its_elements_alone(view, inside):
+def test_a_view_holds_only_its_elements(view, inside):
     distances = torch.arange(-200, 400)
     held = distances[torch.from_numpy(sanitizer.View(view).holds(distances.numpy()))]
     assert held.tolist() == [4 * i for i in inside]

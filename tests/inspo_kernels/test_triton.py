@@ -372,7 +372,7 @@ def test_blocks_of_rows_are_even_and_whole(most):
 
 
 @pytest.mark.parametrize("tile", [(4, 64), (3, 128), (16, 4096)])
-def test_tiles_of_logits_change_rounding_alone(tile, monkeypatch):
+def test_tiles_of_logits_change_only_rounding(tile, monkeypatch):
     case = RAGGED.to(torch.bfloat16)
     expected = run(case, backend="triton")
     monkeypatch.setattr(config, "logits_tile", lambda *_: config.LogitsTile(*tile))

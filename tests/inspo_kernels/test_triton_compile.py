@@ -141,7 +141,7 @@ BUDGET_AT = 2  # lines that SABOTAGE prints
 
 
 @pytest.mark.sweep
-def test_report_notices_what_it_is_for():
+def test_report_detects_planted_problems():
     done = python("-c", SABOTAGE)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -183,7 +183,7 @@ print(json.dumps([sum(len(compiled) for compiled, *_ in k.device_caches.values()
 """
 
 
-def test_lengths_and_starts_compile_nothing_anew():
+def test_lengths_and_starts_do_not_recompile():
     """Lengths and starts change from batch to batch, and a compilation takes seconds."""
     done = python("-c", LENGTHS)
     assert done.returncode == 0, done.stderr

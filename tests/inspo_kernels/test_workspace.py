@@ -84,7 +84,7 @@ def test_a_second_call_allocates_no_workspace(call, size):
 
 
 @pytest.mark.parametrize("call", [loss_and_gradients, per_token])
-def test_what_a_call_left_changes_no_bit(call):
+def test_leftover_workspace_contents_change_no_bit(call):
     want = call()
     (idle,) = workspace._idle.values()
     idle.fill_(torch.nan)

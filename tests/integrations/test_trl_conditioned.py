@@ -169,7 +169,7 @@ N = sum(w + l + 2 for _, w, l in LENGTHS[:4])
 
 @pytest.mark.parametrize("options", [{}, {"loss_type": ["aot"]}, {"use_weighting": True}], ids=str)
 @pytest.mark.parametrize("layout", ["rows", "packed", "tree"])
-def test_marginals_cost_a_matmul_at_logged_steps_alone(tmp_path, layout, options):
+def test_marginals_cost_a_matmul_only_at_logged_steps(tmp_path, layout, options):
     for steps, matmuls in ((10, 3), (1, 4)):
         made = trainer(tmp_path, layout=layout, logging_steps=steps, **options)
         made.state.logging_steps = steps
@@ -192,7 +192,7 @@ def test_coupled_losses_recompute_beyond_the_workspace(tmp_path, monkeypatch, lo
     assert head_matmuls(made) == pytest.approx(3 + (N - held) / N, rel=1e-3)
 
 
-def test_marginals_are_reported_at_logged_steps_alone(tmp_path):
+def test_marginals_are_reported_only_at_logged_steps(tmp_path):
     made = run(
         InSPOTrainer,
         InSPOConfig,

@@ -394,7 +394,7 @@ def test_the_turn_changes_only_conditioned_references(tmp_path):
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[4], found[5], atol=1e-3)
 
 
-def test_what_cannot_have_such_a_turn_is_said(tmp_path, capsys):
+def test_unsupported_chat_turns_are_reported(tmp_path, capsys):
     with pytest.raises(InputError, match="alternative=chat needs a tokenizer"):
         train(TrainConfig(alternative="chat", max_steps=1), token_pairs(), model=tiny_model(), quiet=True)
     model, _ = saved_model(tmp_path)

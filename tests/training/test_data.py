@@ -213,7 +213,7 @@ def test_prompts_are_cut_after_their_bos():
     assert said == ["train_data: 3 pairs read, 2 kept; dropped: 1 too long (x:3); noted: 1 truncated (x:2)"]
 
 
-def test_what_stands_between_the_responses_counts_towards_the_length():
+def test_separators_count_towards_the_length():
     pair, said = Pair([BOS, 5, 8], [6, EOS], [7, EOS], "x:1"), []
     options = {"vocab_size": 300, "bos_token_id": BOS, "log": said.append, "separator_length": 3}
     assert select_pairs([pair], "d", TrainConfig(max_length=10), **options) == [pair]

@@ -176,7 +176,7 @@ def test_pair_of_a_prompt(world: World, answers: list[str], rejected: str | None
     assert pairs == expected
 
 
-def test_fine_tunes_differ_in_the_method_alone(tmp_path: Path) -> None:
+def test_fine_tunes_differ_only_in_method(tmp_path: Path) -> None:
     configs = {name: fine_tune_config(name, Settings(), tmp_path).settings() for name in FINE_TUNES}
     dpo, inspo = configs["dpo"], configs["inspo"]
     assert {key for key in dpo if dpo[key] != inspo[key]} == {"conditioned", "output_dir"}
@@ -300,7 +300,7 @@ def test_same_seed_gives_same_results(demo: tuple[Path, str]) -> None:
     assert first == again
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_other_files_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="choose another"):
         run_demo(Settings.quick(), tmp_path)

@@ -86,7 +86,7 @@ KEPT = ("step", "epoch", "loss", "rewards", "logps", "marginal", "eval", "grad_n
 # 1e-6 in later ones; margins and logps within 4e-6 nats (one unit in the last place at 50 nats). A mean of the
 # processes' means would be off by a tenth of the loss in the ragged steps.
 @pytest.mark.parametrize("name", [name for name in processes.RUNS if name != "bf16"])
-def test_two_processes_do_what_one_does(one: dict[str, dict[str, Any]], two: Path, name: str) -> None:
+def test_two_processes_equal_one(one: dict[str, dict[str, Any]], two: Path, name: str) -> None:
     first, second = of_two(two, name)
     expected = one[name]
     assert timeless(first["metrics"]) == timeless(second["metrics"])
@@ -138,7 +138,7 @@ def test_bf16_matmuls_keep_float64_sums_and_weights(one: dict[str, dict[str, Any
         ("occupied_folder", ["InputError: .*output_dir .* holds a finished run"] * 2),
     ],
 )
-def test_what_fails_in_one_process_fails_in_all(two: Path, name: str, messages: list[str]) -> None:
+def test_an_error_in_one_process_fails_all(two: Path, name: str, messages: list[str]) -> None:
     for outcome, message in zip(of_two(two, name), messages, strict=True):
         assert re.match(message, outcome["error"]), outcome["error"]
 

@@ -269,7 +269,7 @@ def test_sigterm_saves_without_regular_checkpoints(tmp_path, monkeypatch, capsys
             training.train.train(TrainConfig(max_steps=3), token_pairs(), model=tiny_model(), quiet=True)
 
 
-def test_a_full_disk_after_sigterm_is_said(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_after_sigterm_is_reported(tmp_path, monkeypatch, capsys):
     terminate_after(monkeypatch, 1)
     monkeypatch.setattr(training.resumable, "save_file", full)
     with pytest.raises(SystemExit, match="143"):

@@ -1,4 +1,4 @@
-"""Test engines that need a GPU: FSDP2 and DeepSpeed through accelerate, in one process, against a plain run.
+"""What only a GPU can run: FSDP2 and DeepSpeed through accelerate, in one process, against the same run without them.
 
 python -m pytest tests/training/test_gpu_engines.py
 """
@@ -55,7 +55,7 @@ def launch(config: str, folder: Path, *more: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["fsdp2_8gpu.yaml", "deepspeed_zero2", "deepspeed_zero3"])
-def test_an_engine_equals_a_plain_process(engine: str, tmp_path: Path) -> None:
+def test_an_engine_computes_and_resumes_what_a_plain_process_does(engine: str, tmp_path: Path) -> None:
     more: tuple[str, ...] = ()
     if engine.startswith("deepspeed"):
         if importlib.util.find_spec("deepspeed") is None:

@@ -111,7 +111,7 @@ def test_the_reference_is_the_base_even_after_training(tmp_path, capsys):
     ]
 
 
-def test_checkpoints_hold_the_adapter_alone(tmp_path):
+def test_checkpoints_hold_only_the_adapter(tmp_path):
     model = base(tmp_path / "base")
     lora_run(tmp_path / "out", model, "--save_steps", "2")
     kept = load_file(tmp_path / "out/checkpoint-2/model.safetensors")
@@ -188,7 +188,7 @@ def test_bfloat16_parameters_and_activation_checkpointing_train_an_adapter():
     assert all(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
 
-def test_the_number_of_trained_parameters_is_told():
+def test_the_number_of_trained_parameters_is_printed():
     model = tiny_model(hidden_size=160, intermediate_size=320)
     total = sum(p.numel() for p in model.parameters())
     add_lora(model, LoraOptions(r=8, target_modules=["q_proj", "v_proj"]), 0)

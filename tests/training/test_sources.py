@@ -268,7 +268,7 @@ def test_a_corrupted_file_of_a_folder_is_named(tmp_path):
             load_pairs(str(tmp_path / folder), TOKENIZER)
 
 
-def test_an_empty_source_beside_another_is_refused(tmp_path):
+def test_an_empty_source_among_others_is_refused(tmp_path):
     full = write_jsonl(tmp_path / "full.jsonl", RECORDS)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(InputError, match=r"empty\.jsonl: holds no record"):

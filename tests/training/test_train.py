@@ -171,7 +171,7 @@ def test_a_step_is_adamw_on_the_mean_loss():
         torch.testing.assert_close(trained.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_weight_decay_is_of_matrices_alone():
+def test_weight_decay_applies_only_to_matrices():
     model = tiny_model(attention_bias=True, mlp_bias=True)
     with torch.no_grad():
         for parameter in model.parameters():
