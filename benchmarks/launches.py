@@ -48,7 +48,7 @@ def cases() -> Iterator[Case]:
     for transform in TRANSFORMS:
         for dtype in (BF16, HALF, FP32, FP64):
             yield row_pass_case(dtype, True, transform, VOCAB)
-            if transform != "plain" or dtype in (FP32, FP64):  # sums see E's dtype through the bias alone
+            if transform != "plain" or dtype in (FP32, FP64):  # for sums, E's dtype matters only to the bias
                 yield row_pass_case(dtype, False, transform, VOCAB)
         yield row_pass_case(BF16, True, transform, VOCAB, first=TILE_WORDS)
         yield row_pass_case(BF16, False, transform, VOCAB, first=TILE_WORDS, statistics=True)

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = pairs_parser("benchmarks.real_pairs", __doc__)
     parser.add_argument(
-        "--max_length", type=positive, default=512, help="tokens (bytes) of a pair; longer ones are dropped"
+        "--max_length", type=positive, default=512, help="most tokens (bytes) of a pair; longer pairs are dropped"
     )
     parser.add_argument("--base_steps", type=positive, default=300, help="fitting steps of 8 responses [300]")
     parser.add_argument("--steps", type=positive, default=40, help="fine-tuning steps of 8 pairs [40]")
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pairs = pairs_of(parser, options.pairs, common, tokenizer, lambda line: said.append(line.split("(")[0].strip()))
     training, held_out = split_by_prompt(pairs, 0.3, options.seed)
     if not held_out:
-        parser.error(f"--pairs: all pairs of {options.pairs} that can be used have one prompt; none can be held out")
+        parser.error(f"--pairs: all usable pairs of {options.pairs} have the same prompt, so none can be held out")
     base_loss = fit_base(
         base, training, tokenizer.pad_token_id, steps=options.base_steps, rows=8, lr=3e-3, seed=options.seed
     )

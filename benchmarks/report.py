@@ -82,10 +82,10 @@ def real_pairs(result: dict[str, Any]) -> str:
             accuracy, ends = (after[f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "accuracies_ci"))
             cells.append(f"{accuracy:.2f} ({ends[0]:.2f}-{ends[1]:.2f})")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _beside_chance(result["runs"]), "", source(result, "real_pairs.json")])
+    return "\n".join([*lines, "", _against_chance(result["runs"]), "", source(result, "real_pairs.json")])
 
 
-def _beside_chance(runs: list[dict[str, Any]]) -> str:
+def _against_chance(runs: list[dict[str, Any]]) -> str:
     """Return a sentence that lists the marginal accuracies that differ from one half."""
     above: list[str] = []
     below: list[str] = []

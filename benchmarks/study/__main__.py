@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--workers", type=int, help="number of processes, with one thread each [one per core, at most 16]"
     )
-    parser.add_argument("--output", type=Path, help="folder of the results [the committed ones, or runs/study-SIZE]")
+    parser.add_argument(
+        "--output", type=Path, help="folder for the results [the committed results, or runs/study-SIZE]"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing, write the report from the finished runs")
     options = parser.parse_args(arguments)
     if options.quick and options.large:

@@ -17,8 +17,8 @@ RESULTS = Path(__file__).parent.parent / "results" / "study_code"
 COLORS = {"plain": "tab:orange", "inspo": "tab:blue", "dropout": "tab:green", "shuffled": "tab:purple", "sft": "black"}
 # Deviations that the code cannot detect.
 DEVIATIONS = [
-    "While the base was fitted, answers were sampled 256 rows at a time; the code now takes 512. This may change the "
-    "rounding of the drafts' log-probs, so a base that is fitted anew may differ.",
+    "While the base was fitted, answers were sampled 256 rows at a time; the code now uses 512. This may change the "
+    "rounding of the drafts' log-probs, so a newly fitted base may differ.",
 ]
 CLAIMS = {
     ("H1", "better"): "After {epochs} passes over the pairs, InSPO answered better than plain DPO.",

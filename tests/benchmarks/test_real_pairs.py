@@ -84,7 +84,7 @@ def test_too_few_pairs_are_refused(tmp_path, capsys):
     one.write_text(PAIRS.read_text().splitlines()[0] + "\n")
     for module, arguments, says in (
         (loop_overhead, ["--pairs", str(PAIRS), "--steps", "1"], "give at least 2"),
-        (real_pairs, ["--pairs", str(one)], "have one prompt"),
+        (real_pairs, ["--pairs", str(one)], "have the same prompt"),
     ):
         with pytest.raises(SystemExit):
             module.main([*arguments, "--json", str(tmp_path / "r.json")])
