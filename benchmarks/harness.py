@@ -35,17 +35,21 @@ def interleaved_times(
 ) -> dict[str, list[float]]:
     """Return each contender's seconds in each round. Every round runs all contenders, so drifting load affects all.
 
+    Each round starts with the next contender, because a GPU at its power limit is slower after a long load.
+
     After ``seconds`` no further round starts, but at least ``FEWEST_ROUNDS`` run (fewer only if ``rounds`` is smaller).
     ``after_round`` gets the times so far after each round, so that an interrupted run can keep them.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
     end = time.perf_counter() + seconds
     bar = tqdm(range(warmup + rounds), desc="rounds", unit="round", leave=False, disable=not sys.stderr.isatty())
     for i in bar:
         if i >= warmup + FEWEST_ROUNDS and time.perf_counter() > end:
             break
-        for name, run in contenders.items():
-            elapsed = seconds_of(run, device)
+        turn = i % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            elapsed = seconds_of(contenders[name], device)
             if i >= warmup:
                 times[name].append(elapsed)
         if i >= warmup:

@@ -59,9 +59,11 @@ def joined_provenance(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[st
 def commit() -> str | None:
     """Return the short hash of this checkout; "+changes" if a tracked file differs.
 
-    ``WRITTEN`` does not count: a run changes it in a checkout that was clean before. In a copy without git the
-    environment variable INSPO_KERNELS_COMMIT may name the commit; otherwise it is None.
+    ``WRITTEN`` does not count: a run changes it in a checkout that was clean before. The environment variable
+    INSPO_KERNELS_COMMIT names the commit of a copy whose git does not know it; without either it is None.
     """
+    if known := os.environ.get("INSPO_KERNELS_COMMIT"):
+        return known
 
     def git(*words: str) -> str:
         folder = Path(__file__).parent
@@ -72,7 +74,7 @@ def commit() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("INSPO_KERNELS_COMMIT")
+        return None
 
 
 def read_result(path: str | Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ class Sanitizer:
         patch.setattr(interpreter, "_implicit_cvt", self._place)
         patch.setattr(_builder, "set_grid_dim", lambda builder, *dims: self._begin(builder, dims))
         patch.setattr(_builder, "set_grid_idx", lambda builder, *index: self._next(builder, index))
-        patch.setattr(_builder, "create_masked_load", lambda builder, *args: self._load(builder, *args))
+        patch.setattr(_builder, "create_masked_load", lambda builder, *args, **how: self._load(builder, *args, **how))
         patch.setattr(_builder, "create_masked_store", lambda builder, *args: self._store(builder, *args))
         patch.setattr(_builder, "create_barrier", lambda builder: self._barrier(builder))
         for name in ("create_atomic_rmw", "create_atomic_cas"):
@@ -167,7 +167,8 @@ class Sanitizer:
         self._patch.undo()
 
     def _checked(self, executor, args, kwargs) -> None:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        bases = (getattr(argument, "base", argument) for argument in (*args, *kwargs.values()))
+        tensors = [t for t in bases if isinstance(t, torch.Tensor)]
         _refuse_mixed(tensors)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
         before, seed = [s.clone() for s in storages], self.order.random()
@@ -214,9 +215,9 @@ class Sanitizer:
         self.launch.epoch += self.barriers
         _barrier(builder)
 
-    def _load(self, builder, pointers, mask, other, *rest):
+    def _load(self, builder, pointers, mask, other, *rest, **how):
         real, mask, line = self._access(pointers, mask, store=False)
-        loaded = _load(builder, real, mask, other, *rest)
+        loaded = _load(builder, real, mask, other, *rest, **how)
         if (size := loaded.data.itemsize) in FRESH:
             bits = loaded.data.view(f"u{size}")
             if (fresh := (bits == FRESH[size]) & mask.data).any():
