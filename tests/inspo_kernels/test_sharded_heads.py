@@ -1,4 +1,4 @@
-"""Heads that an engine shards, gathers for a moment or keeps elsewhere."""
+"""Test heads that an engine shards, gathers temporarily or offloads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What two gloo processes found."""
+    """Return the results of two gloo processes."""
     file = tmp_path_factory.mktemp("sharded") / "found.pt"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
@@ -99,7 +99,7 @@ def test_a_weight_gathered_for_the_heads_forward_gets_its_gradient(engine):
         release()
 
 
-def test_an_offloaded_head_is_read_while_it_is_in_place():
+def test_an_offloaded_head_is_read_while_loaded():
     accelerate = pytest.importorskip("accelerate")
     model, ids = make_model("phi"), torch.randint(3, 60, (2, 5))
     own = model(ids).logits.detach()
