@@ -25,6 +25,8 @@ def table(cell: dict[str, Any]) -> str:
             continue
         ratio, peak, error = row["times_floor"], row.get("peak_bytes"), row.get("relative_error")
         times = f"{ratio['median']:6.2f}x floor ({ratio['q1']:.2f}-{ratio['q3']:.2f})" if ratio else " " * 25
+        if (idle := row.get("from_idle")) and idle["times_floor"]:
+            times += f"{idle['times_floor']['median']:6.2f}x from idle"
         memory = " " * 11 if peak is None else f"{peak / 2**20:7,.0f} MiB"
         errors = f"  worst error {max(error.values()):.0e}" if error else ""
         if "errors_not_checked" in row:

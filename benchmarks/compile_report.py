@@ -176,9 +176,9 @@ def over_budget(budget: Budget, row: dict[str, Any]) -> list[str]:
 def problems(case: Case, target: Target, found: dict[str, Any]) -> list[str]:
     """Return the reasons why the report fails for this kernel."""
     checks = {
-        f"{found['stack_bytes']} bytes of stack": found["stack_bytes"] > 0 and not target.may_spill,
+        f"{found['stack_bytes']} bytes of stack": found["stack_bytes"] > case.stack_bytes and not target.may_spill,
         f"shared memory above {target.shared_limit} bytes": found["shared_bytes"] > target.shared_limit,
-        "row offsets in 32 bits": case.shipped and not found["rows_in_64_bits"],
+        "row offsets in 32 bits": case.shipped and case.row_offsets and not found["rows_in_64_bits"],
         f"loads of {found['widest_load']} bytes": case.wide_loads and found["widest_load"] < 16,
         f"stores of {found['widest_store']} bytes": case.wide_stores and found["widest_store"] < 16,
     }
@@ -188,7 +188,8 @@ def problems(case: Case, target: Target, found: dict[str, Any]) -> list[str]:
 
 def compiled_row(case: Case, name: str, compiled: Any) -> dict[str, Any]:
     """Return the report's row of one compiled kernel."""
-    row = {"kernel": case.kernel, "configuration": case.configuration, "target": name} | describe(compiled, name)
+    kernel = compiled.metadata.name.strip("_").removesuffix("_kernel")
+    row = {"kernel": kernel, "configuration": case.configuration, "target": name} | describe(compiled, name)
     if case.elements and row.get("loop"):
         elements, loop = case.elements(name), row["loop"]
         row["per_element"] = {what: loop[what] / elements for what in ("instructions", "special")}
@@ -203,18 +204,23 @@ def report(chosen_targets: list[str], pattern: str, chosen_cases: Iterable[Case]
         if not re.search(pattern, f"{case.kernel}: {case.configuration}"):
             continue
         for name in chosen_targets:
-            row: dict[str, Any] = {"kernel": case.kernel, "configuration": case.configuration, "target": name}
+            if not case.runs_on(name):
+                continue
             try:
                 with compiling_for(TARGETS[name]) as compiled:
                     case.launch(arch=name)
-                if not compiled or (not case.shipped and (name, compiled[0].hash) in seen):
-                    continue
-                seen.add((name, compiled[0].hash))
-                row = compiled_row(case, name, compiled[0])
+                rows = [
+                    compiled_row(case, name, kernel)
+                    for kernel in compiled
+                    if case.shipped or (name, kernel.hash) not in seen
+                ]
+                seen |= {(name, kernel.hash) for kernel in compiled}
             except Exception as error:
-                row["problems"] = [f"does not compile: {type(error).__name__}: {error}"]
-            results.append(row)
-            print(_line(row), flush=True)
+                why = f"does not compile: {type(error).__name__}: {error}"
+                rows = [{"kernel": case.kernel, "configuration": case.configuration, "target": name, "problems": [why]}]
+            for row in rows:
+                results.append(row)
+                print(_line(row), flush=True)
     return results
 
 

@@ -9,10 +9,11 @@ missing steps and shapes; steps that are named are repeated. DIR holds gpu.json,
 steps.log, tests.log, time.png and memory.png.
 
 ``forward`` is without gradients (1 matmul), ``frozen head`` computes dX alone (2), ``forward+backward`` dX and dW (3).
-Times are between CUDA events around one call that starts on an idle device, so they include the latency of Python and
-of launches. Matmuls keep full-precision sums: reduced-precision reductions of split-K bfloat16 matmuls and float16
-accumulation are off for every contender. The exit status is 1 if a step, a test or an accuracy check failed; a missed
-target is no error.
+Times are between CUDA events around one call that is queued behind a few large matmuls, as a loss is queued behind the
+model in training. Beside them are times from an idle device, which include the latency of Python and of launches. Every
+round starts with the next contender, because a GPU at its power limit is slower after a long load. Matmuls keep
+full-precision sums: reduced-precision reductions of split-K bfloat16 matmuls and float16 accumulation are off for every
+contender. The exit status is 1 if a step, a test or an accuracy check failed; a missed target is no error.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batches import PairBatch
 from .gpu_tuning import launch_fused_pass, launch_row_pass
-from .harness import reason, seconds_of, spread
+from .harness import reason, seconds_behind_work, seconds_of, spread
 
 ROUNDS = 7
 
@@ -179,22 +179,8 @@ def timed(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     """Return seconds of ``run`` from an idle device and behind other work; on a CPU they are equal."""
     run()
     idle = spread([seconds_of(run, str(device)) for _ in range(ROUNDS)])
-    busy = spread([seconds_behind_work(run, device) for _ in range(ROUNDS)]) if device.type == "cuda" else idle
+    busy = spread([seconds_behind_work(run, str(device)) for _ in range(ROUNDS)]) if device.type == "cuda" else idle
     return {"status": "measured", "idle": idle, "busy": busy}
-
-
-def seconds_behind_work(run: Callable[[], Any], device: torch.device) -> float:
-    """Return seconds of ``run`` on a CUDA device that is kept busy until all of it is queued."""
-    blocker = torch.rand(8192, 8192, device=device, dtype=torch.bfloat16)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    for _ in range(8):
-        torch.mm(blocker, blocker)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def line(name: str, row: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ import inspo_kernels as ik
 from .batches import PairBatch
 from .contenders import BETA
 from .gpu_processes import run_in_group
-from .harness import guarded, interleaved_times, own_peak, ratios, reason, spread
+from .harness import guarded, interleaved_times, own_peak, ratios, reason, seconds_behind_work, spread
 from .measure import PRODUCTS, TRAIN, products
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -40,7 +40,7 @@ def compared(
         if device.type == "cuda" and name not in failed:
             peaks[name] = own_peak(run, str(device))
     alive = {name: run for name, run in guards.items() if name not in failed}
-    times = interleaved_times(alive, rounds, device=str(device), seconds=seconds)
+    times = interleaved_times(alive, rounds, device=str(device), seconds=seconds, clock=seconds_behind_work)
     beside = ratios(times, to) if to in times else {}
     result: dict[str, dict[str, Any]] = {name: {"status": why} for name, why in failed.items()}
     for name, values in times.items():

@@ -16,7 +16,7 @@ from inspo_kernels.head import checked_head
 
 from .batches import PairBatch
 from .contenders import CONTENDERS, Contender, ours
-from .harness import guarded, interleaved_times, ratios, reason, spread
+from .harness import guarded, interleaved_times, ratios, reason, seconds_behind_work, spread
 from .measure import TRAIN, step
 
 
@@ -29,7 +29,11 @@ def sweep(
     for run in runs.values():
         run()
     times = interleaved_times(
-        {name: run for name, run in runs.items() if name not in failed}, 15, device=str(device), seconds=seconds
+        {name: run for name, run in runs.items() if name not in failed},
+        15,
+        device=str(device),
+        seconds=seconds,
+        clock=seconds_behind_work,
     )
     times = {name: [t / repeats for t in values] for name, values in times.items() if name not in failed}
     to_shipped = ratios(times, shipped) if shipped in times else {}

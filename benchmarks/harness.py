@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,16 @@ def interleaved_times(
     *,
     device: str = "cpu",
     seconds: float = math.inf,
+    clock: Callable[[Callable[[], Any], str], float] | None = None,
     after_round: Callable[[dict[str, list[float]]], None] = lambda times: None,
 ) -> dict[str, list[float]]:
     """Return each contender's seconds in each round. Every round runs all contenders, so drifting load affects all.
 
     Each round starts with the next contender, because a GPU at its power limit is slower after a long load.
 
-    After ``seconds`` no further round starts, but at least ``FEWEST_ROUNDS`` run (fewer only if ``rounds`` is smaller).
-    ``after_round`` gets the times so far after each round, so that an interrupted run can keep them.
+    ``clock`` takes the time of a run, ``seconds_of`` by default. After ``seconds`` no further round starts, but at
+    least ``FEWEST_ROUNDS`` run (fewer only if ``rounds`` is smaller). ``after_round`` receives the times after each
+    round, so that an interrupted run can keep them.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
@@ -49,7 +51,7 @@ def interleaved_times(
             break
         turn = i % max(1, len(names))
         for name in names[turn:] + names[:turn]:
-            elapsed = seconds_of(contenders[name], device)
+            elapsed = (clock or seconds_of)(contenders[name], device)
             if i >= warmup:
                 times[name].append(elapsed)
         if i >= warmup:
@@ -71,6 +73,30 @@ def seconds_of(run: Callable[[], Any], device: str = "cpu") -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def seconds_behind_work(run: Callable[[], Any], device: str) -> float:
+    """Return the device's seconds for ``run`` on a GPU that is busy until all of it is queued, as in training.
+
+    Half a dozen large matmuls hide up to 10 ms of Python and launches, and bring the GPU to its clock under load.
+    """
+    if torch.device(device).type != "cuda":
+        return seconds_of(run, device)
+    blocker = _blocker(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    for _ in range(6):
+        torch.mm(blocker, blocker)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@cache
+def _blocker(device: str) -> torch.Tensor:
+    return torch.rand(8192, 8192, device=device, dtype=torch.bfloat16)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -41,6 +41,9 @@ class Case:
     elements: Callable[[str], int] | None = None
     bytes: float = 0.0
     cache_bytes: float = 0.0
+    stack_bytes: int = 0
+    row_offsets: bool = True
+    runs_on: Callable[[str], bool] = lambda arch: True
 
 
 def cases() -> Iterator[Case]:
@@ -54,6 +57,7 @@ def cases() -> Iterator[Case]:
         yield row_pass_case(BF16, False, transform, VOCAB, first=TILE_WORDS, statistics=True)
     for vocab in (1000, 50257):  # shorter blocks; an odd vocabulary size
         yield row_pass_case(BF16, True, "plain", vocab)
+    yield from fused_pass_cases()
     yield from label_logits_cases()
     yield from bias_gradient_cases()
 
@@ -113,6 +117,51 @@ def row_pass_case(
     )
 
 
+def fused_pass_cases() -> Iterator[Case]:
+    """Yield the launches of the fused pass, on the architectures that use it. All its tiles lie in shared memory."""
+    from inspo_kernels.kernels import config
+    from inspo_kernels.kernels.fused_pass import fused_pass
+    from inspo_kernels.kernels.row_pass import PARTS
+
+    for transform, (with_bias, softcap, logit_scale) in TRANSFORMS.items():
+        for store, statistics in ((True, False), (False, False), (True, True)):
+            wanted = frozenset(PARTS if statistics else ())
+            stride = config.padded_vocab(VOCAB)
+            launch = partial(
+                fused_pass,
+                torch.empty(ROWS, HIDDEN, dtype=BF16),
+                torch.empty(VOCAB, HIDDEN, dtype=BF16),
+                torch.zeros(ROWS, dtype=torch.int64),
+                torch.empty(ROWS),
+                torch.empty(ROWS),
+                torch.empty(1 + len(wanted), ROWS),
+                torch.zeros(ROWS, dtype=torch.int32),
+                e=torch.empty(ROWS, stride, dtype=BF16) if store else None,
+                bias=torch.empty(stride, dtype=BF16) if with_bias else None,
+                softcap=softcap,
+                outer=1.0 if softcap is None else softcap,
+                scale=logit_scale,
+                wanted=wanted,
+            )
+            what = ("E and statistics" if statistics else "E") if store else "sums"
+            yield Case(
+                "fused_pass",
+                f"bf16 {what}, {transform}, V={VOCAB}",
+                launch,
+                wide_loads=False,
+                # Once per tile, beside thousands of multiply-adds: nobody waits for a spill.
+                stack_bytes=160 if statistics else 32 if softcap else 0,
+                row_offsets=False,
+                runs_on=uses_fused_pass,
+            )
+
+
+def uses_fused_pass(arch: str) -> bool:
+    from inspo_kernels.kernels import config
+
+    return config.fused_pass(arch, None) is not None
+
+
 def label_logits_cases() -> Iterator[Case]:
     from inspo_kernels.kernels.label_logits import label_logits
 
@@ -167,6 +216,8 @@ def recorded(file: Path) -> Iterator[Case]:
             partial(launcher, *arguments, **keywords),
             wide_loads=False,
             shipped=False,
+            stack_bytes=160 if call["name"] == "fused_pass" else 0,
+            runs_on=uses_fused_pass if call["name"] == "fused_pass" else Case.runs_on,
         )
 
 

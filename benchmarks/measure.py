@@ -27,6 +27,7 @@ from .harness import (
     ratios,
     reason,
     release_freed_memory,
+    seconds_behind_work,
     spread,
 )
 
@@ -258,7 +259,18 @@ def measure(
                 rows[name] = row
         save()
 
-    interleaved_times(alive, rounds, device=device, seconds=seconds, after_round=after_round)
+    if not batch.hidden.is_cuda:
+        interleaved_times(alive, rounds, device=device, seconds=seconds, after_round=after_round)
+    else:
+        clock, share = seconds_behind_work, 0.75 * seconds
+        interleaved_times(alive, rounds, device=device, seconds=share, clock=clock, after_round=after_round)
+        alive = {name: run for name, run in alive.items() if name not in failed}
+        idle = interleaved_times(alive, min(rounds, 5), device=device, seconds=seconds - share)
+        to_floor = ratios(idle, "floor") if "floor" in idle else {}
+        for name, times in idle.items():
+            if name not in failed:
+                rows[name]["from_idle"] = {"seconds": spread(times), "times_floor": to_floor.get(name)}
+        save()
     return cell
 
 

@@ -264,6 +264,19 @@ def _fused_pass_kernel(
         _store(p_own, wide.to(tl.int64) * num_rows, sums, m_rows, MOMENT, SQUARES, LOGITS, TOPS)
 
 
+@triton.jit
+def _of_tiles(p, rows, m_rows, num_rows, num_tiles, IS_TOP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Sum, or maximum, of each row's tiles, which are ``num_rows`` elements apart."""
+    b_sum = tl.full([BLOCK, ROWS], float("-inf") if IS_TOP else 0.0, tl.float32)
+    for start in range(0, num_tiles, BLOCK):
+        tiles = start + tl.arange(0, BLOCK)
+        mask = (tiles < num_tiles)[:, None] & m_rows[None, :]
+        p_own = p + tiles.to(tl.int64)[:, None] * num_rows + rows[None, :]
+        own = tl.load(p_own, mask=mask, other=float("-inf") if IS_TOP else 0.0)
+        b_sum = tl.maximum(b_sum, own) if IS_TOP else b_sum + own
+    return tl.max(b_sum, axis=0) if IS_TOP else tl.sum(b_sum, axis=0)
+
+
 @triton.jit(
     do_not_specialize=["num_rows", "num_tiles"],
     do_not_specialize_on_alignment=["p_sums", "p_label", "p_offset", "p_rows", "p_raised"],
@@ -286,24 +299,16 @@ def _combine_kernel(
     m_rows = rows < num_rows
     label_z = tl.load(p_label + rows, mask=m_rows, other=0.0)
     offset = _offset_of(label_z)
-    for i in tl.static_range(NUM_SUMS + NUM_TOPS):
-        EMPTY: tl.constexpr = 0.0 if i < NUM_SUMS else float("-inf")
-        b_sum = tl.full([BLOCK, ROWS], EMPTY, tl.float32)
-        for start in range(0, num_tiles, BLOCK):
-            tiles = start + tl.arange(0, BLOCK)
-            mask = (tiles < num_tiles)[:, None] & m_rows[None, :]
-            p_own = p_sums + (tiles + i * num_tiles).to(tl.int64)[:, None] * num_rows + rows[None, :]
-            own = tl.load(p_own, mask=mask, other=EMPTY)
-            b_sum = b_sum + own if i < NUM_SUMS else tl.maximum(b_sum, own)
-        if i < NUM_SUMS:
-            of_rows = tl.sum(b_sum, axis=0)
-        else:
-            of_rows = tl.max(b_sum, axis=0)
-        tl.store(p_rows + tl.cast(i, tl.int64) * num_rows + rows, of_rows, mask=m_rows)
-        if i == 0:
-            total = of_rows + tl.exp(label_z - offset)
-            suits = (total >= NEAR) & (total <= FAR)  # false for NaN
-            tl.store(p_raised + rows, (~suits).to(tl.int32), mask=m_rows)
+    rest = _of_tiles(p_sums, rows, m_rows, num_rows, num_tiles, False, BLOCK, ROWS)
+    tl.store(p_rows + rows, rest, mask=m_rows)
+    for i in tl.static_range(1, NUM_SUMS + NUM_TOPS):
+        step = tl.cast(i, tl.int64) * num_rows
+        p_own = p_sums + step * num_tiles
+        of_rows = _of_tiles(p_own, rows, m_rows, num_rows, num_tiles, i >= NUM_SUMS, BLOCK, ROWS)
+        tl.store(p_rows + step + rows, of_rows, mask=m_rows)
+    total = rest + tl.exp(label_z - offset)
+    suits = (total >= NEAR) & (total <= FAR)  # false for NaN
+    tl.store(p_raised + rows, (~suits).to(tl.int32), mask=m_rows)
     tl.store(p_offset + rows, offset, mask=m_rows)
 
 

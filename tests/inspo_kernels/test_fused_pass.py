@@ -116,7 +116,7 @@ def test_unsuitable_offsets_are_repaired():
     label[40], lowest[40] = -torch.inf, -5
     sums, e, raised = launch(x, weight, lowest, label=label)
     assert raised.nonzero().squeeze(1).tolist() in ([3, 20], [3, 20, 40])
-    kept = torch.ones(48, dtype=torch.bool)
+    kept = torch.ones(48, dtype=torch.bool, device=DEVICE)
     kept[[3, 20, 40]] = False
     assert torch.equal(e[kept], e_usual[kept]) and torch.equal(sums.rest[kept], usual.rest[kept])
     expected = (z - sums.offset[:, None].double()).exp()
@@ -124,7 +124,8 @@ def test_unsuitable_offsets_are_repaired():
     for row in (3, 20, 40):
         assert relative_error(e[row, :100], expected[row]) < 3e-3
         assert relative_error(sums.rest[row], expected[row].sum()) < 1e-5
-    assert sums.scores(torch.float64, 100).logps[3] == pytest.approx(z[3].log_softmax(0)[lowest[3]].item(), rel=1e-6)
+    logp = sums.scores(torch.float64, 100).logps[3].item()
+    assert logp == pytest.approx(z[3].log_softmax(0)[lowest[3]].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -133,7 +134,7 @@ def test_values_that_are_not_finite_stay_in_their_row(value):
     spoilt = x.clone()
     spoilt[7, 0] = value
     (expected, e, _), (sums, e_spoilt, _) = launch(x, weight, targets), launch(spoilt, weight, targets)
-    others = torch.arange(20) != 7
+    others = torch.arange(20, device=DEVICE) != 7
     assert torch.equal(e[others], e_spoilt[others]) and torch.equal(expected.rest[others], sums.rest[others])
     assert not sums.scores(torch.float64, 100).logps[7].isfinite()
 
