@@ -26,7 +26,7 @@ from .engine import process_count, process_index, raise_on_all_ranks
 from .errors import InputError, SaveError
 from .inputs import Inputs
 from .model import size_text
-from .resume import MAY_CHANGE
+from .resume import may_change
 
 
 def write_model(
@@ -138,7 +138,7 @@ def model_card(
         else "Each response was scored given the prompt alone."
     )
     built = f"a model built on the spot with random weights: {config.model}"
-    kept = {k: v for k, v in config.settings().items() if k not in MAY_CHANGE | {"model"} and v is not None}
+    kept = {k: v for k, v in config.settings().items() if not may_change(k) and k != "model" and v is not None}
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "accelerate"))
     auto = "peft.AutoPeftModelForCausalLM" if library == "peft" else "transformers.AutoModelForCausalLM"
     return ModelCard(f"""---
