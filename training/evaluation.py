@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import inspo_kernels as ik
 
 from .config import TrainConfig
 from .errors import InputError
+from .generate import answer_text, continue_prompts
 from .pairs import Pair
-from .scoring import Scores, correct, pair_metrics
+from .scoring import PairModel, Scores, correct, pair_metrics
 
 Z95 = 1.959964
 # Nats per token: below it, the model takes responses noticeably worse after the other one than right after the prompt.
@@ -124,43 +125,24 @@ def conditioning_gap(scores: Scores) -> tuple[float, float]:
     return chosen, rejected
 
 
-@torch.no_grad()
 def sample_answers(
-    module: nn.Module,
+    module: PairModel,
     prompts: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     ends: set[int],
     max_new_tokens: int,
-    pad_token_id: int,
-    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Answer each prompt (token ids) greedily, up to an id in ``ends``: texts, length in tokens, whether it ended.
 
-    ``module`` has a ``generate`` for one prompt. All ranks call this with the same prompts and do the same work:
-    sharded weights are gathered layer by layer.
+    All ranks call this with the same prompts and do the same work: sharded weights are gathered layer by layer.
     """
-    # The model's generation_config does not count, so that the answers of all models are comparable.
-    greedy = {
-        "do_sample": False,
-        "num_beams": 1,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 50,
-        "repetition_penalty": 1.0,
-    }
     positions = getattr(module.config, "max_position_embeddings", None) or math.inf
     samples = []
     for prompt in prompts:  # one at a time: a handful needs no padding
-        out = cast(Any, module).generate(
-            torch.tensor([prompt], device=device),
-            max_new_tokens=min(max_new_tokens, positions - len(prompt)),
-            eos_token_id=sorted(ends),
-            pad_token_id=pad_token_id,
-            **greedy,
-        )
-        answer = out[0, len(prompt) :].tolist()
-        asked, said = (tokenizer.decode(list(ids), skip_special_tokens=True) for ids in (prompt, answer))
+        most = int(min(max_new_tokens, positions - len(prompt)))
+        (answer,) = continue_prompts(module.model, [prompt], ends, most, generate=module.generate)
+        asked, said = (answer_text(ids, tokenizer) for ids in (prompt, answer))
         samples.append({"prompt": asked, "answer": said, "tokens": len(answer), "ended": answer[-1] in ends})
     return samples
 

@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -62,7 +62,6 @@ def _asked(prompt: str, chat: bool) -> Question:
     return Question("--prompt", {}, None if chat else prompt, [[{"role": "user", "content": prompt}]] if chat else [])
 
 
-@torch.no_grad()
 def generate_batch(
     model: PreTrainedModel,
     encoder: TextEncoder,
@@ -78,19 +77,36 @@ def generate_batch(
     Each row is sampled at its own temperature (0: greedy) with its own seed. So an answer does not depend on the other
     prompts of the batch, except for rounding. Of the model's generation_config, only the end tokens are used.
     """
-    own, ends = model.generation_config, answer_ends(model, encoder, chat=chat)
+    ends, noise = answer_ends(model, encoder, chat=chat), _Noise(temperatures, seeds, model.device)
+    return continue_prompts(model, prompts, ends, max_new_tokens, noise=noise)
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    ends: set[int],
+    max_new_tokens: int,
+    *,
+    noise: LogitsProcessor | None = None,
+    generate: Callable[..., Tensor] | None = None,
+) -> list[list[int]]:
+    """Continue prompts of token ids greedily, up to an id in ``ends``, which is returned, too.
+
+    ``noise`` changes the scores. An engine's module may bring its own ``generate`` for ``model``.
+    """
     pad = min(ends)  # it is masked, so any token of the vocabulary will do
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
     # Replace the model's own config: ``generate`` would take options from it that are not set here.
+    own = model.generation_config
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends)
     )
     try:
-        out = cast(Callable[..., Tensor], model.generate)(
-            ids, attention_mask=mask, logits_processor=LogitsProcessorList([_Noise(temperatures, seeds, model.device)])
-        )
+        processors = LogitsProcessorList([] if noise is None else [noise])
+        out = cast(Any, generate or model.generate)(ids, attention_mask=mask, logits_processor=processors)
     finally:
         model.generation_config = own
     answers = []

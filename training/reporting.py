@@ -121,13 +121,7 @@ class ReportingTrainer(ResumableTrainer):
         ends = {tokenizer.eos_token_id, *(pair.chosen[-1] for pair in self.inputs.held_out)}
         with self.accelerator.autocast():
             samples = sample_answers(
-                self.model,
-                prompts,
-                tokenizer,
-                ends=ends,
-                max_new_tokens=self.config.sample_tokens,
-                pad_token_id=self.inputs.pad_token_id,
-                device=self.args.device,
+                self.model, prompts, tokenizer, ends=ends, max_new_tokens=self.config.sample_tokens
             )
         self.progress.samples += [{"step": self.state.global_step, **sample} for sample in samples]
         self.run_log.samples.write(self.progress.samples)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -96,10 +96,9 @@ class PairModel(nn.Module):
         """Checkpoint the activations of every ``every_n_layers``-th decoder layer; Trainer calls this."""
         self.checkpointed = tuple(decoder_layers(self.model, "activation_checkpointing"))[::every_n_layers]
 
-    def generate(self, input_ids: Tensor, **settings: Any) -> Tensor:
-        """Continue one prompt (1, T) of token ids."""
-        generate: Callable[..., Tensor] = self.model.generate  # type: ignore[assignment]
-        return generate(input_ids, attention_mask=torch.ones_like(input_ids), **settings)
+    def generate(self, *given: Any, **settings: Any) -> Tensor:
+        """Continue prompts as the model does."""
+        return cast(Any, self.model.generate)(*given, **settings)
 
 
 def unwrap(module: nn.Module) -> PairModel:

@@ -156,14 +156,13 @@ def test_sample_answers_are_greedy_answers_to_held_out_prompts_alone(finished):
 
 def test_answers_stop_at_any_end_and_at_the_models_last_position():
     module, tokenizer = PairModel(tiny_model(max_position_embeddings=12).eval(), ik.DPO()), byte_tokenizer()
-    more = {"max_new_tokens": 50, "pad_token_id": 0, "device": torch.device("cpu")}
     module.model.generation_config.repetition_penalty = 5.0  # of another use: samples are plain greedy answers
-    (long,) = sample_answers(module, [[1, 5, 6]], tokenizer, ends={2}, **more)
+    (long,) = sample_answers(module, [[1, 5, 6]], tokenizer, ends={2}, max_new_tokens=50)
     assert long["tokens"] == 9 and not long["ended"]
     ids = [1, 5, 6]
     with torch.no_grad():
         first = module.model(torch.tensor([ids])).logits[0, -1].argmax().item()
-    (short,) = sample_answers(module, [ids], tokenizer, ends={2, first}, **more)
+    (short,) = sample_answers(module, [ids], tokenizer, ends={2, first}, max_new_tokens=50)
     assert short["tokens"] == 1 and short["ended"]
 
 
