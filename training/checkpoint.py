@@ -162,17 +162,3 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     """Return the folders ``checkpoint-STEP`` in ``folder`` by step, ascending."""
     found = {p.name.removeprefix("checkpoint-"): p for p in folder.glob("checkpoint-*") if p.is_dir()}
     return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
-
-
-# ---- deleting ----
-
-
-def rotate(folder: Path, step: int, keep: int | None, log: Callable[[str], None]) -> None:
-    """Delete the oldest checkpoints up to ``step`` so that ``keep`` are left (None: all)."""
-    older = [path for number, path in checkpoints(folder).items() if number <= step]
-    for old in older[:-keep] if keep else []:
-        try:
-            os.replace(old, partial_folder(old))  # a half-deleted folder must not look like a checkpoint
-            shutil.rmtree(partial_folder(old))
-        except OSError as error:
-            log(f"WARNING: the old {old} could not be deleted: {error}")

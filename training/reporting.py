@@ -6,12 +6,17 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback
 
 from inspo_kernels.objectives import Objective
 
+from .checkpoint import whole_folder
+from .data import trained_ends
+from .engine import process_index, raise_on_all_ranks
 from .errors import SaveError
 from .evaluation import METRICS, evaluate, is_better, sample_answers
 from .inputs import Inputs
@@ -20,7 +25,7 @@ from .output import Window, evaluation_line, training_line
 from .pairs import Pair
 from .references import References
 from .resumable import ResumableTrainer
-from .save_model import write_model
+from .save_model import model_card, save_final
 from .scoring import Batcher, Scores, StopRequested, score
 from .watch import Watch, evaluation_warnings, training_warnings
 
@@ -167,17 +172,19 @@ class ReportingTrainer(ResumableTrainer):
 
     def write(self, name: str) -> None:
         """Write the model with its card to ``output_dir/name``. Raises SaveError on all ranks."""
-        assert self.config.folder is not None
-        write_model(
-            self.config.folder / name,
-            self.accelerator.get_state_dict(self.model_wrapped),
-            self.inputs,
-            self.config,
-            step=self.state.global_step,
-            steps=self.state.max_steps,
-            evaluations=self.evaluations(),
-            log=self.run_log.say,
-        )
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
+        with raise_on_all_ranks():
+            if self.config.folder is not None and process_index() == 0:
+                self._write(self.config.folder / name, weights)
+
+    def _write(self, folder: Path, weights: dict[str, Any]) -> None:
+        tensors = {n.removeprefix("model."): t.detach().cpu() for n, t in weights.items() if isinstance(t, Tensor)}
+        inputs, steps = self.inputs, (self.state.global_step, self.state.max_steps)
+        ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
+        with whole_folder(folder) as to:
+            save_final(to, inputs.model, inputs.tokenizer, tensors, self.config, ends, self.run_log.say)
+            card = model_card(self.config, inputs, f"{folder.parent.name}/{folder.name}", *steps, self.evaluations())
+            card.save(to / "README.md")
 
 
 class RunFlow(TrainerCallback):

@@ -20,7 +20,6 @@ from transformers.integrations import TensorBoardCallback
 import inspo_kernels as ik
 import training.reporting
 import training.resumable
-import training.save_model
 from training import output
 from training.checkpoint import check_checkpoint
 from training.config import TrainConfig
@@ -121,7 +120,7 @@ def test_better_is_by_accuracy_from_the_prompt_alone_and_ties_by_margin():
 
 
 def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    original = training.save_model.model_card
+    original = training.reporting.model_card
     calls = iter(range(99))
 
     def fail_first(*given, **more):
@@ -129,7 +128,7 @@ def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monk
             raise OSError("full")
         return original(*given, **more)
 
-    monkeypatch.setattr(training.save_model, "model_card", fail_first)
+    monkeypatch.setattr(training.reporting, "model_card", fail_first)
     main(options(tmp_path / "out", *RUN))
     assert "best could not be written: full; the run goes on" in capsys.readouterr().out
     assert (tmp_path / "out" / "best").is_dir() and (tmp_path / "out" / "final").is_dir()
