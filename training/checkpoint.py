@@ -58,6 +58,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """Yield a temporary file to write to, and rename it to ``file`` at the end, so that it never holds half of it."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def partial_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.partial")
 

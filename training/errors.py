@@ -26,6 +26,16 @@ class Stopped(RuntimeError):
     """The run was asked to stop. The message says what is saved and how to resume."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of a library's error as one line."""
+    return " ".join(str(error).split()) or repr(error)
+
+
+def first_of(names: Sequence[str]) -> str:
+    """List the first three names, and say whether there are more."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
     """Raise InputError for the first unknown name, with the nearest known one."""
     for name in names:

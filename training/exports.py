@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .checkpoint import whole_file
 from .errors import InputError
 from .messages import Messages, check_text, read_messages
 from .sources import Records, Source
@@ -106,27 +107,20 @@ def temperature(question: Question) -> float:
     return TEMPERATURES.get(str(question.record.get("category")), DEFAULT_TEMPERATURE)
 
 
-def write_answers(
-    file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[str]], name: str
-) -> None:
-    """Write ``answers``, one list for each of ``questions``, of the model ``name``; the file appears whole."""
-    entries = [_entry(form, question, given, name) for question, given in zip(questions, answers, strict=True)]
-    if form == "alpaca_eval":
-        text = json.dumps(entries, ensure_ascii=False, indent=2) + "\n"
-    else:
-        text = json_lines(entries)
-    write_whole(file, text)
+def answer_entries(
+    form: str, questions: Sequence[Question], answers: Sequence[Sequence[str]], name: str
+) -> list[dict[str, Any]]:
+    """Return what the format ``form`` has of each question and its ``answers`` by the model ``name``."""
+    return [_entry(form, question, given, name) for question, given in zip(questions, answers, strict=True)]
 
 
-def json_lines(entries: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write ``text`` so that ``file`` never holds half of it."""
-    partial = file.with_name(file.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+def write_entries(file: Path, entries: Iterable[dict[str, Any]], *, one_list: bool = False) -> None:
+    """Write ``entries`` as JSON lines or as ``one_list``; the file appears whole."""
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    if one_list:
+        lines = ["[", ",\n".join(lines), "]"]
+    with whole_file(file) as to:
+        to.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def _entry(form: str, question: Question, answers: Sequence[str], name: str) -> dict[str, Any]:

@@ -302,11 +302,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.reflect:
         from .reflect import reflect_questions  # here, because it imports this module
 
-        found = reflect_questions(model, encoder, questions, separator=separator, temperature=temperature, **common)
-        rows = [*found]
-        said = f"draft: {rows[0]['draft']}\n\nanswer given the draft: {rows[0]['answer']}"
-        if options.out:
-            exports.write_whole(out, exports.json_lines(rows))
+        entries = reflect_questions(model, encoder, questions, separator=separator, temperature=temperature, **common)
+        said = f"draft: {entries[0]['draft']}\n\nanswer given the draft: {entries[0]['answer']}"
     else:
         temperatures = [temperature] * len(questions)
         if options.temperature is None and options.format == "mt_bench":
@@ -314,8 +311,9 @@ def _run(options: argparse.Namespace) -> None:
         answers = answer_questions(model, encoder, questions, temperatures=temperatures, **common)
         said = answers[0][0]
         if options.out:
-            exports.write_answers(out, options.format, questions, answers, options.name or options.model)
+            entries = exports.answer_entries(options.format, questions, answers, options.name or options.model)
     if options.out:
+        exports.write_entries(out, entries, one_list=options.format == "alpaca_eval" and not options.reflect)
         print(f"{len(questions)} prompts answered in {out}", file=sys.stderr)
     else:
         print(said)

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from .config import TrainConfig
-from .errors import InputError
+from .errors import InputError, one_line
 from .other_options import NOT_NEEDED, NOT_OFFERED, OTHER_NAMES
 
 DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
@@ -129,7 +129,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"--config {file}: no such file (working directory: {Path.cwd()})") from None
     except (OSError, ValueError, yaml.YAMLError) as error:  # InputError is a ValueError
-        raise InputError(f"--config {file}: {' '.join(str(error).split())}") from None
+        raise InputError(f"--config {file}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {file}: must hold lines of the form 'option: value'")
     for name in content:

@@ -6,7 +6,7 @@ a draft and then answer after prompt + draft. Whether that helps is to be measur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
@@ -65,28 +65,31 @@ def reflect_questions(
     encoder: TextEncoder,
     questions: Sequence[Question],
     *,
-    separator: Sequence[int],
     temperature: float,
-    max_new_tokens: int,
     batch_size: int,
     seed: int,
-) -> Iterator[dict[str, str]]:
-    """Yield prompt, draft and answer of each question, as text. Raises InputError for one of several turns."""
+    **more: Any,
+) -> list[dict[str, str]]:
+    """Return prompt, draft and answer of each question, as text; ``more`` is for ``reflect_batch``.
+
+    Raises InputError for a question of several turns.
+    """
     for question in questions:
         if question.answers > 1:
             raise InputError(f"{question.origin}: {question.answers} turns, but --reflect answers one")
+    rows = []
     for start in range(0, len(questions), batch_size):
         some = questions[start : start + batch_size]
         found = reflect_batch(
             model,
             encoder,
             [prompt_ids(encoder, question, []) for question in some],
-            separator=separator,
-            max_new_tokens=max_new_tokens,
             temperatures=[temperature] * len(some),
             seeds=[[seed, start + i, 0] for i in range(len(some))],
             chat=any(one.text is None for one in some),
+            **more,
         )
         for question, reflection in zip(some, found):
             texts = {name: answer_text(ids, encoder.tokenizer).strip() for name, ids in reflection._asdict().items()}
-            yield {"prompt": question.asked, **texts}
+            rows.append({"prompt": question.asked, **texts})
+    return rows

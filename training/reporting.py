@@ -26,7 +26,7 @@ from .pairs import Pair
 from .references import References
 from .resumable import ResumableTrainer
 from .save_model import model_card, save_final
-from .scoring import Batcher, Scores, StopRequested, score
+from .scoring import Batcher, Scores, StopRequested, score, unwrap
 from .watch import Watch, evaluation_warnings, training_warnings
 
 
@@ -126,7 +126,7 @@ class ReportingTrainer(ResumableTrainer):
         ends = {tokenizer.eos_token_id, *(pair.chosen[-1] for pair in self.inputs.held_out)}
         with self.accelerator.autocast():
             samples = sample_answers(
-                self.model, prompts, tokenizer, ends=ends, max_new_tokens=self.config.sample_tokens
+                unwrap(self.model), prompts, tokenizer, ends=ends, max_new_tokens=self.config.sample_tokens
             )
         self.progress.samples += [{"step": self.state.global_step, **sample} for sample in samples]
         self.run_log.samples.write(self.progress.samples)

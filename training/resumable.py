@@ -21,7 +21,7 @@ from transformers.training_args import OptimizerNames
 from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .engine import all_finite, raise_on_all_ranks
-from .errors import InputError, NonFiniteError, SaveError
+from .errors import InputError, NonFiniteError, SaveError, one_line
 from .output import RunLog
 from .resume import resume_hint
 
@@ -83,10 +83,9 @@ class ResumableTrainer(Trainer):
             try:
                 super().init_hf_repo(token, private)
             except Exception as error:  # the network, a token that is missing or may not write
-                problem = " ".join(str(error).split())
                 raise InputError(
-                    f"push_to_hub: the repository could not be created ({type(error).__name__}: {problem}); log in "
-                    "with `hf auth login`, or leave push_to_hub out and upload final/ later"
+                    f"push_to_hub: the repository could not be created ({type(error).__name__}: {one_line(error)}); "
+                    "log in with `hf auth login`, or leave push_to_hub out and upload final/ later"
                 ) from None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -170,7 +169,7 @@ def check_optimizer(config: TrainConfig, model: PreTrainedModel, steps: int) -> 
     except Exception as error:  # each optimizer and schedule refuses in its own way
         chosen = f"optim={OptimizerNames(config.optim).value}, "
         chosen += f"lr_scheduler_type={SchedulerType(config.lr_scheduler_type).value}"
-        raise InputError(f"{chosen}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{chosen}: {one_line(error)}") from None
 
 
 def _step_to(schedule: LambdaLR, step: int) -> None:

@@ -21,7 +21,7 @@ import inspo_kernels as ik
 from .adapters import has_adapter
 from .config import TrainConfig
 from .engine import process_count
-from .errors import InputError, SaveError
+from .errors import InputError, SaveError, one_line
 from .inputs import Inputs
 from .model import size_text
 from .resume import may_change
@@ -67,7 +67,7 @@ def save_final(
             _edit(file, {"eos_token_id": [*known, *added]})
             log(f"{file.name}: eos_token_id gets {added}, with which the responses of the data end")
     except Exception as error:  # the libraries raise errors of many classes
-        raise SaveError(f"{folder} could not be written: {' '.join(str(error).split()) or repr(error)}") from error
+        raise SaveError(f"{folder} could not be written: {one_line(error)}") from error
 
 
 def _edit(file: Path, changes: dict[str, Any]) -> None:

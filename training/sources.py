@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, NotAtHandError, check_names
+from .errors import InputError, NotAtHandError, check_names, one_line
 from .reading import damaged_file, local_path
 from .text_files import COMPRESSIONS, read_records
 
@@ -175,7 +175,7 @@ def _loading(source: Source) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # each way to fail has a class of its own: network, missing, gated, split, format
-        problem = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:400]}"
+        problem = f"{type(error).__name__}: {one_line(error.__cause__ or error)[:400]}"
         if path.exists():
             more = f"; its split {source.split!r} was asked for" if source.split else ""
             if damaged := damaged_file(path, "**/*.parquet", "**/*.arrow"):

@@ -134,11 +134,11 @@ def best_of_two(
         generate_batch(model, encoder, prompts, seeds=given, **more)
         for given in (seeds, [[*seed, 2] for seed in seeds])
     )
-    pairs = [Pair([*prompt], *both) for prompt, *both in zip(prompts, firsts, seconds)]
+    pairs = [Pair([*prompt], first, second) for prompt, first, second in zip(prompts, firsts, seconds)]
     batcher = Batcher(encoder.tokenizer.eos_token_id, model.device, TrainConfig.max_batch_tokens)
     scores = score(PairModel(model, ik.DPO()), pairs, batcher, conditioned=False)
     means = scores.logps / scores.lengths
-    return [pair[1 + best] for pair, best in zip(pairs, means.argmax(0).tolist())]
+    return [(pair.chosen, pair.rejected)[best] for pair, best in zip(pairs, means.argmax(0).tolist())]
 
 
 def compare(world: World, answers: list[list[str]], base: list[list[str]] | None) -> dict[str, Any]:
