@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 import inspo_kernels as ik
 
+from .answers import answer_text, continue_prompts
 from .config import TrainConfig
 from .errors import InputError
-from .generate import answer_text, continue_prompts
 from .pairs import Pair
 from .scoring import PairModel, Scores, correct, pair_metrics
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,24 +107,26 @@ def temperature(question: Question) -> float:
     return TEMPERATURES.get(str(question.record.get("category")), DEFAULT_TEMPERATURE)
 
 
-def answer_entries(
-    form: str, questions: Sequence[Question], answers: Sequence[Sequence[str]], name: str
-) -> list[dict[str, Any]]:
-    """Return what the format ``form`` has of each question and its ``answers`` by the model ``name``."""
-    return [_entry(form, question, given, name) for question, given in zip(questions, answers, strict=True)]
+def write_answers(
+    file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[str]], name: str
+) -> None:
+    """Write ``answers``, one list for each of ``questions``, of the model ``name``; the file appears whole.
 
-
-def write_entries(file: Path, entries: Iterable[dict[str, Any]], *, one_list: bool = False) -> None:
-    """Write ``entries`` as JSON lines or as ``one_list``; the file appears whole."""
-    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
-    if one_list:
-        lines = ["[", ",\n".join(lines), "]"]
+    ``form`` is one of ``FORMATS``, or "reflect" for JSON lines of prompt, draft and answer.
+    """
+    entries = [_entry(form, question, given, name) for question, given in zip(questions, answers, strict=True)]
+    if form == "alpaca_eval":
+        text = json.dumps(entries, ensure_ascii=False, indent=2) + "\n"
+    else:
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     with whole_file(file) as to:
-        to.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        to.write_text(text, encoding="utf-8")
 
 
 def _entry(form: str, question: Question, answers: Sequence[str], name: str) -> dict[str, Any]:
     record, now, answer_id = question.record, time.time(), uuid.uuid4().hex
+    if form == "reflect":
+        return {"prompt": question.asked, **dict(zip(("draft", "answer"), answers))}
     if form == "alpaca_eval":
         kept = {key: record[key] for key in ("dataset",) if key in record}
         instruction = record.get("instruction", question.asked)

@@ -11,12 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import inspo_kernels as ik
 
+from ..answers import answer_text, generate_batch, reflect_batch
 from ..chat import TextEncoder
 from ..config import TrainConfig
 from ..evaluation import mean_interval, proportion_interval
-from ..generate import answer_text, generate_batch
 from ..pairs import Pair
-from ..reflect import reflect_batch
 from ..scoring import Batcher, PairModel, score
 from .settings import Settings
 from .world import Prompt, World
