@@ -37,10 +37,7 @@ def evaluate(
     scores: Scores,
     ref_logps: Tensor | None,
     pairs: Sequence[Pair],
-    objective: ik.Objective,
-    *,
-    conditioned: bool,
-    marginal_weight: float,
+    config: TrainConfig,
     marginal_ref_logps: Tensor | None = None,
 ) -> dict[str, Any]:
     """Compute the metrics of conditioned ``scores``: those of training, and those of inference (``marginal``).
@@ -60,9 +57,10 @@ def evaluate(
     assert scores.marginal_logps is not None
     alone_ref = ref_logps if marginal_ref_logps is None else marginal_ref_logps
     both, alone = _sums(scores, scores.logps, ref_logps), _sums(scores, scores.marginal_logps, alone_ref)
-    losses = objective(both if conditioned else alone)
-    if marginal_weight:
-        losses = losses + marginal_weight * objective(alone)
+    objective = config.make_objective()
+    losses = objective(both if config.sees_alternative else alone)
+    if config.marginal_weight:
+        losses = losses + config.marginal_weight * objective(alone)
     metrics: dict[str, Any] = {"eval_loss": losses.mean().item()}
 
     prompts: dict[tuple[int, ...], int] = {}

@@ -108,11 +108,6 @@ class Pairs(Sequence[Pair]):
         sizes = [pc.list_value_length(ids).to_numpy()[self._where].astype(np.int64) for ids in self._ids]
         return np.stack([sizes[0] - self._cuts, *sizes[1:]], 1)
 
-    @staticmethod
-    def lengths_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:
-        """``lengths`` of any sequence of pairs."""
-        return pairs.lengths if isinstance(pairs, Pairs) else np.array([[*map(len, pair[:3])] for pair in pairs])
-
     @cached_property
     def digest(self) -> str:
         """Hash of all token ids."""
@@ -135,6 +130,11 @@ class Pairs(Sequence[Pair]):
     def cut(self, kept: Sequence[int], cuts: Sequence[int], bos: int | None) -> Pairs:
         """The pairs ``kept``; of their prompts, ``cuts`` tokens behind the BOS are left out."""
         return Pairs(self._table, self._where[np.asarray(kept, np.int64)], np.asarray(cuts, np.int64), bos)
+
+
+def lengths_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:
+    """Return the tokens of prompts, chosen and rejected responses, (n, 3)."""
+    return pairs.lengths if isinstance(pairs, Pairs) else np.array([[*map(len, pair[:3])] for pair in pairs])
 
 
 def kept_table(

@@ -12,8 +12,6 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from inspo_kernels.objectives import Objective
-
 from .checkpoint import whole_folder
 from .data import trained_ends
 from .engine import process_index, raise_on_all_ranks
@@ -49,7 +47,6 @@ class ReportingTrainer(ResumableTrainer):
 
     inputs: Inputs
     batcher: Batcher
-    objective: Objective
     references: References
     progress: Progress
     watch: Watch
@@ -86,15 +83,8 @@ class ReportingTrainer(ResumableTrainer):
             self.stopping = self.control.should_training_stop = True
             self.control.should_save = step > 0
             return dict.fromkeys(METRICS, math.nan)  # Trainer looks up metric_for_best_model
-        metrics = evaluate(
-            scores,
-            self.references.held_out,
-            held_out,
-            self.objective,
-            conditioned=config.sees_alternative,
-            marginal_weight=config.marginal_weight,
-            marginal_ref_logps=self.references.held_out_marginal,
-        )
+        references = self.references
+        metrics = evaluate(scores, references.held_out, held_out, config, references.held_out_marginal)
         metrics |= self._sample()
         self.log(metrics)
         row = self.state.log_history[-1]

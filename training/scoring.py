@@ -19,7 +19,7 @@ import inspo_kernels as ik
 
 from .batching import MicroBatch, micro_batches
 from .engine import checkpointed, decoder_layers, in_any_process, process_count, process_index, sum_over_processes
-from .pairs import Pair, Pairs
+from .pairs import Pair, lengths_of
 
 Lengths = NDArray[np.int64]
 Conditioned = bool | Sequence[bool]  # of all pairs, or of each
@@ -199,11 +199,6 @@ class Batcher:
         sizes = self.padded(lengths_of(pairs), conditioned=conditioned).tolist()
         packed = self.layout == "packed_tree"
         return micro_batches(sizes, self.max_tokens, process_count(), packed=packed)[process_index()]
-
-
-def lengths_of(pairs: Sequence[Pair]) -> Lengths:
-    """Return the tokens of prompts, chosen and rejected responses, (n, 3)."""
-    return Pairs.lengths_of(pairs)
 
 
 @dataclass(frozen=True)

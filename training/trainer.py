@@ -34,7 +34,7 @@ from .output import RunLog, Window
 from .references import References
 from .reporting import Progress, ReportingTrainer, RunFlow
 from .resume import Resumed, resume_hint, settings_to_keep
-from .scoring import Batch, Batcher, Conditioned, PairModel, lengths_of
+from .scoring import Batch, Batcher, Conditioned, PairModel
 from .watch import Watch
 
 STARTING_SAMPLE = 32  # pairs scored for the report before step 1
@@ -169,7 +169,7 @@ class PairTrainer(ReportingTrainer):
             row = {name: value for name, value in row.items() if not name.startswith("marginal/rewards")}
         elif (references := self.references.of_batch(indices, False)) is not None:
             row["ref_logps/chosen"], row["ref_logps/rejected"] = references.view(2, -1).mean(1).tolist()
-        lengths = lengths_of([self.inputs.train_pairs[i] for i in indices])
+        lengths = self.inputs.train_pairs.lengths[indices]
         row["tokens/chosen"], row["tokens/rejected"] = lengths[:, 1:].mean(0).tolist()
         tokens = int(self.batcher.tokens(lengths, conditioned=self.conditioned(indices)).sum())
         self.progress.window.add(row, len(indices), tokens)
