@@ -60,7 +60,8 @@ class PairTrainer(ReportingTrainer):
     ) -> None:
         self.config, self.inputs, self.batcher, self.run_log = config, inputs, batcher, log
         self.resumed, self.stop_requested, self.stopping = resumed, stop_requested, False
-        self.objective, self.progress, self.watch = config.make_objective(), Progress(), Watch(log.say)
+        self.objective = config.make_objective()
+        self.progress, self.watch = Progress(), Watch(log.say)
         self.compared_from = 0
         self.step_pairs: list[int] = []  # indices of the step's pairs so far
         self.step_sums: dict[str, Tensor] = {}  # their metrics, summed over the pairs of this rank
