@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
 from inspo_kernels.layouts.alternative_dropout import keeps_alternative
+from inspo_kernels.objectives import Objective
 
 from .batching import EpochLoader, used_indices
 from .config import TrainConfig
@@ -60,7 +61,7 @@ class PairTrainer(ReportingTrainer):
     ) -> None:
         self.config, self.inputs, self.batcher, self.run_log = config, inputs, batcher, log
         self.resumed, self.stop_requested, self.stopping = resumed, stop_requested, False
-        self.objective = config.make_objective()
+        self.objective: Objective = config.make_objective()
         self.progress, self.watch = Progress(), Watch(log.say)
         self.compared_from = 0
         self.step_pairs: list[int] = []  # indices of the step's pairs so far
