@@ -110,17 +110,18 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
     if not has_adapter(model) or getattr(model, "_continued_adapter", False):
         yield
         return
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper  # modules_to_save, which transformers leaves off
 
+    switched = [part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.disable_adapters()
+    for part in switched:
+        part.enable_adapters(False)
     try:
         yield
     finally:
-        model.enable_adapters()
-        for module in model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, which transformers leaves off
-                module.enable_adapters(True)
+        for part in switched:
+            part.enable_adapters(True)
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
 

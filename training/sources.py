@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -54,11 +53,8 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
 
     ``columns`` are those of a source without its own. Raises InputError for anything else.
     """
-    if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
-        try:
-            given = json.loads(given)
-        except ValueError as error:
-            raise InputError(f"data source {given[:80]!r}: not JSON ({error})") from None
+    if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):  # the command line has read what is well formed
+        raise InputError(f"data source {given[:80]!r}: not JSON or YAML")
     if isinstance(given, list | tuple):
         if not given:
             raise InputError("a list of data sources must name at least one")
