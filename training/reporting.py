@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -162,19 +161,16 @@ class ReportingTrainer(ResumableTrainer):
 
     def write(self, name: str) -> None:
         """Write the model with its card to ``output_dir/name``. Raises SaveError on all ranks."""
-        weights = self.accelerator.get_state_dict(self.model_wrapped)
-        with raise_on_all_ranks():
-            if self.config.folder is not None and process_index() == 0:
-                self._write(self.config.folder / name, weights)
-
-    def _write(self, folder: Path, weights: dict[str, Any]) -> None:
+        assert self.config.folder is not None
+        inputs, weights = self.inputs, self.accelerator.get_state_dict(self.model_wrapped)
+        folder, steps = self.config.folder / name, (self.state.global_step, self.state.max_steps)
         tensors = {n.removeprefix("model."): t.detach().cpu() for n, t in weights.items() if isinstance(t, Tensor)}
-        inputs, steps = self.inputs, (self.state.global_step, self.state.max_steps)
-        ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
-        with whole_folder(folder) as to:
-            save_final(to, inputs.model, inputs.tokenizer, tensors, self.config, ends, self.run_log.say)
-            card = model_card(self.config, inputs, f"{folder.parent.name}/{folder.name}", *steps, self.evaluations())
-            card.save(to / "README.md")
+        with whole_folder(folder) as to, raise_on_all_ranks():
+            if process_index() == 0:
+                ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
+                save_final(to, inputs.model, inputs.tokenizer, tensors, self.config, ends, self.run_log.say)
+                card = model_card(self.config, inputs, f"{folder.parent.name}/{name}", *steps, self.evaluations())
+                card.save(to / "README.md")
 
 
 class RunFlow(TrainerCallback):
