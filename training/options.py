@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from .config import TrainConfig
 from .errors import InputError, one_line
-from .other_options import NOT_NEEDED, NOT_OFFERED, OTHER_NAMES
+from .other_options import OTHER_NAMES, WITHOUT_OPTION
 
 DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 # Options whose value is a path: ~ and $VARIABLES mean the same in YAML as in a shell.
@@ -141,10 +141,8 @@ def _check_name(name: str, where: str) -> None:
     known = _types()
     if name in known:
         return
-    if name in NOT_NEEDED:
-        raise InputError(f"unknown option {where}{name}; it is not needed: {NOT_NEEDED[name]}")
-    if name in NOT_OFFERED:
-        raise InputError(f"unknown option {where}{name}; {NOT_OFFERED[name]}")
+    if name in WITHOUT_OPTION:
+        raise InputError(f"unknown option {where}{name}; {WITHOUT_OPTION[name]}")
     if name in OTHER_NAMES or name.startswith("lora_"):
         field = name if name in ("lora_alpha", "lora_dropout", "lora_bias") else name.removeprefix("lora_")
         right = OTHER_NAMES.get(name, f"lora.{field}")

@@ -56,26 +56,22 @@ OTHER_NAMES = _each(
         "quantization: 8bit": "load_in_8bit",
     }
 )
-# Names in other trainers without an option here, with the reason.
-NOT_NEEDED = _each(
+# Names in other trainers without an option here, under the reason, or under what does it.
+WITHOUT_OPTION = _each(
     {
-        "reference log-probs are always computed once": "precompute_ref_log_probs precompute_ref_batch_size",
-        "the reference is always the model before training": "sync_ref_model reference_model ref_model",
-        "dropout is always off": "disable_dropout",
-        "max_batch_tokens fills each pass with pairs of similar length": "padding_free packing sample_packing "
-        "group_by_length",
-        "weights are always saved as safetensors": "save_safetensors",
-        "data are tokenised in pieces, once, and cached": "dataset_num_proc dataset_streaming",
-        "the loss is fused already": "use_liger_loss",
-        "code from a model's repository is never run": "trust_remote_code",
-        "padding is never scored": "label_pad_token_id",
-        "adapters are always for causal language models": "lora_task_type",
-        "best/ holds the best model": "early_stopping_patience",
-    }
-)
-# Names in other trainers for something that this loop does not do, with what does it.
-NOT_OFFERED = _each(
-    {
+        "not needed: reference log-probs are always computed once": "precompute_ref_log_probs "
+        "precompute_ref_batch_size",
+        "not needed: the reference is always the model before training": "sync_ref_model reference_model ref_model",
+        "not needed: dropout is always off": "disable_dropout",
+        "not needed: max_batch_tokens fills each pass with pairs of similar length": "padding_free packing "
+        "sample_packing group_by_length",
+        "not needed: weights are always saved as safetensors": "save_safetensors",
+        "not needed: data are tokenised in pieces, once, and cached": "dataset_num_proc dataset_streaming",
+        "not needed: the loss is fused already": "use_liger_loss",
+        "not needed: code from a model's repository is never run": "trust_remote_code",
+        "not needed: padding is never scored": "label_pad_token_id",
+        "not needed: adapters are always for causal language models": "lora_task_type",
+        "not needed: best/ holds the best model": "early_stopping_patience",
         "a mixture with SFT needs a loop of your own, with ik.Mixture": "rpo_alpha pref_ftx",
         "a mixture of objectives needs a loop of your own, with ik.Mixture": "loss_weights",
     }
