@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 import inspo_kernels as ik
@@ -103,7 +102,7 @@ class PairModel(nn.Module):
 
 def unwrap(module: nn.Module) -> PairModel:
     """Return the PairModel in ``module``, which may be wrapped by an engine."""
-    inner = module.module if isinstance(module, DistributedDataParallel) or hasattr(module, "module") else module
+    inner = getattr(module, "module", module)
     assert isinstance(inner, PairModel)
     return inner
 

@@ -189,10 +189,8 @@ def _rows(source: Source) -> Any:
 
     path = Path(source.path)
     with _loading(source):
-        if source.kind == ".arrow" and path.is_file():
-            return datasets.Dataset.from_file(str(path))
         if path.is_file():
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+            return datasets.load_dataset(source.kind[1:], data_files=str(path), split="train")
         if not _is_saved(path):
             return datasets.load_dataset(
                 source.path, source.subset, split=source.split or "train", revision=source.revision
