@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .adapters import adapter_off
 from .checkpoint import whole_file
@@ -20,7 +21,6 @@ from .config import TrainConfig
 from .engine import from_first_process, process_index
 from .errors import InputError, Stopped
 from .inputs import Inputs
-from .output import duration
 from .scoring import Batcher, Conditioned, StopRequested, score, unwrap
 
 CHUNK = 256  # pairs scored together, always the same ones: a resumed pass gives the same bits
@@ -130,7 +130,7 @@ def reference_logps(
         if from_first_process(now - told > KEEP_SECONDS) and done < len(missing):
             told = now
             _write(table, file, log)
-            left = duration((now - began) / done * (len(missing) - done))
+            left = tqdm.format_interval((now - began) / done * (len(missing) - done))
             log(f"reference log-probs: {done} of {len(missing)} pairs, {left} left")
     kept = _write(table, file, log)
     log(f"reference log-probs: {len(missing)} pairs computed" + (f", kept in {file}" if kept else ""))
