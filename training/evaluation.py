@@ -109,11 +109,8 @@ def is_better(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
     worse. Accuracy comes first because it is bounded: a few pairs with huge margins cannot decide. The untrained model
     is no candidate.
     """
-
-    def rank(one: dict[str, Any]) -> tuple[float, float]:
-        return one["eval_marginal/rewards/accuracies"], one["eval_marginal/rewards/margins"]
-
-    return row["step"] > 0 and (best is None or rank(row) > rank(best))
+    keys = ("eval_marginal/rewards/accuracies", "eval_marginal/rewards/margins")
+    return row["step"] > 0 and (best is None or [row[key] for key in keys] > [best[key] for key in keys])
 
 
 def conditioning_gap(scores: Scores) -> tuple[float, float]:

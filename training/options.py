@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import textwrap
@@ -18,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from .config import TrainConfig
-from .errors import InputError, one_line
+from .errors import InputError, nearest, one_line
 from .other_options import OTHER_NAMES, WITHOUT_OPTION
 
 DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
@@ -147,8 +146,8 @@ def _check_name(name: str, where: str) -> None:
         field = name if name in ("lora_alpha", "lora_dropout", "lora_bias") else name.removeprefix("lora_")
         right = OTHER_NAMES.get(name, f"lora.{field}")
         raise InputError(f"unknown option {where}{name}; here it is {right}")
-    close = difflib.get_close_matches(name, [*known, *OTHER_NAMES], n=1)
-    right = OTHER_NAMES.get(close[0], close[0]) if close else ""
+    close = nearest(name, [*known, *OTHER_NAMES])
+    right = OTHER_NAMES.get(close, close)
     raise InputError(f"unknown option {where}{name}" + (f"; did you mean {right}?" if right else "; see --help"))
 
 
