@@ -155,7 +155,6 @@ def training_line(row: dict[str, Any], total_steps: int, elapsed: float, left: f
 
 
 def evaluation_line(row: dict[str, Any]) -> str:
-    """Describe one evaluation."""
     parts = [f"eval at step {row['step']}: loss {row['eval_loss']:.4f}"]
     for layout, name in (("conditioned", "conditioned"), ("marginal", "prompt alone")):
         accuracy, margin = (row[f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "margins"))

@@ -29,7 +29,6 @@ class Pair(NamedTuple):
     origin: str = ""
 
     def row(self, problem: str = "", chat: bool = False) -> dict[str, Any]:
-        """The pair as a row of ``SCHEMA``."""
         ids = {name: np.array(getattr(self, name), np.int32) for name in _IDS}
         return {**ids, "origin": self.origin, "problem": problem, "chat": chat}
 
@@ -168,6 +167,5 @@ def _mapped(file: Path) -> pa.Table:
 
 
 def file_hash(file: Path) -> str:
-    """Return a hash of the contents of ``file``."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, partial(hashlib.blake2b, digest_size=16)).hexdigest()

@@ -55,7 +55,6 @@ class ReportingTrainer(ResumableTrainer):
     compared_from: int  # the step from which evaluations are on the present held-out pairs
 
     def is_logged(self, step: int) -> bool:
-        """Return whether a row is logged after ``step``."""
         if step == self.state.max_steps or (step == 1 and self.args.logging_first_step):
             return True
         every = {"steps": self.state.logging_steps, "epoch": self.config.steps_per_epoch(len(self.inputs.train_pairs))}
