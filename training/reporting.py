@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -161,15 +162,18 @@ class ReportingTrainer(ResumableTrainer):
     def write(self, name: str) -> None:
         """Write the model with its card to ``output_dir/name``. Raises SaveError on all ranks."""
         assert self.config.folder is not None
-        inputs, weights = self.inputs, self.accelerator.get_state_dict(self.model_wrapped)
-        folder, steps = self.config.folder / name, (self.state.global_step, self.state.max_steps)
-        tensors = {n.removeprefix("model."): t.detach().cpu() for n, t in weights.items() if isinstance(t, Tensor)}
+        folder, weights = self.config.folder / name, self.accelerator.get_state_dict(self.model_wrapped)
         with whole_folder(folder) as to, raise_on_all_ranks():
             if process_index() == 0:
-                ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
-                save_final(to, inputs.model, inputs.tokenizer, tensors, self.config, ends, self.run_log.say)
-                card = model_card(self.config, inputs, f"{folder.parent.name}/{name}", *steps, self.evaluations())
-                card.save(to / "README.md")
+                self._write(to, weights, f"{folder.parent.name}/{name}")
+
+    def _write(self, to: Path, weights: dict[str, Any], name: str) -> None:
+        """Write the model with its card, called ``name``, into the folder ``to``."""
+        inputs, steps = self.inputs, (self.state.global_step, self.state.max_steps)
+        tensors = {n.removeprefix("model."): t.detach().cpu() for n, t in weights.items() if isinstance(t, Tensor)}
+        ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
+        save_final(to, inputs.model, inputs.tokenizer, tensors, self.config, ends, self.run_log.say)
+        model_card(self.config, inputs, name, *steps, self.evaluations()).save(to / "README.md")
 
 
 class RunFlow(TrainerCallback):
