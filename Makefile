@@ -1,4 +1,4 @@
-# `make test` and `make demo` do their whole set-up themselves, in $(VENV); the pins are in constraints.txt.
+# `make test` and `make demo` install everything they need into $(VENV), with the versions pinned in constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,18 +19,18 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make docs        build the documentation as a site, in build/site"
 	@echo "make benchmark PAIRS=FILE.jsonl"
-	@echo "                 all of the README's tables and plots anew, for hours on two cores; or parts of them,"
+	@echo "                 measure all tables and plots again (hours on two cores); or run single parts,"
 	@echo "                 which continue after an interruption with RESUME=1:"
-	@echo "  benchmark-head     the loss and the log-probs by themselves, and how they scale"
+	@echo "  benchmark-head     the loss and the log-probs alone, and how they scale"
 	@echo "  benchmark-step     whole training steps"
 	@echo "  benchmark-trl      steps of TRL's trainer and of InSPOTrainer"
 	@echo "  benchmark-parallel a head that is split over ranks"
 	@echo "  benchmark-demo     the demo on ten seeds, and with a base fitted without drafts"
-	@echo "  benchmark-pairs    real pairs, of PAIRS: objectives and the loop's overhead"
-	@echo "  benchmark-study    docs/study.md and docs/study_axis.md; finished runs are kept"
-	@echo "  benchmark-compile  the Triton kernels compiled for GPUs that are not here"
-	@echo "  benchmark-gpu      on a GPU, under ten minutes a call; no part of make benchmark"
-	@echo "  tables             write tables and plots from the result files, measuring nothing"
+	@echo "  benchmark-pairs    objectives and the loop's overhead on the real pairs in PAIRS"
+	@echo "  benchmark-study    all three studies in docs/; keeps finished runs"
+	@echo "  benchmark-compile  compile the Triton kernels for GPUs that this machine does not have"
+	@echo "  benchmark-gpu      needs a GPU, under ten minutes a call; not part of make benchmark"
+	@echo "  tables             write tables and plots from the result files, without measuring"
 
 install: $(VENV)/.installed-test
 
@@ -42,8 +42,8 @@ $(VENV)/.installed-%: setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-# A file's tests run in one process, in order: they share what takes seconds to make, such as a trained model. Where a few
-# files hold all the work, the process that is done first takes over what the other has not begun.
+# loadfile runs the tests of a file in one process, in order, because they share fixtures that take seconds, such as a
+# trained model. worksteal suits few files: a process that is done takes over tests that the other has not begun.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
@@ -60,7 +60,7 @@ IMAGE := .venv-image
 IMAGE_PYTHON ?= python3.12
 IMAGE_TEST := $(IMAGE)/bin/python -m pytest tests/inspo_kernels -n $(WORKERS) --dist worksteal --timeout 300
 
-# In two orders, each shared out to two processes.
+# Run in two random orders, each distributed over two processes.
 image: $(IMAGE)/.installed
 	$(IMAGE_TEST) --shuffle 1
 	$(IMAGE_TEST) --shuffle 2
@@ -83,12 +83,12 @@ lint: install
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
 
-# The commands that the result files name, and in their order: times on an idle machine first, then memory. A part
-# begins anew, or with RESUME=1 keeps the finished cells of its files: after an interruption.
+# These are the commands that the result files name, in the same order: times on an idle machine first, then memory.
+# A part starts over, unless RESUME=1 keeps the finished cells of its files after an interruption.
 anew = $(if $(RESUME),,rm -f $(addprefix $(RESULTS)/,$(1)))
 benchmark: pairs-given benchmark-head benchmark-step benchmark-trl benchmark-parallel benchmark-demo benchmark-pairs benchmark-study benchmark-compile tables
 
-# The README's "loss", "logps" and "scaling" and the scaling plot.
+# Sections "loss", "logps" and "scaling", and the scaling plot.
 LOGPS := --shape reference --contenders torch log_softmax compiled_log_softmax trl torch_linear_cross_entropy
 benchmark-head: install
 	$(call anew,loss_cpu.json logps_cpu.json scaling_cpu.json)
@@ -99,7 +99,7 @@ benchmark-head: install
 	$(BIN)/python -m benchmarks.logps $(LOGPS) --only memory --resume --json $(RESULTS)/logps_cpu.json
 	$(BIN)/python -m benchmarks.scaling --only memory --resume --json $(RESULTS)/scaling_cpu.json
 
-# "step" and its plot. Without TRL's head at every position where a step takes longest.
+# Section "step" and its plot. The longest steps leave out TRL with its head at every position.
 STEP := $(BIN)/python -m benchmarks.step
 SHORT := --updates 1 --pairs 2 --tokens 384
 LONG := --models trunk --shares real --contenders rows tree loop trl_compact four_forwards --updates 1 --pairs 4 --tokens 1024
@@ -112,42 +112,42 @@ benchmark-step: install
 	$(STEP) --models trunk --shares 0.9 $(SHORT) --only memory --resume --json $(RESULTS)/step_cpu.json
 	$(STEP) $(LONG) --only memory --resume --json $(RESULTS)/step_cpu.json
 
-# "trainers": a step of InSPOTrainer beside DPOTrainer on the same conditioned rows.
+# Section "trainers": a step of InSPOTrainer and of DPOTrainer on the same conditioned rows.
 TRAINERS := --contenders trl_compact trainer_rows trainer --shares 0.5 --pairs 2 --tokens 384
 benchmark-trl: install
 	$(call anew,trl_step_cpu.json)
 	$(STEP) $(TRAINERS) --updates 2 --rounds 3 --resume --json $(RESULTS)/trl_step_cpu.json
 
-# "split_heads".
+# Section "split_heads".
 benchmark-parallel: install
 	$(BIN)/python -m benchmarks.parallel --rounds 5 --json $(RESULTS)/parallel_cpu.json
 
-# "demo" and "no_drafts".
+# Sections "demo" and "no_drafts".
 benchmark-demo: install
 	$(call anew,demo_seeds.json demo_no_drafts.json)
 	$(BIN)/python -m benchmarks.demo_seeds --json $(RESULTS)/demo_seeds.json
 	$(BIN)/python -m benchmarks.demo_seeds --draft_share 0 --seeds 0 1 2 3 4 --json $(RESULTS)/demo_no_drafts.json
 
-# "real_pairs" and "loop_overhead", on pairs that are not part of the repository.
+# Sections "real_pairs" and "loop_overhead". Their pairs are not part of the repository.
 benchmark-pairs: pairs-given install
 	$(BIN)/python -m benchmarks.real_pairs --pairs $(PAIRS) --json $(RESULTS)/real_pairs.json
 	$(BIN)/python -m benchmarks.loop_overhead --pairs $(PAIRS) --steps 50 --rounds 3 --json $(RESULTS)/loop_overhead.json
 
 pairs-given:
-	@test -f "$(PAIRS)" || { echo "give the pairs: PAIRS=FILE.jsonl with prompt, chosen, rejected; or make the parts without them"; exit 1; }
+	@test -f "$(PAIRS)" || { echo "set PAIRS=FILE.jsonl, a file with prompt, chosen, rejected; or make only the parts that need no pairs"; exit 1; }
 
-# "study" and "axis", docs/study.md, docs/study_axis.md and their plots. No speed is measured, so runs in the .jsonl files
-# of results/study and results/study_axis are kept; to have them done anew, remove those files.
+# Sections "study", "axis" and "code", the studies' pages in docs/ and their plots. No speed is measured, so finished runs
+# in the .jsonl files of results/study, results/study_axis and results/study_code are kept. Remove these files to repeat the runs.
 benchmark-study: install
 	$(BIN)/python -m benchmarks.study.tabular --json $(RESULTS)/study_tabular.json
 	$(BIN)/python -m benchmarks.study
 	$(BIN)/python -m benchmarks.study.code_study --json $(RESULTS)/study_code/study_code.json
 
-# No table: what the README says of kernels compiled ahead of time.
+# Writes a result file only: no table is generated from it.
 benchmark-compile: install
 	$(BIN)/python -m benchmarks.compile_report --json $(RESULTS)/compile_report.json
 
-# "gpu"; log and plots stay in runs/gpu.
+# Section "gpu". The log and plots stay in runs/gpu.
 benchmark-gpu: install
 	$(BIN)/python -m benchmarks.gpu --out runs/gpu
 	cp runs/gpu/gpu.json $(RESULTS)/gpu.json

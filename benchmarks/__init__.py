@@ -1,1 +1,1 @@
-"""Benchmarks: run from the repository root, results as files in ``benchmarks/results/``."""
+"""Benchmarks. Run them from the repository root; their result files are in ``benchmarks/results/``."""

@@ -1,7 +1,7 @@
 """Define the measured shapes, and draw random batches of them.
 
-Lengths are those of real preference pairs (``pair_lengths.json``: token counts, no texts) or equal ones; heads are
-those of known models. Values are random, of the size a trained model's are.
+Lengths are equal, or come from real preference pairs (``pair_lengths.json`` holds token counts, no text). Head sizes
+are those of known models. Values are random, with the magnitude of a trained model's values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Lengths = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class HeadShape:
-    """An LM head: hidden size, vocabulary, soft-cap of the logits if any."""
+    """An LM head: hidden size, vocabulary size, and the logits' soft-cap, if any."""
 
     hidden: int
     vocab: int
@@ -40,7 +40,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A head and the token counts (prompt, chosen, rejected) of the pairs that go through it in one batch."""
+    """A head, and the token counts (prompt, chosen, rejected) of the pairs in one batch."""
 
     head: HeadShape
     lengths: tuple[Lengths, ...]
@@ -74,27 +74,27 @@ def equal(head: HeadShape, pairs: int, prompt: int, response: int) -> Shape:
 
 
 def scored_tokens(head: HeadShape, tokens: int, response: int) -> Shape:
-    """Return a shape of ``tokens`` scored tokens: responses of ``response`` tokens, after prompts half as long."""
+    """Return a shape with ``tokens`` scored tokens: responses of ``response`` tokens, prompts half as long."""
     if tokens % (2 * response):
-        raise ValueError(f"{tokens} tokens are no whole number of pairs of two responses of {response} tokens")
+        raise ValueError(f"{tokens} tokens are not a whole number of pairs with two responses of {response} tokens")
     return equal(head, tokens // (2 * response), max(1, response // 2), response)
 
 
 @cache
 def real_lengths() -> tuple[Lengths, ...]:
-    """Return token counts of real pairs."""
+    """Return the token counts of real pairs."""
     table = json.loads((Path(__file__).parent / "pair_lengths.json").read_text())
     return tuple((x, w, l) for x, w, l in table["lengths"])
 
 
 def sample_lengths(pairs: int, *, longest: int, seed: int = 0) -> tuple[Lengths, ...]:
-    """Draw the lengths of ``pairs`` real pairs of at most ``longest`` tokens in all, without replacement."""
+    """Draw the lengths of ``pairs`` real pairs without replacement. Each pair has at most ``longest`` tokens."""
     fitting = [lengths for lengths in real_lengths() if sum(lengths) <= longest]
     return tuple(random.Random(seed).sample(fitting, pairs))
 
 
 def shapes(device: torch.device) -> dict[str, Shape]:
-    """Return shapes by name. On a CPU the models' heads get few tokens, because each token costs milliseconds."""
+    """Return shapes by name. On a CPU the models' heads get few tokens, because each token takes milliseconds."""
     reference = HeadShape(512, 32_000)
     models = {
         name: equal(head, 8, 256, 512) if device.type == "cuda" else equal(head, 1, 32, 64)
@@ -116,14 +116,14 @@ def random_head(shape: HeadShape, *, dtype: torch.dtype, device: torch.device) -
 
 
 class PairBatch:
-    """Hidden states, head, labels and reference of a shape: chosen before rejected, B pairs, N scored tokens.
+    """Hidden states, head, labels and reference log-probs for a shape with B pairs and N scored tokens.
 
-    ``rows=True``: hidden (2B, T, H) has every position, labels (2B, T) are aligned with it (hidden[t] predicts
-    labels[t + 1]), as ``condition_pairs`` lays pairs out. ``rows=False``: hidden (N, H) has the scored ones only.
-    Either way ``scored_rows`` gives (N, H), and targets and segment_ids (N,) belong to it.
+    The chosen responses come first. ``rows=True``: hidden (2B, T, H) has every position, and labels (2B, T) are aligned
+    with it (hidden[t] predicts labels[t + 1]), as in ``condition_pairs``. ``rows=False``: hidden (N, H) has only the
+    scored positions. In both cases ``scored_rows`` returns (N, H), which matches targets (N,) and segment_ids (N,).
 
-    Logits are standard normal but for the label's, which is raised by 0 to 20: label probabilities range from 1/V to 1,
-    as a trained model's do. Reference log-probs are within a few nats of the policy's, so that no loss saturates.
+    Logits are standard normal, except that the label's logit is raised by 0 to 20. Label probabilities thus range from
+    1/V to 1, as in a trained model. Reference log-probs are within a few nats of the policy's, so no loss saturates.
     """
 
     def __init__(
@@ -179,17 +179,17 @@ class PairBatch:
         return self.targets.cpu(), self.segment_ids.cpu()
 
     def scored_rows(self, hidden: Tensor) -> Tensor:
-        """Return the scored rows (N, H) of ``hidden``, which has the batch's layout; differentiable."""
+        """Return the scored rows (N, H) of ``hidden``, which has the batch's layout. Gradients flow through."""
         return hidden if self.scored_mask is None else hidden[self.scored_mask]
 
     def sums(self, logps: Tensor) -> Tensor:
-        """Sum per-token log-probs (N,) to (2B,), in their dtype, over padded rows as trainers do."""
+        """Sum per-token log-probs (N,) to (2B,) over padded rows, as trainers do. The dtype stays the same."""
         padded = logps.new_zeros(self.response_mask.shape).masked_scatter(self.response_mask, logps)
         return padded.sum(1)
 
 
 def _estimated_logps(x: Tensor, label_rows: Tensor, head: HeadShape) -> Tensor:
-    """Estimate log-probs, given standard normal logits except for the label's."""
+    """Estimate log-probs, assuming that all logits but the label's are standard normal."""
     label_logit = (x * label_rows).sum(1)
     if head.softcap is not None:
         label_logit = head.softcap * torch.tanh(label_logit / head.softcap)

@@ -1,4 +1,4 @@
-"""Run ``benchmarks.loss`` and ``benchmarks.logps``: every contender at every shape, one file of cells."""
+"""Run ``benchmarks.loss`` and ``benchmarks.logps``: measure every contender at every shape and write one file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
         nargs="+",
         choices=known,
         metavar="SHAPE",
-        help=f"of {', '.join(known)} [reference real, or the quick ones]",
+        help=f"shapes to measure: {', '.join(known)} [reference real; with --quick the quick shapes]",
     )
     parser.add_argument(
         "--contenders",
@@ -54,7 +54,7 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
         choices=names,
         default=names,
         metavar="NAME",
-        help=f"beside the floor, of {', '.join(names)} [all]",
+        help=f"contenders to measure in addition to the floor: {', '.join(names)} [all]",
     )
     options = parser.parse_args(arguments)
     device = checked_device(parser, options.device)
@@ -99,7 +99,7 @@ def fill(
     save: Callable[[], None],
     only: str | None,
 ) -> None:
-    """Measure memory (on a CPU in fresh processes, while this one holds nothing), then errors and times."""
+    """Measure memory, then errors and times. On a CPU, fresh processes measure memory before the batch exists here."""
     rows, known = what == LOSS, cell.get("contenders", {})
     if device.type == "cpu" and only != "time":
         missing = [name for name in ("floor", *names) if lacks(known.get(name), "peak_bytes")]
@@ -108,7 +108,7 @@ def fill(
         lacks(row := known.get(name), "seconds") or row.get("rounds", rounds) < rounds for name in names
     ):
         return
-    # Times of other rounds cannot be compared with these: contenders timed before are timed again.
+    # Only times from the same rounds are comparable, so contenders timed in earlier rounds are timed again.
     names = [*names, *(name for name, row in known.items() if "seconds" in row and name not in ("floor", *names))]
     batch = PairBatch(shape, dtype=dtype, device=device, rows=rows)
     measure(batch, mode, chosen(names, batch, per_token=not rows), rounds, what=what, cell=cell, save=save)

@@ -1,8 +1,8 @@
-"""List the chips that predictions are made for, their rates, and the source of each rate.
+"""List the chips for which times are predicted, their rates, and the source of each rate.
 
-A rate is "measured" if it was read off one such card: bfloat16 matmuls of 8192 x 8192 x 8192 on random data, and a
-device-to-device copy counting bytes read and written. Otherwise it is a data sheet's figure, or "assumed": a share of
-the data sheet's figure.
+"measured" rates were measured on one such card: bfloat16 matmuls of 8192 x 8192 x 8192 on random data, and a
+device-to-device copy, counting bytes read and written. Other rates come from a data sheet, or are "assumed": a fraction
+of the data sheet's figure.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """``target`` is what the compile report calls it. ``matmul`` is in FLOP/s, rates of memory in bytes/s."""
+    """One chip. ``target`` is its name in the compile report. ``matmul`` is in FLOP/s, memory rates in bytes/s."""
 
     name: str
     target: str
@@ -26,12 +26,12 @@ class Chip:
 
     @property
     def lanes(self) -> float:
-        """Return the single-lane instructions all multiprocessors issue in a second: four warps of 32 a clock."""
+        """Return how many lane instructions the chip issues per second: 4 warps of 32 per clock and multiprocessor."""
         return 128 * self.multiprocessors * self.clock
 
     @property
     def special(self) -> float:
-        """Return the special functions (MUFU: exp2, reciprocal, logarithm) a second: 16 a clock and multiprocessor."""
+        """Return special functions (MUFU: exp2, reciprocal, logarithm) per second: 16 per clock and multiprocessor."""
         return 16 * self.multiprocessors * self.clock
 
 

@@ -1,12 +1,12 @@
-"""Report what got slower or larger between two result files of one command, beyond the noise.
+"""Report changes in time and memory, beyond the noise, between two result files of one command.
 
     python -m benchmarks.compare OLD.json NEW.json
 
-Cells are matched by name, contenders within them. Times relative to the bare matmuls of the same round are compared
-where both files have them, so that another or a busier machine does not count; otherwise seconds are compared. A
-contender is slower if its lower quartile is above the old upper quartile and its median grew by more than ``--least``,
-and faster likewise. Memory has almost no noise and is compared by ``--least`` alone. The exit status is 1 if
-anything got slower or larger, stopped working or is missing.
+Cells and their contenders are matched by name. If both files have times relative to the bare matmuls of the same round,
+these ratios are compared, because they do not depend on the machine or its load. Otherwise seconds are compared. A
+contender is slower if its lower quartile is above the old upper quartile and its median grew by more than ``--least``.
+The test for faster is symmetric. Memory has almost no noise, so only ``--least`` decides. The exit status is 1 if
+any contender got slower or larger, stopped working or is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .result_files import benchmark_of, read_result
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], least: float) -> Iterator[tuple[bool, str]]:
-    """Yield each difference, and whether it is for the worse."""
+    """Yield each difference, and whether it is a regression."""
     before = {cell["name"]: cell for cell in old["cells"]}
     after = {cell["name"]: cell for cell in new["cells"]}
     for name, cell in before.items():
@@ -46,7 +46,7 @@ def _differences(name: str, was: dict[str, Any], row: dict[str, Any], least: flo
     kinds = [
         k for k in ("times_floor", "times_four_forwards", "times_trl_compact", "seconds") if was.get(k) and row.get(k)
     ]
-    # The base of the ratios is 1 in both files: only its seconds can differ.
+    # A baseline's ratio to itself is 1 in both files, so only its seconds can differ.
     kinds = [k for k in kinds if k != f"times_{name}"]
     if kinds:
         a, b = was[kinds[0]], row[kinds[0]]
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.compare", description=__doc__.splitlines()[0])
     parser.add_argument("old")
     parser.add_argument("new")
-    parser.add_argument("--least", type=float, default=0.03, help="smallest change that counts, as a share [0.03]")
+    parser.add_argument("--least", type=float, default=0.03, help="smallest relative change to report [0.03]")
     options = parser.parse_args(arguments)
     try:
         old, new = read_result(options.old), read_result(options.new)
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = list(compare(old, new, options.least))
     for worse, text in sorted(found, reverse=True):
         print(("WORSE  " if worse else "       ") + text)
-    print(f"{sum(worse for worse, _ in found)} of {len(found)} differences are for the worse")
+    print(f"{sum(worse for worse, _ in found)} of {len(found)} differences are regressions")
     return int(any(worse for worse, _ in found))
 
 

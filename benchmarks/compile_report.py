@@ -1,16 +1,21 @@
-"""Compile every Triton kernel in every shipped configuration ahead of time, and report what the compilers made of it.
+"""Compile every Triton kernel ahead of time in every shipped configuration, and report facts of the machine code.
 
     python -m benchmarks.compile_report --json benchmarks/results/compile_report.json
-    python -m benchmarks.compile_report --tests --json FILE     (also each launch that the GPU tests make: an hour)
+    python -m benchmarks.compile_report --tests --json FILE     (also compile each launch of the GPU tests: an hour)
 
-No GPU is needed. The package's own launchers run, on tensors nobody reads, with a driver that compiles for a given
-architecture and launches nothing. So what is reported is what a GPU would run: same specialisation, same options.
+No GPU is needed. The package's own launchers run on dummy tensors, with a driver that compiles for a given
+architecture and launches nothing. The compiled kernels are therefore those that a GPU would run, with the same
+specialisation and options.
 
-Registers, stack, instructions and access widths are read from the machine code. For NVIDIA the report adds the hot
-loop: instructions and special functions (MUFU) an element, and which limit that puts on each chip. The exit code is 1
-if a kernel does not compile, leaves its budget (``BUDGETS``), has a stack frame (spilled registers) where none is
-allowed, needs more shared memory than a program may have, multiplies a row stride in 32 bits, or reads or writes
-matrices in less than 16 bytes at a time although their layout allows it.
+Registers, stack, instructions and access widths are read from the machine code. For NVIDIA chips the report adds the
+hot loop: instructions and special functions (MUFU) per element, and the bottleneck on each chip. The exit code is 1
+if a kernel
+
+- does not compile or exceeds its budget (``BUDGETS``),
+- has a stack frame (spilled registers) that its case does not allow,
+- needs more shared memory than a program may have,
+- multiplies a row stride in 32 bits, or
+- accesses matrices with fewer than 16 bytes at a time although their layout allows 16.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ GPU_TESTS = ("tests/inspo_kernels/test_triton.py", "tests/inspo_kernels/test_tri
 
 @dataclass(frozen=True)
 class Target:
-    """``shared_limit`` is the shared memory in bytes that one program may have."""
+    """An architecture. ``shared_limit`` is the shared memory in bytes that one program may have."""
 
     backend: str
     arch: int | str
@@ -58,7 +63,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Budget:
-    """Most instructions and special functions an element of the hot loop, most registers, fewest resident programs."""
+    """Limits of a hot loop: most instructions and special functions per element, most registers, fewest residents."""
 
     instructions: float
     special: float
@@ -66,12 +71,13 @@ class Budget:
     residents: int
 
 
-# By kernel, then by a regular expression over "configuration, target"; the first that matches holds, on NVIDIA targets.
-# 32 registers let eight programs of 256 threads run side by side, so that 1,024 rows are one wave of 132
-# multiprocessors; sm_120 holds six whatever they take, and so do all with the 40 registers of a soft-cap (on sm_100 up
-# to 44). A soft-cap's special functions are exp2 and a reciprocal for tanh and its derivative, and exp. The first tile
-# of a row finds its offset, too, and may take more. What float64 takes nobody waits for. The figures hold for Triton
-# 3.6 and 3.7, which differ a little; 3.8 takes up to 9 registers more (LATER_TRITON) for as many instructions.
+# Budgets for NVIDIA targets, by kernel, then by a regular expression over "configuration, target": the first match
+# applies. With 32 registers, eight programs of 256 threads fit a multiprocessor, so that 1,024 rows are one wave on 132
+# multiprocessors. sm_120 holds six programs in any case, and so do all chips with the 40 registers of a soft-cap (on
+# sm_100 up to 44). A soft-cap's special functions are exp2 and a reciprocal for tanh and its derivative, and exp. The
+# first tile of a row also finds its offset and may take more. float64 has no budget, because its speed does not matter.
+# The figures hold for Triton 3.6 and 3.7, which differ slightly. Triton 3.8 needs up to 9 more registers
+# (LATER_TRITON) for the same number of instructions.
 BUDGETS = {
     "row_pass": {
         r"fp32 logits, statistics, plain": Budget(31, 1, 60, 4),
@@ -90,13 +96,13 @@ BUDGETS = {
 }
 
 
-# Registers more, and resident programs less, from Triton 3.8 on. Held to 32 registers, it spills one on sm_90.
+# Additional registers and fewer resident programs from Triton 3.8 on. Limited to 32 registers, it spills one on sm_90.
 LATER_TRITON = (3, 8)
 LATER_REGISTERS, LATER_RESIDENTS = 10, 2
 
 
 class CompileOnlyDriver:
-    """Stands in for the GPU driver; the device is the target, so each has its own cache of compiled kernels."""
+    """Replace the GPU driver. The device is the target, so each target has its own cache of compiled kernels."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -113,7 +119,7 @@ class CompileOnlyDriver:
 
 @contextmanager
 def compiling_for(target: Target) -> Iterator[list[Any]]:
-    """Have every launch inside compile for ``target``, start nothing, and append its compiled kernel to the list."""
+    """Let every launch inside the context compile for ``target``, run nothing, and append its kernel to the list."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -148,17 +154,17 @@ def budget_of(case: Case, target: Target) -> Budget | None:
 
 
 def over_budget(budget: Budget, row: dict[str, Any]) -> list[str]:
-    """Return what a kernel takes beyond its budget."""
+    """Return the ways in which a kernel exceeds its budget."""
     if "per_element" not in row:
-        return ["no hot loop to hold against its budget"]
+        return ["no hot loop to compare with its budget"]
     per_element = row["per_element"]
     limits = (
         (
-            f"{per_element['instructions']:.1f} instructions an element",
+            f"{per_element['instructions']:.1f} instructions per element",
             per_element["instructions"],
             budget.instructions,
         ),
-        (f"{per_element['special']:g} special functions an element", per_element["special"], budget.special),
+        (f"{per_element['special']:g} special functions per element", per_element["special"], budget.special),
         (f"{row['registers']} registers", row["registers"], budget.registers),
     )
     found = [f"{what}, budget {limit:g}" for what, value, limit in limits if value > limit]
@@ -168,7 +174,7 @@ def over_budget(budget: Budget, row: dict[str, Any]) -> list[str]:
 
 
 def problems(case: Case, target: Target, found: dict[str, Any]) -> list[str]:
-    """Return the reasons for which this report fails."""
+    """Return the reasons why the report fails for this kernel."""
     checks = {
         f"{found['stack_bytes']} bytes of stack": found["stack_bytes"] > 0 and not target.may_spill,
         f"shared memory above {target.shared_limit} bytes": found["shared_bytes"] > target.shared_limit,
@@ -191,7 +197,7 @@ def compiled_row(case: Case, name: str, compiled: Any) -> dict[str, Any]:
 
 
 def report(chosen_targets: list[str], pattern: str, chosen_cases: Iterable[Case] | None = None) -> list[dict[str, Any]]:
-    """Compile and judge every case that the pattern matches, each kernel of a test's launches once a target."""
+    """Compile and judge every case that matches the pattern. A kernel that tests launch is compiled once per target."""
     results, seen = [], set()
     for case in cases() if chosen_cases is None else chosen_cases:
         if not re.search(pattern, f"{case.kernel}: {case.configuration}"):
@@ -252,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     parser.add_argument("--only", default="", help="regular expression over 'kernel: configuration'")
-    parser.add_argument("--tests", action="store_true", help="also compile each launch that the GPU tests make")
+    parser.add_argument("--tests", action="store_true", help="also compile each launch of the GPU tests")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it")

@@ -1,8 +1,8 @@
-"""Define every measured way to compute the pairwise loss and per-token log-probs, ours and others'.
+"""Define every measured implementation of the pairwise loss and per-token log-probs, ours and others'.
 
-A contender gives per-token log-probs of the scored rows (``logps``), a loss of the whole batch (``loss``), or both;
-from log-probs alone the loss is DPO by torch autograd. What is not installed, cannot run on a device or lacks a
-soft-cap is named as such by ``Contender.unavailable``, so that a table can say why a figure is missing.
+A contender computes per-token log-probs of the scored rows (``logps``), a loss of the whole batch (``loss``), or both.
+If it has only log-probs, its loss is DPO by torch autograd. ``Contender.unavailable`` says why a contender cannot run:
+it is not installed, does not support the device or lacks a soft-cap. Tables show this reason instead of a figure.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .batches import PairBatch
 from .harness import reason
 
 BETA = 0.1
-# Tile width that TRL's own trainer passes, and the outputs that its DPO trainer asks for beside the log-probs.
+# Tile width that TRL's own trainer passes, and the outputs that its DPO trainer requests in addition to log-probs.
 TRL_VOCAB_CHUNK = 32_768
 TRL_TRAINER_OUTPUTS = ("entropy", "mean_logits", "is_top1")
 
@@ -38,7 +38,7 @@ def dpo(logps: Tensor, batch: PairBatch, ref_logps: Tensor | None = None) -> tup
 
 
 def ours(backend: str, *, on_host: bool = False, max_workspace_bytes: int | None = None) -> Loss:
-    """Call ``fused_inspo_loss`` as a training loop does: on every position if the batch has them."""
+    """Call ``fused_inspo_loss`` as a training loop does: with every position if the batch has every position."""
 
     def run(hidden: Tensor, weight: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
         if batch.labels is not None:
@@ -67,7 +67,7 @@ def our_logps(backend: str) -> Logps:
 
 
 def log_probs(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-    """Compute logits in the input dtype and log_softmax in float32 (float64 for float64), as usually written."""
+    """Compute logits in the input dtype and log_softmax in float32 (float64 for float64), as most code does."""
     logits = F.linear(x, weight)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -83,12 +83,12 @@ def plain_logps(x: Tensor, weight: Tensor, batch: PairBatch) -> Tensor:
 def full_log_softmax(hidden: Tensor, weight: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
     assert batch.labels is not None and batch.scored_mask is not None
     targets = batch.labels[:, 1:].clamp(min=0)
-    targets = F.pad(targets, (0, 1))  # of the last position: read by nobody
+    targets = F.pad(targets, (0, 1))  # unused label of the last position
     return dpo(log_probs(hidden, weight, targets, batch.softcap)[batch.scored_mask], batch)
 
 
 def compiled_logps(x: Tensor, weight: Tensor, batch: PairBatch) -> Tensor:
-    # Beyond so many shapes the compiler runs the function as it is, with a warning alone: eager times under this name.
+    # Beyond this number of shapes the compiler only warns and runs the function eagerly: we would time eager mode.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         return _compiled()(x, weight, batch.targets, batch.softcap)
 
@@ -137,10 +137,10 @@ def torch_linear_cross_entropy(x: Tensor, weight: Tensor, batch: PairBatch) -> T
 
 @dataclass(frozen=True)
 class Contender:
-    """A contender: its code, and what it needs. ``package`` is its distribution's name, ``module`` what to import.
+    """A contender: its code and its requirements. ``package`` is the distribution's name, ``module`` the import name.
 
-    ``variant_of`` names another contender that this one is, but for how it is called: it is measured at the main shape
-    on GPUs alone.
+    ``variant_of`` names the contender whose code this one calls in another way. Variants are measured only on GPUs, at
+    the main shape.
     """
 
     title: str
@@ -168,7 +168,7 @@ class Contender:
         return self.logps(batch.scored_rows(hidden), weight, batch)
 
     def unavailable(self, batch: PairBatch, *, per_token: bool = False) -> str | None:
-        """Return why there can be no figure here, or None."""
+        """Return why this contender cannot be measured here, or None."""
         if importlib.util.find_spec(self.module) is None:
             return f"not installed: pip install {self.package}"
         if self.package == "torch" and self.logps is torch_linear_cross_entropy:
@@ -181,23 +181,23 @@ class Contender:
         if per_token and self.logps is None:
             return "gives no per-token log-probs"
         if self.needs_every_position and batch.labels is None:
-            return "not measured: the batch has scored positions only"
+            return "not measured: the batch has only scored positions"
         if self.needs_scored_positions and batch.labels is not None:
             return "not measured: the batch has every position"
         if self.takes_padded_rows and batch.labels is None and not batch.response_mask.all():
-            return "not measured: takes padded rows, and the batch has scored positions only"
+            return "not measured: needs padded rows, but the batch has only scored positions"
         return None if self.backend is None else _backend_unavailable(self.backend, batch.hidden.device)
 
 
 @cache
 def _backend_unavailable(backend: str, device: torch.device) -> str | None:
-    """Return why one of our backends cannot run on the device, in the package's words, or None."""
+    """Return the package's reason why one of our backends cannot run on the device, or None."""
     one = torch.zeros(1, 1, device=device)
     try:
         ik.linear_logps(one, one, torch.zeros(1, dtype=torch.int64), backend=backend)
     except ValueError as error:
         return f"not available: {error}"
-    except Exception as error:  # Triton without a compiler, for one: no reason to stop the others
+    except Exception as error:  # such as Triton without a compiler: the other contenders can still run
         return reason(error)
     return None
 
@@ -257,5 +257,5 @@ Outcome = Contender | str
 
 
 def chosen(names: Iterable[str], batch: PairBatch, *, per_token: bool = False) -> dict[str, Outcome]:
-    """Return, by name, the contender to run or the reason why it cannot run."""
+    """Return, by name, the contender, or the reason why it cannot run."""
     return {name: CONTENDERS[name].unavailable(batch, per_token=per_token) or CONTENDERS[name] for name in names}

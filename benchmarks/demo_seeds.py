@@ -1,8 +1,8 @@
-"""Run the demo on several seeds: does InSPO improve the base on each, and by how much compared with SFT and DPO?
+"""Run the demo on several seeds: does InSPO improve every seed's base, and how does it compare with SFT and DPO?
 
     python -m benchmarks.demo_seeds --json benchmarks/results/demo_seeds.json
 
-It runs the demo's own function. The file is written after each seed, and an interrupted run continues where it stopped.
+This command calls the demo's own function. It saves the file after each seed, so an interrupted run can continue.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .result_files import command, joined_provenance, provenance, result_file, w
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
-    """Return mean, range and, from five seeds on, the 95% t interval of the mean. Seeds are the observations."""
+    """Return mean, range and, for at least five seeds, the mean's 95% t interval. Seeds are the observations."""
     summary: dict[str, Any] = {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
     if len(values) >= 5:
         half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
@@ -69,7 +69,7 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_seeds", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=result_file, required=True, help="result file; seeds it already has are kept")
+    parser.add_argument("--json", type=result_file, required=True, help="result file; finished seeds in it are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="seeds to run [0 to 9]")
     parser.add_argument("--quick", action="store_true", help="use the demo's quick sizes")
     parser.add_argument("--draft_share", type=float, help="share of the base's rows with a draft before the answer")
@@ -80,7 +80,7 @@ def main() -> None:
         settings = Settings.quick(seed) if options.quick else Settings(seed)
         return settings if options.draft_share is None else replace(settings, draft_share=options.draft_share)
 
-    torch.set_num_threads(make().threads)  # the demo's own number: the one that the result file names
+    torch.set_num_threads(make().threads)  # the demo's own defaults, which the result file names
     settings = json.loads(json.dumps({k: v for k, v in asdict(make()).items() if k != "seed"}))
     given = command("benchmarks.demo_seeds", sys.argv[1:], options.json)
     result = {**provenance(given), "settings": settings, "summary": {}, "seeds": {}}

@@ -1,4 +1,4 @@
-"""Fit the small models that the study and the runs on real pairs begin with."""
+"""Fit the small base models of the study and of the runs on real pairs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LAST = 20  # steps whose losses are averaged
 def fit(
     model: PreTrainedModel, batches: Iterable[Sequence[tuple[list[int], list[int]]]], pad: int, schedule: LRScheduler
 ) -> float:
-    """Take a step of ``schedule`` and its optimizer on each batch of (context, answer) ids; answers are learned.
+    """Take one step of ``schedule`` and its optimizer per batch of (context, answer) ids. Only answers are learned.
 
-    Returns the mean of the last losses, in nats a token.
+    Returns the mean of the last losses, in nats per token.
     """
     losses: list[float] = []
     for batch in batches:

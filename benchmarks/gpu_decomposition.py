@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from .batches import PairBatch
-from .gpu_tuning import launch_row_pass
+from .gpu_tuning import launch_fused_pass, launch_row_pass
 from .harness import reason, seconds_of, spread
 
 ROUNDS = 7
 
 
 class NeedsGPU(Exception):
-    """Report that a kernel needs a GPU and there is none."""
+    """Report that a kernel needs a GPU, or another one than this."""
 
 
 def decompose(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,6 +77,8 @@ def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Li
     yield "cached tiles, matmul", partial(_cache_tiles, batch, None)
     yield "cached tiles, matmul and sums", partial(_cache_tiles, batch, False)
     yield "cached tiles, matmul and E", partial(_cache_tiles, batch, True)
+    yield "fused pass, sums alone", partial(_fused_pass, batch, False)
+    yield "fused pass with E", partial(_fused_pass, batch, True)
     yield "dX matmul", lambda: matmul(e(), weight, wide)
     yield "dW matmul", lambda: matmul(e().t(), x, narrow)
     yield "dW matmul, float32 output", lambda: matmul(e().t(), x, wide)
@@ -147,6 +149,13 @@ def _cache_tiles(batch: PairBatch, store: bool | None) -> tuple[Callable[[], Any
 
     work = {"operations": 2 * raw.numel() * x.shape[1] * len(parts), "rows": len(x), "words": tile.words}
     return run, work | {"cache_bytes": raw.nbytes * len(parts)}
+
+
+def _fused_pass(batch: PairBatch, store: bool) -> tuple[Callable[[], Any], dict[str, Any]]:
+    launch = launch_fused_pass(batch, store=store)
+    if launch is None:
+        raise NeedsGPU
+    return launch, {"operations": 2 * batch.shape.scored * batch.weight.numel()}
 
 
 def _label_logits(batch: PairBatch) -> tuple[Callable[[], Any], dict[str, Any]]:

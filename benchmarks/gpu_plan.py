@@ -85,6 +85,7 @@ FULL = Plan(
     tests=(
         "tests/inspo_kernels/test_triton.py",
         "tests/inspo_kernels/test_triton_kernels.py",
+        "tests/inspo_kernels/test_fused_pass.py",
         "tests/inspo_kernels/test_cuda.py",
     ),
     rounds=15,

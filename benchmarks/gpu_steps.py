@@ -32,6 +32,8 @@ from .measure import TRAIN, measure
 from .result_files import checked_device, provenance, write_json
 
 PART = "part.json"
+# The torch backend multiplies in float32 on every device. On a GPU that takes ten times as long as all others together.
+TIMED = tuple(name for name in OURS if name != "torch")
 # No cell starts with less time left than the slowest one takes at its fewest rounds.
 RESERVE_SECONDS = 20.0
 
@@ -93,7 +95,7 @@ def smoke(context: Context) -> None:
 
 def main_shape(context: Context) -> None:
     """Floor and ours at the main shape, three modes."""
-    measure_cells(context, context.plan.main_cells(), OURS, rounds=2 * context.plan.rounds)
+    measure_cells(context, context.plan.main_cells(), TIMED, rounds=2 * context.plan.rounds)
 
 
 def decomposition(context: Context) -> None:
@@ -157,7 +159,7 @@ def training(context: Context) -> None:
 def shapes(context: Context) -> None:
     """The other lengths and models."""
     names = [name for name in context.peers if not CONTENDERS[name].compiles_per_shape]
-    ours = [name for name in OURS if CONTENDERS[name].variant_of is None]
+    ours = [name for name in TIMED if CONTENDERS[name].variant_of is None]
     measure_cells(context, context.plan.other_cells(), [*ours, *names], rounds=context.plan.rounds)
 
 
@@ -169,9 +171,9 @@ def tuning(context: Context) -> None:
 
 
 def compiled(context: Context) -> None:
-    """Baselines that torch.compile compiles, at the main shape."""
+    """Slowest to measure: baselines that torch.compile compiles, and the torch backend, at the main shape."""
     names = [name for name in context.peers if CONTENDERS[name].compiles_per_shape]
-    measure_cells(context, context.plan.main_cells(), names, rounds=context.plan.rounds)
+    measure_cells(context, context.plan.main_cells(), ["torch", *names], rounds=context.plan.rounds)
 
 
 @dataclass(frozen=True)

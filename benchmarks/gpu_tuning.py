@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -43,6 +44,7 @@ def tune(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dic
     """Time candidates beside the shipped choice; nothing is changed."""
     result: dict[str, Any] = {}
     for name, runs in (
+        ("fused pass", tune_fused_pass),
         ("row pass", tune_row_pass),
         ("triton logits tile", tune_tiles),
         ("triton kept rows", tune_kept),
@@ -52,6 +54,9 @@ def tune(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dic
             result[name] = {"status": why} if why else runs(batch, seconds)
         except Exception as error:
             result[name] = {"status": reason(error)}
+    if batch.hidden.device.type == "cuda":
+        result["torch workspace rows"] = {"status": "not tuned on a GPU: its float32 matmuls take most of the time"}
+        return result
     try:
         result["torch workspace rows"] = tune_torch(batch, workspace_rows, seconds)
     except Exception as error:  # named in the results; what follows does not need it
@@ -100,6 +105,63 @@ def launch_row_pass(
     return launch, raw
 
 
+def launch_fused_pass(batch: PairBatch, *, store: bool) -> Callable[[], None] | None:
+    """Return a launch over all scored rows, or None where the backend does not use this kernel."""
+    from inspo_kernels.kernels import config, fused_pass
+    from inspo_kernels.kernels.label_logits import label_logits
+
+    device, x = batch.hidden.device, batch.scored_rows(batch.hidden)
+    arch = config.architecture(device)
+    if device.type != "cuda" or config.fused_pass(arch, batch.softcap) is None:
+        return None
+    label = label_logits(x, batch.weight, batch.targets, arch=arch)
+    e = torch.empty(len(x), config.padded_vocab(batch.head.vocab), dtype=x.dtype, device=device) if store else None
+    offset, sums = torch.empty(len(x), device=device), torch.empty(1, len(x), device=device)
+    raised = torch.empty(len(x), dtype=torch.int32, device=device)
+
+    def launch() -> None:
+        fused_pass.fused_pass(
+            x,
+            batch.weight,
+            batch.targets,
+            label,
+            offset,
+            sums,
+            raised,
+            e=e,
+            bias=None,
+            softcap=batch.softcap,
+            outer=1.0 if batch.softcap is None else batch.softcap,
+            scale=1.0,
+            wanted=frozenset(),
+            arch=arch,
+        )
+
+    return launch
+
+
+def tune_fused_pass(batch: PairBatch, seconds: float) -> dict[str, Any]:
+    """Time other tiles, stages, parts and groups of the fused pass with E, over all scored rows."""
+    from inspo_kernels.kernels import config
+
+    launch = launch_fused_pass(batch, store=True)
+    if launch is None:
+        return {"status": "not used on this device"}
+    shipped = config.fused_pass(config.architecture(batch.hidden.device), batch.softcap)
+    assert shipped is not None
+    changes = [{"parts": 1}, {"parts": 4}, {"num_stages": 4}, *({"group": n} for n in (4, 8, 32, 64))]
+    changes += [{"rows": 256, "words": 128}, {"num_stages": 4, "group": 8}, {"parts": 1, "group": 8}]
+    candidates = {"shipped": shipped} | {
+        ", ".join(f"{name} {value}" for name, value in change.items()): replace(shipped, **change) for change in changes
+    }
+
+    def run(candidate: Any) -> None:
+        with mock.patch.object(config, "fused_pass", lambda *_: candidate):
+            launch()
+
+    return sweep("shipped", {name: partial(run, c) for name, c in candidates.items()}, batch.hidden.device, seconds)
+
+
 def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[str, Any]:
     """Time other blocks and warps of the pass over one tile of logits."""
     from inspo_kernels.kernels import config
@@ -140,7 +202,10 @@ def tune_tiles(batch: PairBatch, seconds: float) -> dict[str, Any]:
     candidates = dict.fromkeys([shipped, *(config.LogitsTile(*size) for size in sizes), whole])
 
     def run(tile: Any) -> None:
-        with mock.patch.object(config, "logits_tile", lambda *_: tile):
+        with (
+            mock.patch.object(config, "logits_tile", lambda *_: tile),
+            mock.patch.object(config, "fused_pass", lambda *_: None),
+        ):
             step(batch, TRAIN, CONTENDERS["triton"])
 
     runs = {f"{c.rows} x {c.words}": partial(run, c) for c in candidates}

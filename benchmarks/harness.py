@@ -33,19 +33,23 @@ def interleaved_times(
     seconds: float = math.inf,
     after_round: Callable[[dict[str, list[float]]], None] = lambda times: None,
 ) -> dict[str, list[float]]:
-    """Return each contender's seconds in each round. Every round runs all, so drifting load hits all alike.
+    """Return each contender's seconds in each round. Every round runs all contenders, so drifting load affects all.
 
-    After ``seconds`` no further round starts once there are ``FEWEST_ROUNDS`` (fewer only if ``rounds`` is).
-    ``after_round`` gets what there is after each round, so that an interrupted run can keep it.
+    Each round starts with the next contender, because a GPU at its power limit is slower after a long load.
+
+    After ``seconds`` no further round starts, but at least ``FEWEST_ROUNDS`` run (fewer only if ``rounds`` is smaller).
+    ``after_round`` gets the times so far after each round, so that an interrupted run can keep them.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
     end = time.perf_counter() + seconds
     bar = tqdm(range(warmup + rounds), desc="rounds", unit="round", leave=False, disable=not sys.stderr.isatty())
     for i in bar:
         if i >= warmup + FEWEST_ROUNDS and time.perf_counter() > end:
             break
-        for name, run in contenders.items():
-            elapsed = seconds_of(run, device)
+        turn = i % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            elapsed = seconds_of(contenders[name], device)
             if i >= warmup:
                 times[name].append(elapsed)
         if i >= warmup:
@@ -55,7 +59,7 @@ def interleaved_times(
 
 
 def seconds_of(run: Callable[[], Any], device: str = "cpu") -> float:
-    """Return seconds from an idle device to the end of ``run``'s work there, by the device's own clock."""
+    """Return the seconds until an idle device has finished ``run``'s work, by the device's own clock."""
     if torch.device(device).type != "cuda":
         begin = time.perf_counter()
         run()
@@ -81,7 +85,7 @@ def ratios(times: Mapping[str, Sequence[float]], to: str) -> dict[str, dict[str,
 
 
 def reason(error: Exception) -> str:
-    """Return why a contender has no figure, for a table."""
+    """Return the reason that a table shows instead of a contender's figure."""
     text = str(error).strip().split("\n")[0][:200]
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     if memory:
@@ -90,7 +94,7 @@ def reason(error: Exception) -> str:
 
 
 def guarded(runs: Mapping[str, Callable[[], Any]], failed: dict[str, str]) -> dict[str, Callable[[], Any]]:
-    """Wrap ``runs`` so that a failing run is entered in ``failed`` once and then does nothing."""
+    """Wrap ``runs``: a run that fails is recorded in ``failed`` and does nothing from then on."""
 
     def guard(name: str, run: Callable[[], Any]) -> Any:
         if name in failed:
@@ -117,7 +121,7 @@ def peak_memory_in_fresh_process(module: str, arguments: Sequence[str]) -> dict[
 
 
 def limit_memory() -> None:
-    """Make allocations beyond the memory that is free now fail, so that this process is not killed."""
+    """Make allocations beyond the memory that is now free raise an error, so that this process is not killed."""
     try:
         free = 1024 * _proc_kib("meminfo", "MemAvailable")
     except OSError:
@@ -128,20 +132,20 @@ def limit_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Return freed memory to the system, so that a second peak is counted from the same level as the first."""
+    """Return freed memory to the system, so that two peaks are measured from the same level."""
     gc.collect()
     inspo_kernels.release_workspace()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
-        pass  # another C library: its freed memory stays resident and the peak is understated
+        pass  # another C library: freed memory stays resident, so the peak is too small
 
 
 def own_peak(run: Callable[[], Any], device: str = "cpu") -> int | None:
-    """Return the peak memory of ``run`` above what the process held before it, in bytes.
+    """Return the peak memory of ``run`` in bytes, above what the process held before.
 
-    On a GPU the allocator's own count. On a CPU the resident high-water mark, reset before the run; None where there
-    is no /proc to read it from.
+    On a GPU this is the allocator's own count. On a CPU it is the resident high-water mark, reset before the run, or
+    None without /proc.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""List what the compile report compiles: each kernel as the backend launches it, and each launch that the tests make.
+"""List the cases of the compile report: each kernel as the backend launches it, and each launch of the tests.
 
-``cases`` lists the shipped configurations by hand, with what the report holds them to. ``recorded`` replays launches
-that ``benchmarks.record_launches`` wrote down while the tests ran: any launcher, whatever its arguments.
+``cases`` lists the shipped configurations by hand, with the facts that the report checks. ``recorded`` replays launches
+that ``benchmarks.record_launches`` recorded while the tests ran, for any launcher and any arguments.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ TRANSFORMS = {"plain": (False, None, 1.0), "cap": (False, 30.0, 1.0), "bias, cap
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one configuration, and what holds for its machine code.
+    """One kernel in one configuration, and the facts to check in its machine code.
 
-    ``launch`` is called with the architecture's name as ``arch``. ``elements`` gives how many logits a thread handles
-    in one turn of the hot loop, by architecture. ``bytes`` and ``cache_bytes`` are the traffic of one of them with
-    memory and cache. Without ``shipped`` a kernel is reported once, whatever launches it, and its strides are not
-    checked: one of 1 is compiled in.
+    ``launch`` is called with the architecture's name as ``arch``. ``elements`` maps the architecture to the logits that
+    a thread handles per iteration of the hot loop. ``bytes`` and ``cache_bytes`` are the memory and cache traffic per
+    logit. If not ``shipped``, a kernel is reported once for all its launches, and its strides are not checked, because
+    a stride of 1 is compiled in.
     """
 
     kernel: str
@@ -44,15 +44,15 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Yield every combination of dtypes and flags that the backend launches; cap 30 and scale 0.5 stand for any."""
+    """Yield every combination of dtypes and flags that the backend launches. Cap 30 and scale 0.5 are examples."""
     for transform in TRANSFORMS:
         for dtype in (BF16, HALF, FP32, FP64):
             yield row_pass_case(dtype, True, transform, VOCAB)
-            if transform != "plain" or dtype in (FP32, FP64):  # sums see E's dtype through the bias alone
+            if transform != "plain" or dtype in (FP32, FP64):  # for sums, E's dtype matters only to the bias
                 yield row_pass_case(dtype, False, transform, VOCAB)
         yield row_pass_case(BF16, True, transform, VOCAB, first=TILE_WORDS)
         yield row_pass_case(BF16, False, transform, VOCAB, first=TILE_WORDS, statistics=True)
-    for vocab in (1000, 50257):  # shorter blocks; a vocabulary that is no multiple of anything
+    for vocab in (1000, 50257):  # shorter blocks; an odd vocabulary size
         yield row_pass_case(BF16, True, "plain", vocab)
     yield from label_logits_cases()
     yield from bias_gradient_cases()
@@ -147,13 +147,13 @@ def bias_gradient_cases() -> Iterator[Case]:
             )
 
 
-# --- launches that the tests make ---
+# --- launches of the tests ---
 
 
 def recorded(file: Path) -> Iterator[Case]:
-    """Yield a case for each launch in a file of ``record_launches``, on tensors laid out as its own were.
+    """Yield a case for each launch in a ``record_launches`` file, on tensors with the recorded layouts.
 
-    Such launches are held to less: strides and widths of tests are odd on purpose.
+    The report checks fewer facts of these launches, because tests use odd strides and widths on purpose.
     """
     for i, line in enumerate(file.read_text().splitlines()):
         call = json.loads(line)
@@ -171,7 +171,7 @@ def recorded(file: Path) -> Iterator[Case]:
 
 
 def _made(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """Rebuild an argument that ``record_launches.written`` recorded; tensors of one address share it again."""
+    """Rebuild an argument that ``record_launches.written`` recorded. Tensors that shared an address share one again."""
     if not isinstance(value, dict):
         return value
     if "set" in value:

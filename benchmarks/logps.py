@@ -1,10 +1,11 @@
-"""Measure per-token log-probs under any upstream gradient, beside the floor and every other implementation.
+"""Measure per-token log-probs with an arbitrary upstream gradient: ours, every other implementation and the floor.
 
     python -m benchmarks.logps --json benchmarks/results/logps_cpu.json
 
-Three modes: forward + backward (dX and dW), frozen head (dX alone, as under LoRA) and forward without gradients. The
-floor of each is its bare matmuls with preallocated outputs, three, two, one: the fastest of several groups of rows and
-words. A general per-token op that keeps no logits cannot reach the first: its backward has to form them a second time.
+There are three modes: forward + backward (dX and dW), frozen head (only dX, as with LoRA) and forward without
+gradients. The floor of a mode is its three, two or one bare matmuls with preallocated outputs, in the fastest of
+several groupings of rows and words. A general per-token op that keeps no logits cannot reach the floor of forward +
+backward, because its backward pass recomputes the logits.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""Measure the training loop's cost beside its bare steps: metrics, logs, finite checks and checkpoints.
+"""Measure the training loop's overhead over its bare steps: metrics, logs, finite checks and checkpoints.
 
     python -m benchmarks.loop_overhead --pairs FILE.jsonl --json benchmarks/results/loop_overhead.json
 
-Both train the same small model on the same pairs in the same order and forward passes, with AdamW. The loop is
-``training.train.train`` with a metrics row and a line every 10 steps and a checkpoint after the last of ``--steps``;
-its set-up, and the first step, are left out. The bare loop is forward, backward, clipping, the optimizer's step and
-nothing else: it reads nothing from the device. A round has a run of each, in turns the one first and the other; the
-ratio is taken within rounds, and its median and quartiles are reported.
+Both loops train the same small model with AdamW on the same pairs, in the same order and the same forward passes. The
+full loop is ``training.train.train`` with a metrics row and a log line every 10 steps and a checkpoint after the last
+of ``--steps``. Its set-up and its first step are not timed. The bare loop runs only forward, backward, clipping and the
+optimizer's step, and reads nothing from the device. Each round runs both loops, in alternating order. The result is the
+median and quartiles of the ratios within rounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -34,8 +33,8 @@ from training.scoring import Batch, Batcher, PairModel, score
 from training.train import train
 
 from .harness import spread
-from .real_pairs import command_of, pairs_of
-from .result_files import positive, provenance, result_file, write_json
+from .real_pairs import command_of, pairs_of, pairs_parser
+from .result_files import positive, provenance, write_json
 
 MODEL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 
@@ -60,7 +59,7 @@ def loop_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:
 
 
 def bare_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:
-    """Return the seconds of the same steps, written by hand."""
+    """Return the seconds of the same steps in a hand-written loop."""
     model, tokenizer = load_model(config)
     module = PairModel(model.eval(), config.make_objective())
     batcher = Batcher(tokenizer.pad_token_id, torch.device("cpu"), config.max_batch_tokens)
@@ -99,13 +98,11 @@ RUNS: dict[str, Callable[[TrainConfig, list[Pair], int], float]] = {"bare": bare
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loop_overhead", description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
-    parser.add_argument("--json", required=True, type=result_file, help="result file")
+    parser = pairs_parser("benchmarks.loop_overhead", __doc__)
     parser.add_argument(
-        "--steps", type=positive, default=100, help="steps of a run, with a checkpoint after them [100]"
+        "--steps", type=positive, default=100, help="steps of a run, which ends with a checkpoint [100]"
     )
-    parser.add_argument("--rounds", type=positive, default=5, help="rounds of one run of each [5]")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds; each runs both loops once [5]")
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error("--steps 1: the first step is not timed, so give at least 2")

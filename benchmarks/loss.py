@@ -1,16 +1,14 @@
-"""Measure the pairwise loss, forward and backward, beside its floor and every other implementation.
+"""Measure the pairwise loss, forward and backward: ours, every other implementation and the floor.
 
     python -m benchmarks.loss --json benchmarks/results/loss_cpu.json
 
 All contenders get the same double-conditioned batch: hidden states of every position of prompt + alternative +
-response, and labels of the response. Those that work on scored rows pick them first, as part of what is timed. Beside
-them stands
+response, and labels of the response. Contenders that work on scored rows select them first, and this is timed. The
+``floor`` is the three matmuls of the scored rows with the head, X W^T, E W and E^T X, with preallocated outputs, in the
+fastest of several groupings of rows and words. Any loss that computes dX and dW must run these matmuls.
 
-- ``floor``: the three matmuls of the scored rows with the head, X W^T, E W and E^T X, into preallocated outputs: the
-  fastest of several groups of rows and words. Any loss that computes dX and dW must do these.
-
-Errors are those against float64 in the same run. Time is the median over interleaved rounds, ratios are taken within
-rounds, and on a CPU peak memory is measured in a fresh process per contender, on its second call.
+The same run measures errors against float64. Times are medians over interleaved rounds, and ratios are taken within
+rounds. On a CPU, each contender's peak memory is measured in a fresh process, on the second call.
 """
 
 from __future__ import annotations

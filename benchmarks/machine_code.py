@@ -1,6 +1,6 @@
 """Read facts from compiled kernels: registers, stack, access widths, and their hot loops.
 
-NVIDIA's machine code is read with the ``cuobjdump`` that Triton brings, AMD's from the assembly that Triton keeps.
+NVIDIA's machine code is read with Triton's ``cuobjdump``, AMD's from the assembly that Triton keeps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .chips import CHIPS
 
 Instructions = list[tuple[int, str]]
 
-# What limits the programs that a multiprocessor holds at once: registers, warps, programs.
+# Limits on the programs that a multiprocessor holds at once: registers, warps, programs.
 RESIDENCY = {
     "sm_80": (65536, 64, 32),
     "sm_90": (65536, 64, 32),
@@ -28,7 +28,7 @@ RESIDENCY = {
 def describe(compiled: Any, target: str) -> dict[str, Any]:
     """Return registers, spills, shared memory and access widths (bytes) of a kernel.
 
-    NVIDIA kernels also get ``residents``, programs per multiprocessor, and ``loop``, their hot loop (see ``hot_loop``).
+    NVIDIA kernels also have ``residents``, the programs per multiprocessor, and ``loop`` (see ``hot_loop``).
     """
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     if "cubin" in compiled.asm:
@@ -40,7 +40,7 @@ def describe(compiled: Any, target: str) -> dict[str, Any]:
 
 
 def residents(target: str, registers: int, warps: int) -> int:
-    """Count programs that fit one multiprocessor at once, by registers (256 at a time), warps and their number."""
+    """Count the programs that fit one multiprocessor, by registers (allocated in 256s), warps and program slots."""
     register_file, most_warps, most_programs = RESIDENCY[target]
     per_warp = -(-registers * 32 // 256) * 256
     return min(register_file // (per_warp * warps), most_warps // warps, most_programs)
@@ -71,7 +71,7 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
 
 
 def instructions(sass: str) -> Instructions:
-    """Yield address and text of each instruction in order, without padding after the code."""
+    """Yield the address and text of each instruction in order, without padding after the code."""
     found = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;/]+?)\s*;", sass)]
     while found and found[-1][1] == "NOP":
         found.pop()
@@ -81,8 +81,8 @@ def instructions(sass: str) -> Instructions:
 def hot_loop(listing: Instructions) -> dict[str, Any] | None:
     """Return the innermost loop that does a kernel's work, or None.
 
-    That is the first of those loops that store to memory, or that load from it if none does. Fields: ``instructions``,
-    ``special`` (MUFU), and ``loads`` and ``stores``, counts of global accesses by their width in bytes.
+    This is the first innermost loop that stores to memory or, if none does, the first that loads. Fields:
+    ``instructions``, ``special`` (MUFU), and ``loads`` and ``stores``, counts of global accesses by width in bytes.
     """
     ranges = [(target, at) for at, text in listing if (target := _branch(text)) is not None and target < at]
     inner = [r for r in ranges if not any(r != o and r[0] <= o[0] and o[1] <= r[1] for o in ranges)]
@@ -103,10 +103,10 @@ def hot_loop(listing: Instructions) -> dict[str, Any] | None:
 def bound(
     target: str, loop: dict[str, Any], elements: int, memory_bytes: float, cache_bytes: float
 ) -> dict[str, dict[str, Any]]:
-    """Say for each NVIDIA chip of a target what limits the loop, from seconds per element that each limit alone takes.
+    """Return the bottleneck of the loop on each NVIDIA chip of a target, with the seconds per element of each limit.
 
-    ``memory`` is traffic at the chip's copy rate, ``cache`` at its cache's, ``issue`` the instructions at four warps a
-    clock, ``special`` the special functions at 16 a clock.
+    ``memory`` is traffic at the chip's copy rate, ``cache`` traffic at its cache's rate, ``issue`` the instructions at
+    four warps per clock, ``special`` the special functions at 16 per clock.
     """
     result = {}
     for name, chip in CHIPS.items():
@@ -133,7 +133,7 @@ def _branch(text: str) -> int | None:
 
 
 def _widths(listing: Instructions, *opcodes: str) -> list[int]:
-    """Return the bytes a lane that each global access of the given opcodes moves."""
+    """Return the bytes per lane that each global access with one of the given opcodes moves."""
     widths = []
     for _, text in listing:
         name, *modifiers = _opcode(text).split(".")
@@ -163,7 +163,7 @@ def _amd(code: str) -> dict[str, Any]:
 
 
 def rows_in_64_bits(ttir: str) -> bool:
-    """Return whether every row stride that is read is widened to 64 bits before it is multiplied."""
+    """Return whether every row stride is widened to 64 bits before it is multiplied."""
     strides = {s for s in re.findall(r"(%stride\w*): i32", ttir) if re.search(rf"{s}\b(?!: i32)", ttir)}
     narrow, widened = set(strides), set()
     for name, operation, operands, types in re.findall(r"(%[\w#]+) = (\S+) (.*?) : (.*?) loc\(", ttir):

@@ -1,4 +1,4 @@
-"""Measure contenders on one batch: errors against float64, time beside the bare matmuls, peak memory."""
+"""Measure contenders on one batch: errors against float64, time relative to the bare matmuls, and peak memory."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .harness import (
     spread,
 )
 
-# The modes and how many matmuls of the scored rows with the head each needs: without gradients, dX alone, dX and dW.
+# The modes (without gradients, dX only, dX and dW) and the number of matmuls with the head that each needs.
 FORWARD, FROZEN, TRAIN = "forward", "frozen head", "forward+backward"
 PRODUCTS = {FORWARD: 1, FROZEN: 2, TRAIN: 3}
 MODES = (TRAIN, FORWARD, FROZEN)
 LOSS, LOGPS = "loss", "logps"
-# Vocabulary entries at a time where float64 is compared.
+# Vocabulary entries per block in the comparison with float64.
 BLOCK = 4096
 
 
@@ -57,14 +57,14 @@ def step(batch: PairBatch, mode: str, contender: Contender, what: str = LOSS) ->
 
 
 def upstream_of(logps: Tensor) -> Tensor:
-    """Return a gradient that differs from token to token."""
+    """Return an upstream gradient that differs between tokens."""
     return torch.linspace(-1, 2, len(logps), dtype=logps.dtype, device=logps.device)
 
 
 class Truth:
-    """Return loss and gradients in float64, from the batch's own values and without the contenders' code.
+    """Loss and gradients in float64, computed from the batch's values and without the contenders' code.
 
-    dW is formed in blocks of the vocabulary as it is compared, so that a large head needs no float64 copy.
+    dW is computed and compared in blocks of the vocabulary, so that a large head needs no float64 copy.
     """
 
     def __init__(self, batch: PairBatch, what: str = LOSS, *, knows_reference: bool = True) -> None:
@@ -94,7 +94,7 @@ class Truth:
         self.values["dhidden"] = dx if batch.scored_mask is None else _spread(dx, batch.scored_mask)
 
     def errors(self, got: dict[str, Tensor]) -> dict[str, float]:
-        """Return largest differences of loss, sums and log-probs in nats, and relative errors of gradients by norm."""
+        """Return the largest errors of loss, sums and log-probs in nats, and the gradients' relative errors by norm."""
         names = {"loss": "loss_nat", "sums": "sequence_nat", "logps": "token_nat"}
         result = {}
         for name, value in got.items():
@@ -123,7 +123,7 @@ def _spread(rows: Tensor, mask: Tensor) -> Tensor:
 
 
 def relative(errors: dict[str, float], truth: Truth) -> dict[str, float]:
-    """Return all errors relative, those of loss, sums and log-probs included, to read beside the gradients'."""
+    """Return the errors with those of loss, sums and log-probs made relative, comparable to the gradients' errors."""
     scale = {"loss_nat": "loss", "sequence_nat": "sums", "token_nat": "logps"}
     result = {}
     for name, value in errors.items():
@@ -135,9 +135,9 @@ def relative(errors: dict[str, float], truth: Truth) -> dict[str, float]:
 def checked(
     got: dict[str, Tensor], batch: PairBatch, what: str, knows: bool, truths: dict[bool, Truth | str]
 ) -> dict[str, Any]:
-    """Return a contender's errors against float64, or that memory ran out: float64 takes far more than the contender.
+    """Return a contender's errors against float64, or say that memory ran out: float64 needs far more of it.
 
-    ``truths`` keeps the truths with and without a reference from one contender to the next.
+    ``truths`` caches the truths with and without a reference for the next contender.
     """
     try:
         if knows not in truths:
@@ -145,13 +145,13 @@ def checked(
         truth = truths[knows]
         if not isinstance(truth, str):
             return {"relative_error": relative(truth.errors(got), truth)}
-    except Exception as error:  # too_large raises all but a lack of memory again
+    except Exception as error:  # too_large re-raises every error except a lack of memory
         truth = truths[knows] = too_large(error)
     return {"errors_not_checked": truth}
 
 
 def too_large(error: Exception) -> str:
-    """Return a status that says memory ran out; raise any other error again."""
+    """Return a status that says that memory ran out, or re-raise any other error."""
     if reason(error) != "out of memory":
         raise error
     if torch.cuda.is_available():
@@ -160,9 +160,9 @@ def too_large(error: Exception) -> str:
 
 
 def products(batch: PairBatch, count: int, rows: int | None = None, words: int | None = None) -> Callable[[], None]:
-    """Return a call that computes X W^T, E W and E^T X into preallocated outputs; the logits stand for E.
+    """Return a call that computes X W^T, E W and E^T X into preallocated outputs, with the logits in place of E.
 
-    In groups of ``rows`` rows and ``words`` words, all of them by default.
+    It works in groups of ``rows`` rows and ``words`` words; the default is one group.
     """
     x, weight = batch.scored_rows(batch.hidden).contiguous(), batch.weight
     rows, words = min(rows or len(x), len(x)), min(words or len(weight), len(weight))
@@ -188,7 +188,7 @@ def products(batch: PairBatch, count: int, rows: int | None = None, words: int |
 
 
 def fastest_products(batch: PairBatch, count: int) -> Callable[[], None]:
-    """Return the floor: on a CPU the fastest of several groups of rows and words, elsewhere whole matmuls."""
+    """Return the floor: on a CPU the fastest of several groupings of rows and words, elsewhere whole matmuls."""
     candidates = [products(batch, count)]
     if batch.hidden.device.type == "cpu":
         candidates += [products(batch, count, rows, words) for rows in (512, 1024, 2048) for words in (1000, None)]
@@ -209,15 +209,15 @@ def measure(
     cell: dict[str, Any] | None = None,
     save: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Return ``cell`` with, under ``contenders``, a row of the floor and of each name in ``found``.
+    """Return ``cell`` with a row under ``contenders`` for the floor and for each name in ``found``.
 
-    A contender that fails is named with its reason and not called again. Rows are in ``cell`` from the first round on
-    and ``save`` is called after each. Rows that are there already, such as those of memory, are added to; one that
-    has a status other than "measured" is left alone.
+    If a contender fails, its row gives the reason and it is not called again. ``cell`` has its rows from the first
+    round on, and ``save`` is called after each round. Existing rows, such as rows with memory figures, are extended.
+    A row whose status is not "measured" stays as it is.
     """
     cell = {} if cell is None else cell
     if any(isinstance(c, Contender) and c.compiles_per_shape for c in found.values()):
-        torch.compiler.reset()  # or the shapes of earlier cells count towards the compiler's limit
+        torch.compiler.reset()  # otherwise shapes of earlier cells would count towards the compiler's limit
     rows = cell.setdefault("contenders", {})
     device = str(batch.hidden.device)
     failed = {name: outcome for name, outcome in found.items() if isinstance(outcome, str)}
@@ -225,7 +225,7 @@ def measure(
     contenders = {name: c for name, c in found.items() if isinstance(c, Contender) and name not in failed}
     steps: dict[str, Callable[[], Any]] = {n: partial(step, batch, mode, c, what) for n, c in contenders.items()}
     runs = guarded({"floor": fastest_products(batch, PRODUCTS[mode]), **steps}, failed)
-    # Entered after the first round: an interrupted run leaves no row without figures.
+    # Rows are entered after the first round, so that an interrupted run writes no row without figures.
     fresh: dict[str, dict[str, Any]] = {n: {"status": "measured"} | rows.get(n, {}) for n in ("floor", *found)}
     truths: dict[bool, Truth | str] = {}
     for name, contender in contenders.items():
@@ -262,7 +262,7 @@ def measure(
     return cell
 
 
-# --- peak memory on a CPU: python -m benchmarks.measure JSON, in a process of its own ---
+# --- peak memory on a CPU: python -m benchmarks.measure JSON, in a separate process ---
 
 
 def measure_peaks(
@@ -275,7 +275,7 @@ def measure_peaks(
     rows: bool = True,
     save: Callable[[], None] = lambda: None,
 ) -> None:
-    """Measure each contender's peak memory above its inputs in a fresh process, and enter it in ``cell``."""
+    """Measure each contender's peak memory above its inputs in a fresh process, and record it in ``cell``."""
     table = cell.setdefault("contenders", {})
     for name in names:
         what_to_run: dict[str, Any] = {"head": asdict(shape.head), "lengths": shape.lengths, "mode": mode, "name": name}
@@ -290,7 +290,7 @@ def run_of(name: str, batch: PairBatch, mode: str, what: str) -> Callable[[], An
 
 
 def main(arguments: list[str]) -> None:
-    """Print, as JSON, the status and peak of one contender, on the call after a warm-up."""
+    """Print the status and peak memory of one contender as JSON, measured on the call after a warm-up."""
     parser = argparse.ArgumentParser("python -m benchmarks.measure", description=main.__doc__)
     parser.add_argument("what_to_run", type=json.loads)
     given = parser.parse_args(arguments).what_to_run

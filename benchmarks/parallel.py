@@ -1,10 +1,11 @@
-"""Measure a head split over ranks by words: time, bytes sent and peak memory of a rank, on gloo.
+"""Measure a head that is split over ranks by words: time, bytes sent and peak memory per rank, with gloo.
 
     python -m benchmarks.parallel --json benchmarks/results/parallel_cpu.json
 
-The floor is the three bare matmuls of a rank's own words, outputs preallocated, on as many ranks at once. Each rank has
-one thread. Times of more ranks than cores are left out, because they would measure the machine. The second table is
-calculated, not measured: the time of one call's collectives on faster networks, beside the matmuls.
+The floor is the three bare matmuls of a rank's own words with preallocated outputs, run on all ranks at the same time.
+Each rank has one thread. With more ranks than cores, times are left out, because the ranks would compete for cores. The
+second table is calculated, not measured: it compares the time of one call's collectives on faster networks with the
+matmuls.
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ from .result_files import command, positive, provenance, result_file, write_json
 RANKS = (1, 2, 4)
 REFERENCE, QUICK = equal(HeadShape(512, 32_000), 4, 128, 256), equal(HeadShape(32, 500), 2, 8, 16)
 
-# --- what is calculated, and from what ---
+# --- the calculated table and its assumptions ---
 ASSUMPTIONS = {
     "matmuls": "790e12 operations a second, as bf16 matmuls of random data ran on one H200",
     "sent": "dX in float32, and 12 bytes a row: offset, rest and the label's logit in float32",
     "collectives": "of R ranks an all-reduce sends 2 (R - 1) / R of its bytes and a gather receives R - 1 parts, at "
     "full bandwidth",
     "left out": "latency, launches and the pass over the logits",
-    "overlap": "dX travels while dW is computed, so that only what takes longer than that matmul is waited for",
+    "overlap": "dX is sent while dW is computed, so a rank waits only for the part that takes longer than that matmul",
 }
-# Bytes a second and GPU, one direction: NVLink 4 has 900 GB/s in both, 400 Gb/s are 50 GB/s.
+# Bytes per second and GPU in one direction: NVLink 4 has 900 GB/s in both directions, 400 Gb/s is 50 GB/s.
 NETWORKS = {"NVLink 4": 450e9, "400 Gb/s": 50e9}
 HEADS = {"Llama-3-70B": HeadShape(8192, 128_256), "Llama-4": HeadShape(5120, 202_048)}
 GPUS, TOKENS, FLOPS = (2, 4, 8), 8192, 790e12
 
 
 def calculated() -> list[dict[str, Any]]:
-    """Calculate one call's matmuls and collectives on GPUs, in ms, for each head, network and number of ranks."""
+    """Calculate the ms of one call's matmuls and collectives on GPUs for each head, network and number of ranks."""
     rows = []
     for head_name, head in HEADS.items():
         for ranks in GPUS:
@@ -79,7 +80,7 @@ def calculated() -> list[dict[str, Any]]:
 
 @dataclass
 class Traffic:
-    """Count one rank's seconds in collectives, waiting included, and the bytes it gives to each kind."""
+    """Count one rank's seconds in collectives, including waiting, and the bytes that it passes to each kind."""
 
     seconds: float = 0.0
     sent: dict[str, int] = field(default_factory=dict)
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.parallel", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=result_file, help="result file")
     parser.add_argument("--rounds", type=positive, default=7, help="rounds after a warm-up [7]")
-    parser.add_argument("--quick", action="store_true", help="a small shape, to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="a small shape, to check that everything runs")
     options = parser.parse_args(arguments)
     shape = QUICK if options.quick else REFERENCE
     given = command("benchmarks.parallel", sys.argv[1:] if arguments is None else arguments, options.json)
@@ -150,7 +151,7 @@ def measure(shape: Shape, ranks: int, rounds: int) -> dict[str, Any]:
         "peak_memory_mib": max(one["peak"] for one in found) / 2**20,
     }
     if ranks <= (os.cpu_count() or 1):
-        # A round is over when its last rank is.
+        # A round ends when its last rank does.
         times = {name: [max(each) for each in zip(*(one[name] for one in found))] for name in ("ours", "floor")}
         ratio = [ours / floor for ours, floor in zip(times["ours"], times["floor"])]
         cell |= {"seconds": {name: spread(each) for name, each in times.items()}, "to_floor": spread(ratio)}
@@ -184,7 +185,7 @@ def _rank(rank: int, ranks: int, folder: str, shape: Shape, rounds: int) -> None
 
 
 def _runs(shape: Shape, rank: int, ranks: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return the loss with its gradients on this rank's words, and the bare matmuls."""
+    """Return two calls: the loss with gradients on this rank's words, and the bare matmuls."""
     g = torch.Generator().manual_seed(0)
     pairs = [[torch.randint(shape.head.vocab, (n,), generator=g).tolist() for n in pair] for pair in shape.lengths]
     labels = ik.condition_pairs(pairs, pad_token_id=0)["labels"]
@@ -216,11 +217,11 @@ def tables(result: dict[str, Any]) -> str:
     """Format the measured and the calculated table in Markdown."""
     first = result["cells"][0]
     lines = [
-        f"Measured: one call with its gradients, {first['scored_tokens']:,} scored tokens, H = {first['hidden']}, "
-        f"V = {first['vocab']:,}, {result['dtype']}, gloo on {result['hardware']['cores']} cores, one thread a rank. "
-        "The floor is the three bare matmuls of a rank's words, on as many ranks at once.",
+        f"Measured: one call with gradients, {first['scored_tokens']:,} scored tokens, H = {first['hidden']}, "
+        f"V = {first['vocab']:,}, {result['dtype']}, gloo on {result['hardware']['cores']} cores, one thread per rank. "
+        "The floor is the three bare matmuls of a rank's words, run on all ranks at the same time.",
         "",
-        "| ranks | ms | time / floor | in collectives | a rank sends: sums, dX | peak memory of a rank |",
+        "| ranks | ms | time / floor | in collectives | sent per rank: sums, dX | peak memory per rank |",
         "|---|---|---|---|---|---|",
     ]
     for cell in result["cells"]:

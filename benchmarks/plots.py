@@ -16,7 +16,7 @@ TITLES = {"floor": "bare matmuls, preallocated", **{name: c.title for name, c in
 def plot_cells(
     result: dict[str, Any], value: Callable[[dict[str, Any]], tuple[float, float, float] | None], label: str
 ) -> Figure:
-    """Plot ``value`` (median, q1, q3) of every contender by scored tokens, a panel per mode and model."""
+    """Plot every contender's ``value`` (median, q1, q3) over scored tokens, one panel per mode and model."""
     cells = result["cells"]
     models, modes = (list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "mode"))
     names = list(dict.fromkeys(name for c in cells for name in c["contenders"]))
@@ -67,7 +67,7 @@ def peak_gib(row: dict[str, Any]) -> tuple[float, float, float] | None:
 
 
 def plot_scaling(result: dict[str, Any]) -> Figure:
-    """Plot time above and memory below, a column per sweep, and the workspace last."""
+    """Plot time above and memory below, one column per sweep, with the workspace sweep last."""
     sweeps = list(result["fits"])
     figure = Figure(figsize=(3.2 * (len(sweeps) + 1), 5.6), layout="constrained")
     panels = figure.subplots(2, len(sweeps) + 1, squeeze=False)
@@ -114,7 +114,7 @@ def plot_scaling(result: dict[str, Any]) -> Figure:
 
 
 def plot_step(result: dict[str, Any]) -> Figure:
-    """Plot time / four forwards by prompt share, a panel per model, and the float64 losses over each other."""
+    """Plot time / four forwards over prompt share, one panel per model, and all float64 losses in one panel."""
     models = list(dict.fromkeys(cell["model"] for cell in result["cells"]))
     figure = Figure(figsize=(4.2 * (len(models) + 1), 3.8), layout="constrained")
     panels = figure.subplots(1, len(models) + 1)
@@ -149,7 +149,7 @@ def plot_step(result: dict[str, Any]) -> Figure:
     for i, name in enumerate(result["titles"]):
         row = result["same_work"]["contenders"].get(name, {})
         if "losses" in row:
-            # Ever narrower: all of them can be seen where they coincide.
+            # Lines get narrower, so that all are visible where they coincide.
             width = 12 * (1 - i / len(result["titles"]))
             axes.plot(range(1, len(row["losses"]) + 1), row["losses"], linewidth=width, alpha=0.6, color=f"C{i}")
     axes.set_title(f"losses in {result['same_work']['dtype']}, before each update", fontsize=9)

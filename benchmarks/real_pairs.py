@@ -1,12 +1,12 @@
-"""Fine-tune a small model on real preference pairs with several objectives, each conditioned and plain.
+"""Fine-tune a small model on real preference pairs with several objectives, conditioned and plain.
 
     python -m benchmarks.real_pairs --pairs FILE.jsonl --json benchmarks/results/real_pairs.json
 
-A byte-level model is first fitted to the responses of the training prompts: half of them after the prompt alone, half
-after prompt and other response, so that it can take the conditioned layout. Each run then starts from that model. Whole
-prompts are held out; their pairs are reported conditioned and given the prompt alone, with 95% intervals that count the
-pairs of a prompt as one cluster. The model is far too small to answer anything. The run shows that real data goes
-through the whole pipeline, and the rewards on unseen prompts.
+A byte-level model is first fitted to the responses of the training prompts. Half of them follow the prompt alone, half
+follow the prompt and the other response, so that the model can handle the conditioned layout. Each run starts from that
+model. Whole prompts are held out. Their pairs are scored with the other response and given the prompt alone, with 95%
+intervals that treat the pairs of a prompt as one cluster. The model is far too small to answer anything. The run shows
+that real data passes through the whole pipeline, and reports rewards on unseen prompts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ REPORTED = [
 
 
 def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Return training and held-out pairs; no prompt is in both."""
+    """Return training pairs and held-out pairs that share no prompt."""
     prompts = sorted({tuple(p.prompt) for p in pairs})
     held_out = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
     return [p for p in pairs if tuple(p.prompt) not in held_out], [p for p in pairs if tuple(p.prompt) in held_out]
@@ -61,7 +61,7 @@ def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pa
 def fit_base(
     model: PreTrainedModel, pairs: list[Pair], pad: int, *, steps: int, rows: int, lr: float, seed: int
 ) -> float:
-    """Fit next tokens of either response, every other step after the other response; return the last mean loss."""
+    """Fit both responses, in every other step after the other response. Return the last mean loss."""
     rng = random.Random(seed)
 
     def batch(step: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -74,10 +74,18 @@ def fit_base(
     return fit(model, (list(batch(i)) for i in tqdm(range(steps), "fitting the base", disable=None)), pad, schedule)
 
 
+def pairs_parser(module: str, doc: str) -> argparse.ArgumentParser:
+    """Return a parser with the options ``--pairs`` and ``--json``."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.split("\n")[0])
+    parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
+    parser.add_argument("--json", required=True, type=result_file, help="result file")
+    return parser
+
+
 def pairs_of(
     parser: argparse.ArgumentParser, source: str, config: TrainConfig, tokenizer: Any, log: Callable[[str], None]
 ) -> list[Pair]:
-    """Return the pairs of ``--pairs`` that ``config`` can train on, or end with the parser's error."""
+    """Return the pairs in ``--pairs`` that ``config`` can train on, or exit with the parser's error."""
     try:
         return list(
             select_pairs(
@@ -94,7 +102,7 @@ def pairs_of(
 
 
 def command_of(module: str, arguments: Sequence[str], options: argparse.Namespace) -> str:
-    """Return the command for a result file, without the folders of the data and of the file itself."""
+    """Return the command for a result file, without the folder names of the data and of the file itself."""
     name = Path(options.pairs).name
     shown = {options.pairs: name, f"--pairs={options.pairs}": f"--pairs={name}"}
     return command(module, [shown.get(word, word) for word in arguments], options.json)
@@ -102,11 +110,9 @@ def command_of(module: str, arguments: Sequence[str], options: argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_pairs", description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
-    parser.add_argument("--json", required=True, type=result_file, help="result file")
+    parser = pairs_parser("benchmarks.real_pairs", __doc__)
     parser.add_argument(
-        "--max_length", type=positive, default=512, help="tokens (bytes) of a pair; longer ones are dropped"
+        "--max_length", type=positive, default=512, help="most tokens (bytes) of a pair; longer pairs are dropped"
     )
     parser.add_argument("--base_steps", type=positive, default=300, help="fitting steps of 8 responses [300]")
     parser.add_argument("--steps", type=positive, default=40, help="fine-tuning steps of 8 pairs [40]")
@@ -130,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pairs = pairs_of(parser, options.pairs, common, tokenizer, lambda line: said.append(line.split("(")[0].strip()))
     training, held_out = split_by_prompt(pairs, 0.3, options.seed)
     if not held_out:
-        parser.error(f"--pairs: all pairs of {options.pairs} that can be used have one prompt; none can be held out")
+        parser.error(f"--pairs: all usable pairs of {options.pairs} have the same prompt, so none can be held out")
     base_loss = fit_base(
         base, training, tokenizer.pad_token_id, steps=options.base_steps, rows=8, lr=3e-3, seed=options.seed
     )
@@ -174,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def one_run(
     config: TrainConfig, base: PreTrainedModel, tokenizer: Any, training: list[Pair], held_out: list[Pair]
 ) -> dict[str, Any]:
-    """Train a copy of ``base``, reload what the run has saved and answer a held-out prompt with it."""
+    """Train a copy of ``base``, reload the saved model and answer a held-out prompt with it."""
     began = time.perf_counter()
     result = train(config, training, eval_pairs=held_out, model=copy.deepcopy(base), tokenizer=tokenizer, quiet=True)
     seconds = time.perf_counter() - began

@@ -1,9 +1,9 @@
-"""Record, as a pytest plugin, every launch of the package's kernels, for ``benchmarks.compile_report --tests``.
+"""Record every launch of the package's kernels, as a pytest plugin for ``benchmarks.compile_report --tests``.
 
     LAUNCHES=FILE python -m pytest -p benchmarks.record_launches tests/inspo_kernels/test_triton.py
 
-A launcher is any function of ``inspo_kernels.kernels`` that takes ``arch``. Written are its name and, of its arguments,
-what decides how a kernel is compiled: dtypes, shapes, strides, alignment and which tensors share an address. Equal
+A launcher is any function in ``inspo_kernels.kernels`` that takes ``arch``. The plugin writes its name and the facts of
+its arguments that affect compilation: dtypes, shapes, strides, alignment and which tensors share an address. Identical
 calls are written once.
 """
 
@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-# Triton decides when it is imported whether it interprets, and the launchers import it.
+# Triton decides at import whether it interprets, and the launchers import it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 _calls: dict[str, None] = {}
 
 
 def written(value: Any, addresses: list[int]) -> Any:
-    """Return a JSON value from which ``launches.recorded`` makes an argument that compiles alike."""
+    """Return a JSON value from which ``launches.recorded`` rebuilds an argument that compiles to the same kernel."""
     if isinstance(value, torch.Tensor):
         address = value.data_ptr()
         same_as = addresses.index(address) if address and address in addresses else None  # 0: it is empty
@@ -62,7 +62,7 @@ def pytest_configure() -> None:
     from inspo_kernels import kernels
 
     for found in pkgutil.iter_modules(kernels.__path__):
-        if found.name == "config":  # its functions choose for an architecture, they launch nothing
+        if found.name == "config":  # its functions choose sizes for an architecture and launch nothing
             continue
         module = importlib.import_module(f"{kernels.__name__}.{found.name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):

@@ -1,7 +1,7 @@
-"""Write the tables of the README and docs/ and the plots from the result files: ``python -m benchmarks.report``.
+"""Write the tables in README.md and docs/, and the plots, from the result files: ``python -m benchmarks.report``.
 
 Section NAME fills the lines between ``<!-- generated: NAME -->`` and ``<!-- end -->`` from its file. To add a section,
-write a function from the parsed file to Markdown and list it in ``SECTIONS``; plots are listed in ``PLOTS``.
+write a function that turns the parsed file into Markdown, and list it in ``SECTIONS``. ``PLOTS`` lists the plots.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def demo(result: dict[str, Any]) -> str:
     """Tabulate the accuracy of the demo's four models over its seeds."""
     summary = result["summary"]
     lines = [
-        f"The demo's world (answers judged exactly, unseen prompts, from the prompt alone), {summary['seeds']} seeds, "
-        "each with its own base, data and initialisation:",
+        f"Answers to unseen prompts in the demo's world, given the prompt alone and graded exactly; {summary['seeds']} "
+        "seeds, each with its own base, data and initialisation:",
         "",
         "| | greedy: right | gain over base | sampled: right | gain over base | seeds with gain > 0 (95%) |",
         "|---|---|---|---|---|---|",
@@ -51,13 +51,14 @@ def demo(result: dict[str, Any]) -> str:
 
 
 def _demo_ranking(summary: dict[str, Any]) -> str:
-    """Say in a sentence what the table says; it is computed from the numbers."""
+    """Return a sentence that ranks the methods by the table's numbers."""
     names = {"base": "the base", "sft": "SFT", "dpo": "DPO", "inspo": "InSPO"}
     ranked = sorted(names, key=lambda name: -summary["sampled"][name]["accuracy"]["mean"])
     inspo = summary["sampled"]["inspo"]
     return (
-        f"InSPO's gain over the base is above 0 on {inspo['seeds_with_gain_interval_above_0']} of {summary['seeds']} "
-        f"seeds, sampled. By mean sampled accuracy the order is {', '.join(names[name] for name in ranked)}"
+        "With sampled answers, the 95% interval of InSPO's gain over the base is above 0 on "
+        f"{inspo['seeds_with_gain_interval_above_0']} of {summary['seeds']} seeds. By mean sampled accuracy, the "
+        f"order is {', '.join(names[name] for name in ranked)}"
         + ("." if ranked[0] == "inspo" else ": InSPO is not first here.")
     )
 
@@ -66,9 +67,9 @@ def real_pairs(result: dict[str, Any]) -> str:
     """Tabulate held-out reward accuracies of the fine-tunes on real pairs."""
     data = result["data"]
     lines = [
-        f"A byte-level model of {result['model']['parameters'] / 1e6:.2f}M parameters on real preference pairs "
-        f"({data['train_pairs']:,} to train on, {data['held_out_pairs']} held out, of other prompts). "
-        "Every objective runs from data to a saved model that generates; the table shows the held-out reward accuracy. "
+        f"We fine-tuned a byte-level model with {result['model']['parameters'] / 1e6:.2f}M parameters on "
+        f"{data['train_pairs']:,} real preference pairs and held out {data['held_out_pairs']} pairs of other prompts. "
+        "Every objective runs from data to a saved model that generates. The table shows the held-out reward accuracy. "
         "Such a model is far too small to answer anything.",
         "",
         "| | conditioned accuracy (95%) | marginal accuracy (95%) |",
@@ -81,11 +82,11 @@ def real_pairs(result: dict[str, Any]) -> str:
             accuracy, ends = (after[f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "accuracies_ci"))
             cells.append(f"{accuracy:.2f} ({ends[0]:.2f}-{ends[1]:.2f})")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _beside_chance(result["runs"]), "", source(result, "real_pairs.json")])
+    return "\n".join([*lines, "", _against_chance(result["runs"]), "", source(result, "real_pairs.json")])
 
 
-def _beside_chance(runs: list[dict[str, Any]]) -> str:
-    """Say in a sentence which marginal accuracies differ from one half."""
+def _against_chance(runs: list[dict[str, Any]]) -> str:
+    """Return a sentence that lists the marginal accuracies that differ from one half."""
     above: list[str] = []
     below: list[str] = []
     for run in runs:
@@ -93,28 +94,28 @@ def _beside_chance(runs: list[dict[str, Any]]) -> str:
         low, high = run["after"]["eval_marginal/rewards/accuracies_ci"]
         (above if low > 0.5 else below if high < 0.5 else []).append(name)
     return (
-        "From the prompt alone (marginal), by intervals of one seed that are not adjusted for their number, better "
+        "Given the prompt alone (marginal), by the intervals of one seed, not adjusted for their number: better "
         f"than chance: {'; '.join(above) or 'none'}; worse: {'; '.join(below) or 'none'}. This shows that the "
         "pipeline works, not that any objective is good."
     )
 
 
 def no_drafts(result: dict[str, Any]) -> str:
-    """Report a base that has never seen the conditioned layout."""
+    """Report results for a base that has never seen the conditioned layout."""
     summary, gaps = result["summary"], [seed["conditioning_gap"] for seed in result["seeds"].values()]
     gap = min(value for seed in gaps for value in seed.values())
     gains = {name: summary["sampled"][name]["gain"] for name in ("inspo", "dpo", "sft")}
     inspo = gains["inspo"]
     return (
-        f"In the demo's world, with a base fitted without drafts ({summary['seeds']} seeds), y after the other answer "
-        f"is up to {-gap:.1f} nats a token less likely, and InSPO changes the sampled prompt-only accuracy by "
-        f"{inspo['mean']:+.2f} ({inspo['min']:+.2f} to {inspo['max']:+.2f}), plain DPO by "
+        f"In the demo's world, on bases fitted without drafts ({summary['seeds']} seeds), an answer after the other "
+        f"answer has a log-prob that is up to {-gap:.1f} nats per token lower. InSPO changes the sampled prompt-only "
+        f"accuracy by {inspo['mean']:+.2f} ({inspo['min']:+.2f} to {inspo['max']:+.2f}), plain DPO by "
         f"{gains['dpo']['mean']:+.2f}, SFT by {gains['sft']['mean']:+.2f}.\n\n" + source(result, "demo_no_drafts.json")
     )
 
 
 def helps(result: dict[str, Any]) -> str:
-    """Say in three sentences whether InSPO helped in the project's studies: the README's answer."""
+    """Return the README's three sentences on whether InSPO helped in the project's studies."""
     few_passes = json.loads((RESULTS / "study" / "study.json").read_text())
     many_passes, best_stop, _ = axis_report.sentences(result)
     return (
@@ -124,10 +125,10 @@ def helps(result: dict[str, Any]) -> str:
 
 
 def loop_overhead(result: dict[str, Any]) -> str:
-    """Say in one sentence what the loop adds to its bare steps."""
+    """Return a sentence on the loop's overhead over its bare steps."""
     rounds = len(result["seconds"]["loop"])
     return (
-        f"Metrics, logs, finite checks and a checkpoint every {result['save_every']} steps: the loop took "
+        f"With metrics, logs, finite checks and a checkpoint every {result['save_every']} steps, the loop took "
         f"{ratio_text(result['loop_over_bare'])} times as long as its bare steps (median and quartiles of {rounds} "
         f"rounds of {result['steps']} steps).\n\n" + source(result, "loop_overhead.json")
     )
@@ -165,7 +166,7 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
 
 
 def render(page: Path) -> str:
-    """Return the page's text with every generated block written anew, links relative to its folder."""
+    """Return the page's text with every generated block updated and links relative to the page's folder."""
     in_docs = page.parent == DOCS
 
     def block(match: re.Match[str]) -> str:

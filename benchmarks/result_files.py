@@ -21,12 +21,12 @@ import torch
 import inspo_kernels
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy")
-# Written by the benchmarks themselves: differences there do not mark the code as changed.
+# The benchmarks write these themselves, so differences here do not mark the code as changed.
 WRITTEN = ("benchmarks/results", "docs")
 
 
 def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the provenance that a result file must hold; ``packages`` are named beside the usual ones."""
+    """Return the provenance that a result file must hold. It names ``packages`` in addition to the usual ones."""
     versions = {"python": platform.python_version()}
     for package in (*PACKAGES, *packages):
         try:
@@ -48,7 +48,7 @@ def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def joined_provenance(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return date and package for figures of two runs: the new ones, with the commits of both runs."""
+    """Return date and package for a file with figures of two runs: the newer values, with the commits of both runs."""
     before = old.get("package", {}).get("commit") or "unknown"
     known = before.split(", ")
     commits = dict.fromkeys([*known, new["package"]["commit"] or "unknown"])
@@ -59,9 +59,11 @@ def joined_provenance(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[st
 def commit() -> str | None:
     """Return the short hash of this checkout; "+changes" if a tracked file differs.
 
-    ``WRITTEN`` does not count: a run changes it in a checkout that was clean before. In a copy without git the
-    environment variable INSPO_KERNELS_COMMIT may name the commit; otherwise it is None.
+    ``WRITTEN`` does not count: a run changes it in a checkout that was clean before. The environment variable
+    INSPO_KERNELS_COMMIT names the commit of a copy whose git does not know it; without either it is None.
     """
+    if known := os.environ.get("INSPO_KERNELS_COMMIT"):
+        return known
 
     def git(*words: str) -> str:
         folder = Path(__file__).parent
@@ -72,16 +74,16 @@ def commit() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("INSPO_KERNELS_COMMIT")
+        return None
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Return a parsed result file; raises ``OSError`` or ``ValueError`` that says what is wrong with it."""
+    """Return a parsed result file. Raises ``OSError`` or ``ValueError`` with the reason if it is not usable."""
     try:
         result = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    what = "it is no result file of loss, logps, scaling, step or gpu"
+    what = "it is not a result file of loss, logps, scaling, step or gpu"
     if not isinstance(result, dict) or "cells" not in result:
         raise ValueError(f"{path} has no cells: {what}")
     if benchmark_of(result) is None:
@@ -90,12 +92,12 @@ def read_result(path: str | Path) -> dict[str, Any]:
 
 
 def benchmark_of(result: Mapping[str, Any]) -> str | None:
-    """Return the module that measured it."""
+    """Return the name of the module that measured the result."""
     return next((word for word in str(result.get("command", "")).split() if word.startswith("benchmarks.")), None)
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write whole or not at all, so that an interrupted run leaves the file as it was."""
+    """Write the file atomically, so that an interrupted run does not change it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -111,24 +113,24 @@ def _cpu_name() -> str:
 
 
 def positive(text: str) -> int:
-    """Parse a count of at least one, for argparse."""
+    """Parse a whole number of at least 1, for argparse."""
     try:
         number = int(text)
     except ValueError:
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return number
 
 
 def result_file(text: str) -> Path:
-    """Parse a file that can be written, for argparse: checked before hours of measuring."""
+    """Parse the path of a writable file, for argparse. The check comes before hours of measuring."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: nothing can be written in {folder}")
+        raise argparse.ArgumentTypeError(f"{text}: cannot write to {folder}")
     return path
 
 
@@ -138,12 +140,14 @@ def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     parser.add_argument(
         "--rounds", type=positive, default=rounds, help=f"interleaved rounds, after a warm-up [{rounds}]"
     )
-    parser.add_argument("--quick", action="store_true", help="small shapes, to check in minutes that everything runs")
-    parser.add_argument("--only", choices=["time", "memory"], help="measure only this; --resume adds the other later")
+    parser.add_argument("--quick", action="store_true", help="small shapes: check in minutes that everything runs")
+    parser.add_argument(
+        "--only", choices=["time", "memory"], help="measure only time or only memory; --resume adds the other later"
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="if the file of --json exists, keep its finished cells and add what is missing",
+        help="if the --json file exists, keep its finished cells and measure the missing cells",
     )
 
 
@@ -155,7 +159,7 @@ def opened_result(
     dtype: str,
     **fields: Any,
 ) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Return a new result, or with --resume the file's, and the function that saves it if --json names a file."""
+    """Return a result and the function that saves it to --json, if given. With --resume the result is the file's."""
     result = provenance(command, packages) | {"dtype": dtype, "finished": False, "cells": []} | fields
     result = _resumed(parser, options, result) if options.resume else result
 
@@ -167,12 +171,12 @@ def opened_result(
 
 
 def _resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
-    """Return what the file holds, with this run added to its provenance, or ``result`` if there is no file.
+    """Return the file's result with this run added to its provenance, or ``result`` if there is no file.
 
-    A file of another benchmark, machine, precision or package version is an error.
+    A file from another benchmark, machine, precision or package version is an error.
     """
     if options.json is None:
-        parser.error("--resume: needs --json with the file of an earlier run")
+        parser.error("--resume: give --json with the file of an earlier run")
     if not options.json.exists():
         return result
     try:
@@ -189,12 +193,12 @@ def _resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, resul
 
 
 def lacks(row: Mapping[str, Any] | None, what: str) -> bool:
-    """Return whether a contender's row still lacks ``what``; a contender that cannot run lacks nothing."""
+    """Return whether a contender's row still lacks ``what``. A contender that cannot run lacks nothing."""
     return not row or (row.get("status", "measured") == "measured" and what not in row)
 
 
 def cell_of(result: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    """Return the result's cell of that name, added if it is new."""
+    """Return the result's cell with that name. Add the cell if it is missing."""
     for known in result["cells"]:
         if known["name"] == cell["name"]:
             return known
@@ -203,13 +207,13 @@ def cell_of(result: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
-    """Return the device, made the current one, because events and memory counts are of the current device."""
+    """Return the device and make it current, because events and memory counts refer to the current device."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         parser.error(f"--device {name}: {str(error).splitlines()[0]}")
     if device.type not in ("cpu", "cuda"):
-        parser.error(f"--device {name}: only cpu and cuda devices are measured")
+        parser.error(f"--device {name}: only cpu and cuda devices are supported")
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch sees no GPU ({_why_no_gpu()}); use --device cpu")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
@@ -221,7 +225,7 @@ def checked_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
 
 
 def _why_no_gpu() -> str:
-    """Return torch's own reason: no driver, a driver that is too old, or a build without CUDA."""
+    """Return torch's own reason: no driver, an outdated driver, or a build without CUDA."""
     try:
         torch.cuda.init()
     except Exception as error:
@@ -230,14 +234,14 @@ def _why_no_gpu() -> str:
 
 
 def command(module: str, arguments: Sequence[str], json_file: Path | None) -> str:
-    """Return the command for a result file, with FILE for the file's own path."""
+    """Return the command for a result file, with FILE in place of the file's own path."""
     given = ["FILE" if json_file is not None and a == str(json_file) else a for a in arguments]
     return shlex.join(["python", "-m", module, *given])
 
 
 @contextmanager
 def kept_on_interrupt(save: Callable[[], None]) -> Iterator[None]:
-    """On Ctrl-C, save what is done and end with status 130."""
+    """On Ctrl-C, save the finished figures and exit with status 130."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,10 +1,10 @@
-"""Measure how time and memory of the pairwise loss grow with tokens, vocabulary, hidden size, length and workspace.
+"""Measure how time and memory of the pairwise loss scale with tokens, vocabulary, hidden size, length and workspace.
 
     python -m benchmarks.scaling --json benchmarks/results/scaling_cpu.json
 
-Each sweep changes one of them from a common base. The exponent b of time = a n^b and memory = a n^b is fitted on
-logarithms: 1 is linear, 0 constant. The length of pairs is swept at a constant number of scored tokens, so that only
-what depends on the length itself grows. The last sweep limits the workspace of ours at the reference shape.
+Each sweep changes one quantity from a common base. The exponent b of time = a n^b and memory = a n^b is fitted on
+logarithms: 1 is linear, 0 constant. The sweep over pair lengths keeps the number of scored tokens constant, so that
+only costs of the length itself grow. The last sweep limits the workspace of our loss at the reference shape.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .measure import LOSS, TRAIN, step
 from .result_files import add_common_options, cell_of, checked_device, command, kept_on_interrupt, opened_result
 
 CONTENDERS = ("torch", "full_log_softmax", "trl")
-# Base: 8 pairs of prompt 64 and responses of 64 tokens, H 256, V 16,000. Three points each, a factor of four apart.
+# Base: 8 pairs of prompt 64 and responses of 64 tokens, H 256, V 16,000. Each sweep has three points, 4x apart.
 SWEEPS: dict[str, dict[int, Shape]] = {
     "scored tokens": {128 * b: equal(HeadShape(256, 16_000), b, 64, 64) for b in (2, 8, 32)},
     "vocabulary": {v: equal(HeadShape(256, v), 8, 64, 64) for v in (4_000, 16_000, 64_000)},
@@ -43,7 +43,7 @@ WORKSPACE_ROWS = (64, 128, 256, 512, 1024, 2048)
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> dict[str, float] | None:
-    """Return the slope on logarithms and its standard error, None for fewer than three points."""
+    """Return the slope on logarithms and its standard error, or None for fewer than three points."""
     points = [(n, value) for n, value in points if value > 0]
     if len(points) < 3:
         return None
@@ -64,7 +64,7 @@ def fits(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def workspace_sweep(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Time ours with workspaces of so many rows, beside the default."""
+    """Time our loss with the default workspace and with each number of rows in ``WORKSPACE_ROWS``."""
     batch = PairBatch(shape, dtype=dtype, device=device, rows=True)
     head = checked_head(batch.hidden, batch.weight, None, batch.softcap, 1.0)
     backend = backends.resolve_backend("auto", head, device)
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=known,
         default=known,
         metavar="SWEEP",
-        help=f"of {', '.join(map(repr, known))} [all]",
+        help=f"sweeps to run: {', '.join(map(repr, known))} [all]",
     )
     options = parser.parse_args(arguments)
     device = checked_device(parser, options.device)

@@ -12,7 +12,7 @@ SAVINGS = ("floor", "torch", "full_log_softmax", "log_softmax", "trl", "liger")
 
 
 def loss(result: dict[str, Any]) -> str:
-    """Tabulate time beside the floor and memory of the pairwise loss at each shape, and the worst error."""
+    """Tabulate the pairwise loss at each shape: time relative to the floor, memory, and the worst error."""
     cells = result["cells"]
     lines = [f"The pairwise loss, {result['dtype']}, forward + backward:", ""]
     lines += [
@@ -35,7 +35,7 @@ def loss(result: dict[str, Any]) -> str:
                 texts += [row["status"], ""]
         error = f"{max(errors):.0e}" if errors else ""
         lines.append(f"| {_title(name)} | " + " | ".join([*texts, error]) + " |")
-    peak = "Peak memory is what a fresh process takes above its inputs."
+    peak = "Peak memory is measured in a fresh process, above the inputs."
     return "\n".join([*lines, "", peak, "", source(result, "loss_cpu.json")])
 
 
@@ -90,12 +90,12 @@ def _mebibytes(row: dict[str, Any]) -> str:
 
 
 def logps(result: dict[str, Any]) -> str:
-    """Tabulate time / floor of the per-token op in its modes, at the first shape."""
+    """Tabulate time / floor of the per-token op at the first shape, by mode."""
     cells = [cell for cell in result["cells"] if cell["shape"] == result["cells"][0]["shape"]]
     first = cells[0]
     lines = [
-        f"`linear_logps` under any upstream gradient, {first['scored_tokens']:,} tokens, H = {first['hidden']}, "
-        f"V = {first['vocab']:,}, {result['dtype']}; time / bare matmuls of that mode (their number), peak memory:",
+        f"Time relative to the bare matmuls of each mode (their number in parentheses), and peak memory, for "
+        f"{first['scored_tokens']:,} tokens, H = {first['hidden']}, V = {first['vocab']:,}, {result['dtype']}:",
         "",
         "| | " + " | ".join(f"{cell['mode']} ({PRODUCTS[cell['mode']]})" for cell in cells) + " |",
         "|---" * (len(cells) + 1) + "|",
@@ -117,8 +117,8 @@ def scaling(result: dict[str, Any]) -> str:
     sweeps = result["fits"]
     names = list(dict.fromkeys(name for fit in sweeps.values() for name in fit))
     lines = [
-        "Growth of time, and of peak memory, as the exponent of a fitted power (1 is linear, 0 constant), one thing "
-        "changed at a time:",
+        "Exponents of power laws fitted to time and to peak memory (1 is linear growth, 0 is constant). Each column "
+        "changes one quantity:",
         "",
         "| | " + " | ".join(sweeps) + " |",
         "|---" * (len(sweeps) + 1) + "|",
@@ -135,8 +135,8 @@ def scaling(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"At the reference shape, the default workspace of {default[1]['rows']} rows "
-        f"({default[1]['bytes'] / 2**20:.0f} MiB) takes {share:.2f} times as long as the fastest one tried, of "
-        f"{best[1]['rows']} rows ({best[1]['bytes'] / 2**20:.0f} MiB).",
+        f"({default[1]['bytes'] / 2**20:.0f} MiB) takes {share:.2f} times as long as the fastest workspace that we "
+        f"tried: {best[1]['rows']} rows ({best[1]['bytes'] / 2**20:.0f} MiB).",
         "",
         "![time and memory](docs/scaling_cpu.png)",
     ]
@@ -144,14 +144,14 @@ def scaling(result: dict[str, Any]) -> str:
 
 
 def step(result: dict[str, Any]) -> str:
-    """Tabulate whole steps by prompt share, and say that the work is the same."""
+    """Tabulate whole steps by prompt share, with the evidence that all contenders do the same work."""
     titles = result["titles"]
     lines = [
-        f"A whole training step, {result['dtype']}: time / four forwards (quartiles) and peak memory, by the prompt's "
-        "share of prompt + chosen + rejected, or with the lengths of real pairs. The baseline runs four forwards in "
-        "every step: policy and reference, chosen and rejected. The others pass each pair through the reference once, "
-        "before training; the figure after the + is what this adds in a run of one epoch. For TRL it is left out, "
-        "because it was not timed apart from building the trainer.",
+        f"Time of a whole training step relative to four forwards (quartiles), and peak memory, in {result['dtype']}. "
+        "Rows differ in the prompt's share of prompt + chosen + rejected, or use the lengths of real pairs. The "
+        "baseline runs four forwards in every step: policy and reference, chosen and rejected. All others compute the "
+        "reference once, before training. The figure after the + is this cost in a run of one epoch. TRL lacks this "
+        "figure, because its reference pass was not timed separately from building the trainer.",
         "",
         "| model, prompt share | " + " | ".join(titles.values()) + " |",
         "|---" * (len(titles) + 1) + "|",
@@ -174,8 +174,8 @@ def step(result: dict[str, Any]) -> str:
     if padding:
         lines += [
             "",
-            f"The training loop groups pairs of similar length ({'; '.join(padding)}). The others take a step's pairs "
-            "as one batch. TRL would also pad less in smaller batches.",
+            f"The training loop groups pairs of similar length ({'; '.join(padding)}). All other contenders process a "
+            "step's pairs as one batch. TRL would also pad less with smaller batches.",
         ]
     return "\n".join(
         [
@@ -191,7 +191,7 @@ def step(result: dict[str, Any]) -> str:
 
 
 def step_time(name: str, row: dict[str, Any], cell: dict[str, Any]) -> str:
-    """Format a step / four forwards, its share of the reference pass that is made once, and memory."""
+    """Format a step's time / four forwards, its share of the one reference pass, and memory."""
     memory = "" if row.get("peak_bytes") is None else f", {_mebibytes(row)}"
     if "times_four_forwards" not in row:
         return f"not yet timed{memory}"
@@ -214,18 +214,18 @@ def _same_work(result: dict[str, Any]) -> str:
         verdict = "" if row["same"] else ", NOT THE SAME"
         parts.append(
             f"{result['titles'].get(name, name)}: losses differ by at most {row['errors']['loss']:.0e}, weights by "
-            f"{row['errors']['weights']:.0e} of the distance that they moved{verdict}"
+            f"{row['errors']['weights']:.0e} of the distance they moved{verdict}"
         )
     return f"After {work['updates']} updates in {work['dtype']}, relative to four forwards: {'; '.join(parts)}."
 
 
 def trainers(result: dict[str, Any]) -> str:
-    """Tabulate a step of InSPOTrainer beside one of TRL's DPOTrainer."""
+    """Tabulate steps of InSPOTrainer relative to TRL's DPOTrainer."""
     titles, first = dict(result["titles"]), result["cells"][0]
     titles["trl_compact"] = "DPOTrainer, conditioned rows, head on scored positions"
     lines = [
-        f"A step inside TRL, {result['dtype']}: time / DPOTrainer (quartiles) and peak memory. Both trainers make the "
-        f"same updates. The last of {first['updates']} steps is logged, and there InSPOTrainer also scores the "
+        f"Time of a step relative to DPOTrainer (quartiles), and peak memory, in {result['dtype']}. Both trainers make "
+        f"the same updates. The last of {first['updates']} steps is logged. On this step InSPOTrainer also scores the "
         "marginals.",
         "",
         "| model, prompt share | " + " | ".join(titles.values()) + " |",
@@ -244,7 +244,7 @@ def trainers(result: dict[str, Any]) -> str:
 
 
 def gpu(result: dict[str, Any]) -> str:
-    """Tabulate time / floor at the main shape, and the targets."""
+    """Tabulate time / floor at the main shape, with the targets."""
     cells = [cell for cell in result["cells"] if (cell["model"], cell["tokens"]) == ("llama3-8b", 8192)] or [
         result["cells"][0]
     ]
@@ -261,7 +261,7 @@ def gpu(result: dict[str, Any]) -> str:
 
 
 def source(result: dict[str, Any], file: str) -> str:
-    """Name hardware, versions and date of a measurement; the full command is in the file."""
+    """Return the line with a measurement's hardware, versions and date. The file holds the full command."""
     hardware, versions = result["hardware"], result["versions"]
     where, packages = f"{hardware['cpu']}, {hardware['cores']} cores", ["torch"]
     if gpu := result.get("device", {}).get("name"):

@@ -3,12 +3,13 @@
     python -m benchmarks.step --json benchmarks/results/step_cpu.json
 
 Every contender makes the same SGD updates of the same Llama-shaped model (random weights) on the same pairs. The
-timed part goes from token ids to updated weights, batches included. All but ``four_forwards`` compute the reference's
-log-probs once, before training, which is timed by itself. First, a float64 run of a few updates shows that the work is
-the same. It compares losses, and the distance between final weights as a share of how far they moved.
+timed part goes from token ids to updated weights and includes building batches. All contenders but ``four_forwards``
+compute the reference's log-probs once, before training; this is timed separately. First, a float64 run of a few updates
+shows that all contenders do the same work. It compares their losses, and the distance between their final weights
+relative to the distance that the weights moved.
 
-Cells are a model with pairs of one length at a share of the prompt in prompt + chosen + rejected, or with the lengths
-of real pairs ("real").
+A cell is a model with pairs of equal length, for one share of the prompt in prompt + chosen + rejected, or with the
+lengths of real pairs ("real").
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ from .step_contenders import STEP_CONTENDERS, TRAINERS
 from .step_jobs import MODELS, Job, Trained, job_of
 
 BASE = "four_forwards"
-# Ratios are taken to these, where they are measured.
+# Baselines of the ratios, if they are measured.
 BASES = (BASE, "trl_compact")
 
 
 def prepared(names: Sequence[str], job: Job, failed: dict[str, str]) -> dict[str, tuple[Job, Callable[[], Trained]]]:
-    """Prepare each contender with its own copy of the model; enter failing or missing ones in ``failed``."""
+    """Prepare each contender with its own copy of the model. ``failed`` collects those that fail or are missing."""
     found = {}
     for name in names:
         why = STEP_CONTENDERS[name].unavailable()
@@ -79,7 +80,7 @@ def from_start(own: Job, start: dict[str, Any], run: Callable[[], Trained]) -> T
 
 
 def same_work(names: Sequence[str], job: Job) -> dict[str, Any]:
-    """Return each contender's losses in float64, and how far its final weights are from ``four_forwards``."""
+    """Return each contender's float64 losses, and the distance of its final weights from ``four_forwards``."""
     failed: dict[str, str] = {}
     start = copy.deepcopy(job.model.state_dict())
     rows: dict[str, Any] = {}
@@ -105,12 +106,12 @@ def same_work(names: Sequence[str], job: Job) -> dict[str, Any]:
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Return the distance between the parameters that ``a`` names."""
+    """Return the distance between ``a`` and ``b`` over the parameters in ``a``."""
     return math.sqrt(sum((value - b[name]).square().sum().item() for name, value in a.items()))
 
 
 def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], save: Callable[[], None]) -> None:
-    """Time interleaved runs of every contender from the same weights, and enter them in ``cell``."""
+    """Time interleaved runs of every contender from the same weights, and record them in ``cell``."""
     rows = cell.setdefault("contenders", {})
     failed = {name: row["status"] for name, row in rows.items() if row["status"] != "measured"}
     start = copy.deepcopy(job.model.state_dict())
@@ -144,9 +145,9 @@ def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], s
 
 
 def peak(what: dict[str, Any], name: str, device: torch.device) -> dict[str, Any]:
-    """Return the peak above the model of preparing and running, gradients and all copies included.
+    """Return the peak memory above the model while preparing and running, including gradients and all copies.
 
-    On a CPU this is to be called in a fresh process.
+    On a CPU, call this in a fresh process.
     """
     contender = STEP_CONTENDERS[name]
     why = contender.unavailable()
@@ -231,7 +232,7 @@ def _is_share(text: str) -> bool:
 
 
 def prove(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Compare the contenders' updates in float64, and print how far apart they are."""
+    """Compare the contenders' updates in float64, and print their differences."""
     model, updates, tokens = ("quick", 3, 48) if options.quick else ("small", 6, 160)
     rows = same_work(options.contenders, job_of(model, "real", updates, 2, tokens, torch.float64, device))
     for name, row in rows.items():
@@ -247,11 +248,11 @@ def fill(
     device: torch.device,
     save: Callable[[], None],
 ) -> None:
-    """Measure what ``cell`` lacks: memory first, on a CPU in fresh processes, then times."""
+    """Measure the missing figures of ``cell``: first memory, on a CPU in fresh processes, then times."""
     rows = cell["contenders"]
     if options.only != "time":
         for name in [n for n in options.contenders if lacks(rows.get(n), "peak_bytes")]:
-            if device.type == "cuda":  # its allocator counts by itself
+            if device.type == "cuda":  # its allocator counts peaks, so no fresh process is needed
                 found = peak(what, name, device)
             else:
                 given = json.dumps(what | {"name": name})

@@ -5,11 +5,11 @@
 - ``trl``: TRL's DPOTrainer, unmodified, with a collator that puts the other response into the context. On a CPU it
   sends every position through the head. ``trl_compact`` lets it select the scored positions first, as on GPUs.
 - ``trainer_rows`` and ``trainer``: InSPOTrainer on the same rows, and in the layout that it chooses.
-- ``four_forwards``: the step as published InSPO code does it: chosen and rejected sequences in a forward each, policy
-  and reference, float32 log_softmax at every position.
+- ``four_forwards``: the step of the published InSPO code: separate forwards for chosen and rejected sequences, for
+  policy and reference, with float32 log_softmax at every position.
 
-All but the last compute the reference's log-probs once, before training: the reference sees no alternative and never
-changes.
+All but the last compute the reference's log-probs once, before training, because the reference sees no alternative and
+never changes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOOP_TOKENS = 4096  # of a forward pass of ``loop``
 def sgd_loop(
     job: Job, backward: Callable[[int], Tensor], trained: Trained, counted: Sequence[PreTrainedModel]
 ) -> Trained:
-    """Take an SGD step per batch: ``backward(i)`` leaves the gradients of batch i and returns the loss."""
+    """Take an SGD step per batch: ``backward(i)`` computes the gradients of batch i and returns its loss."""
     optimizer = torch.optim.SGD(job.model.parameters(), lr=job.learning_rate)
     start = now(job.model.device)
     with counting_positions(counted, trained):
@@ -55,7 +55,7 @@ def sgd_loop(
 
 
 class Ours:
-    """Take our step in one layout."""
+    """Our step in one layout."""
 
     def __init__(self, job: Job, layout: str) -> None:
         self.job, self.layout = job, layout
@@ -67,10 +67,10 @@ class Ours:
     def _forward(self, pairs: list[Pair], *, conditioned: bool, ref_logps: Tensor | None = None) -> ik.InSPOOutput:
         model, pad = self.job.model, self.job.model.config.pad_token_id
         batch = ik.condition_pairs(pairs, pad_token_id=pad, conditioned=conditioned, layout=self.layout)
-        if self.layout == "tree":  # it scores the marginals, too, which nobody else here does
+        if self.layout == "tree":  # it also scores the marginals, which no other contender does
             same = batch["segment_ids"] < 2 * batch["num_pairs"]
             batch |= {name: batch[name][same] for name in ("rows", "labels", "segment_ids")}
-        # Labels and segment ids stay on the CPU, where planning needs no synchronisation.
+        # Labels and segment ids stay on the CPU, so that planning needs no synchronisation.
         names = ("input_ids", "attention_mask", "position_ids", "tree_ends", "rows")
         batch |= {name: batch[name].to(model.device) for name in names if name in batch}
         mask = ik.tree_attention_mask(batch, model) if self.layout == "tree" else batch["attention_mask"]
@@ -79,7 +79,7 @@ class Ours:
         scored = {name: batch[name] for name in ("labels", "segment_ids", "num_pairs") if name in batch}
         if self.layout == "tree":
             hidden = hidden.flatten(0, 1).index_select(0, batch["rows"])
-        # Of the reference only the sums are read: an objective that needs no reference gives them.
+        # Only the sums of the reference are needed, so an objective without a reference suffices.
         objective = ik.SimPO() if ref_logps is None else ik.DPO(beta=BETA)
         return ik.fused_inspo_loss(hidden, **scored, objective=objective, ref_logps=ref_logps, **head)
 
@@ -93,9 +93,9 @@ class Ours:
 
 
 class Loop:
-    """Take the step of ``training.train``: micro-batches of pairs of similar length, in the cheaper layout.
+    """The step of ``training.train``: micro-batches of pairs of similar length, in the cheaper layout.
 
-    Like the loop between two logged lines, it does not score the marginals.
+    It does not score the marginals, like the training loop on steps that are not logged.
     """
 
     def __init__(self, job: Job) -> None:
@@ -126,14 +126,14 @@ class Loop:
 
 
 class FourForwards:
-    """Run four forwards a step (policy and reference, chosen and rejected) and log_softmax at every position."""
+    """A step with four forwards (policy and reference, chosen and rejected) and log_softmax at every position."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.reference = copy.deepcopy(job.model).requires_grad_(False)
 
     def _sums(self, model: PreTrainedModel, pairs: list[Pair], *, conditioned: bool) -> tuple[Tensor, Tensor]:
-        """Return log-probs of chosen and rejected responses (B,), each from a forward of its own, padded by itself."""
+        """Return log-probs (B,) of chosen and rejected responses, each from its own forward with its own padding."""
         batch = ik.condition_pairs(pairs, pad_token_id=model.config.pad_token_id, conditioned=conditioned)
         sums = []
         for half in (slice(0, len(pairs)), slice(len(pairs), None)):
@@ -162,9 +162,9 @@ class FourForwards:
 
 @dataclass(frozen=True)
 class StepContender:
-    """Hold a title, and ``prepare``, which sets up a job untimed and returns the timed call.
+    """A title, and ``prepare``, which sets up a job (untimed) and returns the call to time.
 
-    ``tolerance`` limits how far losses and weights may be from those of ``four_forwards`` in float64, relatively.
+    ``tolerance`` limits the relative difference of losses and weights from ``four_forwards`` in float64.
     """
 
     title: str
@@ -178,7 +178,7 @@ class StepContender:
 
 
 def _trainer(title: str, *, compact: bool = False, layout: str | None = None) -> StepContender:
-    """Return a contender inside TRL, which keeps sums and the reference's log-probs in float32."""
+    """Return a contender that runs in TRL, which keeps sums and the reference's log-probs in float32."""
     prepare = partial(TrainerStep, compact=compact, layout=layout)
     return StepContender(title, prepare, "trl", "trl", tolerance=1e-4)
 
@@ -193,5 +193,5 @@ STEP_CONTENDERS = {
     "trainer": _trainer("InSPOTrainer, the layout it chooses", layout="auto"),
     "four_forwards": StepContender("four forwards, log_softmax at every position", FourForwards),
 }
-# Not in the table of whole steps: timed beside ``trl_compact`` by themselves.
+# Not in the table of whole steps: these are compared with ``trl_compact`` alone.
 TRAINERS = ("trainer_rows", "trainer")

@@ -29,7 +29,7 @@ class ModelShape:
     vocab: int
 
     def build(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """Build the model with the same random weights each time. The last two ids are padding and end of sequence."""
+        """Build the model, always with the same random weights. The last two ids are padding and end of sequence."""
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=self.vocab,
@@ -51,7 +51,7 @@ class ModelShape:
 
 
 def _keep_float64(model: PreTrainedModel) -> None:
-    """Replace the library's norms, which round to float32, by torch's own, which compute in the model's dtype."""
+    """Replace the library's norms, which round to float32, with torch's, which compute in the model's dtype."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, LlamaRMSNorm):
@@ -72,7 +72,7 @@ def random_pairs(lengths: Sequence[Lengths], vocab: int) -> list[Pair]:
 
 @dataclass
 class Trained:
-    """Hold a run's losses, seconds from its first step's start to its last one's end, and positions in the trunk."""
+    """A run's losses, the seconds from its first step's start to its last step's end, and positions in the trunk."""
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -82,7 +82,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Job:
-    """Hold the input of every contender: ``batches`` are the pairs of each update."""
+    """The input of every contender: ``batches`` holds the pairs of each update."""
 
     model: PreTrainedModel
     batches: list[list[Pair]]
@@ -94,7 +94,7 @@ class Job:
 
 
 def now(device: torch.device) -> float:
-    """Return a clock's seconds once the device has finished all queued work."""
+    """Return the time in seconds, after the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -102,7 +102,7 @@ def now(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def counting_positions(models: Sequence[PreTrainedModel], trained: Trained) -> Iterator[None]:
-    """Count the positions that enter the trunks, padding included."""
+    """Count the positions that enter the trunks, including padding."""
 
     def count(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids = named["input_ids"] if "input_ids" in named else arguments[0]
@@ -116,7 +116,7 @@ def counting_positions(models: Sequence[PreTrainedModel], trained: Trained) -> I
             hook.remove()
 
 
-# "small": the head is most of the step. "trunk": the layers are, as in models of billions of parameters.
+# "small": the head dominates the step. "trunk": the layers dominate, as in models with billions of parameters.
 MODELS = {
     "small": ModelShape(256, 688, 2, 4, 32_000),
     "trunk": ModelShape(512, 1376, 12, 8, 32_000),
@@ -125,7 +125,7 @@ MODELS = {
 
 
 def lengths_of(share: str, pairs: int, tokens: int) -> tuple[Lengths, ...]:
-    """Build a step of ``pairs`` pairs: of ``tokens`` tokens with a prompt of ``share``, or real ones no longer."""
+    """Return lengths of ``pairs`` pairs: ``tokens`` tokens with this prompt share, or real lengths up to ``tokens``."""
     if share == "real":
         return sample_lengths(pairs, longest=tokens)
     response = max(1, round(tokens * (1 - float(share)) / 2))

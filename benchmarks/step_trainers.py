@@ -18,7 +18,7 @@ from .step_jobs import Job, Pair, Trained, counting_positions, now
 
 
 class ConditioningCollator:
-    """Collate pairs so that TRL's DPOTrainer trains InSPO: the other response goes into the context of each.
+    """Collate pairs so that TRL's DPOTrainer trains InSPO: each response has the other in its context.
 
     While ``conditioned`` is false, as for the reference, the rows are those of plain DPO.
     """
@@ -45,11 +45,11 @@ class ConditioningCollator:
 
 
 class TrainerStep:
-    """Train with TRL's DPOTrainer, or with InSPOTrainer in ``layout`` if that is given.
+    """Train with TRL's DPOTrainer, or with InSPOTrainer if ``layout`` is given.
 
-    Datasets of these trainers hold text, so ids are written as words of a tokenizer that reads them back. With
-    ``compact`` DPOTrainer selects the scored positions before the head, as it does on a GPU. Only the last step is
-    logged, and there InSPOTrainer also scores the marginals.
+    Datasets of these trainers hold text, so ids are written as words that a special tokenizer reads back. With
+    ``compact``, DPOTrainer selects the scored positions before the head, as on a GPU. Only the last step is logged. On
+    that step InSPOTrainer also scores the marginals.
     """
 
     def __init__(self, job: Job, *, compact: bool = False, layout: str | None = None) -> None:
@@ -77,7 +77,7 @@ class TrainerStep:
         self.trainer.compute_loss = recorded
 
     def _build(self, collator: ConditioningCollator | None) -> Any:
-        """Return the trainer, which computes the reference's log-probs as it is built."""
+        """Return the trainer. It computes the reference's log-probs in its constructor."""
         from datasets import Dataset, disable_progress_bars
 
         disable_progress_bars()
@@ -123,7 +123,7 @@ class TrainerStep:
         return InSPOTrainer, InSPOConfig, {"layout": self.layout}
 
     def _clock(self) -> Any:
-        """Return a callback that times from the first step's start to the last step's end."""
+        """Return a callback that measures the time from the first step's start to the last step's end."""
         from transformers import TrainerCallback
 
         contender, device = self, self.job.model.device
@@ -143,7 +143,7 @@ class TrainerStep:
     def _around(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_quiet())
-            if self.compact:  # the trainer selects the scored positions first if this reports a GPU
+            if self.compact:  # the trainer selects scored positions first if this reports a GPU
                 stack.enter_context(mock.patch("trl.trainer.utils._use_triton", lambda device: True))
             yield
 
@@ -157,13 +157,13 @@ class TrainerStep:
 
 
 def _as_text(pair: Pair) -> dict[str, str]:
-    """Return a row of the dataset, its responses without the end-of-sequence id."""
+    """Return a row of the dataset whose responses lack the end-of-sequence id."""
     prompt, chosen, rejected = ("".join(f" {i}" for i in ids) for ids in (pair[0], pair[1][:-1], pair[2][:-1]))
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _id_tokenizer(vocab: int) -> Any:
-    """Build a tokenizer that reads "17 4 9" as these ids. The last two ids are padding and end of sequence."""
+    """Build a tokenizer that reads "17 4 9" as the ids 17, 4, 9. The last two ids are padding and end of sequence."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

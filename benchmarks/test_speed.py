@@ -2,9 +2,9 @@
 
     pytest benchmarks --benchmark-only
 
-Interleaving, memory and errors are in ``benchmarks.loss`` and ``benchmarks.logps``; this is for those who keep their
-timings with pytest-benchmark. By the medians in ``results`` it takes some five minutes on two CPU cores. The tests of
-the package do not collect this folder.
+``benchmarks.loss`` and ``benchmarks.logps`` interleave contenders and also measure memory and errors. This file is for
+users who track timings with pytest-benchmark. From the medians in ``results``, it takes about five minutes on two CPU
+cores. The package's tests do not collect this folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Let pages link to files of the repository: the site shows what lies outside ``docs/`` by its path."""
+"""Let pages link to repository files outside ``docs/``: the site shows such links as plain paths."""
 
 import re
 
@@ -6,7 +6,7 @@ OUTSIDE = re.compile(r"(!?)\[([^\]]+)\]\(\.\./([^)]+)\)")
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Replace links that leave the site by the path to open in the repository, and images by nothing."""
+    """Replace links that leave the site with repository paths, and remove such images."""
     return OUTSIDE.sub(_path, markdown)
 
 

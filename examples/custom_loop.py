@@ -1,4 +1,4 @@
-"""InSPO in a loop of plain torch: the reference once, then conditioned pairs and the fused loss."""
+"""Train InSPO in a plain torch loop: score the reference once, then use conditioned pairs and the fused loss."""
 
 import torch
 from tiny import tiny_model, tiny_tokenizer
@@ -14,7 +14,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
 def forward(conditioned):
-    """Return hidden states and head of the model, and the batch that they belong to."""
+    """Return the model's hidden states and head for ``index``, and the batch of pairs."""
     batch = ik.condition_pairs(pairs, pad_token_id=tokenizer.pad_token_id, conditioned=conditioned)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     return *ik.hidden_and_head(model, **inputs), batch

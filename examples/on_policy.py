@@ -1,4 +1,4 @@
-"""On-policy pairs, as InSPO's authors train (arXiv 2512.23126): sample, rank with a function of yours, train."""
+"""Train on on-policy pairs, as InSPO's authors do (arXiv 2512.23126): sample, rank with your function, train."""
 
 import tempfile
 
@@ -8,19 +8,19 @@ from tiny import tiny_model, tiny_tokenizer
 
 from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
 
-SAMPLES = 5  # answers to each prompt; the best and the worst become a pair
+SAMPLES = 5  # answers per prompt; the best and the worst become a pair
 
 tokenizer = tiny_tokenizer()
 model = tiny_model(tokenizer)  # yours: an instruction-tuned model, or its path
 
 
 def score(prompt, answer):
-    """Return the answer's grade: here digits are good. Yours: a reward model, unit tests, a judge."""
+    """Return the answer's grade. Here digits are good; replace this with a reward model, unit tests or a judge."""
     return sum(character.isdigit() for character in answer) - 0.1 * len(answer)
 
 
 def sampled_pairs(prompts):
-    """Return a pair for each prompt whose best and worst answer differ."""
+    """Return one pair per prompt, if its best and worst answers differ."""
     pairs = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -41,7 +41,7 @@ if __name__ == "__main__":
     options = {"num_train_epochs": 1, "per_device_train_batch_size": 3, "learning_rate": 1e-3, "logging_steps": 1}
     trainer = InSPOTrainer(
         model,
-        tiny_model(tokenizer),  # the model that sampled is the reference
+        tiny_model(tokenizer),  # the model that sampled the answers is the reference
         args=InSPOConfig(tempfile.mkdtemp(), **options, beta=0.1, bf16=False, report_to="none"),
         train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,

@@ -1,4 +1,4 @@
-"""A pairwise loss of your own: plain torch on per-pair sums, on the same fused path."""
+"""Write your own pairwise loss: plain torch on per-pair sums, computed by the same fused kernels."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class CautiousDPO(ik.Objective):
         return -F.logsigmoid(self.beta * (chosen - rejected - self.penalty * (-chosen).relu()))
 
 
-# What a model would give: hidden states of 4 pairs (8 rows) of 12 tokens, and the head's weight.
+# Stand-ins for a model's outputs: hidden states of 4 pairs (8 rows) with 12 tokens, and the head's weight.
 torch.manual_seed(0)
 hidden = torch.randn(8, 12, 32, requires_grad=True)
 weight = torch.randn(1000, 32, requires_grad=True)

@@ -1,6 +1,6 @@
-"""An LM head split over ranks, on CPUs: torchrun --standalone --nproc_per_node 2 FILE, or python FILE for one rank.
+"""Split an LM head over ranks on CPUs: torchrun --standalone --nproc_per_node 2 FILE, or python FILE for one rank.
 
-Every rank runs the same trunk on the same pairs and holds its own rows of the head's weight. The losses are the same
+Every rank runs the same trunk on the same pairs, and holds its own rows of the head's weight. The losses are the same
 for any number of ranks.
 """
 
@@ -27,14 +27,14 @@ def main():
     trunk = nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH))
     # The vocabulary need not divide by the number of ranks.
     weight = nn.Parameter(distribute_tensor(torch.randn(VOCAB, WIDTH) / 8, mesh, [Shard(0)]))
-    # An optimizer takes DTensors or plain tensors, not both at once.
+    # An optimizer accepts DTensors or plain tensors, but not both.
     optimizers = [torch.optim.AdamW(parameters, lr=1e-3) for parameters in (trunk.parameters(), [weight])]
     for step in range(10):
         hidden = trunk(batch["input_ids"])
         out = ik.fused_inspo_loss(
             hidden, weight, batch["labels"], objective="simpo", process_group=mesh.get_group("tp")
         )
-        out.loss.backward()  # hidden's gradient is summed over the ranks already
+        out.loss.backward()  # hidden's gradient is already summed over the ranks
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""A random model and a tokenizer of single characters, so that every example runs offline in seconds."""
+"""Provide a random model and a character tokenizer, so that every example runs offline in seconds."""
 
 import string
 
@@ -10,7 +10,7 @@ CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 
 
 def tiny_tokenizer(special=()):
-    """Return a tokenizer with a padding and an end-of-sequence token, and the ``special`` tokens."""
+    """Return a tokenizer with padding, end-of-sequence and ``special`` tokens."""
     words = [*CHARACTERS, "<pad>", "<eos>", *special]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -20,7 +20,7 @@ def tiny_tokenizer(special=()):
 
 
 def tiny_config(tokenizer):
-    """Return the sizes of a Llama of 60,000 parameters."""
+    """Return the configuration of a Llama with 60,000 parameters."""
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
     return {
         "vocab_size": len(tokenizer),

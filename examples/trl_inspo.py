@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer becomes InSPOTrainer: one import changes."""
+"""Turn a TRL script with DPOTrainer into InSPO by changing one import."""
 
 import sys
 import tempfile
@@ -19,7 +19,7 @@ rows = [
 ]
 trainer = DPOTrainer(
     tiny_model(tokenizer),  # yours: "Qwen/Qwen3-0.6B"
-    tiny_model(tokenizer),  # the reference; leave it out if you give the model by name
+    tiny_model(tokenizer),  # the reference; leave it out if you pass the model by name
     args=DPOConfig(
         sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(),
         per_device_train_batch_size=2,

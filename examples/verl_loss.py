@@ -1,8 +1,8 @@
-"""InSPO's loss with the signature of verl's actor: ``loss_function(config, model_output, data, dp_group=None)``.
+"""Use InSPO's loss in verl, whose actor calls ``loss_function(config, model_output, data, dp_group=None)``.
 
-verl calls such a loss with the log-probs (B, response length) of a micro-batch and its data; the loss returns a scalar
-and metrics. Here ``response_log_probs`` takes the place of verl's fused kernel: hidden states and the head's weight in,
-log-probs and entropy out. verl lays out the rows; both rows of a pair must share a micro-batch, chosen rows first.
+verl passes the log-probs (B, response length) and the data of a micro-batch, and expects a scalar and metrics. Here
+``response_log_probs`` takes the place of verl's fused kernel: it computes log-probs and entropy from hidden states and
+the head's weight. verl lays out the rows. Both rows of a pair must be in the same micro-batch, with chosen rows first.
 """
 
 from types import SimpleNamespace
@@ -13,13 +13,13 @@ import inspo_kernels as ik
 
 
 def response_log_probs(hidden, weight, responses, temperature):
-    """Return what verl's model_output holds: log-probs and entropy of the responses, from one pass over the logits."""
+    """Return the fields of verl's model_output: the responses' log-probs and entropy, from one pass over the logits."""
     log_probs, statistics = ik.linear_logps(hidden, weight, responses, temperature=temperature, statistics=("entropy",))
     return {"log_probs": log_probs, "entropy": statistics["entropy"]}
 
 
 def inspo_loss(config, model_output, data, dp_group=None):
-    """Return the loss of conditioned pairs and its metrics; rows 0..B/2-1 are chosen, the others rejected responses."""
+    """Return the loss of conditioned pairs and its metrics. Rows 0..B/2-1 are chosen responses, the others rejected."""
     mask = data["response_mask"].bool()
     chosen, rejected = (model_output["log_probs"].double() * mask).sum(1).chunk(2)
     ref_chosen, ref_rejected = (data["ref_log_prob"].double() * mask).sum(1).chunk(2)

@@ -1,4 +1,4 @@
-"""A vision batch becomes its conditioned version: images stay with their prompts, token types with their tokens."""
+"""Condition a vision batch: images stay with their prompts, token types with their tokens."""
 
 import torch
 from PIL import Image
@@ -33,7 +33,7 @@ conditioned = ik.condition_batch(batch, pad_token_id=tokenizer.pad_token_id)
 
 
 def labels_and_states(batch):
-    """Return the ids that are scored, hidden states and head."""
+    """Return labels, hidden states and head."""
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
     return labels, *ik.hidden_and_head(model, **inputs)

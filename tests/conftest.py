@@ -1,11 +1,11 @@
-"""Shared by all tests, and set before any of them imports what it concerns."""
+"""Set up what all tests share, before any test imports the libraries concerned."""
 
 import os
 
 import torch
 from hypothesis import settings
 
-# Without a GPU, Triton kernels are interpreted. Triton decides so when it is first imported, by whichever test does.
+# Without a GPU, Triton kernels are interpreted. Triton decides this at its first import, which any test may trigger.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -117,7 +117,7 @@ def test_before_and_after_give_one_loss(model_folder):
 
 
 def found(pattern):
-    """(page, what) of everything that matches in any page."""
+    """Return (page, match) for every match in any page."""
     return sorted({(page.name, match) for page, text in TEXTS.items() for match in re.findall(pattern, text)})
 
 
@@ -145,17 +145,17 @@ def test_named_configurations_exist(page, path):
 
 NAMED = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|yaml|md|png)|(?:[\w-]+/)+)`")
 WRITTEN = {"curves.png", "config.yaml", "final/", "best/", "runs/demo/", "results.json", "picture.png"}
-WRITTEN |= {"mine.yaml"}  # by the reader
+WRITTEN |= {"mine.yaml"}  # written by the reader
 
 
 @pytest.mark.parametrize("page, line", found(r"(?m)^.*`[\w/-]+(?:\.(?:py|yaml|md|png)|/)`.*$"))
 def test_named_files_exist(page, line):
-    """Bare names are those of a folder that the line names, or of the example configurations."""
-    if page == "fidelity.md":  # names files of the authors' repository
+    """Bare names must be in a folder that the line names, or be example configurations."""
+    if page == "fidelity.md":  # it names files of the authors' repository
         return
     names = NAMED.findall(line)
     folders = [ROOT, ROOT / "training/configs", ROOT / "training/configs/accelerate"]
-    if page == CONTRIBUTING.name:  # its tables say which package they are about
+    if page == CONTRIBUTING.name:  # its tables name the package that they describe
         folders += [ROOT / "inspo_kernels", ROOT / "training"]
     folders += [(ROOT / f"{name}x").parent for name in names if "/" in name]
     for name in names:
@@ -164,7 +164,7 @@ def test_named_files_exist(page, line):
 
 @pytest.mark.parametrize("symptom", re.findall(r"(?m)^\*\*`([^`]+)`", TEXTS[DOCS / "troubleshooting.md"]))
 def test_quoted_messages_exist(symptom):
-    """Some part of each message that the page quotes, between its "...", is in the code."""
+    """The code contains some part of each quoted message between its "..."."""
     if "keyword argument" in symptom:  # Python's own message
         return
     code = "".join(
@@ -191,7 +191,7 @@ def test_every_public_name_is_in_the_reference():
 
 
 def test_no_paragraph_stands_twice():
-    """Tables, code and generated parts apart."""
+    """Ignore tables, code and generated parts."""
     seen: dict[str, str] = {}
     for page, text in TEXTS.items():
         text = re.sub(r"```.*?```|<!-- generated.*?<!-- end -->", "", text, flags=re.DOTALL)

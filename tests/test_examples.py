@@ -1,4 +1,4 @@
-"""Every file of examples/ runs, offline, and does what its first line says."""
+"""Test that every file in examples/ runs offline and does what its first line says."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_custom_loop_learns_its_pairs(capsys):
 
 
 def test_trl_example_differs_from_trl_in_its_import(monkeypatch, capsys):
-    """The same file with TRL's own import trains, too."""
+    """The same file also trains with TRL's own import."""
     pytest.importorskip("trl")
     text = (EXAMPLES / "trl_inspo.py").read_text()
     before = next(line for line in text.splitlines() if line.startswith("# before: "))
@@ -98,7 +98,7 @@ def test_verl_loss_is_the_fused_loss():
 
 
 def test_axolotl_constructs_the_trainer(tmp_path):
-    """As ``HFRLTrainerBuilder.build`` does: models by position, all else by name, arguments of a class of its own."""
+    """Imitate ``HFRLTrainerBuilder.build``: models by position, all else by name, arguments of axolotl's class."""
     pytest.importorskip("trl")
     import peft
     from datasets import Dataset
@@ -133,7 +133,7 @@ def test_axolotl_constructs_the_trainer(tmp_path):
     keywords = {"eval_dataset": rows, "peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"])}
     assert "tokenizer" not in inspect.signature(trainer_class).parameters  # axolotl asks
     keywords["processing_class"] = tokenizer
-    model_ref = None  # with an adapter; else a second model
+    model_ref = None  # with an adapter; otherwise a second model
     trainer = trainer_class(tiny_model(tokenizer), model_ref, args=args, train_dataset=rows, callbacks=[], **keywords)
     trainer.train()
     assert any("marginal/logps/chosen" in log for log in trainer.state.log_history)  # conditioned, by default

@@ -1,4 +1,4 @@
-"""The example of a head that is split over ranks."""
+"""Test the example of a head that is split over ranks."""
 
 from __future__ import annotations
 

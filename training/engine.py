@@ -105,6 +105,11 @@ def check_same(value: Any, what: str) -> None:
         raise InputError(f"{what} in process {differing[0]} differ from those in process 0; give all the same")
 
 
+def whole(value: Any) -> Any:
+    """Return the whole of a tensor that ranks share, which all ranks must ask for; any other value as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def all_finite(module: nn.Module) -> bool:
     """Return whether the trained parameters of all ranks are finite; this reads the device once."""
     trained = [getattr(p, "ds_tensor", p) for p in module.parameters() if p.requires_grad]  # DeepSpeed's own share

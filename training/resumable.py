@@ -154,8 +154,6 @@ class ResumableTrainer(Trainer):
 
 def check_optimizer(config: TrainConfig, model: PreTrainedModel, steps: int) -> None:
     """Create optimizer and schedule for a single weight. Raises InputError for what the run would fail with later."""
-    if config.deepspeed:  # has its own
-        return
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(config, model)
         optimizer = kind([nn.Parameter(torch.zeros(2, 2))], **{k: v for k, v in settings.items() if k != "params"})

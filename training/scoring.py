@@ -31,28 +31,35 @@ class StopRequested(RuntimeError):
     """A rank was asked to stop while pairs were scored."""
 
 
-@dataclass
 class Batch:
-    """Input of a forward pass of ``PairModel``, in a class so that engines do not cast the tensors.
+    """Input of a forward pass of ``PairModel``. It is no dataclass: of those, FSDP2 rounds the tensors to bfloat16.
 
     ``tensors``: from ``condition_pairs``. ``ref_logps``: (2B,) float64. The loss is ``scale`` times the sum over the
     pairs; with ``sums_only`` there is no loss. With ``marginals`` the report has the log-probs given the prompt alone
     for every pair, plain pairs included.
     """
 
-    tensors: dict[str, Any]
-    ref_logps: Tensor | None = None
-    scale: float = 1.0
-    sums_only: bool = False
-    marginals: bool = False
+    def __init__(
+        self,
+        tensors: dict[str, Any],
+        ref_logps: Tensor | None = None,
+        scale: float = 1.0,
+        *,
+        sums_only: bool = False,
+        marginals: bool = False,
+    ) -> None:
+        self.tensors, self.ref_logps, self.scale = tensors, ref_logps, scale
+        self.sums_only, self.marginals = sums_only, marginals
 
 
-@dataclass
 class Report:
-    """Report of a forward pass: metrics as float64 sums over the pairs, or the ``table`` of ``sums_only``."""
+    """Report of a forward pass: metrics as float64 sums over the pairs, or the ``table`` of ``sums_only``.
 
-    metrics: dict[str, Tensor]
-    table: Tensor | None = None
+    It is no dataclass, for the same reason.
+    """
+
+    def __init__(self, metrics: dict[str, Tensor], table: Tensor | None = None) -> None:
+        self.metrics, self.table = metrics, table
 
 
 class PairModel(nn.Module):

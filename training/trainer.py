@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, TrainerCallback
 
 from inspo_kernels.layouts.alternative_dropout import keeps_alternative
@@ -25,7 +26,7 @@ from inspo_kernels.objectives import Objective
 
 from .batching import EpochLoader, used_indices
 from .config import TrainConfig
-from .engine import process_count, sum_over_processes
+from .engine import process_count, sum_over_processes, whole
 from .errors import NonFiniteError
 from .evaluation import starting_report
 from .inputs import Inputs
@@ -77,6 +78,9 @@ class PairTrainer(ReportingTrainer):
             callbacks=[RunFlow(self), *callbacks],
         )
         inputs.model.config.use_cache = use_cache  # Trainer changes it, and it would be saved with the model
+        if config.sharded and config.bf16:  # accelerate's policy would also add gradients and round the loss in bf16
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         self.remove_callback(PrinterCallback)
         self.began = time.monotonic()
 
@@ -147,7 +151,7 @@ class PairTrainer(ReportingTrainer):
 
         Raises NonFiniteError, naming the pairs that cause it.
         """
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         indices, self.step_pairs, sums, self.step_sums = self.step_pairs, [], self.step_sums, {}
         norm_tensor = torch.as_tensor(norm, device=self.args.device, dtype=torch.float64).view(1)
         stop = torch.tensor([float(self.stop_requested())], device=self.args.device, dtype=torch.float64)
@@ -184,7 +188,7 @@ class PairTrainer(ReportingTrainer):
             model.zero_grad()
             loss, _ = model(self._batch([i], 1.0, False))
             loss.backward()
-            norm = self.accelerator.clip_grad_norm_(model.parameters(), math.inf)
+            norm = whole(self.accelerator.clip_grad_norm_(model.parameters(), math.inf))
             if not sum_over_processes(loss.detach() + torch.as_tensor(norm)).isfinite():
                 guilty.append(i)
         model.zero_grad()

@@ -1,1 +1,1 @@
-"""A controlled study of what conditioning on the other response does to what is learned."""
+"""A controlled study of how conditioning on the other response affects what a model learns."""

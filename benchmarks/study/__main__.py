@@ -1,8 +1,9 @@
-"""Does conditioning on the other response help? The whole study: ``python -m benchmarks.study``.
+"""Run the study of whether conditioning on the other response helps: ``python -m benchmarks.study``.
 
-Two parts: "arms" compares objectives and controls (study.md); "axis" varies pairs and updates (study_axis.md). Each
-says first how long it will take. Every finished run is a line of a .jsonl file in the part's folder. After an
-interruption, the same command does what is left. Each part ends by writing its summary and its report.
+The study has two parts: "arms" compares objectives and controls (study.md), "axis" varies the numbers of pairs and
+updates (study_axis.md). Each part first prints how long it will take. Every finished run is a line of a .jsonl file in
+the part's folder. After an interruption, the same command runs the rest. Each part ends by writing its summary and its
+report.
 """
 
 from __future__ import annotations
@@ -33,16 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS, help="only this part [both; --large has only arms]")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: everything runs, nothing is learned")
-    parser.add_argument("--large", action="store_true", help="a larger model and more seeds; wants --device cuda")
+    parser.add_argument("--large", action="store_true", help="a larger model and more seeds; needs --device cuda")
     parser.add_argument("--device", default="cpu", help='"cpu" or "cuda" [cpu]')
-    parser.add_argument("--workers", type=int, help="processes of one thread each [one for each core, at most 16]")
-    parser.add_argument("--output", type=Path, help="folder of the results [the committed ones, or runs/study-SIZE]")
-    parser.add_argument("--report", action="store_true", help="run nothing, report what is finished")
+    parser.add_argument(
+        "--workers", type=int, help="number of processes, with one thread each [one per core, at most 16]"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for the results [the committed results, or runs/study-SIZE]"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report from the finished runs")
     options = parser.parse_args(arguments)
     if options.quick and options.large:
         parser.error("--quick and --large exclude each other")
     if options.large and options.part == "axis":
-        parser.error("--large is of the part arms only; leave out --large or --part axis")
+        parser.error("--large works only with the part arms; leave out --large or --part axis")
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers must be at least 1, got {options.workers}")
     checked_device(parser, options.device)
@@ -55,16 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for part in parts:
             (_arms if part == "arms" else _axis)(parser, options, command)
-        if options.quick and not options.part and not options.report:  # at full size it has a command of its own
+        if options.quick and not options.part and not options.report:  # at full size it has its own command
             folder, _ = _folders(options, report.RESULTS)
             code_study.run_study(folder / "code" / "study_code.json", quick=True, call=command)
     except KeyboardInterrupt:
-        print("interrupted; the same command does what is left", file=sys.stderr)
+        print("interrupted; the same command runs the rest", file=sys.stderr)
         sys.exit(130)
 
 
 def _folders(options: argparse.Namespace, committed: Path) -> tuple[Path, Path]:
-    """Where results and report of a part go; the committed results' report goes to docs."""
+    """Return the folders of a part's results and report. The committed results' report is in docs."""
     if options.output is None and options.size == "full":
         return committed, report.DOCS
     folder = options.output or Path("runs", f"study-{options.size}")

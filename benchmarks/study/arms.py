@@ -1,7 +1,8 @@
-"""The table of arms: what is trained, as data.
+"""Define the arms of the study as data.
 
-Each of five objectives plain, conditioned on the other response (InSPO) and anchored (InSPO plus the same objective on
-the marginals); the controls without which a difference between them means nothing; and what is varied one at a time.
+The table has five objectives, each in three variants: plain, conditioned on the other response (InSPO), and anchored
+(InSPO plus the same objective on the marginals). The controls make differences between these arms interpretable. The
+ablations change one option at a time.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ OBJECTIVES = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "rdpo": "R-DPO", "or
 VARIANTS = ("plain", "inspo", "anchored")
 DIFFERENCES = ("dpo", "ipo", "simpo", "rdpo")  # objectives without an SFT term of their own
 
-# The parameter of each objective that is tuned with the learning rate; the others stay at ``FIXED``.
+# The parameter of each objective that is tuned together with the learning rate. ``FIXED`` holds the other parameters.
 TUNED_PARAMETER = {"dpo": "beta", "ipo": "tau", "simpo": "beta", "rdpo": "beta", "orpo": "lam"}
 FIXED: dict[str, dict[str, float]] = {"simpo": {"gamma": 1.0}, "rdpo": {"alpha": 0.1}}
 
 
 class WithSFT(ik.Objective):
-    """Another objective plus ``weight`` times the mean negative log-prob of a token of the chosen response.
+    """Another objective plus ``weight`` times the chosen response's mean negative log-prob per token.
 
-    For plain sequences, where that is log pi(y_w | x).
+    Use it with plain sequences, where this log-prob is log pi(y_w | x).
     """
 
     def __init__(self, objective: ik.Objective, weight: float) -> None:
@@ -47,13 +48,13 @@ class WithSFT(ik.Objective):
 class Arm:
     """One way to train.
 
-    name: of this arm in the result files. tuned_as: the arm whose tuned learning rate and parameter it uses.
-    group: "table", "control", or what an ablation varies. level: where it stands on that axis.
-    own_alternative: probability that a response is conditioned on the other response of its *own* pair; otherwise on
-        that of another pair of the same prompt kind.
-    updates: factor of the number of updates. drafts: whether the base was fitted to prompt + draft + answer rows, too.
-    separator: tokens between the two responses. conditioned_reference: the reference sees the alternative as well.
-    alternative_dropout: probability that a pair is trained plain in a pass, with the plain reference.
+    name: the arm's name in the result files. tuned_as: the arm whose tuned learning rate and parameter it uses.
+    group: "table", "control", or the option that an ablation varies. level: the value of that option.
+    own_alternative: probability that a response is conditioned on the other response of its *own* pair. Otherwise it is
+        conditioned on a response of another pair with the same prompt kind.
+    updates: factor of the number of updates. drafts: whether the base was also fitted to prompt + draft + answer rows.
+    separator: tokens between the two responses. conditioned_reference: whether the reference also sees the alternative.
+    alternative_dropout: probability that a pass trains a pair plain, with the plain reference.
     learning_rate, parameter: factors of the tuned values.
     """
 
@@ -78,7 +79,7 @@ class Arm:
 
     def __post_init__(self) -> None:
         if self.own_alternative < 1 and (self.marginal_weight or self.objective == "orpo"):
-            raise ValueError(f"{self.name}: marginals are those of the pair's own responses; nothing may replace them")
+            raise ValueError(f"{self.name}: marginals need the pair's own responses; leave own_alternative at 1")
         changed = self.marginal_weight or self.own_alternative < 1 or self.separator or self.alternative_dropout
         if not self.conditioned and changed:
             raise ValueError(f"{self.name}: only conditioned sequences have an alternative")
@@ -87,25 +88,25 @@ class Arm:
         if self.alternative_dropout and self.uses_marginals:
             raise ValueError(f"{self.name}: a dropped pair is laid out plain and has no marginals to train on")
         if self.conditioned and self.sft_weight:
-            raise ValueError(f"{self.name}: the SFT term is meant for plain sequences")
+            raise ValueError(f"{self.name}: the SFT term needs plain sequences")
 
     @property
     def twin(self) -> str:
-        """The plain arm of the same objective and base, which this one is compared with."""
+        """The baseline: the plain arm with the same objective and base."""
         return f"{self.objective} plain" + ("" if self.drafts else ", no drafts")
 
     @property
     def uses_marginals(self) -> bool:
-        """Whether the loss depends on them; those that are only watched need not be scored in training."""
+        """Whether the loss depends on the marginals. Otherwise training need not score them."""
         return bool(self.marginal_weight) or (self.objective == "orpo" and self.conditioned)
 
     def drops_alternative(self, seed: int, number: int, pair: int) -> bool:
-        """Whether ``pair`` is trained plain in pass ``number`` over the pairs, a coin of its own each time."""
+        """Return whether pass ``number`` over the pairs trains ``pair`` plain. Each pass draws again."""
         coin = random.Random(f"alternative {seed} {number} {pair}").random()
         return coin < self.alternative_dropout
 
     def make_objective(self, parameter: float | None) -> ik.Objective:
-        """The package's objective with the tuned ``parameter`` (None: there is none)."""
+        """Return the package's objective with the tuned ``parameter`` (None if it has no tuned parameter)."""
         if self.objective == "sft":  # ORPO without its odds ratio
             return ik.ORPO(lam=0.0, sft="chosen")
         assert parameter is not None
@@ -117,7 +118,7 @@ class Arm:
 
 
 def table_arm(objective: str, variant: str) -> Arm:
-    """An arm of the main table; the anchored one adds the marginal loss with weight 1."""
+    """Return an arm of the main table. The anchored arm adds the marginal loss with weight 1."""
     name = f"{objective} {variant}"
     title = {"plain": "{}", "inspo": "InSPO-{}", "anchored": "anchored InSPO-{}"}[variant].format(OBJECTIVES[objective])
     return Arm(
@@ -159,7 +160,7 @@ def controls() -> Iterator[Arm]:
 
 
 def ablations() -> Iterator[Arm]:
-    """DPO's arms with one thing changed. The unchanged arm is in the table and not repeated."""
+    """Yield DPO's arms with one option changed. The unchanged arm is in the table and not repeated."""
 
     def changed(variant: str, group: str, level: float | str, **changes: Any) -> Arm:
         arm = table_arm("dpo", variant)

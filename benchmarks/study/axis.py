@@ -1,6 +1,7 @@
-"""The over-training study: few or many pairs, few or many updates, under the protocol in docs/study_protocol.md.
+"""Run the over-training study: few or many pairs, few or many updates, by the protocol in docs/study_protocol.md.
 
-A run trains one arm on the first pairs of a seed with a constant learning rate, and answers at each checkpoint.
+A run trains one arm on the first pairs of a seed with a constant learning rate, and generates answers at each
+checkpoint.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from transformers import PreTrainedModel
 from . import model as models
 from . import runs
 from .arms import AXIS_ARMS
+from .plan import PLANS
 from .runs import Size, Start
 from .world import Judge, right_answer
 
 TESTED = ("plain", "inspo", "other")  # the arms of H1 to H3
 BASE = "base"
-# Name of each decoding with its temperature and whether it gives several answers a prompt.
+# Name of each decoding, with its temperature and whether it gives several answers per prompt.
 DECODINGS = {"greedy": (0.0, False), "sampled": (1.0, True), "T=0.7": (0.7, True)}
 
 
 @dataclass(frozen=True)
 class AxisPlan:
-    """What is run. ``tested_seeds`` for the arms of the hypotheses at the fewest pairs, ``seeds`` everywhere else."""
+    """The runs to do: ``tested_seeds`` for the hypotheses' arms at the fewest pairs, ``seeds`` everywhere else."""
 
     size: Size
     pairs: tuple[int, ...] = (128, 320, 1280)
@@ -52,7 +54,7 @@ class AxisPlan:
             raise ValueError(f"a seed has at most {self.size.pairs} pairs, fewer than {max(self.pairs)}")
 
     def seeds_of(self, pairs: int, arm: str) -> range:
-        """The seeds planned for a cell. The base belongs to the cells of the fewest pairs."""
+        """Return the seeds planned for a cell. The base belongs to the cells with the fewest pairs."""
         tested = pairs == self.pairs[0] and arm in (*TESTED, BASE)
         return range(self.first_seed, self.first_seed + (self.tested_seeds if tested else self.seeds))
 
@@ -60,20 +62,7 @@ class AxisPlan:
 AXIS_PLANS = {
     "full": AxisPlan(replace(Size(), validation_prompts=240, test_prompts=400, samples=2)),
     "quick": AxisPlan(
-        Size(
-            hidden_size=32,
-            layers=1,
-            word_lengths=(3,),
-            fit_prompts=400,
-            fit_steps=80,
-            fit_rows=32,
-            pairs=64,
-            update_pairs=16,
-            validation_prompts=24,
-            test_prompts=24,
-            held_out_pairs=8,
-            samples=2,
-        ),
+        replace(PLANS["quick"].size, pairs=64, updates=Size().updates, held_out_pairs=8),
         pairs=(16, 64),
         checkpoints=(2, 4, 8),
         tested_updates=4,
@@ -85,7 +74,7 @@ AXIS_PLANS = {
 
 @dataclass(frozen=True)
 class AxisJob:
-    """One run: an arm (or the base, untrained) on the first ``pairs`` pairs of a seed."""
+    """One run: an arm (or the untrained base) on the first ``pairs`` pairs of a seed."""
 
     arm: str
     pairs: int
@@ -96,7 +85,7 @@ class AxisJob:
         return self.arm, self.pairs, self.seed
 
     def execute(self, plan: AxisPlan, cache: Path, device: str) -> dict[str, Any]:
-        """Returns the run's record: at each checkpoint quality and length by decoding, and greedy answers' edits."""
+        """Return the run's record: quality and length by decoding and the greedy answers' edits, at each checkpoint."""
         began = time.perf_counter()
         begun = runs.start(plan.size, self.seed, drafts=True, cache=cache, device=device)
         model = runs.load(begun, plan.size, self.seed, device)
@@ -142,13 +131,13 @@ class AxisJob:
             watch=watch,
             watch_every=1,
         )
-        for step in plan.checkpoints[len(found) :]:  # of a run that ended early: the model as it was then
+        for step in plan.checkpoints[len(found) :]:  # a run that ended early uses its last model
             found.append(evaluate(model, begun, plan.size, self.seed, step))
         return {"found_pairs": len(examples), **counts}
 
 
 def evaluate(model: PreTrainedModel, begun: Start, size: Size, seed: int, updates: int) -> dict[str, Any]:
-    """Quality and length of answers from the prompt alone, greedy to validation prompts, each way to test prompts."""
+    """Return quality and length of prompt-only answers. Validation prompts get only greedy answers."""
 
     def graded(part: str, temperature: float, count: int) -> dict[str, Any]:
         prompts = getattr(begun.prompts, part)
@@ -166,7 +155,7 @@ def evaluate(model: PreTrainedModel, begun: Start, size: Size, seed: int, update
 
 
 def axis_jobs(plan: AxisPlan, pairs: int) -> list[AxisJob]:
-    """The runs with so many pairs, those of the hypotheses first, seed by seed."""
+    """Return the runs with ``pairs`` pairs, seed by seed, with the hypotheses' arms first."""
     tested = [BASE, *TESTED] if pairs == plan.pairs[0] else []
     rest = [arm for arm in plan.arms if arm not in tested]
     tested = [arm for arm in tested if arm == BASE or arm in plan.arms]
@@ -180,7 +169,7 @@ def axis_jobs(plan: AxisPlan, pairs: int) -> list[AxisJob]:
 
 
 def seconds(plan: AxisPlan, jobs: Sequence[AxisJob], update: float, fitting: float) -> float:
-    """What ``jobs`` will take one after the other, from the seconds of one update and of one fitting step."""
+    """Estimate the seconds of all ``jobs`` in one process, from the seconds of one update and of one fitting step."""
     answering = 1.2  # on top of training
     training = answering * plan.checkpoints[-1] * update
     return sum(plan.size.fit_steps * fitting if job.arm == BASE else training for job in jobs)

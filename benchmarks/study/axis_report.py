@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001  (minus signs and multiplication signs are meant)
-"""``docs/study_axis.md`` and its picture, from ``axis.json`` alone: ``python -m benchmarks.study.axis_report``."""
+"""Write ``docs/study_axis.md`` and its picture from ``axis.json``: ``python -m benchmarks.study.axis_report``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 from .axis import AXIS_PLANS, BASE
 from .axis_summary import LEVEL, MARGIN, TITLES
+from .markdown import filled, item, p_value, signed, table
 from .pictures import draw_axis
-from .report import DOCS, _filled, _item, _p, _signed, _table
+from .report import DOCS
 
 RESULTS = Path(__file__).parent.parent / "results" / "study_axis"
 HYPOTHESES = {
@@ -22,7 +23,7 @@ HYPOTHESES = {
 
 
 def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The report and its picture in ``folder``; returns the files."""
+    """Write the report and its picture to ``folder``. Return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     page, picture = folder / "study_axis.md", folder / "study_axis.png"
     page.write_text(text(result))
@@ -31,12 +32,12 @@ def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def finding(result: Mapping[str, Any]) -> str:
-    """Say what the tests of H1, H2 and H3 found, whichever way they went: a sentence each."""
+    """Return one sentence each on the outcomes of H1, H2 and H3."""
     return " ".join(sentences(result))
 
 
 def sentences(result: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return the findings of H1, H2 and H3."""
+    """Return the sentences on H1, H2 and H3."""
     plan, tests = result["plan"], result["hypotheses"]
     updates, pairs = plan["tested_updates"], plan["pairs"][0]
     passes = updates * plan["size"]["update_pairs"] // pairs
@@ -78,15 +79,15 @@ def _interval(value: Mapping[str, float]) -> str:
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     sections = [
-        "# Does conditioning help when the pairs are passed over many times?",
+        "# Does conditioning help after many passes over the pairs?",
         "<!-- written by python -m benchmarks.study; do not edit -->",
         *_warnings(result),
-        _filled(finding(result)),
-        _filled(
-            "The rules were fixed beforehand in the [protocol](study_protocol.md), which also describes world, arms "
-            "and training. [The first study](study.md) compares objectives and controls at few passes."
+        filled(finding(result)),
+        filled(
+            "The [protocol](study_protocol.md) fixed the rules beforehand. It also describes world, arms and training. "
+            "[The first study](study.md) compares objectives and controls with few passes."
         ),
         "![gain over the base by updates](study_axis.png)",
         _hypotheses(result),
@@ -112,9 +113,9 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
             name,
             HYPOTHESES[name].format(updates=plan["tested_updates"]),
             test["n"],
-            _signed(test),
+            signed(test),
             f"{test['sd']:.3f}",
-            _p(test["holm_p"]),
+            p_value(test["holm_p"]),
             {"neither": "not significant", "equal": "not significant"}.get(test["verdict"], test["verdict"]),
             test["conclusion"],
         ]
@@ -135,8 +136,8 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
         [
             names[name].format(updates=plan["tested_updates"]),
             test["n"],
-            _signed(test),
-            _p(test["p"]),
+            signed(test),
+            p_value(test["p"]),
             "yes" if test["equivalent"] else "not shown",
         ]
         for name, test in result["equivalence"].items()
@@ -144,46 +145,47 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
     over, stopping = result["over_trained"], result["stopping"]
     training = f"""
         Plain DPO after {plan["tested_updates"]} updates − plain DPO at its best number of updates:
-        {_signed(over)}, p {_p(over["p"]) or "not defined"}, so this cell
+        {signed(over)}, p {p_value(over["p"]) or "not defined"}, so this cell
         {"is over-trained" if over["over_trained"] else "is not shown to be over-trained"}. InSPO after
-        {plan["tested_updates"]} updates − plain DPO at its best number of updates: {_signed(stopping)}.
+        {plan["tested_updates"]} updates − plain DPO at its best number of updates: {signed(stopping)}.
         {_edge(result)}"""
     intro = f"""
-        {plan["pairs"][0]} pairs. Differences are paired by seed. H1 to H3 are tested together by Holm's method at
-        {LEVEL:g}."""
+        All three use {plan["pairs"][0]} pairs. Differences are paired by seed. Holm's method adjusts H1 to H3 together,
+        at level {LEVEL:g}."""
     return "\n".join(
         [
             "## The three hypotheses",
             "",
-            _filled(intro),
+            filled(intro),
             "",
-            *_table(columns, rows),
+            *table(columns, rows),
             "",
-            f"As good as each other within ±{MARGIN:g}, by two one-sided tests at {LEVEL:g} each:",
+            f"Equally good within ±{MARGIN:g}, by two one-sided tests at level {LEVEL:g}:",
             "",
-            *_table(["difference", "seeds", "mean (90%)", "p", "as good"], equal),
+            *table(["difference", "seeds", "mean (90%)", "p", "as good"], equal),
             "",
-            _filled(training),
+            filled(training),
         ]
     )
 
 
 def _edge(result: Mapping[str, Any]) -> str:
-    """Says whether stopping earlier than the protocol allows might have been better, and where the best stop is."""
+    """Describe plain DPO's best stop, and whether stopping before the first checkpoint might have been better."""
     plan = result["plan"]
     best = result["cells"][str(plan["pairs"][0])]["plain"]["best"]
     fewest = str(plan["checkpoints"][0])
-    words = f"At its best, plain DPO's greedy quality is {_signed(best['greedy'][f'minus {BASE}'])} from the base."
+    words = f"""At its best number of updates, plain DPO's greedy quality differs from the base's by
+        {signed(best["greedy"][f"minus {BASE}"])}."""
     if at_edge := best["chosen"][fewest]:
-        words += f""" That best number is {fewest}, the smallest one allowed, on {at_edge} of
-            {sum(best["chosen"].values())} seeds: an even earlier stop might be better, so H2 compares the arms at an
-            early stop, not at the best one there is."""
+        words += f""" This number is {fewest}, the smallest allowed, on {at_edge} of {sum(best["chosen"].values())}
+            seeds. An even earlier stop might be better, so H2 compares the arms at an early stop, not necessarily at
+            the best stop."""
     return words
 
 
 def _deviations(result: Mapping[str, Any]) -> str:
     found = result["deviations"]
-    return "\n".join(["## Deviations from the protocol", "", *(map(_item, found) if found else ["None."])])
+    return "\n".join(["## Deviations from the protocol", "", *(map(item, found) if found else ["None."])])
 
 
 def _cells(result: Mapping[str, Any]) -> Iterator[str]:
@@ -197,23 +199,23 @@ def _cells(result: Mapping[str, Any]) -> Iterator[str]:
             if "best" in cell:
                 rows = [*(cell["updates"][updates]["greedy"] for updates in checkpoints), cell["best"]["greedy"]]
                 name = [TITLES[arm], str(cell["seeds"])]
-                gains.append([*name, *(_signed(row[f"minus {BASE}"]) for row in rows)])
+                gains.append([*name, *(signed(row[f"minus {BASE}"]) for row in rows)])
                 if arm != "plain" and "minus plain" in rows[0]:
-                    against.append([*name, *(_signed(row["minus plain"]) for row in rows)])
+                    against.append([*name, *(signed(row["minus plain"]) for row in rows)])
         if gains:
             yield "\n".join(
                 [
                     f"## {pairs} pairs",
                     "",
-                    "Gain in exact quality over the base, greedy (95%, not adjusted):",
+                    "Gain in exact quality of greedy answers over the base (95%, not adjusted):",
                     "",
-                    *_table(columns, gains),
+                    *table(columns, gains),
                     "",
-                    "Difference from plain DPO, each after as many updates or at its best:",
+                    "Difference from plain DPO, with equal updates or each arm at its best:",
                     "",
-                    *_table(columns, against),
+                    *table(columns, against),
                     "",
-                    _filled(_chosen(arms)),
+                    filled(_chosen(arms)),
                 ]
             )
 
@@ -224,15 +226,15 @@ def _chosen(arms: Mapping[str, Any]) -> str:
         if "best" in cell:
             counts = ", ".join(f"{u} on {n}" for u, n in cell["best"]["chosen"].items() if n)
             parts.append(f"{TITLES[arm]} {counts}")
-    return f"Best number of updates on validation prompts, and on how many seeds: {'; '.join(parts)}."
+    return f"Best number of updates on validation prompts, with the number of seeds: {'; '.join(parts)}."
 
 
 def _decodings(result: Mapping[str, Any]) -> Iterator[str]:
     plan, base = result["plan"], result["base"]
     few, updates = str(plan["pairs"][0]), str(plan["tested_updates"])
     columns = ["", *(f"{how}: {what}" for how in _DECODINGS for what in ("quality", "tokens"))]
-    note = """Rows of fewer seeds are of the first ones, so the differences compare better than the means. Sampled means
-        at temperature one. Right answers have 3 to 8 tokens, fillers not counted."""
+    note = """Rows with fewer seeds use the first seeds, so compare arms by the differences, not by the means. "Sampled"
+        means at temperature 1. Right answers have 3 to 8 tokens, without fillers."""
     for where, at in ((f"after {updates} updates", updates), ("each arm at its best number of updates", None)):
         rows = [["base", *(f"{base[d][w]:.{3 if w == 'quality' else 1}f}" for d in _DECODINGS for w in _WHAT)]]
         differences = []
@@ -245,17 +247,17 @@ def _decodings(result: Mapping[str, Any]) -> Iterator[str]:
             for other in ("plain", BASE):
                 if f"minus {other}" in row["greedy"]:
                     name = f"{TITLES[arm]} − {TITLES[other]}"
-                    differences.append([name, *(_signed(row[d][f"minus {other}"]) for d in _DECODINGS)])
+                    differences.append([name, *(signed(row[d][f"minus {other}"]) for d in _DECODINGS)])
         yield "\n".join(
             [
                 f"## Other decodings, {few} pairs, {where}",
                 "",
-                *_table(columns, rows),
+                *table(columns, rows),
                 "",
-                *([_filled(note), ""] if at else []),  # once is enough
+                *([filled(note), ""] if at else []),  # once is enough
                 f"Differences in exact quality, {where}, paired by seed (95%, not adjusted):",
                 "",
-                *_table(["", *_DECODINGS], differences),
+                *table(["", *_DECODINGS], differences),
             ]
         )
 
@@ -265,16 +267,17 @@ _DECODINGS, _WHAT = ("greedy", "sampled", "T=0.7"), ("quality", "length")
 
 def _rerun(result: Mapping[str, Any]) -> str:
     hardware = result["hardware"]
-    note = _filled(f"""
-        {result["runs"]} runs, {result["run_seconds"] / 60:.0f} minutes of their own clocks added up, on
+    note = filled(f"""
+        {result["runs"]} runs took {result["run_seconds"] / 60:.0f} minutes, summed over the runs, on
         {hardware["cpu"]}, {hardware["cores"]} cores shared with other work, torch {result["versions"]["torch"]},
         {result["date"]}. Every run is a line of a .jsonl file in
-        [results/study_axis](../benchmarks/results/study_axis), one file for each number of pairs, with the edits of
-        its greedy answers. [axis.json](../benchmarks/results/study_axis/axis.json) and this page follow from them.""")
+        [results/study_axis](../benchmarks/results/study_axis), with the edits of its greedy answers. Each number of
+        pairs has its own file. [axis.json](../benchmarks/results/study_axis/axis.json) and this page are computed from
+        these lines.""")
     return f"""## Rerun it
 
 ```bash
-python -m benchmarks.study --part axis            # continues where it was interrupted
+python -m benchmarks.study --part axis            # continues after an interruption
 python -m benchmarks.study --part axis --quick    # tiny sizes, under a minute
 ```
 

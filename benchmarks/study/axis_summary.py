@@ -1,4 +1,4 @@
-"""From the runs of the over-training study to every number of ``axis.json``, by the rules of docs/study_protocol.md."""
+"""Compute every number of ``axis.json`` from the over-training runs, by the rules of docs/study_protocol.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .statistics import equivalence, holm, t_interval
 
 LEVEL, MARGIN = 0.05, 0.02
 
-# What the protocol concludes from each verdict, word for word.
+# The protocol's conclusion for each verdict, word for word.
 CONCLUSIONS = {
     "H1": {
         "supported": "With equal updates and many passes, InSPO gives better answers from the prompt alone than plain "
@@ -43,21 +43,21 @@ TITLES = {
     "anchored": "anchored InSPO-DPO",
     "sft": "SFT on the chosen answers",
 }
-# Departures from the protocol that no rule below can see.
+# Deviations from the protocol that no rule below can detect.
 NOTED: tuple[str, ...] = ()
 
 Value = Callable[[str, int], float]  # of an arm on a seed
 
 
 class AxisRuns:
-    """Finished runs by number of pairs, arm and seed."""
+    """The finished runs by number of pairs, arm and seed."""
 
     def __init__(self, plan: AxisPlan, records: Iterable[Mapping[str, Any]]) -> None:
         self.plan = plan
         self.records = {(r["pairs"], r["arm"], r["seed"]): r for r in records}
 
     def seeds(self, pairs: int, *arms: str) -> list[int]:
-        """Seeds with runs of all of ``arms``; the base is that of any number of pairs."""
+        """Return the seeds that have runs of all ``arms``. The base counts for every number of pairs."""
         found = [{s for p, a, s in self.records if (p, a) == (self._file(pairs, arm), arm)} for arm in arms]
         return sorted(set.intersection(*found))
 
@@ -69,7 +69,7 @@ class AxisRuns:
         return found
 
     def after(self, pairs: int, updates: int, decoding: str = "greedy", what: str = "quality") -> Value:
-        """The value of an arm after so many updates; that of the base has none."""
+        """Return an arm's value after ``updates`` updates. The base's value does not depend on updates."""
 
         def value(arm: str, seed: int) -> float:
             points = self.checkpoints(pairs, arm, seed)
@@ -79,7 +79,7 @@ class AxisRuns:
         return value
 
     def best(self, pairs: int, decoding: str = "greedy", what: str = "quality") -> Value:
-        """The value of an arm at the checkpoint with the best validation quality, the earlier one in a tie."""
+        """Return an arm's value at the checkpoint with the best validation quality. The earlier one wins ties."""
         return lambda arm, seed: float(self.best_point(pairs, arm, seed)[decoding][what])
 
     def best_point(self, pairs: int, arm: str, seed: int) -> dict[str, Any]:
@@ -91,13 +91,13 @@ class AxisRuns:
 
 
 def missing_for_report(plan: AxisPlan, keys: Iterable[tuple[Any, ...]]) -> str:
-    """Names the arms of the hypotheses with runs on fewer than two seeds; empty if there are none."""
+    """Return the names of the hypotheses' arms with runs on fewer than two seeds, or an empty string."""
     found = [(arm, pairs) for arm, pairs, _ in keys]
     return ", ".join(arm for arm in (BASE, *TESTED) if found.count((arm, plan.pairs[0])) < 2)
 
 
 def summarize(plan: AxisPlan, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """All results. A cell with fewer than two seeds has no numbers, only its count of seeds."""
+    """Return all results. A cell with fewer than two seeds has only its count of seeds."""
     records = list(records)
     runs = AxisRuns(plan, records)
     planned = [job for pairs in plan.pairs for job in axis_jobs(plan, pairs)]
@@ -124,7 +124,7 @@ def summarize(plan: AxisPlan, records: Iterable[Mapping[str, Any]]) -> dict[str,
 
 
 def hypothesis_differences(runs: AxisRuns) -> dict[str, list[float]]:
-    """The differences of H1 to H3 in the primary metric, seed by seed."""
+    """Return the differences of H1 to H3 in the primary metric, seed by seed."""
     plan = runs.plan
     few = plan.pairs[0]
     fixed, best = runs.after(few, plan.tested_updates), runs.best(few)
@@ -149,7 +149,7 @@ def _hypotheses(runs: AxisRuns) -> dict[str, dict[str, Any]]:
 
 
 def verdict(mean: float, adjusted_p: float, equal: bool) -> str:
-    """The protocol's word for a hypothesis: "supported", "contradicted", "equal" or "neither"."""
+    """Return the protocol's verdict on a hypothesis: "supported", "contradicted", "equal" or "neither"."""
     if adjusted_p < LEVEL:
         return "supported" if mean > 0 else "contradicted"
     return "equal" if equal else "neither"
@@ -165,7 +165,7 @@ def _equivalence(runs: AxisRuns) -> dict[str, dict[str, Any]]:
 
 
 def _over_trained(runs: AxisRuns) -> dict[str, Any]:
-    """Plain at the tested number of updates minus plain at its best: over-trained if significantly below 0."""
+    """Compare plain at the tested number of updates with plain at its best: over-trained if significantly worse."""
     few = runs.plan.pairs[0]
     fixed = runs.after(few, runs.plan.tested_updates)
     interval = t_interval(runs.differences(few, "plain", fixed, "plain", runs.best(few)))
@@ -186,7 +186,7 @@ def _mean(value: Value, arm: str, seeds: Sequence[int]) -> float:
 
 
 def _cell(runs: AxisRuns, pairs: int, arm: str) -> dict[str, Any]:
-    """One arm with so many pairs: at each checkpoint and at the best one, quality, lengths, and paired differences."""
+    """Summarize an arm in a cell: quality, length and paired differences at each checkpoint and at the best."""
     seeds = runs.seeds(pairs, arm, BASE)
     cell: dict[str, Any] = {"seeds": len(seeds), "planned": len(runs.plan.seeds_of(pairs, arm))}
     if len(seeds) < 2:
@@ -219,7 +219,7 @@ def _row(runs: AxisRuns, pairs: int, arm: str, value_of: Callable[[str, str], Va
 
 
 def _deviations(runs: AxisRuns) -> list[str]:
-    """Every departure from the protocol that the runs show."""
+    """Return every deviation from the protocol that the runs show."""
     plan, found = runs.plan, []
     for pairs in plan.pairs:
         for arm in (BASE, *plan.arms) if pairs == plan.pairs[0] else plan.arms:

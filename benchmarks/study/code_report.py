@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001  (minus signs, primes and Greek letters are meant)
-"""``study_code.md`` and its picture, from the summary that ``benchmarks.study.code_study`` computes."""
+"""Write ``study_code.md`` and its picture from the summary that ``benchmarks.study.code_study`` computes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from .code_runs import ARMS, Size
-from .report import DOCS, _filled, _item, _list, _mean, _p, _signed, _table
+from .markdown import filled, item, listed, mean_text, p_value, signed, table
+from .report import DOCS
 
 RESULTS = Path(__file__).parent.parent / "results" / "study_code"
 COLORS = {"plain": "tab:orange", "inspo": "tab:blue", "dropout": "tab:green", "shuffled": "tab:purple", "sft": "black"}
-# What the code cannot see by itself.
+# Deviations that the code cannot detect.
 DEVIATIONS = [
-    "While the base was fitted, answers were sampled 256 rows at a time; the code now takes 512. This may change the "
-    "rounding of the drafts' log-probs, so a base that is fitted anew may differ.",
+    "While the base was fitted, answers were sampled 256 rows at a time; the code now uses 512. This may change the "
+    "rounding of the drafts' log-probs, so a newly fitted base may differ.",
 ]
 CLAIMS = {
     ("H1", "better"): "After {epochs} passes over the pairs, InSPO answered better than plain DPO.",
@@ -41,7 +42,7 @@ CLAIMS = {
 
 
 def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write the report and its picture, of the committed results to ``docs``; returns the files."""
+    """Write the report and its picture to ``folder``, or to ``docs`` for the committed results. Return the files."""
     folder = DOCS if folder.resolve() == RESULTS.resolve() else folder
     page, picture = folder / "study_code.md", folder / "study_code.png"
     page.write_text(text(result))
@@ -62,7 +63,7 @@ def text(result: Mapping[str, Any]) -> str:
         "# Does InSPO help on real text? A second study",
         "<!-- written by python -m benchmarks.study.code_study; do not edit -->",
         *_warnings(result),
-        _filled(_opening(result)),
+        filled(_opening(result)),
         "![quality over epochs](study_code.png)",
         _world(result),
         _hypotheses(result),
@@ -82,10 +83,10 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
 
 
 def _learned(result: Mapping[str, Any]) -> str:
-    """Return whether anything was learned and whether plain was over-trained, as the protocol asks."""
+    """Say whether anything was learned and whether plain was over-trained, as the protocol requires."""
 
     def among(gains: Mapping[str, Mapping[str, float]], sign: int) -> str:
-        return _list([ARMS[arm].title for arm, g in gains.items() if (g["low"] > 0 if sign > 0 else g["high"] < 0)])
+        return listed([ARMS[arm].title for arm, g in gains.items() if (g["low"] > 0 if sign > 0 else g["high"] < 0)])
 
     chosen = {arm: found["gain"] for arm, found in result["chosen"].items()}
     last = {arm: result["arms"][arm][-1]["gain"] for arm in ARMS}
@@ -93,12 +94,12 @@ def _learned(result: Mapping[str, Any]) -> str:
     drop = result["others"]["plain, last epoch - plain, chosen epoch"]["quality"]
     learned = f"At the chosen epoch, quality was above the base's for {better}."
     if not better:
-        learned = """At the chosen epoch, no arm's quality was measurably above the base's: nothing was learned. So
-            equal quality there says little."""
+        learned = """At the chosen epoch, no arm's quality was measurably above the base's: nothing was learned. Equal
+            quality there therefore says little."""
     words = [
         f"Plain DPO was {'' if drop['high'] < 0 else 'not measurably '}over-trained after the last epoch: "
-        f"{_signed(drop)} beside its chosen epoch.",
-        f"Quality was then below the base's for {worse}." if worse else "",
+        f"its quality changed by {signed(drop)} from its chosen epoch.",
+        f"After the last epoch, quality was below the base's for {worse}." if worse else "",
         learned,
     ]
     return " ".join(filter(None, words))
@@ -109,9 +110,8 @@ def _opening(result: Mapping[str, Any]) -> str:
     return f"""
         A small model completes functions of the Python standard library. Its answers are graded by whether they compile
         and whether the names that they read are bound. {finding(result)}
-        {_learned(result)} This is what {len(result["seeds"])} seeds of
-        one base, {size["pairs"]} pairs each, say. It holds for this world alone. The rules were fixed beforehand in
-        [the protocol](study_protocol_code.md)."""
+        {_learned(result)} These results come from {len(result["seeds"])} seeds of one base with {size["pairs"]} pairs
+        each, and hold for this world alone. [The protocol](study_protocol_code.md) fixed the rules beforehand."""
 
 
 def _world(result: Mapping[str, Any]) -> str:
@@ -122,28 +122,30 @@ def _world(result: Mapping[str, Any]) -> str:
         return float(np.mean([pair[name] for pair in pairs]))
 
     gap, lengths = np.mean([p["gap"] for p in pairs], 0), np.mean([p["lengths"] for p in pairs], 0)
-    grading = _filled(f"""
+    grading = filled(f"""
         **Prompt:** a function's header and the first line of its docstring. **Answer:** its body. **Quality:** 0 if the
-        function does not compile or the answer does not end, else ½ + ½ · (share of the names that it reads that are
-        bound); ½ if it reads none. **Judge**, whose labels are all that training sees: P(first preferred) =
-        σ({judge["a"]:g} Δquality + {judge["b"]:g} Δlength in tokens), {judge["noise"]:.0%} of the labels inverted.""")
-    data = _filled(f"""
-        **Text:** {library["files"]} files of the library of Python {started["versions"]["python"]}, each function
-        rewritten by `ast.unparse`. Modules are split by name, so no module is in two splits. Functions whose prompt and
-        body fit in {size["most_tokens"]} tokens each: {library["training"][0]:,} for training, of which
-        {library["training"][1]:,} have a docstring and are prompts; {library["validation"][1]:,} validation and
-        {library["test"][1]:,} test prompts. Tokens: a byte-pair encoding of {size["vocabulary"]:,}, trained on the
-        training split.""")
-    model = _filled(f"""
+        function does not compile or the answer does not end. Otherwise ½ + ½ · (share of the names read by the body
+        that are bound), or ½ if the body reads no name. **Judge:** P(first preferred) = σ({judge["a"]:g} Δquality +
+        {judge["b"]:g} Δlength in tokens). {judge["noise"]:.0%} of its labels are flipped. Training sees only these
+        labels.""")
+    data = filled(f"""
+        **Text:** {library["files"]} files of the standard library of Python {started["versions"]["python"]}.
+        `ast.unparse` rewrites each function. Modules are split by name, so no module is in two splits. The study uses
+        functions whose prompt and body fit in {size["most_tokens"]} tokens each: {library["training"][0]:,} for
+        training, of which {library["training"][1]:,} have a docstring and serve as prompts;
+        {library["validation"][1]:,} validation and {library["test"][1]:,} test prompts. Tokens come from a byte-pair
+        encoding of size {size["vocabulary"]:,}, trained on the training split.""")
+    model = filled(f"""
         **Base:** a Llama with {started["base"]["parameters"] / 1e6:.2f}M parameters, fitted once and shared by all
-        seeds. In {size["draft_share"]:.0%} of its rows a draft stands between prompt and body: a damaged body, or later
-        also its own answer. **Pairs:** of four sampled answers, the two with the judge's highest and lowest score. The
-        chosen answer is the better one in {mean("chosen_better"):.0%} of the pairs, the worse one in
-        {mean("chosen_worse"):.0%}. It has {lengths[0]:.1f} tokens, the rejected one {lengths[1]:.1f}. The base's
-        log π(y|x,y′) − log π(y|x) is {gap[0]:+.2f} nats a token for chosen and {gap[1]:+.2f} for rejected answers.""")
-    reward = _filled(f"""
-        **Does the reward have spread?** The base's sampled answers to test prompts have quality
-        {base["quality"]["mean"]:.3f}; {base["compiles"]["mean"]:.0%} of them compile. Greedy answers have
+        seeds. {size["draft_share"]:.0%} of its rows have a draft between prompt and body: a corrupted body, or late in
+        training also the model's own answer. **Pairs:** of four sampled answers, the two with the judge's highest and
+        lowest score. The chosen answer is better in {mean("chosen_better"):.0%} of the pairs and worse in
+        {mean("chosen_worse"):.0%}. On average the chosen answer has {lengths[0]:.1f} tokens and the rejected answer
+        {lengths[1]:.1f}. The base's log π(y|x,y′) − log π(y|x) is {gap[0]:+.2f} nats per token for chosen and
+        {gap[1]:+.2f} for rejected answers.""")
+    reward = filled(f"""
+        **Does the reward vary?** The base's sampled answers to test prompts have quality
+        {base["quality"]["mean"]:.3f}, and {base["compiles"]["mean"]:.0%} of them compile. Greedy answers have quality
         {base["greedy"]["mean"]:.3f}.""")
     return "\n\n".join(["## The world", grading, data, model, reward])
 
@@ -152,9 +154,9 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{name}: {test['claim']}",
-            _signed(test["quality"]),
-            _p(test["quality"]["p"]),
-            _p(test["holm_p"]),
+            signed(test["quality"]),
+            p_value(test["quality"]["p"]),
+            p_value(test["holm_p"]),
             f"{test['narrow']['low']:+.3f} to {test['narrow']['high']:+.3f}",
             test["decision"],
         ]
@@ -165,10 +167,11 @@ def _hypotheses(result: Mapping[str, Any]) -> str:
     )
     columns = ["hypothesis", "difference (95%)", "p", "Holm p", "90% interval", "decision"]
     note = f"""
-        Differences in quality of sampled answers to test prompts, paired by seed, t over {len(result["seeds"])} seeds.
-        Better or worse: Holm p < 0.05. Equivalent: the 90% interval lies within ±{result["margin"]:g}. Undecided:
-        neither. Epochs chosen on validation prompts, seed by seed: {chosen}."""
-    return "\n".join(["## The hypotheses", "", *_table(columns, rows), "", _filled(note)])
+        These are differences in quality of sampled answers to test prompts, paired by seed, with t intervals over
+        {len(result["seeds"])} seeds. Better or worse means Holm p < 0.05. Equivalent means that the 90% interval lies
+        within ±{result["margin"]:g}. Undecided means neither. Epochs chosen on validation prompts, in order of the
+        seeds: {chosen}."""
+    return "\n".join(["## The hypotheses", "", *table(columns, rows), "", filled(note)])
 
 
 def _arms(result: Mapping[str, Any]) -> str:
@@ -188,12 +191,12 @@ def _arms(result: Mapping[str, Any]) -> str:
         chosen = [] if arm == "base" else [{"epoch": "chosen", **result["chosen"][arm]}]
         for row in [*epochs, *chosen]:
             title = "base" if arm == "base" else ARMS[arm].title
-            gains = ["" if arm == "base" else _signed(row[what]) for what in ("gain", "greedy_gain")]
+            gains = ["" if arm == "base" else signed(row[what]) for what in ("gain", "greedy_gain")]
             rows.append(
                 [
                     title,
                     row["epoch"],
-                    _mean(row["quality"]),
+                    mean_text(row["quality"]),
                     gains[0],
                     f"{row['greedy']['mean']:.3f}",
                     gains[1],
@@ -205,64 +208,65 @@ def _arms(result: Mapping[str, Any]) -> str:
     tokens = "; ".join(f"{ARMS[arm].title} {count:,.0f}" for arm, count in result["tokens"].items())
     size = result["settings"]["size"]
     note = f"""
-        Answers are given from the prompt alone: {size["samples"]} sampled at temperature 1 to each of
-        {size["test_prompts"]} test prompts of a seed, and a greedy one. Gains are paired by seed. "Chosen" is the epoch
-        chosen on validation prompts. A run makes {_list([str(u) for u in result["updates"]])} updates. It passes so
-        many tokens: {tokens}."""
-    return "\n".join(["## All arms", "", *_table(columns, rows), "", _filled(note)])
+        All answers are given from the prompt alone. Each of a seed's {size["test_prompts"]} test prompts gets
+        {size["samples"]} answers sampled at temperature 1 and one greedy answer. Gains are paired by seed. "Chosen" is
+        the epoch chosen on validation prompts. A run makes {listed([str(u) for u in result["updates"]])} updates.
+        Tokens processed per run: {tokens}."""
+    return "\n".join(["## All arms", "", *table(columns, rows), "", filled(note)])
 
 
 def _others(result: Mapping[str, Any]) -> str:
     rows = [
         [
             name,
-            _signed(other["quality"]),
-            _signed(other["greedy"]),
-            _signed(other["win_rate"]),
+            signed(other["quality"]),
+            signed(other["greedy"]),
+            signed(other["win_rate"]),
             f"{other['length']['mean']:+.1f}",
         ]
         for name, other in ({n: h for n, h in result["hypotheses"].items()} | dict(result["others"])).items()
     ]
     columns = ["", "quality (95%)", "greedy quality (95%)", "judge: wins over base (95%)", "tokens"]
-    note = "Descriptive: 95% t intervals, not adjusted for their number. No conclusion rests on them."
-    return "\n".join(["## Other differences", "", *_table(columns, rows), "", note])
+    note = "These 95% t intervals are descriptive and not adjusted for their number. No conclusion rests on them."
+    return "\n".join(["## Other differences", "", *table(columns, rows), "", note])
 
 
 def _limits(result: Mapping[str, Any]) -> str:
     size = result["settings"]["size"]
     points = [
         "All seeds share one base. The intervals cover pairs, prompts and sampling, not another base.",
-        """Quality does not ask whether a body does what its docstring says. A short body with bound names has quality
-        1.""",
-        """The pairs' prompts are functions that the base was fitted to, so its answers there may be better than on the
-        validation and test prompts, which are from other modules.""",
-        f"""{size["pairs"]} pairs are few. All DPO arms have the learning rate {size["learning_rate"]:g}, which was not
-        tuned for any of them.""",
+        """Quality does not measure whether a body does what its docstring says. A short body with bound names has
+        quality 1.""",
+        """The base was fitted to the functions behind the pairs' prompts, so its answers to these prompts may be better
+        than its answers to validation and test prompts, which come from other modules.""",
+        f"""{size["pairs"]} pairs are few. All DPO arms use the learning rate {size["learning_rate"]:g}, which was not
+        tuned for any arm.""",
     ]
-    return "\n".join(["## Limits", "", *(_item(point) for point in points)])
+    return "\n".join(["## Limits", "", *(item(point) for point in points)])
 
 
 def _deviations(result: Mapping[str, Any]) -> str:
     found = []
     if len(result["seeds"]) < result["planned_seeds"]:
-        found.append(f"{len(result['seeds'])} of {result['planned_seeds']} seeds are finished; the rest is missing.")
+        found.append(f"{len(result['seeds'])} of {result['planned_seeds']} seeds are finished; the others are missing.")
     found += DEVIATIONS
-    items = [_item(one) for one in found] or ["None."]
+    items = [item(one) for one in found] or ["None."]
     return "\n".join(["## Deviations from the protocol", "", *items])
 
 
 def _rerun(result: Mapping[str, Any]) -> str:
     hardware, started = result["hardware"], result["started"]
-    note = _filled(f"""
-        First run: {started["date"]}, commit {started["package"]["commit"]}. {result["run_seconds"] / 60:.0f} minutes of
-        the runs' own clocks, after {started["base"]["seconds"] / 60:.0f} minutes of fitting, on {hardware["cpu"]}, one
-        thread, shared with other work; torch {result["versions"]["torch"]}. Every run is a line of
+    note = filled(f"""
+        The first run started on {started["date"]} with commit {started["package"]["commit"]}. All runs took
+        {result["run_seconds"] / 60:.0f} minutes, after {started["base"]["seconds"] / 60:.0f} minutes of fitting, on one
+        thread of {hardware["cpu"]}, shared with other work; torch {result["versions"]["torch"]}. Every run is a line of
         [runs.jsonl](../benchmarks/results/study_code/runs.jsonl) with the quality and length of its answers.
-        [study_code.json](../benchmarks/results/study_code/study_code.json) and this page are computed from them.""")
+        [study_code.json](../benchmarks/results/study_code/study_code.json) and this page are computed from these
+        lines.""")
     return f"""## Rerun it
 
 ```bash
-python -m benchmarks.study.code_study --json FILE           # continues where it was interrupted
+python -m benchmarks.study.code_study --json FILE           # continues after an interruption
 python -m benchmarks.study.code_study --quick --json FILE   # tiny sizes
 ```
 

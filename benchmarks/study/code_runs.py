@@ -1,7 +1,7 @@
 """Fit a base to the standard library's functions, draw pairs from it, train the arms, and grade their answers.
 
-All seeds share the base. A seed draws the prompts, the base's answers, the labels, the order and the test's random
-draws anew. Every arm of a seed sees the same pairs in the same order and is judged on the same draws.
+All seeds share the base. Each seed has its own prompts, base answers, labels, order of pairs and random draws for the
+test. Every arm of a seed sees the same pairs in the same order and is graded on the same draws.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Ids = list[int]
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is; ``most_tokens`` bounds prompts and, with their end, bodies and answers."""
+    """All sizes of the study. ``most_tokens`` limits prompts, and bodies and answers including their end."""
 
-    most_files: int | None = None  # of the library that are read; None reads all
+    most_files: int | None = None  # library files to read; None reads all
     vocabulary: int = 1024
     hidden_size: int = 160
     layers: int = 3
@@ -42,7 +42,7 @@ class Size:
     fit_rows: int = 32
     fit_learning_rate: float = 3e-3
     draft_share: float = 0.5
-    sampled_drafts: float = 0.4  # share of the last steps, in which half of the drafts are the model's own answers
+    sampled_drafts: float = 0.4  # share of steps, at the end, in which half of the drafts are the model's own answers
     pairs: int = 64
     update_pairs: int = 8
     epochs: tuple[int, ...] = (1, 3, 10)  # after which answers are graded
@@ -58,10 +58,10 @@ class Size:
 class Arm:
     """One way to train.
 
-    own: whether the alternative is the other response of the same pair; otherwise it is another pair's.
-    reference_conditioned: whether the reference sees the alternative, too.
-    dropout: the probability that a pair is laid out plain in an epoch, alternative left out.
-    learning_rate: factor of the size's.
+    own: whether the alternative is the other response of the same pair, or a response of another pair.
+    reference_conditioned: whether the reference also sees the alternative.
+    dropout: the probability that an epoch lays out a pair plain, without the alternative.
+    learning_rate: factor of the learning rate in ``Size``.
     """
 
     title: str
@@ -86,7 +86,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Data:
-    """The functions that fit, by split, with their vocabulary. Those with a docstring are the prompts of the study."""
+    """The functions that fit, by split, and their vocabulary. Functions with a docstring are the study's prompts."""
 
     functions: dict[str, list[Function]]
     vocabulary: Vocabulary
@@ -97,7 +97,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids of a labelled pair, and its answers' qualities; alternatives of the chosen and rejected response."""
+    """Token ids of a labelled pair, the qualities of its answers, and the alternatives of both responses."""
 
     prompt: Ids
     chosen: Ids
@@ -137,10 +137,10 @@ def build(size: Size, seed: int = 0) -> LlamaForCausalLM:
 
 
 def fit(model: LlamaForCausalLM, data: Data, size: Size, report: Callable[[int, float], None]) -> float:
-    """Fit the base; returns the mean loss of the last steps, in nats a token.
+    """Fit the base. Return the mean loss of the last steps, in nats per token.
 
-    ``draft_share`` of the rows are prompt + draft + body, the body alone learned. A draft is the damaged body, or in
-    the last steps also an answer that the model itself gave. ``report`` gets steps and seconds.
+    ``draft_share`` of the rows are prompt + draft + body, of which only the body is learned. A draft is a corrupted
+    body, or in the last steps also one of the model's own answers. ``report`` gets steps and seconds.
     """
     rng = random.Random("fit")
     functions, vocabulary = data.functions["training"], data.vocabulary
@@ -159,7 +159,7 @@ def fit(model: LlamaForCausalLM, data: Data, size: Size, report: Callable[[int, 
         while done < size.fit_steps:
             if not own and done >= (1 - size.sampled_drafts) * size.fit_steps:
                 own.extend(sample(model, [vocabulary.prompt(f) for f in functions], size.most_tokens, 1, seed=0))
-            # Rows of similar length share a batch: less padding.
+            # Rows of similar length share a batch, to save padding.
             rows = sorted((row() for _ in range(8 * size.fit_rows)), key=lambda one: len(one[0]) + len(one[1]))
             for start in rng.sample(range(0, len(rows), size.fit_rows), 8)[: size.fit_steps - done]:
                 yield rows[start : start + size.fit_rows]
@@ -173,10 +173,10 @@ def fit(model: LlamaForCausalLM, data: Data, size: Size, report: Callable[[int, 
 
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, prompts: Sequence[Ids], most: int, count: int, *, seed: int | None) -> list[Ids]:
-    """Return ``count`` answers to each prompt, one prompt after the other, at temperature 1; END is the last id.
+    """Return ``count`` answers per prompt, prompt by prompt, sampled at temperature 1. END is the last id.
 
-    The random draw behind each token depends on ``seed``, prompt and position alone. None decodes greedily. An answer
-    of ``most`` ids may lack its end.
+    The random draw of each token depends only on ``seed``, prompt and position. If ``seed`` is None, decoding is
+    greedy. An answer of ``most`` ids may lack its end.
     """
     total = len(prompts) * count
     generator = torch.Generator().manual_seed(seed or 0)
@@ -220,13 +220,13 @@ def sample(model: LlamaForCausalLM, prompts: Sequence[Ids], most: int, count: in
 
 @dataclass(frozen=True)
 class Graded:
-    """Answers' qualities and lengths, count answers to each prompt one after the other."""
+    """Qualities and lengths of answers, with all answers to one prompt before those to the next."""
 
     quality: list[float]
     length: list[int]
 
     def record(self) -> dict[str, list[int]]:
-        """Return what a result file holds: qualities in thousandths, lengths in tokens."""
+        """Return the values for a result file: qualities in thousandths, lengths in tokens."""
         return {"quality": [round(1000 * q) for q in self.quality], "length": self.length}
 
 
@@ -237,7 +237,7 @@ def graded(functions: Sequence[Function], answers: Sequence[Ids], vocabulary: Vo
 
 
 def evaluate(model: LlamaForCausalLM, data: Data, size: Size, seed: int) -> dict[str, Any]:
-    """Grade answers from the prompt alone: sampled ones to validation and test prompts, greedy ones to test prompts."""
+    """Grade answers from the prompt alone: sampled for validation and test prompts, greedy for test prompts."""
     result = {}
     for name, part, count in (
         ("validation", "validation", size.samples),
@@ -253,16 +253,16 @@ def evaluate(model: LlamaForCausalLM, data: Data, size: Size, seed: int) -> dict
 
 
 def drawn_prompts(data: Data, size: Size, part: str, seed: int) -> list[Function]:
-    """Draw the prompts of a seed; those of "training" are all of them, in random order."""
+    """Draw the prompts of a seed. "training" has all training prompts, in random order."""
     found = data.prompts(part)
     count = {"validation": size.validation_prompts, "test": size.test_prompts}.get(part, len(found))
     return random.Random(f"{part} {seed}").sample(found, min(count, len(found)))
 
 
 def draw_pairs(model: LlamaForCausalLM, data: Data, size: Size, seed: int, judge: Judge) -> list[Pair]:
-    """Draw four answers to a training prompt; the judge's highest and lowest make the pair, which it then labels.
+    """Sample four answers per training prompt. Those with the judge's highest and lowest score form the labelled pair.
 
-    Answers without end are no candidates; prompts whose answers all score the same are left out.
+    Answers without end are not candidates. Prompts whose answers all have the same score are skipped.
     """
     rng = random.Random(f"pairs {seed}")
     functions, vocabulary = drawn_prompts(data, size, "training", seed), data.vocabulary
@@ -293,9 +293,7 @@ def draw_pairs(model: LlamaForCausalLM, data: Data, size: Size, seed: int, judge
 
 
 def with_alternatives(pairs: Sequence[Pair], *, own: bool, seed: int) -> list[Pair]:
-    """Give each response what it is conditioned on: the other response of its pair, or of the next pair in a random
-    circle, in the same role.
-    """
+    """Set the alternative of each response: the pair's other response, or that of the next pair in a random cycle."""
     circle = random.Random(f"circle {seed}").sample(range(len(pairs)), len(pairs))
     following = {place: circle[(i + 1) % len(circle)] for i, place in enumerate(circle)}
     result = []
@@ -306,7 +304,7 @@ def with_alternatives(pairs: Sequence[Pair], *, own: bool, seed: int) -> list[Pa
 
 
 def batch_of(pairs: Sequence[Pair], conditioned: Sequence[bool]) -> dict[str, Tensor]:
-    """Lay pairs out as ``condition_pairs`` does, but each by itself conditioned or plain."""
+    """Lay out pairs as ``condition_pairs`` does, but with each pair either conditioned or plain."""
     chosen = [(p.prompt + (p.alternatives[0] if c else []), p.chosen) for p, c in zip(pairs, conditioned)]
     rejected = [(p.prompt + (p.alternatives[1] if c else []), p.rejected) for p, c in zip(pairs, conditioned)]
     rows = chosen + rejected
@@ -341,7 +339,7 @@ def log_probs(model: LlamaForCausalLM, pairs: Sequence[Pair], *, conditioned: bo
 def pair_loss(
     model: LlamaForCausalLM, batch: Mapping[str, Tensor], objective: ik.Objective | None, reference: Tensor
 ) -> Tensor:
-    """Return the objective's loss, or without one the mean negative log-prob of a token of the batch's labels."""
+    """Return the objective's loss or, without an objective, the labels' mean negative log-prob per token."""
     if objective is None:
         return model(**batch).loss
     hidden, head = hidden_and_head(model, batch)
@@ -352,9 +350,9 @@ def pair_loss(
 def train(
     model: LlamaForCausalLM, pairs: Sequence[Pair], arm: Arm, size: Size, seed: int, after_epoch: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Train ``model`` in place at a constant learning rate; calls ``after_epoch`` with each of ``size.epochs``.
+    """Train ``model`` in place at a constant learning rate, and call ``after_epoch`` at each of ``size.epochs``.
 
-    The order of the pairs and the coins of the dropout depend on ``seed`` and epoch alone.
+    The order of the pairs and the dropout draws depend only on ``seed`` and epoch.
     """
     reference = torch.stack([log_probs(model, pairs, conditioned=False)] * 2)  # (layout, 2, pairs)
     if arm.reference_conditioned:
@@ -391,7 +389,7 @@ def train(
 def fitted_base(
     data: Data, digest: str, size: Size, cache: Path, say: Callable[[str], None]
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Return the base and how it was fitted, from ``cache`` if the same library and sizes were fitted before."""
+    """Return the base and facts about its fit, from ``cache`` if the library and sizes are those of an earlier fit."""
     fields = (
         "vocabulary",
         "hidden_size",

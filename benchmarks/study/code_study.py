@@ -1,7 +1,7 @@
-"""Does conditioning help on real text? ``python -m benchmarks.study.code_study --json FILE``.
+"""Run the study of conditioning on real text: ``python -m benchmarks.study.code_study --json FILE``.
 
-Follows ``docs/study_protocol_code.md``. Every finished run is a line of ``runs.jsonl`` beside FILE; after an
-interruption, the same command does what is left. Ends by writing FILE, ``study_code.md`` and its picture.
+It follows ``docs/study_protocol_code.md``. Every finished run is a line of ``runs.jsonl`` next to FILE. After an
+interruption, the same command runs the rest. At the end it writes FILE, ``study_code.md`` and its picture.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .code_runs import (
     with_alternatives,
 )
 from .code_world import Judge, read_library
+from .lines import append_line, check_settings, read_lines, write_lines
 from .statistics import holm, t_interval
 
 CACHE = Path("runs", "study-code")
@@ -54,7 +55,7 @@ QUICK = Size(
     samples=1,
     seeds=2,
 )
-MARGIN = 0.03  # of quality: differences inside are too small to matter
+MARGIN = 0.03  # of quality: smaller differences do not matter
 LEVEL = 0.05
 LAST = "last"  # the last epoch; otherwise BEST, the epoch chosen on validation prompts
 BEST = "best"
@@ -79,36 +80,32 @@ OTHERS = {
 
 
 class Records:
-    """Finished runs, one JSON line each behind a first line with settings and provenance."""
+    """Finished runs, one JSON line each, after a first line with settings and provenance."""
 
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
-        """Read ``file`` if it exists; raises ValueError if it holds runs of other settings."""
+        """Read ``file`` if it exists. Raises ValueError if its runs have other settings."""
         self.file, self.settings = file, json.loads(json.dumps(settings))
-        lines = file.read_text().rpartition("\n")[0].split("\n") if file.exists() else []
-        read = [json.loads(line) for line in lines if line]
-        self.head: dict[str, Any] = read[0] if read else {}
-        self.runs: list[dict[str, Any]] = read[1:]
-        if read and (held := self.head["settings"]) != self.settings:
-            other = ", ".join(name for name in self.settings if held.get(name) != self.settings[name])
-            raise ValueError(f"{file} holds runs of other settings ({other}); move it or choose another folder")
+        lines = read_lines(file)
+        self.head: dict[str, Any] = lines[0] if lines else {}
+        self.runs: list[dict[str, Any]] = lines[1:]
+        if lines:
+            check_settings(file, self.head["settings"], self.settings)
 
     def has(self, arm: str, seed: int) -> bool:
         return any(run["arm"] == arm and run["seed"] == seed for run in self.runs)
 
     def open(self, head: Mapping[str, Any]) -> None:
-        """Begin the file, or drop a line that a kill cut off."""
+        """Start the file, or drop a last line that is incomplete because the run was killed."""
         self.head = self.head or {**head, "settings": self.settings}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in (self.head, *self.runs)))
+        write_lines(self.file, (self.head, *self.runs))
 
     def add(self, run: dict[str, Any]) -> None:
-        with self.file.open("a") as out:
-            out.write(json.dumps(run) + "\n")
+        append_line(self.file, run)
         self.runs.append(run)
 
 
 def study(size: Size, records: Records, call: str) -> None:
-    """Do the runs that ``records`` lacks, all arms of a seed before the next seed."""
+    """Run what ``records`` lacks, all arms of a seed before the next seed."""
     left = [(arm, seed) for seed in range(size.seeds) for arm in ("base", *ARMS) if not records.has(arm, seed)]
     if not left:
         return
@@ -117,7 +114,7 @@ def study(size: Size, records: Records, call: str) -> None:
     facts = {"files": library.files, "digest": library.digest}
     facts |= {part: [len(found), len(data.prompts(part))] for part, found in data.functions.items()}
     if records.head and records.head["library"] != facts:
-        raise ValueError(f"{records.file} holds runs of another Python's library; move it or choose another folder")
+        raise ValueError(f"{records.file} holds runs with another Python's library; move it or choose another folder")
     base, fitted = fitted_base(data, library.digest, size, CACHE, lambda words: print(words, flush=True))
     records.open({**provenance(call, ["tokenizers"]), "library": facts, "base": fitted})
     weights = {name: value.clone() for name, value in base.state_dict().items()}
@@ -152,7 +149,7 @@ def base_run(model: LlamaForCausalLM, pairs: Sequence[Pair], data: Data, size: S
 def arm_run(
     model: LlamaForCausalLM, pairs: Sequence[Pair], data: Data, size: Size, arm: str, seed: int
 ) -> dict[str, Any]:
-    """Train one arm from the base in ``model`` and grade its answers after each of the epochs."""
+    """Train one arm from the base in ``model`` and grade its answers after each epoch in ``size.epochs``."""
     began = time.perf_counter()
     evaluations: list[dict[str, Any]] = []
 
@@ -164,7 +161,7 @@ def arm_run(
 
 
 def summarize(size: Size, records: Records) -> dict[str, Any]:
-    """Compute what the report says from the runs of the seeds for which every arm is finished."""
+    """Compute the report's numbers from the seeds whose arms are all finished."""
     complete = [s for s in range(size.seeds) if all(records.has(arm, s) for arm in ("base", *ARMS))]
     if len(complete) < 2:
         raise ValueError(f"{records.file} holds {len(complete)} finished seeds; a summary needs at least two")
@@ -221,7 +218,8 @@ def summarize(size: Size, records: Records) -> dict[str, Any]:
 def measures(evaluation: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
     """Return the means over answers.
 
-    ``win_rate`` is the judge's mean probability of preferring them to the base's, gains are differences from the base.
+    ``win_rate`` is the judge's mean probability of preferring the answers to the base's. Gains are differences from
+    the base.
     """
     judge = Judge()
     test = {name: np.array(values, dtype=float) for name, values in evaluation["test"].items()}
@@ -241,7 +239,7 @@ def measures(evaluation: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str
 
 
 def chosen_epochs(by_epoch: Mapping[int, Sequence[Mapping[str, float]]]) -> list[int]:
-    """Return for each seed the epoch of the best quality on validation prompts; the earliest of equals."""
+    """Return, for each seed, the epoch with the best quality on validation prompts. The earliest wins ties."""
     seeds = range(len(next(iter(by_epoch.values()))))
     return [max(by_epoch, key=lambda epoch: (by_epoch[epoch][i]["validation"], -epoch)) for i in seeds]
 
@@ -251,7 +249,7 @@ def over_seeds(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def decision(interval: Mapping[str, Any], narrow: Mapping[str, Any], p: float) -> str:
-    """Return the protocol's conclusion from a difference, its 90% interval and its adjusted p-value."""
+    """Return the protocol's decision for a difference, its 90% interval and its adjusted p-value."""
     if p < LEVEL:
         return "better" if interval["mean"] > 0 else "worse"
     return "equivalent" if -MARGIN < narrow["low"] and narrow["high"] < MARGIN else "undecided"
@@ -262,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study.code_study", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--json", type=result_file, required=True, help="result file; runs.jsonl is kept beside it")
+    parser.add_argument("--json", type=result_file, required=True, help="result file; runs.jsonl is kept next to it")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: everything runs, nothing is learned")
     options = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
@@ -270,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_study(file: Path, *, quick: bool, call: str) -> None:
-    """Do what is left of the study, then write ``file`` and the report."""
+    """Run the rest of the study, then write ``file`` and the report."""
     torch.set_num_threads(1)
     size = QUICK if quick else Size()
     settings = {"size": asdict(size), "judge": asdict(Judge()), "arms": {n: asdict(a) for n, a in ARMS.items()}}
@@ -285,7 +283,7 @@ def run_study(file: Path, *, quick: bool, call: str) -> None:
             **summarize(size, records),
         }
     except KeyboardInterrupt:
-        print("interrupted; the same command does what is left", file=sys.stderr)
+        print("interrupted; the same command runs the rest", file=sys.stderr)
         sys.exit(130)
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,12 +1,12 @@
-"""A world of real text: functions of the Python standard library, to be completed from their header and docstring.
+"""Define a world of real text: functions of the Python standard library, completed from header and docstring.
 
-A prompt is a header and the first line of a docstring, an answer is the body, as ``ast.unparse`` writes it::
+A prompt is a header and the first line of a docstring. An answer is the body, as ``ast.unparse`` writes it::
 
     def getpass(self, prompt):
         \"\"\"Read a password.\"\"\"
         return self.read(prompt)
 
-Grading executes nothing: it asks whether the function compiles and which of the names that its body reads are bound.
+Grading executes nothing. It checks whether the function compiles and which names read by the body are bound.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ LEFT_OUT = {
     "site-packages",
     "__pycache__",
 }
-LONGEST_TEXT = 600  # characters of a prompt and its body; what is longer has more tokens than fit
+LONGEST_TEXT = 600  # characters of a prompt and its body; longer functions have too many tokens
 BUILTINS = frozenset(dir(builtins))
 
 
 @dataclass(frozen=True)
 class Function:
-    """A function: its prompt, its own body, the names that its module binds, and which split the module is in.
+    """A function: its prompt, its own body, the names that its module binds, and the module's split.
 
     ``documented``: whether the prompt has a docstring.
     """
@@ -57,14 +57,14 @@ class Function:
 
     @property
     def part(self) -> str:
-        """Return the split of the module; all modules of a package are in the same split."""
+        """Return the split of the module. All modules of a package are in the same split."""
         turn = hashlib.sha256(self.module.split(".")[0].encode()).digest()[0] % 10
         return "validation" if turn == 0 else "test" if turn in (1, 2) else "training"
 
 
 @dataclass(frozen=True)
 class Library:
-    """The functions by split, and what identifies the sources that they were read from."""
+    """The functions by split, and an identification of their sources."""
 
     parts: dict[str, list[Function]]
     files: int
@@ -72,12 +72,12 @@ class Library:
 
 
 def read_library(folder: Path | None = None, *, most_files: int | None = None) -> Library:
-    """Read every function of the standard library in ``folder``; None means the running Python's.
+    """Read every function of the standard library in ``folder`` (None: the library of the running Python).
 
-    ``most_files`` reads so many files alone, the first by name, for a quick look.
+    ``most_files`` limits the number of files, in order of names, for a quick run.
 
     Functions whose header, docstring and body occur twice are kept once, in the split that comes first by module name.
-    Raises FileNotFoundError if the folder holds no sources, as on a Python that ships bytecode alone.
+    Raises FileNotFoundError if the folder holds no sources, as with a Python that ships only bytecode.
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
     found: dict[str, Function] = {}
@@ -100,8 +100,8 @@ def read_library(folder: Path | None = None, *, most_files: int | None = None) -
             found.setdefault(function.prompt + function.body, function)
     if not found:
         raise FileNotFoundError(
-            f"{folder} holds no sources of the standard library; this study reads them: use a Python that ships them, "
-            "such as one from python.org or pyenv"
+            f"{folder} holds no sources of the standard library, which this study reads: use a Python that ships "
+            "them, such as one from python.org or pyenv"
         )
     parts: dict[str, list[Function]] = {"training": [], "validation": [], "test": []}
     for function in found.values():
@@ -110,7 +110,7 @@ def read_library(folder: Path | None = None, *, most_files: int | None = None) -
 
 
 def functions_of(tree: ast.Module, module: str) -> Iterator[Function]:
-    """Yield the functions of a module that compile by themselves and are not too long."""
+    """Yield the functions of a module that compile on their own and are not too long."""
     names = frozenset(bound_names(tree.body, nested=False))
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef):
@@ -131,7 +131,7 @@ def functions_of(tree: ast.Module, module: str) -> Iterator[Function]:
 
 
 def bound_names(body: Iterable[ast.AST], *, nested: bool) -> Iterator[str]:
-    """Yield the names that statements bind; without ``nested`` only at their own level, as a module does."""
+    """Yield the names that statements bind; without ``nested`` only those bound at their own level, as in a module."""
     for statement in body:
         for node in ast.walk(statement) if nested else _own_level(statement):
             if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -152,7 +152,7 @@ def _own_level(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def parse(function: Function, answer: str) -> ast.FunctionDef | None:
-    """Return the function with ``answer`` as its body; None if that does not compile or is more than a function."""
+    """Return the function with ``answer`` as its body, or None if it does not compile or is not a single function."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -168,7 +168,7 @@ def quality(function: Function, answer: str | None) -> float:
     """Grade an answer: 0 if it does not compile, else 1/2 + 1/2 (share of the names it reads that are bound).
 
     A name is bound if it is a parameter, assigned or imported in the function, a builtin, or bound by the prompt's
-    module. An answer that reads no name gets 1/2, so that ``pass`` is not perfect. None, an answer without end, gets 0.
+    module. An answer that reads no name gets 1/2, so that ``pass`` is not perfect. An answer without end (None) gets 0.
     """
     node = parse(function, answer) if answer is not None else None
     if node is None:
@@ -183,9 +183,9 @@ def quality(function: Function, answer: str | None) -> float:
 
 @dataclass(frozen=True)
 class Judge:
-    """Prefer the first answer with probability sigmoid(a (quality difference) + b (length difference in tokens)).
+    """Prefers the first answer with probability sigmoid(a (quality difference) + b (length difference in tokens)).
 
-    ``noise``: the share of verdicts on training pairs that are inverted afterwards.
+    ``noise``: the share of verdicts on training pairs that are flipped.
     """
 
     a: float = 6.0
@@ -196,7 +196,7 @@ class Judge:
         return self.a * quality + self.b * length
 
     def prefers(self, first: float, second: float) -> float:
-        """Return the probability of preferring the answer with the score ``first``."""
+        """Return the probability of preferring the answer whose score is ``first``."""
         return 1 / (1 + math.exp(second - first))
 
 
@@ -205,7 +205,7 @@ class Vocabulary:
 
     def __init__(self, functions: Iterable[Function], size: int) -> None:
         self.tokenizer = Tokenizer(models.BPE())
-        # A line break and the indentation behind it make one token.
+        # A line break and the following indentation form one token.
         pieces = pre_tokenizers.Split(Regex(r"\n *| ?\w+| ?[^\w\s]+|\s+"), "isolated")
         bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytes_of])
@@ -237,7 +237,7 @@ class Vocabulary:
 
 
 def damaged(body: Sequence[int], size: int, rng: random.Random) -> list[int]:
-    """Return a draft of ``body``: one to three times some tokens are removed, repeated or replaced at random."""
+    """Return a draft of ``body`` with one to three corruptions: tokens removed, repeated or replaced at random."""
     draft = list(body[:-1])
     for _ in range(rng.randint(1, 3)):
         at, count = rng.randrange(len(draft) + 1), rng.randint(1, 6)

@@ -1,4 +1,4 @@
-"""Runs the plan in worker processes; what is finished is kept, and not done again."""
+"""Run the plan in worker processes. Finished runs are kept and not repeated."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from . import plan as planning
 from .arms import ARMS, AXIS_ARMS, FIXED, Arm
 from .axis import BASE, AxisJob, AxisPlan, axis_jobs
 from .axis import seconds as axis_seconds
+from .lines import append_line, check_settings, read_lines, write_lines
 from .plan import Job, Plan, all_jobs, base_jobs, grid, seconds, test_jobs, tuned_arms, tuning_jobs, winners
 from .world import Judge
 
@@ -25,25 +26,21 @@ AnyJob = Job | AxisJob
 
 
 class Records:
-    """Finished runs, one JSON line each behind a first line with the settings."""
+    """Finished runs, one JSON line each, after a first line with the settings."""
 
     def __init__(self, file: Path, settings: Mapping[str, Any], job: type[AnyJob] = Job) -> None:
-        """Reads ``file``, if there is one; raises ValueError if it holds runs of other settings."""
+        """Read ``file`` if it exists. Raises ValueError if its runs have other settings."""
         self.file, self.settings, self.job = file, json.loads(json.dumps(settings)), job
         self.by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
-        whole = file.read_text().rpartition("\n")[0].split("\n") if file.exists() else []
-        lines = [json.loads(line) for line in whole if line]
-        if lines and lines[0] != self.settings:
-            other = ", ".join(name for name in self.settings if lines[0].get(name) != self.settings[name])
-            raise ValueError(f"{file}: holds runs of other settings ({other}); move it or choose another folder")
+        lines = read_lines(file)
+        if lines:
+            check_settings(file, lines[0], self.settings)
         for record in lines[1:]:
             self._keep(record)
 
     def open(self) -> None:
-        """Makes the file ready for more: a line that a kill cut off is dropped."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [self.settings, *self.by_key.values()]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        """Prepare the file for new lines. Drop a last line that is incomplete because the run was killed."""
+        write_lines(self.file, [self.settings, *self.by_key.values()])
 
     def _keep(self, record: dict[str, Any]) -> None:
         self.by_key[self.job(**{name: record[name] for name in self.job.__dataclass_fields__}).key] = record
@@ -52,13 +49,12 @@ class Records:
         return job.key in self.by_key
 
     def add(self, record: dict[str, Any]) -> None:
-        with self.file.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        append_line(self.file, record)
         self._keep(record)
 
 
 def execute(job: AnyJob, settings: Any, cache: Path, device: str) -> dict[str, Any]:
-    """In a worker process: one thread, so that results do not depend on how many cores there are."""
+    """Run a job in a worker process, with one thread so that results do not depend on the number of cores."""
     torch.set_num_threads(1)
     return job.execute(settings, cache, device)
 
@@ -70,7 +66,7 @@ Run = Callable[[AnyJob, Any], "Future[dict[str, Any]]"]
 def worker_pool(
     workers: int, total: int, left: int, cache: Path, device: str
 ) -> Iterator[tuple[Run, Callable[[], Any]]]:
-    """Yields what submits a job with its settings, and what moves the bar on; cancels what waits on an error."""
+    """Yield a function that submits a job, and a function that advances the bar. On an error, cancel waiting jobs."""
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(workers, mp_context=context) as pool,
@@ -88,7 +84,7 @@ def worker_pool(
 
 
 def finish(jobs: Sequence[AnyJob], records: Records, run: Callable[[AnyJob], Any], done: Callable[[], Any]) -> None:
-    """Adds the records of those ``jobs`` that have none. ``run`` gives a future of each."""
+    """Add the records of the ``jobs`` that have none. ``run`` returns a future for a job."""
     waiting = {run(job) for job in jobs if job not in records}
     while waiting:
         ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -98,12 +94,12 @@ def finish(jobs: Sequence[AnyJob], records: Records, run: Callable[[AnyJob], Any
 
 
 def _settings(arm: Arm) -> dict[str, Any]:
-    """All that decides what the arm does."""
+    """Return all settings that determine what the arm does."""
     return {name: value for name, value in asdict(arm).items() if name not in ("title", "group", "level")}
 
 
 def open_records(plan: Plan, folder: Path, device: str) -> Records:
-    """What ``folder`` holds of ``plan``; raises ValueError if that is of other settings."""
+    """Return the records of ``plan`` in ``folder``. Raises ValueError if they have other settings."""
     settings = {
         "plan": asdict(plan) | {"arms": {name: _settings(ARMS[name]) for name in plan.arms}},
         "grids": {name: grid(arm) for name, arm in tuned_arms(plan).items()},
@@ -116,7 +112,7 @@ def open_records(plan: Plan, folder: Path, device: str) -> Records:
 
 
 def study(plan: Plan, records: Records, cache: Path, *, workers: int, device: str = "cpu") -> None:
-    """Runs what is left of ``plan``; ``cache`` is for the bases."""
+    """Run the rest of ``plan``. ``cache`` keeps the bases."""
     records.open()
     total = all_jobs(plan, records.by_key.values())
     left = [job for job in total if job not in records]
@@ -133,7 +129,7 @@ def study(plan: Plan, records: Records, cache: Path, *, workers: int, device: st
 
 
 def open_axis_records(plan: AxisPlan, folder: Path, device: str) -> dict[int, Records]:
-    """What ``folder`` holds of the over-training study, a file for each number of pairs; raises ValueError as above."""
+    """Return the over-training study's records in ``folder``, one file per number of pairs. Raises as above."""
     settings = {
         "plan": asdict(plan) | {"arms": {name: _settings(AXIS_ARMS[name]) for name in plan.arms}},
         "judge": asdict(Judge()),
@@ -144,7 +140,7 @@ def open_axis_records(plan: AxisPlan, folder: Path, device: str) -> dict[int, Re
 
 
 def axis_study(plan: AxisPlan, records: Mapping[int, Records], cache: Path, *, workers: int, device: str) -> None:
-    """Runs what is left of the over-training study, the cells of its hypotheses first."""
+    """Run the rest of the over-training study, with the cells of its hypotheses first."""
     total = [job for pairs in plan.pairs for job in axis_jobs(plan, pairs)]
     left = [job for job in total if job not in records[job.pairs]]
     estimate = axis_seconds(plan, left, *planning.step_seconds(plan.size, device)) / workers
@@ -153,6 +149,6 @@ def axis_study(plan: AxisPlan, records: Mapping[int, Records], cache: Path, *, w
         for pairs, held in records.items():
             held.open()
             jobs = axis_jobs(plan, pairs)
-            if workers > 1:  # bases first, or two workers would fit the same one
+            if workers > 1:  # bases first, otherwise two workers would fit the same base
                 finish([job for job in jobs if job.arm == BASE], held, lambda job: submit(job, plan), done)
             finish(jobs, held, lambda job: submit(job, plan), done)

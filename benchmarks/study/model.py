@@ -1,4 +1,4 @@
-"""Tiny models of the study: fitted to demonstrations, sampled from the prompt alone, scored on pairs."""
+"""Build the study's tiny models, fit them to demonstrations, sample answers and score pairs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import inspo_kernels as ik
 from .. import fitting
 from .world import END, IDS, PAD, VOCABULARY, Prompt, decode, demonstrate, encode
 
-MOST_TOKENS = 20  # of an answer, its end included
+MOST_TOKENS = 20  # of an answer, including its end
 _ROWS = ("input_ids", "attention_mask", "position_ids")
 
 
 def build(hidden_size: int, layers: int, seed: int, device: str = "cpu") -> LlamaForCausalLM:
-    """A Llama with random parameters drawn from ``seed``."""
+    """Return a Llama with random parameters drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(
@@ -49,10 +49,10 @@ def fit(
     draft_share: float,
     seed: int,
 ) -> float:
-    """Fits ``model`` to demonstrations; returns the mean loss of the last steps, in nats a token.
+    """Fit ``model`` to demonstrations. Return the mean loss of the last steps, in nats per token.
 
-    ``draft_share`` of the rows are prompt + draft + answer, two demonstrations, both learned: without them, a response
-    behind another one would be unlike anything the model has seen.
+    ``draft_share`` of the rows are prompt + draft + answer: two demonstrations, both learned. Without these rows, the
+    model would never have seen a response after another response.
     """
     rng = random.Random(f"demonstrations {seed}")
 
@@ -70,17 +70,17 @@ def fit(
 def sample(
     model: PreTrainedModel, prompts: Sequence[Prompt], *, count: int, seed: int, temperature: float = 1.0
 ) -> list[list[str]]:
-    """``count`` answers to each prompt, from the prompt alone; END is their last token if they end.
+    """Return ``count`` answers per prompt, given the prompt alone. An answer that ends has END as its last token.
 
-    The uniform draw behind each token depends on ``seed``, prompt and position alone: models are compared on the same
-    draws. A ``temperature`` of 0 takes the most likely token each time. Raises ValueError if it is negative.
+    The uniform draw of each token depends only on ``seed``, prompt and position, so models are compared on the same
+    draws. ``temperature`` 0 always takes the most likely token. Raises ValueError if ``temperature`` is negative.
     """
     if temperature < 0:
         raise ValueError(f"temperature must be 0 (greedy) or larger, got {temperature}")
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(prompts), count, MOST_TOKENS, 1, generator=generator, dtype=torch.float64)
     answers: list[list[str]] = [[] for _ in prompts]
-    for size in sorted({len(prompt.word) for prompt in prompts}):  # equal lengths together: nothing to pad
+    for size in sorted({len(prompt.word) for prompt in prompts}):  # prompts of equal length together need no padding
         places = [i for i, prompt in enumerate(prompts) if len(prompt.word) == size]
         questions = torch.tensor([encode(str(prompts[i])) for i in places]).repeat_interleave(count, 0)
         uniform = draws[places].flatten(0, 1).to(model.device)
@@ -108,7 +108,7 @@ def sample(
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch of ``condition_pairs`` with what the model reads moved to ``device``."""
+    """Return a ``condition_pairs`` batch with the model's inputs on ``device``."""
     return batch | {name: batch[name].to(device) for name in _ROWS}
 
 
@@ -118,7 +118,7 @@ def hidden_and_head(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tens
 
 @torch.no_grad()
 def log_probs(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    """(2, pairs) float64: summed log-probs of what the batch's labels score."""
+    """Return (2, pairs) float64: summed log-probs of the tokens that the batch's labels mark."""
     hidden, head = hidden_and_head(model, on_device(batch, model.device))
     targets = batch["labels"][:, 1:].to(model.device)
     return ik.linear_logps(hidden[:, :-1], targets=targets, **head).double().sum(1).cpu().view(2, -1)
@@ -128,7 +128,7 @@ def log_probs(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 def pair_output(
     model: PreTrainedModel, batch: dict[str, Any], objective: ik.Objective, reference: Tensor
 ) -> ik.InSPOOutput:
-    """Log-probs and rewards of a conditioned batch, conditioned and from the prompt alone, by the loss's own code."""
+    """Return a conditioned batch's log-probs and rewards, conditioned and prompt-only, from the loss's own code."""
     hidden, head = hidden_and_head(model, on_device(batch, model.device))
     return ik.fused_inspo_loss(
         hidden,

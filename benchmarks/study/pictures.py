@@ -1,4 +1,4 @@
-"""The report's pictures, from ``study.json``."""
+"""Draw the report's pictures from ``study.json``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def draw_arms(result: Mapping[str, Any], file: Path) -> None:
     contrast.set_xticks(range(len(OBJECTIVES)), list(OBJECTIVES.values()))
     contrast.set(title="InSPO - plain, paired by seed", ylabel="difference, 95%")
     for axes in (quality, contrast):
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)  # beside the points, not on
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)  # below the points
         axes.grid(alpha=0.3, axis="y")
     figure.savefig(file, dpi=110, metadata={"Software": None})
 
@@ -60,7 +60,7 @@ def draw_curves(result: Mapping[str, Any], file: Path) -> None:
             steps = [point["step"] for point in curve]
             for layout, style in (("conditioned", "--"), ("marginal", "-")):
                 for axes, what in zip(column, ("accuracy", "chosen")):
-                    # Before training, where margins are measured from the reference, they are all 0: no accuracy yet.
+                    # Before training, margins relative to the reference are all 0, so there is no accuracy yet.
                     values = [p[f"{layout} {what}"] if p["step"] or what == "chosen" else float("nan") for p in curve]
                     label = f"{NAMES[variant]}, {'given the other' if layout == 'conditioned' else 'prompt alone'}"
                     axes.plot(steps, values, style, color=COLORS[variant], label=label)
@@ -116,7 +116,7 @@ AXIS_COLORS = {
 
 
 def draw_axis(result: Mapping[str, Any], titles: Mapping[str, str], file: Path) -> None:
-    """Gain over the base by number of updates, a panel for each number of pairs; dashed where seeds are fewer."""
+    """Plot gain over the base by number of updates, one panel per number of pairs, dashed for arms with fewer seeds."""
     from matplotlib.figure import Figure
 
     cells = {pairs: arms for pairs, arms in result["cells"].items() if any("best" in cell for cell in arms.values())}
@@ -127,7 +127,7 @@ def draw_axis(result: Mapping[str, Any], titles: Mapping[str, str], file: Path) 
         shown = [(arm, cell) for arm, cell in arms.items() if "best" in cell]
         for place, (arm, cell) in enumerate(shown):
             gains = [row["greedy"]["minus base"] for row in cell["updates"].values()]
-            shift = 1.03 ** (place - len(shown) / 2)  # beside each other, not on top of each other
+            shift = 1.03 ** (place - len(shown) / 2)  # next to each other, not on top of each other
             few = cell["seeds"] < most
             axes.errorbar(
                 [int(updates) * shift for updates in cell["updates"]],

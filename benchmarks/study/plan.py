@@ -1,4 +1,4 @@
-"""What is to be run: bases, then the tuning grid on a seed of its own, then every arm on the study's seeds."""
+"""Plan the runs: bases, then the tuning grid on a separate seed, then every arm on the study's seeds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .runs import Size
 from .world import Judge, draw_prompts
 
 TUNING_SEED = 900
-# Learning rate and parameter in the middle of each objective's grid, from a look at other seeds (1000 and above). The
-# grid is a cross: the middle, then each of both a third of it and three times it.
+# Learning rate and parameter at the centre of each objective's grid, chosen on other seeds (1000 and above). The grid
+# is a cross: the centre, then each of the two divided by three and multiplied by three.
 MIDDLE = {"dpo": (3e-4, 0.3), "ipo": (3e-4, 0.06), "simpo": (1e-4, 0.7), "rdpo": (3e-4, 0.3), "orpo": (1e-3, 1.0)}
 SFT_LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 STEP = 3.0
@@ -24,7 +24,7 @@ STEP = 3.0
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run. ``seeds`` for the table and SFT, ``fewer`` of them for the other controls and the ablations."""
+    """The size of the study: ``seeds`` for the table and SFT, ``fewer`` seeds for other controls and the ablations."""
 
     size: Size
     seeds: int
@@ -56,7 +56,7 @@ PLANS = {
         seeds=3,
         fewer=2,
     ),
-    # For an accelerator: a model of 19M parameters, more of everything else.
+    # For an accelerator: a model with 19M parameters, and more of everything else.
     "large": Plan(
         Size(
             hidden_size=512,
@@ -80,7 +80,7 @@ PLANS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One run, or the fitting of a base (``arm`` is its name then)."""
+    """One run, or the fit of a base, whose name is then in ``arm``."""
 
     arm: str
     seed: int
@@ -121,7 +121,7 @@ def base_jobs(plan: Plan) -> list[Job]:
 
 
 def grid(arm: Arm) -> list[tuple[float, float | None]]:
-    """The settings that are tried, (learning rate, parameter)."""
+    """Return the settings to try: (learning rate, parameter)."""
     if arm.objective == "sft":
         return [(rate, None) for rate in SFT_LEARNING_RATES]
     rate, parameter = MIDDLE[arm.objective]
@@ -132,7 +132,7 @@ def grid(arm: Arm) -> list[tuple[float, float | None]]:
 
 
 def tuned_arms(plan: Plan) -> dict[str, Arm]:
-    """The arms whose settings are searched; all others use those of one of them."""
+    """Return the arms whose settings are searched. Every other arm uses the settings of a searched arm."""
     return {name: ARMS[name] for name in dict.fromkeys(ARMS[name].tuned_as for name in plan.arms)}
 
 
@@ -145,9 +145,10 @@ def tuning_jobs(plan: Plan) -> list[Job]:
 
 
 def winners(plan: Plan, records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each tuned arm the setting of the best exact quality on the validation prompts, and whether it is an edge.
+    """Return each tuned arm's setting with the best exact quality on validation prompts, and whether it is an edge.
 
-    At an edge, the best setting may lie outside of the grid: any but the middle of a cross, or an end of a row.
+    Edges are all settings but the centre of a cross, and the ends of a row. There the best setting may lie outside the
+    grid.
     """
     done = {(r["arm"], r["learning_rate"], r["parameter"]): r for r in records if r["part"] == "validation"}
     best = {}
@@ -168,7 +169,7 @@ def winners(plan: Plan, records: Iterable[Mapping[str, Any]]) -> dict[str, dict[
 
 
 def test_jobs(plan: Plan, best: Mapping[str, Mapping[str, Any]]) -> list[Job]:
-    """All arms at their tuned settings, the most wanted first: an interrupted study should say something."""
+    """Return all arms at their tuned settings, the most important first, so that an unfinished study is useful."""
     arms = [ARMS[name] for name in plan.arms]
 
     def turn(arm: Arm, seed: int) -> int:
@@ -188,7 +189,7 @@ def test_jobs(plan: Plan, best: Mapping[str, Mapping[str, Any]]) -> list[Job]:
 
 
 def all_jobs(plan: Plan, records: Iterable[Mapping[str, Any]] = ()) -> list[Job]:
-    """The whole plan. Until ``records`` hold all of the tuning, its outcome is left open in the last jobs."""
+    """Return the whole plan. Until ``records`` hold all tuning runs, the last jobs lack their tuned settings."""
     try:
         best: Mapping[str, Mapping[str, Any]] = winners(plan, records)
     except KeyError:
@@ -197,7 +198,7 @@ def all_jobs(plan: Plan, records: Iterable[Mapping[str, Any]] = ()) -> list[Job]
 
 
 def step_seconds(size: Size, device: str) -> tuple[float, float]:
-    """Seconds of one InSPO update and of one fitting step, from a few of each timed here and now."""
+    """Time a few InSPO updates and fitting steps, and return the seconds of one of each."""
     prompts = draw_prompts(size.word_lengths, training=64, validation=8, test=8, seed=0).training
     model = models.build(size.hidden_size, size.layers, 0, device)
     clock = time.perf_counter()
@@ -220,8 +221,8 @@ def step_seconds(size: Size, device: str) -> tuple[float, float]:
 
 
 def seconds(plan: Plan, jobs: Iterable[Job], device: str) -> float:
-    """What ``jobs`` will take one after the other."""
+    """Estimate the seconds of all ``jobs`` in one process."""
     size = plan.size
     update, fitting = step_seconds(size, device)
-    # Sampling, judging and scoring held-out pairs come to some two fifths on top of training.
+    # Sampling, judging and scoring held-out pairs add about two fifths to training.
     return sum(1.4 * job.updates(size) * update if job.arm in ARMS else size.fit_steps * fitting for job in jobs)

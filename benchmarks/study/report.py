@@ -1,20 +1,21 @@
 # ruff: noqa: RUF001  (minus signs, primes and Greek letters are meant)
-"""``docs/study.md`` and its pictures, from the result files alone: ``python -m benchmarks.study.report``."""
+"""Write ``docs/study.md`` and its pictures from the result files: ``python -m benchmarks.study.report``."""
 
 from __future__ import annotations
 
 import json
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import pictures
 from .arms import ARMS, FIXED, OBJECTIVES, VARIANTS
+from .markdown import either, filled, item, listed, mean_text, p_value, signed, table
 from .plan import SFT_LEARNING_RATES, STEP, TUNING_SEED
 from .runs import Size, base_name
 from .statistics import RIDGE_ARM, RIDGE_PROMPT
 from .summary import COLLAPSED_BELOW, COLLAPSED_UNENDED
+from .tabular_report import invariance
 
 RESULTS = Path(__file__).parent.parent / "results" / "study"
 TABULAR = Path(__file__).parent.parent / "results" / "study_tabular.json"
@@ -23,7 +24,7 @@ LEVEL = 0.05
 
 
 def write(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The report and its pictures in ``folder``; returns the files."""
+    """Write the report and its pictures to ``folder``. Return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "study.md"]
     files[0].write_text(text(result, json.loads(TABULAR.read_text())))
@@ -37,7 +38,7 @@ NO_DIFFERENCE = "no significant difference"
 
 
 def finding(result: Mapping[str, Any]) -> str:
-    """Say what was found, from the numbers alone, whichever way they go."""
+    """Return sentences that state the findings, computed from the numbers."""
 
     def words(kind: str, p: str = "p") -> str:
         return _in_words(_verdicts(_contrasts(result, kind), "quality", p))
@@ -57,16 +58,16 @@ def finding(result: Mapping[str, Any]) -> str:
             f"On bases that never saw a draft before an answer, InSPO-DPO collapses on {row['collapsed']} of "
             f"{row['seeds']} seeds."
         )
-    return " ".join([*sentences, "All of it: tiny models, one synthetic judge."])
+    return " ".join([*sentences, "All of this holds for tiny models and one synthetic judge."])
 
 
 def against_plain(result: Mapping[str, Any]) -> str:
-    """Say for which objectives InSPO was better or worse than the plain objective, after Holm's adjustment."""
+    """Return for which objectives InSPO was better or worse than the plain objective, after Holm's adjustment."""
     return _in_words(_verdicts(_contrasts(result, "inspo - plain"), "quality", "holm_p"))
 
 
 def _verdicts(contrasts: Sequence[Mapping[str, Any]], measure: str, p: str) -> dict[str, list[str]]:
-    """Objectives by the sign of their contrast where its ``p`` ("p" or "holm_p") is below the level."""
+    """Group objectives by the sign of their contrast, if its ``p`` ("p" or "holm_p") is below the level."""
     found: dict[str, list[str]] = {"better": [], "worse": [], NO_DIFFERENCE: []}
     for entry in contrasts:
         value = entry[measure]
@@ -76,19 +77,19 @@ def _verdicts(contrasts: Sequence[Mapping[str, Any]], measure: str, p: str) -> d
 
 
 def _in_words(verdicts: Mapping[str, Sequence[str]]) -> str:
-    said = ", ".join(f"{verdict} for {_list(names)}" for verdict, names in verdicts.items() if names)
+    said = ", ".join(f"{verdict} for {listed(names)}" for verdict, names in verdicts.items() if names)
     return said or "not measured"
 
 
 def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     sections = [
         "# Does InSPO help? A controlled study",
         "<!-- written by python -m benchmarks.study; do not edit -->",
         *_warnings(result),
-        _filled(finding(result)),
-        _filled(
-            "[Many passes over few pairs](study_axis.md) are a study of their own, by a protocol fixed beforehand."
+        filled(finding(result)),
+        filled(
+            "A separate study, whose protocol was fixed beforehand, makes [many passes over few pairs](study_axis.md)."
         ),
         "![quality by arm](study_arms.png)",
         _world(result),
@@ -98,7 +99,7 @@ def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
         _length(result),
         _curves(result),
         *([_ablations(result)] if result["ablations"] else []),
-        _invariance(tabular),
+        invariance(tabular),
         _doubts(result),
         _rerun(result),
     ]
@@ -106,42 +107,43 @@ def text(result: Mapping[str, Any], tabular: Mapping[str, Any]) -> str:
 
 
 def _warnings(result: Mapping[str, Any]) -> list[str]:
-    """What must be known before any number is read."""
+    """Return warnings for tiny sizes and for unfinished studies."""
     if result["plan"]["size"]["hidden_size"] < Size().hidden_size:
         return ["**Tiny sizes: everything runs, nothing is learned, and nothing follows from these numbers.**"]
     if result["runs"] >= result["planned"]:
         return []
     note = f"""
-        **Not finished: {result["runs"]} of {result["planned"]} runs.** What follows is of the arms that are complete;
-        those that are missing are named at the end. `python -m benchmarks.study` does what is left."""
-    return [_filled(note)]
+        **Unfinished: {result["runs"]} of {result["planned"]} runs.** This page covers the arms that are complete and
+        lists the missing arms at the end. `python -m benchmarks.study` runs the rest."""
+    return [filled(note)]
 
 
 def _world(result: Mapping[str, Any]) -> str:
     base, size, judge = result["bases"][base_name(True)], result["plan"]["size"], result["judge"]
-    grading = _filled(f"""
-        Quality is 1 − edits to the right answer / its length, computed exactly; 0 for an answer without end. `~` is
-        filler that demonstrations often have behind the answer: `dcba~~$` is as good as `dcba$`. The judge, whose
-        labels are all that training sees, likes it: P(first preferred) = σ({judge["a"]:g} Δquality +
-        {judge["b"]:g} Δlength), and {judge["noise"]:.0%} of its labels are turned round. So length can be gamed.""")
-    bases = _filled(f"""
-        A base (a Llama of {size["layers"]} layers and hidden size {size["hidden_size"]}; 0.23M parameters at full size)
-        is fitted to imperfect demonstrations; {size["draft_share"]:.0%} of the rows are prompt + draft + answer. It
-        answers each training prompt four times; the answers that the judge scores highest and lowest make the pair,
-        which the judge then labels. The mean base has quality {base["quality"]:.3f} ({base["right"]:.0%} of its answers
-        are right) and {base["length"]:.1f} tokens an answer. In {base["chosen_better"]:.0%} of its {base["pairs"]:.0f}
-        pairs the chosen answer is the better one, in {base["chosen_worse"]:.0%} the worse one; it is
-        {base["chosen_longer"]:.1f} tokens longer. Its log π(y|x,y′) − log π(y|x) is {base["conditioning_gap"]:+.2f}
-        nats a token (lowest seed {base["lowest_gap"]:+.2f}).""")
-    training = _filled(f"""
+    grading = filled(f"""
+        Quality is 1 − edits to the right answer / its length, computed exactly. An answer that does not end has quality
+        0. Demonstrations often have filler, `~`, after the answer: `dcba~~$` is as good as `dcba$`. Training sees only
+        the judge's labels, and the judge likes filler: P(first preferred) = σ({judge["a"]:g} Δquality +
+        {judge["b"]:g} Δlength). {judge["noise"]:.0%} of its labels are flipped. A model can therefore game length.""")
+    bases = filled(f"""
+        A base (a Llama with {size["layers"]} layers and hidden size {size["hidden_size"]}; 0.23M parameters at full
+        size) is fitted to imperfect demonstrations. {size["draft_share"]:.0%} of the rows are prompt + draft + answer.
+        The base answers each training prompt four times. The answers with the judge's highest and lowest score form the
+        pair, which the judge then labels. Averaged over seeds, the base has quality {base["quality"]:.3f}
+        ({base["right"]:.0%} of its answers are right) and {base["length"]:.1f} tokens per answer. The chosen answer is
+        better in {base["chosen_better"]:.0%} of its {base["pairs"]:.0f} pairs and worse in
+        {base["chosen_worse"]:.0%}. On average it is {base["chosen_longer"]:.1f} tokens longer. The base's
+        log π(y|x,y′) − log π(y|x) is {base["conditioning_gap"]:+.2f} nats per token (lowest seed
+        {base["lowest_gap"]:+.2f}).""")
+    training = filled(f"""
         Training, validation and test prompts are disjoint. Every fine-tune of a seed starts from the same base and
         sees the same pairs in the same order: {size["updates"]} updates of {size["update_pairs"]} pairs, AdamW, linear
         decay, gradients clipped at 1. Answers are sampled at temperature 1 **from the prompt alone**,
-        {size["samples"]} to each of {size["test_prompts"]} test prompts, all models on the same random draws. A seed
-        draws prompts, demonstrations, initialisation, pairs and labels anew.""")
+        {size["samples"]} for each of {size["test_prompts"]} test prompts, with the same random draws for all models.
+        Each seed has its own prompts, demonstrations, initialisation, pairs and labels.""")
     return f"""## The world
 
-One character is a token, an answer ends with `$`. Four tasks on words of {_or(size["word_lengths"])} letters:
+Each character is one token. An answer ends with `$`. Four tasks use words of {either(size["word_lengths"])} letters:
 
     Rabcd=  ->  dcba$      Nabcd=  ->  bcde$      Sdbca=  ->  abcd$      Dabc=  ->  aabbcc$
     reverse                next letters           sort                   double
@@ -186,12 +188,12 @@ def _arms(result: Mapping[str, Any]) -> str:
             [
                 ARMS[name].title,
                 row["seeds"],
-                _mean(row["quality"]),
+                mean_text(row["quality"]),
                 f"{row['right']:.2f}",
                 f"{row['length']:.1f}",
                 f"{row['win_rate']['mean']:.3f}",
                 f"{row['win_rate_twin']['mean']:.3f}" if "win_rate_twin" in row else "",
-                _mean(row["lc_win_rate"]) if "lc_win_rate" in row else "",
+                mean_text(row["lc_win_rate"]) if "lc_win_rate" in row else "",
                 # SFT's objective gives no rewards.
                 "" if ARMS[name].objective == "sft" else f"{row['marginal_accuracy']:.2f}",
                 f"{row['collapsed']} of {row['seeds']}",
@@ -199,41 +201,42 @@ def _arms(result: Mapping[str, Any]) -> str:
         )
     taste = result["length_taste"]
     note = f"""
-        Intervals of quality: t over seeds. The judge's win rates are its mean probability, without label noise; a tie
-        counts ½. Length-controlled: logistic regression on arm + φ·tanh(Δlength/{taste["scale"]:.2f}) + difficulty of
-        the prompt, fitted jointly over all arms and seeds with ridge {RIDGE_PROMPT:g} on the difficulties and
-        {RIDGE_ARM:g} on the rest, predicted with the length term at 0; φ = {taste["coefficient"]:.2f}; for its
-        intervals everything is refitted to seeds, and prompts within them, drawn again. Reward accuracy: held-out
-        pairs of test prompts, labels drawn from P, none turned round. Collapsed, fixed beforehand: more than
-        {COLLAPSED_BELOW:g} below the base in quality, over {COLLAPSED_UNENDED:.0%} of answers without end, or a loss
-        that is not finite. Rows of {result["fewer_seeds"]} seeds are of the first {result["fewer_seeds"]}: the paired
-        differences below compare them with others, this table does not."""
+        Intervals of quality are t intervals over seeds. The judge's win rate is its mean probability of preferring the
+        arm, without label noise; a tie counts ½. The length-controlled win rate comes from a logistic regression on
+        arm + φ·tanh(Δlength/{taste["scale"]:.2f}) + difficulty of the prompt. The regression is fitted jointly over all
+        arms and seeds, with ridge {RIDGE_PROMPT:g} on the difficulties and {RIDGE_ARM:g} on the rest, and predicts with
+        the length term at 0. φ = {taste["coefficient"]:.2f}. Its intervals come from a bootstrap that resamples seeds,
+        and prompts within seeds, and repeats the whole fit. Reward accuracy is measured on held-out pairs of test
+        prompts, with labels drawn from P without flips. An arm counts as collapsed, by a rule fixed beforehand, if its
+        quality is more than {COLLAPSED_BELOW:g} below the base, if over {COLLAPSED_UNENDED:.0%} of its answers do not
+        end, or if its loss is not finite. Rows with {result["fewer_seeds"]} seeds use the first
+        {result["fewer_seeds"]}, so compare them with other rows by the paired differences below, not by this table."""
     if "simpo plain" in result["curves"]:
         before = result["curves"]["simpo plain"][0]["marginal accuracy"]
-        note += f""" SimPO and ORPO reward log-probs per token, by which the base itself is right on {before:.2f} of the
-            pairs; the others reward the change from the base."""
+        note += f""" SimPO and ORPO reward log-probs per token, and the base's own log-probs rank a share of
+            {before:.2f} of the pairs correctly. All other objectives reward the change from the base."""
     if other := result["bases"].get(base_name(False)):
-        note += f" Arms on a base without drafts are beside that base (quality {other['quality']:.3f})."
-    return "\n".join(["## All arms", "", *_table(columns, rows), "", _filled(note)])
+        note += f" Arms on a base without drafts are compared with that base (quality {other['quality']:.3f})."
+    return "\n".join(["## All arms", "", *table(columns, rows), "", filled(note)])
 
 
 def _main_contrasts(result: Mapping[str, Any]) -> str:
     measures = {"quality": "exact quality", "win_rate": "win rate over base", "lc_win_rate": "length-controlled"}
     main = _contrasts(result, "inspo - plain")
     rows = [
-        [entry["objective"], *(cell for m in measures for cell in (_signed(entry[m]), _p(entry[m]["holm_p"])))]
+        [entry["objective"], *(cell for m in measures for cell in (signed(entry[m]), p_value(entry[m]["holm_p"])))]
         for entry in main
     ]
     columns = ["", *(cell for name in measures.values() for cell in (f"{name} (95%)", "Holm p"))]
     verdicts: dict[str, list[str]] = {}
     for measure, name in measures.items():
         verdicts.setdefault(_in_words(_verdicts(main, measure, "holm_p")), []).append(name)
-    said = " ".join(f"InSPO by {_list(names)}: {verdict}." for verdict, names in verdicts.items())
-    claim = """The paper claims consistent gains in win rate and in length-controlled win rate. Holm adjusts the five
-        tests of each measure."""
+    said = " ".join(f"InSPO, by {listed(names)}: {verdict}." for verdict, names in verdicts.items())
+    claim = """The paper claims consistent gains in win rate and in length-controlled win rate. Holm's method adjusts
+        the five tests of each measure."""
     if len(main) < len(OBJECTIVES):
-        claim = f"Holm over the {len(main)} finished contrasts. {claim}"
-    return "\n".join(["## InSPO − plain, paired by seed", "", *_table(columns, rows), "", _filled(f"{claim} {said}")])
+        claim = f"Holm's method covers the {len(main)} finished contrasts. {claim}"
+    return "\n".join(["## InSPO − plain, paired by seed", "", *table(columns, rows), "", filled(f"{claim} {said}")])
 
 
 def _controls(result: Mapping[str, Any]) -> str:
@@ -250,26 +253,27 @@ def _controls(result: Mapping[str, Any]) -> str:
     columns = list(OBJECTIVES.values())
     rows = []
     for kind, title in kinds.items():
-        cells = {entry["objective"]: _signed(entry["quality"]) for entry in _contrasts(result, kind)}
+        cells = {entry["objective"]: signed(entry["quality"]) for entry in _contrasts(result, kind)}
         if cells:
             rows.append([title, *(cells.get(column, "") for column in columns)])
     lines = [
         "## Controls",
         "",
-        "Differences in exact quality, paired by seed, 95% t intervals, not adjusted for their number:",
+        "Differences in exact quality, paired by seed, with 95% t intervals that are not adjusted for their number:",
     ]
-    lines += ["", *_table(["", *columns], rows)] if rows else ["", "None is finished."]
+    lines += ["", *table(["", *columns], rows)] if rows else ["", "No control is finished."]
     for entry in _contrasts(result, "no drafts"):
         gap = result["bases"][base_name(False)]["conditioning_gap"]
         lines += [
             "",
-            _filled(f"""
-            On bases fitted without drafts, whose log π(y|x,y′) − log π(y|x) is {gap:+.2f} nats a token, InSPO-DPO −
-            DPO is {_signed(entry["quality"])}."""),
+            filled(f"""
+            On bases fitted without drafts, log π(y|x,y′) − log π(y|x) is {gap:+.2f} nats per token, and InSPO-DPO −
+            DPO is {signed(entry["quality"])}."""),
         ]
-    alone = """ORPO has an SFT term of its own, on the pair's own marginals, in every variant: no shuffled alternative,
-        no further term. IPO's loss is a square of nats, beside which an SFT term of weight 1 hardly counts."""
-    lines += ["", _filled(alone)]
+    alone = """Every variant of ORPO has its own SFT term on the pair's own marginals, so we ran it without a shuffled
+        alternative and without a further SFT term. IPO's loss is a square of nats, so an SFT term of weight 1 has
+        little effect."""
+    lines += ["", filled(alone)]
     return "\n".join(lines)
 
 
@@ -285,12 +289,12 @@ def _length(result: Mapping[str, Any]) -> str:
         if told
         else "We found no significant difference between the two"
     )
-    return "## Which win rate tracks quality?\n\n" + _filled(f"""
-        Rank correlation with exact quality over {tracking["arms"]["n"]} arms within a seed, then over seeds: the
-        judge's win rate {_mean(tracking["win_rate"])}, its length-controlled win rate
-        {_mean(tracking["lc_win_rate"])}, mean length {_signed(tracking["length"])}. {verdict}: the difference of the
-        correlations is {_signed(difference)}. The judge's taste for length has the form that the regression takes
-        out, almost by construction.""")
+    return "## Which win rate tracks quality?\n\n" + filled(f"""
+        Rank correlations with exact quality, over {tracking["arms"]["n"]} arms within a seed and then averaged over
+        seeds: the judge's win rate {mean_text(tracking["win_rate"])}, its length-controlled win rate
+        {mean_text(tracking["lc_win_rate"])}, mean length {signed(tracking["length"])}. {verdict}: the difference of the
+        correlations is {signed(difference)}. This is expected almost by construction: the judge's preference for
+        length has the form that the regression removes.""")
 
 
 def _curves(result: Mapping[str, Any]) -> str:
@@ -314,20 +318,21 @@ def _curves(result: Mapping[str, Any]) -> str:
                 )
     columns = [
         "",
-        "reward accuracy, given the other",
+        "reward accuracy, given the other response",
         "log π(y_w|x,y_l)",
         "reward accuracy, prompt alone",
         "log π(y_w|x)",
     ]
     return "\n".join(
         [
-            "## What is trained, and what is used",
+            "## Conditioned training, prompt-only inference",
             "",
             "![curves](study_curves.png)",
             "",
-            "Held-out pairs; log-probs of chosen answers in nats a token, before and after training:",
+            "On held-out pairs: reward accuracies, and log-probs of chosen answers in nats per token before and after "
+            "training.",
             "",
-            *_table(columns, rows),
+            *table(columns, rows),
         ]
     )
 
@@ -337,7 +342,7 @@ def _ablations(result: Mapping[str, Any]) -> str:
         [
             f"{group}: {_level(row['level'])}",
             ARMS[row["line"]].title,
-            _signed(row["gain"]),
+            signed(row["gain"]),
             f"{row['length']:.1f}",
             f"{row['collapsed']} of {row['gain']['n']}",
         ]
@@ -345,97 +350,23 @@ def _ablations(result: Mapping[str, Any]) -> str:
         for row in members
     ]
     note = """
-        Learning rate and beta: factors of the tuned values. Own alternative: probability that a response is conditioned
-        on the other response of its own pair, else on that of another pair of the same prompt kind. Marginal weight: at
-        InSPO's tuned settings. Label noise 0.5 means labels that say nothing: a gain there would betray a leak."""
+        Learning rate and beta are factors of the tuned values. "Own alternative" is the probability that a response is
+        conditioned on the other response of its own pair; otherwise the response comes from another pair of the same
+        prompt kind. The marginal weights use InSPO's tuned settings. With label noise 0.5 the labels carry no
+        information, so a gain would reveal a leak."""
     silent = [row for row in result["ablations"].get("label noise", []) if row["level"] == 0.5]
     if silent:
-        note += " With such labels the gains over the base are "
-        note += "; ".join(f"{ARMS[row['line']].title} {_signed(row['gain'])}" for row in silent) + "."
+        note += " With these labels the gains over the base are "
+        note += "; ".join(f"{ARMS[row['line']].title} {signed(row['gain'])}" for row in silent) + "."
     return "\n".join(
         [
             "## One thing changed at a time (DPO)",
             "",
             "![ablations](study_ablations.png)",
             "",
-            *_table(["", "", "gain in quality over the base (95%)", "tokens", "collapsed"], rows),
+            *table(["", "", "gain in quality over the base (95%)", "tokens", "collapsed"], rows),
             "",
-            _filled(note),
-        ]
-    )
-
-
-def _invariance(tabular: Mapping[str, Any]) -> str:
-    keys = (
-        "gap_to_bayes",
-        "error_of_decoded_preferences",
-        "decoded_moves_with_ref_and_weights",
-        "policy_moves_with_ref_and_weights",
-    )
-    kinds = {"bradley_terry": "Bradley-Terry", "cyclic": "any, with cycles"}
-    rows = [
-        [title, training, name, *(f"{row[key]:.0e}" if row[key] < 1e-3 else f"{row[key]:.2f}" for key in keys)]
-        for kind, title in kinds.items()
-        for training in ("conditioned", "plain")
-        for name, row in tabular[kind][training].items()
-    ]
-    columns = [
-        "preferences",
-        "training",
-        "scalarization",
-        "excess over the Bayes risk, relative",
-        "error of link⁻¹(u)",
-        "link⁻¹(u) moves with reference and weights",
-        "policy moves",
-    ]
-    shares = ("same_for_all_scalarizations", "same_for_other_weights", "same_for_other_reference", "is_the_favourite")
-    alone = [
-        [title, training, *(f"{tabular[kind]['prompt_only'][training][key]:.2f}" for key in shares)]
-        for kind, title in kinds.items()
-        for training in ("conditioned", "plain")
-    ]
-    columns_alone = [
-        "preferences",
-        "training",
-        "whatever the scalarization",
-        "under other weights",
-        "under another reference",
-        "is the one that P favours",
-    ]
-    lucky = " and ".join(
-        f"{tabular[kind]['prompt_only']['reference_is_the_favourite']:.2f} ({title})" for kind, title in kinds.items()
-    )
-    intro = f"""
-        {tabular["responses"]} responses, every log π(y|y′) a free parameter, float64, {tabular["worlds"]} random
-        preference matrices each without and with cycles, P in (0, 1); for each, a second reference and other weights.
-        u(y,y′) = [log π(y|y′) − log ref(y)] − [log π(y′|y) − log ref(y′)]. Largest values over the worlds:"""
-    points = [
-        "(i) The un-regularised target argmax_y P(y≻y′) depends on P alone, by definition.",
-        """(ii) The decoded preferences link⁻¹(u): the conditioned loss reaches its Bayes risk for every P, cycles
-        included, and decodes P whatever the scalarization, reference and weights. The plain loss does so only where
-        link(P) is additive (Bradley-Terry under the logistic or exponential link); elsewhere its decoded preferences
-        move with the weights.""",
-        f"""(iii) The conditioned policy is not determined: the optima are a family of dimension
-        {tabular["dimension_of_optima"]} = K(K−1)/2, one of which repeats the alternative with a probability of at least
-        {tabular["echo"]["least_probability_of_the_alternative"]:.4f}.""",
-        f"""(iv) The prompt-only policy is what a parametrisation and an optimizer make of it. Here log π(y|y′) = log
-        softmax(θ_y + φ_yy′) and log π(y) = log softmax(θ_y), by gradient descent from θ = log ref, φ = 0; plain
-        training has its one optimum. Shares of the worlds in which the most likely answer stays the same, and is the
-        one that wins most by P (the reference's own is in {lucky}):""",
-    ]
-    return "\n".join(
-        [
-            "## Is the optimum invariant? Exactly, in a tabular world",
-            "",
-            _filled(intro),
-            "",
-            *_table(columns, rows),
-            "",
-            *(_item(point) for point in points),
-            "",
-            *_table(columns_alone, alone),
-            "",
-            "So (ii) being invariant implies nothing about (iii) and (iv), and (iv) is what answers.",
+            filled(note),
         ]
     )
 
@@ -451,46 +382,46 @@ def _doubts(result: Mapping[str, Any]) -> str:
     ]
     fixed = "; ".join(f"{OBJECTIVES[k]} {n} {v:g}" for k, options in FIXED.items() for n, v in options.items())
     points = [
-        f"""Unequal training? Every arm of the table made {_or(checks["updates"])} updates, all arms of a seed on as
-        many pairs: {"yes" if checks["pairs_equal"] else "no"}; tests see that they are the same ones. Conditioned
-        sequences are longer: a run passes {tokens["plain"]:,.0f} tokens plain and {tokens["inspo"]:,.0f} conditioned,
-        which is why plain training at twice the updates is a control.""",
-        """A broken judge or comparison? Every number of the summary is computed a second time, by other code. The
-        regression is tested on planted coefficients, grading on known answers, the alternatives' order on the batches
-        themselves, marginal rewards after training that must separate them; losses are the package's, which are tested
+        f"""Unequal training? Every arm of the table made {either(checks["updates"])} updates. All arms of a seed
+        used the same number of pairs: {"yes" if checks["pairs_equal"] else "no"}. Tests check that they are the same
+        pairs. Conditioned sequences are longer: a plain run processes {tokens["plain"]:,.0f} tokens, a conditioned run
+        {tokens["inspo"]:,.0f}. Plain training with twice the updates is therefore a control.""",
+        """A broken judge or comparison? A second implementation computes every number of the summary. We test the
+        regression on planted coefficients, grading on known answers, the order of the alternatives on real batches, and
+        marginal rewards after training that must separate them. The losses are the package's own, which are tested
         against a plain implementation in float64.""",
-        "A leak? Test prompts are in no demonstration and no training pair. "
+        "A leak? No demonstration and no training pair contains a test prompt. "
         + ("See label noise 0.5." if "label noise" in result["ablations"] else "Label noise 0.5 is not finished."),
-        f"""Unfair tuning? Each arm of the table, SFT and plain + SFT had a grid of its own on one seed ({TUNING_SEED},
-        used for nothing else), by exact quality on validation prompts: a middle, then learning rate and one parameter
-        divided and multiplied by {STEP:g}; for SFT {len(SFT_LEARNING_RATES)} learning rates. The middles come from a
-        look at some thirty runs on another seed. Not tuned: {fixed}; the weight of the SFT term, 1; the marginal weight
-        of the anchored arms, 1. Best at the edge of the grid, so that a wider one might move them:
-        {_list(edges) if edges else "none"}.""",
+        f"""Unfair tuning? Each arm of the table, SFT and plain + SFT had its own grid on one seed ({TUNING_SEED}, used
+        for nothing else), scored by exact quality on validation prompts. A grid has a centre, plus the learning rate
+        and one parameter divided and multiplied by {STEP:g}; for SFT it has {len(SFT_LEARNING_RATES)} learning rates.
+        The centres come from about thirty runs on another seed. Not tuned: {fixed}; the weight of the SFT term, 1; the
+        marginal weight of the anchored arms, 1. For these arms the best setting is at the edge of the grid, so a
+        wider grid might change them: {listed(edges) if edges else "none"}.""",
         f"""Chance? Seeds are the observations: {result["seeds"]} for the table, {result["fewer_seeds"]} for most
-        controls and the ablations. Only the InSPO − plain contrasts are adjusted for their number. One tuning
-        seed can pick a poor setting for an arm.""",
-        f"""Far from practice? Yes: models of 0.23M parameters, one right answer to a prompt, a synthetic judge with one
-        bias, {size["updates"]} updates. What helps or hurts here says how the objectives behave in this world, not what
-        they do to large models and human preferences.""",
+        controls and the ablations. Only the InSPO − plain contrasts are adjusted for their number. With one tuning
+        seed, an arm may get a poor setting by chance.""",
+        f"""Far from practice? Yes: models with 0.23M parameters, one right answer per prompt, a synthetic judge with
+        one bias, {size["updates"]} updates. The results show how the objectives behave in this world, not what they do
+        to large models and human preferences.""",
     ]
     if result["unfinished"]:
-        points.append(f"Not finished, and left out: {'; '.join(result['unfinished'])}.")
-    return "\n".join(["## Reasons to doubt it, and checks", "", *(_item(point) for point in points)])
+        points.append(f"Unfinished and left out: {'; '.join(result['unfinished'])}.")
+    return "\n".join(["## Reasons to doubt it, and checks", "", *(item(point) for point in points)])
 
 
 def _rerun(result: Mapping[str, Any]) -> str:
     hardware = result["hardware"]
-    note = _filled(f"""
-        {result["runs"]} runs, {result["run_seconds"] / 60:.0f} minutes of their own clocks added up, on
+    note = filled(f"""
+        {result["runs"]} runs took {result["run_seconds"] / 60:.0f} minutes, summed over the runs, on
         {hardware["cpu"]}, {hardware["cores"]} cores shared with other work, torch {result["versions"]["torch"]},
         {result["date"]}. Every run is a line of [runs.jsonl](../benchmarks/results/study/runs.jsonl) with the edits and
-        lengths of its answers; [study.json](../benchmarks/results/study/study.json) and this page are computed from
-        them. `--large --device cuda` asks for a larger model and more seeds; that has not been run.""")
+        lengths of its answers. [study.json](../benchmarks/results/study/study.json) and this page are computed from
+        these lines. `--large --device cuda` runs a larger model and more seeds; this has not been done.""")
     return f"""## Rerun it
 
 ```bash
-python -m benchmarks.study            # all of it; says first how long, continues where it was interrupted
+python -m benchmarks.study            # everything; prints an estimate first, continues after an interruption
 python -m benchmarks.study --quick    # tiny sizes, minutes
 python -m benchmarks.study.tabular --json FILE
 ```
@@ -498,46 +429,8 @@ python -m benchmarks.study.tabular --json FILE
 {note}"""
 
 
-# --- words ---
-
-
 def _contrasts(result: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
     return [entry for entry in result["contrasts"] if entry["kind"] == kind]
-
-
-def _filled(words: str) -> str:
-    return textwrap.fill(" ".join(words.split()), 120, break_long_words=False, break_on_hyphens=False)
-
-
-def _item(words: str) -> str:
-    return textwrap.fill(
-        "- " + " ".join(words.split()), 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def _mean(value: Mapping[str, float]) -> str:
-    return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
-
-
-def _signed(value: Mapping[str, float]) -> str:
-    return f"{value['mean']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _list(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def _or(values: Iterable[Any]) -> str:
-    return " or ".join(map(str, values))
 
 
 def _level(level: float | str) -> str:

@@ -1,4 +1,4 @@
-"""One run of the study: a fitted base and its judged answers (shared by all arms of a seed), training, evaluation."""
+"""Do one run of the study: fit the base and judge its answers (shared by a seed's arms), train, evaluate."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from . import world
 from .arms import Arm
 from .world import END, IDS, PAD, Judge, Prompt, Prompts, decode, draw_prompts, encode, quality
 
-TIE = 1e-4  # margins this small are rounding: before training all of them are 0 where there is a reference
+TIE = 1e-4  # smaller margins are rounding: with a reference, all margins are 0 before training
 DIGITS = string.digits + string.ascii_lowercase
-# What a cached base depends on besides its settings.
+# A cached base depends on this in addition to its settings.
 _CODE = hashlib.sha256(
     b"".join(Path(str(file)).read_bytes() for file in (world.__file__, models.__file__, fitting.__file__, __file__))
 ).hexdigest()
@@ -36,7 +36,7 @@ _CODE = hashlib.sha256(
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is. Prompt counts are rounded to a multiple of the number of prompt kinds."""
+    """All sizes of the study. Prompt counts are rounded to a multiple of the number of prompt kinds."""
 
     hidden_size: int = 96
     layers: int = 2
@@ -57,29 +57,29 @@ class Size:
 
 @dataclass(frozen=True)
 class Candidates:
-    """A prompt with two of the base's answers, the base's log pi(answer | prompt), and the dice of what follows."""
+    """A prompt with two of the base's answers, the base's log pi(answer | prompt), and the draws for its label."""
 
     prompt: Prompt
     answers: tuple[str, str]
     log_probs: tuple[float, float]
-    dice: tuple[float, float, float, int]  # verdict, turned round, other alternative or not, which other
+    dice: tuple[float, float, float, int]  # verdict, flipped, whether another alternative, which alternative
 
 
 @dataclass(frozen=True)
 class Start:
-    """What all arms of a seed share."""
+    """Everything that all arms of a seed share."""
 
     prompts: Prompts
     base: dict[str, Tensor]
     fit_loss: float
     training: list[Candidates]
     held_out: list[Candidates]  # of the test prompts
-    answers: dict[str, list[list[str]]]  # the base's, to the validation and the test prompts
+    answers: dict[str, list[list[str]]]  # the base's answers to validation and test prompts
 
 
 @dataclass(frozen=True)
 class Example:
-    """A labelled pair, as token ids; ``alternatives`` are what its chosen and rejected response are conditioned on.
+    """Token ids of a labelled pair. Its chosen and rejected responses are conditioned on ``alternatives``.
 
     ``reference``: the base's log-probs of the chosen and the rejected response, given the prompt alone.
     """
@@ -92,7 +92,7 @@ class Example:
 
 
 def start(size: Size, seed: int, *, drafts: bool, cache: Path, device: str = "cpu") -> Start:
-    """The fitted base of ``seed`` and its answers, from ``cache`` if they are there."""
+    """Return the fitted base of ``seed`` and its answers, from ``cache`` if it has them."""
     settings = json.dumps([_CODE, dataclasses.asdict(size), seed, drafts, device, torch.__version__])
     file = cache / f"base-{seed}{'' if drafts else '-no-drafts'}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.pt"
     if file.exists():
@@ -137,9 +137,9 @@ def _sampling_seed(seed: int, part: str) -> int:
 
 
 def candidates(base: PreTrainedModel, prompts: Sequence[Prompt], most: int, seed: int) -> list[Candidates]:
-    """Of four answers of ``base`` to each prompt those that the judge scores highest and lowest, in random order.
+    """Sample four answers of ``base`` per prompt. Return those with the judge's highest and lowest score, shuffled.
 
-    Answers without end are no candidates; prompts whose answers all score the same are left out.
+    Answers without end are not candidates. Prompts whose answers all have the same score are skipped.
     """
     rng, judge = random.Random(f"dice {seed}"), Judge()
     found: list[Candidates] = []
@@ -154,7 +154,7 @@ def candidates(base: PreTrainedModel, prompts: Sequence[Prompt], most: int, seed
 
 
 def log_probs_of(pairs: Sequence[tuple[list[int], list[int], list[int]]], model: PreTrainedModel) -> Tensor:
-    """(2, pairs) float64: log pi(first | prompt), log pi(second | prompt)."""
+    """Return (2, pairs) float64: log pi(first | prompt), log pi(second | prompt)."""
     parts = []
     for at in range(0, len(pairs), 256):
         batch = ik.condition_pairs(pairs[at : at + 256], pad_token_id=IDS[PAD], conditioned=False)
@@ -163,10 +163,10 @@ def log_probs_of(pairs: Sequence[tuple[list[int], list[int], list[int]]], model:
 
 
 def label(pairs: Sequence[Candidates], judge: Judge, own_alternative: float = 1.0) -> list[Example]:
-    """The judge's labels, and for each pair the alternatives that its responses are conditioned on.
+    """Label the pairs with the judge, and choose the alternatives on which their responses are conditioned.
 
-    With probability 1 - ``own_alternative`` these are the responses of another pair of the same prompt kind, in their
-    roles: the chosen response behind that pair's rejected one, the rejected behind its chosen one.
+    With probability 1 - ``own_alternative`` these are the responses of another pair of the same prompt kind, in the
+    same roles: chosen follows that pair's rejected response, rejected follows its chosen response.
     """
     ordered = []
     kinds: dict[tuple[str, int], list[int]] = {}
@@ -187,12 +187,12 @@ def label(pairs: Sequence[Candidates], judge: Judge, own_alternative: float = 1.
 
 
 def make_batch(examples: Sequence[Example], *, conditioned: bool, separator: str = "") -> dict[str, Any]:
-    """``condition_pairs`` of ``examples``; where an alternative is another pair's, there are no marginals."""
+    """Return the ``condition_pairs`` batch of ``examples``. Alternatives from other pairs have no marginals."""
     options: dict[str, Any] = {"pad_token_id": IDS[PAD], "separator_ids": encode(separator)}
     own = [(e.prompt, e.chosen, e.rejected) for e in examples]
     if not conditioned or all(e.alternatives == (e.rejected, e.chosen) for e in examples):
         return ik.condition_pairs(own, conditioned=conditioned, **options)
-    # Each response with its own alternative makes two pairs, of which the other half is not used.
+    # Each response with its own alternative forms a pair, and half of each such pair is not used.
     n = len(examples)
     behind = [(e.prompt, e.chosen, e.alternatives[0]) for e in examples]
     ahead = [(e.prompt, e.alternatives[1], e.rejected) for e in examples]
@@ -203,7 +203,7 @@ def make_batch(examples: Sequence[Example], *, conditioned: bool, separator: str
 
 
 def drop_alternatives(batch: dict[str, Any], plain: dict[str, Any], dropped: Tensor) -> dict[str, Any]:
-    """The conditioned ``batch`` with those pairs that are ``dropped`` (pairs,) laid out as in ``plain``, both rows."""
+    """Return the conditioned ``batch`` with both rows of each ``dropped`` (pairs,) pair replaced from ``plain``."""
     rows = dropped.repeat(2)[:, None]
     fill = {"input_ids": IDS[PAD], "attention_mask": 0, "position_ids": 0, "labels": -100}
     mixed: dict[str, Any] = {"marginal_labels": None}
@@ -215,7 +215,7 @@ def drop_alternatives(batch: dict[str, Any], plain: dict[str, Any], dropped: Ten
 
 
 def training_batch(examples: Sequence[Example], arm: Arm, dropped: Sequence[bool]) -> dict[str, Any]:
-    """The batch of ``examples`` as ``arm`` trains on them; pairs that are ``dropped`` are laid out plain."""
+    """Return ``arm``'s training batch of ``examples``. ``dropped`` pairs are laid out plain."""
     batch = make_batch(examples, conditioned=arm.conditioned, separator=arm.separator)
     if not any(dropped):
         return batch
@@ -223,12 +223,12 @@ def training_batch(examples: Sequence[Example], arm: Arm, dropped: Sequence[bool
 
 
 def plain_reference(examples: Sequence[Example]) -> Tensor:
-    """(2, pairs) float64: the base's log-probs of the chosen and the rejected responses, given the prompt alone."""
+    """Return (2, pairs) float64: the base's log-probs of chosen and rejected responses, given the prompt alone."""
     return torch.tensor([e.reference for e in examples], dtype=torch.float64).T
 
 
 def reference_log_probs(base: PreTrainedModel, examples: Sequence[Example], arm: Arm) -> Tensor:
-    """(2, pairs) float64: of the chosen and the rejected responses, given the prompt alone unless ``arm`` says else."""
+    """Return (2, pairs) float64: the reference's log-probs of chosen and rejected, conditioned if ``arm`` says so."""
     if not arm.conditioned_reference:
         return plain_reference(examples)
     batch = make_batch(examples, conditioned=True, separator=arm.separator)
@@ -249,11 +249,11 @@ def train(
     watch_every: int | None = None,
     decay: bool = True,
 ) -> dict[str, Any]:
-    """Trains ``model`` in place. ``watch(step)`` is called before each ``watch_every``-th update and after the last.
+    """Train ``model`` in place. ``watch(step)`` runs before every ``watch_every``-th update and after the last update.
 
-    None means each fifth of the updates. The learning rate rises over 8 updates, then falls linearly to 0, or with
-    ``decay=False`` stays. The order of the pairs depends on ``seed`` alone. Returns counts of what was done; ``finite``
-    is False if the loss ceased to be, and training ended there.
+    ``watch_every=None`` means every fifth of the updates. The learning rate rises over 8 updates, then falls linearly
+    to 0, or stays constant with ``decay=False``. The order of the pairs depends only on ``seed``. Returns counts of
+    updates, pairs and tokens. ``finite`` is False if the loss became non-finite, which ended training.
     """
     reference = reference_log_probs(model, examples, arm) if objective.needs_reference else None
     every = max(1, updates // 5) if watch_every is None else watch_every
@@ -262,7 +262,7 @@ def train(
         optimizer, lambda i: min(1.0, (i + 1) / 8) * (1 - i / updates if decay else 1.0)
     )
     rng = random.Random(f"order {seed}")
-    order: list[tuple[int, bool]] = []  # pairs, and whether they are trained plain this time
+    order: list[tuple[int, bool]] = []  # pairs, and whether this pass trains them plain
     tokens, done, passes = 0, 0, 0
     for step in range(updates):
         if watch is not None and step % every == 0:
@@ -305,9 +305,10 @@ def train(
 def reward_accuracies(
     model: PreTrainedModel, examples: Sequence[Example], objective: ik.Objective, separator: str
 ) -> dict[str, float]:
-    """Shares of pairs whose chosen response has the larger reward, conditioned and from the prompt alone; ties 1/2.
+    """Return the share of pairs whose chosen response has the higher reward, conditioned and prompt-only (ties 1/2).
 
-    With them the mean log-prob of a chosen response in both layouts, nats a token. The reference sees the prompt alone.
+    Also returns the chosen responses' mean log-prob in both layouts, in nats per token. The reference sees the prompt
+    alone.
     """
     out = pair_output(model, examples, objective, separator)
     assert out.marginal_logps is not None
@@ -341,10 +342,10 @@ def run(
     cache: Path,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Trains one arm on one seed and answers the prompts of ``part`` ("validation" or "test") with it.
+    """Train one arm on one seed, and let it answer the prompts of ``part`` ("validation" or "test").
 
-    The result holds what grading and judging need of each answer, so that every number follows from the result file;
-    for "test" also the rewards of held-out pairs during training.
+    The result holds the facts of each answer that grading and judging need, so that every number follows from the
+    result file. For "test" it also holds the rewards of held-out pairs during training.
     """
     began = time.perf_counter()
     begun = start(size, seed, drafts=arm.drafts, cache=cache, device=device)
@@ -385,7 +386,7 @@ def run(
 
 
 def describe_base(size: Size, seed: int, *, drafts: bool, cache: Path, device: str = "cpu") -> dict[str, Any]:
-    """The record of a base: its answers to the test prompts, and what its training pairs are like."""
+    """Return the record of a base: its answers to the test prompts, and statistics of its training pairs."""
     began = time.perf_counter()
     begun = start(size, seed, drafts=drafts, cache=cache, device=device)
     examples = label(begun.training, Judge())
@@ -426,10 +427,10 @@ def load(begun: Start, size: Size, seed: int, device: str) -> PreTrainedModel:
 
 
 def graded(prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Mean quality and length, shares of right and of unended answers, and each answer's edits and length.
+    """Return mean quality and length, the shares of right and of unended answers, and each answer's edits and length.
 
-    ``edits`` and ``lengths`` hold one digit of base 36 an answer, prompt by prompt; quality is 1 - edits / length of
-    the right answer.
+    ``edits`` and ``lengths`` hold one base-36 digit per answer, prompt by prompt. Quality is 1 - edits / length of the
+    right answer.
     """
     flat = [(prompt, answer) for prompt, given in zip(prompts, answers) for answer in given]
     return {

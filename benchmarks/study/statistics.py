@@ -1,4 +1,4 @@
-"""Intervals over seeds, several tests at once, and win rates with the judge's taste for length taken out."""
+"""Compute intervals over seeds, adjusted p-values, and win rates without the judge's preference for length."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RIDGE_PROMPT, RIDGE_ARM = 1.0, 1e-3
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> dict[str, Any]:
-    """Mean, t interval and two-sided p-value against 0; seeds are the observations, differences make it paired.
+    """Return mean, t interval and two-sided p-value against 0. Seeds are the observations; pass differences to pair.
 
-    Without spread (all values equal) there is no test: the interval is the mean itself, p is None.
+    If all values are equal there is no test: the interval is the mean itself and p is None.
     """
     if len(values) < 2:
         raise ValueError(f"{len(values)} observations: an interval needs at least two")
@@ -30,10 +30,10 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> dict[str, Any]:
 
 
 def equivalence(values: Sequence[float], margin: float, level: float = 0.05) -> dict[str, Any]:
-    """Two one-sided paired t-tests (TOST) of a mean difference within -``margin`` and +``margin``.
+    """Run two one-sided paired t-tests (TOST): is the mean difference between -``margin`` and +``margin``?
 
     Returns the mean, its 1 - 2 ``level`` interval (``low``, ``high``), the larger of the two p-values and
-    ``equivalent``: whether both tests reject, which is whether the interval lies within the margins.
+    ``equivalent``: whether both tests reject, that is, whether the interval lies within the margins.
     """
     if margin <= 0:
         raise ValueError(f"margin must be positive, got {margin}")
@@ -45,7 +45,7 @@ def equivalence(values: Sequence[float], margin: float, level: float = 0.05) -> 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: below a level, the hypothesis is rejected at that family-wise level."""
+    """Return Holm's adjusted p-values. A hypothesis is rejected at the family-wise levels above its value."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
@@ -58,7 +58,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class LengthModel:
     """P(arm's answer to prompt x preferred) = sigmoid(arm[a] + length * tanh(length difference / scale) + prompt[x]).
 
-    ``win_rates`` (arms,) are what it predicts at a length difference of 0, averaged over each arm's prompts.
+    ``win_rates`` (arms,) are the predictions at a length difference of 0, averaged over each arm's prompts.
     """
 
     arm: Array
@@ -69,16 +69,16 @@ class LengthModel:
 
 
 def fit_length_model(verdicts: Array, length_differences: Array, present: Array | None = None) -> LengthModel:
-    """A ridge logistic regression, jointly over all arms, in the manner of AlpacaEval's length-controlled win rates.
+    """Fit a ridge logistic regression jointly over all arms, as for AlpacaEval's length-controlled win rates.
 
     Args:
-        verdicts: (prompts, answers, arms) in [0, 1], 1/2 for a tie: the arm's answer beside its opponent's.
-        length_differences: of the same shape, arm's minus opponent's, in tokens.
-        present: (prompts, arms), 1 where the arm answered the prompt; None: everywhere.
+        verdicts: (prompts, answers, arms) in [0, 1], 1/2 for a tie: the arm's answer against its opponent's.
+        length_differences: same shape, the arm's length minus the opponent's, in tokens.
+        present: (prompts, arms), 1 if the arm answered the prompt; None: all arms answered all prompts.
 
-    The penalty is (RIDGE_PROMPT/2) |prompt|^2 + (RIDGE_ARM/2)(|arm|^2 + length^2): it makes the difficulties those of a
-    population around 0, and the rest finite where an arm always wins. Fitted by Newton's method to a gradient of 1e-8
-    an observation.
+    The penalty is (RIDGE_PROMPT/2) |prompt|^2 + (RIDGE_ARM/2)(|arm|^2 + length^2). It models difficulties as a
+    population around 0, and keeps the other coefficients finite if an arm always wins. Newton's method runs until the
+    gradient per observation is below 1e-8.
     """
     prompts, arms = verdicts.shape[0], verdicts.shape[2]
     present = np.ones((prompts, arms)) if present is None else present
@@ -131,9 +131,9 @@ def fit_length_model(verdicts: Array, length_differences: Array, present: Array 
 def bootstrap_win_rates(
     verdicts: Array, length_differences: Array, present: Array, seeds: NDArray[np.int64], *, replicates: int, seed: int
 ) -> Array:
-    """(replicates, arms): length-controlled win rates, fitted anew to resampled seeds and resampled prompts of each.
+    """Return (replicates, arms): length-controlled win rates, refitted to resampled seeds and prompts within seeds.
 
-    ``seeds`` (prompts,): which seed a prompt belongs to. NaN where a resample lacks an arm.
+    ``seeds`` (prompts,): the seed of each prompt. The value is NaN if a resample lacks an arm.
     """
     rng = np.random.default_rng(seed)
     places = [np.flatnonzero(seeds == s) for s in np.unique(seeds)]

@@ -1,4 +1,4 @@
-"""From the runs to what the report says: every number of ``study.json``."""
+"""Compute every number of ``study.json`` from the runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .world import Judge
 
 COLLAPSED_BELOW, COLLAPSED_UNENDED = 0.1, 0.2
 FEWEST_SEEDS = 5
-FEWEST_RANKED = 8  # a rank correlation over fewer arms says little
+FEWEST_RANKED = 8  # a rank correlation over fewer arms is not informative
 REPLICATES = 300
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Of one run to the test prompts, (prompts, answers): exact quality, and length in tokens."""
+    """One run's answers to the test prompts, (prompts, answers): exact quality, and length in tokens."""
 
     quality: Array
     length: Array
@@ -38,13 +38,13 @@ class Answers:
         return cls(1 - edits / right[:, None], lengths)
 
     def verdicts(self, other: Answers) -> Array:
-        """The judge's probability of preferring these answers, (prompts, answers), without noise; 1/2 for a tie."""
+        """Return the judge's noise-free probability (prompts, answers) of preferring these answers; 1/2 for a tie."""
         judge = Judge()
         return 1 / (1 + np.exp(judge.a * (other.quality - self.quality) + judge.b * (other.length - self.length)))
 
 
 class Runs:
-    """Test runs by arm and seed, complete for so many seeds as are asked for."""
+    """Test runs by arm and seed."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
         self.records = {(r["arm"], r["seed"]): r for r in records if r["part"] == "test"}
@@ -54,7 +54,7 @@ class Runs:
         return self.records[base_name(arm is None or arm.drafts), seed]
 
     def seeds(self, *arms: str) -> list[int]:
-        """Seeds that all of ``arms`` have been run on."""
+        """Return the seeds that have runs of all ``arms``."""
         found = [{seed for name, seed in self.records if name == arm and seed != TUNING_SEED} for arm in arms]
         return sorted(set.intersection(*found))
 
@@ -65,14 +65,14 @@ class Runs:
         return float(self.answers[arm, seed].verdicts(self.answers[opponent, seed]).mean())
 
     def collapsed(self, arm: str, seed: int) -> bool:
-        """Worse than its base by more than 0.1 in quality, over a fifth of answers unended, or a loss not finite."""
+        """Return whether quality fell by over 0.1, a fifth of the answers are unended or the loss is not finite."""
         record = self.records[arm, seed]
         fallen = self.base(ARMS[arm], seed)["quality"] - record["quality"]
         return fallen > COLLAPSED_BELOW or record["unended"] > COLLAPSED_UNENDED or not record["finite"]
 
 
 def summarize(plan: Plan, records: Iterable[Mapping[str, Any]], replicates: int = REPLICATES) -> dict[str, Any]:
-    """All results. Arms with fewer than five seeds (or the plan's number, if that is less) are only named."""
+    """Return all results. Arms with fewer than five seeds (or the plan's number, if smaller) are only named."""
     records = list(records)
     runs = Runs(records)
     fewest = min(FEWEST_SEEDS, plan.fewer)
@@ -148,7 +148,7 @@ def _differences(runs: Runs, arm: str, other: str, seeds: Sequence[int]) -> list
 
 
 def _against_base(runs: Runs, arms: Sequence[Arm], seeds: Sequence[int]) -> tuple[Array, Array, Array, Any]:
-    """Verdicts and length differences (prompts, answers, arms), presence (prompts, arms), seed of each prompt."""
+    """Return verdicts and length differences (prompts, answers, arms), presence (prompts, arms), and prompts' seeds."""
     verdicts, lengths, present, owners = [], [], [], []
     for seed in seeds:
         base = runs.answers[base_name(True), seed]
@@ -161,7 +161,7 @@ def _against_base(runs: Runs, arms: Sequence[Arm], seeds: Sequence[int]) -> tupl
 
 
 def _length_controlled(runs: Runs, arms: Sequence[Arm], replicates: int) -> dict[str, Any]:
-    """Win rates against the base from one fit over all arms and seeds, with intervals of the whole fit's bootstrap."""
+    """Return win rates against the base from one fit over all arms and seeds, with the fit's bootstrap intervals."""
     seeds = runs.seeds(base_name(True))
     verdicts, lengths, present, owners = _against_base(runs, arms, seeds)
     fitted = fit_length_model(verdicts, lengths, present)
@@ -175,7 +175,7 @@ def _length_controlled(runs: Runs, arms: Sequence[Arm], replicates: int) -> dict
 
 
 def _length_controlled_per_seed(runs: Runs, arms: Sequence[Arm]) -> dict[tuple[str, int], float]:
-    """The same, fitted to one seed at a time: what differences between arms are paired on."""
+    """Return the same win rates, fitted to one seed at a time, for paired differences between arms."""
     rates: dict[tuple[str, int], float] = {}
     for seed in runs.seeds(base_name(True)):
         here = [arm for arm in arms if (arm.name, seed) in runs.records]
@@ -186,7 +186,7 @@ def _length_controlled_per_seed(runs: Runs, arms: Sequence[Arm]) -> dict[tuple[s
 
 
 def _contrasts(runs: Runs, controlled: Mapping[tuple[str, int], float], arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Paired differences, each with the question it answers; Holm's p over the objectives' InSPO - plain."""
+    """Return paired differences, each with its kind. Holm's method adjusts InSPO - plain over the objectives."""
     names = {arm.name for arm in arms}
     wanted: list[tuple[str, str, str, str]] = []
     for key, title in OBJECTIVES.items():
@@ -229,9 +229,10 @@ def _contrasts(runs: Runs, controlled: Mapping[tuple[str, int], float], arms: Se
 def _tracking(
     runs: Runs, controlled: Mapping[tuple[str, int], float], arms: Sequence[Arm]
 ) -> dict[str, dict[str, Any]]:
-    """Rank correlation over arms with exact quality, of the win rate and of the length-controlled one, and of lengths.
+    """Return rank correlations over arms of exact quality with win rate, length-controlled win rate and length.
 
-    Within each seed, over the arms that were run on all seeds; then over seeds. Empty where there is nothing to rank.
+    They are computed within each seed, over the arms that ran on all seeds, then averaged over seeds. Returns an empty
+    result if there is nothing to rank.
     """
     seeds = runs.seeds(base_name(True))
     here = [arm.name for arm in arms if runs.seeds(arm.name) == seeds]
@@ -255,13 +256,13 @@ def _tracking(
 
 
 def _of_correlations(values: Sequence[float]) -> dict[str, Any]:
-    """A t interval of their Fisher transforms, transformed back: it stays within -1 and 1."""
+    """Return a t interval of the Fisher transforms, transformed back so that it stays between -1 and 1."""
     interval = t_interval([float(np.arctanh(np.clip(value, -1 + 1e-9, 1 - 1e-9))) for value in values])
     return interval | {name: float(np.tanh(interval[name])) for name in ("mean", "low", "high")}
 
 
 def _ablations(runs: Runs, arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]]]:
-    """For each axis the arms along it, the unchanged one from the table included, all on the same seeds."""
+    """Return each ablation's arms, including the unchanged arm from the table, all on the same seeds."""
     unchanged: dict[str, tuple[float | str, Sequence[str]]] = {
         "label noise": (Judge().noise, VARIANTS),
         "own alternative": (1.0, ("inspo",)),
@@ -296,13 +297,13 @@ def _ablations(runs: Runs, arms: Sequence[Arm]) -> dict[str, list[dict[str, Any]
 
 
 def _curve(runs: Runs, arm: str) -> list[dict[str, float]]:
-    """Means over seeds of the held-out pairs' rewards during training."""
+    """Return the held-out pairs' reward statistics during training, averaged over seeds."""
     curves = [runs.records[arm, seed]["curve"] for seed in runs.seeds(arm)]
     return [{name: float(np.mean([point[name] for point in points])) for name in points[0]} for points in zip(*curves)]
 
 
 def _checks(runs: Runs, arms: Sequence[Arm]) -> dict[str, Any]:
-    """What would betray unequal treatment: updates of all arms, and the number of their pairs."""
+    """Return checks for unequal treatment: all arms' updates, and the numbers of their pairs."""
     table = [arm for arm in arms if arm.group == "table"]
     seeds = runs.seeds(base_name(True))
     of_table = [runs.records[arm.name, seed] for arm in table for seed in runs.seeds(arm.name)]

@@ -1,31 +1,31 @@
-"""Compute exactly what is invariant in InSPO: K responses, one prompt, every log-prob a free parameter, no sampling.
+"""Compute exactly what is invariant in InSPO, for K responses to one prompt with every log-prob a free parameter.
 
 ``python -m benchmarks.study.tabular --json FILE``
 
-P[y, z] = P(y preferred to z), 0 < P < 1, with or without cycles, is all that labels can tell. A pair {y, z} is drawn
-with weight w[y, z] > 0 and labelled by P; the expected loss of a margin objective l is
+Labels reveal only P[y, z] = P(y preferred to z), 0 < P < 1, with or without cycles. A pair {y, z} is drawn with weight
+w[y, z] > 0 and labelled by P. The expected loss of a margin objective l is
 
     risk = sum_{y != z} w[y, z] P[y, z] l(u[y, z]),
     conditioned:  u[y, z] = [log pi(y|z) - log ref(y)] - [log pi(z|y) - log ref(z)]
     plain:        u[y, z] = [log pi(y)   - log ref(y)] - [log pi(z)   - log ref(z)]
 
 For a strictly proper l each pair's risk has one minimiser, the scalarization u* = link(P): logit P (logistic), 2P - 1
-(squared), (logit P)/2 (exponential); the sum of those minima is the Bayes risk. The hinge is not proper and left out.
+(squared), (logit P)/2 (exponential). The sum of these minima is the Bayes risk. The hinge is not proper and left out.
 
-Four objects must be told apart, and the last three are looked at here (the first depends on P alone, by definition):
+Four objects must be distinguished. This module examines the last three; the first depends on P alone, by definition:
 
     (i)   the un-regularised target argmax_y P(y over z), for each alternative z
     (ii)  the decoded preferences link^-1(u) at an optimum
     (iii) the conditioned policy pi(y|z) at an optimum
-    (iv)  the prompt-only policy. Nothing ties it to pi(y|z) but the model, so a parametrisation has to be stated:
+    (iv)  the prompt-only policy. Only the model ties it to pi(y|z), so the result depends on the parametrisation. Here
           log pi(y|z) = log softmax_y(theta[y] + phi[y, z]) and log pi(y) = log softmax_y(theta[y]), trained by gradient
           descent from theta = log ref, phi = 0.
 
-Why (ii) says nothing of (iii) and (iv). The u of conditioned policies is any antisymmetric matrix: off the diagonal,
-log pi(y|z) and log pi(z|y) are free up to their difference, and the diagonal pi(z|z), which no loss sees, makes each
-column sum to one. So every P is decoded exactly, and the optima are a family of dimension K(K-1) - K(K-1)/2. Lowering
-all log pi(y|z), y != z, by the same amount stays inside it and ends at the policy that only echoes the alternative.
-And since phi can make up for any theta, *every* prompt-only policy is that of some optimum.
+Why (ii) says nothing about (iii) and (iv): the u of conditioned policies can be any antisymmetric matrix. Off the
+diagonal, log pi(y|z) and log pi(z|y) are free up to their difference. The diagonal pi(z|z), which no loss sees, makes
+each column sum to one. So every P is decoded exactly, and the optima form a family of dimension K(K-1) - K(K-1)/2.
+Lowering all log pi(y|z), y != z, by the same amount stays inside the family and ends at the policy that only echoes the
+alternative. And since phi can compensate for any theta, *every* prompt-only policy belongs to some optimum.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from ..result_files import provenance, write_json
 
 DOUBLE = torch.float64
 KINDS = ("bradley_terry", "cyclic")
-CONVERGED = 1e-6  # largest excess risk of a descent that counts
+CONVERGED = 1e-6  # largest excess risk of a converged descent
 
 
 class Exponential(ik.Objective):
-    """exp(-m), m = a_chosen - a_rejected."""
+    """The loss exp(-m), m = a_chosen - a_rejected."""
 
     def __call__(self, s: ik.PairSums) -> Tensor:
         a_chosen, a_rejected = self._advantages(s)
@@ -59,7 +59,7 @@ class Exponential(ik.Objective):
 
 @dataclass(frozen=True)
 class Scalarization:
-    """A strictly proper margin objective with its link, P -> the margin of least risk, and the way back."""
+    """A strictly proper margin objective with its link (P -> the margin of least risk) and the link's inverse."""
 
     objective: ik.Objective
     link: Callable[[Tensor], Tensor]
@@ -87,12 +87,12 @@ class World:
 
 
 def bradley_terry(strengths: Tensor) -> Tensor:
-    """P[y, z] = sigmoid(strengths[y] - strengths[z])."""
+    """Return P[y, z] = sigmoid(strengths[y] - strengths[z])."""
     return torch.sigmoid(strengths.unsqueeze(-1) - strengths.unsqueeze(-2))
 
 
 def random_world(size: int, generator: torch.Generator, *, cyclic: bool) -> World:
-    """``cyclic``: every pair's preference on its own; otherwise Bradley-Terry."""
+    """Draw a world. If ``cyclic``, every pair's preference is independent; otherwise they are Bradley-Terry."""
     if cyclic:
         noise = torch.randn(size, size, generator=generator, dtype=DOUBLE)
         preferences = torch.sigmoid(noise - noise.T)
@@ -111,15 +111,15 @@ def random_log_ref(size: int, generator: torch.Generator) -> Tensor:
 
 
 def margins(log_probs: Tensor, log_ref: Tensor) -> Tensor:
-    """u (..., K, K) of log pi(y|z) at [..., y, z] (conditioned), or of log pi(y) (..., K) (plain)."""
+    """Return u (..., K, K) for log pi(y|z) at [..., y, z] (conditioned), or for log pi(y) (..., K) (plain)."""
     advantages = (log_probs if log_probs.ndim > log_ref.ndim else log_probs.unsqueeze(-1)) - log_ref.unsqueeze(-1)
     return advantages - advantages.mT
 
 
 def risk(u: Tensor, world: World, objective: ik.Objective) -> Tensor:
-    """Expected loss (...): sum over ordered pairs y != z of w P l(u)."""
+    """Return the expected loss (...): the sum over ordered pairs y != z of w P l(u)."""
     zero = torch.zeros_like(u).flatten()
-    # Losses of margin objectives see the sums through their difference alone, so u may stand for the chosen one's.
+    # Margin objectives depend only on the difference of the sums, so u can take the place of the chosen sum.
     sums = ik.PairSums(
         chosen=u.flatten(),
         rejected=zero,
@@ -138,7 +138,7 @@ def bayes_risk(world: World, scalarization: Scalarization) -> Tensor:
 
 
 def minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """A minimiser near ``start``, by L-BFGS to the last digits."""
+    """Return a minimiser near ``start``, found by L-BFGS to the last digits."""
     parameters = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [parameters], max_iter=5000, tolerance_grad=1e-13, tolerance_change=0.0, line_search_fn="strong_wolfe"
@@ -155,7 +155,7 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
 
 def conditioned_optimum(world: World, scalarization: Scalarization) -> Tensor:
-    """A log pi(y|z) (..., K, K) of least risk: the one found from the reference whatever the alternative."""
+    """Return a log pi(y|z) (..., K, K) of least risk, found from the reference as start for every alternative."""
 
     def loss(logits: Tensor) -> Tensor:
         return risk(margins(torch.log_softmax(logits, -2), world.log_ref), world, scalarization.objective).sum()
@@ -164,7 +164,7 @@ def conditioned_optimum(world: World, scalarization: Scalarization) -> Tensor:
 
 
 def plain_optimum(world: World, scalarization: Scalarization) -> Tensor:
-    """The log pi(y) (..., K) of least risk, unique: u has K - 1 degrees of freedom then, as many as the policy."""
+    """Return the unique log pi(y) (..., K) of least risk: u and the policy both have K - 1 degrees of freedom."""
 
     def loss(logits: Tensor) -> Tensor:
         return risk(margins(torch.log_softmax(logits, -1), world.log_ref), world, scalarization.objective).sum()
@@ -173,7 +173,7 @@ def plain_optimum(world: World, scalarization: Scalarization) -> Tensor:
 
 
 def dimension_of_optima(log_probs: Tensor, log_ref: Tensor) -> int:
-    """Dimension of the conditioned policies (K distributions of K - 1 free parameters) with the same u, locally."""
+    """Return the local dimension of the conditioned policies (K (K - 1) free parameters) that have the same u."""
     size = len(log_ref)
     upper = torch.triu_indices(size, size, 1)
 
@@ -185,7 +185,7 @@ def dimension_of_optima(log_probs: Tensor, log_ref: Tensor) -> int:
 
 
 def echoing(log_probs: Tensor, by: float) -> Tensor:
-    """The conditioned policy of the same u in which all but the alternative itself is e^-by times as likely."""
+    """Return the policy with the same u in which all responses but the alternative are e^-by times as likely."""
     size = len(log_probs)
     lowered = log_probs - by
     others = lowered.masked_fill(torch.eye(size, dtype=torch.bool), -torch.inf).logsumexp(0)
@@ -201,12 +201,12 @@ def shared_descent(
     steps: int = 20_000,
     gap: float = 1e-10,
 ) -> tuple[Tensor, Tensor]:
-    """Prompt-only log pi(y) (..., K), and how far each world's risk still is from its lower bound, by gradient descent.
+    """Return prompt-only log pi(y) (..., K) after gradient descent, and each world's excess over its least risk.
 
-    Worlds may be stacked in front and are descended side by side, until the largest excess risk is below ``gap`` or for
-    ``steps``. ``anchor`` adds that times the plain risk of the prompt-only policy, whose minimum is then in the bound.
-    Each loss is divided by its own curvature at 0, so that one step means the same for every scalarization. Steps ten
-    times as large diverge in some worlds, to NaN under the exponential loss.
+    Leading dimensions hold several worlds, which descend together until the largest excess risk is below ``gap`` or
+    ``steps`` have passed. ``anchor`` is the weight of the prompt-only policy's plain risk, which the lower bound then
+    includes. Each loss is divided by its curvature at 0, so that a step has the same effect for every scalarization.
+    Steps ten times as large diverge in some worlds, to NaN with the exponential loss.
     """
     theta = world.log_ref.clone().requires_grad_()
     phi = torch.zeros_like(world.preferences).requires_grad_()
@@ -246,7 +246,7 @@ def stack(worlds: Sequence[World]) -> World:
 
 
 def measure(size: int, worlds: int, seed: int = 0) -> dict[str, Any]:
-    """Every claim of the module's docstring as a number, over random worlds of ``size`` responses."""
+    """Measure every claim of the module's docstring over random worlds with ``size`` responses."""
     generator = torch.Generator().manual_seed(seed)
     result: dict[str, Any] = {"responses": size, "worlds": worlds, "seed": seed}
     for kind in KINDS:
@@ -279,7 +279,7 @@ def measure(size: int, worlds: int, seed: int = 0) -> dict[str, Any]:
 def _optimum(
     here: World, there: World, s: Scalarization, optimum: Callable[[World, Scalarization], Tensor]
 ) -> dict[str, float]:
-    """Largest values over the worlds; ``there`` are the same preferences with other references and weights."""
+    """Return the largest values over the worlds. ``there`` has the same preferences, other references and weights."""
     policies = [optimum(world, s) for world in (here, there)]
     us = [margins(policy, world.log_ref) for policy, world in zip(policies, (here, there), strict=True)]
     least = bayes_risk(here, s)
@@ -294,15 +294,15 @@ def _optimum(
 
 
 def _prompt_only(here: World, changed: Mapping[str, World]) -> dict[str, Any]:
-    """Count how often the most likely answer of the prompt-only policy stays the same, and is what P recommends.
+    """Return how often the prompt-only policy's most likely answer stays the same, and how often P favours it.
 
-    ``changed``: the same preferences with another "reference" or other "weights", one of them at a time. Raises
-    ArithmeticError where a descent did not converge.
+    ``changed``: the same preferences with another "reference" or with other "weights". Raises ArithmeticError if a
+    descent did not converge.
     """
 
     def descended(world: World, s: Scalarization) -> Tensor:
         log_probs, excess = shared_descent(world, s)
-        if not excess.max() < CONVERGED:  # NaN is not, either
+        if not excess.max() < CONVERGED:  # also catches NaN
             raise ArithmeticError(f"a descent ended with an excess risk of {excess.max().item()}")
         return log_probs
 
@@ -319,7 +319,7 @@ def _prompt_only(here: World, changed: Mapping[str, World]) -> dict[str, Any]:
     def share(agree: Tensor) -> float:
         return agree.double().mean().item()
 
-    # The response that wins most against one drawn uniformly (Borda): the diagonal counts for all alike.
+    # The response that wins most often against a uniformly drawn one (Borda). The diagonal is the same for all.
     favourite = here.preferences.sum(-1).argmax(-1)
     return {
         "conditioned": summary(descended),
@@ -329,7 +329,7 @@ def _prompt_only(here: World, changed: Mapping[str, World]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """``result`` for a reader."""
+    """Format ``result`` as text."""
     lines = [
         f"{result['responses']} responses, {result['worlds']} random worlds of each kind; largest values over worlds"
     ]

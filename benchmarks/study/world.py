@@ -1,14 +1,14 @@
-"""A small world with exactly graded answers, imperfect demonstrations, and a judge who also likes length.
+"""Define a small world with exactly graded answers, imperfect demonstrations, and a judge that also prefers length.
 
-One character is one token. A prompt is a task and a word, an answer ends with ``$``:
+Each character is one token. A prompt is a task and a word. An answer ends with ``$``:
 
     Rabcd=  ->  dcba$        reverse
     Nabcd=  ->  bcde$        each letter's next one
     Sdbca=  ->  abcd$        sort
     Dabc=   ->  aabbcc$      double
 
-``~`` is filler, often found behind an answer. It means nothing: grading ignores it, wherever it stands, the judge
-counts it. So length can be gamed without touching quality.
+``~`` is filler, which often follows an answer. Grading ignores it everywhere, but the judge counts it. A model can
+therefore game length without changing quality.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-PAD, END, SEPARATOR, EQUALS, FILLER = "_$|=~"  # the separator is in no demonstration
+PAD, END, SEPARATOR, EQUALS, FILLER = "_$|=~"  # the separator occurs in no demonstration
 TASKS = "RNSD"
 ALPHABET = "abcdefghij"
 VOCABULARY = PAD + END + SEPARATOR + EQUALS + FILLER + TASKS + ALPHABET
 IDS = {token: i for i, token in enumerate(VOCABULARY)}
 
-RIGHT, ECHO = 0.4, 0.25  # shares of demonstrations: right, the word itself; the others are damaged
+RIGHT, ECHO = 0.4, 0.25  # shares of demonstrations: right, the word itself; the others are corrupted
 FILLED, MOST_FILLER = 0.5, 4  # share of demonstrations with 1 to 4 filler tokens
 
 
@@ -60,7 +60,10 @@ def right_answer(prompt: Prompt) -> str:
 
 
 def edits(prompt: Prompt, answer: str) -> int:
-    """From the answer to the right one, fillers not counted; at most the right one's length; so for one without end."""
+    """Count edits from the answer to the right answer, without filler, up to the right answer's length.
+
+    An answer without end gets the right answer's length.
+    """
     right = right_answer(prompt)
     if not answer.endswith(END):
         return len(right)
@@ -68,7 +71,7 @@ def edits(prompt: Prompt, answer: str) -> int:
 
 
 def quality(prompt: Prompt, answer: str) -> float:
-    """1 - (edits to the right answer) / (its length)."""
+    """Return 1 - (edits to the right answer) / (its length)."""
     return 1 - edits(prompt, answer) / len(right_answer(prompt))
 
 
@@ -82,15 +85,15 @@ def _levenshtein(text: str, right: str) -> int:
 
 
 def length(answer: str) -> int:
-    """Tokens, the end not counted."""
+    """Count tokens without the end."""
     return len(answer.removesuffix(END))
 
 
 @dataclass(frozen=True)
 class Judge:
-    """P(first preferred) = sigmoid(a (quality difference) + b (length difference in tokens)).
+    """Prefers the first answer with probability sigmoid(a (quality difference) + b (length difference in tokens)).
 
-    ``noise``: the share of verdicts on training pairs that are turned round afterwards.
+    ``noise``: the share of verdicts on training pairs that are flipped.
     """
 
     a: float = 6.0
@@ -101,7 +104,7 @@ class Judge:
         return self.a * quality(prompt, answer) + self.b * length(answer)
 
     def prefers(self, prompt: Prompt, first: str, second: str) -> float:
-        """The probability of preferring ``first``."""
+        """Return the probability of preferring ``first``."""
         return 1 / (1 + math.exp(self.score(prompt, second) - self.score(prompt, first)))
 
     def label(self, probability: float, verdict: float, turned: float) -> bool:
@@ -110,7 +113,7 @@ class Judge:
 
 
 def demonstrate(prompt: Prompt, rng: random.Random) -> str:
-    """An imperfect answer: right, the word itself, or right but for one to three damages; perhaps with filler."""
+    """Return an imperfect answer: right, the word itself, or with one to three corruptions. It may have filler."""
     kind = rng.random()
     if kind < RIGHT:
         answer = right_answer(prompt)
@@ -127,7 +130,7 @@ def demonstrate(prompt: Prompt, rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Disjoint prompts; every kind (task, word length) is equally frequent in each list."""
+    """Disjoint lists of prompts. Every kind (task, word length) is equally frequent in each list."""
 
     training: list[Prompt]
     validation: list[Prompt]
@@ -135,9 +138,9 @@ class Prompts:
 
 
 def draw_prompts(lengths: Sequence[int], *, training: int, validation: int, test: int, seed: int) -> Prompts:
-    """So many prompts of each list, rounded to a multiple of the number of kinds; all prompts differ.
+    """Draw distinct prompts for each list. The counts are rounded to a multiple of the number of kinds.
 
-    Words whose right answer is the word itself are left out: there, the systematic error would be right.
+    Words whose right answer is the word itself are left out, because the systematic error would be right for them.
     """
     rng = random.Random(f"prompts {seed}")
     kinds = [(task, size) for size in lengths for task in TASKS]

@@ -29,6 +29,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,10 +169,14 @@ class TritonTile(HeadTile):
         n = len(x)
         self.x, self.targets, self.dx = x.to(self.head.compute_dtype), targets, dx
         self.e = self._rows_of_e(n) if keep or dx is not None else None
-        offset, rest, sums = self._new(n), self._new(n), self._new(len(PARTS), n)
         self.raised = self._new(n, dtype=torch.int32)
         with self._on_device():
             label = self._label_logits(self.x, targets)
+            if (fused := self._fused_pass(parts)) is not None:
+                self.local_offset, sums = self._fuse(fused, label, parts)
+                names = [name for name in PARTS if name in parts]
+                return RowSums(self.local_offset, sums[0], label, **dict(zip(names, sums[1:], strict=True)))
+            offset, rest, sums = self._new(n), self._new(n), self._new(len(PARTS), n)
             if self.e is not None and _in_place(self.head):
                 self._sum_rows(slice(0, n), self.e, [(0, self.stride)], label, offset, rest, sums, parts)
             else:
@@ -182,6 +187,49 @@ class TritonTile(HeadTile):
                     self._sum_rows(rows, buffer, words, label, offset, rest, sums, parts)
         self.local_offset = offset
         return RowSums(offset, rest, label, **{name: sums[PARTS.index(name)] for name in parts})
+
+    def _fused_pass(self, parts: frozenset[str]) -> config.FusedPass | None:
+        """Launch sizes of ``kernels.fused_pass``, None where it does not apply: see its launch invariants."""
+        from ..kernels.fused_pass import fits
+
+        if self.dtype != torch.float32 or not fits(self.x, self.head.weight):
+            return None
+        if self.e is not None and self.e.dtype != torch.bfloat16:
+            return None
+        return config.fused_pass(self.arch, self.head.softcap, bool(parts))
+
+    def _fuse(self, chosen: config.FusedPass, label: Tensor, parts: frozenset[str]) -> tuple[Tensor, Tensor]:
+        """Return offset and sums of all rows, as many at a time as fit their tiles' sums into a tile of logits."""
+        from ..kernels.fused_pass import fused_pass, sums_bytes
+
+        n, head = len(self.x), self.head
+        offset, sums = self._new(n), []
+        assert self.raised is not None
+        room = TritonBackend().logits_bytes(head, self.device, self.workspace_bytes)
+        for rows in _even(n, max(1, room // sums_bytes(chosen, head.vocab_size, parts))):
+            sums.append(self._new(1 + len(parts), rows.stop - rows.start))
+            fused_pass(
+                self.x[rows],
+                head.weight,
+                self.targets[rows],
+                label[rows],
+                offset[rows],
+                sums[-1],
+                self.raised[rows],
+                e=None if self.e is None else self.e[rows],
+                bias=self.bias,
+                **self._transform(),
+                wanted=parts,
+                arch=self.arch,
+            )
+        return offset, sums[0] if len(sums) == 1 else torch.cat(sums, 1)
+
+    def _transform(self) -> dict[str, Any]:
+        """Return what turns a product into z': see ``kernels.row_pass``."""
+        head = self.head
+        if head.softcap is None:
+            return {"softcap": None, "outer": 1.0, "scale": head.slope}
+        return {"softcap": head.softcap, "outer": head.softcap / head.temperature, "scale": head.logit_scale}
 
     def _sum_rows(
         self,
@@ -216,9 +264,7 @@ class TritonTile(HeadTile):
                 vocab=head.vocab_size,
                 e=None if self.e is None else self.e[rows],
                 bias=self.bias,
-                softcap=head.softcap,
-                outer=1.0 if head.softcap is None else head.softcap / head.temperature,
-                scale=head.slope if head.softcap is None else head.logit_scale,
+                **self._transform(),
                 wanted=parts,
                 all_words=head.all_words,
                 arch=self.arch,

@@ -49,6 +49,26 @@ class LogitsTile:
     words: int
 
 
+@dataclass(frozen=True)
+class FusedPass:
+    """Tiles of ``rows`` x ``words`` logits, summed over ``features`` at a time.
+
+    ``group`` rows of tiles share their words in the cache. A tile is turned into E in ``parts`` parts, so that one part
+    and the operands of the next tile fit into shared memory and registers. ``combined_rows`` and ``repaired_rows`` are
+    the rows of a program of the two small kernels that follow.
+    """
+
+    rows: int
+    words: int
+    features: int
+    parts: int
+    group: int
+    num_warps: int
+    num_stages: int
+    combined_rows: int = 32
+    repaired_rows: int = 64
+
+
 def architecture(device: torch.device) -> str:
     """Name of the device's architecture, "interpreter" for the CPU."""
     if device.type != "cuda":
@@ -96,6 +116,28 @@ def bias_gradient(arch: str) -> BiasGradient:
     # 32 lanes of 8 bfloat16 cover a row of the tile, four rows per thread: V=128256 gives 501 programs, about four per
     # multiprocessor of an H200, with 64 kB in flight each.
     return BiasGradient(block_rows=32, block_cols=256, num_warps=4 if arch.startswith("gfx") else 8)
+
+
+def fused_pass(arch: str, softcap: float | None, statistics: bool = False) -> FusedPass | None:
+    """Return the launch sizes of ``kernels.fused_pass``, or None where it has not been found faster than ``row_pass``.
+
+    On an H100 its tiles are multiplied as fast as by the library. Two warpgroups hold 64 x 256 sums each, 128 registers
+    a thread: the largest product of one tensor-core instruction. Three stages of operands take 144 kB of shared memory,
+    half a tile of E 32 kB. A soft-cap and statistics need registers of their own, so fewer logits are turned into E at
+    a time.
+    """
+    if arch == "interpreter":
+        parts = 4 if statistics or softcap is not None else 2
+        return FusedPass(16, 64, 32, parts, group=2, num_warps=1, num_stages=1, combined_rows=8, repaired_rows=16)
+    if arch == "sm_90":
+        parts = 8 if statistics or softcap is not None else 2
+        return FusedPass(128, 256, 64, parts, group=16, num_warps=8, num_stages=3)
+    return None
+
+
+def programs(device: torch.device) -> int:
+    """Return how many programs of ``kernels.fused_pass`` run at once: one on each multiprocessor."""
+    return 3 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def logits_tile(arch: str, device: torch.device, itemsize: int) -> LogitsTile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,8 +99,12 @@ class HeadParts:
 
     def copied(self) -> HeadParts:
         """Return parts that outlive parameters which exist only while the head runs; gradients pass the copies."""
-        adapters = tuple(replace(each, down=each.down.clone(), up=each.up.clone()) for each in self.adapters)
-        return HeadParts(self.weight.clone(), None if self.bias is None else self.bias.clone(), adapters)
+        return self.mapped(torch.clone)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> HeadParts:
+        """Return parts with ``change`` applied to each tensor."""
+        adapters = tuple(replace(each, down=change(each.down), up=change(each.up)) for each in self.adapters)
+        return HeadParts(change(self.weight), None if self.bias is None else change(self.bias), adapters)
 
 
 def head_parts(module: Any) -> HeadParts:

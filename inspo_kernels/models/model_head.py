@@ -144,7 +144,7 @@ def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iter
             call.parts = HeadParts(offloaded.weight, offloaded.bias)
         else:
             call.parts = head_parts(module)
-            if _identity(module) != before_forward or hasattr(call.parts.weight, "ds_id"):
+            if _identity(module) != before_forward or _in_zero3(module):
                 call.parts = call.parts.copied()
         if few:
             call.output = output
@@ -154,6 +154,10 @@ def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iter
         for part in dropouts:
             part.training = True
 
+    def released(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if call.parts is not None and _in_zero3(module):
+            call.parts = call.parts.mapped(lambda part: _after_output(part, output))
+
     def base_done(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call.base_states = getattr(output, "last_hidden_state", None)
 
@@ -162,6 +166,7 @@ def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iter
     hooks = [
         head.register_forward_pre_hook(before, with_kwargs=True),
         head.register_forward_hook(after, with_kwargs=True, prepend=True),
+        head.register_forward_hook(released, with_kwargs=True),
     ]
     if few and model.base_model is not model:
         hooks.append(model.base_model.register_forward_hook(base_done, with_kwargs=True))
@@ -196,6 +201,31 @@ class _LinearArguments(TorchFunctionMode):
             named = dict(zip(("input", "weight", "bias"), args)) | (kwargs or {})
             self.weight, self.bias = named["weight"], named.get("bias")
         return func(*args, **(kwargs or {}))
+
+
+def _in_zero3(head: nn.Module) -> bool:
+    """Return whether DeepSpeed's ZeRO-3 shards the parameters of ``head``."""
+    return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+
+
+def _after_output(part: Tensor, output: Tensor) -> Tensor:
+    """Return ``part``, a copy of a parameter, whose gradient waits for the backward pass of the head's ``output``.
+
+    ZeRO-3 gathers a layer's parameters again once a gradient reaches the layer's output. Torch adds no gradient to a
+    parameter that is still empty. Autograd goes to the output first, because it is younger than the copies.
+    """
+    return _AfterOutput.apply(output, part) if part.requires_grad else part
+
+
+class _AfterOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, part: Tensor) -> Tensor:
+        ctx.like_output = output.new_zeros(()).expand(output.shape)
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return ctx.like_output, grad
 
 
 def _identity(head: nn.Module) -> list[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""The demo over seeds: statistics over seeds, and a result file that is complete after each seed."""
+"""Test the demo over seeds: its statistics, and a result file that is complete after each seed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fake_results(accuracy: float, low: float) -> dict:
     return {"settings": {"samples": 8}, "models": models, "seconds": {"total": 1.0}}
 
 
-def test_an_interrupted_run_goes_on(
+def test_an_interrupted_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, ran = tmp_path / "demo_seeds.json", []
@@ -54,7 +54,7 @@ def test_an_interrupted_run_goes_on(
     assert result["summary"]["greedy"]["inspo"]["accuracy"]["mean"] == pytest.approx(0.1)
     assert result["summary"]["sampled"]["inspo"]["seeds_with_gain_interval_above_0"] == 2
     assert "2 of 3" in capsys.readouterr().out
-    run(monkeypatch, *arguments)  # nothing is left to do
+    run(monkeypatch, *arguments)  # nothing is left to run
     assert len(ran) == 4 and json.loads(file.read_text())["summary"] == result["summary"]
     assert "--quick" in result["command"] and result["versions"]["torch"] and result["date"]
 

@@ -1,4 +1,4 @@
-"""The loop that fits the small models of the benchmarks."""
+"""Test the loop that fits the small models of the benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def with_schedule(model):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
-def test_one_step_learns_the_answers_alone_and_padding_changes_nothing():
+def test_a_step_learns_only_answers_despite_padding():
     fitted = models.build(16, 1, 0)
     by_hand = copy.deepcopy(fitted)
     loss = fit(fitted, [BATCH], 0, with_schedule(fitted))
@@ -35,7 +35,7 @@ def test_one_step_learns_the_answers_alone_and_padding_changes_nothing():
         assert ours.grad is None
 
 
-def test_the_schedule_is_followed_and_the_last_losses_are_averaged():
+def test_the_schedule_runs_and_last_losses_are_averaged():
     model = models.build(16, 1, 0)
     step_by_step = copy.deepcopy(model)
     schedules = [with_schedule(one) for one in (model, step_by_step)]

@@ -1,4 +1,4 @@
-"""The GPU benchmark's whole flow on a CPU, and that it sees what it is there to see."""
+"""Run the GPU benchmark's whole flow on a CPU, and check that it detects errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from benchmarks.contenders import CONTENDERS, PEERS, Contender, ours
 ROOT = Path(__file__).parents[2]
 SHAPE = HeadShape(16, 50)
 CPU = torch.device("cpu")
-# Without those that compile for half a minute or take seconds to import.
+# Without contenders that compile for half a minute or take seconds to import.
 FAST_PEERS = [name for name in PEERS if CONTENDERS[name].package == "torch" and not CONTENDERS[name].compiles_per_shape]
 
 
@@ -49,7 +49,7 @@ def read(out):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A quick run of every step; peers that compile are left out."""
+    """Run every step with quick sizes, without peers that compile."""
     out = tmp_path_factory.mktemp("gpu")
     done = subprocess.run(command(out, "--peers", *FAST_PEERS), cwd=ROOT, capture_output=True, text=True)
     return out, done
@@ -104,7 +104,7 @@ def test_quick_run_measures_every_cell(quick):
 
 
 @pytest.mark.sweep
-def test_killed_call_keeps_results_and_another_goes_on(tmp_path):
+def test_a_killed_call_keeps_results_and_resumes(tmp_path):
     steps = ("--peers", "--steps", "smoke,main,shapes")
     running = subprocess.Popen(command(tmp_path, *steps), cwd=ROOT, stdout=subprocess.DEVNULL, text=True)
     part = tmp_path / "part.json"
@@ -131,7 +131,7 @@ def test_killed_call_keeps_results_and_another_goes_on(tmp_path):
 
 
 def processes_of(folder):
-    """Command lines of the steps that work in a folder."""
+    """Return the command lines of the steps that run in a folder."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -145,7 +145,7 @@ def processes_of(folder):
 
 @pytest.fixture
 def fake_step(tmp_path, monkeypatch):
-    """Steps are a shell script instead of the real process."""
+    """Replace the real process of a step with a shell script."""
 
     def fake(script):
         python = tmp_path / "python"
@@ -204,13 +204,13 @@ def test_step_without_time_left_is_not_started(capsys, fake_step):
 @pytest.mark.sweep
 def test_failing_tests_fail_the_run(tmp_path):
     result = gpu_processes.run_tests(("tests/no_such_file.py",), tmp_path / "tests.log", 60.0)
-    # 4 says that a file is missing, 5 that nothing was collected; which it is depends on pytest's plugins.
+    # 4 means that a file is missing, 5 that nothing was collected. pytest's plugins decide which of them occurs.
     assert result["status"] in [f"failed: pytest's exit status was {status}" for status in (4, 5)]
     failed = gpu.fresh_result("", CPU) | {"tests": result}
     assert gpu_plan.problems(failed) == [f"tests {result['status']}; see tests.log"]
 
 
-def test_tests_that_take_too_long_end_with_all_processes(tmp_path, monkeypatch):
+def test_slow_tests_end_with_all_their_processes(tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\nsleep 1000 & echo $! > {tmp_path}/worker\nwait\n")
     python.chmod(0o755)
@@ -233,7 +233,7 @@ def test_steps_never_tried_come_before_failed_ones():
     assert gpu.pending({"steps": steps}, ["main", "smoke"]) == ["smoke", "main"]
 
 
-def test_earlier_step_keeps_its_figures_in_a_shared_cell():
+def test_earlier_steps_keep_figures_in_shared_cells():
     def part(step, **seconds):
         rows = {name: {"status": "measured", "seconds": value} for name, value in seconds.items()}
         return {"step": step, "part": {"cells": [{"name": "a", "contenders": rows}]}}
@@ -260,7 +260,7 @@ def test_wheels_that_do_not_install_are_named(tmp_path, capsys):
     assert "--wheels: not installed" in capsys.readouterr().out
 
 
-def test_sigterm_ends_a_step_with_its_own_processes(tmp_path):
+def test_sigterm_ends_a_step_and_its_processes(tmp_path):
     code = f"""
 from pathlib import Path
 from benchmarks.gpu_processes import exit_when_asked, run_in_group
@@ -286,14 +286,14 @@ def test_main_shape_comes_before_the_other_shapes():
     assert len(others) == len(set(others)) == 4 * 5 * 3 - 3
 
 
-def test_call_without_matplotlib_says_so_and_keeps_figures(tmp_path, monkeypatch, capsys):
+def test_a_call_without_matplotlib_keeps_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "benchmarks.plots", None)
     row = {"status": "measured", "seconds": {"median": 1.0}, "times_floor": {"median": 1.0, "q1": 1.0, "q3": 1.0}}
     gpu.draw(tmp_path, {"cells": [{"contenders": {"floor": row}}]})
     assert "no plots: " in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
-def test_training_without_a_package_says_which(monkeypatch):
+def test_training_without_a_package_names_it(monkeypatch):
     def run(command, log, *_):
         log.write_text("Traceback\nModuleNotFoundError: No module named 'filelock'\n")
         return 1
@@ -310,7 +310,7 @@ def test_cells_without_time_are_noted(tmp_path, monkeypatch):
     assert len(context.part["cells"]) == 1 and context.notes == ["2 cells not measured: out of time"]
 
 
-def test_missing_statistics_are_said_in_one_line(monkeypatch):
+def test_missing_statistics_give_one_line(monkeypatch):
     def old(*_, statistics=None, **__):
         if statistics:
             raise TypeError("linear_logps() got an unexpected keyword argument 'statistics'")
@@ -334,7 +334,7 @@ def test_accuracy_limit_is_twice_the_simulated_error():
 
 
 @pytest.mark.parametrize("wrong", ["dhidden", "dweight", "sums"])
-def test_a_wrong_backend_is_seen(wrong):
+def test_a_wrong_backend_is_detected(wrong):
     batch = batch_of()
 
     def off(x, weight, batch):
@@ -356,11 +356,11 @@ def test_a_wrong_backend_is_seen(wrong):
     assert problems[0] == "accuracy: torch, loss, forward+backward, float32, soft-cap None"
 
 
-def test_not_a_number_is_an_error():
+def test_nan_is_an_error():
     assert not gpu_accuracy.judged({"dhidden": float("nan")}, {"dhidden": 1.0})["ok"]
 
 
-def test_accuracy_and_tuning_without_memory_for_them_go_on(monkeypatch):
+def test_accuracy_and_tuning_continue_without_memory(monkeypatch):
     def too_large(*_, **__):
         raise torch.OutOfMemoryError("tried to allocate much")
 
@@ -427,7 +427,7 @@ print("all ran")
 @pytest.mark.sweep
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself runs all this on a GPU")
-def test_tuning_and_accuracy_of_triton_run_under_its_interpreter():
+def test_triton_tuning_and_accuracy_run_interpreted():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", UNDER_THE_INTERPRETER],
         cwd=ROOT,
@@ -451,5 +451,5 @@ def test_bad_arguments_say_what_to_do(tmp_path, capsys):
         with pytest.raises(SystemExit):
             gpu.main(["--out", str(tmp_path), *arguments])
         assert text in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no whole number of pairs"):
+    with pytest.raises(ValueError, match="not a whole number of pairs"):
         scored_tokens(SHAPE, 20, 4)

@@ -1,4 +1,4 @@
-"""What ``pip install -e '.[benchmarks]'`` brings is all that the benchmarks import."""
+"""Check that ``pip install -e '.[benchmarks]'`` installs everything that the benchmarks import."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def package():
-    """The keywords of ``setup``."""
+    """Return the keywords of ``setup``."""
     given = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -31,7 +31,7 @@ def names(requirements):
 
 
 def third_party(folder):
-    """Modules that are imported anywhere in it, in functions as well."""
+    """Return the third-party modules that the folder imports anywhere, including inside functions."""
     found = set()
     for file in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -51,7 +51,7 @@ def test_an_extra_brings_all_that_its_folder_imports(folder, extra, package):
         for module in third_party(folder)
         if not brought & {name.replace("_", "-").lower() for name in distributions.get(module, [module])}
     }
-    assert missing <= {"pytest"}  # which pytest-benchmark brings
+    assert missing <= {"pytest"}  # pytest-benchmark depends on it
 
 
 def test_no_extra_names_a_package_twice(package):

@@ -1,4 +1,4 @@
-"""The benchmark commands measure what they say, on shapes of seconds, and their files hold what is made of them."""
+"""Run the benchmark commands on small shapes, and check what they measure and write."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROW = {"status": "measured", "seconds": {"median": 1.0, "q1": 1.0, "q3": 1.0}}
 
 @pytest.fixture
 def no_processes(monkeypatch):
-    """Memory figures without a process for each."""
+    """Replace memory measurements by fixed figures, which need no processes."""
 
     def peak(module, arguments):
         assert module == "benchmarks.measure" and json.loads(arguments[0])["mode"]
@@ -61,7 +61,7 @@ def test_quick_loss_writes_a_complete_file(tmp_path, capsys):
         and ours["seconds"]["median"] > 0
         and all(error < 1e-5 for error in ours["relative_error"].values())
     )
-    assert 1 << 16 < ours["peak_bytes"] < 1 << 26  # a fresh process's own
+    assert 1 << 16 < ours["peak_bytes"] < 1 << 26  # measured in a fresh process
     assert floor["times_floor"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
     assert cell["contenders"]["cut_cross_entropy"] == {"status": "needs a GPU"}
     assert result["command"].endswith("--contenders torch cut_cross_entropy --json FILE")
@@ -70,7 +70,7 @@ def test_quick_loss_writes_a_complete_file(tmp_path, capsys):
     assert "| inspo_kernels (torch)" in speed_tables.loss(result) and "needs a GPU" in speed_tables.loss(result)
 
 
-def test_variants_are_no_contenders_of_their_own(monkeypatch, capsys):
+def test_variants_are_not_separate_contenders(monkeypatch, capsys):
     assert [name for name, c in CONTENDERS.items() if c.variant_of] == ["triton, labels on the CPU"]
     monkeypatch.setitem(CONTENDERS, "other", dataclasses.replace(CONTENDERS["torch"], variant_of="torch"))
     with pytest.raises(SystemExit):
@@ -89,7 +89,7 @@ def test_resume_adds_what_is_missing(tmp_path, no_processes, capsys):
     assert cell["contenders"]["log_softmax"]["peak_bytes"] == cell_before["contenders"]["log_softmax"]["peak_bytes"]
     assert cell["contenders"]["torch"]["seconds"]["median"] > 0
     loss.main([*arguments, "torch", "--resume"])
-    assert json.loads((tmp_path / "loss.json").read_text())["cells"] == after["cells"]  # nothing was lacking
+    assert json.loads((tmp_path / "loss.json").read_text())["cells"] == after["cells"]  # nothing was missing
     assert after["command"].count("python -m benchmarks.loss") == 2
     assert after["package"]["version"] == ik.__version__ and "commit" in after["package"]
     (tmp_path / "loss.json").write_text(json.dumps(after | {"dtype": "bfloat16"}))
@@ -173,7 +173,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what is behind "&"
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores SIGINT for background jobs
     )
     try:
         deadline = time.monotonic() + 120
@@ -189,7 +189,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert not result["finished"] and result["cells"][0]["contenders"]["torch"]["seconds"]["median"] > 0
 
 
-def test_a_contender_added_later_is_timed_in_the_same_rounds_as_the_others(tmp_path, no_processes):
+def test_late_contenders_are_timed_with_the_others(tmp_path, no_processes):
     file = tmp_path / "loss.json"
     for rounds, words in (("1", ["torch"]), ("2", ["log_softmax", "--resume"])):
         loss.main(["--shape", "quick", "--json", str(file), "--rounds", rounds, "--contenders", *words])
@@ -216,7 +216,7 @@ def test_compare_tells_slower_from_noise(tmp_path, capsys):
     old = result_of(ours={**ROW, "times_floor": spread(1.08), "peak_bytes": 100 << 20}, peer=ROW)
     files = []
     for change in (
-        {"times_floor": spread(1.09)},  # less than counts
+        {"times_floor": spread(1.09)},  # below the threshold
         {"times_floor": spread(1.30, 0.30)},  # more, but within the noise
         {"times_floor": spread(0.90, 0.30)},
         {"times_floor": spread(1.30)},
@@ -246,7 +246,7 @@ def test_compare_tells_slower_from_noise(tmp_path, capsys):
 
 
 def test_compare_reports_what_is_missing_and_compares_single_rounds():
-    """Of one round the quartiles are the median: no sign of being the base of the ratios."""
+    """With one round the quartiles equal the median, which does not make a row the base of the ratios."""
     ours = {**ROW, "times_floor": spread(1.0, 0.0)}
     old = result_of(floor=ROW, ours=ours, gone=ROW)
     new = result_of(floor=ROW, ours={**ours, "times_floor": spread(2.0, 0.0)})
@@ -259,7 +259,7 @@ def test_compare_reports_what_is_missing_and_compares_single_rounds():
     assert "floor: slower by 100%, s" in next(compare.compare(*floors, 0.03))[1]
 
 
-def test_own_peak_counts_what_is_allocated_and_freed():
+def test_own_peak_counts_allocated_and_freed_memory():
     def allocate():
         torch.ones(64 << 18)  # 64 MiB of float32
 
@@ -267,7 +267,7 @@ def test_own_peak_counts_what_is_allocated_and_freed():
     if peak is None:
         pytest.skip("no /proc/self/clear_refs on this platform, so the benchmark reports memory as not measured")
     assert 60 << 20 < peak < 80 << 20
-    torch.ones(256 << 18)  # freed before: a high-water mark that is not this run's
+    torch.ones(256 << 18)  # freed before the run: this high-water mark must not count
     assert 60 << 20 < harness.own_peak(allocate) < 80 << 20
 
 
@@ -279,10 +279,10 @@ def test_own_peak_counts_what_is_allocated_and_freed():
         (["--device", "tpu0"], "--device tpu0"),
         (["--device", "meta"], "--device meta: only cpu and cuda devices"),
         (["--device", "cpu:1"], "--device cpu:1: there is no such device"),
-        (["--rounds", "0"], "--rounds: 0 is no whole number of at least 1"),
+        (["--rounds", "0"], "--rounds: 0 is not a whole number of at least 1"),
         (["--rounds", "-3"], "--rounds: -3 is no"),
         (["--json", str(ROOT)], "is a folder; name a file in it"),
-        (["--json", str(Path(__file__) / "x.json")], "nothing can be written in"),
+        (["--json", str(Path(__file__) / "x.json")], "cannot write to"),
     ],
 )
 def test_bad_arguments_list_the_known(arguments, known, capsys):
@@ -291,8 +291,8 @@ def test_bad_arguments_list_the_known(arguments, known, capsys):
     assert known in capsys.readouterr().err
 
 
-def test_the_device_asked_for_is_made_the_current_one(monkeypatch, capsys):
-    """Events and memory counts of torch.cuda are of the current device."""
+def test_the_chosen_device_becomes_current(monkeypatch, capsys):
+    """Events and memory counts of torch.cuda refer to the current device."""
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

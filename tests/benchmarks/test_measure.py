@@ -1,4 +1,4 @@
-"""Every contender computes the same, the oracle is right, and what fails, is missing or runs out of memory is named."""
+"""Test that all contenders agree, that the oracle is right, and that tables name failing and missing contenders."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_contenders_compute_the_same(name, rows, softcap):
 
 
 def test_liger_is_judged_without_a_reference():
-    """Compiled on a GPU as it is on a CPU; here its eager mode, for speed."""
+    """It is compiled on GPUs and CPUs. This test uses eager mode for speed."""
     pytest.importorskip("liger_kernel")
     batch = batch_of(equal(HEAD, 2, 3, 4), rows=True)
     with torch.compiler.set_stance("force_eager"):
@@ -80,7 +80,7 @@ def test_real_lengths_are_drawn_without_replacement_and_bounded():
     assert lengths == sample_lengths(40, longest=300) != sample_lengths(40, longest=300, seed=1)
 
 
-def test_contenders_that_fail_are_named_and_the_others_are_measured():
+def test_failing_contenders_do_not_stop_the_others():
     calls = []
 
     def runs_out(x, weight, batch):
@@ -118,13 +118,13 @@ def test_missing_peers_are_named(monkeypatch):
     found = chosen(["trl", "cut_cross_entropy", "full_log_softmax", "torch"], batch_of())
     assert found["trl"] == "not installed: pip install trl"
     assert found["cut_cross_entropy"] == "needs a GPU"
-    assert found["full_log_softmax"] == "not measured: the batch has scored positions only"
+    assert found["full_log_softmax"] == "not measured: the batch has only scored positions"
     assert found["torch"] is CONTENDERS["torch"]
     assert chosen(["liger"], batch_of(), per_token=True)["liger"] == "gives no per-token log-probs"
 
 
-def test_too_little_memory_is_reported_and_the_run_goes_on():
-    """The logits of the first take 4 TB; the process that tries is limited and says so."""
+def test_running_out_of_memory_is_reported():
+    """The first contender's logits need 4 TB. Its process has a memory limit and reports the failure."""
     huge = equal(HeadShape(4, 1_000_000), 2, 4, 500_000)
     cell: dict = {}
     measure.measure_peaks(huge, measure.TRAIN, ["log_softmax"], cell, rows=False)
@@ -146,7 +146,7 @@ def test_a_backend_that_cannot_build_is_named(monkeypatch):
     contenders._backend_unavailable.cache_clear()
 
 
-def test_errors_that_float64_has_no_memory_for_are_not_checked(monkeypatch):
+def test_errors_are_skipped_if_float64_does_not_fit(monkeypatch):
     tried = []
 
     def too_large(*_, **__):
@@ -160,13 +160,13 @@ def test_errors_that_float64_has_no_memory_for_are_not_checked(monkeypatch):
         row = cell["contenders"][name]
         assert row["errors_not_checked"] == "out of memory" and row["seconds"]["median"] > 0
         assert "relative_error" not in row
-    assert len(tried) == 1  # not once for each
+    assert len(tried) == 1  # not once per contender
     cell |= {"name": "cell", "scored_tokens": 1, "hidden": 1, "vocab": 1}
     assert "errors not checked: out of memory" in cells.table(cell)
 
 
-def test_every_cell_is_compiled_and_the_compilers_limit_is_an_error(monkeypatch):
-    """Without a reset the ninth shape would be run eagerly under the name of the compiled one."""
+def test_every_cell_compiles_and_the_limit_raises(monkeypatch):
+    """Without a reset the ninth shape would run eagerly and be reported as compiled."""
     from torch._dynamo.exc import FailOnRecompileLimitHit
     from torch._dynamo.testing import CompileCounter
 
@@ -184,14 +184,14 @@ def test_every_cell_is_compiled_and_the_compilers_limit_is_an_error(monkeypatch)
             measure.step(batch, measure.TRAIN, CONTENDERS["compiled_log_softmax"])
 
 
-def test_labels_on_the_cpu_are_not_applicable_to_every_position():
+def test_cpu_labels_need_scored_rows():
     on_host = contenders._our_contender("torch", on_host=True)
     assert on_host.unavailable(batch_of(rows=True)) == "not measured: the batch has every position"
     assert on_host.unavailable(batch_of()) is None
 
 
 @pytest.mark.parametrize("mode, gradients", [(measure.FORWARD, 0), (measure.FROZEN, 1), (measure.TRAIN, 2)])
-def test_modes_compute_what_their_floor_computes(mode, gradients):
+def test_modes_match_their_floors(mode, gradients):
     seen = []
 
     def logps_of(x, weight, batch):

@@ -1,4 +1,4 @@
-"""The benchmark of a head that is split over ranks, and what is calculated for GPUs."""
+"""Test the benchmark of a head that is split over ranks, and its calculation for GPUs."""
 
 from __future__ import annotations
 

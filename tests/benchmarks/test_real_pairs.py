@@ -11,7 +11,7 @@ from training.data import Pair
 PAIRS = Path(__file__).parents[1] / "training/pairs.jsonl"
 
 
-def test_no_prompt_is_both_trained_on_and_held_out():
+def test_training_and_held_out_prompts_are_disjoint():
     pairs = [Pair([i // 3], [i], [i + 1]) for i in range(60)]
     training, held_out = real_pairs.split_by_prompt(pairs, 0.3, seed=1)
     assert len(held_out) == 18 and sorted(training + held_out) == sorted(pairs)
@@ -19,7 +19,7 @@ def test_no_prompt_is_both_trained_on_and_held_out():
 
 
 @pytest.mark.sweep
-def test_results_hold_what_is_reported_and_no_path_of_the_data(tmp_path, monkeypatch):
+def test_results_are_complete_without_data_paths(tmp_path, monkeypatch):
     monkeypatch.setattr(real_pairs, "OBJECTIVES", {"simpo": {"beta": 1.5}})
     out = tmp_path / "r.json"
     real_pairs.main(["--pairs", str(PAIRS), "--json", str(out), "--base_steps", "2", "--steps", "1"])
@@ -69,7 +69,7 @@ def test_loop_overhead_times_both(tmp_path):
     [
         (["--pairs", "none.jsonl"], "--pairs: none.jsonl: no such file"),
         (["--pairs", __file__], "not a line of JSON"),
-        (["--pairs", str(PAIRS), "--steps", "0"], "--steps: 0 is no whole number of at least 1"),
+        (["--pairs", str(PAIRS), "--steps", "0"], "--steps: 0 is not a whole number of at least 1"),
         (["--pairs", str(PAIRS), "--json", "."], "--json: . is a folder"),
     ],
 )
@@ -79,12 +79,12 @@ def test_bad_arguments_are_refused_before_anything_runs(module, arguments, says,
     assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_what_is_too_little_is_refused(tmp_path, capsys):
+def test_too_few_pairs_are_refused(tmp_path, capsys):
     one = tmp_path / "one.jsonl"
     one.write_text(PAIRS.read_text().splitlines()[0] + "\n")
     for module, arguments, says in (
         (loop_overhead, ["--pairs", str(PAIRS), "--steps", "1"], "give at least 2"),
-        (real_pairs, ["--pairs", str(one)], "have one prompt"),
+        (real_pairs, ["--pairs", str(one)], "have the same prompt"),
     ):
         with pytest.raises(SystemExit):
             module.main([*arguments, "--json", str(tmp_path / "r.json")])

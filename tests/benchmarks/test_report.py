@@ -1,4 +1,4 @@
-"""The README's generated parts say briefly where their figures are from, and the Makefile can make all of them."""
+"""Test that generated parts name their sources briefly, and that the Makefile can reproduce them all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = report.README.parent
 
 
 def measured():
-    """Sections with their files, where there is one."""
+    """Return the sections and their result files, if these exist."""
     return {name: file for name, (file, _) in report.SECTIONS.items() if (report.RESULTS / file).exists()}
 
 
@@ -25,7 +25,7 @@ def test_source_lines_are_short_and_link_the_file(name):
     file, section = report.SECTIONS[name]
     result = json.loads((report.RESULTS / file).read_text())
     sources = re.findall("<sub>.*</sub>", section(result))
-    if name in ("study", "axis", "code", "helps"):  # whose pages say it
+    if name in ("study", "axis", "code", "helps"):  # their pages give the source
         assert not sources
         return
     (source,) = sources
@@ -43,11 +43,11 @@ def test_figures_of_a_gpu_name_it_and_triton():
     assert "<sub>a GPU, torch 2.13, triton 3.7, 2026-11-22;" in speed_tables.source(result, "gpu.json")
 
 
-# Recorded commands that the Makefile does not repeat, and what it has instead.
+# Recorded commands that the Makefile does not repeat, with the commands that replace them.
 NOT_REPEATED = {
-    # Reports what this one has run, which goes on to do the same.
+    # The second command reports what the first has run; the first also reports.
     "python -m benchmarks.study --report": "python -m benchmarks.study",
-    # The command without --part runs this part, too.
+    # The command without --part also runs this part.
     "python -m benchmarks.study --part axis --report": None,
 }
 
@@ -58,7 +58,7 @@ def make(*words):
 
 
 def commands(target):
-    """What ``make target`` would run of the benchmarks, result files being FILE; and all that it would."""
+    """Return the benchmark commands of ``make target``, with FILE for result files, and all its commands."""
     done = make("-n", target, "PAIRS=preferences.jsonl")
     assert done.returncode == 0, done.stderr
     found = [line.rstrip() for line in re.findall(r"/bin/(python -m benchmarks\..*)", done.stdout)]
@@ -72,7 +72,7 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 def test_make_benchmark_repeats_the_command_of_every_result_file():
     planned, shown = commands("benchmark")
     files = [str(path.relative_to(report.RESULTS)) for path in sorted(report.RESULTS.rglob("*.json"))]
-    files = [file for file in files if file != "gpu.json"]  # of another machine: below
+    files = [file for file in files if file != "gpu.json"]  # from another machine: see below
     assert {file for file, _ in (*report.SECTIONS.values(), *report.PLOTS.values())} - {"gpu.json"} <= set(files)
     repeated = []
     for file in files:

@@ -1,4 +1,4 @@
-"""Result files name the commits they are of, and --resume completes cells that were cut short."""
+"""Test that result files name their commits, and that --resume completes interrupted cells."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks import loss, result_files, step
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A clean checkout of one code file, one result and one page, which ``commit`` looks at."""
+    """Create a clean checkout with one code file, one result and one page, and let ``commit`` look at it."""
 
     def git(*words):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
@@ -39,7 +39,7 @@ def test_changed_code_marks_the_commit(checkout):
     assert result_files.commit().endswith("+changes")
 
 
-def test_a_copy_without_git_is_told_its_commit(checkout, monkeypatch):
+def test_a_copy_without_git_reads_the_commit_variable(checkout, monkeypatch):
     shutil.rmtree(checkout / ".git")
     assert result_files.commit() is None
     monkeypatch.setenv("INSPO_KERNELS_COMMIT", "1234567")
@@ -65,7 +65,7 @@ def test_resumed_file_names_every_commit(tmp_path, monkeypatch):
     ],
 )
 def test_resume_repeats_a_cell_with_too_few_rounds(main, words, tmp_path):
-    """As if the first call had been killed after its first round."""
+    """Imitate a first call that was killed after its first round."""
     file = tmp_path / "result.json"
     arguments = [*words, "--only", "time", "--json", str(file)]
     main([*arguments, "--rounds", "1"])

@@ -1,4 +1,4 @@
-"""The model of a run: its counts by hand, and a measurement held against it."""
+"""Test the roofline model: its counts against counts by hand, and its comparison with a measurement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LLAMA, H200 = MODELS["llama3-8b"], CHIPS["H200"]
 def test_floor_is_three_matmuls_at_the_rate():
     operations = 2 * 8192 * 4096 * 128_256
     one = roofline.floor(H200, LLAMA, 8192, FORWARD)
-    assert one == pytest.approx(operations / 790e12, rel=2e-3)  # whole waves add little to so many tiles
+    assert one == pytest.approx(operations / 790e12, rel=2e-3)  # with many tiles, incomplete waves cost little
     assert roofline.floor(H200, LLAMA, 8192, TRAIN) == pytest.approx(3 * one, rel=0.015)
 
 
@@ -34,7 +34,7 @@ def test_softcap_makes_the_row_pass_bound_by_issue():
     assert roofline.row_pass_seconds(CHIPS["A100"], gemma, 1e9, True, "staged")[1] == "memory"
 
 
-def test_targets_are_what_the_counts_allow_today():
+def test_targets_follow_from_the_counts():
     for mode, target in gpu_plan.STAGED_TARGETS.items():
         ratio = roofline.predicted(H200, LLAMA, 8192, mode, "staged")[1]
         assert ratio < target < ratio + 0.03
@@ -65,7 +65,7 @@ def test_tiles_of_the_cache_fill_whole_waves():
         assert tiles / (-(-tiles // chip.multiprocessors) * chip.multiprocessors) > 0.96
 
 
-def test_what_exceeds_the_floor_is_explained(capsys):
+def test_time_above_the_floor_is_explained(capsys):
     assert roofline.main(["--chips", "H200"]) == 0
     table = next(t for t in capsys.readouterr().out.split("\n\n") if " forward, cached" in t.splitlines()[0])
     ratio = float(table.splitlines()[0].split()[-3])
@@ -76,8 +76,8 @@ def test_what_exceeds_the_floor_is_explained(capsys):
     assert [line.split("% ")[1].split(":")[0] for line in reasons] == ["row pass", "start", "gaps between kernels"]
 
 
-def test_no_tile_of_the_cache_is_predicted_to_be_better(monkeypatch):
-    """Of those that leave 0.3 of it to the operands."""
+def test_no_other_cache_tile_is_predicted_faster(monkeypatch):
+    """Compare with the tiles that leave 0.3 of the cache to the operands."""
     for name in ("A100", "H100", "H200"):
         chip = CHIPS[name]
         shipped = roofline.predicted(chip, LLAMA, 8192, FORWARD, "cached")[0]
@@ -129,7 +129,7 @@ def test_measurement_is_printed_line_by_line(measured, capsys):
     assert "1.500 ms measured" in row_pass and "A100" not in text
 
 
-def test_grid_shows_measured_ratios_beside_predicted_ones(measured, capsys):
+def test_grid_shows_measured_and_predicted_ratios(measured, capsys):
     assert roofline.main(["--grid", "--measured", str(measured)]) == 0
     text = capsys.readouterr().out
     assert text.count(" / 1.210") == 2 and text.count("qwen3-8b, 1024") == 2 * 3

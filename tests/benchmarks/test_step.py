@@ -1,4 +1,4 @@
-"""All training steps do the same work, ours cheaper ones do fewer positions, and what cannot run is named."""
+"""Test that all training steps do the same work, that ours process fewer positions, and that failures are named."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_contender_makes_the_same_updates():
     assert len(losses) == 3 and len(set(losses)) == 3 and all(abs(loss - 0.69) < 0.1 for loss in losses)
 
 
-def test_other_work_is_seen(monkeypatch):
+def test_other_work_is_detected(monkeypatch):
     def conditioned_reference(own):
         ours = step_contenders.Ours(own, "rows")
         with torch.no_grad():
@@ -43,7 +43,7 @@ def test_other_work_is_seen(monkeypatch):
     assert not row["same"] and row["errors"]["loss"] > 1e-4
 
 
-def test_nothing_to_compare_with(monkeypatch):
+def test_a_missing_baseline_is_reported(monkeypatch):
     def broken(own):
         raise RuntimeError("no such kernel")
 
@@ -119,7 +119,7 @@ def test_peak_of_a_step_is_above_the_model(capsys):
 
 
 def test_seconds_are_of_one_update(monkeypatch):
-    """By a clock that shows a second more each time, a run takes one, however many updates it makes."""
+    """The fake clock advances one second per reading, so a run takes one second for any number of updates."""
     ticks = itertools.count()
     monkeypatch.setattr(step_jobs, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     for updates in (1, 4):
@@ -133,8 +133,8 @@ def test_bad_arguments_say_what_to_do(capsys):
     for arguments, text in (
         (["--shares", "2"], 'between 0 and 1, or "real"'),
         (["--models", "big"], "'small', 'trunk'"),
-        (["--updates", "0"], "--updates: 0 is no whole number of at least 1"),
-        (["--pairs", "0"], "--pairs: 0 is no whole number of at least 1"),
+        (["--updates", "0"], "--updates: 0 is not a whole number of at least 1"),
+        (["--pairs", "0"], "--pairs: 0 is not a whole number of at least 1"),
         (["--pairs", "100000"], "200000 real pairs of at most 512 tokens are needed and there are"),
     ):
         with pytest.raises(SystemExit):
@@ -156,8 +156,8 @@ def test_trainers_are_compared_with_each_other(tmp_path, monkeypatch):
     assert "| 1.00, 3 MiB | " in said and "InSPOTrainer" in said and "times_" not in said
 
 
-def test_readme_shows_the_reference_pass_where_it_was_timed_by_itself():
-    """Beside four forwards of 2 s: a step of a quarter, and 0.2 s of reference for each step's pairs."""
+def test_tables_show_separately_timed_reference_passes():
+    """Four forwards take 2 s. The step takes a quarter of this, and the reference 0.2 s per step's pairs."""
     ratio = {"median": 0.25, "q1": 0.2, "q3": 0.3}
     row = {"status": "measured", "times_four_forwards": ratio, "reference_seconds_per_step": 0.2, "peak_bytes": 2**20}
     cell = {"contenders": {"four_forwards": {"seconds": {"median": 2.0}}}}

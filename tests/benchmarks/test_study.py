@@ -1,35 +1,22 @@
-"""The study as a command: end to end on micro sizes, continued after a kill; its report follows from its files."""
+"""Run the study's command on micro sizes, also after a kill, and check that its report follows from its files."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from micro_study import MICRO_SIZE
 
 from benchmarks.study import __main__ as command
 from benchmarks.study import execution, plan, report, summary
 from benchmarks.study.arms import ARMS
 from benchmarks.study.plan import TUNING_SEED, Plan, grid, winners
-from benchmarks.study.runs import Size
 from benchmarks.study.statistics import t_interval
 
 MICRO = Plan(
-    Size(
-        hidden_size=16,
-        layers=1,
-        word_lengths=(3,),
-        fit_prompts=80,
-        fit_steps=6,
-        fit_rows=8,
-        pairs=24,
-        updates=2,
-        update_pairs=8,
-        validation_prompts=8,
-        test_prompts=8,
-        held_out_pairs=8,
-        samples=2,
-    ),
+    replace(MICRO_SIZE, fit_steps=6),
     seeds=2,
     fewer=2,
     arms=("dpo plain", "dpo inspo", "sft", "dpo plain, no drafts", "dpo inspo, label noise 0.5"),
@@ -41,7 +28,7 @@ def lines_of(file):
 
 
 @pytest.mark.sweep
-def test_the_command_runs_end_to_end_and_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
+def test_the_command_runs_and_resumes_after_a_kill(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(plan.PLANS, "quick", MICRO)
     arguments = ["--quick", "--part", "arms", "--workers", "1", "--output", "out"]
@@ -72,11 +59,11 @@ def test_the_command_runs_end_to_end_and_goes_on_where_it_was_killed(tmp_path, m
     monkeypatch.setitem(plan.PLANS, "quick", other)
     with pytest.raises(SystemExit):
         command.main(arguments)
-    assert "holds runs of other settings (plan)" in capsys.readouterr().err
+    assert "holds runs with other settings (plan)" in capsys.readouterr().err
 
 
 class InProcess:
-    """What the study needs of an executor, without processes; lists what it runs."""
+    """An executor without processes. It lists the jobs that it runs."""
 
     def __init__(self, executed):
         self.executed = executed
@@ -96,7 +83,7 @@ class InProcess:
         return future
 
 
-def test_grids_have_at_most_six_points_and_an_inner_winner_is_no_edge():
+def test_grids_are_small_and_know_their_edges():
     for arm in ARMS.values():
         assert len(grid(arm)) <= 6 and len(set(grid(arm))) == len(grid(arm))
     small = Plan(**{**vars(MICRO), "arms": ("dpo plain", "sft")})
@@ -218,7 +205,7 @@ def test_the_committed_numbers_follow_from_the_committed_runs(committed):
     for name, row in committed["arms"].items():
         seeds = runs.seeds(name)
         assert row["quality"] == t_interval(runs.field(name, "quality", seeds)) and row["seeds"] == len(seeds)
-        for seed in seeds:  # what training reported is what the answers say
+        for seed in seeds:  # what training reported agrees with the answers
             assert runs.answers[name, seed].quality.mean() == pytest.approx(runs.records[name, seed]["quality"])
     for entry in committed["contrasts"]:
         seeds = runs.seeds(entry["first"], entry["second"])
@@ -230,12 +217,12 @@ def test_the_committed_numbers_follow_from_the_committed_runs(committed):
     assert committed["tuning"] == json.loads(json.dumps(winners(plan.PLANS["full"], records)))
 
 
-def test_the_committed_runs_are_of_the_arms_and_settings_in_the_code(monkeypatch):
+def test_committed_runs_match_arms_and_settings(monkeypatch):
     monkeypatch.setattr(execution.torch, "__version__", lines_of(report.RESULTS / "runs.jsonl")[0]["torch"])
     records = execution.open_records(plan.PLANS["full"], report.RESULTS, "cpu")
     assert all(job in records for job in plan.all_jobs(plan.PLANS["full"], records.by_key.values()))
 
 
-def test_in_the_committed_study_all_arms_of_the_table_were_treated_alike(committed):
+def test_committed_table_arms_had_equal_training(committed):
     assert committed["checks"]["updates"] == [plan.PLANS["full"].size.updates]
     assert committed["checks"]["pairs_equal"]

@@ -1,4 +1,4 @@
-"""The study's arms do what their names say, on the batches and the losses themselves."""
+"""Check on batches and losses that the study's arms do what their names say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SILENT = dataclasses.replace(Judge(), noise=0.0)
 
 @pytest.fixture
 def pairs() -> list[Candidates]:
-    """Twelve prompts of each of two kinds; every answer names its prompt's number, the first one is better."""
+    """Return twelve prompts of each of two kinds. Each answer names its prompt's number; the first answer is better."""
     rng = random.Random(0)
     found = []
     for i in range(24):
@@ -48,7 +48,7 @@ def test_conditioned_rows_show_the_other_response_of_the_pair(pairs):
     assert tokens(plain["input_ids"][0]) == f"{pairs[0].prompt}{pairs[0].answers[0]}"
 
 
-def test_a_shuffled_alternative_is_that_of_another_pair_of_the_same_kind_in_its_role(pairs):
+def test_shuffled_alternatives_keep_kind_and_role(pairs):
     batch = make_batch(label(pairs, SILENT, own_alternative=0.0), conditioned=True)
     labels, rows = batch["labels"], batch["input_ids"]
     assert len(rows) == 48 and batch["marginal_labels"] is None
@@ -62,18 +62,18 @@ def test_a_shuffled_alternative_is_that_of_another_pair_of_the_same_kind_in_its_
         assert decode(labels[24 + i][labels[24 + i] != -100].tolist()) == bad
 
 
-def test_a_share_of_own_alternatives_is_that_share_and_the_labels_do_not_change(pairs):
+def test_own_alternative_share_is_exact_and_labels_stay(pairs):
     many = pairs * 40
     rng = random.Random(1)
     many = [dataclasses.replace(p, dice=(*p.dice[:2], rng.random(), rng.randrange(2**31))) for p in many]
     all_own, half = label(many, SILENT), label(many, SILENT, own_alternative=0.5)
     assert all(e.alternatives == (e.rejected, e.chosen) for e in all_own)
-    # Another pair may have the same answers (each occurs forty times), so a little more than one half.
+    # Another pair may have the same answers (each occurs forty times), so the share is a little above one half.
     assert sum(e.alternatives == (e.rejected, e.chosen) for e in half) / len(half) == pytest.approx(0.53, abs=0.05)
     assert [(e.chosen, e.rejected) for e in all_own] == [(e.chosen, e.rejected) for e in half]
 
 
-def test_with_own_alternatives_both_ways_of_building_a_batch_agree(pairs):
+def test_both_ways_of_building_a_batch_agree(pairs):
     examples = label(pairs, SILENT)
     wanted = make_batch(examples, conditioned=True)
     examples[0] = dataclasses.replace(examples[0], alternatives=(examples[2].rejected, examples[2].chosen))
@@ -102,7 +102,7 @@ def loss_of(arm: Arm, model, examples, *, marginal_weight: float | None = None) 
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_anchored_loss_is_inspos_plus_the_plain_ones(objective, pairs):
+def test_the_anchored_loss_adds_the_plain_loss(objective, pairs):
     model, examples = models.build(32, 1, seed=0), label(pairs, SILENT)
     for parameter in model.parameters():  # far from uniform, so that contexts matter
         parameter.data *= 4
@@ -111,7 +111,7 @@ def test_the_anchored_loss_is_inspos_plus_the_plain_ones(objective, pairs):
     assert inspo != pytest.approx(plain, rel=1e-3)
 
 
-def test_the_sft_arm_is_the_mean_log_prob_of_a_chosen_token(pairs):
+def test_the_sft_loss_is_the_mean_token_loss(pairs):
     model, examples = models.build(32, 1, seed=0), label(pairs, SILENT)
     batch = make_batch(examples, conditioned=False)
     chosen = models.log_probs(model, batch)[0] / torch.tensor([len(e.chosen) for e in examples])
@@ -120,7 +120,7 @@ def test_the_sft_arm_is_the_mean_log_prob_of_a_chosen_token(pairs):
     assert with_sft == pytest.approx(loss_of(ARMS["dpo plain"], model, examples) - chosen.mean().item(), rel=1e-5)
 
 
-def test_the_cached_reference_is_the_bases_own_and_a_conditioned_one_differs(pairs):
+def test_the_cached_reference_is_the_base_given_prompts(pairs):
     model = models.build(32, 1, seed=0)
     ids = [(runs.encode(str(p.prompt)), *map(runs.encode, p.answers)) for p in pairs]
     scored = runs.log_probs_of(ids, model).tolist()
@@ -134,7 +134,7 @@ def test_the_cached_reference_is_the_bases_own_and_a_conditioned_one_differs(pai
 
 
 def test_held_out_accuracies_take_marginals_from_the_right_rows(pairs):
-    """After plain training that separates them, chosen and rejected cannot be exchanged unnoticed."""
+    """Plain training separates chosen and rejected responses, so a swap would show."""
     model, arm = models.build(32, 1, seed=0), ARMS["dpo plain"]
     ids = [(runs.encode(str(p.prompt)), *map(runs.encode, p.answers)) for p in pairs]
     pairs = [
@@ -151,7 +151,7 @@ def test_held_out_accuracies_take_marginals_from_the_right_rows(pairs):
     assert after["marginal chosen"] == pytest.approx(per_token, abs=1e-3)
 
 
-def test_twice_is_twice_the_updates_on_the_same_pairs_and_all_of_the_table_make_as_many(pairs, monkeypatch):
+def test_table_arms_make_equal_updates_twice_arms_double(pairs, monkeypatch):
     examples = label(pairs, SILENT)
     seen: dict[str, list] = {}
     original = runs.make_batch
@@ -184,7 +184,7 @@ def test_twice_is_twice_the_updates_on_the_same_pairs_and_all_of_the_table_make_
     assert counts["dpo inspo"]["tokens"] == counts["dpo anchored"]["tokens"] > counts["dpo plain"]["tokens"]
 
 
-def test_a_loss_that_is_not_finite_ends_training_and_is_said(pairs):
+def test_a_nonfinite_loss_ends_training_and_is_reported(pairs):
     class Broken(ik.Objective):
         needs_reference = False
 
@@ -200,10 +200,10 @@ def test_a_loss_that_is_not_finite_ends_training_and_is_said(pairs):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
-def test_arms_that_cannot_mean_anything_are_refused():
-    with pytest.raises(ValueError, match="marginals are those"):
+def test_meaningless_arms_are_refused():
+    with pytest.raises(ValueError, match="marginals need the pair"):
         dataclasses.replace(ARMS["orpo inspo"], own_alternative=0.0)
-    with pytest.raises(ValueError, match="marginals are those"):
+    with pytest.raises(ValueError, match="marginals need the pair"):
         dataclasses.replace(ARMS["dpo anchored"], own_alternative=0.5)
     with pytest.raises(ValueError, match="only conditioned"):
         dataclasses.replace(ARMS["dpo plain"], marginal_weight=1.0)
@@ -211,7 +211,7 @@ def test_arms_that_cannot_mean_anything_are_refused():
         dataclasses.replace(ARMS["dpo inspo"], sft_weight=1.0)
 
 
-def test_the_table_is_complete_and_every_arm_has_a_twin_and_a_tuned_arm():
+def test_every_arm_has_a_baseline_and_a_tuned_arm():
     assert {f"{o} {v}" for o in OBJECTIVES for v in VARIANTS} <= set(ARMS)
     for arm in ARMS.values():
         assert arm.tuned_as in ARMS and ARMS[arm.tuned_as].objective == arm.objective
@@ -221,12 +221,12 @@ def test_the_table_is_complete_and_every_arm_has_a_twin_and_a_tuned_arm():
         assert isinstance(objective.objective if isinstance(objective, WithSFT) else objective, ik.Objective)
 
 
-def test_samples_come_from_the_prompt_alone_and_depend_on_the_draws_alone():
+def test_samples_depend_only_on_prompt_and_draws():
     model = models.build(32, 1, seed=0)
     prompts = [Prompt("R", "abc"), Prompt("S", "cabd"), Prompt("D", "ij")]
     first = models.sample(model, prompts, count=3, seed=7)
     assert first == models.sample(model, prompts, count=3, seed=7) != models.sample(model, prompts, count=3, seed=8)
-    # The distribution behind the first token is the model's at the prompt's end.
+    # The first token's distribution is the model's at the prompt's end.
     many = models.sample(model, prompts[:1] * 3000, count=1, seed=0)
     share = sum(answers[0][0] == "~" for answers in many) / 3000
     logits = model(input_ids=torch.tensor([runs.encode(str(prompts[0]))])).logits[0, -1]

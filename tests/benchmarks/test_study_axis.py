@@ -1,4 +1,4 @@
-"""Runs of the over-training study: dropped alternatives, checkpoints, the plan, the command."""
+"""Test runs of the over-training study: dropped alternatives, checkpoints, the plan, the command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from micro_study import MICRO_SIZE
 
 from benchmarks.study import __main__ as command
 from benchmarks.study import axis, execution, runs
@@ -16,23 +17,8 @@ from benchmarks.study.axis import AXIS_PLANS, BASE, AxisJob, AxisPlan, axis_jobs
 from benchmarks.study.runs import Example, Size
 from benchmarks.study.world import Judge, encode
 
-SIZE = Size(
-    hidden_size=16,
-    layers=1,
-    word_lengths=(3,),
-    fit_prompts=80,
-    fit_steps=3,
-    fit_rows=8,
-    pairs=24,
-    updates=2,
-    update_pairs=8,
-    validation_prompts=8,
-    test_prompts=8,
-    held_out_pairs=8,
-    samples=2,
-)
 PLAN = AxisPlan(
-    SIZE,
+    MICRO_SIZE,
     pairs=(8, 16),
     checkpoints=(1, 2),
     tested_updates=2,
@@ -47,7 +33,7 @@ EXAMPLES = [
 
 
 def trained(arm):
-    """The weights after three updates of ``arm``."""
+    """Return the weights after three updates of ``arm``."""
     model = models.build(16, 1, 0)
     objective = arm.make_objective(0.1)
     runs.train(model, EXAMPLES, arm, objective, learning_rate=1e-2, updates=3, update_pairs=2, seed=0)
@@ -87,7 +73,7 @@ def test_coins_differ_between_passes_and_pairs():
     assert coins[0] != [arm.drops_alternative(2, 0, pair) for pair in range(200)]
 
 
-def test_greedy_answers_need_no_seed_and_cold_ones_come_close():
+def test_greedy_equals_low_temperature():
     model = models.build(16, 1, 0)
     for p in model.parameters():
         p.data.mul_(3)
@@ -106,8 +92,8 @@ def test_the_learning_rate_stays_so_checkpoints_are_prefixes(tmp_path):
     assert a["checkpoints"][0] == b["checkpoints"][0] and len(b["checkpoints"]) == 2
 
 
-def test_alternatives_of_other_pairs_come_from_the_cells_own_pairs(tmp_path):
-    begun = runs.start(SIZE, 3, drafts=True, cache=tmp_path)
+def test_shuffled_alternatives_come_from_the_cells_pairs(tmp_path):
+    begun = runs.start(MICRO_SIZE, 3, drafts=True, cache=tmp_path)
     few = begun.training[:8]
     mine = {answer for pair in few for answer in pair.answers}
     for example in runs.label(few, Judge(), AXIS_ARMS["other"].own_alternative):
@@ -176,7 +162,7 @@ def test_an_arm_that_cannot_drop_alternatives_is_refused(change, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--large", "--part", "axis"], "--large is of the part arms only"),
+        (["--large", "--part", "axis"], "--large works only with the part arms"),
         (["--quick", "--workers", "0"], "--workers must be at least 1, got 0"),
         (["--part", "none"], "invalid choice"),
         (["--quick", "--part", "axis", "--report", "--output", "empty"], "does not hold two seeds of base, plain"),
@@ -217,7 +203,7 @@ def test_the_command_continues_after_a_kill(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(AXIS_PLANS, "quick", replace(PLAN, beta=0.2))
     with pytest.raises(SystemExit):
         command.main(arguments)
-    assert "holds runs of other settings (plan)" in capsys.readouterr().err
+    assert "holds runs with other settings (plan)" in capsys.readouterr().err
 
 
 def without_seconds(line):
@@ -225,4 +211,4 @@ def without_seconds(line):
 
 
 def plan_of_full_size():
-    return json.loads(json.dumps(execution.asdict(replace(PLAN, size=replace(SIZE, hidden_size=96)))))
+    return json.loads(json.dumps(execution.asdict(replace(PLAN, size=replace(MICRO_SIZE, hidden_size=96)))))

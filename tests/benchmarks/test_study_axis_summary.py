@@ -1,4 +1,4 @@
-"""The over-training study's numbers and words: planted differences are found, committed ones computed a second time."""
+"""Test the over-training study's summary: find planted differences, and recompute the committed numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = (20, 40, 80, 160)
 
 
 def record(arm, seed, qualities, validation=None, **more):
-    """A run with these qualities at its checkpoints, whatever the decoding."""
+    """Return a run with these qualities at its checkpoints, for all decodings."""
     steps = (0,) if arm == BASE else STEPS
     points = [
         {"updates": step, "validation": v, **{d: {"quality": q, "length": 5.0, "unended": 0.0} for d in DECODINGS}}
@@ -29,7 +29,7 @@ def record(arm, seed, qualities, validation=None, **more):
 
 
 def planted(gain_at_80=0.05, gain_at_best=0.0, own=0.0, noise=0.01):
-    """Runs in which plain falls after 40 updates, and InSPO's differences are as given, give or take ``noise``."""
+    """Return runs in which plain falls after 40 updates and InSPO has the given differences, up to ``noise``."""
     rng = np.random.default_rng(0)
     found = []
     for seed in range(730_000, 730_012):
@@ -74,7 +74,7 @@ def test_every_conclusion_is_in_the_protocol():
     assert f"margin of **{MARGIN:g}**" in text
 
 
-def test_the_best_checkpoint_is_by_validation_and_early_in_ties():
+def test_validation_picks_the_earliest_best_checkpoint():
     runs = AxisRuns(PLAN, [record("plain", 1, [0.1, 0.2, 0.9, 0.3], [0.5, 0.6, 0.1, 0.6])])
     assert runs.best_point(128, "plain", 1)["updates"] == 40
     assert runs.best(128)("plain", 1) == 0.2
@@ -105,16 +105,16 @@ def test_a_cell_of_one_seed_has_no_numbers():
 def test_the_report_says_where_the_best_stop_is():
     plan = {"plan": json.loads(json.dumps(asdict(PLAN)))}
     inside = axis_summary.summarize(PLAN, planted()) | plan
-    assert "the smallest one allowed" not in axis_report._edge(inside)
+    assert "the smallest allowed" not in axis_report._edge(inside)
     records = planted()
     for run in records:
         if run["arm"] == "plain":
             run["checkpoints"][0]["validation"] = 0.9
     at_edge = axis_summary.summarize(PLAN, records) | plan
-    assert "That best number is 20, the smallest one allowed, on 12 of" in axis_report._edge(at_edge)
+    assert "This number is 20, the smallest allowed, on 12 of" in axis_report._edge(at_edge)
 
 
-def test_the_finding_says_when_both_arms_fell_below_the_base():
+def test_findings_mention_arms_below_the_base():
     plan = {"plan": json.loads(json.dumps(asdict(PLAN)))}
     words = ", both below the base that they started from"
     assert words not in axis_report.finding(axis_summary.summarize(PLAN, planted()) | plan)
@@ -164,7 +164,7 @@ def test_the_committed_report_is_what_its_file_says(committed):
 
 
 def qualities(records, arm, seed, pairs=128):
-    """{updates: exact quality of the greedy answers}, from their edits."""
+    """Return {updates: exact quality of the greedy answers}, computed from their edits."""
     right = np.array([int(digit) for digit in records[128, "base", seed]["right_lengths"]])
     return {
         point["updates"]: float(np.mean(1 - np.array([int(digit, 36) for digit in point["edits"]]) / right))

@@ -1,4 +1,4 @@
-"""The study on the standard library's text: its world, its batches, its summary and its page."""
+"""Test the study on the standard library's text: its world, batches, summary and page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def function(module="some.module", names=("json",)):
     ("answer", "grade"),
     [
         ("\n    return a + b", 1.0),
-        ("\n    return json.dumps(len(a))", 1.0),  # of the module, a builtin, a parameter
+        ("\n    return json.dumps(len(a))", 1.0),  # a module's name, a builtin, a parameter
         ("\n    c = a\n    return c + d", 5 / 6),  # a and c of three names are bound
         ("\n    return [x for x in a if (y := x)]", 1.0),
         ("\n    try:\n        import os as z\n    except OSError as e:\n        z = e\n    return z", 1.0),
@@ -175,7 +175,7 @@ def test_quick_study_runs_and_resumes(tmp_path, monkeypatch, capsys):
     assert len(lines) == 1 + 2 * (1 + len(ARMS))
     assert "Tiny sizes" in (file.parent / "study_code.md").read_text() and (file.parent / "study_code.png").exists()
     before = json.loads(file.read_text())
-    # The last run is lost in the middle of its line: it is done again, and comes out the same.
+    # The last run's line is cut in the middle. The run is repeated with the same result.
     (file.parent / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:50])
     capsys.readouterr()
     code_study.main(["--quick", "--json", str(file)])
@@ -186,7 +186,7 @@ def test_quick_study_runs_and_resumes(tmp_path, monkeypatch, capsys):
     }
     with pytest.raises(SystemExit):
         code_study.main(["--json", str(file)])
-    assert "holds runs of other settings (size)" in capsys.readouterr().err
+    assert "holds runs with other settings (size)" in capsys.readouterr().err
 
 
 # --- the committed results, computed a second time in plain Python ---

@@ -1,4 +1,4 @@
-"""A run of the study does what its arm says: to base and pairs, to training, to the arguments of the loss."""
+"""Check that a study run follows its arm: base and pairs, training, and the arguments of the loss."""
 
 from __future__ import annotations
 
@@ -6,33 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from micro_study import MICRO_SIZE
 
 from benchmarks.study import model as models
 from benchmarks.study import runs, tabular
 from benchmarks.study.arms import ARMS
-from benchmarks.study.runs import Example, Size
+from benchmarks.study.runs import Example
 from benchmarks.study.world import END, EQUALS, IDS, Judge, Prompt, encode
 
-SIZE = Size(
-    hidden_size=16,
-    layers=1,
-    word_lengths=(3,),
-    fit_prompts=80,
-    fit_steps=3,
-    fit_rows=8,
-    pairs=24,
-    updates=2,
-    update_pairs=8,
-    validation_prompts=8,
-    test_prompts=16,
-    held_out_pairs=8,
-    samples=2,
-)
+SIZE = replace(MICRO_SIZE, test_prompts=16)
 
 
 @pytest.fixture
 def spy(monkeypatch):
-    """``spy(module, name)``: the arguments of each call of a function, which goes on doing what it does."""
+    """Return ``spy(module, name)``, which records the arguments of each call of a function without changing it."""
 
     def watch(module, name):
         original, calls = getattr(module, name), []
@@ -48,7 +35,7 @@ def spy(monkeypatch):
 
 
 @pytest.mark.parametrize("drafts", [True, False])
-def test_bases_and_pairs_are_of_training_prompts_and_held_out_pairs_of_test_prompts(tmp_path, spy, drafts):
+def test_training_and_held_out_pairs_use_separate_prompts(tmp_path, spy, drafts):
     fits = spy(models, "fit")
     begun = runs.start(SIZE, 0, drafts=drafts, cache=tmp_path)
     ((_, fitted), options) = fits[0]
@@ -64,9 +51,9 @@ def test_bases_and_pairs_are_of_training_prompts_and_held_out_pairs_of_test_prom
     assert len(fits) == 2 and other.prompts == begun.prompts
 
 
-def test_a_pair_is_the_best_and_the_worst_ended_answer_in_random_order(monkeypatch):
+def test_a_pair_is_the_best_and_worst_answer(monkeypatch):
     prompt = Prompt("S", "cab")
-    answers = ["abc", "ab$", "abc$", "bca~$"]  # the first has no end, and would be a best one
+    answers = ["abc", "ab$", "abc$", "bca~$"]  # the first has no end, but would be the best
     ended = sorted(answers[1:], key=lambda answer: Judge().score(prompt, answer))
     monkeypatch.setattr(models, "sample", lambda model, prompts, *, count, seed: [answers[:count]] * len(prompts))
     found = runs.candidates(models.build(16, 1, 0), [prompt] * 60, 50, seed=0)
@@ -112,8 +99,8 @@ def test_no_two_seeds_or_parts_share_their_draws():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_gives_the_loss_what_the_arm_says(spy, name):
-    """References are told apart by their size: pair i has -i - 1 (chosen) and -i - 101 (rejected)."""
+def test_training_passes_the_arms_options_to_the_loss(spy, name):
+    """The references' values identify the pairs: pair i has -i - 1 (chosen) and -i - 101 (rejected)."""
     examples = [
         Example(encode("Rab="), encode("ba$"), encode("a$"), (-i - 1.0, -i - 101.0), (encode("a$"), encode("ba$")))
         for i in range(12)
@@ -132,7 +119,7 @@ def test_training_gives_the_loss_what_the_arm_says(spy, name):
     assert all(o == {"conditioned": arm.conditioned, "separator": arm.separator} for _, o in batches)
 
 
-def test_arms_differ_from_the_table_in_what_they_are_named_after():
+def test_ablations_change_only_the_named_option():
     for name, arm in ARMS.items():
         assert arm.drafts is ("no drafts" not in name)
         assert arm.own_alternative == (
@@ -145,7 +132,7 @@ def test_arms_differ_from_the_table_in_what_they_are_named_after():
 
 
 @pytest.mark.parametrize(("share", "answers"), [(0.0, {1}), (1.0, {2}), (0.5, {1, 2})])
-def test_a_base_learns_answers_and_drafts_but_no_prompts(share, answers):
+def test_a_base_does_not_learn_prompts(share, answers):
     model, seen = models.build(16, 1, 0), []
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     prompts = [Prompt("R", "abc"), Prompt("D", "cab")]
@@ -161,7 +148,7 @@ def test_a_base_learns_answers_and_drafts_but_no_prompts(share, answers):
     assert counts == answers
 
 
-def test_the_tabular_comparison_changes_reference_and_weights_and_nothing_else(monkeypatch):
+def test_tabular_comparisons_change_only_reference_and_weights(monkeypatch):
     seen = []
     monkeypatch.setattr(tabular, "_prompt_only", lambda here, changed: seen.append((here, changed)))
     tabular.measure(3, 2)
@@ -175,7 +162,7 @@ def test_the_tabular_comparison_changes_reference_and_weights_and_nothing_else(m
 
 
 def test_shares_of_prompt_only_favourites(monkeypatch):
-    """Two worlds of two responses; P favours the first response in the first world, the second in the second."""
+    """There are two worlds with two responses. P favours the first response in world 1, the second in world 2."""
     preferences = torch.tensor([[[0.5, 0.9], [0.1, 0.5]], [[0.5, 0.1], [0.9, 0.5]]], dtype=torch.float64)
     here, reference, weights = (
         tabular.World(preferences, torch.ones_like(preferences), torch.tensor([[-0.1, -2.0]] * 2).double())

@@ -1,4 +1,4 @@
-"""The study's statistics: against scipy, against values worked out by hand, and on planted coefficients."""
+"""Test the study's statistics against scipy, against values computed by hand, and on planted coefficients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_t_interval_is_scipys():
     assert found["n"] == 5
 
 
-def test_t_interval_without_spread_claims_nothing_and_needs_two_values():
+def test_t_interval_needs_two_different_values():
     assert t_interval([0.5, 0.5]) == {"mean": 0.5, "low": 0.5, "high": 0.5, "p": None, "n": 2}
     with pytest.raises(ValueError, match="at least two"):
         t_interval([0.5])
@@ -37,7 +37,7 @@ def test_holm_by_hand():
 
 
 def planted(rng, prompts=400, answers=3):
-    """Verdicts whose logits are what was planted, and lengths that go with the arm."""
+    """Return verdicts with planted logits, and lengths that depend on the arm."""
     arm, length = np.array([-0.5, 0.0, 0.8, 0.8]), 1.5
     difficulty = rng.normal(0, 1.0, prompts)
     difficulty -= difficulty.mean()
@@ -46,7 +46,7 @@ def planted(rng, prompts=400, answers=3):
     return arm, length, difficulty, differences, 1 / (1 + np.exp(-logits))
 
 
-def test_the_length_model_recovers_planted_coefficients_and_rates_that_length_does_not_move():
+def test_the_length_model_recovers_planted_coefficients():
     arm, length, difficulty, differences, verdicts = planted(np.random.default_rng(0), answers=12)
     found = fit_length_model(verdicts, differences)
     assert found.length == pytest.approx(length, abs=0.06)
@@ -59,7 +59,7 @@ def test_the_length_model_recovers_planted_coefficients_and_rates_that_length_do
     assert found.win_rates[3] == pytest.approx(found.win_rates[2], abs=0.01)
 
 
-def test_the_length_model_recovers_them_from_sampled_verdicts_and_ties_count_half():
+def test_the_length_model_counts_ties_as_half():
     rng = np.random.default_rng(1)
     _, length, _, differences, probability = planted(rng, prompts=3000)
     found = fit_length_model((rng.random(probability.shape) < probability).astype(float), differences)
@@ -70,7 +70,7 @@ def test_the_length_model_recovers_them_from_sampled_verdicts_and_ties_count_hal
     assert abs(ties.length) < 1e-6
 
 
-def test_the_length_model_is_the_minimum_of_its_penalised_likelihood():
+def test_the_length_model_minimises_its_penalised_likelihood():
     _, _, _, differences, verdicts = planted(np.random.default_rng(2), prompts=6, answers=2)
     present = np.ones((6, 4))
     present[:3, 1] = 0.0
@@ -93,7 +93,7 @@ def test_an_arm_that_always_wins_stays_finite():
     assert 0.95 < found.win_rates[0] < 1 and np.isfinite(found.arm).all()
 
 
-def test_the_bootstrap_draws_seeds_and_prompts_and_fits_anew():
+def test_the_bootstrap_resamples_and_refits():
     _, _, _, differences, verdicts = planted(np.random.default_rng(3), prompts=60, answers=1)
     seeds = np.repeat(np.arange(6), 10)
     verdicts = np.where((seeds < 3)[:, None, None], verdicts, verdicts * 0.5)  # seeds that differ

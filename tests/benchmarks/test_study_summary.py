@@ -1,4 +1,4 @@
-"""The study's numbers, computed a second time from the committed runs, plainly, and by scipy where it has the test."""
+"""Recompute the study's numbers from the committed runs with simple code, and with scipy where possible."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def records():
 
 @pytest.fixture(scope="module")
 def found(records):
-    """By this code, from the committed runs; its bootstrap drawn a few times only."""
+    """Return the summary of the committed runs, with only a few bootstrap draws."""
     return summary.summarize(plan.PLANS["full"], records, replicates=3)
 
 
 @pytest.fixture(scope="module")
 def answers(records):
-    """(arm, seed): exact quality and length, (prompts, answers)."""
+    """Return, by (arm, seed), exact quality and length as (prompts, answers)."""
     tests = {(r["arm"], r["seed"]): r for r in records if r["part"] == "test"}
 
     def numbers(text):
@@ -51,7 +51,7 @@ def win_rate(answers, arm, other, seed):
 
 
 def length_controlled(answers, arms, seed):
-    """The documented regression, minimised by a general method."""
+    """Fit the documented regression with a general optimizer."""
     base_quality, base_length = answers["base", seed]
     verdicts, lengths = [], []
     for arm in arms:
@@ -111,7 +111,7 @@ def test_all_but_the_bootstrap_is_as_committed(found):
     }
 
 
-def test_contrasts_are_paired_by_seed_and_adjusted_over_the_five(found, answers):
+def test_contrasts_are_paired_and_adjusted(found, answers):
     contrasts = {(c["kind"], c["first"].split()[0]): c for c in found["contrasts"]}
     p_values = {"quality": [], "win_rate": []}
     for name in OBJECTIVES:
@@ -135,7 +135,7 @@ def test_contrasts_are_paired_by_seed_and_adjusted_over_the_five(found, answers)
     assert_interval(contrasts["no drafts", "dpo"]["quality"], [a - b for a, b in zip(bases[:5], bases[5:])])
 
 
-def test_rows_hold_quality_gain_and_win_rates_over_base_and_twin(found, answers):
+def test_rows_hold_quality_gain_and_win_rates(found, answers):
     for arm, twin, base in (
         ("dpo inspo", "dpo plain", "base"),
         ("orpo anchored", "orpo plain", "base"),
@@ -151,7 +151,7 @@ def test_rows_hold_quality_gain_and_win_rates_over_base_and_twin(found, answers)
         assert row["length"] == pytest.approx(np.mean([answers[arm, s][1].mean() for s in seeds]))
 
 
-def test_length_controlled_win_rates_and_what_tracks_quality(found, answers, records):
+def test_length_controlled_win_rates_track_quality(found, answers, records):
     judged = [name for name, row in found["arms"].items() if "lc_win_rate" in row]
     table = [name for name in judged if found["arms"][name]["seeds"] == 8]
     ranks = {name: [] for name in ("win_rate", "lc_win_rate", "length")}
@@ -177,7 +177,7 @@ def test_length_controlled_win_rates_and_what_tracks_quality(found, answers, rec
     assert found["tracking"]["difference"]["mean"] == pytest.approx(difference, abs=2e-3)
 
 
-def test_curves_are_means_over_seeds_from_before_the_first_update_on(found, records):
+def test_curves_are_means_over_seeds(found, records):
     mine = [r["curve"] for r in records if (r["arm"], r["part"]) == ("dpo inspo", "test")]
     assert len(mine) == 8 and [point["step"] for point in found["curves"]["dpo inspo"]][::5] == [0, 80]
     for at, point in enumerate(found["curves"]["dpo inspo"]):
@@ -185,7 +185,7 @@ def test_curves_are_means_over_seeds_from_before_the_first_update_on(found, reco
 
 
 def test_the_bootstrap_draws_prompts_within_seeds():
-    """With one seed there is nothing else to draw."""
+    """With one seed, only prompts can be resampled."""
     rng = np.random.default_rng(0)
     verdicts, lengths = rng.random((20, 2, 2)), rng.normal(size=(20, 2, 2))
     drawn = statistics.bootstrap_win_rates(

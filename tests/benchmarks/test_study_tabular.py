@@ -1,4 +1,4 @@
-"""The exact part of the study: each claim of ``benchmarks.study.tabular`` on worlds where the answer is known."""
+"""Test each claim of ``benchmarks.study.tabular`` on worlds with known answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def world_of(preferences: torch.Tensor, generator: torch.Generator) -> World:
 
 
 @pytest.mark.parametrize("name", SCALARIZATIONS)
-def test_conditioned_losses_reach_the_bayes_risk_of_a_cycle_whatever_the_reference_and_weights(name, generator):
+def test_conditioned_losses_reach_the_bayes_risk_of_cycles(name, generator):
     s = SCALARIZATIONS[name]
     for _ in range(2):
         world = world_of(CYCLE, generator)
@@ -35,7 +35,7 @@ def test_conditioned_losses_reach_the_bayes_risk_of_a_cycle_whatever_the_referen
 
 
 @pytest.mark.parametrize("name", SCALARIZATIONS)
-def test_the_bayes_risk_is_a_lower_bound_that_other_margins_miss(name, generator):
+def test_other_margins_exceed_the_bayes_risk(name, generator):
     s, world = SCALARIZATIONS[name], world_of(CYCLE, generator)
     for _ in range(20):
         noise = torch.randn(3, 3, generator=generator, dtype=torch.float64)
@@ -44,7 +44,7 @@ def test_the_bayes_risk_is_a_lower_bound_that_other_margins_miss(name, generator
 
 
 @pytest.mark.parametrize("name", SCALARIZATIONS)
-def test_plain_losses_cannot_decode_a_cycle_and_move_with_the_weights(name, generator):
+def test_plain_losses_cannot_decode_a_cycle(name, generator):
     s = SCALARIZATIONS[name]
     decoded = []
     for _ in range(2):
@@ -55,7 +55,7 @@ def test_plain_losses_cannot_decode_a_cycle_and_move_with_the_weights(name, gene
     assert (decoded[0] - decoded[1]).abs().max() > 1e-2
 
 
-def test_plain_dpo_recovers_the_strengths_of_a_bradley_terry_world(generator):
+def test_plain_dpo_recovers_bradley_terry_strengths(generator):
     strengths = torch.tensor([1.0, -0.5, 0.3, 2.0], dtype=torch.float64)
     world = world_of(tabular.bradley_terry(strengths), generator)
     u = margins(tabular.plain_optimum(world, SCALARIZATIONS["logistic"]), world.log_ref)
@@ -63,7 +63,7 @@ def test_plain_dpo_recovers_the_strengths_of_a_bradley_terry_world(generator):
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_the_conditioned_optima_are_a_family_of_half_k_times_k_minus_one_dimensions(size, generator):
+def test_conditioned_optima_form_a_family_of_known_dimension(size, generator):
     world = tabular.random_world(size, generator, cyclic=True)
     optimum = tabular.conditioned_optimum(world, SCALARIZATIONS["logistic"])
     assert tabular.dimension_of_optima(optimum, world.log_ref) == size * (size - 1) // 2
@@ -95,7 +95,7 @@ def test_shuffled_labels_teach_the_prompt_only_policy_nothing(name, generator):
     torch.testing.assert_close(alone, world.log_ref, atol=1e-12, rtol=0)
 
 
-def test_descent_moves_the_prompt_only_policy_towards_a_clear_favourite(generator):
+def test_descent_moves_towards_a_clear_favourite(generator):
     preferences = tabular.bradley_terry(torch.tensor([2.0, 0.0, -2.0], dtype=torch.float64))
     world = world_of(preferences, generator)
     alone, excess = tabular.shared_descent(world, SCALARIZATIONS["logistic"])
@@ -104,7 +104,7 @@ def test_descent_moves_the_prompt_only_policy_towards_a_clear_favourite(generato
     assert gain[0] > gain[1] > gain[2]
 
 
-def test_an_anchor_ties_the_prompt_only_policy_to_the_plain_optimum(generator):
+def test_an_anchor_pulls_towards_the_plain_optimum(generator):
     world, s = world_of(CYCLE, generator), SCALARIZATIONS["logistic"]
     alone, excess = tabular.shared_descent(world, s, anchor=1.0, gap=1e-14)
     assert excess < 1e-12

@@ -1,4 +1,4 @@
-"""The study's world: grading and judge on known answers, prompts that stay apart, labels and their noise."""
+"""Test the study's world: grading and judge on known answers, disjoint prompts, labels and their noise."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_right_answers(prompt, right):
         ("R=dcba$", 2),
     ],
 )
-def test_quality_counts_edits_but_no_filler_and_nothing_is_an_answer_without_its_end(answer, wrong):
+def test_quality_ignores_filler_and_requires_an_end(answer, wrong):
     prompt = Prompt("R", "abcd")
     assert edits(prompt, answer) == wrong
     assert quality(prompt, answer) == 1 - wrong / 4
@@ -49,7 +49,7 @@ def test_the_judge_weighs_quality_and_length():
     assert judge.prefers(prompt, "dcbb$", "dcba~$") == pytest.approx(1 / (1 + math.exp(6 / 4 + 0.2)))
 
 
-def test_labels_are_turned_round_as_often_as_the_noise_says():
+def test_labels_are_flipped_at_the_noise_rate():
     rng, judge = random.Random(0), Judge(noise=0.15)
     labels = [judge.label(0.8, rng.random(), rng.random()) for _ in range(20_000)]
     assert sum(labels) / len(labels) == pytest.approx(0.8 * 0.85 + 0.2 * 0.15, abs=0.01)
@@ -57,7 +57,7 @@ def test_labels_are_turned_round_as_often_as_the_noise_says():
     assert not judge.label(0.8, 0.79, 0.149)
 
 
-def test_with_half_of_the_labels_turned_round_nothing_is_left_to_learn():
+def test_half_flipped_labels_carry_no_information():
     rng = random.Random(1)
     pairs = [
         Candidates(
@@ -73,7 +73,7 @@ def test_with_half_of_the_labels_turned_round_nothing_is_left_to_learn():
         assert sum(chosen) / len(chosen) == pytest.approx(expected, abs=0.03)
 
 
-def test_prompts_of_the_three_parts_differ_and_every_kind_is_as_frequent():
+def test_prompt_splits_are_disjoint_and_balanced():
     prompts = draw_prompts((3, 4), training=160, validation=40, test=80, seed=3)
     parts = [prompts.training, prompts.validation, prompts.test]
     assert [len(part) for part in parts] == [160, 40, 80]
@@ -86,7 +86,7 @@ def test_prompts_of_the_three_parts_differ_and_every_kind_is_as_frequent():
         draw_prompts((2,), training=400, validation=40, test=80, seed=0)
 
 
-def test_demonstrations_are_mostly_wrong_in_systematic_ways_and_half_of_them_filled():
+def test_demonstrations_have_systematic_errors_and_filler():
     rng, prompt = random.Random(2), Prompt("R", "abcd")
     shown = [world.demonstrate(prompt, rng) for _ in range(4000)]
     assert all(answer.endswith(world.END) and len(answer) > 1 for answer in shown)

@@ -1,4 +1,4 @@
-"""A tiny random model of every causal LM type of the installed transformers, shrunk by the names of its options."""
+"""Build a tiny random model of every causal LM type in transformers, shrunk by the names of its options."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ SIZES = [
     (r"rotary_dim|index_topk|.*_n_heads|patch_size", 4),
     (r"image_size", 8),
 ]
-# Options that shape the logits, away from values at which ignoring them would not show.
+# Options that shape the logits, set to values at which ignoring them would change the result.
 LOGITS = {"final_logit_softcapping": 1.5, "logits_scaling": 3.7, "logit_scale": 0.37, "lm_head_multiplier": 0.37}
-# What no pattern can know.
+# Values that no pattern can determine.
 OPTIONS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"activation_sparsity_pattern": None, "altup_num_inputs": 2, "intermediate_size": [48] * 8}
     | {"num_hidden_layers": 8, "num_kv_shared_layers": 2},
@@ -56,9 +56,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "deepseek_v2": {"first_k_dense_replace": 1, "n_group": 1, "num_experts_per_tok": 2, "topk_group": 1},
 }
-# Options that differ between the layers of a type, where one value for all is refused.
+# Options that differ between the layers of a type, which refuses one value for all layers.
 PER_LAYER = {name: {"head_dim", "num_key_value_heads"} for name in ("gemma4_text", "gemma4_unified_text")}
-# Tried in this order: some types want as many key and value heads as heads, or a layer of each of their kinds.
+# Tried in this order: some types need equally many key-value heads and heads, or one layer of each of their kinds.
 VARIANTS = [
     [(r"num_hidden_layers|n_layers?|num_layers", layers), *heads]
     for layers in (2, 4, 6, 8)
@@ -67,14 +67,14 @@ VARIANTS = [
 
 
 def build(model_type: str) -> Any:
-    """Return a model in eval mode whose own forward works; raises what the last attempt to build one raised."""
+    """Return a model in eval mode whose own forward works, or raise the last attempt's error."""
     for rules in VARIANTS:
         try:
             model = _build(model_type, rules)
             with torch.no_grad():
                 model(input_ids=torch.tensor([[5, 7, 9, 11, 13]]), attention_mask=torch.ones(1, 5).long())
             return model
-        except Exception as error:  # a configuration that does not make a model fails in ways of its own
+        except Exception as error:  # an invalid configuration may raise any error
             last = error
     raise last
 

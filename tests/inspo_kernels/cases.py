@@ -1,4 +1,4 @@
-"""Random batches for the tests: ragged pairs as rows, with marginals, and the same batch in the other forms."""
+"""Make random batches for the tests: ragged pairs as rows, with marginals, and the same batch in other forms."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Case:
         }
 
     def compact(self, seed: int = 0) -> dict[str, Tensor]:
-        """Scored rows in random order, with a few ignored ones between them."""
+        """Return the scored rows in random order, with a few ignored rows in between."""
         rows, targets, segments = [], [], []
         num_rows = len(self.labels)
         for i in range(num_rows):
@@ -67,7 +67,7 @@ def make_case(
     scale: float = 1.0,
     seed: int = 0,
 ) -> Case:
-    """One pair for each (prompt, chosen, rejected) length, all at least 1. float64."""
+    """Return a float64 case with one pair per (prompt, chosen, rejected) lengths, all at least 1."""
     g = torch.Generator().manual_seed(seed)
     pairs = [[torch.randint(vocab, (n,), generator=g).tolist() for n in pair] for pair in lengths]
     batch = ik.condition_pairs(pairs, pad_token_id=0)
@@ -97,7 +97,7 @@ def gradients_of(loss: Tensor, *leaves: Tensor | None) -> list[Tensor]:
 def run(
     case: Case, *, backend: str, objective: object = "dpo", **options: object
 ) -> tuple[ik.InSPOOutput, list[Tensor]]:
-    """Output and gradients in hidden, weight and (if any) bias."""
+    """Return the output, and the gradients of hidden, weight and bias (if any)."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
     hidden, weight, bias = leaves
     out = ik.fused_inspo_loss(
@@ -117,7 +117,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def certain_label(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight and targets of two rows: a word is all but certain, so exp(label - offset) overflows."""
+    """Return hidden, weight and targets of two rows with an almost certain word: exp(label - offset) overflows."""
     weight, hidden = torch.zeros(40, 2, dtype=dtype), torch.ones(2, 2, dtype=dtype)
     weight[3, 0] = 900.0
     return hidden, weight, torch.tensor([3, 5])

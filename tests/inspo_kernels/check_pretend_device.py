@@ -1,4 +1,4 @@
-"""The public functions on a device that is not the CPU, see ``pretend_device``. Run by ``test_pretend_device``."""
+"""Test the public functions on a simulated device (see ``pretend_device``). ``test_pretend_device`` runs this file."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from inspo_kernels.kernels import bias_gradient, config, label_logits, row_pass
 pytestmark = triton_setup.quiet
 
 CPU = torch.device("cpu")
-# bfloat16: its products into float32 take another path on devices than on the CPU.
+# bfloat16, because its matmuls into float32 take another path on devices than on the CPU.
 CASE = make_case([(2, 3, 2), (1, 1, 3)], hidden_size=24).to(torch.bfloat16)
 
 
-# Autocast of this device changes no operation by itself, nor need it: the package rounds operands on its own.
+# This device's autocast changes no operation. It need not, because the package itself rounds operands.
 _autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
 _autocast.fallback(torch.library.fallthrough_kernel)
 
 
 @pytest.fixture(autouse=True)
 def kernels_of_the_device(monkeypatch):
-    """Triton's interpreter works on the values; each kernel counts as one launch."""
+    """Let Triton's interpreter work on the CPU values, and count each kernel as one launch."""
     monkeypatch.setattr(TritonBackend, "unsupported", lambda *_: None)
     for module in (label_logits, row_pass, bias_gradient):
         name = module.__name__.rpartition(".")[2]
@@ -60,7 +60,7 @@ def moved(tensors: dict[str, Tensor], to: torch.device) -> dict[str, Tensor]:
 
 
 def pair_loss(place: torch.device, labels_on: torch.device, inputs: dict[str, Tensor], needed, **options):
-    """Everything that a training step asks for: output, metrics, gradients."""
+    """Return everything that a training step uses: output, metrics, gradients."""
     head = moved({"weight": CASE.weight, "bias": CASE.bias}, place)
     hidden = inputs["hidden"].detach().clone().to(place, non_blocking=True)
     labels = moved({name: t for name, t in inputs.items() if name != "hidden"}, labels_on)
@@ -91,7 +91,7 @@ NEEDED = [("hidden", "weight", "bias"), ("hidden",), ("weight",), ()]
     ],
 )
 def test_pair_loss_reads_the_device_at_most_once(device, backend, form, labels_on, needed):
-    """Once for labels that lie there, never for labels on the CPU; and values are the CPU's, bit by bit."""
+    """Labels on the device cost one read, labels on the CPU none. Values equal the CPU's bit by bit."""
     options = {"marginal_weight": 0.5, "backend": backend}
     expected = pair_loss(CPU, CPU, FORMS[form], needed, **options)
     assert not device.ledger.launches
@@ -138,8 +138,8 @@ def test_linear_logps_reads_the_device_at_most_once(device, backend, targets_on,
 
 @pytest.mark.parametrize("labels_on", [CPU, DEVICE], ids=str)
 @pytest.mark.parametrize("names", [("process_group",), ("sequence_group",), ("process_group", "sequence_group")])
-def test_ranks_that_share_a_loss_read_the_device_once(device, monkeypatch, names, labels_on):
-    """Arguments, labels and counts of all ranks come with one read; the other rank is a mirror."""
+def test_ranks_of_a_group_read_the_device_once(device, monkeypatch, names, labels_on):
+    """One read brings the arguments, labels and counts of all ranks. The other rank mirrors this rank."""
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
     monkeypatch.setattr(dist, "get_rank", lambda *_: 0)
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: SimpleNamespace(wait=lambda: None))
@@ -166,7 +166,7 @@ def test_autocast_on_the_device(device):
 
 
 def launches(device: Pretend, num_pairs: int, length: int) -> int:
-    """Of a whole training step on the pairwise loss, without its metrics."""
+    """Count the launches of a training step with the pairwise loss, without metrics."""
     case = make_case([(2, length, length + 1)] * num_pairs, hidden_size=64).to(torch.bfloat16)
     hidden, weight = (t.to(DEVICE, non_blocking=True).requires_grad_() for t in (case.hidden, case.weight))
     before = len(device.ledger.launches)
@@ -176,7 +176,7 @@ def launches(device: Pretend, num_pairs: int, length: int) -> int:
 
 
 def test_launches_do_not_grow_with_the_batch(device, monkeypatch):
-    """On a GPU each takes microseconds, however little it does."""
+    """On a GPU each launch takes microseconds, regardless of its work."""
     monkeypatch.setattr(config, "logits_tile", lambda *_: config.LogitsTile(1024, 8448))
     few = launches(device, 1, 2)
     assert launches(device, 3, 5) == few
@@ -190,7 +190,7 @@ def test_tensors_of_two_devices_are_refused(device):
 
 
 class TestThePretendDevice:
-    """It sees what it is there to see."""
+    """Check that the simulated device detects what it should."""
 
     def test_reads(self, device):
         t = torch.arange(4.0).to(DEVICE)

@@ -1,4 +1,4 @@
-"""What the tests of the package share: stable test ids, ``--shuffle``, and ``--sanitize`` for the Triton kernels."""
+"""Set up the package's tests: stable test ids, ``--shuffle``, and ``--sanitize`` for the Triton kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 COUNTS = pytest.StashKey[Counter]()
 
 
-# Registered only where this folder is named on the command line, hence the defaults below.
+# The options exist only if the command line names this folder, hence the defaults below.
 def pytest_addoption(parser):
     parser.addoption("--sanitize", action="store_true", help="check each access of interpreted kernels: sanitizer.py")
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and each one's tests, in random order")
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items, config):
 
 
 def shuffled(items, order):
-    """The tests of a file stay together: what they share, such as processes of several ranks, is made once."""
+    """Shuffle tests but keep those of a file together, because they share fixtures such as rank processes."""
     files = {}
     for item in items:
         files.setdefault(item.path, []).append(item)

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of heads that tensor parallelism or FSDP2 holds in parts."""
+"""Define what each rank runs in the tests of heads under tensor parallelism or FSDP2."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from inspo_kernels.models.head_parts import HeadError, HeadParts
 
 
 def dtensor_head() -> None:
-    """A weight and bias that tensor parallelism shards, with the group that says so; gradients are DTensors, too."""
+    """Check a weight and bias sharded by tensor parallelism, passed with their group. Gradients are also DTensors."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     case = make_case([(3, 5, 2), (1, 4, 7)])
     given = {"ref_logps": case.ref_logps, "statistics": STATISTICS}
@@ -53,7 +53,7 @@ def dtensor_head() -> None:
 
 
 def advice_for_tensor_parallelism() -> None:
-    """What the error without a group advises gives the gradients of one process."""
+    """Check that following the advice of the error without a group gives the gradients of one process."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     weight, hidden, labels = torch.randn(33, 8), torch.randn(6, 8), torch.randint(0, 33, (6,))
     for tensor in (weight, hidden, labels):
@@ -66,7 +66,7 @@ def advice_for_tensor_parallelism() -> None:
 
 
 def first_words() -> None:
-    """The words that pad a vocabulary are cut off, wherever the ranks' blocks end."""
+    """Check that padding words can be cut off, wherever the ranks' blocks end."""
     mesh, ranks = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_world_size()
     weight, bias = torch.arange(29.0 * 3).view(29, 3), torch.arange(29.0)
     blocks = [slice(15 * rank, min(15 * rank + 15, 29)) for rank in range(ranks)]
@@ -83,7 +83,7 @@ def first_words() -> None:
 
 
 def tensor_parallel_model(folder: str, tied: bool) -> None:
-    """Loss, log-probs and all gradients of a model that transformers splits equal those of the whole model."""
+    """Check that a model split by transformers has the loss, log-probs and gradients of the whole model."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -138,7 +138,7 @@ class _Head(torch.nn.Module):
 
     def forward(self, function: str, hidden: Tensor, labels: Tensor, ref_logps: Tensor, limit: int | None) -> Tensor:
         states = self.norm(self.trunk(hidden))
-        if isinstance(self.head, FSDPModule):  # a unit of its own: nobody runs its forward
+        if isinstance(self.head, FSDPModule):  # an FSDP unit of its own, whose forward never runs
             self.head.unshard()
         if function == "tokens":
             return -ik.linear_logps(states, self.head.weight, labels, max_workspace_bytes=limit).sum()
@@ -148,7 +148,7 @@ class _Head(torch.nn.Module):
 
 
 def fsdp2(layout: str, function: str, limit: int | None) -> None:
-    """Gradients over two micro-batches, the first without synchronisation, equal those of one process."""
+    """Check gradients over two micro-batches, the first without synchronisation, against one process."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     batches = [[make_case([(2, 3, 2), (1, 2, 4)], seed=s * ranks + r) for r in range(ranks)] for s in range(2)]
     single = _Head()

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of what they exchange, and of ranks that disagree or stay away."""
+"""Define what each rank runs in the tests of communication, and of ranks that disagree or are missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from inspo_kernels.groups import GATHER
 
 
 def error_of(kind: str, rank: int) -> str:
-    """The error that this rank gets where ``rank`` passes something else, and how long it took is the caller's."""
+    """Return this rank's error if ``rank`` passes something else. The caller measures the time."""
     case = make_case([(2, 3, 2), (1, 2, 4)])
     own = cuts(29, dist.get_world_size())[dist.get_rank()]
     given: dict[str, Any] = {"hidden": case.hidden, "labels": case.labels, "ref_logps": case.ref_logps}
@@ -47,7 +47,7 @@ def error_of(kind: str, rank: int) -> str:
 
 
 def error_in_mesh(rank: int) -> str:
-    """The error that this rank of a 2 x 2 mesh gets where ``rank`` has another objective."""
+    """Return this rank's error in a 2 x 2 mesh if ``rank`` has another objective."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sequence", "words"))
     case = make_case([(2, 3, 2)])
     given = case.compact()
@@ -98,7 +98,7 @@ def shifted() -> str:
 
 
 class Counted:
-    """Bytes that this rank gives to collectives inside the block, call by call."""
+    """Record the bytes that this rank passes to collectives inside the block, call by call."""
 
     def __enter__(self) -> Counted:
         self.gathered: list[int] = []
@@ -145,7 +145,7 @@ def bytes_sent() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """The operations of torch inside the block, in order."""
+    """Record torch's operations inside the block, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Operations(TorchDispatchMode):
 
 
 def group_of_one() -> None:
-    """The same operations in the same order as without groups, the same bits, and nothing sent."""
+    """Check that a group of one runs the operations of no group in the same order, and sends nothing."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     case = make_case([(3, 5, 2), (1, 4, 7)])
     own = groups[dist.get_rank()]
@@ -188,7 +188,7 @@ def no_words() -> str:
 
 
 def missing_rank(rank: int, seconds: int) -> dict[str, str]:
-    """The errors that this rank gets where ``rank`` stays away from a call, or from its backward pass."""
+    """Return this rank's errors if ``rank`` skips a call or its backward pass."""
     case, own = make_case([(2, 3, 2), (1, 2, 4)]), cuts(29, dist.get_world_size())[dist.get_rank()]
     errors = {}
     for absent in ("process_group", "sequence_group", "backward"):

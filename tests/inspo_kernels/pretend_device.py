@@ -1,8 +1,8 @@
-"""A second device without hardware: tensors that report another device while their values lie on the CPU.
+"""Simulate a second device without hardware: tensors report another device while their values are on the CPU.
 
-What a real accelerator would refuse, wait for or launch can then be tested anywhere: operations that mix devices raise,
-and ``Ledger`` lists every host read (the device must finish first), every blocking copy and every launch. Registering
-the device concerns the whole process, which is why ``check_pretend_device`` runs in one of its own.
+Tests can then check anywhere what a real accelerator would refuse, wait for or launch. Operations that mix devices
+raise, and ``Ledger`` lists every host read (for which the device must finish), every blocking copy and every launch.
+Registering the device affects the whole process, so ``check_pretend_device`` runs in a separate process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Module(backend_registration._DummyBackendModule):
 backend_registration._setup_privateuseone_for_python_backend(rename="pretend", backend_module=_Module())
 DEVICE = torch.device("pretend", 0)
 
-# Their results' shapes depend on values: a device must be asked for them.
+# The shapes of their results depend on values, which the host must read from the device.
 READS = {
     aten._local_scalar_dense.default,
     aten.nonzero.default,
@@ -34,7 +34,7 @@ READS = {
     aten.equal.default,
     aten._unique2.default,
 }
-# Nothing but bookkeeping on the host, beside views.
+# In addition to views, these are only bookkeeping on the host.
 NO_LAUNCH = {
     aten.detach.default,
     aten.empty.memory_format,
@@ -49,7 +49,7 @@ NO_LAUNCH = {
 
 
 class Ledger:
-    """What was asked of the device, by name."""
+    """The requests to the device, by name."""
 
     def __init__(self) -> None:
         self.reads: list[str] = []
@@ -87,7 +87,7 @@ class OnDevice(Tensor):
 
 
 class Pretend(TorchDispatchMode):
-    """While active, tensors can be created on ``DEVICE`` and moved there; ``ledger`` lists what happens on it."""
+    """While active, tensors can be created on ``DEVICE`` and moved there. ``ledger`` lists the device's operations."""
 
     def __enter__(self) -> Pretend:
         self.ledger = OnDevice.ledger = Ledger()
@@ -98,7 +98,7 @@ class Pretend(TorchDispatchMode):
 
 
 def values(tree: Any) -> Any:
-    """The same tree with CPU tensors that share memory with those on the device."""
+    """Return the same tree with CPU tensors that share memory with the device's tensors."""
     return tree_map(lambda leaf: leaf.value if isinstance(leaf, OnDevice) else leaf, tree)
 
 
@@ -164,7 +164,7 @@ def _reads(function: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 def _mixed_addmm(
     added: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta: float = 1, alpha: float = 1, out: Tensor
 ) -> Tensor:
-    """``addmm`` of narrow operands into a wide result, which torch has on GPUs only, with the rules it has there."""
+    """Compute ``addmm`` of narrow operands into a wide result, which torch supports only on GPUs, with GPU rules."""
     assert a.dtype == b.dtype and out.dtype == out_dtype and added.dtype in (out_dtype, a.dtype)
     assert out_dtype == a.dtype or (out_dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16))
     return torch.addmm(added, a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha, out=out)

@@ -1,4 +1,4 @@
-"""Real gloo processes that stay up while a test module sends them one function after another."""
+"""Keep real gloo processes running while a test module sends them one function after another."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 TIMEOUT = datetime.timedelta(seconds=60)
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imports take seconds, a fork milliseconds.
-_CONTEXT.set_forkserver_preload(["split_checks", "exchange_checks", "engine_checks"])
+_CONTEXT.set_forkserver_preload(["rank_pool", "split_checks", "exchange_checks", "engine_checks"])
 
 
 class RankPool:
-    """``size`` ranks; ``run`` calls a module's function on all of them and returns what each returned."""
+    """A pool of ``size`` ranks. ``run`` calls a module's function on all ranks and returns their results."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -65,9 +66,21 @@ class RankPool:
         self._folder.cleanup()
 
 
+def ranks(size: int) -> Any:
+    """Return a fixture: a pool of ``size`` ranks that the tests of a module share."""
+
+    @pytest.fixture(scope="module")
+    def pool() -> Iterator[RankPool]:
+        pool = RankPool(size)
+        yield pool
+        pool.close()
+
+    return pool
+
+
 @contextlib.contextmanager
 def _import_path() -> Iterator[None]:
-    """Let the fork server, which the first start starts, find what it is to import."""
+    """Let the fork server, which the first process starts, find the modules to import."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     try:

@@ -1,24 +1,24 @@
 """Check every memory access of the Triton kernels while Triton's interpreter runs them.
 
 ``make sanitize`` (``python -m pytest --sanitize tests/inspo_kernels``) runs each test that interprets kernels under a
-``Sanitizer``, by the hooks in conftest.py. Programs then run in random order, and a launch raises ``Finding`` if it
-breaks one of four rules:
+``Sanitizer``; conftest.py has the hooks. Programs then run in random order. A launch raises ``Finding`` if it breaks
+one of four rules:
 
-Stay inside. Each access lands on an element of the tensor whose pointer it started from. For the length of a launch,
-    each argument lives 2^44 bytes from the next, so that an address tells its argument however far it strays. The gap
-    between two rows of a strided view counts as outside. An access outside is reported and not carried out.
-No two programs meet. No program loads or stores an element that another program of the launch stores.
-No two threads meet. Between two barriers, no thread loads or stores an element that another thread of its program
-    stores. The interpreter has no threads, so lane i of a block stands for one: for the same thread in every block of
-    the same shape and element size, which Triton lays out alike, for another thread in any other block. Scalars are
-    loaded and stored by one thread, another than any of a block's. A reduction is no barrier.
-Nothing follows from memory that nobody has written. ``torch.empty`` and its relatives fill memory with a NaN (an
-    integer) that no arithmetic makes. A launch that loads this value runs a second time with a huge number in its
-    place, and must leave the same bits. So a kernel may load garbage, but only to discard it.
+No access out of bounds. Each access lands on an element of the tensor whose pointer it started from. During a launch,
+    arguments are 2^44 bytes apart, so that a stray address still identifies its argument. The gap between two rows of
+    a strided view is out of bounds. The sanitizer reports an access out of bounds and does not execute it.
+No race between programs. No program loads or stores an element that another program of the launch stores.
+No race between threads. Between two barriers, no thread loads or stores an element that another thread of its program
+    stores. The interpreter has no threads, so lane i of a block represents a thread. Blocks of the same shape and
+    element size share threads, because Triton gives them the same layout. All other blocks have different threads.
+    Scalars are loaded and stored by one thread, which belongs to no block. A reduction is not a barrier.
+No result from uninitialised memory. ``torch.empty`` and similar functions fill memory with a NaN (or an integer) that
+    no arithmetic produces. A launch that loads this value runs again with a huge number in its place, and must write
+    the same bits. So a kernel may load garbage, but only to discard it.
 
-What it cannot see: atomics (refused with an error), shared memory and asynchronous copies, which the interpreter does
-not have; tensors that share elements under two dtypes (refused); layouts that differ between blocks of one shape; and
-threads that load a scalar, as all do, after one thread has stored it.
+The sanitizer does not cover atomics (refused with an error), shared memory and asynchronous copies, which the
+interpreter does not have; tensors that share elements with two dtypes (refused); layouts that differ between blocks of
+one shape; and threads that load a scalar, as all threads do, after one thread has stored it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-# By bytes per element: what fresh memory holds (a quiet NaN in every floating-point dtype of this size), and the finite
-# number, huge in each of them, that takes its place in the second run.
+# By bytes per element: the value of fresh memory (a quiet NaN in every floating-point dtype of this size), and the
+# finite number, huge in all these dtypes, that replaces it in the second run.
 FRESH = {2: 0x7FDE, 4: 0x7FDEFEED, 8: 0x7FFDEFEEDFEEDFEE}
 HUGE = {2: 0x7B00, 4: 0x7B000000, 8: 0x7B00000000000000}
 
-_SPACING = 44  # bits: arguments are 2^44 bytes apart, and an access may stray by half of that
+_SPACING = 44  # bits: arguments are 2^44 bytes apart, and an access may stray by half of this distance
 _FACTORIES = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
-# As they are without any sanitizer, so that one may run inside another.
+# The originals without any sanitizer, so that one sanitizer can run inside another.
 _builder = interpreter.InterpreterBuilder
 _load, _store, _barrier = _builder.create_masked_load, _builder.create_masked_store, _builder.create_barrier
 _set_dim, _set_index = _builder.set_grid_dim, _builder.set_grid_idx
@@ -52,16 +52,16 @@ _allocate = {place: getattr(*place) for place in _FACTORIES}
 
 
 class Finding(AssertionError):
-    """A launch that broke a rule; the message names the kernel, the rule and the lines of source."""
+    """Raised for a launch that broke a rule. The message names the kernel, the rule and the source lines."""
 
 
 class View:
-    """The elements of one tensor argument, by their distance in bytes from its first."""
+    """The elements of one tensor argument, by their distance in bytes from the first element."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.address, self.itemsize = tensor.data_ptr(), tensor.element_size()
         self.empty = tensor.numel() == 0
-        # Outermost first; dimensions that continue one another are one.
+        # Outermost first; contiguous dimensions are merged.
         self.dims: list[tuple[int, int]] = []
         for stride, size in sorted(
             ((s, n) for n, s in zip(tensor.shape, tensor.stride()) if n > 1 and s), reverse=True
@@ -71,7 +71,7 @@ class View:
             self.dims.append((stride, size))
 
     def holds(self, distance: np.ndarray) -> np.ndarray:
-        """Whether an element starts at each distance."""
+        """Return whether an element starts at each distance."""
         index, rest = np.divmod(distance, self.itemsize)
         inside = (rest == 0) & (not self.empty)
         for stride, size in self.dims:
@@ -82,7 +82,7 @@ class View:
 
 @dataclass
 class Launch:
-    """The accesses of one launch. A row of them: address, is a store, thread, epoch (barriers so far), line."""
+    """The accesses of one launch, in rows of: address, is a store, thread, epoch (barriers so far), line."""
 
     name: str
     substitute: bool
@@ -104,7 +104,7 @@ class Launch:
             self.findings.append(finding)
 
     def end_program(self) -> None:
-        """Look for threads that met, and keep what programs that met are found by."""
+        """Look for races between threads, and keep the accesses needed to find races between programs."""
         if self.rows:
             rows = np.concatenate(self.rows, axis=1)
             stored = np.isin(rows[0], rows[0][rows[1] == 1])
@@ -121,7 +121,7 @@ class Launch:
         self.rows, self.epoch = [], 0
 
     def end(self) -> None:
-        """Look for programs that met."""
+        """Look for races between programs."""
         self.end_program()
         if not self.programs:
             return
@@ -140,7 +140,7 @@ class Launch:
 
 
 class Sanitizer:
-    """A context in which launches are checked and fresh memory is marked; ``counts`` says what was checked."""
+    """A context that checks launches and marks fresh memory. ``counts`` says what was checked."""
 
     def __init__(self, seed: int = 0) -> None:
         self.order = random.Random(seed)
@@ -154,7 +154,7 @@ class Sanitizer:
         patch.setattr(interpreter, "_implicit_cvt", self._place)
         patch.setattr(_builder, "set_grid_dim", lambda builder, *dims: self._begin(builder, dims))
         patch.setattr(_builder, "set_grid_idx", lambda builder, *index: self._next(builder, index))
-        patch.setattr(_builder, "create_masked_load", lambda builder, *args: self._load(builder, *args))
+        patch.setattr(_builder, "create_masked_load", lambda builder, *args, **how: self._load(builder, *args, **how))
         patch.setattr(_builder, "create_masked_store", lambda builder, *args: self._store(builder, *args))
         patch.setattr(_builder, "create_barrier", lambda builder: self._barrier(builder))
         for name in ("create_atomic_rmw", "create_atomic_cas"):
@@ -167,7 +167,8 @@ class Sanitizer:
         self._patch.undo()
 
     def _checked(self, executor, args, kwargs) -> None:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        bases = (getattr(argument, "base", argument) for argument in (*args, *kwargs.values()))
+        tensors = [t for t in bases if isinstance(t, torch.Tensor)]
         _refuse_mixed(tensors)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
         before, seed = [s.clone() for s in storages], self.order.random()
@@ -192,7 +193,7 @@ class Sanitizer:
         return launch
 
     def _place(self, argument):
-        """Give a tensor's pointer an address of its own."""
+        """Give a tensor's pointer its own address."""
         converted = _convert(argument)
         if hasattr(argument, "data_ptr"):
             self.launch.views.append(View(argument))
@@ -214,9 +215,9 @@ class Sanitizer:
         self.launch.epoch += self.barriers
         _barrier(builder)
 
-    def _load(self, builder, pointers, mask, other, *rest):
+    def _load(self, builder, pointers, mask, other, *rest, **how):
         real, mask, line = self._access(pointers, mask, store=False)
-        loaded = _load(builder, real, mask, other, *rest)
+        loaded = _load(builder, real, mask, other, *rest, **how)
         if (size := loaded.data.itemsize) in FRESH:
             bits = loaded.data.view(f"u{size}")
             if (fresh := (bits == FRESH[size]) & mask.data).any():
@@ -230,7 +231,7 @@ class Sanitizer:
         return _store(builder, real, value, mask, *rest)
 
     def _access(self, pointers, mask, *, store: bool):
-        """Note an access; pointers to where the tensors really are, the mask without what lies outside, the line."""
+        """Record an access. Return the real pointers, the mask without accesses out of bounds, and the source line."""
         launch, pointed = self.launch, np.asarray(pointers.data).astype(np.int64)
         active = np.broadcast_to(np.asarray(mask.data).astype(bool), pointed.shape).copy()
         line = launch.lines.setdefault(_line(), len(launch.lines))
@@ -261,7 +262,7 @@ class Sanitizer:
 
 
 def summary(counts: Counter[str]) -> str:
-    """One line: what was checked, and how many findings there were."""
+    """Return a line with the counts of checks and findings."""
     checked = ", ".join(f"{counts[name]:,} {name}" for name in ("launches", "programs", "loads", "stores"))
     return f"sanitizer: {checked} checked; {counts['findings'] or 'no'} findings"
 

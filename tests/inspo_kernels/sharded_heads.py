@@ -1,4 +1,4 @@
-"""Gradients of heads that an engine shards, from two processes: a program that saves them beside those of one.
+"""Compute gradients of sharded heads in two processes and in one process, and save both.
 
 python -m torch.distributed.run --standalone --nproc_per_node 2 tests/inspo_kernels/sharded_heads.py FILE
 """
@@ -20,12 +20,12 @@ from torch.distributed.tensor import DTensor, Partial
 
 import inspo_kernels as ik
 
-# Rows of four tokens: one for each rank, twice, since gradients accumulate over two calls.
+# Rows of four tokens: one per rank and call, because gradients accumulate over two calls.
 IDS = torch.randint(3, 60, (2, 2, 1, 4), generator=torch.Generator().manual_seed(0))
 
 
 class Step(nn.Module):
-    """Model and loss in one module, as engines want them."""
+    """Model and loss in one module, as engines need them."""
 
     def __init__(self, tied: bool) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gradients(tied: bool, wrap: Callable[[nn.Module], nn.Module] | None, rank: int) -> dict[str, Tensor]:
-    """Gradients of the ranks' mean loss: in this process alone without ``wrap``."""
+    """Return the gradients of the ranks' mean loss. Without ``wrap``, compute them in this process alone."""
     step = Step(tied)
     module = step if wrap is None else wrap(step)
     for ids in IDS:
@@ -64,7 +64,7 @@ def engines(mesh: Any) -> dict[str, Callable[[nn.Module], nn.Module]]:
 
 
 def advice(mesh: Any, rank: int) -> dict[str, float]:
-    """Relative errors of the gradient of a head sharded by itself, gathered in two ways."""
+    """Return the relative errors of a separately sharded head's gradient, gathered in two ways."""
     generator = torch.Generator().manual_seed(0)
     weight, hidden = torch.randn(33, 8, generator=generator), torch.randn(2, 6, 8, generator=generator)
     labels = torch.randint(0, 33, (2, 6), generator=generator)
@@ -102,7 +102,7 @@ def main() -> None:
     for tied in (False, True):
         found[f"one, tied={tied}"] = gradients(tied, None, rank)
         for name, wrap in engines(mesh).items():
-            if not (tied and "by itself" in name):  # one parameter in two groups is nothing that FSDP2 takes
+            if not (tied and "by itself" in name):  # FSDP2 does not accept one parameter in two groups
                 found[f"{name}, tied={tied}"] = gradients(tied, wrap, rank)
     if rank == 0:
         torch.save(found, sys.argv[1])

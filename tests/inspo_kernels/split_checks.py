@@ -1,4 +1,4 @@
-"""What ranks do in the tests of split heads: compute their part and compare it with that of one process."""
+"""Define what each rank runs in the tests of split heads: its part, compared with one process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 import inspo_kernels as ik
 
-warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, where the interpreter computes inf - inf
+warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy warns when the interpreter computes inf - inf
 STATISTICS = ("entropy", "mean_logit", "is_top1", "logsumexp", "log_sum_sq_probs")
 
 
 def cuts(vocab: int, ranks: int, sizes: list[int] | None = None) -> list[slice]:
-    """Consecutive words of each rank: of these sizes, or as equal as possible."""
+    """Return the consecutive words of each rank, with these sizes or as equal as possible."""
     sizes = sizes or [vocab // ranks + (rank < vocab % ranks) for rank in range(ranks)]
     assert sum(sizes) == vocab and len(sizes) == ranks
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
@@ -37,7 +37,7 @@ def same_on_every_rank(group: Any, *tensors: Tensor) -> None:
 
 
 def leaves(needs: str, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Copies, those that ``needs`` has a letter for (x, w, b) requiring grad."""
+    """Return copies. Those whose letter (x, w, b) is in ``needs`` require grad."""
     return [None if t is None else t.detach().clone().requires_grad_(name in needs) for name, t in zip("xwb", tensors)]
 
 
@@ -48,13 +48,13 @@ def gradients(loss: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def assert_near(got: Any, plain: Any, true: Any, dtype: torch.dtype) -> None:
-    """Each error at most twice plain torch's, or twice the rounding of the result."""
+    """Assert that each error is at most twice plain torch's, or twice the rounding of the result."""
     floor = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
     for g, p, t in zip(got, plain, true, strict=True):
         if t is None:
             assert g is None
             continue
-        if t.double().norm() < 1e-30:  # float32 has no room for it
+        if t.double().norm() < 1e-30:  # too large for float32
             assert g.double().norm() < 1e-30
             continue
         error, base = relative_error(g, t), relative_error(p, t)
@@ -81,7 +81,7 @@ def vocabulary_loss(
     backend: str = "torch",
     **options: Any,
 ) -> None:
-    """The loss of a head that all ranks share, against float64 and plain torch."""
+    """Compare the loss of a head that all ranks share with float64 and plain torch."""
     group, rank = dist.group.WORLD, dist.get_rank()
     case = make_case(lengths, vocab=vocab, bias=bias, seed=seed, scale=scale).to(dtype)
     own = cuts(vocab, dist.get_world_size(), sizes)[rank]
@@ -133,7 +133,7 @@ def vocabulary_tokens(
     check_statistics: bool = True,
     **options: Any,
 ) -> Tensor:
-    """Single tokens of a head that all ranks share, with any upstream gradient; returns the log-probs."""
+    """Check single tokens of a head that all ranks share, with any upstream gradient. Return the log-probs."""
     rank, vocab = dist.get_rank(), len(weight)
     own = cuts(vocab, dist.get_world_size(), sizes)[rank]
     upstream = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
@@ -151,7 +151,7 @@ def vocabulary_tokens(
 
     more = {"backend": backend, "max_workspace_bytes": max_workspace_bytes, "process_group": dist.group.WORLD}
     got = outcome(dtype, own, ik.linear_logps, **more)
-    whole = slice(0, vocab + 1)  # any slice but this rank's own
+    whole = slice(0, vocab + 1)  # any slice except this rank's
     true = outcome(torch.float64, whole, ik.reference.linear_logps)
     if dtype.itemsize == 2:  # the reference would compute in float32 throughout
         plain = outcome(dtype, whole, ik.linear_logps, backend=backend)
@@ -220,7 +220,7 @@ def sequence_loss(
     backend: str = "torch",
     **options: Any,
 ) -> None:
-    """Each rank holds some tokens of the pairs, and with ``words`` > 1 some rows of the head, too."""
+    """Check split sequences: each rank holds some tokens, and with ``words`` > 1 also some rows of the head."""
     case, ranks = make_case(lengths, seed=seed), dist.get_world_size()
     parts, vocabulary, sequence = ranks // words, None, dist.group.WORLD
     place, part = dist.get_rank() % words, dist.get_rank() // words
@@ -234,7 +234,7 @@ def sequence_loss(
     limits = {"max_workspace_bytes": options.pop("max_workspace_bytes", None), "backend": backend}
     whole = form_of(case, form)
     if form == "compact":
-        # Rank 0 may hold nothing at all.
+        # Rank 0 may hold no tokens.
         count = len(whole["labels"])
         mine = (torch.arange(count) * 7 // 3 % parts == part) if not empty else torch.full((count,), part == parts - 1)
         mine = mine.nonzero().squeeze(1)

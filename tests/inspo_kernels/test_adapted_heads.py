@@ -1,4 +1,4 @@
-"""Adapters of peft on a model and on its output head."""
+"""Test peft adapters on a model and on its output head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def adapted(kind=peft.LoraConfig, *, tied=False, fresh=False, model_type="llama"
 
 
 def changed(model):
-    """What training makes of fresh adapters, which change nothing."""
+    """Randomise fresh adapters, which otherwise change nothing, as if trained."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -88,7 +88,7 @@ def test_the_head_follows_which_adapters_act():
                 torch.testing.assert_close(compose(*hidden_and_head(model, IDS)), model(input_ids=IDS).logits)
 
 
-def test_dropout_acts_on_the_adapter_alone():
+def test_dropout_acts_only_on_the_adapter():
     model = adapted(target_modules=["lm_head"], lora_dropout=0.5).eval()
     assert_logits_and_gradients_agree(model)
     exact = model(input_ids=IDS).logits
@@ -101,7 +101,7 @@ def test_dropout_acts_on_the_adapter_alone():
     assert (base + adapter - exact).abs().max() > 1e-3  # some of the adapter's inputs are dropped
 
 
-def test_the_fused_logps_train_an_adapter_on_the_head():
+def test_fused_logps_train_an_adapter_on_the_head():
     model = adapted(target_modules=["lm_head"])
     hidden, head = hidden_and_head(model, IDS)
     linear_logps(hidden[:, :-1], targets=IDS[:, 1:], **head).sum().backward()
@@ -132,7 +132,7 @@ def test_other_adapters_on_the_head_are_refused(kind, options, fresh):
     torch.testing.assert_close(compose(*hidden_and_head(merged, IDS)), merged(input_ids=IDS).logits)
 
 
-def test_learned_prompts_are_refused():
+def test_prompt_tuning_is_refused():
     model = adapted(peft.PromptTuningConfig, num_virtual_tokens=3)
     with pytest.raises(TypeError, match="learns a prompt, whose positions have no token"):
         hidden_and_head(model, IDS)

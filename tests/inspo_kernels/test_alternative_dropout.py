@@ -1,4 +1,4 @@
-"""Alternative dropout in condition_pairs and condition_batch, and what the loss makes of the pairs it leaves plain."""
+"""Test alternative dropout in condition_pairs and condition_batch, and the loss of mixed batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def assert_same(found, expected):
 
 
 def sequences(batch):
-    """Unpadded ids, labels and marginal labels of each row."""
+    """Return the unpadded ids, labels and marginal labels of each row."""
     found = []
     for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         parts = [batch[name] for name in ("input_ids", "labels", "marginal_labels")]
@@ -91,7 +91,7 @@ def test_coins_drop_the_stated_share_and_nest():
 
 
 def test_coins_are_the_same_on_every_machine():
-    """Runs that go on elsewhere, or with other versions, drop the same pairs."""
+    """Runs that resume elsewhere, or with other versions, drop the same pairs."""
     kept = "".join("01"[keeps_alternative(0.5, 7, pair)] for pair in range(24))
     assert kept == "100111101111111011100111"
 
@@ -106,7 +106,7 @@ def test_left_out_pairs_do_not_shift_the_coins():
 
 
 def collated():
-    """Rows as a preference collator of TRL makes them, with numbers that tell every token apart."""
+    """Return rows as TRL's preference collator makes them, with a different number for every token."""
     rows = [(x, w) for x, w, _ in PAIRS] + [(x, l) for x, _, l in PAIRS]
     width = max(len(x) + len(y) for x, y in rows)
     padded = lambda parts: torch.tensor([part + [0] * (width - len(part)) for part in parts])  # noqa: E731
@@ -133,7 +133,7 @@ def test_a_collated_batch_drops_the_same_pairs(dropout):
 
 @pytest.mark.parametrize("layout", ["rows", "tree"])
 def test_the_mixed_loss_is_that_of_its_parts(layout):
-    """Each pair's loss and gradient are those of its own layout."""
+    """Each pair has the loss and gradient of its own layout."""
     model, ref = make_model("llama").double(), torch.linspace(-9, -4, 8, dtype=torch.float64)
 
     def losses(pairs, ref_logps, **options):

@@ -1,4 +1,4 @@
-"""Every causal LM type of the installed transformers: its log-probs, and its trees where it reads them."""
+"""Test every causal LM type of the installed transformers: log-probs, and trees if the type reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from test_tree import scored_hidden
 
 from inspo_kernels import condition_pairs, hidden_and_head, linear_logps, tree_unsupported
 
-# One for each way in which a model differs from the rest.
+# One type for each way in which models differ.
 SOME = [
     "bart",
     "bloom",
@@ -29,13 +29,13 @@ PAIRS = [
     tuple(torch.randint(3, 79, (length,), generator=torch.Generator().manual_seed(length)) for length in lengths)
     for lengths in ((5, 13, 17), (12, 16, 1), (1, 1, 14), (20, 2, 3))
 ]
-# Types whose tiny configuration must be written by hand, or that need a package which the tests do without.
+# Types that need a handwritten tiny configuration, or a package that the tests do not install.
 FEWEST_BUILT = 150
 FEWEST_TREES = 85
 
 
 def check(model_type):
-    """Return what happened: "exact" or the reason of a refusal; and whether trees were read."""
+    """Return "exact" or the reason of the refusal, and whether the model reads trees."""
     model = build(model_type)
     ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -81,7 +81,7 @@ def test_a_head_over_several_streams_is_refused():
 
 
 @pytest.mark.sweep
-def test_every_type_that_can_be_built_gives_its_own_logps(capsys):
+def test_every_buildable_type_gives_its_own_logps(capsys):
     outcomes, trees, unbuilt = {}, [], {}
     for model_type in MODEL_TYPES:
         try:
@@ -103,8 +103,8 @@ def test_every_type_that_can_be_built_gives_its_own_logps(capsys):
     assert len(trees) >= FEWEST_TREES
 
 
-def test_a_first_call_on_padding_alone_finds_the_scale():
-    """Their states are 0, and any scale fits logits of 0."""
+def test_a_first_call_on_padding_finds_the_scale():
+    """Hidden states of padding are 0, and any scale fits logits of 0."""
     model = build("granite").eval()
     with torch.no_grad():
         model.get_input_embeddings().weight[0].zero_()

@@ -1,4 +1,4 @@
-"""``torch.compile(fullgraph=True)``: same values and gradients as eager mode, and no new graph for a new length."""
+"""Test ``torch.compile(fullgraph=True)``: values and gradients of eager mode, and no new graph for a new length."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def compile_(function):
     return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
-# Every objective once, and every subset of gradients with two of them: a compilation takes a second.
+# Every objective once, and every subset of gradients with two objectives, because a compilation takes a second.
 @pytest.mark.parametrize(
     "needed, objective",
     [
@@ -142,7 +142,7 @@ def test_pair_logps_is_left_out_of_the_graphs():
 
 
 @pytest.mark.parametrize("call", ["loss", "tokens"])
-def test_second_derivatives_raise_without_a_graph_of_the_backward(call):
+def test_compiled_second_derivatives_raise(call):
     def total(hidden, weight):
         if call == "loss":
             return ik.fused_inspo_loss(hidden, weight, RAGGED.labels, ref_logps=RAGGED.ref_logps).loss
@@ -229,7 +229,7 @@ def test_a_forked_process_can_go_on():
     )[0]
     expected = compiled(RAGGED.hidden)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # once a process has used more, every matmul of torch may hang in its forked children
+    torch.set_num_threads(1)  # after a process has used more threads, any matmul may hang in its forked children
     try:
         child = os.fork()
         if child == 0:
@@ -246,7 +246,7 @@ def test_the_reference_says_that_it_does_not_compile():
         compiled(RAGGED.hidden)
 
 
-def test_bad_input_is_named_when_the_compiled_function_runs():
+def test_compiled_functions_name_bad_input():
     compiled, _ = compile_(lambda labels: ik.fused_inspo_loss(RAGGED.hidden, RAGGED.weight, labels).loss)
     with pytest.raises(ValueError, match="DPO needs ref_logps"):
         compiled(RAGGED.labels)
@@ -258,7 +258,7 @@ def test_bad_input_is_named_when_the_compiled_function_runs():
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_a_copied_objective_is_itself(duplicate):
+def test_a_copied_objective_is_independent(duplicate):
     other = duplicate(MINE)
     other.slope = -7.0
     loss = torch.compile(
@@ -271,8 +271,8 @@ def test_a_copied_objective_is_itself(duplicate):
 
 
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, False, False]])
-def test_operators_keep_their_promises_to_torch(needs):
-    """Schema, fake shapes and autograd registration, by torch's own checks."""
+def test_operators_pass_torchs_opchecks(needs):
+    """Run torch's own checks of schema, fake shapes and autograd registration."""
     leaves = [t.clone().requires_grad_(n) for t, n in zip((RAGGED.hidden, RAGGED.weight, RAGGED.bias), needs)]
     hidden, weight, bias = leaves
     tensors = (hidden, weight, RAGGED.labels, bias, RAGGED.marginal_labels, None, None, RAGGED.ref_logps, None)
@@ -314,7 +314,7 @@ def test_bad_input_is_named_as_in_eager_mode(changes, error, message):
         assert call is not loss or isinstance(caught.value, error)
 
 
-def test_a_number_of_pairs_that_follows_a_shape_is_no_new_graph_each_time():
+def test_dynamic_numbers_of_pairs_do_not_recompile():
     def loss(hidden, weight, targets, segments, ref_logps):
         return ik.fused_inspo_loss(
             hidden, weight, targets, segment_ids=segments, num_pairs=len(ref_logps) // 2, ref_logps=ref_logps
@@ -333,12 +333,12 @@ def test_a_number_of_pairs_that_follows_a_shape_is_no_new_graph_each_time():
         ("marginal_weight", [0.1 * i for i in range(1, 13)], 2),
         ("marginal_weight", [0, 1, 2, 3], 3),  # 0 and 1 have graphs of their own
         ("max_workspace_bytes", [1, 2, 3], 3),
-        ("softcap", [1.0, 2.5, 4.0], 4),  # a model's own: a graph each, and one in vain
+        ("softcap", [1.0, 2.5, 4.0], 4),  # graphs of the model itself, and one that is not used
         ("logit_scale", [1.0, 2.5, 4.0], 4),
     ],
 )
 def test_options_may_change_from_call_to_call(name, values, most_graphs):
-    """The weight of the marginals, often scheduled, without a new graph for each value."""
+    """A scheduled marginal weight needs no new graph for each value."""
 
     def loss(weight, value):
         return ik.fused_inspo_loss(

@@ -1,4 +1,4 @@
-"""condition_pairs: what each sequence holds and scores, in every layout, with truncation and bad input."""
+"""Test condition_pairs: the tokens and scored tokens of each sequence, in every layout, truncation and bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ separators = st.lists(st.integers(0, 9), max_size=3)
 
 
 def unpad(batch, row):
-    """Ids, labels and marginal labels of one row of a padded batch, as lists."""
+    """Return the ids, labels and marginal labels of one row of a padded batch as lists."""
     length = int(batch["attention_mask"][row].sum())
     keys = ("input_ids", "labels", "marginal_labels")
     return [None if batch[key] is None else batch[key][row, :length].tolist() for key in keys]
@@ -30,7 +30,7 @@ def unpad(batch, row):
 
 @settings(deadline=None)
 @given(any_pairs, separators)
-def test_rows_hold_the_conditioned_sequences_and_score_the_responses(pairs, separator):
+def test_rows_hold_conditioned_sequences(pairs, separator):
     batch = condition_pairs(pairs, pad_token_id=PAD, separator_ids=separator)
     for row in range(2 * len(pairs)):
         prompt, chosen, rejected = pairs[row % len(pairs)]
@@ -57,7 +57,7 @@ def test_unconditioned_rows_hold_prompt_and_response(pairs, separator):
 
 @settings(deadline=None)
 @given(any_pairs, separators, st.booleans())
-def test_padding_lies_on_the_right_and_is_neither_attended_nor_scored(pairs, separator, conditioned):
+def test_right_padding_is_neither_attended_nor_scored(pairs, separator, conditioned):
     batch = condition_pairs(pairs, pad_token_id=PAD, separator_ids=separator, conditioned=conditioned)
     tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == (5 if conditioned else 4)
@@ -95,7 +95,7 @@ def test_packed_equals_rows_without_their_padding(pairs, separator, conditioned)
     assert (packed["dropped"], packed["truncated"]) == ([], 0)
 
 
-def test_end_of_sequence_equal_to_pad_stays_scored_and_attended():
+def test_eos_equal_to_pad_stays_scored():
     batch = condition_pairs([([5], [6, PAD], [7, 8, PAD])], pad_token_id=PAD, conditioned=False)
     assert batch["input_ids"].tolist() == [[5, 6, PAD, PAD], [5, 7, 8, PAD]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
@@ -117,7 +117,7 @@ def test_containers_of_ids_are_interchangeable():
         assert torch.equal(batch["input_ids"], expected)
 
 
-def test_the_callers_tensors_are_left_alone_and_not_shared():
+def test_the_callers_tensors_are_copied():
     prompt, chosen, rejected = torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([5])
     batch = condition_pairs(
         [(prompt, chosen, rejected)], pad_token_id=0, max_length=4, truncation="prompt_left", layout="packed"
@@ -135,7 +135,7 @@ LONG = [([1, 2, 3, 4], [5, 6], [7]), ([1], [2], [3]), ([1, 2], [3, 4, 5], [6, 7,
 
 
 @pytest.mark.parametrize("conditioned", [True, False])
-def test_a_pair_that_is_exactly_as_long_as_allowed_is_kept_whole(conditioned):
+def test_a_pair_of_exactly_max_length_is_kept(conditioned):
     options = {"pad_token_id": 0, "conditioned": conditioned, "separator_ids": [9]}
     for truncation in ("error", "prompt_left", "drop"):
         batch = condition_pairs(LONG, max_length=9, truncation=truncation, **options)
@@ -167,7 +167,7 @@ def test_truncation_drop_keeps_exactly_the_pairs_that_fit(pairs, separator, max_
 
 @settings(deadline=None)
 @given(any_pairs, separators, st.integers(6, 24))
-def test_truncation_prompt_left_scores_the_same_ids_with_and_without_conditioning(pairs, separator, max_length):
+def test_prompt_left_scores_the_same_ids_when_conditioned(pairs, separator, max_length):
     options = {"pad_token_id": PAD, "separator_ids": separator, "max_length": max_length, "truncation": "prompt_left"}
     rooms = [max_length - len(chosen) - len(rejected) - len(separator) for _, chosen, rejected in pairs]
     if min(rooms) < 1:
@@ -208,7 +208,7 @@ GOOD = ([1], [2], [3])
         (([1], [-100, 2], [3]), "pair 1: chosen response holds the negative id -100"),
     ],
 )
-def test_a_bad_pair_is_named_with_what_is_wrong(pair, message):
+def test_a_bad_pair_is_named_with_the_error(pair, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         condition_pairs([GOOD, pair], pad_token_id=0)
 
@@ -229,7 +229,7 @@ def test_a_bad_pair_is_named_with_what_is_wrong(pair, message):
         ({"separator_ids": "\n"}, "separator_ids is text"),
     ],
 )
-def test_a_bad_option_is_named_with_what_to_change(options, message):
+def test_a_bad_option_is_named_with_the_remedy(options, message):
     with pytest.raises(ValueError, match=message):
         condition_pairs([GOOD], **{"pad_token_id": 0} | options)
 
@@ -246,11 +246,11 @@ def test_conditioned_must_be_true_or_false(conditioned):
 
 
 @pytest.mark.parametrize("pairs", [5, None])
-def test_pairs_must_be_many(pairs):
+def test_pairs_must_be_iterable(pairs):
     with pytest.raises(TypeError, match=r"pairs must be an iterable of \(prompt_ids, chosen_ids, rejected_ids\)"):
         condition_pairs(pairs, pad_token_id=0)
 
 
-def test_an_empty_tensor_is_empty_whatever_its_dtype():
+def test_an_empty_tensor_of_any_dtype_is_empty():
     with pytest.raises(ValueError, match="pair 0: chosen response is empty"):
         condition_pairs([([1], torch.tensor([]), [3])], pad_token_id=0)

@@ -1,4 +1,4 @@
-"""What only a GPU can show; the Triton tests run on it, too, where there is one."""
+"""Test what only a GPU can show. If there is a GPU, the Triton tests also run on it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_labels_on_the_cpu_need_no_synchronisation(backend):
         out.loss.backward()
         return out.metrics()
 
-    step()  # compiles the kernels and makes the libraries' handles
+    step()  # compiles the kernels and creates library handles
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()

@@ -1,4 +1,4 @@
-"""``fused_inspo_loss`` against the reference in float64: forms, objectives, workspaces, dtypes, autograd."""
+"""Test ``fused_inspo_loss`` against the float64 reference: forms, objectives, workspaces, dtypes, autograd."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 import inspo_kernels as ik
 from inspo_kernels.objectives import make_objective
 
-WORKSPACES = (None, 1, 29 * 8 * 4, 29 * 8 * 9)  # default, one row, smaller than most pairs, larger than some
+WORKSPACES = (None, 1, 29 * 8 * 4, 29 * 8 * 9)  # default, one row, smaller than most pairs, larger than some pairs
 OUTPUTS = ("losses", "logps", "lengths", "marginal_logps", "chosen_rewards", "rejected_rewards", "margins")
 
 
 def assert_same(got, expected, tolerance):
-    """Same loss, gradients and reported values; ``got`` and ``expected`` are (output, gradients)."""
+    """Assert equal loss, gradients and reported values. ``got`` and ``expected`` are (output, gradients)."""
     out, grads = got
     expected_out, expected_grads = expected
     assert relative_error(out.loss.detach(), expected_out.loss.detach()) <= tolerance
@@ -136,7 +136,7 @@ def test_a_row_scored_for_two_segments_gets_both_gradients():
 
 
 def test_overlapping_labels_and_marginal_labels_add_up():
-    """One position may be scored for both; its row of hidden then gets the sum."""
+    """A position may be scored for both. Its row of hidden then gets the sum of both gradients."""
     case = replace(RAGGED, marginal_labels=torch.where(RAGGED.labels == IGNORE, RAGGED.marginal_labels, RAGGED.labels))
     options = {"marginal_weight": 1.0}
     assert_same(run(case, backend="torch", **options), run(case, backend="reference", **options), 1e-11)
@@ -147,7 +147,7 @@ def test_without_shift_hidden_predicts_its_own_label():
     assert_same(run(case, backend="torch", shift=False), run(RAGGED, backend="reference"), 1e-11)
 
 
-def test_label_at_the_first_position_of_a_sequence_is_not_scored():
+def test_a_label_at_position_zero_is_not_scored():
     labels = RAGGED.labels.clone()
     labels[:, 0] = 10**6  # would even be out of range
     out, _ = run(replace(RAGGED, labels=labels), backend="torch")
@@ -166,7 +166,7 @@ def test_label_at_the_first_position_of_a_sequence_is_not_scored():
 
 
 class PlainTorch:
-    """What one writes without this package: logits, log_softmax and autograd, all in the inputs' own dtype."""
+    """The loss without this package: logits, log_softmax and autograd, all in the inputs' dtype."""
 
     def __init__(self, case: Case):
         leaves = [t.detach().clone().requires_grad_() for t in (case.hidden, case.weight)]
@@ -191,7 +191,7 @@ def test_error_at_most_twice_that_of_plain_torch(dtype, scale, workspace):
     plain = PlainTorch(case)
     out, gradients = run(case, backend="torch", max_workspace_bytes=workspace)
     assert out.loss.dtype == torch.float32 and out.logps.dtype == torch.float64
-    # One rounding of the result to its dtype is not an error that any implementation could avoid.
+    # No implementation can avoid rounding the result to its dtype once.
     floor = torch.finfo(dtype).eps / 2
     for got, base, true in zip(
         (out.loss.detach(), out.logps, *gradients),
@@ -202,7 +202,7 @@ def test_error_at_most_twice_that_of_plain_torch(dtype, scale, workspace):
         assert relative_error(got, true) <= 2 * max(relative_error(base, true), floor)
 
 
-def test_gradient_is_exact_where_the_label_is_almost_certain():
+def test_gradient_of_almost_certain_labels_is_exact():
     """E_y - S would cancel completely at p = 1 - 1e-9; the complement keeps every digit."""
     hidden = torch.tensor([[1.0], [1.0]], requires_grad=True)
     weight = torch.tensor([[20.0], [0.0], [-1.0]])
@@ -253,7 +253,7 @@ def test_gradcheck(objective):
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
 def test_exactly_the_needed_gradients(needed):
-    """Any subset of hidden, weight and bias; a frozen head (hidden alone) takes its own path."""
+    """Check every subset of hidden, weight and bias. A frozen head (only hidden) takes its own path."""
     full = run(RAGGED, backend="reference", marginal_weight=0.5)[1]
     leaves = [RAGGED.hidden.clone(), RAGGED.weight.clone(), RAGGED.bias.clone()]
     for i in needed:
@@ -387,7 +387,7 @@ def test_non_contiguous_inputs():
         assert relative_error(got, want) < 1e-11
 
 
-def test_autocast_computes_in_its_dtype_and_returns_unrounded_gradients():
+def test_autocast_returns_unrounded_gradients():
     case = make_case([(4, 9, 7), (2, 5, 12)], hidden_size=32, vocab=101, bias=True).to(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, gradients = run(case, backend="torch")
@@ -405,7 +405,7 @@ def test_autocast_computes_in_its_dtype_and_returns_unrounded_gradients():
     torch.testing.assert_close(mixed.loss, out.loss, rtol=1e-6, atol=0)
 
 
-def test_autocast_leaves_float64_alone():
+def test_autocast_does_not_touch_float64():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = run(RAGGED, backend="torch")
     assert_same(got, run(RAGGED, backend="reference"), 1e-11)
@@ -420,13 +420,13 @@ def test_long_sequences_keep_their_margin():
 
 
 def exact_near_one(gap):
-    """log p of a label ahead of one other word by ``gap``."""
+    """Return log p of a label whose logit exceeds that of the only other word by ``gap``."""
     return -torch.tensor(-float(gap), dtype=torch.float64).exp().log1p()
 
 
 @pytest.mark.parametrize("gaps", [(16, 18), (19, 22), (3, 25)])
 def test_orpo_of_almost_certain_responses_keeps_its_digits(gaps):
-    """logit p = log p - log(1 - p) looks at the digits of 1 - p, which log(1 + rest) would lose."""
+    """logit p = log p - log(1 - p) needs the digits of 1 - p, which log(1 + rest) would lose."""
     hidden = torch.tensor([[float(gap)] for gap in gaps])
     weight = torch.tensor([[1.0], [0.0]])
     out = ik.fused_inspo_loss(
@@ -437,12 +437,12 @@ def test_orpo_of_almost_certain_responses_keeps_its_digits(gaps):
         num_pairs=1,
         objective=ik.ORPO(sft="chosen"),
     )
-    # Of two words, logit p is the gap itself.
+    # With two words, logit p is the gap itself.
     exact = -exact_near_one(gaps[0]) - F.logsigmoid(torch.tensor(float(gaps[0] - gaps[1])))
     assert out.loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
-def test_marginals_of_some_pairs_only_are_reported_for_those():
+def test_marginals_are_reported_only_where_present():
     marginal_labels = RAGGED.marginal_labels.clone()
     marginal_labels[1] = IGNORE  # log pi(y_l | x) of pair 1
     keep = torch.tensor([True, False, True, True])
@@ -459,7 +459,7 @@ def test_marginals_of_some_pairs_only_are_reported_for_those():
         assert not any(value.isnan() for value in out.metrics().values())
 
 
-def test_marginals_are_reported_where_they_are_asked_for_even_if_none_is_scored():
+def test_requested_marginals_are_reported_even_if_unscored():
     nothing = torch.full_like(RAGGED.labels, IGNORE)
     for backend in ("torch", "reference"):
         out, _ = run(replace(RAGGED, marginal_labels=nothing), backend=backend)
@@ -487,7 +487,7 @@ def test_orpo_needs_only_the_marginal_that_it_reads():
     torch.testing.assert_close(results[0], run(RAGGED, backend="reference", objective="orpo")[0].loss.detach())
 
 
-def test_ignored_rows_of_the_compact_form_may_have_any_segment():
+def test_ignored_compact_rows_may_have_any_segment():
     compact = RAGGED.compact()
     compact["segment_ids"][compact["labels"] == IGNORE] = -1
     out = ik.fused_inspo_loss(
@@ -533,7 +533,7 @@ class TestCustomObjectives:
             return F.softplus(s.rejected - s.chosen) - s.marginal_chosen / s.marginal_chosen_len
 
     class Contrast(ik.Objective):
-        """Depends on the whole batch: every chosen response against every rejected one."""
+        """An objective of the whole batch: every chosen response against every rejected response."""
 
         needs_reference = False
         batch_coupled = True
@@ -586,7 +586,7 @@ class TestCustomObjectives:
             run(RAGGED, backend=backend, objective=Scalar())
 
     @pytest.mark.parametrize("backend", ["torch", "reference"])
-    def test_writing_to_the_sums_reaches_neither_the_caller_nor_the_report(self, backend):
+    def test_objectives_get_copies_of_the_sums(self, backend):
         class Careless(ik.Objective):
             def __call__(self, s):
                 s.ref_chosen.add_(1)
@@ -644,7 +644,7 @@ class TestCustomObjectives:
             run(RAGGED, backend=backend, objective=Typo())
 
     @pytest.mark.parametrize("backend", ["torch", "reference"])
-    def test_marginals_that_are_read_by_value_must_be_there(self, backend):
+    def test_objectives_that_read_marginals_need_them(self, backend):
         class ByValue(ik.Objective):
             needs_marginals = True
             gradient_fields = ("chosen", "rejected")
@@ -678,7 +678,7 @@ class TestCustomObjectives:
             run(RAGGED, backend=backend, objective=One())
 
     @pytest.mark.parametrize("backend", ["torch", "reference"])
-    def test_learnable_parameter_is_an_error_beside_frozen_inputs(self, backend):
+    def test_learnable_parameter_is_an_error_with_frozen_inputs(self, backend):
         class Learnable(ik.Objective):
             def __init__(self):
                 self.w = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
@@ -820,7 +820,7 @@ def test_bad_input_is_named_before_any_product(changes, error, message, backend)
         ({"max_workspace_bytes": 0}, "max_workspace_bytes must be"),
     ],
 )
-def test_the_module_refuses_bad_options_when_it_is_made(options, message):
+def test_the_module_refuses_bad_options_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         ik.InSPOLoss("dpo", **options)
 
@@ -831,7 +831,7 @@ def test_the_module_says_where_an_objectives_parameters_go():
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_what_lies_at_unscored_positions_does_not_matter(backend):
+def test_unscored_positions_do_not_matter(backend):
     hidden = RAGGED.hidden.clone()
     scored = (RAGGED.labels != IGNORE).roll(-1, 1)
     hidden[~scored] = torch.nan

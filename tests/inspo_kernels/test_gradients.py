@@ -1,4 +1,4 @@
-"""Gradients staged until the upstream one is known: the loss's own tests once more, and what is theirs alone."""
+"""Test gradients that are deferred until the upstream gradient is known: the loss's tests again, and special cases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cases import make_case, relative_error
 # ruff: noqa: F401  (pytest runs what is imported)
 from test_fused_loss import (
     test_any_ragged_batch_in_every_form_equals_reference,
-    test_autocast_computes_in_its_dtype_and_returns_unrounded_gradients,
+    test_autocast_returns_unrounded_gradients,
     test_equals_reference_in_float64,
     test_error_at_most_twice_that_of_plain_torch,
     test_exactly_the_needed_gradients,
@@ -34,13 +34,13 @@ pytestmark = triton_setup.quiet
 pays = DeferredGradients.worth_deferring
 PAIRS = [(2, 5, 4), (1, 3, 6)]
 N = sum(w + l for _, w, l in PAIRS)
-# As few rows as there are features: staged in float32 by the torch backend, without any help.
+# With as many rows as features, the torch backend defers gradients in float32 anyway.
 CASE = make_case(PAIRS, hidden_size=N, vocab=50, bias=False).to(torch.float32)
 
 
 @pytest.fixture(autouse=True)
 def staged_where_they_can_be(monkeypatch):
-    """Whatever memory they take."""
+    """Defer gradients regardless of their memory."""
     monkeypatch.setattr(
         DeferredGradients, "worth_deferring", staticmethod(lambda backend, head, rows, needs: needs.weight)
     )
@@ -57,8 +57,8 @@ def loss_of(case, **options):
     return out, hidden, weight
 
 
-def test_the_tests_above_run_on_staged_rows(monkeypatch):
-    """Otherwise they show nothing here."""
+def test_the_imported_tests_run_on_deferred_gradients(monkeypatch):
+    """Otherwise the imported tests would show nothing here."""
     calls = []
     scaled = DeferredGradients.scaled
     monkeypatch.setattr(DeferredGradients, "scaled", lambda self, *a: calls.append(1) or scaled(self, *a))
@@ -67,7 +67,7 @@ def test_the_tests_above_run_on_staged_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("rows, staged", [(N, True), (N - 1, False)])
-def test_staged_where_one_group_holds_all_rows(only_where_they_pay, rows, staged):
+def test_gradients_are_deferred_if_one_group_suffices(only_where_they_pay, rows, staged):
     out, *_ = loss_of(CASE, max_workspace_bytes=rows * 50 * 4)
     assert isinstance(out.loss.grad_fn.gradients, DeferredGradients) == staged
 
@@ -81,7 +81,7 @@ def test_staged_where_one_group_holds_all_rows(only_where_they_pay, rows, staged
         ("triton", torch.bfloat16, 128),
     ],
 )
-def test_they_take_no_more_memory_than_the_gradient_they_stand_for(backend, dtype, most):
+def test_deferred_gradients_take_no_extra_memory(backend, dtype, most):
     weight = torch.zeros(128, 64, dtype=dtype)
     head = checked_head(weight, weight, None, None, 1.0)
     trainable, frozen = Needs(True, True, False), Needs(True, False, True)
@@ -90,7 +90,7 @@ def test_they_take_no_more_memory_than_the_gradient_they_stand_for(backend, dtyp
     assert not pays(BACKENDS[backend], head, 1, frozen)
 
 
-def test_the_workspace_is_released_by_the_backward_though_the_output_lives(only_where_they_pay):
+def test_backward_releases_the_workspace(only_where_they_pay):
     out, *_ = loss_of(CASE)
     kept = [weakref.ref(t.untyped_storage()) for t in out.loss.grad_fn.saved_tensors if t is not None]
     assert all(ref() is not None for ref in kept)
@@ -101,8 +101,8 @@ def test_the_workspace_is_released_by_the_backward_though_the_output_lives(only_
         out.loss.backward()
 
 
-def test_a_weight_that_is_gone_before_the_backward_does_no_harm(only_where_they_pay):
-    """As ZeRO-3 takes it away after the forward pass."""
+def test_a_weight_may_vanish_before_the_backward(only_where_they_pay):
+    """ZeRO-3 releases the weight after the forward pass."""
     out, hidden, weight = loss_of(CASE)
     expected = torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)
     weight.data = torch.full_like(weight, torch.nan)
@@ -112,7 +112,7 @@ def test_a_weight_that_is_gone_before_the_backward_does_no_harm(only_where_they_
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_they_equal_computed_ones_to_rounding(monkeypatch, backend, dtype):
+def test_deferred_gradients_equal_computed_gradients(monkeypatch, backend, dtype):
     case = triton_setup.on_device(CASE.to(dtype)) if backend == "triton" else CASE.to(dtype)
     results = []
     for staged in (True, False):
@@ -128,7 +128,7 @@ def test_they_equal_computed_ones_to_rounding(monkeypatch, backend, dtype):
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
-def test_autocast_of_any_mixture(autocast, weight_dtype, hidden_dtype, backend):
+def test_autocast_of_any_dtypes(autocast, weight_dtype, hidden_dtype, backend):
     case = triton_setup.on_device(CASE) if backend == "triton" else CASE
     hidden = case.hidden.clone().to(hidden_dtype).requires_grad_()
     weight = case.weight.clone().to(weight_dtype).requires_grad_()
@@ -141,7 +141,7 @@ def test_autocast_of_any_mixture(autocast, weight_dtype, hidden_dtype, backend):
         assert got.grad.dtype == got.dtype and relative_error(got.grad, want.grad) < 1e-2
 
 
-def test_a_bias_that_needs_no_gradient_may_change_or_be_of_inference():
+def test_a_frozen_bias_may_change_or_be_inference_mode():
     hidden, weight = CASE.hidden.clone().requires_grad_(), CASE.weight.clone().requires_grad_()
     bias = torch.randn(len(weight))
     (expected,) = torch.autograd.grad(

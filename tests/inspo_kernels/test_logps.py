@@ -1,4 +1,4 @@
-"""``linear_logps`` against plain torch: values, any upstream gradient, its three paths, shapes, errors."""
+"""Test ``linear_logps`` against plain torch: values, any upstream gradient, its three paths, shapes, errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def inputs(shape=(3, 5), hidden_size=6, vocab=23, dtype=torch.float64, seed=0, i
 
 
 def plain(hidden, weight, targets, bias=None, softcap=None, logit_scale=1.0):
-    """Written without the package's reference, so that both are checked."""
+    """Compute log-probs without the package's reference, so that tests check both."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
@@ -41,7 +41,7 @@ def plain(hidden, weight, targets, bias=None, softcap=None, logit_scale=1.0):
     ids=str,
 )
 def test_float32_errors_cancel_over_many_tokens(options):
-    # A constant that is rounded to float32 scales all logits alike, so that errors of all tokens add up.
+    # A constant rounded to float32 would scale all logits alike, and the errors of all tokens would add up.
     hidden, weight, _, targets = inputs((4000,), hidden_size=48, vocab=700, dtype=torch.float32, ignored=0.0)
     exact = ik.linear_logps(hidden.double(), weight.double(), targets, backend="reference", **options)
     errors = ik.linear_logps(hidden, weight, targets, backend="torch", **options).double() - exact
@@ -92,7 +92,7 @@ def test_gradcheck_and_exactly_the_needed_gradients(needed):
 
 
 def test_upstream_gradients_are_per_token_and_repeatable():
-    """Scaling every token by the first one's upstream gradient has been a real bug elsewhere."""
+    """Another library once scaled every token by the first token's upstream gradient."""
     hidden, weight, _, targets = inputs((6,), ignored=0.0)
     for frozen in (False, True):
         hidden.requires_grad_()
@@ -106,7 +106,7 @@ def test_upstream_gradients_are_per_token_and_repeatable():
             torch.testing.assert_close(got, expected)
 
 
-def test_changing_a_weight_that_is_needed_again_is_noticed():
+def test_changing_a_saved_weight_is_an_error():
     hidden, weight, _, targets = inputs((4,), ignored=0.0)
     logps = ik.linear_logps(hidden.requires_grad_(), weight.requires_grad_(), targets, max_workspace_bytes=1)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_changing_a_weight_that_is_needed_again_is_noticed():
         logps.sum().backward()
 
 
-def test_kept_rows_survive_a_changed_weight():
+def test_saved_rows_survive_a_changed_weight():
     hidden, weight, _, targets = inputs((4,), ignored=0.0)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     expected = torch.autograd.grad(ik.linear_logps(*leaves, targets).sum(), leaves)

@@ -1,4 +1,4 @@
-"""hidden_and_head on tiny random models: its parts must give each architecture's own logits."""
+"""Test hidden_and_head on tiny random models: its results must give each architecture's own logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inspo_kernels import condition_pairs, fused_inspo_loss, hidden_and_head
 
 
 def compose(hidden, head):
-    """Logits from the two results of hidden_and_head, by their documented formula."""
+    """Compute logits from the results of hidden_and_head by the documented formula."""
     logits = hidden @ head["weight"].T
     if head["bias"] is not None:
         logits = logits + head["bias"]
@@ -107,7 +107,7 @@ def test_gradients_equal_those_through_the_models_own_logits(model_type, tied, r
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "granite", "phi"])
-def test_the_fused_loss_sees_the_models_own_logps_in_rows_and_packed(model_type, pairs, rows):
+def test_fused_logps_equal_the_models_in_every_form(model_type, pairs, rows):
     model = make_model(model_type, torch.float64)
     with torch.no_grad():
         logps = model(**model_inputs(rows)).logits[:, :-1].log_softmax(-1)
@@ -177,7 +177,7 @@ def test_arguments_about_logits_are_refused(name, rows):
 
 
 class Tailed(transformers.LlamaForCausalLM):
-    """A model with something of its own between head and logits."""
+    """A model with an extra operation between head and logits."""
 
     change = staticmethod(lambda logits, states: logits)
 
@@ -203,7 +203,7 @@ def tailed(change):
         lambda logits, states: logits.index_fill(-1, torch.arange(VOCAB - 5, VOCAB), float("-inf")),
     ],
 )
-def test_scale_cap_and_padding_are_found_by_themselves(change, rows):
+def test_scale_cap_and_padding_are_detected(change, rows):
     model = tailed(change)
     real = rows["attention_mask"].bool()
     own = model(**model_inputs(rows)).logits
@@ -237,7 +237,7 @@ def test_a_learned_scale_is_refused_by_name(rows):
         hidden_and_head(model, **model_inputs(rows))
 
 
-def test_a_changed_config_is_verified_anew(rows):
+def test_a_changed_config_is_verified_again(rows):
     model = make_model("granite")
     assert hidden_and_head(model, **model_inputs(rows))[1]["logit_scale"] == pytest.approx(1 / 3.7)
     model.config.logits_scaling = 2.5
@@ -257,7 +257,7 @@ class ScaledLinear(nn.Linear):
         (None, "has no single output head"),
     ],
 )
-def test_a_head_that_is_no_linear_map_is_refused(head, message, rows):
+def test_a_nonlinear_head_is_refused(head, message, rows):
     model = make_model("llama")
     model.lm_head = head
     with pytest.raises(ValueError, match=message + ".*fused_inspo_loss"):
@@ -317,7 +317,7 @@ def test_router_losses_stay_reachable(rows):
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 @pytest.mark.parametrize("called_before", [True, False])
-def test_compiled_steps_equal_eager_ones(fullgraph, called_before, rows):
+def test_compiled_steps_equal_eager_steps(fullgraph, called_before, rows):
     torch._dynamo.reset()
     model = make_model("gemma2")
 
@@ -346,7 +346,7 @@ class Engine(nn.Module):
 
 
 @pytest.mark.parametrize("wrap", [Engine, nn.DataParallel, torch.compile])
-def test_a_wrapper_is_refused_with_the_way_to_wrap_the_loss(wrap, rows):
+def test_a_wrapped_model_is_refused_with_advice(wrap, rows):
     with pytest.raises(TypeError, match=r"is a wrapper.*one nn\.Module whose forward calls hidden_and_head"):
         hidden_and_head(wrap(make_model("llama")), **model_inputs(rows))
 
@@ -364,7 +364,7 @@ def test_a_sharded_model_is_refused(rows, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_something_else_is_refused(rows):
+def test_other_objects_are_refused(rows):
     with pytest.raises(TypeError, match="expected a transformers causal LM, got torch"):
         hidden_and_head(nn.Linear(2, 2), **model_inputs(rows))
 

@@ -1,4 +1,4 @@
-"""Each objective against its paper's formula in plain Python floats, and its gradient against finite differences."""
+"""Test each objective against its paper's formula in plain Python floats, and its gradient by finite differences."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def log_sigmoid(z):
 
 
 def dpo_of(f_prime):
-    """-log sigma(0.5 [f'(pi/pi_ref of the chosen) - f'(that of the rejected)]) with f' as the f-DPO paper writes it."""
+    """Return -log sigma(0.5 [f'(pi/pi_ref of chosen) - f'(pi/pi_ref of rejected)]) with the f-DPO paper's f'."""
     return lambda w, l, rw, rl, nw, nl, m: -log_sigmoid(0.5 * (f_prime(math.exp(w - rw)) - f_prime(math.exp(l - rl))))
 
 
 def exo(margin, eps):
-    """KL(p || q) of p = softmax of (margin, 0) and q = (1 - eps, eps)."""
+    """Return KL(p || q) for p = softmax of (margin, 0) and q = (1 - eps, eps)."""
     p = [sigmoid(margin), sigmoid(-margin)]
     return sum(p_i * math.log(p_i / q_i) for p_i, q_i in zip(p, (1 - eps, eps)))
 
@@ -111,7 +111,7 @@ FORMULAS = {
     ik.SFT(sft="chosen"): lambda w, l, rw, rl, nw, nl, m: -w / 8.5,
     ik.DPO(beta=0.5, divergence="forward_kl"): dpo_of(lambda t: -1 / t),
     ik.DPO(beta=0.5, divergence="js"): dpo_of(lambda t: math.log(2 * t / (1 + t))),
-    # 0.7 in TRL's counting is 0.3 in the paper's.
+    # TRL's 0.7 is the paper's 0.3.
     ik.DPO(beta=0.5, divergence="alpha", divergence_alpha=0.7): dpo_of(lambda t: (1 - t**-0.3) / 0.3),
     ik.DPO(beta=0.5, divergence="alpha", divergence_alpha=1.0): dpo_of(math.log),
     ik.Mixture([("dpo", 0.5), (ik.SFT(sft="chosen"), -2.0)]): lambda w, l, rw, rl, nw, nl, m: (
@@ -144,9 +144,9 @@ def test_gradient_matches_finite_differences_and_declared_fields(objective):
 # DiscoPOP's loss rises between its two branches, at small margins.
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "discopop"])
 def test_preferring_the_chosen_response_never_raises_the_loss(name):
-    """The direction of every gradient; an IPO with swapped signs pushes the rejected response up."""
+    """Check the direction of every gradient. An IPO with swapped signs would raise the rejected response."""
     objective = ik.SFT(sft="chosen") if name == "sft" else make_objective(name)
-    near = [(-12.0, -12.5, -12.0, -12.0, 6, 6, -12.0)]  # within IPO's target gap, where its pull is still upward
+    near = [(-12.0, -12.5, -12.0, -12.0, 6, 6, -12.0)]  # IPO still raises the margin within its target gap
     s = sums(near)
     chosen, rejected = s.chosen.clone().requires_grad_(), s.rejected.clone().requires_grad_()
     loss = objective(ik.PairSums(**{**vars(s), "chosen": chosen, "rejected": rejected})).sum()
@@ -187,7 +187,7 @@ def test_extreme_margins_stay_finite(objective, far):
 
 @pytest.mark.parametrize("objective, total", [(ik.AOT(beta=0.3), "paired"), (ik.AOTUnpaired(beta=0.3), "unpaired")])
 def test_aot_is_the_cheapest_matching(objective, total):
-    """Ranks are one way to compute optimal transport on a line; its definition is the least cost of all matchings."""
+    """Sorting computes optimal transport on a line. By definition it is the cheapest of all matchings."""
     g = torch.Generator().manual_seed(0)
     chosen, rejected, ref_chosen, ref_rejected = (-9 * torch.rand(4, 5, generator=g, dtype=torch.float64)).tolist()
     s = sums(list(zip(chosen, rejected, ref_chosen, ref_rejected, range(1, 6), range(1, 6), chosen)))
@@ -227,7 +227,7 @@ def test_exponents_of_divergences_stop_at_trl_s_bound():
 class TestMixture:
     """Weighted sums of objectives."""
 
-    def test_it_needs_what_its_parts_need(self):
+    def test_a_mixture_needs_what_its_parts_need(self):
         free = ik.Mixture([("simpo", 1.0), (ik.SFT(), 0.5)])
         assert not free.needs_reference and not free.needs_marginals and not free.batch_coupled
         assert free.gradient_fields == ("chosen", "rejected", "marginal_chosen")
@@ -242,7 +242,7 @@ class TestMixture:
         )
 
     def test_marginals_count_for_parts_that_need_them(self):
-        """An own objective's gradient_fields name all sums by default, which another part must not bring to life."""
+        """A custom objective's gradient_fields name all sums by default. Another part must not activate unused sums."""
 
         class Own(ik.Objective):
             def __call__(self, s):
@@ -262,7 +262,7 @@ class TestMixture:
         flat = ik.Mixture([("dpo", 1.0), ("bco_pair", 0.5), ("hinge", 3.0)])
         torch.testing.assert_close(ik.Mixture([(inner, 0.5), ("hinge", 3.0)])(sums()), flat(sums()))
 
-    def test_parts_do_not_see_each_other_s_writing(self):
+    def test_parts_cannot_change_each_others_sums(self):
         class Careless(ik.Objective):
             def __call__(self, s):
                 s.ref_chosen.add_(1)
@@ -294,7 +294,7 @@ def test_repr_shows_a_divergence_that_is_chosen():
 
 
 @pytest.mark.parametrize("marginals", [True, False])
-def test_sft_takes_the_marginal_where_there_is_one(marginals):
+def test_sft_uses_marginals_if_given(marginals):
     s = sums()
     if not marginals:
         s = replace(s, marginal_chosen=None, marginal_rejected=None)
@@ -303,7 +303,7 @@ def test_sft_takes_the_marginal_where_there_is_one(marginals):
     assert ik.SFT().differentiated(marginals) == named.differentiated(marginals)
 
 
-def test_sft_divides_by_the_mean_length_of_the_whole_batch():
+def test_sft_divides_by_the_batchs_mean_length():
     s = replace(sums(), chosen_len_mean=torch.full((2,), 4.0), marginal_chosen_len_mean=torch.full((2,), 2.0))
     assert ik.SFT(sft="chosen")(s).tolist() == [12.5 / 4, 30.0 / 4]
     assert ik.SFT()(s).tolist() == [13.75 / 2, 21.0 / 2]
@@ -335,7 +335,7 @@ def test_rewards(objective, chosen, rejected):
     assert (got_chosen[0].item(), got_rejected[0].item()) == pytest.approx((chosen, rejected))
 
 
-def test_defaults_are_the_documented_ones():
+def test_defaults_match_the_documentation():
     assert make_objective("dpo") == ik.DPO(beta=0.1, label_smoothing=0.0)
     assert make_objective("one_sided") == ik.OneSided(beta=0.1)
     assert make_objective("ipo") == ik.IPO(tau=0.1)
@@ -397,7 +397,7 @@ def test_bad_objectives_say_what_to_change(call, error, message):
         call()
 
 
-def test_an_impossible_chosen_response_costs_infinitely_much():
+def test_an_impossible_chosen_response_has_infinite_loss():
     one = torch.ones(1, dtype=torch.float64)
     sums = ik.PairSums(
         chosen=-torch.inf * one,

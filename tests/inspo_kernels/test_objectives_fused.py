@@ -1,4 +1,4 @@
-"""Objectives through ``fused_inspo_loss``: against the reference, any workspace, with marginals and without."""
+"""Test objectives through ``fused_inspo_loss``: against the reference, in any workspace, with and without marginals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIXTURE = ik.Mixture([("nca_pair", 0.5), ("orpo", 1.0), (ik.DPO(divergence="js")
 
 
 def assert_equal(got, expected):
-    """Same loss, losses, rewards and gradients; ``got`` and ``expected`` are (output, gradients)."""
+    """Assert equal loss, losses, rewards and gradients. ``got`` and ``expected`` are (output, gradients)."""
     (out, gradients), (expected_out, expected_gradients) = got, expected
     for name in ("loss", "losses", "chosen_rewards", "rejected_rewards"):
         assert relative_error(getattr(out, name).detach(), getattr(expected_out, name).detach()) < 1e-11, name
@@ -78,8 +78,8 @@ def test_pair_weights_meet_the_losses_of_their_pairs(name):
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("workspace", [None, ROW])
-def test_sft_is_the_mean_over_the_tokens_of_the_batch(backend, workspace):
-    """With marginals log pi(y_w | x) and its gradient alone, without them that of the sequences given."""
+def test_sft_is_the_mean_over_batch_tokens(backend, workspace):
+    """With marginals, SFT uses only log pi(y_w | x). Without marginals it uses the given sequences."""
     options = {"objective": "sft", "backend": backend, "max_workspace_bytes": workspace}
     for labels in (RAGGED.marginal_labels, None):
         hidden, weight = RAGGED.hidden.clone().requires_grad_(), RAGGED.weight.clone().requires_grad_()

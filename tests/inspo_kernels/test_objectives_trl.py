@@ -1,4 +1,4 @@
-"""Objectives against TRL's own DPOTrainer: its compute_loss runs on given log-probs, float64 where TRL can."""
+"""Test objectives against TRL's DPOTrainer, whose compute_loss runs on given log-probs, in float64 where TRL can."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Batch:
         return self.inputs["completion_mask"][:, 1:].bool()
 
     def sums(self, policy: Tensor) -> ik.PairSums:
-        """The sums of per-token log-probs, in which gradients flow back to ``policy``."""
+        """Return sums of per-token log-probs, through which gradients flow back to ``policy``."""
         chosen, rejected = policy.double().sum(1).chunk(2)
         ref_chosen, ref_rejected = self.reference.double().sum(1).chunk(2)
         chosen_len, rejected_len = self.mask.sum(1).double().chunk(2)
@@ -97,7 +97,7 @@ def model_and_tokenizer():
 
 @pytest.fixture
 def make_trainer(model_and_tokenizer, tmp_path):
-    """A function of DPOConfig's options that returns a DPOTrainer."""
+    """Return a function that makes a DPOTrainer from DPOConfig's options."""
     datasets = pytest.importorskip("datasets")
     model, tokenizer = model_and_tokenizer
     rows = datasets.Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e f"}])
@@ -111,7 +111,7 @@ def make_trainer(model_and_tokenizer, tmp_path):
 
 
 def loss_of(trainer, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """The trainer's loss, its gradient per token and its metrics, for models that return the given log-probs."""
+    """Return the trainer's loss, gradient per token and metrics, for models that return the given log-probs."""
 
     def outputs(log_probs: Tensor):
         nothing = torch.zeros_like(log_probs.detach())
@@ -120,7 +120,7 @@ def loss_of(trainer, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
     policy = batch.policy.clone().requires_grad_()
     trainer.ref_model = lambda **_: outputs(batch.reference)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(batch.policy.dtype)  # of the constants that TRL turns into tensors
+    torch.set_default_dtype(batch.policy.dtype)  # dtype of the constants that TRL turns into tensors
     try:
         value = trainer.compute_loss(lambda **_: outputs(policy), batch.inputs)
     finally:
@@ -156,7 +156,7 @@ def assert_equal(batch: Batch, objective: ik.Objective, theirs: tuple[Tensor, Te
         assert theirs[2][name] == pytest.approx(reward.item(), rel=max(rtol, 1e-6), abs=1e-7), name
 
 
-# What TRL calls ours, where the names differ; "one_sided", the sums of "ipo", "simpo", "rdpo" and "orpo" are not TRL's.
+# TRL's names, if they differ from ours. TRL lacks "one_sided", "ipo" on sums, "simpo", "rdpo" and "orpo".
 TRL_NAMES = {"dpo": "sigmoid", "ipo_mean": "ipo"}
 OURS_ALONE = {"one_sided", "ipo", "simpo", "rdpo", "orpo"}
 FROM_TRL = [name for name in OBJECTIVES if name not in OURS_ALONE]
@@ -236,7 +236,7 @@ def test_divergence_is_refused_where_trl_refuses_it(name, trl_loss):
 
 
 def test_bco_pair_keeps_no_running_mean(make_trainer):
-    """With that of BCO's paper, what a trainer has seen before would change its loss."""
+    """With the running mean of BCO's paper, a loss would depend on the trainer's earlier batches."""
     trainer, batch, other = make_trainer(loss_type=["bco_pair"]), make_batch(4), make_batch(5, spread=2.0)
     first, _, again = (loss_of(trainer, b) for b in (batch, other, batch))
     assert first[0] == again[0]

@@ -1,4 +1,4 @@
-"""What each path costs, counted, not timed: operations and memory. Host reads: ``check_pretend_device``."""
+"""Count the operations and memory of each path. ``check_pretend_device`` counts host reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASE = make_case(PAIRS, hidden_size=H, vocab=V, bias=False).to(torch.float32)
 
 
 def flops(function):
-    """In units of one head product over the scored rows, 2NHV."""
+    """Count operations in units of one head matmul over the scored rows, 2NHV."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops() / (2 * N * H * V)
@@ -55,11 +55,11 @@ ROW = 4 * V
         (lambda: per_token(hidden=False, weight=False), 1),
         # groups of whole pairs recompute nothing
         (lambda: pair_loss(max_workspace_bytes=32 * ROW), 3),
-        # 4 rows: of each pair all but the last 4 rows are staged twice
+        # 4 rows: all but the last 4 rows of each pair are computed twice
         (lambda: pair_loss(max_workspace_bytes=4 * ROW), 3 + (N - 12) / N),
         # a frozen head never recomputes
         (lambda: pair_loss(weight=False, max_workspace_bytes=4 * ROW), 2),
-        # marginals that are only reported cost one product of their rows
+        # marginals that are only reported cost one matmul of their rows
         (lambda: pair_loss(marginal_labels=CASE.marginal_labels), 4),
         (lambda: pair_loss(marginal_labels=CASE.marginal_labels, marginal_weight=0.1), 6),
         # OneSided's chosen responses are forward-only
@@ -94,7 +94,7 @@ def test_only_coupled_objectives_stage_rows_twice(objective, rows):
     "objective, marginals, products",
     [
         ("sft", False, (3 * 35 + 41) / N),  # the rejected responses are forward-only
-        ("sft", True, (3 * 35 + 41 + N) / N),  # all are, but for the marginals of the chosen ones
+        ("sft", True, (3 * 35 + 41 + N) / N),  # all but the marginals of the chosen responses are forward-only
         (ik.Mixture([("one_sided", 1.0), ("sft", 1.0)]), True, (3 * 41 + 35 + 3 * 35 + 41) / N),
     ],
     ids=str,
@@ -105,8 +105,8 @@ def test_sft_differentiates_one_sum_a_pair(objective, marginals, products):
 
 
 @pytest.mark.parametrize(("rows", "products"), [(32, 3), (8, 3), (7, 3 + (4 + 4) / N), (4, 3 + (16 + 16) / N)])
-def test_without_a_bound_a_long_pair_gets_up_to_four_times_the_default(monkeypatch, rows, products):
-    """Pairs of 32, 32 and 12 rows; a bound by the user stays what it is."""
+def test_long_pairs_get_up_to_four_times_the_default(monkeypatch, rows, products):
+    """Pairs have 32, 32 and 12 rows. A user's limit is never exceeded."""
     monkeypatch.setattr(torch_backend.TorchBackend, "default_workspace_bytes", lambda *shape: rows * ROW)
     with Allocations() as seen:
         assert flops(lambda: pair_loss()) == pytest.approx(products, rel=1e-3)
@@ -115,7 +115,7 @@ def test_without_a_bound_a_long_pair_gets_up_to_four_times_the_default(monkeypat
 
 
 class Allocations(TorchDispatchMode):
-    """The largest tensor that any operation returns, in bytes."""
+    """Record the largest tensor that any operation returns, in bytes."""
 
     largest = 0
 
@@ -137,7 +137,7 @@ def test_no_tensor_exceeds_the_workspace_or_the_inputs(rows, options):
     assert N * ROW > largest_input  # otherwise this test shows nothing
 
 
-def test_default_workspace_follows_from_shapes_alone(monkeypatch):
+def test_default_workspace_depends_only_on_shapes(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: pytest.fail("looked at the machine"))
     from inspo_kernels.backends import BACKENDS
     from inspo_kernels.head import checked_head
@@ -149,8 +149,8 @@ def test_default_workspace_follows_from_shapes_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_slices_of_the_weight_and_blocks_of_rows_change_nothing_but_rounding(dtype, monkeypatch):
-    """Reduced-precision weights are widened tile by tile, and rows pass through in blocks."""
+def test_slices_and_blocks_change_only_rounding(dtype, monkeypatch):
+    """Reduced-precision weights are converted tile by tile, and rows are processed in blocks."""
     case = CASE.to(dtype)
     whole = run_case(case, backend="torch")
     monkeypatch.setattr(torch_backend, "TILE_WORDS", 64)

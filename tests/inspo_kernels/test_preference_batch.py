@@ -1,4 +1,4 @@
-"""condition_batch against condition_pairs, and what it does with everything else in a batch."""
+"""Test condition_batch against condition_pairs, and its treatment of the other entries of a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAD, IGNORED = 99, -100
 
 
 def collated(side="right", **more):
-    """As TRL's collator makes it from PAIRS, or with padding on the left."""
+    """Return TRL's collated batch of PAIRS, optionally with left padding."""
     rows = [(x, w) for x, w, _ in PAIRS] + [(x, l) for x, _, l in PAIRS]
     width = max(len(x) + len(y) for x, y in rows)
     batch = {"input_ids": [], "attention_mask": [], "completion_mask": []}
@@ -41,14 +41,14 @@ def test_batch_becomes_the_rows_of_condition_pairs(side, separator):
 
 def test_token_types_follow_their_tokens():
     batch = collated()
-    types = batch["input_ids"] * 2  # as many numbers as tokens, and none alike
+    types = batch["input_ids"] * 2  # a different number for every token
     found = ik.condition_batch(batch | {"token_type_ids": types}, pad_token_id=PAD, separator_ids=[50])
     read = found["attention_mask"].bool() & (found["input_ids"] != 50)
     assert torch.equal(found["token_type_ids"][read], 2 * found["input_ids"][read])
     assert not found["token_type_ids"][~read].any()
 
 
-def test_positions_and_labels_are_made_anew():
+def test_positions_and_labels_are_recomputed():
     batch = collated()
     more = {"position_ids": torch.zeros_like(batch["input_ids"]), "labels": batch["input_ids"].clone()}
     expected = ik.condition_pairs(PAIRS, pad_token_id=PAD)

@@ -1,4 +1,4 @@
-"""Runs ``check_pretend_device`` in a process of its own: registering a device concerns all of it."""
+"""Run ``check_pretend_device`` in a separate process, because registering a device affects the whole process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sanitizer finds nothing in the kernels as they are, and each fault that is planted in them."""
+"""Test that the sanitizer finds nothing in the kernels, and finds each planted fault."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASE = cases.make_case([(2, 3, 2), (1, 1, 4)], vocab=150)
 
 @dataclass
 class Fault:
-    """A kernel's source with every ``old`` replaced by ``new``, and what the sanitizer says of it."""
+    """A change of a kernel's source, every ``old`` to ``new``, and the sanitizer's message for it."""
 
     module: str
     old: str
@@ -67,13 +67,13 @@ FAULTS = {
 
 
 def all_kernels():
-    """Every kernel of the package: (module, name)."""
+    """Return every kernel of the package as (module, name)."""
     modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
     return [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
 
 
 def launch_all():
-    """Launch every kernel through the functions that users call, with much and with little workspace."""
+    """Launch every kernel through public functions, with a large and a small workspace."""
     for dtype in (torch.float32, torch.bfloat16):
         case = CASE.to(dtype)
         for workspace in (None, 1):
@@ -84,7 +84,7 @@ def launch_all():
 
 @pytest.fixture
 def plant(tmp_path, monkeypatch):
-    """A function that puts a fault into a kernel of the package for the length of a test."""
+    """Return a function that plants a fault in a kernel for the duration of a test."""
 
     def planted(fault):
         name = f"{kernels.__name__}.{fault.module}"
@@ -120,7 +120,7 @@ def test_planted_fault_is_found(name, plant):
 
 
 @pytest.mark.sweep
-def test_a_barrier_before_the_label_store_is_seen(plant):
+def test_a_barrier_before_the_label_store_matters(plant):
     plant(replace(NO_BARRIER, new=STORE_AT_LABEL.format(barrier="tl.debug_barrier()")))
     with Sanitizer() as checking:
         launch_all()
@@ -166,7 +166,7 @@ def test_fresh_memory_is_nan():
     ],
     ids=["vector", "padded_rows", "transposed", "strided", "expanded", "scalar", "empty"],
 )
-def test_a_view_holds_its_elements_alone(view, inside):
+def test_a_view_holds_only_its_elements(view, inside):
     distances = torch.arange(-200, 400)
     held = distances[torch.from_numpy(sanitizer.View(view).holds(distances.numpy()))]
     assert held.tolist() == [4 * i for i in inside]
@@ -205,7 +205,7 @@ def test_a_program_may_not_read_what_another_writes():
 
 
 def test_a_stray_access_into_another_argument_is_outside():
-    """Side by side in one memory, where a guard would be overwritten unnoticed."""
+    """The arguments are adjacent in memory, so a guard value would not detect the access."""
     memory = torch.zeros(12)
 
     @triton_setup.triton.jit
@@ -223,7 +223,7 @@ def _count_kernel(p_values):
     tl.atomic_add(p_values, 1.0)
 
 
-def test_what_it_cannot_follow_is_refused():
+def test_unsupported_accesses_are_refused():
     with Sanitizer(), pytest.raises(Exception, match="no rule for atomics"):
         _count_kernel[(1,)](torch.zeros(1))
     memory = torch.zeros(4)
@@ -231,7 +231,7 @@ def test_what_it_cannot_follow_is_refused():
         _rotate_kernel[(1,)](memory, memory.view(torch.int32), 0, 4)
 
 
-def test_programs_run_in_an_order_that_the_seed_decides():
+def test_the_seed_decides_the_order_of_programs():
     @triton_setup.triton.jit
     def _order_kernel(p_order):
         tl.store(p_order + tl.program_id(0), 1.0)

@@ -1,4 +1,4 @@
-"""Heads that an engine shards, gathers for a moment or keeps elsewhere."""
+"""Test heads that an engine shards, gathers temporarily or offloads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What two gloo processes found."""
+    """Return the results of two gloo processes."""
     file = tmp_path_factory.mktemp("sharded") / "found.pt"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
@@ -53,24 +53,53 @@ def test_the_advice_for_a_sharded_weight_is_right(found):
     assert found["advice"]["full_tensor()"] > 0.5
 
 
-def test_a_weight_gathered_for_the_heads_forward_gets_its_gradient():
-    """DeepSpeed's ZeRO-3 empties a parameter outside the forward of the layer that has it."""
+class GatherBefore(torch.autograd.Function):
+    """Stands in for what ZeRO-3 puts behind a layer's output: it gathers before the layer's backward pass."""
+
+    @staticmethod
+    def forward(ctx, output, gather):
+        ctx.gather = gather
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.gather()
+        return grad, None
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-3", "another"])
+def test_a_weight_gathered_for_the_heads_forward_gets_its_gradient(engine):
+    """DeepSpeed's ZeRO-3 empties a parameter outside the forward and the backward pass of the layer that has it."""
     model, ids = make_model("gemma2", torch.float64), torch.randint(3, 60, (2, 5))
-    own = torch.autograd.grad(model(ids).logits.sin().sum(), model.lm_head.weight)[0]
+    model(ids).logits.sin().sum().backward()
+    own = {name: parameter.grad for name, parameter in model.named_parameters()}
     weight, full = model.lm_head.weight, model.lm_head.weight.data
-    weight.data = full.new_empty(0)
-    model.lm_head.register_forward_pre_hook(lambda *_: setattr(weight, "data", full))
-    model.lm_head.register_forward_hook(lambda *_: setattr(weight, "data", full.new_empty(0)))
+
+    def gather(*_):
+        weight.data = full
+
+    def release(*_):
+        weight.data = full.new_empty(0)
+
+    release()
+    model.lm_head.register_forward_pre_hook(gather)
+    model.lm_head.register_forward_hook(release)
+    if engine == "ZeRO-3":
+        weight.ds_id = 0
+        model.lm_head.register_forward_hook(lambda module, args, output: GatherBefore.apply(output, gather))
     for _ in range(2):
         hidden, head = hidden_and_head(model, ids)
         assert weight.numel() == 0
-        logits = compose(hidden, head)
-        weight.data = full  # as in its backward pass
-        torch.testing.assert_close(torch.autograd.grad(logits.sin().sum(), weight)[0], own)
-        weight.data = full.new_empty(0)
+        if engine != "ZeRO-3":
+            gather()
+        model.zero_grad()
+        compose(hidden, head).sin().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, own[name])
+        release()
 
 
-def test_an_offloaded_head_is_read_while_it_is_in_place():
+def test_an_offloaded_head_is_read_while_loaded():
     accelerate = pytest.importorskip("accelerate")
     model, ids = make_model("phi"), torch.randint(3, 60, (2, 5))
     own = model(ids).logits.detach()

@@ -1,4 +1,4 @@
-"""Heads that tensor parallelism, FSDP2 or ZeRO-3 hold in parts."""
+"""Test heads that tensor parallelism, FSDP2 or ZeRO-3 shard."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ import torch
 import transformers
 from cases import make_case
 from packaging.version import Version
-from rank_pool import RankPool
+from rank_pool import ranks
 
 import inspo_kernels as ik
 
 ROW = 29 * 8
 
 
-@pytest.fixture(scope="module")
-def two():
-    pool = RankPool(2)
-    yield pool
-    pool.close()
+two = ranks(2)
 
 
 def test_dtensor_head_with_its_group(two):
@@ -42,7 +38,7 @@ def test_first_words_of_a_split_head(two):
 @pytest.mark.parametrize("tied", [False, True])
 def test_model_under_tensor_parallelism(two, tmp_path, tied):
     model = tiny_models.make_model("llama", torch.float64, tied=tied)
-    if Version(transformers.__version__) < Version("5.23"):  # 5.17 splits a vocabulary into equal shares alone
+    if Version(transformers.__version__) < Version("5.23"):  # 5.17 splits a vocabulary only into equal shares
         model.resize_token_embeddings(2 * (tiny_models.VOCAB // 2))
     model.save_pretrained(tmp_path)
     two.run(engine_checks.tensor_parallel_model, str(tmp_path), tied)
@@ -61,7 +57,7 @@ def test_fsdp2_with_deferred_synchronisation(two, layout, function, limit):
 
 
 class TakenAway:
-    """Stands in for ZeRO-3: the weight is whole inside ``gathered`` alone, as DeepSpeed's marks say."""
+    """Imitate ZeRO-3: the weight is complete only inside ``gathered``, and has DeepSpeed's marks."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.parameter = torch.nn.Parameter(weight.clone())
@@ -102,7 +98,7 @@ def test_weight_may_be_emptied_before_the_backward(deepspeed, function, limit):
                 ).loss
             else:
                 loss = ik.linear_logps(hidden, weight, case.labels, max_workspace_bytes=limit).sin().sum()
-        # Without accumulating, for which autograd itself would need the parameter's shape.
+        # Without accumulation, because autograd would need the parameter's shape for it.
         gradients = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
         with ik.gathered(weight):  # as in the backward of the module that has it
             loss.backward()

@@ -1,4 +1,4 @@
-"""What ranks that share a loss exchange, and what becomes of ranks that disagree or stay away."""
+"""Test the communication of ranks that share a loss, and the errors if ranks disagree or are missing."""
 
 from __future__ import annotations
 
@@ -7,23 +7,12 @@ import time
 import exchange_checks
 import pytest
 from cases import make_case
-from rank_pool import RankPool
+from rank_pool import ranks
 
 import inspo_kernels as ik
 
-
-@pytest.fixture(scope="module")
-def three():
-    pool = RankPool(3)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    pool = RankPool(4)
-    yield pool
-    pool.close()
+three = ranks(3)
+four = ranks(4)
 
 
 @pytest.mark.parametrize("kind", ["labels", "hidden", "objective", "ref_logps", "requires_grad", "pairs", "refused"])
@@ -62,7 +51,7 @@ def test_missing_rank_is_an_error_within_the_timeout(three):
 
 
 def test_bytes_sent(three):
-    """12 bytes a row and rank, 4 more a statistic, one dX; nothing of the vocabulary's size."""
+    """A rank sends 12 bytes per row, 4 per statistic and one dX, and nothing of the vocabulary's size."""
     three.run(exchange_checks.bytes_sent)
 
 

@@ -1,4 +1,4 @@
-"""A head whose words are split over ranks equals that of one process."""
+"""Test that a head whose words are split over ranks gives the results of one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import split_checks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_pool import RankPool
+from rank_pool import ranks
 
 from inspo_kernels.objectives import DPO, OBJECTIVES, SFT, Mixture
 
@@ -17,18 +17,8 @@ UNEQUAL = [17, 2, 10]
 ROW = 8 * 17  # bytes of a row of logits on the rank with most words
 
 
-@pytest.fixture(scope="module")
-def three():
-    pool = RankPool(3)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def two():
-    pool = RankPool(2)
-    yield pool
-    pool.close()
+three = ranks(3)
+two = ranks(2)
 
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, Mixture([(DPO(), 1.0), (SFT(), 0.3)])], ids=str)
@@ -45,7 +35,7 @@ def test_every_mode_within_any_workspace(three, needs, workspace):
 @pytest.mark.parametrize("sizes", [[0, 12, 17], [29, 0, 0], [12, 17, 0]], ids=str)
 @pytest.mark.parametrize("needs", ["xwb", "xw", "x", "w", ""])
 def test_rank_without_any_word(three, sizes, needs):
-    """As where 5 words are cut into equal blocks for 4 ranks: 2, 2, 1 and 0."""
+    """Equal blocks of 5 words for 4 ranks have 2, 2, 1 and 0 words."""
     for workspace in (None, 5 * 29 * 8):
         limit = {"max_workspace_bytes": workspace}
         three.run(split_checks.vocabulary_loss, LENGTHS, sizes=sizes, needs=needs, softcap=3.0, **limit)
@@ -113,7 +103,7 @@ def test_single_tokens_with_any_upstream_gradient(three, needs, workspace):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("nats", [-100.0, 100.0, -5000.0])
 def test_label_whose_shard_lies_far_from_the_others(two, backend, dtype, nats):
-    """Its entry in E would overflow in the units of its own shard."""
+    """The label's entry in E would overflow relative to its own shard's offset."""
     weight, hidden, targets = tokens(vocab=40)
     hidden[:, 0] = 1.0
     weight[:15, 0] += nats
@@ -147,7 +137,7 @@ def test_shard_of_which_every_logit_is_minus_infinity(two, backend, shard):
     "dtype, size", [(torch.float64, 1e300), (torch.float32, 1e37), (torch.bfloat16, 1e37)], ids=str
 )
 def test_shard_whose_logits_are_huge(two, backend, dtype, size):
-    """Near the largest number that there is, above or below all others, with the label there or elsewhere."""
+    """The logits are near the largest float, above or below all others, and the label is in or outside this shard."""
     weight, hidden, _ = tokens(vocab=40)
     two.run(split_checks.huge_shard, weight, hidden, size, dtype=dtype, backend=backend)
 

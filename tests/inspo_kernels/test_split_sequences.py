@@ -1,4 +1,4 @@
-"""Pairs whose tokens are split over ranks, alone and together with a head that is split."""
+"""Test pairs whose tokens are split over ranks, with a whole head and with a split head."""
 
 from __future__ import annotations
 
@@ -7,25 +7,15 @@ import pytest
 import split_checks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_pool import RankPool
+from rank_pool import ranks
 
 from inspo_kernels.objectives import OBJECTIVES
 
 LENGTHS = [(3, 5, 2), (1, 1, 7), (4, 3, 3)]
 
 
-@pytest.fixture(scope="module")
-def three():
-    pool = RankPool(3)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    pool = RankPool(4)
-    yield pool
-    pool.close()
+three = ranks(3)
+four = ranks(4)
 
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES])

@@ -1,4 +1,4 @@
-"""Offsets of the torch backend's tiles: logits far from 0, and maxima that come late."""
+"""Test the offsets of the torch backend's tiles: logits far from 0, and maxima in later tiles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIRST, LAST = slice(0, 56), slice(112, V)
 
 @pytest.fixture(autouse=True)
 def raised(monkeypatch):
-    """The tiles in which each block of staged rows raised an offset."""
+    """Record the tiles in which each block of rows raised an offset."""
     monkeypatch.setattr(torch_backend, "TILE_WORDS", WORDS)
     monkeypatch.setattr(torch_backend, "MOST_LONGER", 1)
     seen = []
@@ -35,7 +35,7 @@ def raised(monkeypatch):
 
 
 def results(case, bias, call, backend, dtype=torch.float32, **options):
-    """Log-probs and gradients."""
+    """Return log-probs and gradients."""
     hidden, weight = (t.to(dtype).requires_grad_() for t in (case.hidden.clone(), case.weight.clone()))
     bias = bias.to(dtype).requires_grad_()
     options |= {"bias": bias, "backend": backend}

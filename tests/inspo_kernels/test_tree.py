@@ -1,4 +1,4 @@
-"""Trees: what each scored row sees, the two forms of the mask, and whole models against the same pairs in rows."""
+"""Test trees: the context of each scored row, both forms of the mask, and whole models against rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PAIRS = random_pairs([(5, 3, 7), (2, 6, 1), (1, 1, 4), (9, 1, 1)])
 
 
 def events_of_rows(batch, num_pairs):
-    """How often each segment scores each token after each context: what the rows layout asks of a model."""
+    """Count how often each segment scores each token after each context in the rows layout."""
     events = Counter()
     for row in range(2 * num_pairs):
         tokens = batch["input_ids"][row].tolist()
@@ -55,7 +55,7 @@ def events_of_rows(batch, num_pairs):
 
 
 def events_of_tree(batch):
-    """The same, read off the mask: the context of a scored row is what it sees, in the order of its positions."""
+    """Return the same counts for a tree, where the mask gives a row's context in order of positions."""
     mask = dense_mask(batch["tree_ends"], batch["position_ids"], None)[:, 0].flatten(0, 1)
     length = batch["input_ids"].shape[1]
     events = Counter()
@@ -70,7 +70,7 @@ def events_of_tree(batch):
 
 @settings(deadline=None)
 @given(any_pairs, separators, st.booleans(), st.sampled_from(TREES))
-def test_every_scored_row_sees_its_own_sequence_and_nothing_else(pairs, separator, conditioned, layout):
+def test_scored_rows_see_only_their_own_sequence(pairs, separator, conditioned, layout):
     options = {"pad_token_id": PAD, "separator_ids": separator, "conditioned": conditioned}
     tree = condition_pairs(pairs, layout=layout, **options)
     assert events_of_tree(tree) == events_of_rows(condition_pairs(pairs, **options), len(pairs))
@@ -85,7 +85,7 @@ def test_every_scored_row_sees_its_own_sequence_and_nothing_else(pairs, separato
 
 @settings(deadline=None)
 @given(any_pairs, separators, st.booleans())
-def test_a_tree_holds_the_prompt_once_and_padding_sees_and_is_seen_by_itself(pairs, separator, conditioned):
+def test_trees_hold_the_prompt_once_and_isolate_padding(pairs, separator, conditioned):
     options = {"pad_token_id": PAD, "separator_ids": separator, "conditioned": conditioned}
     tree, packed = (condition_pairs(pairs, layout=layout, **options) for layout in TREES)
     copies = 2 if conditioned else 1
@@ -104,7 +104,7 @@ def test_a_tree_holds_the_prompt_once_and_padding_sees_and_is_seen_by_itself(pai
             assert torch.equal(packed[name][0, start : start + length], tree[name][row, :length])
 
 
-def test_a_tree_written_out():
+def test_a_small_tree_by_hand():
     batch = condition_pairs([([5, 6], [7], [8, 9])], pad_token_id=0, separator_ids=[3], layout="tree")
     assert batch["input_ids"].tolist() == [[5, 6, 8, 9, 3, 7, 7, 3, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 2, 3, 4, 5]]
@@ -134,7 +134,7 @@ def test_truncation_and_errors_are_those_of_every_layout(layout):
     st.sampled_from(TREES),
     st.sampled_from([None, 1, 40, 130, 1000]),
 )
-def test_the_block_mask_says_of_each_block_and_token_what_the_dense_mask_says(lengths, layout, window):
+def test_the_block_mask_equals_the_dense_mask(lengths, layout, window):
     batch = condition_pairs([[[1] * n for n in pair] for pair in lengths], pad_token_id=0, layout=layout)
     ends, positions = batch["tree_ends"], batch["position_ids"]
     dense = dense_mask(ends, positions, window)
@@ -171,7 +171,7 @@ def scored_hidden(model, batch):
 
 
 def loss_of(model, pairs, layout, **options):
-    """The loss in any layout; a tree's output has the fields of the rows layout's."""
+    """Return the loss in any layout. A tree's output has the same fields as the rows layout's."""
     conditioned = options.pop("conditioned", True)
     separator = options.pop("separator_ids", ())
     batch = condition_pairs(pairs, pad_token_id=PAD, layout=layout, conditioned=conditioned, separator_ids=separator)
@@ -215,7 +215,7 @@ def all_float64(monkeypatch):
 
 @pytest.fixture
 def flex_in_eager_mode():
-    """flex_attention without its compiler: the same mathematics, from the BlockMask's token-wise function."""
+    """Run flex_attention's mathematics without its compiler, from the BlockMask's token-wise function."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -248,7 +248,7 @@ SEVEN = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "mixtral"]
 
 
 def real_pairs():
-    """Real pairs as bytes, in a few lengths that a tiny model reads quickly."""
+    """Return real pairs as bytes, with a few lengths that a tiny model processes quickly."""
     file = os.environ.get("INSPO_PAIRS")
     if not file:
         pytest.skip("set INSPO_PAIRS to a .jsonl file of prompt, chosen, rejected")
@@ -263,7 +263,7 @@ def real_pairs():
 
 
 def fit(model_type, pairs, layout, dtype, steps):
-    """Loss, gradients of the first step and weights after the last one."""
+    """Return the loss, the first step's gradients and the last step's weights."""
     torch.manual_seed(0)
     model = make_model(model_type, dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -293,12 +293,12 @@ def assert_fits_agree(model_type, pairs, dtype, tolerance, steps):
 
 
 @pytest.mark.parametrize("model_type", SEVEN)
-def test_loss_gradients_and_weights_after_20_steps_are_those_of_rows(model_type, all_float64):
+def test_trees_train_as_rows_for_20_steps(model_type, all_float64):
     assert_fits_agree(model_type, PAIRS, torch.float64, 1e-9, steps=20)
 
 
 @pytest.mark.parametrize("model_type", SEVEN)
-def test_the_same_in_float32(model_type):
+def test_float32_trees_train_as_rows(model_type):
     assert_fits_agree(model_type, PAIRS, torch.float32, 1e-5, steps=20)
 
 
@@ -381,14 +381,14 @@ DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         (lambda: tiny("llama", rope_parameters=DYNAMIC_ROPE), "rotary embedding .dynamic. depends on the longest"),
     ],
 )
-def test_a_model_that_cannot_read_trees_is_refused_with_the_reason(make, reason):
+def test_models_that_cannot_read_trees_are_refused(make, reason):
     model = make()
     assert re.search(reason, tree_unsupported(model))
     with pytest.raises(ValueError, match=reason):
         tree_attention_mask(condition_pairs(PAIRS, pad_token_id=PAD, layout="tree"), model)
 
 
-def test_a_model_that_was_changed_is_refused_with_the_reason():
+def test_a_changed_model_is_refused_with_the_reason():
     model = make_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     assert re.search("'flash_attention_2' takes no mask.*attn_implementation='sdpa'", tree_unsupported(model))
@@ -403,7 +403,7 @@ def test_a_model_that_was_changed_is_refused_with_the_reason():
     assert re.search("no mask is known for layers of type chunked_attention", tree_unsupported(model))
 
 
-def test_the_dense_masks_of_eager_attention_have_a_longest_row():
+def test_dense_masks_have_a_longest_row():
     length = MAX_DENSE_TOKENS + 1
     batch = condition_pairs([([1] * (length - 4), [1], [1])], pad_token_id=0, layout="tree")
     assert batch["input_ids"].shape[1] == length
@@ -414,7 +414,7 @@ def test_the_dense_masks_of_eager_attention_have_a_longest_row():
         assert tree_attention_mask(batch, use_attention(model, attention)).shape == (1, 1, length, length)
 
 
-def test_the_mask_of_paths_is_refused_where_its_numbers_would_be_read():
+def test_the_lazy_tree_mask_cannot_be_read():
     mask = tree_attention_mask(condition_pairs(PAIRS, pad_token_id=PAD, layout="tree"), make_model("llama"))
     for read in (lambda: mask + 1.0, lambda: mask[:, :, :3, :3], lambda: mask.to(torch.float32)):
         with pytest.raises(RuntimeError, match="the mask of a tree holds no numbers"):

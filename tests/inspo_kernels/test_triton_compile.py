@@ -1,4 +1,4 @@
-"""The kernels compiled for GPUs that need not be there, in processes of their own: here Triton may be interpreting."""
+"""Compile the kernels for GPUs that need not exist, in separate processes, because Triton may be interpreting here."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_one_case_of_every_kernel_on_every_architecture(tmp_path):
     for (kernel, target), row in rows.items():
         assert row["widest_load"] == 16 and row["registers"] > 16 and row["rows_in_64_bits"], (kernel, target)
         assert row["stack_bytes"] == 0
-        assert row["shared_bytes"] <= 48 << 10  # what any GPU gives a program unasked: sm_86 and sm_89 have little more
+        assert row["shared_bytes"] <= 48 << 10  # every GPU's default limit; sm_86 and sm_89 have little more
     for target in ("sm_80", "sm_90", "sm_100", "sm_120"):
         row = rows["row_pass", target]
         assert row["loop"]["loads"] == {"16": 2} and row["loop"]["stores"] == {"16": 1} and row["loop"]["special"] == 8
@@ -137,11 +137,11 @@ print(json.dumps(found))
 """
 
 
-BUDGET_AT = 2  # of what SABOTAGE prints
+BUDGET_AT = 2  # lines that SABOTAGE prints
 
 
 @pytest.mark.sweep
-def test_report_notices_what_it_is_for():
+def test_report_detects_planted_problems():
     done = python("-c", SABOTAGE)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -154,7 +154,7 @@ def test_report_notices_what_it_is_for():
         "does not compile",
     )
     over_budget = found.pop(BUDGET_AT)
-    for what in ("instructions an element, budget 14", "special", "registers, budget 20", "programs, budget 17"):
+    for what in ("instructions per element, budget 14", "special", "registers, budget 20", "programs, budget 17"):
         assert any(what in problem for problem in over_budget), (what, over_budget)
     for problems, words in zip(found, expected, strict=True):
         assert any(words in problem for problem in problems), (problems, words)
@@ -183,8 +183,8 @@ print(json.dumps([sum(len(compiled) for compiled, *_ in k.device_caches.values()
 """
 
 
-def test_lengths_and_starts_compile_nothing_anew():
-    """They change from batch to batch, and a compilation takes seconds."""
+def test_lengths_and_starts_do_not_recompile():
+    """Lengths and starts change from batch to batch, and a compilation takes seconds."""
     done = python("-c", LENGTHS)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [1, 1, 1]
@@ -210,12 +210,12 @@ def test_launches_of_tests_are_recorded_and_compiled(tmp_path):
     done = python("-c", REPLAYED, str(file))
     assert done.returncode == 0, done.stderr
     launches, compiled, bad, kernels = map(int, done.stdout.splitlines()[-1].split())
-    # Launches that differ in no way that a compiler sees are compiled once.
+    # Launches that are equal for the compiler are compiled once.
     assert kernels == 2 and bad == 0 and 10 < compiled < 2 * launches
 
 
 @pytest.mark.sweep
-def test_interpreter_and_empty_selection_are_errors():
+def test_the_interpreter_and_an_empty_selection_are_errors():
     done = python("-m", "benchmarks.compile_report", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "unset it" in done.stderr
     done = python("-m", "benchmarks.compile_report", "--only", "nothing")

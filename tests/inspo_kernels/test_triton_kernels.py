@@ -1,4 +1,4 @@
-"""Each Triton kernel against its formula: what the public functions cannot show."""
+"""Test each Triton kernel against its formula, in cases that the public functions cannot produce."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ triton, tl = triton_setup.triton, triton_setup.tl
 
 
 def rows_of_logits(vocab, n=4, scale=1.0, dtype=torch.float32, seed=0):
-    """Raw products in rows of the padded stride, the padding full of NaN, and targets."""
+    """Return raw logits in rows with the padded stride (padding is NaN), and targets."""
     g = torch.Generator().manual_seed(seed)
     raw = torch.full((n, config.padded_vocab(vocab)), torch.nan, dtype=dtype)
     raw[:, :vocab] = scale * torch.randn(n, vocab, generator=g)
@@ -29,7 +29,7 @@ def rows_of_logits(vocab, n=4, scale=1.0, dtype=torch.float32, seed=0):
 
 
 def run_row_pass(raw, targets, vocab, e=None, bias=None, softcap=None, logit_scale=1.0, words=None, wanted=frozenset()):
-    """Sums of the rows, tile by tile of ``words`` columns, and how often each row's offset was raised."""
+    """Return the rows' sums, computed in tiles of ``words`` columns, and how often each offset was raised."""
     n, stride = raw.shape
     words = words or stride
     outside = (targets < 0) | (targets >= vocab)
@@ -67,7 +67,7 @@ def logps_of(sums, vocab):
 
 
 def dlogits(raw, targets, vocab, softcap, logit_scale):
-    """d logp / d(scaled logits before the cap), float64, by torch."""
+    """Return d logp / d(scaled logits before the cap) in float64, by torch."""
     z = (logit_scale * raw[:, :vocab].double()).requires_grad_()
     capped = z if softcap is None else softcap * (z / softcap).tanh()
     logps = capped.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
@@ -131,7 +131,7 @@ def test_statistics_of_a_row(softcap, words):
 
 
 @pytest.mark.parametrize("words", [None, 256])
-def test_an_offset_that_is_too_low_is_raised_exactly(words):
+def test_low_offsets_are_raised_exactly(words):
     block = config.row_pass(ARCH, 10**5, torch.float32, None).block
     vocab = 2 * block + 100
     raw, targets = rows_of_logits(vocab)
@@ -168,8 +168,8 @@ def test_nan_and_infinite_logits_are_not_hidden(position):
 
 @pytest.mark.parametrize("e_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("label", [-1, -100, 100, 127, 128, 10**6, 2**31, 2**32, -(2**40)])
-def test_labels_out_of_range_touch_no_memory_and_are_noticed(label, e_dtype):
-    """2^32 is 0 in 32 bits; 100..127 is padding; the rows around the one in question are guards."""
+def test_out_of_range_labels_read_no_memory(label, e_dtype):
+    """2^32 is 0 in 32 bits, and 100..127 is padding. The neighbouring rows are guards."""
     vocab, n = 100, 3
     raw, targets = rows_of_logits(vocab, n)
     targets[1] = label
@@ -182,7 +182,7 @@ def test_labels_out_of_range_touch_no_memory_and_are_noticed(label, e_dtype):
 
 
 def test_float16_holds_the_complement_of_a_flat_row():
-    """S' is 128,255 there, twice float16's largest number."""
+    """S' of a flat row is 128,255, twice float16's largest number."""
     vocab = 128256 if ARCH != "interpreter" else 70000
     raw = torch.zeros(1, config.padded_vocab(vocab), device=DEVICE)
     e = torch.empty_like(raw, dtype=torch.float16)
@@ -196,7 +196,7 @@ def test_float16_holds_the_complement_of_a_flat_row():
 @pytest.mark.parametrize("hidden", [1, 64, 100])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 3e-7), (torch.float32, 3e-7), (torch.float64, 1e-15)])
 def test_label_logits(dtype, tolerance, hidden, label):
-    """Of a weight in either order of memory; a label out of range is noticed."""
+    """Test weights in both memory orders. A label out of range raises an error."""
     x, weight, targets = (t.to(DEVICE) for t in matrices(5, hidden, 100, dtype))
     targets[3] = label
     expected = (x.double() * weight.double()[targets.clamp(0, 99)]).sum(1)
@@ -229,7 +229,7 @@ APART = 2**30  # elements from row to row: the third row starts where 32 bits en
 
 @pytest.fixture
 def far_rows(request, tmp_path):
-    """A function that moves three rows of a matrix far apart, on a CPU into a file that is empty between them."""
+    """Return a function that moves three rows of a matrix far apart; on a CPU they lie in a sparse file."""
     if request.config.getoption("--sanitize", False):
         pytest.skip("the sanitizer copies all memory of a launch")
 
@@ -247,7 +247,7 @@ def far_rows(request, tmp_path):
 
 @pytest.mark.parametrize("kernel", ["row_pass", "label_logits", "bias_gradient"])
 def test_rows_may_lie_beyond_32_bits(kernel, far_rows):
-    """As row 16,743 of 128,256 words does."""
+    """Row 16,743 of 128,256 words lies there."""
     raw, targets = rows_of_logits(100, n=3)
     if kernel == "row_pass":
         e = torch.zeros_like(raw, dtype=torch.bfloat16)

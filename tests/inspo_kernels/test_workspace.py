@@ -1,4 +1,4 @@
-"""Memory that calls on a CPU share: the workspace from call to call, gradients from forward to backward."""
+"""Test memory that calls on a CPU share: the workspace between calls, and gradients from forward to backward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inspo_kernels import workspace
 PAIRS = [(2, 5, 4), (1, 3, 6), (2, 4, 4)]
 V = 500
 CASE = make_case(PAIRS, hidden_size=16, vocab=V, bias=False).to(torch.float32)
-# Groups of one pair each: 16 features are too few to keep E until the backward pass. Single tokens are all kept.
+# Groups have one pair each: with 16 features, E is not kept until the backward pass. Single tokens are all kept.
 BOUND = 9 * V * 4
 ALL_TOKENS = sum(w + l for _, w, l in PAIRS) * V * 4
 
@@ -30,7 +30,7 @@ def small_workspaces_are_kept(monkeypatch):
 
 
 class Allocated(TorchDispatchMode):
-    """Sizes of the storages that operations return, one for each new address."""
+    """Record the sizes of storages that operations return, one per new address."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +84,7 @@ def test_a_second_call_allocates_no_workspace(call, size):
 
 
 @pytest.mark.parametrize("call", [loss_and_gradients, per_token])
-def test_what_a_call_left_changes_no_bit(call):
+def test_leftover_workspace_contents_change_no_bit(call):
     want = call()
     (idle,) = workspace._idle.values()
     idle.fill_(torch.nan)

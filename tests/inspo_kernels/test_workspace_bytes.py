@@ -1,4 +1,4 @@
-"""``workspace_bytes`` beside the memory that a call really takes."""
+"""Compare ``workspace_bytes`` with the memory that a call really takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ N, LONGEST = sum(w + l for w, l in LENGTHS), 512
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that are alive, and the most there ever were."""
+    """Track the bytes of live storages, and their peak."""
 
     def __init__(self, inputs):
         super().__init__()
@@ -72,7 +72,7 @@ def test_deferred_gradients_are_counted():
     assert estimate == pytest.approx(live.peak, rel=0.1)
 
 
-def test_more_rows_than_the_workspace_cost_rows_not_logits():
+def test_rows_beyond_the_workspace_cost_no_logits():
     options = {"dtype": torch.float32, "device": "cpu", "longest_pair": 512, "max_workspace_bytes": 64 << 20}
     small, large = (ik.workspace_bytes(n, 512, 32000, **options) for n in (2048, 8192))
     assert large - small < 6144 * 512 * 4 * 4

@@ -1,4 +1,4 @@
-"""Tiny random models of common architectures, each away from the options at which a mistake would not show."""
+"""Build tiny random models of common architectures, with options at which mistakes change the result."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SIZE = {
 }
 GPT_SIZE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-MOE |= {"experts_implementation": "eager"}  # the grouped product does not take float64
+MOE |= {"experts_implementation": "eager"}  # the grouped matmul does not support float64
 SHARED_EXPERT = {"shared_expert_intermediate_size": 24}
 GEMMA = {"head_dim": 8, "sliding_window": 4}
-# Every option that shapes the logits is away from the value at which ignoring it would go unnoticed.
+# Every option that shapes the logits has a value at which ignoring it would change them.
 OPTIONS = {
     "cohere": {"logit_scale": 0.37},
     "cohere2": {"logit_scale": 0.37, "sliding_window": 4},

@@ -1,4 +1,4 @@
-"""The triton backend on whatever device there is: a GPU, or Triton's interpreter on CPU tensors (see conftest)."""
+"""Set up the triton backend on a GPU or, without one, in Triton's interpreter on CPU tensors (see conftest)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
 def on_device(case: Case) -> Case:
-    """All tensors of a case on the device under test."""
+    """Move all tensors of a case to the device under test."""
     tensors = {f.name: getattr(case, f.name) for f in fields(case)}
     return replace(case, **{name: t.to(DEVICE) for name, t in tensors.items() if isinstance(t, torch.Tensor)})
 
@@ -40,14 +40,14 @@ if INTERPRETED:
     _cast, _dot = _builder.cast_impl, _builder.create_dot
 
     def _cast_to_nearest(self, src, dst_type):
-        """The interpreter truncates float32 to bfloat16; every GPU rounds to nearest."""
+        """Round to nearest, as every GPU does. The interpreter truncates float32 to bfloat16."""
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             rounded = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.uint16)
             return interpreter.TensorHandle(rounded.numpy(), dst_type.scalar)
         return _cast(self, src, dst_type)
 
     def _dot_of_values(self, a, b, *rest):
-        """The interpreter keeps bfloat16 as its bits in integers, and multiplies those."""
+        """Multiply bfloat16 values. The interpreter would multiply their bits, which it keeps as integers."""
         a, b = (_cast(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
         return _dot(self, a, b, *rest)
 
@@ -56,7 +56,7 @@ if INTERPRETED:
     _patch_tensor = interpreter._patch_lang_tensor
 
     def _patch_tensor_with_index(tensor, scope):
-        """Triton 3.6 makes loop bounds by int(array of one element), which numpy 2.5 refuses."""
+        """Give tensors __index__, because Triton 3.6 takes int() of one-element arrays, which numpy 2.5 refuses."""
         _patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 

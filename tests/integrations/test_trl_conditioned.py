@@ -1,4 +1,4 @@
-"""InSPOTrainer with conditioning: against the package's own loss, and what its users see."""
+"""Test InSPOTrainer with conditioning against the package's own loss, and its user-visible behaviour."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ids_of(dataset):
 
 
 def own_loss(policy, reference, triples, **options):
-    """The loss of a plain loop, as the README's first example has it."""
+    """Return the loss of a plain loop, as in the README's first example."""
 
     def forward(model, conditioned):
         batch = ik.condition_pairs(triples, pad_token_id=VOCAB - 2, conditioned=conditioned, **separator)
@@ -119,7 +119,7 @@ def test_token_weights_are_the_same_in_every_layout(tmp_path, layout, options):
 
 
 def test_conditioned_rows_train_as_through_trl(tmp_path):
-    """TRL's trainer reads the same conditioned rows from a collator; its reference, too, is given."""
+    """TRL's trainer gets the same conditioned rows from a collator, and the same reference log-probs."""
     from trl import DPOConfig, DPOTrainer
 
     policy, reference = model(), model(seed=5)
@@ -135,7 +135,7 @@ def test_conditioned_rows_train_as_through_trl(tmp_path):
 
 
 def counted():
-    """Return a counter that sees matmuls added in place, too, which torch's own overlooks."""
+    """Return a counter that also sees in-place additions of matmuls, which torch's own counter misses."""
 
     def in_place(total, a, b, out_shape=None, **kwargs):  # given shapes
         return 2 * a[0] * a[1] * b[1]
@@ -144,7 +144,7 @@ def counted():
 
 
 def head_matmuls(made):
-    """Count the matmuls of the head in one micro-batch, in units of 2NHV, N the pairs' own scored tokens."""
+    """Count the head's matmuls in one micro-batch in units of 2NHV, where N counts the pairs' scored tokens."""
     made.compute_loss(made.model, next(iter(made.get_train_dataloader())))  # the first pass verifies the head
     batch = next(iter(made.get_train_dataloader()))
     refs = made.compute_ref_log_probs(made.ref_model, batch)
@@ -169,7 +169,7 @@ N = sum(w + l + 2 for _, w, l in LENGTHS[:4])
 
 @pytest.mark.parametrize("options", [{}, {"loss_type": ["aot"]}, {"use_weighting": True}], ids=str)
 @pytest.mark.parametrize("layout", ["rows", "packed", "tree"])
-def test_marginals_cost_a_matmul_at_logged_steps_alone(tmp_path, layout, options):
+def test_marginals_cost_a_matmul_only_at_logged_steps(tmp_path, layout, options):
     for steps, matmuls in ((10, 3), (1, 4)):
         made = trainer(tmp_path, layout=layout, logging_steps=steps, **options)
         made.state.logging_steps = steps
@@ -185,14 +185,14 @@ def test_every_loss_type_takes_three_matmuls(tmp_path, loss_type):
 
 
 @pytest.mark.parametrize("loss_type", [["aot"], ["aot_unpaired"], ["sigmoid", "aot"]], ids=str)
-def test_coupled_losses_recompute_what_the_workspace_does_not_hold(tmp_path, monkeypatch, loss_type):
+def test_coupled_losses_recompute_beyond_the_workspace(tmp_path, monkeypatch, loss_type):
     rows, held = 4, 16  # the workspace grows up to fourfold where one call does not fit
     monkeypatch.setattr(torch_backend.TorchBackend, "default_workspace_bytes", lambda *shape: rows * 4 * VOCAB)
     made = trainer(tmp_path, loss_type=loss_type, layout="rows")
     assert head_matmuls(made) == pytest.approx(3 + (N - held) / N, rel=1e-3)
 
 
-def test_marginals_are_reported_at_logged_steps_alone(tmp_path):
+def test_marginals_are_reported_only_at_logged_steps(tmp_path):
     made = run(
         InSPOTrainer,
         InSPOConfig,
@@ -265,7 +265,7 @@ def test_pairs_above_max_length_are_dropped_and_counted(tmp_path, caplog):
 
 
 def test_precomputed_references_follow_their_options(tmp_path):
-    """TRL finds cached log-probs by the fingerprint of the data."""
+    """TRL identifies cached log-probs by the fingerprint of the data."""
     folder = tmp_path / "data"
     pairs().save_to_disk(folder)
     losses = {}

@@ -1,4 +1,4 @@
-"""alternative_dropout in InSPOTrainer: between conditioned and plain, by run, epoch and pair."""
+"""Test alternative_dropout in InSPOTrainer: per run, epoch and pair, between conditioned and plain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def expected_coins(dropout, epoch):
 
 
 def seen_coins(made):
-    """Pair -> whether it is conditioned, for each batch that the trainer's loss reads."""
+    """Return {pair: whether it is conditioned} for each batch that the trainer's loss reads."""
     seen, compute_loss = [], made.compute_loss
 
     def spy(model, inputs, *args, **kwargs):
@@ -37,7 +37,7 @@ def seen_coins(made):
 
 
 def step(made):
-    """Loss and gradients of the first batch."""
+    """Return the loss and gradients of the first batch."""
     made.model.zero_grad()
     loss = made.compute_loss(made.model, next(iter(made.get_train_dataloader())))
     loss.backward()
@@ -53,7 +53,7 @@ def test_dropout_zero_is_inspo_and_one_the_baseline(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_loss_is_each_pairs_in_its_own_layout(tmp_path, layout):
+def test_each_pairs_loss_follows_its_layout(tmp_path, layout):
     policy, reference = model(), model(seed=5)
     made = trainer(tmp_path, copy.deepcopy(policy), reference, layout=layout, alternative_dropout=0.5)
     made.state.logging_steps = 1
@@ -128,7 +128,7 @@ def test_evaluation_conditions_every_pair(tmp_path):
     assert found["eval_marginal/logps/chosen"] == pytest.approx(expected["eval_marginal/logps/chosen"], rel=1e-6)
 
 
-def test_dropping_all_of_a_batch_still_logs_every_metric(tmp_path):
+def test_a_fully_dropped_batch_logs_every_metric(tmp_path):
     made = trainer(tmp_path, alternative_dropout=1.0, max_steps=1)
     made.train()
     logs = made.state.log_history[0]
@@ -145,6 +145,6 @@ def test_dropping_all_of_a_batch_still_logs_every_metric(tmp_path):
         ({"alternative_dropout": 0.5, "loss_type": ["sigmoid", "sft"]}, 'loss_type "sft" needs the log-probs'),
     ],
 )
-def test_what_dropout_cannot_do_is_refused_with_the_reason(tmp_path, options, message):
+def test_unsupported_dropout_options_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **options)

@@ -1,4 +1,4 @@
-"""InSPOTrainer without conditioning against TRL's own DPOTrainer: losses, gradients and metrics of each step."""
+"""Compare InSPOTrainer without conditioning with TRL's DPOTrainer: losses, gradients and metrics of each step."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_options_equal_trl(tmp_path, options):
 
 
 @pytest.mark.sweep
-def test_a_compiled_mixture_is_not_compiled_at_each_step(tmp_path):
+def test_a_compiled_mixture_compiles_once(tmp_path):
     options = {"loss_type": ["sigmoid", "ipo"], "loss_weights": [0.8, 0.3], "conditioned": False}
     options |= {"torch_compile": True, "torch_compile_backend": "eager", "num_train_epochs": 9}
     graphs = []
@@ -76,7 +76,7 @@ def test_a_compiled_mixture_is_not_compiled_at_each_step(tmp_path):
     assert 0 < graphs[0] == graphs[1]
 
 
-# Each loss type beside two others: a mixture adds what its parts give, and treats all types alike.
+# Each loss type together with two others: a mixture adds its parts, and treats all types alike.
 @pytest.mark.sweep
 @pytest.mark.parametrize("second_is", [1, 4])
 @pytest.mark.parametrize("first", LOSS_TYPES)
@@ -95,7 +95,7 @@ def test_every_combination_of_options_equals_trl(tmp_path, loss_type, divergence
     if "use_weighting" in options and loss_type in ("aot", "aot_unpaired", "hinge", "sft"):
         pytest.skip("TRL refuses to weigh aot, and fails in sft and hinge, whose losses it multiplies in place")
     options = {"loss_type": [loss_type], "f_divergence_type": divergence, "beta": 0.1, **SMOOTHED, **options}
-    if divergence == "forward_kl":  # exponents of log-ratios: a large step would multiply rounding, too
+    if divergence == "forward_kl":  # exponents of log-ratios: a large step would also amplify rounding
         options["learning_rate"] = 1e-3
     assert_same(*both(tmp_path, **options))
 

@@ -1,4 +1,4 @@
-"""What an unfit TRL is told, and what this integration takes from it."""
+"""Test the errors for an unsuitable TRL, and what this integration imports from TRL."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_a_missing_method_says_which_trl(monkeypatch):
         importlib.import_module(NAME)
 
 
-def test_two_names_of_trl_are_not_public():
-    """Beside DPOConfig and DPOTrainer."""
+def test_only_two_private_trl_names_are_used():
+    """DPOConfig and DPOTrainer are public; the other two names are not."""
     imported = {
         f"{node.module}.{alias.name}"
         for path in SOURCES.glob("*.py")

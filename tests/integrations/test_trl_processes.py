@@ -1,4 +1,4 @@
-"""InSPOTrainer in two gloo processes, as ``accelerate launch`` starts them."""
+"""Test InSPOTrainer in two gloo processes, started as by ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -98,6 +98,6 @@ def test_every_process_trains_on_the_pairs_that_fit(two):
 
 @pytest.mark.parametrize("head_by_itself", [False, True])
 @pytest.mark.parametrize("layout", ["rows", "packed_tree"])
-def test_sharded_model_gives_the_gradient_of_a_whole_one(two, layout, head_by_itself):
+def test_a_sharded_model_gives_the_same_gradient(two, layout, head_by_itself):
     for outcome in two:
         assert max(outcome[f"sharded {layout} {head_by_itself}"].difference.values()) <= 1e-6

@@ -1,4 +1,4 @@
-"""Vision batches: TRL's collator, condition_batch and InSPOTrainer, on a LLaVA of a few thousand parameters."""
+"""Test vision batches: TRL's collator, condition_batch and InSPOTrainer, with a LLaVA of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_vision_equals_trl(tmp_path):
 
 
 def test_conditioned_images_stay_with_their_prompts(tmp_path):
-    """Each pair alone, with its own image, gives the log-probs that it has in the batch."""
+    """Each pair has the same log-probs alone, with its own image, and in the batch."""
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
     policy, collator = vision_model(0), DataCollatorForVisionPreference(processor())

@@ -1,4 +1,4 @@
-"""A LLaVA of a few thousand parameters, its processor and preference data with images, all made on the spot."""
+"""Build a LLaVA with a few thousand parameters, its processor, and preference data with images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and data for the tests of InSPOTrainer, and one run of any trainer, recorded."""
+"""Make tiny models, tokenizers and data for the tests of InSPOTrainer, and record a run of any trainer."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def pairs(lengths=LENGTHS, seed=1):
 
 
 def recording(trainer_class):
-    """The class, with the loss of each pass kept in ``losses``: what is logged is rounded."""
+    """Return a subclass that keeps each pass's loss in ``losses``, because logged losses are rounded."""
 
     class Recording(trainer_class):
         def compute_loss(self, *args, **kwargs):
@@ -124,7 +124,7 @@ def make(
 
 
 def run(*args, **options):
-    """Train; return losses of the passes, gradients of the steps, and the logged metrics."""
+    """Train, and return the losses of passes, the gradients of steps, and the logged metrics."""
     gradients = Gradients()
     trainer = make(*args, **options)
     trainer.add_callback(gradients)
@@ -149,7 +149,7 @@ TIMED = {
 
 
 def both(folder, policy=None, reference=None, **options):
-    """The same run by DPOTrainer and by InSPOTrainer without conditioning."""
+    """Do the same run with DPOTrainer and with InSPOTrainer without conditioning."""
     from trl import DPOConfig, DPOTrainer
 
     policy = policy or model()
@@ -166,13 +166,13 @@ def assert_same(theirs, ours):
     assert len(theirs.gradients) == len(ours.gradients) > 0
     for expected, found in zip(theirs.gradients, ours.gradients):
         assert expected.keys() == found.keys()
-        # A key's bias, say, has no gradient but rounding.
+        # Some parameters, such as a key's bias, have only rounding as their gradient.
         rounding = 1e-3 * torch.stack([gradient.norm() for gradient in expected.values()]).max()
         for name, gradient in expected.items():
             error = (found[name] - gradient).norm() / gradient.norm().clamp(min=rounding)
             assert error <= 2e-5, (name, error)
     assert [sorted(log) for log in ours.logs] == [sorted(log) for log in theirs.logs]
     for expected, found in zip(theirs.logs, ours.logs):
-        if abs(expected.get("rewards/margins", 1)) < 1e-6:  # the policy is its reference: accuracy is rounding's
+        if abs(expected.get("rewards/margins", 1)) < 1e-6:  # policy equals reference: accuracy is rounding
             expected, found = ({k: v for k, v in log.items() if k != "rewards/accuracies"} for log in (expected, found))
         assert found == pytest.approx(expected, rel=2e-4, abs=2e-5)

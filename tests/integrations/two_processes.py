@@ -1,4 +1,4 @@
-"""Run by test_trl_processes.py in each of two gloo processes: ``two_processes.py FOLDER`` leaves FOLDER/RANK.pt."""
+"""Write FOLDER/RANK.pt for test_trl_processes.py, which runs ``two_processes.py FOLDER`` in two gloo processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from inspo_kernels.integrations.pair_metrics import STATISTICS
 from inspo_kernels.integrations.pair_pass import PairPass, accept_pair_pass, pair_loss
 from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
 
-# Of one length within each rank's batch, so that ranks have different numbers of tokens.
+# Lengths are equal within each rank's batch, so that ranks have different numbers of tokens.
 RUNS = {
     "theirs": (DPOTrainer, DPOConfig, {}),
     "ours": (InSPOTrainer, InSPOConfig, {"conditioned": False}),
@@ -77,7 +77,7 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
         model().save_pretrained(models["policy"])
         model(seed=5).save_pretrained(models["reference"])
     dist.barrier()
-    # Accelerate admits tensor parallelism on accelerators alone, for no reason that concerns what is computed.
+    # Accelerate allows tensor parallelism only on accelerators, although CPUs compute the same results.
     ParallelismConfig._validate_accelerator = lambda *_: None
     config = DistributedConfig(tp_plan="auto")
     loaded = {k: AutoModelForCausalLM.from_pretrained(v, distributed_config=config) for k, v in models.items()}
@@ -106,7 +106,7 @@ def main() -> None:
             outcome[f"sharded {layout} {head_by_itself}"] = {"difference": sharded(layout, head_by_itself)}
     torch.save(outcome, folder / f"{os.environ['RANK']}.pt")
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads may not see the interpreter's end
+    os._exit(0)  # gloo's threads must not outlive the interpreter
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests of the training loop share: a model that takes milliseconds, and the fixture of pairs."""
+"""Share helpers between the tests of the training loop: a model that takes milliseconds, and a fixture of pairs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,23 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PAIRS = Path(__file__).parent / "pairs.jsonl"
+# A run with several passes per step, whose evaluations, checkpoints and logs fall on different steps.
+EVENTFUL = [
+    "--per_device_train_batch_size",
+    "10",
+    "--max_batch_tokens",
+    "500",
+    "--eval_data",
+    str(PAIRS),
+    "--save_steps",
+    "2",
+    "--eval_steps",
+    "2",
+    "--logging_steps",
+    "3",
+    "--weight_decay",
+    "0.1",
+]
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -20,7 +37,7 @@ def tiny_model(seed: int = 0, vocab_size: int = 259, **fields: Any) -> LlamaForC
 
 
 def token_pairs(count: int = 6, seed: int = 0) -> list[tuple[list[int], list[int], list[int]]]:
-    """Ragged random pairs with BOS 1 and EOS 2."""
+    """Return ragged random pairs with BOS 1 and EOS 2."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(low: int, high: int) -> list[int]:
@@ -36,7 +53,7 @@ def write_jsonl(path: Path, records: list[Any]) -> str:
 
 
 def options(output_dir: Path, *more: str) -> list[str]:
-    """A command line that trains the tiny model on the fixture for three steps."""
+    """Return a command line that trains the tiny model on the fixture for three steps."""
     model = [word for name, value in TINY.items() for word in (f"--model.{name}", str(value))]
     base = [
         "--train_data",
@@ -60,6 +77,6 @@ def metrics(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def without_timings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What two runs of the same settings have in common."""
+    """Return the metrics that are equal in two runs with the same settings."""
     measured = {"time", "tokens_per_second", "rss_gib", "peak_memory_gib"}
     return [{name: value for name, value in row.items() if name not in measured} for row in rows]

@@ -1,11 +1,11 @@
-"""Runs that end before their time: the program that tests start, once for all of them.
+"""Kill runs at chosen calls. Tests start this program once for all their runs.
 
     python tests/training/killed.py FILE
 
 FILE holds {name: {"arguments": [...], "patch": [TARGET, CALL, HOW] or null, "file_limit": bytes or null}}. Each run is
-a process of its own with the arguments of training.train. At one call of TARGET (the CALL-th, or the first with the
-text CALL in an argument) it is ended by SIGKILL: "before" the call, "after" it, or "within", when half of the file that
-it writes is on the disk. Prints {name: exit status}; what a run prints is in NAME.txt beside FILE.
+a separate process with the arguments of training.train. SIGKILL ends it at one call of TARGET (the CALL-th, or the
+first with the text CALL in an argument): "before" the call, "after" it, or "within", when half of the file that the
+call writes is on disk. The program prints {name: exit status} and writes each run's output to NAME.txt next to FILE.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import training.output
 from training.train import main
 
 torch.set_num_threads(1)
-training.output.plot_curves = lambda *what: None  # most of such a run's time, and nothing that resuming depends on
+training.output.plot_curves = lambda *what: None  # curves are slow, and resuming does not depend on them
 
 
 def kill() -> None:

@@ -1,6 +1,6 @@
-"""Small runs that tests compare between one process and several; the program of each of the several.
+"""Define small runs that tests compare between one process and several, and the program of each process.
 
-``processes.py FOLDER`` leaves FOLDER/NAME.RANK.pt with what each run gave in each process, and then crashes.
+``processes.py FOLDER`` writes each run's results in each process to FOLDER/NAME.RANK.pt, and then crashes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"r": 2, "alpha": 4.0}, "max_grad_norm": 3.0},
     "bf16": {"bf16": True, "learning_rate": 1e-3},
 }
-# Sharded by torch's own FSDP2, which accelerate does not start on a CPU.
+# torch's own FSDP2 shards here, because accelerate does not start FSDP2 on a CPU.
 SHARDED = ("ragged", "tied", "tree", "frozen head", "lora", "bf16")
 MODEL_FIELDS = ("tie_word_embeddings", "num_hidden_layers")
 
@@ -65,7 +65,7 @@ def model_of(name: str) -> LlamaForCausalLM:
 
 
 def config_of(name: str, folder: Path | None = None) -> TrainConfig:
-    """The options of a run; ``pairs`` of a micro-step are shared by the processes."""
+    """Return the options of a run. The processes share the ``pairs`` of a micro-step."""
     options = {key: value for key, value in RUNS[name].items() if key not in (*MODEL_FIELDS, "freeze", "pairs")}
     pairs = RUNS[name].get("pairs", 6)
     config = TrainConfig(**{**COMMON, **options, "output_dir": folder and str(folder)})
@@ -74,7 +74,7 @@ def config_of(name: str, folder: Path | None = None) -> TrainConfig:
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
-    """Metrics, gradients before clipping of each step (from all processes), and final weights."""
+    """Return metrics, each step's gradients before clipping (from all processes), and final weights."""
     gradients: list[dict[str, torch.Tensor]] = []
     clip = PairTrainer._clip_grad_norm
 
@@ -98,14 +98,14 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 
 
 def sharded(name: str, folder: Path) -> dict[str, Any]:
-    """Log-probs, losses and gradients of two updates by hand, each layer and the whole in FSDP2 where there are two."""
+    """Return log-probs, losses and gradients of two updates by hand. Two processes shard the model with FSDP2."""
     config, model, pairs = config_of(name), model_of(name), [Pair(*ids) for ids in token_pairs(7)]
     if config.lora is not None:
         add_lora(model, config.lora, 0)
     module: nn.Module = PairModel(model.eval(), config.make_objective(), config.marginal_weight)
     if process_count() > 1:
         mesh = init_device_mesh("cpu", (process_count(),))
-        low = torch.bfloat16 if config.bf16 else None
+        low = torch.bfloat16 if config.bf16 else None  # and output_dtype as in accelerate's own policy
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, output_dtype=low)
         for layer in decoder_layers(module, "FSDP2"):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -139,9 +139,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def nan(folder: Path) -> dict[str, Any]:
-    """A pair, which one of the processes has in its forward pass, makes the loss NaN."""
+    """Make the loss NaN with a pair that only one process has in its forward pass."""
     pairs, model = token_pairs(6), tiny_model()
-    pairs[4][1].insert(0, 200)  # a token of this pair alone
+    pairs[4][1].insert(0, 200)  # a token that only this pair has
     with torch.no_grad():
         model.model.embed_tokens.weight[200] = float("nan")
     config = TrainConfig(objective="simpo", per_device_train_batch_size=3, max_batch_tokens=60, max_steps=1)
@@ -186,7 +186,7 @@ FAILURES: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def crash() -> None:
-    """Something breaks in one process alone, which the others cannot know of."""
+    """Raise an error in one process, without the knowledge of the others."""
     forward = PairModel.forward
 
     def broken(self: PairModel, *args: Any, **kwargs: Any) -> Any:

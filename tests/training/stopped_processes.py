@@ -1,10 +1,10 @@
-"""Runs in several processes that SIGTERM reaches in one of them; the program that a launcher starts.
+"""Run training in several processes, one of which gets SIGTERM. A launcher starts this program.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/training/stopped_processes.py FOLDER
 
-FOLDER/one holds checkpoint-2 of a run in one process. Leaves FOLDER/whole (uninterrupted), FOLDER/stopped (stopped and
-resumed), FOLDER/broken_off (the same in an evaluation), FOLDER/reference (the same in the reference pass),
-FOLDER/continued (resumed from FOLDER/one) and FOLDER/RANK.json with what each process saw.
+FOLDER/one holds checkpoint-2 of a run in one process. The program writes FOLDER/whole (uninterrupted), FOLDER/stopped
+(stopped and resumed), FOLDER/broken_off (stopped in an evaluation), FOLDER/reference (stopped in the reference pass),
+FOLDER/continued (resumed from FOLDER/one) and FOLDER/RANK.json with each process's observations.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TWO = [*RUN, "--per_device_train_batch_size", str(PAIRS_OF_A_STEP // 2)]
 
 
 def run(folder: Path, *more: str) -> str | None:
-    """What stopped the run, if something did."""
+    """Run, and return the exception that stopped the run, if any."""
     try:
         train(parse_config(options(folder, *TWO, *more)), quiet=True)
     except (Stopped, SaveError) as stop:
@@ -65,7 +65,7 @@ def terminate_one() -> None:
 
 
 def stopped_in(owner: Any, name: str, when: Callable[..., bool], folder: Path) -> str | None:
-    """The run in ``folder`` gets SIGTERM, in one process, at the first call of ``owner.name`` for which ``when``."""
+    """Send SIGTERM to one process of the run in ``folder``, at the first call of ``owner.name`` that fits ``when``."""
     original = getattr(owner, name)
 
     def patched(*what: Any, **how: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which pairs share a forward pass, for any lengths, budget and number of processes."""
+"""Test which pairs share a forward pass, for any lengths, budget and number of processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
 
 @given(SIZES, st.integers(1, 900), st.integers(1, 9), st.booleans())
-def test_every_pair_once_within_the_budget_and_as_many_passes_in_each_process(sizes, budget, processes, packed):
+def test_every_pair_once_with_equal_passes_per_rank(sizes, budget, processes, packed):
     dealt = micro_batches(sizes, budget, processes, packed=packed)
     assert len(dealt) == processes and len({len(passes) for passes in dealt}) == 1
     passes = [some for of_one in dealt for some in of_one]
@@ -25,12 +25,12 @@ def test_every_pair_once_within_the_budget_and_as_many_passes_in_each_process(si
         assert cost <= budget or len(some.pairs) == 1
         if not some.weight:
             assert [sizes[i] for i in some.pairs] == [min(sizes)]
-    # Nobody repeats a pair while another pass could be divided.
+    # No rank repeats a pair while another pass could be divided.
     assert all(some.weight for some in passes) or all(len(some.pairs) == 1 for some in passes)
 
 
 @given(SIZES, st.integers(1, 900), st.integers(1, 9))
-def test_no_more_passes_than_lengths_and_budget_ask_for(sizes, budget, processes):
+def test_passes_are_as_few_as_possible(sizes, budget, processes):
     dealt = micro_batches(sizes, budget, processes)
     fewest, start, order = 0, 0, sorted(sizes, reverse=True)
     while start < len(order):  # neighbours by length, as many as fit
@@ -40,7 +40,7 @@ def test_no_more_passes_than_lengths_and_budget_ask_for(sizes, budget, processes
 
 
 @given(SIZES, st.integers(1, 900), st.integers(1, 9))
-def test_pairs_of_similar_length_share_a_pass_and_the_costliest_come_first(sizes, budget, processes):
+def test_similar_lengths_share_a_pass_costliest_first(sizes, budget, processes):
     dealt = micro_batches(sizes, budget, processes)
     spans = sorted(
         (min(sizes[i] for i in some.pairs), max(sizes[i] for i in some.pairs))

@@ -1,4 +1,4 @@
-"""What is rendered contains what was given, and what is scored, the model wrote: data that others score wrong."""
+"""Test that rendered text contains the data, and that only the model's text is scored, on data others score wrong."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NO_GENERATION_PROMPT = CHATML[: CHATML.index("{% if add")]
-# As DeepSeek-R1's: what stands before </think> is taken out of every answer.
+# Like DeepSeek-R1's template: it removes the text before </think> from every answer.
 DROPS_THOUGHTS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
-# As Qwen3's: thoughts have a key of their own, and the last answer keeps them.
+# Like Qwen3's template: thoughts have their own key, and the last answer keeps them.
 REASONING = CHATML.replace(
     "{{ m['content'] }}",
     "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m['content'] }}",
@@ -59,7 +59,7 @@ def call(**arguments):
 
 
 def load(tmp_path, records, tokenizer, said=None, **options):
-    """The pairs of ``records`` that can be trained on."""
+    """Return the pairs of ``records`` that can be trained on."""
     log = (said if said is not None else []).append
     options = DataOptions(**{"max_length": 4096, **options})
     pairs = load_pairs(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, options, log)
@@ -88,13 +88,13 @@ def test_responses_that_begin_with_the_prompt_are_refused(tmp_path, prompt, chos
         load(tmp_path, [good, record], tokenizer_with(CHATML))
 
 
-def test_one_word_that_all_responses_begin_with_is_refused(tmp_path):
+def test_a_shared_first_word_is_refused(tmp_path):
     records = [{"prompt": f"Why{i}?", "chosen": f"Why{i}? a", "rejected": f"Why{i}? b"} for i in range(3)]
     with pytest.raises(InputError, match=r"train_data: 'chosen' begins with the prompt.*in each pair \(.*d\.jsonl:1"):
         load(tmp_path, records, byte_tokenizer())
 
 
-def test_answers_that_take_up_the_question_are_counted_and_kept(tmp_path):
+def test_answers_that_repeat_the_question_are_counted(tmp_path):
     said = []
     records = [
         {"prompt": "Hello", "chosen": "Hello! What is it?", "rejected": "Hello there."},
@@ -108,7 +108,7 @@ def test_answers_that_take_up_the_question_are_counted_and_kept(tmp_path):
     )
 
 
-def test_messages_of_the_prompt_are_not_repeated_in_the_responses(tmp_path):
+def test_prompt_messages_are_not_repeated_in_responses(tmp_path):
     tokenizer = tokenizer_with(CHATML)
     plain = {"prompt": [USER], "chosen": says("A"), "rejected": says("B")}
     whole = {"prompt": [USER], "chosen": [USER, *says("A")], "rejected": [USER, *says("B")]}
@@ -117,7 +117,7 @@ def test_messages_of_the_prompt_are_not_repeated_in_the_responses(tmp_path):
     assert pairs[0][:3] == pairs[1][:3] == pairs[2][:3]
 
 
-def test_a_prompt_that_the_conversations_do_not_hold_is_refused(tmp_path):
+def test_a_prompt_missing_from_conversations_is_refused(tmp_path):
     record = {"prompt": "You are a pirate.", "chosen": [USER, *says("A")], "rejected": [USER, *says("B")]}
     with pytest.raises(InputError, match=r"d\.jsonl:1: what 'chosen' and 'rejected' begin with is not 'prompt'"):
         load(tmp_path, [record], tokenizer_with(CHATML))
@@ -148,7 +148,7 @@ def test_tools_that_no_template_reads_are_refused(tmp_path):
     assert len(load(tmp_path, [record | {"tools": []}], tokenizer_with(CHATML))) == 1
 
 
-def test_a_call_that_the_template_drops_is_no_empty_response(tmp_path):
+def test_a_tool_call_dropped_by_the_template_is_counted(tmp_path):
     said = []
     good = {"prompt": [USER], "chosen": says("A"), "rejected": says("B")}
     record = {"prompt": [USER], "chosen": call(city="Köln"), "rejected": says("I cannot.")}
@@ -167,7 +167,7 @@ def test_other_columns_of_the_template_reach_it(tmp_path, name):
     assert texts(load(tmp_path, [record], tokenizer)[0], tokenizer)[0].startswith("<bos>Read me")
 
 
-def test_thoughts_in_a_key_of_their_own_are_scored(tmp_path):
+def test_thoughts_in_their_own_key_are_scored(tmp_path):
     record = {"prompt": [USER], "chosen": says("A", reasoning_content="I think."), "rejected": says("A")}
     tokenizer = tokenizer_with(REASONING)
     (pair,) = load(tmp_path, [record], tokenizer)
@@ -186,7 +186,7 @@ def test_thoughts_in_a_key_of_their_own_are_scored(tmp_path):
         (CHATML.replace("m['content']", "m['content'][:20]"), says("A" * 30), says("B")),
     ],
 )
-def test_pairs_that_the_template_cuts_are_dropped_and_named(tmp_path, template, chosen, rejected):
+def test_pairs_cut_by_the_template_are_dropped(tmp_path, template, chosen, rejected):
     good = {"prompt": [{"role": "user", "content": "Why?"}], "chosen": says("A"), "rejected": says("B")}
     record = {"prompt": good["prompt"], "chosen": chosen, "rejected": rejected}
     said = []
@@ -205,7 +205,7 @@ def test_a_message_that_the_template_ignores_is_found(tmp_path):
         )
 
 
-def test_white_space_and_escapes_are_no_text_left_out(tmp_path):
+def test_white_space_and_escapes_are_not_dropped_text(tmp_path):
     trims = TOOLS.replace("{{ m['content'] }}", "{{ m['content'] | trim }}")
     record = {
         "prompt": [USER],
@@ -276,7 +276,7 @@ def test_a_template_without_generation_prompt_scores_no_header(tmp_path):
     assert without.chat_template == NO_GENERATION_PROMPT  # the caller's own
 
 
-def test_a_separator_of_such_a_template_ends_with_its_header():
+def test_the_separator_ends_with_the_templates_header():
     expected, found = (TextEncoder(tokenizer_with(t)).separator("Better?") for t in (CHATML, NO_GENERATION_PROMPT))
     assert found == expected
 
@@ -286,7 +286,7 @@ def test_a_separator_of_such_a_template_ends_with_its_header():
 
 @pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
 @pytest.mark.parametrize("chat", [False, True])
-def test_half_a_surrogate_pair_is_refused_with_its_line(tmp_path, name, chat):
+def test_lone_surrogates_are_refused_with_their_line(tmp_path, name, chat):
     record = {"prompt": "a", "chosen": "b", "rejected": "c"} | {name: "smile \ud83d"}
     if chat:
         role = {"prompt": "user"}
@@ -295,7 +295,7 @@ def test_half_a_surrogate_pair_is_refused_with_its_line(tmp_path, name, chat):
         load(tmp_path, [{"prompt": "a", "chosen": "b", "rejected": "c"}, record], tokenizer_with(CHATML))
 
 
-def test_half_a_surrogate_pair_is_refused_wherever_text_is_read(tmp_path, capsys):
+def test_lone_surrogates_are_refused_in_every_text(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "\udc80"}])
@@ -309,11 +309,11 @@ def test_half_a_surrogate_pair_is_refused_wherever_text_is_read(tmp_path, capsys
     assert len(load(tmp_path, [whole], byte_tokenizer())) == 1
 
 
-# --- Inputs that change by themselves ---
+# --- Inputs that change over time ---
 
 
 @pytest.mark.parametrize("template", [LLAMA_DATE, "{{ strftime_now('%Y') }}" + CHATML])
-def test_a_template_that_reads_the_clock_is_noted_with_its_cure(tmp_path, template):
+def test_a_template_with_a_clock_is_noted(tmp_path, template):
     record, said = {"prompt": [USER], "chosen": says("A"), "rejected": says("B")}, []
     tokenizer = tokenizer_with(template)
     load(tmp_path, [record], tokenizer, said)
@@ -334,7 +334,7 @@ def test_strings_need_no_note_of_the_clock(tmp_path):
     assert len(said) == 1
 
 
-def test_the_clock_is_part_of_what_kept_pairs_depend_on(monkeypatch):
+def test_cached_pairs_depend_on_a_templates_date(monkeypatch):
     encoder = TextEncoder(tokenizer_with(LLAMA_DATE))
     assert str(datetime.datetime.now().year) in encoder.today() and not TextEncoder(tokenizer_with(CHATML)).today()
 

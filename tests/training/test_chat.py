@@ -28,13 +28,13 @@ CORPUS = [
 USER = {"role": "user", "content": "Why is the sky blue?"}
 CHOSEN, REJECTED = "Because the air scatters blue light.", "Why not?"
 
-# What the templates of known model families do, written down anew: only what matters to where turns begin and end.
+# Templates like those of known model families, reduced to the parts that decide where turns begin and end.
 HEADERS = (
     "{% for m in messages %}<|head|>{{ m['role'] }}</head>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant</head>\n\n{% endif %}"
 )
 LLAMA_3 = "{{ bos_token }}" + HEADERS
-LLAMA_2 = (  # a BOS in front of every exchange
+LLAMA_2 = (  # a BOS before every exchange
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
@@ -55,7 +55,7 @@ DEFAULT_SYSTEM = (
     "{% for m in messages %}<|head|>{{ m['role'] }}\n{{ m['content'] }}<|eot|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant\n{% endif %}"
 )
-# Thoughts are kept in the last answer (an empty block if there are none) and taken out of earlier ones.
+# The last answer keeps its thoughts (or an empty block). Earlier answers lose them.
 THINKING = (
     "{% set last = namespace(user=0) %}"
     "{% for m in messages %}{% if m['role'] == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
@@ -67,7 +67,7 @@ THINKING = (
     "{% if add_generation_prompt %}<|head|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-# EOS stands at the end of the conversation alone, behind the last end of turn.
+# EOS occurs only at the end of the conversation, after the last end of turn.
 EOS_AT_THE_END = HEADERS.replace("{% endif %}", "{% else %}{{ '\n' + eos_token }}{% endif %}")
 NO_END_TOKEN = (
     "{{ bos_token }}{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + '\n\n' }}{% endfor %}"
@@ -78,7 +78,7 @@ del TEMPLATES["chosen"], TEMPLATES["rejected"], TEMPLATES["headers"]
 
 
 def byte_level(template=None, **special):
-    """As Llama 3, Qwen, GPT: merges of bytes within words, digits and runs of white space."""
+    """Return a tokenizer like Llama 3's, Qwen's and GPT's: byte merges within words, digits and white space."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -96,7 +96,7 @@ def byte_level(template=None, **special):
 
 
 def sentence_piece(template=None, **special):
-    """As Llama 2, Mistral 7B: a space is put in front of every stretch of text between special tokens."""
+    """Return a tokenizer like Llama 2's and Mistral 7B's: it adds a space before text that follows a special token."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -131,14 +131,14 @@ def says(text):
 
 
 def tokenise(tokenizer, prompt=(USER,), responses=(CHOSEN, REJECTED)):
-    """(prompt ids, [response ids])"""
+    """Return (prompt ids, [response ids])."""
     encoder = TextEncoder(tokenizer)
     opening, texts = encoder.render_pair(list(prompt), [says(text) for text in responses], "d:1")
     return encoder.prompt(opening), [encoder.response(text, opening, chat=True) for text in texts]
 
 
 def _glyphs(text):
-    """Without the spaces, which sentence pieces put around special tokens, and without the first BOS."""
+    """Remove the first BOS, and the spaces that sentence pieces put around special tokens."""
     return text.replace(" ", "").removeprefix("<s>")
 
 
@@ -147,7 +147,7 @@ BUILDERS = pytest.mark.parametrize("build", [byte_level, sentence_piece])
 
 @BUILDERS
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_pair_reads_as_the_template_writes_it_and_ends_once(name, build):
+def test_a_pair_follows_the_template_and_ends_once(name, build):
     tokenizer = build(TEMPLATES[name])
     prompt, responses = tokenise(tokenizer)
     end = "</s>" if name in ("llama_2", "mistral", "no_end_token") else "<|eot|>"
@@ -158,7 +158,7 @@ def test_a_pair_reads_as_the_template_writes_it_and_ends_once(name, build):
         assert _glyphs(written).startswith(_glyphs(expected))
         assert written.endswith(end) and ids.count(tokenizer.convert_tokens_to_ids(end)) == 1
         assert written.rstrip()[len(tokenizer.decode(prompt)) :].count(end) == 1
-        # The very ids that the whole conversation has: no space and no token is added where the response begins.
+        # The ids equal those of the whole conversation: no space or token is added where the response begins.
         conversation = tokenizer(expected, add_special_tokens=False)["input_ids"]
         if conversation[0] != tokenizer.bos_token_id:
             conversation = [tokenizer.bos_token_id, *conversation]
@@ -168,7 +168,7 @@ def test_a_pair_reads_as_the_template_writes_it_and_ends_once(name, build):
 
 @BUILDERS
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "thinking"])
-def test_a_second_answer_follows_the_first_as_in_the_templates_own_conversation(name, build):
+def test_second_answers_follow_the_templates_conversation(name, build):
     tokenizer = build(TEMPLATES[name])
     prompt, (chosen, rejected) = tokenise(tokenizer)
     ask = {"role": "user", "content": "Give a better answer."}
@@ -177,7 +177,7 @@ def test_a_second_answer_follows_the_first_as_in_the_templates_own_conversation(
         [USER, *says(REJECTED), ask], tokenize=False, add_generation_prompt=True
     )
     expected = tokenizer(conversation, add_special_tokens=False)["input_ids"]
-    row = row[row[0] != expected[0] :]  # a template without a BOS: the prompt has one all the same
+    row = row[row[0] != expected[0] :]  # the template has no BOS, but the prompt has one
     if name == "no_end_token":  # the template has none, so each answer ends with EOS
         row.remove(tokenizer.eos_token_id)
         assert _glyphs(tokenizer.decode(row)).startswith(_glyphs(tokenizer.decode(expected)))
@@ -185,7 +185,7 @@ def test_a_second_answer_follows_the_first_as_in_the_templates_own_conversation(
         assert row[: len(expected)] == expected
 
 
-def test_a_thinking_template_keeps_its_block_in_both_answers_or_in_the_opening_of_both():
+def test_both_answers_keep_the_thinking_block_alike():
     separator = "\n<|head|>user\nBetter?<|eot|>\n<|head|>assistant\n"
     tokenizer = byte_level(THINKING)
     prompt, (chosen, _) = tokenise(tokenizer)
@@ -200,7 +200,7 @@ def test_a_thinking_template_keeps_its_block_in_both_answers_or_in_the_opening_o
     assert tokenizer.decode(TextEncoder(tokenizer).separator("Better?")) == separator + "<think>\n\n</think>\n\n"
 
 
-def test_thoughts_in_the_data_are_scored_in_the_answer_and_leave_the_history_as_the_template_has_it():
+def test_thoughts_are_scored_and_history_follows_the_template():
     tokenizer = byte_level(THINKING)
     thought = "<think>\nI think.\n</think>\n\n" + CHOSEN
     prompt, (chosen,) = tokenise(tokenizer, [USER, *says(thought), USER], [thought])
@@ -208,13 +208,13 @@ def test_thoughts_in_the_data_are_scored_in_the_answer_and_leave_the_history_as_
     assert tokenizer.decode(chosen) == thought + "<|eot|>"
 
 
-def test_a_template_that_opens_with_a_thought_and_drops_it_is_refused_with_what_changes():
+def test_a_template_that_drops_its_opening_thought_is_refused():
     drops = HEADERS.replace("assistant</head>\n\n{% endif %}", "assistant</head>\n\n<think>\n{% endif %}")
     with pytest.raises(InputError, match=r"d:1: .*'<think>\\n' becomes 'Because.*chat_template_kwargs"):
         tokenise(byte_level(drops))
 
 
-def test_a_template_that_refuses_a_role_is_named_with_its_reason():
+def test_a_templates_refusal_of_a_role_is_quoted():
     with pytest.raises(InputError, match=r"d:1: .*roles: system, user.*System role not supported"):
         tokenise(byte_level(GEMMA), [{"role": "system", "content": "Be kind."}, USER])
     with pytest.raises(InputError, match=r"roles: user, user.*roles must alternate"):
@@ -243,7 +243,7 @@ def test_a_template_that_refuses_a_role_is_named_with_its_reason():
         ("{{ raise_exception('never') }}", "cannot render these messages.*never"),
     ],
 )
-def test_a_template_that_cannot_present_an_alternative_says_why(template, message):
+def test_an_unsuitable_template_says_why(template, message):
     with pytest.raises(InputError, match=message):
         TextEncoder(byte_level(template)).separator("Better?")
 
@@ -257,7 +257,7 @@ def test_an_empty_instruction_is_refused():
 @pytest.mark.parametrize(
     ("prompt", "response"), [("Why is the sk", "y blue?"), ("The first ", "answer."), ("12", "345")]
 )
-def test_nothing_is_merged_across_the_joint_and_no_space_is_added_there(prompt, response, build):
+def test_the_joint_adds_no_merge_and_no_space(prompt, response, build):
     tokenizer = build()
     encoder = TextEncoder(tokenizer)
     ids = encoder.response(response, prompt, chat=False)
@@ -271,7 +271,7 @@ TOKENIZERS = {build.__name__: build() for build in (byte_level, sentence_piece)}
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(prompt=TEXTS, response=TEXTS)
-def test_prompt_and_response_read_as_the_two_texts_whatever_stands_at_the_joint(name, prompt, response):
+def test_joined_prompt_and_response_keep_their_text(name, prompt, response):
     tokenizer = TOKENIZERS[name]
     encoder = TextEncoder(tokenizer)
     ids = encoder.response(response, prompt, chat=False)
@@ -280,7 +280,7 @@ def test_prompt_and_response_read_as_the_two_texts_whatever_stands_at_the_joint(
         return
     text = prompt + response
     if name == "sentence_piece":
-        text = text.replace("▁", " ")  # its own sign for a space
+        text = text.replace("▁", " ")  # the tokenizer's own symbol for a space
     assert tokenizer.decode([*encoder.prompt(prompt), *ids], skip_special_tokens=True) == text
 
 
@@ -337,7 +337,7 @@ def saved_model(tmp_path, template=LLAMA_3):
     return str(tmp_path / "base"), tokenizer
 
 
-def test_rows_read_as_a_conversation_and_score_the_same_tokens_as_without_the_turn(tmp_path):
+def test_the_chat_turn_does_not_change_scored_tokens(tmp_path):
     tokenizer = byte_level(LLAMA_3)
     config = TrainConfig(alternative="chat", alternative_instruction="Do better.")
     separator = separator_ids(tokenizer, config)
@@ -373,7 +373,7 @@ def test_the_turn_counts_in_lengths_and_tokens(tmp_path, capsys):
     assert f"and {len(separator)} between them" in capsys.readouterr().err
 
 
-def test_the_turn_makes_another_reference_only_where_the_reference_sees_the_other_response(tmp_path):
+def test_the_turn_changes_only_conditioned_references(tmp_path):
     pairs, model, said = [Pair(*ids) for ids in token_pairs()], tiny_model(initializer_range=0.5), []
     module, found = PairModel(model, ik.DPO()), []
     for conditioned in (False, True):
@@ -394,7 +394,7 @@ def test_the_turn_makes_another_reference_only_where_the_reference_sees_the_othe
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[4], found[5], atol=1e-3)
 
 
-def test_what_cannot_have_such_a_turn_is_said(tmp_path, capsys):
+def test_unsupported_chat_turns_are_reported(tmp_path, capsys):
     with pytest.raises(InputError, match="alternative=chat needs a tokenizer"):
         train(TrainConfig(alternative="chat", max_steps=1), token_pairs(), model=tiny_model(), quiet=True)
     model, _ = saved_model(tmp_path)
@@ -405,7 +405,7 @@ def test_what_cannot_have_such_a_turn_is_said(tmp_path, capsys):
     assert "pairs.jsonl:1: holds strings; alternative=chat needs messages" in capsys.readouterr().err
 
 
-def test_template_switches_of_the_configuration_are_in_data_and_in_final(tmp_path):
+def test_template_switches_reach_data_and_saved_model(tmp_path):
     model, _ = saved_model(tmp_path, THINKING)
     file = tmp_path / "c.yaml"
     file.write_text("chat_template_kwargs: {enable_thinking: false}\n")

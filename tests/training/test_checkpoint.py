@@ -26,7 +26,7 @@ from training.train import train
 
 
 def save(folder, step=1):
-    """A checkpoint with the files of a real one."""
+    """Save a checkpoint with the files of a real checkpoint."""
 
     def write(to):
         for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"):
@@ -47,7 +47,7 @@ def run(folder, frozen=(), **given):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("frozen", [(), ("embed_tokens", "lm_head", "mlp", "layernorm")], ids=["all", "some_frozen"])
-def test_what_is_trained_is_written_and_comes_back(tmp_path, tied, frozen):
+def test_trained_state_is_saved_and_restored(tmp_path, tied, frozen):
     trained = run(tmp_path / "one", frozen, tie_word_embeddings=tied)
     names = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
     written = load_file(tmp_path / "one/checkpoint-2/model.safetensors")
@@ -63,7 +63,7 @@ def test_what_is_trained_is_written_and_comes_back(tmp_path, tied, frozen):
     assert all(torch.equal(again.state_dict()[name], value) for name, value in trained.state_dict().items())
 
 
-def test_a_checkpoint_of_another_model_says_which_tensors_differ(tmp_path):
+def test_another_models_checkpoint_names_differing_tensors(tmp_path):
     run(tmp_path / "one")
     resume = {"resume_from_checkpoint": str(tmp_path / "one/checkpoint-1"), "resume_changed": True}
     with pytest.raises(
@@ -75,7 +75,7 @@ def test_a_checkpoint_of_another_model_says_which_tensors_differ(tmp_path):
 
 
 def test_more_steps_are_no_change(tmp_path):
-    """A finished run goes on, with the rates that the longer schedule has then."""
+    """A finished run continues with the learning rates of the longer schedule."""
     run(tmp_path / "out")
     with pytest.raises(InputError, match="holds a finished run of 2 steps; raise max_steps or num_train_epochs"):
         run(tmp_path / "out", resume_from_checkpoint="auto")
@@ -90,7 +90,7 @@ def test_more_steps_are_no_change(tmp_path):
 
 @pytest.mark.parametrize(("file", "what"), [("optimizer.pt", "optimizer state"), ("model.safetensors", "model")])
 def test_a_checkpoint_without_a_part_is_no_checkpoint(tmp_path, file, what):
-    """Even where the manifest knows of nothing else, a run does not silently go on with a fresh part."""
+    """Even if the manifest does not list the part, a run does not silently continue with a fresh part."""
     path = save(tmp_path)
     (path / file).unlink()
     manifest = json.loads((path / "manifest.json").read_text())
@@ -130,7 +130,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[message for _, message in DAMAGES])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, damage, message):
+def test_a_corrupted_checkpoint_falls_back_to_the_previous(tmp_path, damage, message):
     for step in (9, 10):  # 10 is the newer one: names are compared as numbers
         save(tmp_path, step)
     (tmp_path / "checkpoint-11.partial").mkdir()
@@ -144,14 +144,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dama
 
 
 def test_a_checkpoint_under_another_number_is_not_used(tmp_path):
-    """Its run would take it for a later step, and set it aside."""
+    """Otherwise the run would treat it as a later step and discard it."""
     shutil.copytree(save(tmp_path, 4), tmp_path / "checkpoint-0009")
     said = []
     assert newest_valid(tmp_path, said.append) == (tmp_path / "checkpoint-4", {"step": 4})
     assert "its name says step 0009, but it is of step 4" in said[0]
 
 
-def test_where_all_are_damaged_the_run_does_not_silently_begin_anew(tmp_path):
+def test_all_checkpoints_corrupted_is_an_error(tmp_path):
     assert newest_valid(tmp_path, print) is None
     truncate(save(tmp_path, 3) / "rng_state.pth")
     with pytest.raises(InputError, match=r"every checkpoint .* is damaged"):
@@ -164,7 +164,7 @@ def test_a_checkpoint_may_be_moved(tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["_measure", "_sync"])
-def test_a_failed_save_leaves_the_earlier_one_and_nothing_else(tmp_path, monkeypatch, failing):
+def test_a_failed_save_keeps_only_the_previous_checkpoint(tmp_path, monkeypatch, failing):
     before = save(tmp_path, 1)
 
     def full(*args):

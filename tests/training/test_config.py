@@ -156,7 +156,7 @@ def test_bad_yaml_is_named(tmp_path, text, message):
 
 
 def test_yaml_means_what_it_says(tmp_path, monkeypatch):
-    """YAML reads no as false and knows no home folder; a shell does."""
+    """YAML reads no as false, and does not expand the home folder as a shell does."""
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("RUNS", "/runs")
     file = tmp_path / "c.yaml"
@@ -209,7 +209,7 @@ def test_numbers_in_sections_may_have_exponents(tmp_path):
 
 
 def test_a_default_may_be_written_out(tmp_path):
-    """Also the default of an option that is refused otherwise."""
+    """This includes options that refuse any other value."""
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     given = {name: defaults[name] for name in UNSUPPORTED if defaults[name] is not None}
     for values in (given, given | {"include_num_input_tokens_seen": False}):

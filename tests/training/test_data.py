@@ -78,14 +78,14 @@ def test_text_outside_ascii_survives():
     assert "Schreibe einen Satz über Käse." in [TOKENIZER.decode(p.prompt, skip_special_tokens=True) for p in pairs]
 
 
-def test_messages_are_the_chat_templates_continuation_of_the_prompt(tmp_path):
+def test_messages_continue_the_templates_prompt(tmp_path):
     pair = load_one(tmp_path, {"prompt": [USER], "chosen": says("Because."), "rejected": says("No idea.")})
     whole = TOKENIZER.apply_chat_template([USER, *says("Because.")], tokenize=False)
     assert TOKENIZER.decode(pair.prompt[1:]) + TOKENIZER.decode(pair.chosen) == whole.rstrip("\n")
     assert pair.chosen[-1] == EOS and pair.chosen.count(EOS) == 1
 
 
-def test_a_template_with_its_own_bos_and_end_of_turn_adds_neither_again(tmp_path):
+def test_template_bos_and_end_of_turn_are_not_doubled(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
     tokenizer.chat_template = (
@@ -165,7 +165,7 @@ def test_other_sources_go_through_datasets(tmp_path, monkeypatch):
         load_pairs("no_such/dataset", TOKENIZER)
 
 
-def test_messages_without_a_template_and_a_template_that_rewrites_the_prompt_are_errors(tmp_path):
+def test_missing_and_rewriting_templates_are_errors(tmp_path):
     record = {"prompt": [USER], "chosen": says("A"), "rejected": says("B")}
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -203,7 +203,7 @@ def test_unusable_pairs_are_dropped_counted_and_named(tmp_path):
         select(pairs[1:], max_length=40, truncation="drop")
 
 
-def test_prompts_are_cut_on_the_left_behind_their_bos():
+def test_prompts_are_cut_after_their_bos():
     fits, long = Pair([BOS, 5], [6, EOS], [7, EOS], "x:1"), Pair([BOS, 5, 8, 9], [6, EOS], [7, EOS], "x:2")
     hopeless = Pair([BOS, 5], [6] * 9, [7], "x:3")
     said = []
@@ -213,7 +213,7 @@ def test_prompts_are_cut_on_the_left_behind_their_bos():
     assert said == ["train_data: 3 pairs read, 2 kept; dropped: 1 too long (x:3); noted: 1 truncated (x:2)"]
 
 
-def test_what_stands_between_the_responses_counts_towards_the_length():
+def test_separators_count_towards_the_length():
     pair, said = Pair([BOS, 5, 8], [6, EOS], [7, EOS], "x:1"), []
     options = {"vocab_size": 300, "bos_token_id": BOS, "log": said.append, "separator_length": 3}
     assert select_pairs([pair], "d", TrainConfig(max_length=10), **options) == [pair]

@@ -1,4 +1,4 @@
-"""The demo: its world and judge, the pairs it samples, and the whole path in the quick size."""
+"""Test the demo: its world and judge, its sampled pairs, and the whole program in the quick size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Output folder and printed text of one quick demo, through the command line."""
+    """Run a quick demo through the command line, and return its output folder and printed text."""
     folder = tmp_path_factory.mktemp("quick") / "demo"
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
@@ -48,7 +48,7 @@ def quick_world() -> World:
 
 
 class Parrot:
-    """Stands for a model: answers the n-th row of a batch with the n-th of ``answers``, or with the prompt's word."""
+    """A fake model: it answers the n-th row of a batch with the n-th of ``answers``, or with the prompt's word."""
 
     device = torch.device("cpu")
 
@@ -94,7 +94,7 @@ def test_demonstrations_have_the_stated_shares(world: World) -> None:
     assert kinds["echo"] / 4000 == pytest.approx(0.502, abs=0.025)
 
 
-def test_tokenizer_has_one_token_a_letter_and_keeps_the_text(world: World, tmp_path: Path) -> None:
+def test_tokenizer_has_one_token_per_letter(world: World, tmp_path: Path) -> None:
     tokenizer = world.tokenizer()
     ids = tokenizer("shift abca=")["input_ids"]
     assert len(ids) == 6 and tokenizer.unk_token_id not in ids
@@ -109,7 +109,7 @@ def test_default_model_is_small() -> None:
     assert 200_000 < sum(p.numel() for p in model.parameters()) <= 300_000
 
 
-def test_base_is_fitted_to_all_answers_and_to_nothing_else(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_is_fitted_to_answers_only(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[int], list[int]]] = []
     model_class = type(fit_base(world, world.tokenizer(), replace(Settings.quick(), fit_steps=3, fit_rows=2)))
     forward = model_class.forward
@@ -176,7 +176,7 @@ def test_pair_of_a_prompt(world: World, answers: list[str], rejected: str | None
     assert pairs == expected
 
 
-def test_fine_tunes_differ_in_the_method_alone(tmp_path: Path) -> None:
+def test_fine_tunes_differ_only_in_method(tmp_path: Path) -> None:
     configs = {name: fine_tune_config(name, Settings(), tmp_path).settings() for name in FINE_TUNES}
     dpo, inspo = configs["dpo"], configs["inspo"]
     assert {key for key in dpo if dpo[key] != inspo[key]} == {"conditioned", "output_dir"}
@@ -289,7 +289,7 @@ def test_fine_tuned_models_moved_and_answer_a_prompt(
 
 
 @pytest.mark.sweep
-def test_same_seed_same_results_and_an_own_folder_is_replaced(demo: tuple[Path, str]) -> None:
+def test_same_seed_gives_same_results(demo: tuple[Path, str]) -> None:
     folder, _ = demo
     first = json.loads((folder / "results.json").read_text())
     (folder / "inspo" / "left over").touch()
@@ -300,7 +300,7 @@ def test_same_seed_same_results_and_an_own_folder_is_replaced(demo: tuple[Path, 
     assert first == again
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_other_files_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="choose another"):
         run_demo(Settings.quick(), tmp_path)

@@ -1,4 +1,4 @@
-"""alternative_dropout in a run: between InSPO and the plain baseline, the same coins however the run is carried out."""
+"""Test alternative_dropout in a run: between InSPO and plain, with draws that do not depend on how the run executes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def same_run(one, other, ignored=()):
 
 @pytest.fixture
 def trained_layouts(monkeypatch):
-    """(pair, conditioned) of each training pass, as the batches hold them."""
+    """Return (pair, conditioned) of each training pass, read from the batches."""
     seen = []
     call = Batcher.__call__
 
@@ -88,7 +88,7 @@ def test_each_epoch_throws_new_coins_for_each_pair(trained_layouts):
     assert len({tuple(sorted(found[40 * epoch : 40 * (epoch + 1)])) for epoch in range(3)}) == 3
 
 
-def test_the_loss_is_each_pairs_in_its_own_layout():
+def test_each_pairs_loss_follows_its_layout():
     pairs = token_pairs(8)
     options = {"objective": "simpo", "max_steps": 1, "per_device_train_batch_size": 8, "max_batch_tokens": 60}
     kept = [keeps_alternative(0.5, 3, 0, index) for index in range(8)]
@@ -169,7 +169,7 @@ def test_another_share_is_another_run(tmp_path, capsys):
         ({"alternative_dropout": 1, "objective": "orpo", "sft": "marginal"}, "set sft=chosen"),
     ],
 )
-def test_what_dropout_cannot_do_is_refused_with_the_reason(given, message):
+def test_unsupported_dropout_options_are_refused(given, message):
     with pytest.raises(InputError, match=message):
         TrainConfig(**given)
 

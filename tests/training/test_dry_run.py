@@ -16,7 +16,7 @@ from training.output import locked
 from training.train import dry_run, main
 
 CONFIGS = Path(__file__).parents[2] / "training/configs"
-# What the hub's config.json of each model says, as far as it makes the architecture; published parameter counts.
+# The architecture options in the hub's config.json of each model, and published parameter counts.
 ARCHITECTURES = {
     "llama-3-8b": (
         8_030_261_248,
@@ -104,7 +104,7 @@ def test_configurations_of_real_models_hold_without_their_weights(name, tmp_path
     )
 
 
-def test_each_configuration_is_of_a_known_model_and_says_where_its_values_come_from():
+def test_configurations_name_known_models_and_their_sources():
     files = {file.stem: file.read_text() for file in CONFIGS.glob("*.yaml")}
     assert files.keys() == {*ARCHITECTURES, "tiny"}
     for name in ARCHITECTURES:
@@ -147,7 +147,7 @@ def test_main_plans_and_writes_nothing(tmp_path, capsys):
     assert not out.exists()
 
 
-def test_output_folders_and_trackers_are_refused_as_in_the_run(tmp_path, capsys):
+def test_a_dry_run_checks_folders_and_trackers(tmp_path, capsys):
     done, unfinished, file = tmp_path / "done", tmp_path / "unfinished", tmp_path / "file"
     main(options(done, "--save_steps", "2", "--eval_data", str(PAIRS)))
     shutil.copytree(done, unfinished, ignore=shutil.ignore_patterns("final"))
@@ -177,7 +177,7 @@ def test_output_folders_and_trackers_are_refused_as_in_the_run(tmp_path, capsys)
     assert not list(unfinished.glob("*.partial"))
 
 
-def test_a_folder_with_tokenizer_and_data_is_checked_as_in_the_run(tmp_path):
+def test_a_folder_with_data_is_checked_in_full(tmp_path):
     LlamaConfig(vocab_size=259, max_position_embeddings=64, **TINY).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     messages = {"prompt": [{"role": "user", "content": "a"}]} | {
@@ -204,7 +204,7 @@ def test_any_architecture_is_planned_without_weights(tmp_path):
     assert f"output head of {config.vocab_size} x 8" in planned(TrainConfig(model=str(tmp_path)))
 
 
-def test_pairs_longer_than_the_positions_are_foreseen_without_data(tmp_path):
+def test_a_dry_run_foresees_pairs_beyond_the_positions(tmp_path):
     ARCHITECTURES["llama-3-8b"][1].save_pretrained(tmp_path)
     said = planned(parse_config(words_of("llama-3-8b", tmp_path, "--max_length", "10000")))
     assert "max_length=10000, but pairs of more than 8192 tokens would be refused" in said
@@ -234,7 +234,7 @@ def test_optimizers_and_schedules_are_tried_before_step_one(tmp_path, capsys, wo
         assert not (tmp_path / "out" / "config.yaml").exists()
 
 
-def test_a_folder_in_use_or_below_a_file_is_refused(tmp_path, capsys):
+def test_unusable_output_folders_are_refused(tmp_path, capsys):
     busy = tmp_path / "busy"
     for dry in ("true", "false"):
         with locked(busy), pytest.raises(SystemExit, match="2"):

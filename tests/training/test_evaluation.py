@@ -33,7 +33,7 @@ def test_interval_of_a_mean_without_groups_is_the_textbook_one():
     assert (low, high) == pytest.approx((VALUES.mean().item() - half, VALUES.mean().item() + half))
 
 
-def test_repeating_pairs_of_a_prompt_does_not_narrow_the_intervals():
+def test_repeated_pairs_do_not_narrow_intervals():
     correct = (VALUES > 0).double()
     for interval, values in ((mean_interval, VALUES), (proportion_interval, correct)):
         once = interval(values, OWN_GROUP)
@@ -42,7 +42,7 @@ def test_repeating_pairs_of_a_prompt_does_not_narrow_the_intervals():
         assert independent[1] - independent[0] < 0.6 * (once[1] - once[0])
 
 
-def test_pairs_of_one_prompt_are_one_cluster_of_an_evaluation():
+def test_pairs_of_a_prompt_form_one_cluster():
     pairs = [Pair([1, 9 + i], *ids[1:]) for i, ids in enumerate(token_pairs(12))]
     scores = random_scores(12)
     twice = Scores(*(table.repeat(1, 2) for table in (scores.logps, scores.lengths, scores.marginal_logps)))
@@ -115,7 +115,7 @@ def test_marginal_weight_enters_the_held_out_loss():
 
 
 @pytest.mark.parametrize(("gap", "warned"), [(-0.1, False), (-2.0, True)])
-def test_a_model_that_cannot_take_the_conditioned_layout_is_warned_about(gap, warned):
+def test_a_low_conditioning_gap_warns(gap, warned):
     scores, said = random_scores(), []
     shifted = Scores(scores.marginal_logps + gap * scores.lengths, scores.lengths, scores.marginal_logps)
     starting_report(shifted, None, TrainConfig(), said.append)
@@ -133,7 +133,7 @@ def test_a_reference_of_another_model_is_refused():
 
 
 def scored(chosen, rejected, chosen_len, rejected_len):
-    """Scores of pairs with these log-probs given the prompt alone; given the other response, one nat a token less."""
+    """Return scores of pairs with these prompt-only log-probs; conditioned, they are one nat per token lower."""
     marginals, lengths = torch.tensor([chosen, rejected]).double(), torch.tensor([chosen_len, rejected_len]).double()
     return Scores(marginals - lengths, lengths, marginals)
 
@@ -148,8 +148,8 @@ def test_log_probs_per_token_are_means_over_pairs():
     assert conditioning_gap(scores) == pytest.approx((-1.0, -1.0))
 
 
-def test_preference_for_the_longer_response_leaves_pairs_of_equal_length_out():
-    # The longer one is: chosen and preferred, rejected and preferred, chosen and not preferred; the last are equal.
+def test_length_preference_skips_pairs_of_equal_length():
+    # The longer response is chosen and preferred, rejected and preferred, chosen and not preferred. The last are equal.
     scores = scored([-1.0, -5.0, -9.0, -1.0], [-3.0, -2.0, -2.0, -8.0], [8, 3, 8, 5], [3, 8, 3, 5])
     pairs, ref = [Pair(*ids) for ids in token_pairs(4)], torch.zeros(2, 4, dtype=torch.float64)
     result = evaluate(scores, ref, pairs, TrainConfig())

@@ -1,4 +1,4 @@
-"""What a long run meets: it is killed, stopped, out of disk space, resumed elsewhere or with other settings."""
+"""Test faults of long runs: killed, stopped, out of disk space, resumed elsewhere or with other settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PAIRS, metrics, options, tiny_model, token_pairs, without_timings, write_jsonl
+from helpers import EVENTFUL, PAIRS, metrics, options, tiny_model, token_pairs, without_timings, write_jsonl
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -29,26 +29,9 @@ from training.errors import InputError, Stopped
 from training.output import JsonLines, locked
 from training.train import main
 
-RUN = [
-    "--max_steps",
-    "6",
-    "--per_device_train_batch_size",
-    "10",
-    "--max_batch_tokens",
-    "500",
-    "--eval_data",
-    str(PAIRS),
-    "--save_steps",
-    "2",
-    "--eval_steps",
-    "2",
-    "--logging_steps",
-    "3",
-    "--weight_decay",
-    "0.1",
-]
+RUN = ["--max_steps", "6", *EVENTFUL]
 
-# Name: (function, number of its call or text in an argument, when the run is killed: see killed.py).
+# Name: (function, call number or text in an argument, when to kill the run: see killed.py).
 KILLS = {
     "before the first checkpoint": ("training.output.Window.add", 1, "after"),
     "after a step that was not logged yet": ("training.output.Window.add", 4, "after"),
@@ -68,7 +51,7 @@ KILLS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def no_curves():
-    """They are most of such a run's time."""
+    """Skip drawing curves, which takes most of such a run's time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(output, "plot_curves", lambda *what: None)
         yield
@@ -107,7 +90,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("name", KILLS)
-def test_a_killed_run_that_is_resumed_equals_the_uninterrupted_one(killed, uninterrupted, name):
+def test_a_killed_run_resumes_to_the_same_result(killed, uninterrupted, name):
     folder, statuses = killed
     assert statuses[name] == -signal.SIGKILL
     if name == "after the final model":
@@ -119,8 +102,8 @@ def test_a_killed_run_that_is_resumed_equals_the_uninterrupted_one(killed, unint
     assert_equal_runs(uninterrupted, folder / name)
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(killed, uninterrupted):
-    """RLIMIT_FSIZE: the model's file fits, the optimizer's, twice as large, does not."""
+def test_a_full_disk_costs_only_a_checkpoint(killed, uninterrupted):
+    """RLIMIT_FSIZE lets the model's file fit, but not the optimizer's, which is twice as large."""
     folder, statuses = killed
     assert statuses["limited"] == 0
     printed = (folder / "limited.txt").read_text()
@@ -135,9 +118,7 @@ def full(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_is_full_at_the_end_leaves_the_checkpoints_and_says_so(
-    tmp_path, uninterrupted, monkeypatch, capsys
-):
+def test_a_full_disk_at_the_end_keeps_checkpoints(tmp_path, uninterrupted, monkeypatch, capsys):
     out = tmp_path / "out"
     original = training.reporting.model_card
     monkeypatch.setattr(
@@ -194,7 +175,7 @@ def terminate_after(monkeypatch, call):
     monkeypatch.setattr(output.Window, "add", add)
 
 
-def test_sigterm_saves_after_the_step_and_says_how_to_go_on(tmp_path, uninterrupted, monkeypatch, capsys):
+def test_sigterm_saves_and_says_how_to_resume(tmp_path, uninterrupted, monkeypatch, capsys):
     out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         terminate_after(patch, 3)  # while step 3 ends: step 4, which is evaluated, is the last one
@@ -213,7 +194,7 @@ def test_sigterm_saves_after_the_step_and_says_how_to_go_on(tmp_path, uninterrup
 
 @pytest.mark.parametrize(("evaluation", "step"), [(1, 0), (2, 2), (4, 6)])
 @pytest.mark.parametrize("save_every", ["2", "4"])
-def test_sigterm_breaks_an_evaluation_off_and_keeps_its_step(
+def test_sigterm_interrupts_an_evaluation_and_keeps_its_step(
     tmp_path, uninterrupted, monkeypatch, capsys, evaluation, step, save_every
 ):
     def score(module, pairs, *given, **more):
@@ -243,7 +224,7 @@ def test_sigterm_breaks_an_evaluation_off_and_keeps_its_step(
     assert_equal_runs(uninterrupted, out)
 
 
-def test_sigterm_in_an_evaluation_stops_a_run_that_compares_another_metric(tmp_path, monkeypatch, capsys):
+def test_sigterm_in_evaluation_stops_with_any_metric(tmp_path, monkeypatch, capsys):
     original, evaluations = training.reporting.score, iter(range(1, 99))
 
     def score(*given, **more):
@@ -274,7 +255,7 @@ def test_a_schedule_that_follows_evaluations_is_resumed(tmp_path, monkeypatch):
         assert_equal_runs(tmp_path / "whole", out)
 
 
-def test_sigterm_saves_a_run_that_keeps_no_checkpoints_otherwise(tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_without_regular_checkpoints(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         terminate_after(patch, 1)
         with pytest.raises(SystemExit, match="143"):
@@ -286,7 +267,7 @@ def test_sigterm_saves_a_run_that_keeps_no_checkpoints_otherwise(tmp_path, monke
             training.train.train(TrainConfig(max_steps=3), token_pairs(), model=tiny_model(), quiet=True)
 
 
-def test_a_full_disk_after_sigterm_is_said(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_after_sigterm_is_reported(tmp_path, monkeypatch, capsys):
     terminate_after(monkeypatch, 1)
     monkeypatch.setattr(training.resumable, "save_file", full)
     with pytest.raises(SystemExit, match="143"):
@@ -314,7 +295,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert list(checkpoints(tmp_path / "out")) == [3, 4]
 
 
-def test_a_checkpoint_of_the_last_step_only_needs_the_end_of_the_run(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_final_checkpoint_resumes_without_steps(uninterrupted, tmp_path, monkeypatch, capsys):
     out = tmp_path / "elsewhere"
     shutil.copytree(uninterrupted / "checkpoint-6", out / "checkpoint-6")  # nothing else: another machine, say
     data = shutil.copy(PAIRS, tmp_path / "moved.jsonl")
@@ -325,7 +306,7 @@ def test_a_checkpoint_of_the_last_step_only_needs_the_end_of_the_run(uninterrupt
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def test_other_data_or_another_model_in_the_same_place_is_refused_unless_it_is_wanted(tmp_path, capsys):
+def test_changed_data_or_models_are_refused_unless_allowed(tmp_path, capsys):
     records = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     data, base = write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "base"
     main(options(base))
@@ -375,7 +356,7 @@ def test_a_checkpoint_beyond_the_end_is_refused(tmp_path, uninterrupted, capsys)
     assert "checkpoint-6 is of step 6, but the run has 5 steps" in capsys.readouterr().err
 
 
-def test_a_folder_with_checkpoints_of_its_own_is_not_mixed_with_another_run(tmp_path, uninterrupted, capsys):
+def test_checkpoints_of_two_runs_are_not_mixed(tmp_path, uninterrupted, capsys):
     shutil.copytree(uninterrupted / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
     with pytest.raises(SystemExit, match="2"):
         main(options(tmp_path / "out", *RUN, "--resume_from_checkpoint", str(uninterrupted / "checkpoint-4")))
@@ -383,7 +364,7 @@ def test_a_folder_with_checkpoints_of_its_own_is_not_mixed_with_another_run(tmp_
 
 
 def endless_rate(monkeypatch, step):
-    """From ``step`` updates on, the learning rate is infinite."""
+    """Make the learning rate infinite from ``step`` updates on."""
     original = training.resumable.ResumableTrainer.create_scheduler
 
     def create(self, num_training_steps, optimizer=None):
@@ -396,7 +377,7 @@ def endless_rate(monkeypatch, step):
 
 
 def test_divergence_leaves_a_checkpoint_to_go_on_from(tmp_path, uninterrupted, monkeypatch, capsys):
-    """An update without bounds: the loss of step 2 was finite, the parameters after it are not."""
+    """The loss of step 2 is finite, but an unbounded update makes the parameters non-finite."""
     more = [*RUN, "--save_steps", "1", "--save_total_limit", "1"]
     with monkeypatch.context() as patch:
         endless_rate(patch, step=1)
@@ -408,7 +389,7 @@ def test_divergence_leaves_a_checkpoint_to_go_on_from(tmp_path, uninterrupted, m
     assert_equal_runs(uninterrupted, tmp_path / "out")
 
 
-def test_a_loss_that_is_not_finite_names_the_checkpoint_before_it(tmp_path, monkeypatch, capsys):
+def test_a_nonfinite_loss_names_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     endless_rate(monkeypatch, step=2)
     with pytest.raises(SystemExit, match="1"):
         main(options(tmp_path / "out", "--max_steps", "5", "--save_steps", "2"))
@@ -418,7 +399,7 @@ def test_a_loss_that_is_not_finite_names_the_checkpoint_before_it(tmp_path, monk
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which even root cannot write")
-def test_a_folder_that_cannot_be_written_to_is_an_error_of_one_line(capsys):
+def test_an_unwritable_folder_is_a_one_line_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(options(Path("/proc/self/out")))
     assert "output_dir /proc/self/out: cannot be written to" in capsys.readouterr().err
@@ -426,7 +407,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_of_one_line(capsys):
         pass
 
 
-def test_evaluations_on_other_held_out_pairs_are_not_compared(tmp_path, uninterrupted):
+def test_other_held_out_pairs_are_not_compared(tmp_path, uninterrupted):
     out, records = tmp_path / "out", PAIRS.read_text().splitlines()
     shutil.copytree(uninterrupted / "checkpoint-4", out / "checkpoint-4")
     other = tmp_path / "other.jsonl"
@@ -441,7 +422,7 @@ def test_evaluations_on_other_held_out_pairs_are_not_compared(tmp_path, uninterr
     assert "after step 4" in card and "before training" not in card
 
 
-def test_of_lora_a_checkpoint_holds_the_adapter_and_resumes_exactly(tmp_path):
+def test_lora_checkpoints_hold_the_adapter_and_resume_exactly(tmp_path):
     main(options(tmp_path / "base"))
     model = ["--model", str(tmp_path / "base" / "final"), "--lora.r", "2"]
     more = [*RUN, "--keep_best", "false", "--learning_rate", "1e-2"]

@@ -1,4 +1,4 @@
-"""Pairs in the forms that public data sets have, and columns that hold a prompt under another name."""
+"""Test pairs in the forms of public data sets, and columns that hold a prompt under another name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_json_that_holds_no_messages_is_text(tmp_path, text):
 
 
 @pytest.mark.parametrize("part", [{"type": "image", "image": "a.png"}, {"type": "image_url"}, {"type": "input_audio"}])
-def test_parts_that_are_no_text_are_refused_by_name(tmp_path, part):
+def test_non_text_parts_are_refused_by_name(tmp_path, part):
     with pytest.raises(InputError, match=f"d.jsonl:1: a message of 'prompt' has a part of type '{part['type']}'"):
         load(tmp_path, [PLAIN | {"prompt": [parts(USER, part)]}], tokenizer_with(CHATML))
 

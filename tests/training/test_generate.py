@@ -23,7 +23,7 @@ PROMPTS = ["Why?", "What causes the northern lights?", "A", "Name a fruit.", "Te
 
 
 def wild_model(**fields):
-    """Large embeddings make the next byte depend visibly on the prompt."""
+    """Return a model whose large embeddings make the next byte depend visibly on the prompt."""
     return tiny_model(initializer_range=1.0, **fields).eval()
 
 
@@ -36,7 +36,7 @@ def saved(tmp_path):
 
 
 def by_hand(model, ids, count, ends=(2,)):
-    """Greedy, straight from the logits; the answer's ids."""
+    """Return the greedy answer's ids, computed directly from the logits."""
     answer = []
     while len(answer) < count and not (answer and answer[-1] in ends):
         answer.append(model(torch.tensor([[*ids, *answer]])).logits[0, -1].argmax().item())
@@ -86,7 +86,7 @@ def test_answers_end_where_the_model_ends_them():
         assert ids == whole[:stop]
 
 
-def test_in_a_chat_the_templates_end_of_turn_ends_the_answer():
+def test_the_end_of_turn_ends_a_chat_answer():
     model, tokenizer = wild_model(), byte_tokenizer()
     free = batch(model, ["Why?"])[0]
     end = tokenizer.convert_ids_to_tokens(free[4])
@@ -108,7 +108,7 @@ def test_samples_follow_the_seed(saved):
     assert one == again != other
 
 
-def test_a_sample_depends_on_its_own_seed_and_not_on_the_prompts_beside_it():
+def test_a_sample_does_not_depend_on_its_batch():
     model = wild_model()
     together = batch(model, PROMPTS, temperature=3.0)
     alone = [batch(model, [text], temperature=3.0, seeds=[[0, i]])[0] for i, text in enumerate(PROMPTS)]
@@ -117,7 +117,7 @@ def test_a_sample_depends_on_its_own_seed_and_not_on_the_prompts_beside_it():
     assert len({tuple(ids) for ids in same_prompt}) == 4
 
 
-def test_samples_are_draws_from_the_softmax_at_that_temperature():
+def test_samples_follow_the_softmax_at_the_temperature():
     model, count = tiny_model(initializer_range=0.3).eval(), 4000
     prompt = ENCODER.prompt("Why?")
     scores = model(torch.tensor([prompt])).logits[0, -1].double() / 0.5
@@ -129,10 +129,10 @@ def test_samples_are_draws_from_the_softmax_at_that_temperature():
     for token in top.tolist():
         p = expected[token].item()
         assert drawn[token].item() == pytest.approx(p, abs=4.5 * math.sqrt(p * (1 - p) / count))
-    assert expected[top].max() > 0.03  # or the bounds above would say little
+    assert expected[top].max() > 0.03  # otherwise the bounds above would be too weak
 
 
-def test_the_models_own_sampling_settings_are_left_alone_and_without_effect():
+def test_the_models_sampling_settings_have_no_effect():
     model = wild_model()
     free = batch(model, PROMPTS)
     model.generation_config = own = GenerationConfig(
@@ -232,7 +232,7 @@ def test_mt_bench_answers_the_second_turn_after_the_first(saved, tmp_path):
         }
 
 
-def test_mt_bench_samples_at_the_temperature_of_the_category(saved, tmp_path):
+def test_mt_bench_uses_the_categorys_temperature(saved, tmp_path):
     _, folder = saved
     records = [
         {"question_id": i, "category": category, "turns": ["Why?"]}

@@ -1,4 +1,4 @@
-"""Tokenised pairs that are kept in a file: used again, written anew, and read by several processes."""
+"""Test tokenised pairs in a cache file: reused, rewritten, and read by several processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECORDS = [{"prompt": f"Why {i}?", "chosen": f"Ja, {i}\nindeed", "rejected": "Ne
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """The records that are tokenised; sources of any size are kept, in batches of two."""
+    """Record which records are tokenised. Cache sources of any size, in batches of two."""
     monkeypatch.setattr(data, "_KEPT_FROM", 0)
     monkeypatch.setattr(data, "_BATCH", 2)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -36,7 +36,7 @@ def source(tmp_path):
     return write_jsonl(tmp_path / "d.jsonl", RECORDS)
 
 
-def test_tokenised_pairs_are_kept_and_read_again(source, calls):
+def test_tokenised_pairs_are_cached_and_reused(source, calls):
     first = load_pairs(source, TOKENIZER)
     assert len(calls) == 5
     said = []
@@ -47,7 +47,7 @@ def test_tokenised_pairs_are_kept_and_read_again(source, calls):
 
 
 @pytest.mark.parametrize("change", ["data", "template", "tokenizer", "columns"])
-def test_kept_pairs_are_not_used_for_other_inputs(tmp_path, source, calls, change):
+def test_cached_pairs_are_not_used_for_other_inputs(tmp_path, source, calls, change):
     load_pairs(source, TOKENIZER)
     tokenizer, options = byte_tokenizer(), DataOptions()
     if change == "data":
@@ -78,7 +78,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_kept_pairs_are_written_anew(tmp_path, source, calls, damage):
+def test_corrupted_cached_pairs_are_rewritten(tmp_path, source, calls, damage):
     first = [*load_pairs(source, TOKENIZER)]
     (kept,) = (tmp_path / "cache").rglob("*.arrow")
     content = kept.read_bytes()
@@ -89,7 +89,7 @@ def test_damaged_kept_pairs_are_written_anew(tmp_path, source, calls, damage):
     assert kept.read_bytes() == content and load_pairs(source, TOKENIZER) == first and len(calls) == 10
 
 
-def test_half_written_kept_pairs_are_written_anew(tmp_path, source, calls):
+def test_incomplete_cached_pairs_are_rewritten(tmp_path, source, calls):
     first = [*load_pairs(source, TOKENIZER)]
     (kept,) = (tmp_path / "cache").rglob("*.arrow")
     kept.rename(kept.with_name(kept.name.partition("-")[0] + ".unfinished"))
@@ -97,7 +97,7 @@ def test_half_written_kept_pairs_are_written_anew(tmp_path, source, calls):
     assert not [*(tmp_path / "cache").rglob("*.unfinished")]
 
 
-def test_without_a_place_for_the_cache_pairs_are_in_memory(tmp_path, source, calls):
+def test_without_a_cache_folder_pairs_stay_in_memory(tmp_path, source, calls):
     (tmp_path / "cache").write_text("a file")
     said = []
     assert len(load_pairs(source, TOKENIZER, log=said.append)) == 5
@@ -111,7 +111,7 @@ def test_an_error_leaves_nothing_in_the_cache(tmp_path, calls):
     assert not [file for file in (tmp_path / "cache").rglob("*") if file.suffix in (".arrow", ".unfinished")]
 
 
-def test_of_two_readers_at_once_one_tokenises(tmp_path, calls):
+def test_only_one_of_two_readers_tokenises(tmp_path, calls):
     file = write_jsonl(tmp_path / "d.jsonl", RECORDS * 100)
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda tokenizer: load_pairs(file, tokenizer), [byte_tokenizer(), byte_tokenizer()])

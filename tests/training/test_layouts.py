@@ -1,4 +1,4 @@
-"""Runs in trees against the same runs in rows, which layout is chosen, and what happens where a tree is wrong."""
+"""Compare runs in trees with the same runs in rows, and test the choice of layout and the refusal of wrong trees."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BATCHER = Batcher(pad_token_id=0, device=torch.device("cpu"), max_tokens=100, se
 
 
 def choose(wanted, model, pairs=PAIRS, conditioned=True):
-    """The layout, and the line that says why."""
+    """Return the layout, and the line that gives the reason."""
     said = []
     batcher = choose_layout(wanted, model, BATCHER, lengths_of(pairs), conditioned=conditioned, log=said.append)
     assert dataclasses.replace(batcher, layout="rows") == BATCHER
@@ -40,7 +40,7 @@ def choose(wanted, model, pairs=PAIRS, conditioned=True):
     return batcher.layout, line
 
 
-def test_a_tree_is_chosen_where_the_model_reads_one():
+def test_trees_are_chosen_if_the_model_reads_them():
     model, pairs = tiny_model(), PAIRS
     layout, line = choose("auto", model, pairs)
     assert layout == "tree" and "layout: tree" in line and "one in a row" in line
@@ -59,7 +59,7 @@ def test_eager_attention_reads_trees_only_for_long_prompts():
     assert choose("auto", model, [long])[0] == "tree"
 
 
-def test_rows_are_chosen_with_the_reason_and_a_tree_that_was_asked_for_is_an_error():
+def test_unreadable_trees_become_rows_or_an_error():
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"
     layout, line = choose("auto", model)
@@ -94,7 +94,7 @@ def test_scores_and_sizes_are_those_of_the_batches(layout, conditioned):
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 120), st.integers(1, 4))
-def test_packed_passes_hold_every_pair_once_within_the_bound_in_nearly_equal_parts(sizes, most, processes):
+def test_packed_passes_are_balanced_and_within_the_budget(sizes, most, processes):
     dealt = micro_batches(sizes, most, processes, packed=True)
     assert len({len(passes) for passes in dealt}) == 1
     real = [part.pairs for passes in dealt for part in passes if part.weight]
@@ -108,7 +108,7 @@ def test_packed_passes_hold_every_pair_once_within_the_bound_in_nearly_equal_par
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("layout", ["tree", "packed_tree"])
-def test_a_tree_is_trusted_only_where_it_gives_the_logps_of_rows(layout, bf16, monkeypatch):
+def test_trees_must_give_the_logps_of_rows(layout, bf16, monkeypatch):
     model = tiny_model(initializer_range=0.5)  # context has to matter
     module = Autocast(PairModel(model, ik.DPO()), bf16)
     batcher = dataclasses.replace(BATCHER, layout=layout)
@@ -131,7 +131,7 @@ def test_a_tree_is_trusted_only_where_it_gives_the_logps_of_rows(layout, bf16, m
 
 
 class Autocast(torch.nn.Module):
-    """Runs ``module`` as accelerate does."""
+    """Run ``module`` as accelerate does."""
 
     def __init__(self, module, enabled):
         super().__init__()
@@ -143,7 +143,7 @@ class Autocast(torch.nn.Module):
 
 
 def see_everything(batch, model):
-    """What a model sees that ignores its mask: all tokens before, of other branches and pairs, too."""
+    """Imitate a model that ignores its mask: it sees all earlier tokens, also of other branches and pairs."""
     length = batch["input_ids"].shape[1]
     return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
 
@@ -188,12 +188,12 @@ def assert_same_run(one, other, tolerance):
         {"reference_conditioned": True},
     ],
 )
-def test_a_run_in_trees_is_the_run_in_rows(options):
+def test_trees_train_as_rows(options):
     # AdamW turns the sign of a gradient near 0, which is rounding, into a step: hence the eps of the tolerance.
     assert_same_run(run("tree", **options), run("rows", **options), 2e-4)
 
 
-def test_a_run_in_packed_trees_is_the_run_in_rows(monkeypatch):
+def test_packed_trees_train_as_rows(monkeypatch):
     expected = run("rows")
     # flex_attention has no backward on a CPU: here the packed rows get a dense mask.
     packed = lambda layout, model, batcher, lengths, **_: dataclasses.replace(batcher, layout="packed_tree")  # noqa: E731
@@ -209,7 +209,7 @@ def test_autocast_runs_in_trees():
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.05)
 
 
-def test_a_resumed_run_keeps_the_layout_it_began_with_unless_told_otherwise(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_keeps_its_layout(tmp_path, monkeypatch, capsys):
     def start(**options):
         config = TrainConfig(
             output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=5, save_steps=2, **options
@@ -237,7 +237,7 @@ def test_a_cached_reference_is_of_one_layout(tmp_path):
     assert ["computed" in line for line in said] == [True, True, False]
 
 
-def test_without_marginals_no_row_of_theirs_meets_the_head():
+def test_without_marginals_the_head_sees_no_marginal_rows():
     module = PairModel(tiny_model(), ik.DPO())
     ref = torch.zeros(2 * len(PAIRS), dtype=torch.float64)
     for layout in ("rows", "tree", "packed_tree"):

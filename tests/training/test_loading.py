@@ -1,4 +1,4 @@
-"""Models that others read or write wrong: each is refused before step 1, or read and written as it should be."""
+"""Test models that others load or save wrong: each is refused before step 1, or handled correctly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ID = torch.tensor([[1, 50, 60, 70]])
 
 
 def base(folder, **fields):
-    """A saved model with its tokenizer."""
+    """Save a model with its tokenizer."""
     tiny_model(initializer_range=0.5, **fields).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -47,7 +47,7 @@ def run(folder, out, *more):
 
 
 def refused(folder, tmp_path, capsys, *more):
-    """What is said by ``train``, and by its dry run, which must refuse it, too."""
+    """Return the error of ``train``. Its dry run must give the same error."""
     said = []
     for words in ([], ["--dry_run", "true"]):
         with pytest.raises(SystemExit) as stopped:
@@ -116,7 +116,7 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path, capsys):
         assert_matches("lack 1 tensors.*lora_", said)
 
 
-# --- Folders that are damaged ---
+# --- Corrupted folders ---
 
 
 def _vocabulary(folder):
@@ -159,7 +159,7 @@ def _lost_shard(folder):
         (_cut_text("generation_config.json"), r"generation_config.json is damaged"),
     ],
 )
-def test_a_damaged_folder_names_its_file(tmp_path, capsys, damage, named):
+def test_a_corrupted_folder_names_its_file(tmp_path, capsys, damage, named):
     folder = base(tmp_path / "m")
     damage(folder)
     with pytest.raises(SystemExit) as stopped:
@@ -169,7 +169,7 @@ def test_a_damaged_folder_names_its_file(tmp_path, capsys, damage, named):
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_damaged_adapter_names_its_file(tmp_path, capsys, name):
+def test_a_corrupted_adapter_names_its_file(tmp_path, capsys, name):
     run(base(tmp_path / "m"), tmp_path / "out", "--lora.r", "2")
     file = tmp_path / "out/final" / name
     file.write_bytes(file.read_bytes()[:-30])
@@ -178,14 +178,14 @@ def test_a_damaged_adapter_names_its_file(tmp_path, capsys, name):
     assert f"{name} is damaged" in capsys.readouterr().err
 
 
-# --- What can only fail at the end ---
+# --- Failures at the end of a run ---
 
 
 @pytest.mark.parametrize("touched", [False, True])
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0.3, "do_sample": False}, {"top_p": 0.9, "do_sample": False}], ids=str
 )
-def test_a_generation_config_with_warnings_is_saved_as_it_is(tmp_path, settings, touched):
+def test_a_generation_config_with_warnings_is_saved(tmp_path, settings, touched):
     folder = base(tmp_path / "m")
     edit(folder / "generation_config.json", **settings)
     model, tokenizer = load_model(DataOptions(model=str(folder)))
@@ -215,7 +215,7 @@ def test_any_failure_to_save_is_a_save_error(tmp_path, monkeypatch, error):
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2, "modules_to_save": ["norm"]}])
-def test_what_can_be_saved_passes_and_changes_nothing(lora):
+def test_valid_models_pass_the_save_check(lora):
     model = tiny_model()
     if lora:
         add_lora(model, lora, 0)
@@ -224,7 +224,7 @@ def test_what_can_be_saved_passes_and_changes_nothing(lora):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_weights_are_saved_in_the_dtype_that_is_asked_for(tmp_path):
+def test_weights_are_saved_in_the_requested_dtype(tmp_path):
     run(base(tmp_path / "m"), tmp_path / "out", "--save_dtype", "bfloat16")
     final = tmp_path / "out/final"
     assert {tensor.dtype for tensor in load_file(final / "model.safetensors").values()} == {torch.bfloat16}
@@ -259,7 +259,7 @@ def test_a_callers_tokenizer_is_not_changed():
 # --- What cannot run here ---
 
 
-def test_flex_attention_on_a_cpu_is_refused_at_once(tmp_path, capsys, monkeypatch):
+def test_flex_attention_on_a_cpu_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     folder = base(tmp_path / "m")
     for said in refused(folder, tmp_path, capsys, "--attn_implementation", "flex_attention"):
@@ -268,7 +268,7 @@ def test_flex_attention_on_a_cpu_is_refused_at_once(tmp_path, capsys, monkeypatc
         load_model(DataOptions(model={"hidden_size": 16}, attn_implementation="flex_attention"))
 
 
-def test_an_error_of_the_library_gives_advice_for_the_command_line(tmp_path, capsys, monkeypatch):
+def test_library_errors_give_advice_for_the_command_line(tmp_path, capsys, monkeypatch):
     def refuse(*arguments, **more):
         raise ValueError("its head is bent. Call fused_inspo_loss with its parts instead")
 
@@ -299,12 +299,12 @@ def test_an_adapter_that_is_not_whole_is_refused(tmp_path, capsys):
         assert "adapter_config.json names no base_model_name_or_path" in said
 
 
-def test_a_rank_is_a_whole_number(tmp_path, capsys):
+def test_lora_rank_must_be_a_whole_number(tmp_path, capsys):
     for said in refused(base(tmp_path / "m"), tmp_path, capsys, "--lora.r", "2.5"):
         assert "lora: r=2.5 must be a whole number above 0" in said
 
 
-def test_a_damaged_generation_config_is_refused_in_a_dry_run_too(tmp_path, capsys):
+def test_a_dry_run_refuses_a_corrupted_generation_config(tmp_path, capsys):
     folder = base(tmp_path / "m")
     (folder / "generation_config.json").write_text('{"max_length"')
     for said in refused(folder, tmp_path, capsys):
@@ -336,7 +336,7 @@ def test_an_adapter_is_trained_further(tmp_path, capsys):
     assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
-def test_the_reference_of_a_continued_adapter_has_it_on(tmp_path):
+def test_a_continued_adapters_reference_keeps_the_adapter(tmp_path):
     run(base(tmp_path / "m"), tmp_path / "out", "--lora.r", "2", "--learning_rate", "0.1")
     model, _ = load_model(DataOptions(model=str(tmp_path / "out/final")))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -346,7 +346,7 @@ def test_the_reference_of_a_continued_adapter_has_it_on(tmp_path):
     assert torch.equal(reference, model(ID).logits) and has_adapter(model)
 
 
-def test_a_continued_adapter_of_a_bfloat16_base_is_float32(tmp_path):
+def test_continued_adapters_of_bfloat16_bases_are_float32(tmp_path):
     tiny_model().bfloat16().save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
     for dtype in ("float32", "bfloat16"):
@@ -358,8 +358,8 @@ def test_a_continued_adapter_of_a_bfloat16_base_is_float32(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
-def test_an_adapter_on_the_output_head_is_trained_and_trained_further(tmp_path, kind):
-    """What is scored is the head with its adapter, as the merged model has it."""
+def test_an_adapter_on_the_head_trains_and_continues(tmp_path, kind):
+    """The loss scores with the adapted head, like the merged model."""
     folder, out = base(tmp_path / "m"), tmp_path / "out"
     more = [
         "--lora",
@@ -438,7 +438,7 @@ def test_a_lora_option_without_effect_is_refused(lora, message):
     ],
     ids=str,
 )
-def test_options_of_peft_pass_through_to_a_whole_run(tmp_path, lora):
+def test_peft_options_pass_through(tmp_path, lora):
     folder = base(tmp_path / "m")
     more = [word for name, value in lora.items() for word in (f"--lora.{name}", json.dumps(value).strip('"'))]
     if "target_modules" in lora and isinstance(lora["target_modules"], str):
@@ -458,7 +458,7 @@ def test_options_of_peft_pass_through_to_a_whole_run(tmp_path, lora):
 
 
 def quantised(folder, bits, **fields):
-    """A base saved in 4 or 8 bit."""
+    """Return a base that was saved in 4 or 8 bit."""
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
@@ -483,7 +483,7 @@ def test_a_quantised_base_without_an_adapter_is_refused(tmp_path, capsys, quanti
         assert "is quantised, and quantised weights cannot be trained; train an adapter on them" in said
 
 
-def test_a_method_of_quantising_that_cannot_be_read_is_refused(tmp_path, capsys):
+def test_unknown_quantisation_methods_are_refused(tmp_path, capsys):
     folder = base(tmp_path / "m")
     for method in ("gptq", "nonesuch"):
         edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
@@ -491,7 +491,7 @@ def test_a_method_of_quantising_that_cannot_be_read_is_refused(tmp_path, capsys)
             assert f"its quantised weights ({method}) cannot be read" in said
 
 
-def test_without_bitsandbytes_a_quantised_base_says_what_to_install(tmp_path, capsys, monkeypatch):
+def test_quantised_bases_need_bitsandbytes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("training.model.find_spec", lambda name: None)
     folder = base(tmp_path / "m")
     edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
@@ -503,7 +503,7 @@ def test_without_bitsandbytes_a_quantised_base_says_what_to_install(tmp_path, ca
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_quantised_base_trains_an_adapter_that_is_saved_and_resumed(tmp_path, capsys, bits, dtype):
+def test_an_adapter_on_a_quantised_base_resumes(tmp_path, capsys, bits, dtype):
     folder = quantised(tmp_path / "m", bits, dtype=dtype)
     more = ["--lora.r", "2", "--save_steps", "1", "--max_steps", "3", "--learning_rate", "0.1"]
     for out in ("whole", "broken"):
@@ -519,7 +519,7 @@ def test_a_quantised_base_trains_an_adapter_that_is_saved_and_resumed(tmp_path, 
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_whole_base_is_quantised_as_it_is_read(tmp_path, bits):
+def test_an_unquantised_base_is_quantised_on_loading(tmp_path, bits):
     pytest.importorskip("bitsandbytes")
     folder = base(tmp_path / "m", hidden_size=64, intermediate_size=128)
     run(folder, tmp_path / "out", "--lora.r", "2", "--quantization", bits)
@@ -528,7 +528,7 @@ def test_a_whole_base_is_quantised_as_it_is_read(tmp_path, bits):
         load_model(DataOptions(model=str(quantised(tmp_path / "q", 4)), quantization="4bit", lora={}))
 
 
-def test_quantised_parameters_beside_are_in_the_dtype_of_the_run(tmp_path):
+def test_unquantised_parameters_have_the_runs_dtype(tmp_path):
     folder = quantised(tmp_path / "m", 4, dtype=torch.bfloat16)
     model, _ = load_model(DataOptions(model=str(folder), lora={}))
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}

@@ -23,7 +23,7 @@ from training.train import main, train
 
 
 def base(folder, **fields):
-    """A saved base whose answers depend visibly on the prompt; its path."""
+    """Save a base whose answers depend visibly on the prompt, and return its path."""
     tiny_model(initializer_range=0.5, **fields).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return str(folder)
@@ -39,7 +39,7 @@ def run(model, pairs=None, **given):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_only_the_adapter_is_trained_and_the_base_is_as_it_was(tied):
+def test_training_changes_only_the_adapter(tied):
     model = tiny_model(tie_word_embeddings=tied)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = run(model)
@@ -53,7 +53,7 @@ def test_only_the_adapter_is_trained_and_the_base_is_as_it_was(tied):
     assert result.metrics[-1]["loss"] < result.metrics[0]["loss"]
 
 
-def test_without_its_adapter_a_trained_model_is_the_base_and_afterwards_as_it_was():
+def test_disabling_the_adapter_gives_the_base_temporarily():
     ids = torch.tensor([[1, 5, 6, 7]])
     model = tiny_model()
     base_logits = model(ids).logits
@@ -67,7 +67,7 @@ def test_without_its_adapter_a_trained_model_is_the_base_and_afterwards_as_it_wa
 
 
 @pytest.mark.parametrize(("lora", "expected"), [(LoraOptions(r=4), False), (None, True)])
-def test_the_heads_gradient_is_not_computed_where_the_head_is_frozen(monkeypatch, lora, expected):
+def test_a_frozen_head_gets_no_gradient(monkeypatch, lora, expected):
     made = []
     empty = gradients.Gradients.empty.__func__
 
@@ -81,13 +81,13 @@ def test_the_heads_gradient_is_not_computed_where_the_head_is_frozen(monkeypatch
     assert any(weight for _, weight in made) is expected
 
 
-def test_the_first_loss_is_ln_2_and_so_is_that_of_an_adapter_of_another_seed():
+def test_the_first_loss_is_ln_2_for_every_seed():
     for seed in (0, 1):
         (row, _) = run(tiny_model(), conditioned=False, seed=seed).metrics
         assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_the_reference_is_the_base_without_the_adapter_also_where_it_is_built_after_training(tmp_path, capsys):
+def test_the_reference_is_the_base_even_after_training(tmp_path, capsys):
     model = base(tmp_path / "base")
     more = ["--save_steps", "1", "--logging_steps", "1"]
     main(["--model", model, *options(tmp_path / "full", "--max_steps", "1")[8:]])
@@ -97,7 +97,7 @@ def test_the_reference_is_the_base_without_the_adapter_also_where_it_is_built_af
     assert of_lora.name == of_base.name
     assert torch.equal(load_file(of_base)["logps"], load_file(of_lora)["logps"])
 
-    # As if killed after step 2, with the reference lost: it must not become the trained adapter's.
+    # Imitate a kill after step 2 that loses the reference. It must not be recomputed with the trained adapter.
     broken = tmp_path / "broken"
     shutil.copytree(tmp_path / "lora", broken, ignore=shutil.ignore_patterns("final", "checkpoint-3", "reference-*"))
     lora_run(broken, model, *more, "--resume_from_checkpoint", "auto")
@@ -111,14 +111,14 @@ def test_the_reference_is_the_base_without_the_adapter_also_where_it_is_built_af
     ]
 
 
-def test_checkpoints_hold_the_adapter_alone(tmp_path):
+def test_checkpoints_hold_only_the_adapter(tmp_path):
     model = base(tmp_path / "base")
     lora_run(tmp_path / "out", model, "--save_steps", "2")
     kept = load_file(tmp_path / "out/checkpoint-2/model.safetensors")
     assert kept and all("lora_" in name for name in kept)
 
 
-def test_final_is_an_adapter_that_generate_reads_and_peft_merges(tmp_path, capsys):
+def test_the_saved_adapter_generates_and_merges(tmp_path, capsys):
     model = base(tmp_path / "base")
     out = tmp_path / "out"
     lora_run(out, model, "--learning_rate", "1e-1")
@@ -145,7 +145,7 @@ def test_final_is_an_adapter_that_generate_reads_and_peft_merges(tmp_path, capsy
     assert capsys.readouterr().out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
 
 
-def test_an_adapter_beside_another_is_refused(tmp_path):
+def test_a_second_adapter_is_refused(tmp_path):
     lora_run(tmp_path / "out", base(tmp_path / "base"), "--max_steps", "1")
     with pytest.raises(InputError, match=r"holds an adapter.*merge_and_unload\(\)\.save_pretrained"):
         load_model(TrainConfig(model=str(tmp_path / "out/final"), lora={}))
@@ -166,7 +166,7 @@ def test_targets_that_no_adapter_can_have_are_named(targets, message):
         add_lora(tiny_model(), LoraOptions(target_modules=targets), 0)
 
 
-def test_the_adapter_is_float32_and_follows_the_seed_alone():
+def test_the_adapter_is_float32_and_seeded():
     def adapter(seed):
         model = tiny_model().bfloat16()
         before = torch.get_rng_state()
@@ -188,7 +188,7 @@ def test_bfloat16_parameters_and_activation_checkpointing_train_an_adapter():
     assert all(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
 
-def test_the_number_of_trained_parameters_is_told():
+def test_the_number_of_trained_parameters_is_printed():
     model = tiny_model(hidden_size=160, intermediate_size=320)
     total = sum(p.numel() for p in model.parameters())
     add_lora(model, LoraOptions(r=8, target_modules=["q_proj", "v_proj"]), 0)
@@ -196,7 +196,7 @@ def test_the_number_of_trained_parameters_is_told():
     assert size_text(model) == f"{(total + adapter) / 1e6:.2f}M parameters, {adapter / 1e6:.2f}M of them trained (LoRA)"
 
 
-def test_the_section_is_read_from_yaml_and_the_command_line(tmp_path):
+def test_lora_options_come_from_yaml_and_command_line(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("model: m\ntrain_data: d.jsonl\noutput_dir: o\nlora: {r: 8, target_modules: [q_proj, v_proj]}\n")
     config = parse_config(["--config", str(file), "--lora.alpha", "4"])

@@ -1,4 +1,4 @@
-"""The estimate of a run's memory against what a run takes; what bfloat16 parameters lose."""
+"""Compare the estimate of a run's memory with the measured peak, and test the loss of updates in bfloat16."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.memory import GIB, estimate_memory, in_use, lost_updates, report_d
 from training.train import train
 
 CPU = torch.device("cpu")
-# Activations, weights and head each take a good part of the whole.
+# Activations, weights and head each take a large share of the memory.
 FIELDS = {
     "hidden_size": 256,
     "intermediate_size": 768,
@@ -39,12 +39,12 @@ def config_of(name: str) -> TrainConfig:
 
 
 def measure() -> None:
-    """Bytes at the peak of each run of RUNS, above what the process held before it: the program of a fresh process."""
+    """Print the peak bytes of each run in RUNS, above what the process held before. It runs in a fresh process."""
     generator = torch.Generator().manual_seed(0)
     pairs = [tuple(torch.randint(3, 9999, (n,), generator=generator).tolist() for n in (12, 250, 250)) for _ in "abcd"]
     train(TrainConfig(max_steps=1), token_pairs(), model=tiny_model(), quiet=True)  # what is imported late
     peaks = {}
-    for name in ("checkpointed", "kept"):  # the larger one last: it does not live in what the other has left
+    for name in ("checkpointed", "kept"):  # the larger run last, so that it does not fit into memory freed by the other
         gc.collect()  # Trainer is in a cycle
         model = tiny_model(**FIELDS)
         peaks[name] = own_peak(functools.partial(train, config_of(name), pairs, model=model, quiet=True))
@@ -55,7 +55,7 @@ def measure() -> None:
 def peaks() -> dict[str, int]:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here.parents[1]), str(here)])
-    # Freed memory goes back at once, so that the second run is not measured against what the first one left.
+    # Freed memory is returned at once, so that the second run does not start with the first run's memory.
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", "import test_memory; test_memory.measure()"]
     run = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
@@ -84,7 +84,7 @@ def test_checkpointing_saves_what_the_estimate_says(peaks: dict[str, int]) -> No
         assert 0.5 < saved / (estimates["kept"] - estimates["checkpointed"]) < 2
 
 
-def test_processes_that_share_the_model_hold_their_share_and_what_they_gather() -> None:
+def test_sharded_estimates_count_shards_and_gathered_parameters() -> None:
     config = TrainConfig()
     alone, shared = (
         estimate_memory(tiny_model(**FIELDS), config, CPU, tokens=100, longest_pair=50, share=share) for share in (1, 8)
@@ -105,7 +105,7 @@ def test_frozen_parameters_have_neither_gradients_nor_optimizer_state() -> None:
     assert trained.head - memory.head > 4 * 16_000 * 256  # dW, at least
 
 
-def test_the_warning_names_what_helps_and_is_not_there_yet() -> None:
+def test_the_memory_warning_names_unused_remedies() -> None:
     config = TrainConfig()
     memory = estimate_memory(tiny_model(**FIELDS), config, CPU, tokens=4000, longest_pair=50)
     assert memory.warning(memory.total, config) is None
@@ -125,7 +125,7 @@ def test_a_run_says_what_it_will_need(capsys: pytest.CaptureFixture[str], monkey
 
 
 def trained(dtype: torch.dtype, learning_rate: float) -> float:
-    """Share of the head's weights that four steps of a run change."""
+    """Return the share of the head's weights that four steps of a run change."""
     model = tiny_model(vocab_size=48).to(dtype)
     before = model.lm_head.weight.detach().clone()
     config = TrainConfig(
@@ -139,11 +139,11 @@ def trained(dtype: torch.dtype, learning_rate: float) -> float:
     return (model.lm_head.weight != before).float().mean().item()
 
 
-def test_bfloat16_parameters_lose_small_updates_and_the_warning_says_how_many() -> None:
+def test_bfloat16_loses_small_updates_and_warns() -> None:
     model = tiny_model(vocab_size=48).bfloat16()
     for learning_rate in (5e-7, 1e-5, 1e-2):
         kept = trained(torch.bfloat16, learning_rate)
-        # A step of AdamW is at most about the learning rate, so that many weights or more stay as they are.
+        # A step of AdamW is at most about the learning rate, so at least this many weights do not change.
         assert kept <= 1 - lost_updates(model, learning_rate) + 0.05
     assert trained(torch.bfloat16, 5e-7) < 0.05 < 0.9 < trained(torch.float32, 5e-7)
     said: list[str] = []

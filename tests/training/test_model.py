@@ -12,7 +12,7 @@ from training.errors import InputError
 from training.model import byte_tokenizer, check_architecture, load_model, padding_id
 
 
-def test_a_section_builds_the_same_model_for_the_same_seed():
+def test_the_same_seed_builds_the_same_model():
     one, again, other = (load_model(TrainConfig(model=TINY, seed=seed))[0] for seed in (1, 1, 2))
     weights = [model.lm_head.weight for model in (one, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -20,7 +20,7 @@ def test_a_section_builds_the_same_model_for_the_same_seed():
     assert isinstance(gpt2, GPT2LMHeadModel)
 
 
-def test_building_a_model_leaves_the_callers_random_state_alone():
+def test_building_a_model_keeps_the_random_state():
     before = torch.get_rng_state()
     load_model(TrainConfig(model=TINY))
     assert torch.equal(before, torch.get_rng_state())
@@ -86,8 +86,8 @@ def test_a_folder_that_lacks_a_file_says_which(tmp_path, missing, named):
         load_model(TrainConfig(model=str(tmp_path)))
 
 
-def test_a_hub_that_cannot_be_reached_is_said_with_the_file_and_what_to_do(monkeypatch):
-    # As without a network, apart from half a minute of attempts.
+def test_an_unreachable_hub_names_file_and_remedy(monkeypatch):
+    # Imitates a missing network without half a minute of retries.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError) as error:
         load_model(TrainConfig(model="some-org/some-model"))
@@ -110,7 +110,7 @@ def test_half_precision_weights_are_trained_in_float32(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_byte_tokenizer_reads_back_any_text_also_after_saving(tmp_path):
+def test_byte_tokenizer_round_trips_any_text(tmp_path):
     text = "Käse  , 日本\n\t<tag> don't ."
     byte_tokenizer().save_pretrained(tmp_path)
     for tokenizer in (byte_tokenizer(), AutoTokenizer.from_pretrained(tmp_path)):
@@ -132,7 +132,7 @@ def test_a_tokenizer_without_pad_or_eos_token():
 @pytest.mark.parametrize(
     "name", ["{}/nowhere", "./nowhere", "../nowhere", "runs/nowhere", "runs/mine/best", "a/b/c", "~/no"]
 )
-def test_a_path_that_is_not_there_is_not_looked_for_at_the_hub(name, tmp_path, monkeypatch):
+def test_a_missing_path_is_not_searched_on_the_hub(name, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.model.AutoConfig.from_pretrained", lambda *what: pytest.fail("asked the hub"))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: curves, samples, the best model, trackers and the model card."""
+"""Test what a run writes: curves, samples, the best model, trackers and the model card."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def test_tensorboard_shows_the_numbers_of_the_rows(finished, monkeypatch):
         assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-5)
 
 
-def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_read(tmp_path, monkeypatch):
-    (tmp_path / "wandb").mkdir()  # as wandb leaves it in the working directory: no package
+def test_a_missing_tracker_is_an_early_error(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()  # a folder like wandb's in the working directory, which is not a package
     monkeypatch.chdir(tmp_path)
     for name in ("trackio", "wandb"):
         with pytest.raises(InputError, match=rf"report_to={name}: .* pip install {name}"):
             TrainConfig(model="nowhere", train_data="none.jsonl", output_dir=str(tmp_path / "out"), report_to=name)
 
 
-def test_curves_are_drawn_at_each_evaluation_and_a_failure_costs_only_them(tmp_path, monkeypatch, capsys):
+def test_curves_are_drawn_and_failures_are_not_fatal(tmp_path, monkeypatch, capsys):
     def draw(rows, title, file):
         drawn.append(rows[-1]["step"])
         raise OSError("no space")
@@ -88,7 +88,7 @@ def test_curves_are_drawn_at_each_evaluation_and_a_failure_costs_only_them(tmp_p
     assert "curves.png could not be written: no space" in capsys.readouterr().out
 
 
-def test_the_best_model_is_the_one_of_the_best_evaluation(finished):
+def test_the_best_model_has_the_best_evaluation(finished):
     rows = [row for row in metrics(finished) if row["step"] and "eval_loss" in row]
 
     def best_of(some):
@@ -102,7 +102,7 @@ def test_the_best_model_is_the_one_of_the_best_evaluation(finished):
     assert check_checkpoint(finished / "checkpoint-4")["best"] == best_of(rows)
 
 
-def test_better_is_by_accuracy_from_the_prompt_alone_and_ties_by_margin():
+def test_the_best_model_has_best_prompt_only_accuracy():
     def row(step, accuracy, margin, **more):
         return {
             "step": step,
@@ -134,13 +134,13 @@ def test_a_best_model_that_cannot_be_written_does_not_end_the_run(tmp_path, monk
     assert (tmp_path / "out" / "best").is_dir() and (tmp_path / "out" / "final").is_dir()
 
 
-def test_no_best_model_where_none_is_wanted_or_nothing_is_evaluated(tmp_path):
+def test_no_best_model_without_evaluation(tmp_path):
     main(options(tmp_path / "a", *RUN, "--keep_best", "false"))
     main(options(tmp_path / "b"))
     assert not (tmp_path / "a" / "best").exists() and not (tmp_path / "b" / "best").exists()
 
 
-def test_sample_answers_are_greedy_answers_to_held_out_prompts_alone(finished):
+def test_samples_are_greedy_answers_to_held_out_prompts(finished):
     rows = [json.loads(line) for line in (finished / "samples.jsonl").open()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert {row["prompt"] for row in rows} == {json.loads(PAIRS.open().readline())["prompt"]}
@@ -153,7 +153,7 @@ def test_sample_answers_are_greedy_answers_to_held_out_prompts_alone(finished):
     assert last["eval_samples/ended"] == rows[-1]["ended"] == 0
 
 
-def test_answers_stop_at_any_end_and_at_the_models_last_position():
+def test_answers_stop_at_ends_and_last_position():
     module, tokenizer = PairModel(tiny_model(max_position_embeddings=12).eval(), ik.DPO()), byte_tokenizer()
     module.model.generation_config.repetition_penalty = 5.0  # of another use: samples are plain greedy answers
     (long,) = sample_answers(module, [[1, 5, 6]], tokenizer, ends={2}, max_new_tokens=50)
@@ -165,7 +165,7 @@ def test_answers_stop_at_any_end_and_at_the_models_last_position():
     assert short["tokens"] == 1 and short["ended"]
 
 
-def test_the_model_card_says_what_was_done_and_measured(finished):
+def test_the_model_card_describes_the_run(finished):
     card = ModelCard.load(finished / "final" / "README.md")
     assert card.data.base_model is None and card.data.library_name == "transformers"  # a base made of random weights
     evaluations = [row for row in metrics(finished) if "eval_loss" in row]
@@ -188,7 +188,7 @@ def test_the_model_card_says_what_was_done_and_measured(finished):
     assert str(finished) not in card.text
 
 
-def test_the_card_of_a_run_without_evaluation_claims_nothing(tmp_path):
+def test_a_card_without_evaluation_claims_nothing(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path / "out"), max_steps=1, conditioned=False)
     train(config, token_pairs(), model=tiny_model(), quiet=True)
     text = (tmp_path / "out" / "final" / "README.md").read_text()
@@ -196,8 +196,8 @@ def test_the_card_of_a_run_without_evaluation_claims_nothing(tmp_path):
     assert "InSPO" not in ModelCard(text).text and "reward accuracy" not in text
 
 
-def test_a_run_warns_where_answers_from_the_prompt_alone_get_worse(tmp_path, capsys):
-    """A rate so large that a model of random weights forgets both responses."""
+def test_a_run_warns_if_prompt_only_answers_worsen(tmp_path, capsys):
+    """The learning rate is so large that a random model forgets both responses."""
     main(
         options(
             tmp_path / "out", *RUN, "--learning_rate", "1.0", "--lr_scheduler_type", "constant", "--warmup_steps", "0"
@@ -210,7 +210,7 @@ def test_a_run_warns_where_answers_from_the_prompt_alone_get_worse(tmp_path, cap
     assert "fall together" not in capsys.readouterr().out
 
 
-def test_a_run_that_goes_on_in_another_folder_has_a_best_model_there(finished, tmp_path, monkeypatch):
+def test_a_run_resumed_elsewhere_keeps_a_best_model(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(output, "plot_curves", lambda *what: None)
     out = tmp_path / "out"
     monkeypatch.setattr(training.reporting, "is_better", lambda row, best: best is None and row["step"] > 0)
@@ -232,7 +232,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys
     assert said.count("WARNING: TensorBoardCallback failed (ConnectionError: the tracker's server is gone)") == 1
 
 
-def test_lines_reach_a_file_at_once_and_one_that_cannot_be_written_does_not_end_the_run(monkeypatch):
+def test_lines_are_flushed_and_write_errors_tolerated(monkeypatch):
     log = output.RunLog(None, quiet=False)
     raw = io.BytesIO()
     with io.TextIOWrapper(raw) as stream:
@@ -248,7 +248,7 @@ def test_lines_reach_a_file_at_once_and_one_that_cannot_be_written_does_not_end_
             full.close()
 
 
-def test_lines_have_the_time_and_are_kept_in_a_file(tmp_path, capsys):
+def test_log_lines_have_times_and_a_file(tmp_path, capsys):
     main(options(tmp_path / "out", "--logging_steps", "1"))
     lines = capsys.readouterr().out.splitlines()
     (line,) = (line for line in lines if "step     2/3" in line)
@@ -260,7 +260,7 @@ def test_lines_have_the_time_and_are_kept_in_a_file(tmp_path, capsys):
 
 
 def test_the_trained_model_alone_is_uploaded(tmp_path, monkeypatch, capsys):
-    """The hub is not there: what would be sent to it is recorded."""
+    """There is no hub: the test records what would be sent."""
     sent = []
     monkeypatch.setattr(PairTrainer, "init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/mine"))
     monkeypatch.setattr(training.resumable, "upload_folder", lambda **given: sent.append(given))
@@ -276,7 +276,7 @@ def test_the_trained_model_alone_is_uploaded(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "two/final").is_dir()
 
 
-def test_a_repository_that_cannot_be_created_is_refused_before_step_one(tmp_path, monkeypatch, capsys):
+def test_a_failing_hub_repository_is_refused_early(tmp_path, monkeypatch, capsys):
     def fail(*given, **more):
         raise ConnectionError("no network")
 
@@ -287,12 +287,12 @@ def test_a_repository_that_cannot_be_created_is_refused_before_step_one(tmp_path
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
-def test_metrics_for_the_best_model_are_in_each_evaluation(finished):
+def test_every_evaluation_has_the_best_models_metric(finished):
     rows = [row for row in metrics(finished) if "eval_loss" in row]
     assert rows and all(set(METRICS) <= row.keys() for row in rows)
 
 
-def test_without_a_temporary_folder_a_run_says_what_to_set(tmp_path, monkeypatch, capsys):
+def test_a_missing_temporary_folder_names_the_variable(tmp_path, monkeypatch, capsys):
     def full(*given, **more):
         raise OSError("No space left on device")
 
@@ -302,7 +302,7 @@ def test_without_a_temporary_folder_a_run_says_what_to_set(tmp_path, monkeypatch
     assert "make space, or set TMPDIR" in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_from_the_start_names_the_file(tmp_path, capsys):
+def test_a_full_disk_at_the_start_names_the_file(tmp_path, capsys):
     (tmp_path / "out/config.yaml").mkdir(parents=True)
     with pytest.raises(SystemExit, match="1"):
         main(options(tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""Records that read well and train wrong: each is refused, dropped with a count, or named."""
+"""Test records that can be read but would train wrong: each is refused, dropped with a count, or named."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refused(tmp_path, record, message, template=CHATML):
 
 
 def remark(tmp_path, record, template=CHATML, kept=True):
-    """What is said of ``record``, beside one that nothing is wrong with."""
+    """Return the report on ``record``, read together with a correct record."""
     said = []
     assert len(load(tmp_path, [CHAT, record], tokenizer_with(template), said)) == 1 + kept
     return re.search(rf"{'noted: ' if kept else 'dropped: '}1 (.*?) \(.*d\.jsonl:2\)", said[-1] if kept else said[0])[1]
@@ -147,7 +147,7 @@ def test_arguments_of_calls_are_written_as_json(tmp_path, template, arguments, m
     assert len(load(tmp_path, [CHAT | {"chosen": calls(other)}], tokenizer_with(template))) == 1
 
 
-def test_numbers_dropped_from_calls_are_found(tmp_path):
+def test_numbers_dropped_from_tool_calls_are_found(tmp_path):
     drops = CALLS.replace("{{ c.function.arguments }}", "")
     assert remark(tmp_path, CHAT | {"chosen": calls({"a": 12345})}, drops, kept=False).startswith("text left out")
 
@@ -175,7 +175,7 @@ def test_templates_that_need_a_system_message_work(tmp_path):
 
 
 @pytest.mark.parametrize("eos", ["<eos>", "<|im_end|>"])
-def test_a_call_ends_with_its_own_token(tmp_path, eos):
+def test_a_tool_call_ends_with_its_own_token(tmp_path, eos):
     template = CALLS.replace("arguments }}", "arguments | tojson }}").replace(
         "<|im_end|>", "{{ '<|eom|>' if m.tool_calls else '<|im_end|>' }}"
     )
@@ -188,7 +188,7 @@ def test_a_call_ends_with_its_own_token(tmp_path, eos):
     assert trained_ends(pairs, tokenizer) == set(ends)
 
 
-def test_an_ill_written_template_is_named(tmp_path):
+def test_an_invalid_template_is_named(tmp_path):
     refused(tmp_path, CHAT, "the tokenizer's chat template cannot render these messages", "{% for m in %}")
 
 

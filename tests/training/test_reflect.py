@@ -1,4 +1,4 @@
-"""Answers given a draft: the layout of training, the command line, and best-of-two beside it."""
+"""Test answers given a draft: the layout of training, the command line, and the comparison with best-of-two."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def settings(temperature=0.0, count=12, prompts=PROMPTS):
 def test_the_answer_follows_the_draft_as_in_training():
     model, ids = wild_model(), [ENCODER.prompt(text) for text in PROMPTS]
     ended = by_hand(model, ids[0], 12)[3]
-    model.generation_config.eos_token_id = [2, ended]  # some drafts end, the others are cut
+    model.generation_config.eos_token_id = [2, ended]  # some drafts end, others are cut
     drafts = generate_batch(model, ENCODER, ids, **settings())
     found = reflect_batch(model, ENCODER, ids, separator=[40, 41], **settings())
     assert [pair.draft for pair in found] == drafts
@@ -68,7 +68,7 @@ def test_the_command_line_prints_draft_and_answer(saved, capsys):  # noqa: F811
     assert capsys.readouterr().out == f"draft: {texts[0]}\n\nanswer given the draft: {texts[1]}\n"
 
 
-def test_out_gets_a_line_of_draft_and_answer_each(saved, tmp_path):  # noqa: F811
+def test_out_gets_one_line_per_answer(saved, tmp_path):  # noqa: F811
     model, folder = saved
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
     out = tmp_path / "out.jsonl"

@@ -1,4 +1,4 @@
-"""Checkpoints of runs in two processes: stopped by a signal to one, resumed, and exchanged with runs in one process."""
+"""Test checkpoints of two-process runs: stopped by a signal to one process, resumed, and exchanged with one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from training.train import main
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.sweep  # a third kind of launch: others run in each call of the tests
+pytestmark = pytest.mark.sweep  # a third kind of launch; other tests use the others
 RUN = [*OPTIONS, "--per_device_train_batch_size", str(PAIRS_OF_A_STEP)]
 
 
@@ -39,7 +39,7 @@ def weights(run):
     return AutoModelForCausalLM.from_pretrained(run / "final").state_dict()
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on_exactly(folder):
+def test_a_signal_stops_all_ranks_and_resumes_exactly(folder):
     seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
     for run, step in (("stopped", 2), ("broken_off", 2), ("reference", None)):
         assert seen[0][run] == seen[1][run]
@@ -70,7 +70,7 @@ def test_one_process_and_two_read_each_others_checkpoints(folder, tmp_path):
     assert (folder / "whole/samples.jsonl").read_text() == (folder / "one/samples.jsonl").read_text()
 
 
-def test_a_disk_that_is_full_for_one_process_is_known_to_all(folder):
+def test_a_full_disk_reaches_every_rank(folder):
     assert not list((folder / "full").glob("checkpoint-*")) and (folder / "full" / "final").is_dir()
     seen = [json.loads((folder / f"{rank}.json").read_text())["full"] for rank in (0, 1)]
     assert seen[1] == f"in process 0: {seen[0]}" and "no space in the first process" in seen[0]

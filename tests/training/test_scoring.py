@@ -23,7 +23,7 @@ def digest(pairs):
 
 
 def reference(model, cache, said, pairs=PAIRS, bf16=False, batcher=BATCHER, stop_requested=lambda: False, used=None):
-    """The reference log-probs of a run on ``pairs`` that keeps them in ``cache``."""
+    """Return the reference log-probs of a run on ``pairs`` that caches them in ``cache``."""
     config = TrainConfig(reference_cache=cache and str(cache), bf16=bf16)
     digests = {"model": weights_digest(model), "train_data": digest(pairs), "eval_data": digest([])}
     inputs = Inputs(model, None, 0, (), pairs, [], digests)
@@ -38,7 +38,7 @@ def reference(model, cache, said, pairs=PAIRS, bf16=False, batcher=BATCHER, stop
     ).train
 
 
-def test_scores_are_the_models_own_log_probs_in_the_order_of_the_pairs():
+def test_scores_are_the_models_log_probs_in_order():
     model = tiny_model()
     scores = score(PairModel(model, ik.DPO()), PAIRS, BATCHER, conditioned=True)
     for i, (x, y_w, y_l, _) in enumerate(PAIRS):
@@ -50,7 +50,7 @@ def test_scores_are_the_models_own_log_probs_in_the_order_of_the_pairs():
             assert scores.lengths[row, i] == len(y)
 
 
-def test_reference_is_computed_once_and_follows_weights_and_data(tmp_path):
+def test_reference_cache_depends_on_weights_and_data(tmp_path):
     said = []
     first = reference(tiny_model(), tmp_path, said)
     assert torch.equal(reference(tiny_model(), tmp_path, said), first)
@@ -69,7 +69,7 @@ def test_reference_is_computed_once_and_follows_weights_and_data(tmp_path):
     assert all("pairs computed" in line for line in said[2:])
 
 
-def test_a_longer_run_scores_only_the_pairs_that_are_new(tmp_path):
+def test_a_longer_run_scores_only_new_pairs(tmp_path):
     said, whole = [], reference(tiny_model(), tmp_path / "whole", [])
     part = reference(tiny_model(), tmp_path, said, used=[1, 3])
     assert part.isnan().any(0).tolist() == [True, False, True, False, True]
@@ -79,7 +79,7 @@ def test_a_longer_run_scores_only_the_pairs_that_are_new(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "row missing", "not finite"])
-def test_a_damaged_cache_is_computed_again(tmp_path, damage):
+def test_a_corrupted_cache_is_recomputed(tmp_path, damage):
     said = []
     expected = reference(tiny_model(), tmp_path, said)
     (file,) = tmp_path.glob("reference-*")
@@ -92,7 +92,7 @@ def test_a_damaged_cache_is_computed_again(tmp_path, damage):
     assert "damaged" in said[1]
 
 
-def test_a_reference_that_is_not_finite_names_the_pairs():
+def test_a_nonfinite_reference_names_the_pairs():
     model = tiny_model()
     with torch.no_grad():
         model.model.embed_tokens.weight[PAIRS[3].chosen[0]] = float("nan")
@@ -101,8 +101,8 @@ def test_a_reference_that_is_not_finite_names_the_pairs():
         reference(model, None, [])
 
 
-def test_a_reference_pass_that_is_stopped_goes_on_from_what_it_kept(tmp_path, monkeypatch):
-    """The passes after the stop score the rest alone, and all is as if nothing had happened."""
+def test_a_stopped_reference_pass_resumes(tmp_path, monkeypatch):
+    """The passes after the stop score only the remaining pairs, and the result is that of an uninterrupted run."""
     monkeypatch.setattr(references, "CHUNK", 2)
     expected, said, asked = reference(tiny_model(), None, []), [], iter([False, False, False, True])
     with pytest.raises(Stopped, match=r"SIGTERM: reference log-probs of \d pairs are scored, kept in .*reference-"):
@@ -115,7 +115,7 @@ def test_a_reference_pass_that_is_stopped_goes_on_from_what_it_kept(tmp_path, mo
     assert 0 < len(scored) < len(PAIRS)
 
 
-def test_a_full_disk_at_the_reference_costs_a_warning(tmp_path, monkeypatch):
+def test_a_full_disk_at_the_reference_only_warns(tmp_path, monkeypatch):
     def full(*what):
         raise OSError("No space left on device")
 
@@ -126,7 +126,7 @@ def test_a_full_disk_at_the_reference_costs_a_warning(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_reference_cache_that_is_a_file_costs_a_warning(tmp_path):
+def test_a_file_as_reference_cache_only_warns(tmp_path):
     said, cache = [], tmp_path / "file"
     cache.write_text("")
     assert reference(tiny_model(), cache, said).isfinite().all()

@@ -1,4 +1,4 @@
-"""Where pairs come from: every format, several sources at once, and what is said of a damaged one."""
+"""Test the sources of pairs: every format, several sources together, and the errors for corrupted files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def zstd(content):
 
 
 def write(folder, form, records):
-    """A file or folder that holds ``records``; its path."""
+    """Write ``records`` to a file or folder, and return its path."""
     file = folder / f"d.{form}"
     lines = "".join(json.dumps(record) + "\n" for record in records).encode()
     if form == "saved":
@@ -147,7 +147,7 @@ def test_a_bad_record_is_named_in_every_format(tmp_path, form):
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "saved"])
 def test_a_null_prompt_is_not_replaced(tmp_path, form):
-    """Words that both answers begin with would be taken for it."""
+    """Otherwise the words that both answers share at their start would become the prompt."""
     records = [*RECORDS, {"prompt": None, "chosen": "The sea is blue", "rejected": "The sea is red"}]
     with pytest.raises(InputError, match=rf"d\.{form}( row |:)\d: 'prompt' is null"):
         load_pairs(write(tmp_path, form, records), TOKENIZER)
@@ -178,7 +178,7 @@ def test_a_null_prompt_is_not_replaced(tmp_path, form):
         ("d.arrow", b"no arrow", r"d\.arrow: could not be read"),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, name, content, message):
+def test_a_corrupted_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         load_pairs(str(tmp_path / name), TOKENIZER)
@@ -255,7 +255,7 @@ def test_local_folders_have_no_revision_or_subset(tmp_path, form):
             load_pairs({"path": folder, **more}, TOKENIZER)
 
 
-def test_a_damaged_file_of_a_folder_is_named(tmp_path):
+def test_a_corrupted_file_of_a_folder_is_named(tmp_path):
     for folder in ("shards", "saved"):
         (tmp_path / folder).mkdir()
     for name in ("shards/train-00000.parquet", "shards/train-00001.parquet"):
@@ -268,7 +268,7 @@ def test_a_damaged_file_of_a_folder_is_named(tmp_path):
             load_pairs(str(tmp_path / folder), TOKENIZER)
 
 
-def test_an_empty_source_beside_another_is_refused(tmp_path):
+def test_an_empty_source_among_others_is_refused(tmp_path):
     full = write_jsonl(tmp_path / "full.jsonl", RECORDS)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(InputError, match=r"empty\.jsonl: holds no record"):
@@ -308,13 +308,13 @@ def test_a_source_that_is_named_twice_is_noted(tmp_path):
 @pytest.mark.parametrize(
     "name", ["no.jsonl", "no.json", "no.csv", "no.parquet", "no.jsonl.gz", "./no", "/no/such", "~/no"]
 )
-def test_a_missing_file_is_not_looked_for_at_the_hub(name):
+def test_a_missing_file_is_not_searched_on_the_hub(name):
     for given in (name, {"path": name}, [name]):
         with pytest.raises(InputError, match="no such file"):
             load_pairs(given, TOKENIZER)
 
 
-def test_home_and_variables_are_read_as_in_a_shell(tmp_path, monkeypatch):
+def test_paths_expand_home_and_variables(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "d.jsonl", RECORDS)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MY_DATA", str(tmp_path))
@@ -322,7 +322,7 @@ def test_home_and_variables_are_read_as_in_a_shell(tmp_path, monkeypatch):
         assert len(load_pairs(given, TOKENIZER)) == 5
 
 
-def test_a_split_is_chosen_by_name_or_is_train(tmp_path):
+def test_the_split_is_named_or_train(tmp_path):
     folder = write(tmp_path, "splits", RECORDS)
     assert len(load_pairs(folder, TOKENIZER)) == 5
     assert (
@@ -355,7 +355,7 @@ def test_subset_split_and_revision_reach_the_hub(monkeypatch):
     assert pairs[0].origin == "org/name:easy:dev row 0"
 
 
-def test_several_sources_follow_one_another_as_often_as_they_weigh(tmp_path):
+def test_sources_are_concatenated_by_weight(tmp_path):
     one = write_jsonl(tmp_path / "one.jsonl", RECORDS[:2])
     other = write_jsonl(tmp_path / "other.jsonl", RECORDS * 2)
     assert [p.origin[-7:] for p in load_pairs([one, one], TOKENIZER)] == ["jsonl:1", "jsonl:2"] * 2
@@ -398,7 +398,7 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
         ({"path": "hf://datasets/org/name"}, "URLs are not read"),
     ],
 )
-def test_a_source_that_is_ill_written_says_how(given, message):
+def test_an_invalid_source_says_what_is_wrong(given, message):
     with pytest.raises(InputError, match=message):
         parse_sources(given)
 

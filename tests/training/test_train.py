@@ -8,7 +8,17 @@ import shutil
 
 import pytest
 import torch
-from helpers import PAIRS, TINY, metrics, options, tiny_model, token_pairs, without_timings, write_jsonl
+from helpers import (
+    EVENTFUL,
+    PAIRS,
+    TINY,
+    metrics,
+    options,
+    tiny_model,
+    token_pairs,
+    without_timings,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.batching import EpochBatches, used_indices
@@ -30,12 +40,12 @@ def same(one, other):
 
 
 def run(model=None, pairs=None, **given):
-    """A run in memory that writes nothing."""
+    """Do a run in memory that writes nothing."""
     config = TrainConfig(**{"max_steps": 1, "learning_rate": 1e-3, "logging_steps": 1, **given})
     return train(config, pairs or token_pairs(), model=model or tiny_model(), quiet=True)
 
 
-def test_the_command_line_leaves_a_model_that_loads_and_generates(tmp_path, capsys):
+def test_the_command_line_saves_a_usable_model(tmp_path, capsys):
     out = tmp_path / "out"
     main(options(out, "--eval_data", str(PAIRS), "--eval_steps", "2", "--logging_steps", "1"))
     printed = capsys.readouterr().out
@@ -81,13 +91,13 @@ def test_every_objective_learns_the_fixture(objective, conditioned):
 
 
 @pytest.mark.parametrize("given", [{"conditioned": False}, {"reference_conditioned": True}])
-def test_the_first_loss_is_ln_2_where_policy_and_reference_see_the_same(given):
+def test_the_first_plain_loss_is_ln_2(given):
     (row,) = run(**given, per_device_train_batch_size=6, max_batch_tokens=60).metrics
     assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert row["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
-def test_with_the_unconditioned_reference_the_first_loss_is_another():
+def test_an_unconditioned_reference_changes_the_first_loss():
     model = tiny_model(initializer_range=0.5)
     (row,) = run(model).metrics
     assert abs(row["loss"] - math.log(2)) > 1e-3
@@ -101,7 +111,7 @@ def test_marginal_weight_adds_the_objective_given_the_prompt_alone():
 
 
 @pytest.mark.parametrize("conditioned", [True, False])
-def test_accumulation_equals_the_large_batch_also_where_the_last_part_is_ragged(conditioned):
+def test_accumulation_equals_the_large_ragged_batch(conditioned):
     results = [
         run(
             tiny_model(),
@@ -119,8 +129,8 @@ def test_accumulation_equals_the_large_batch_also_where_the_last_part_is_ragged(
 
 
 @pytest.mark.parametrize("objective", ["aot", "sft"])
-def test_objectives_of_a_whole_batch_are_not_split_into_passes(objective):
-    """``max_batch_tokens`` bounds other passes: the reference's and those of an evaluation."""
+def test_coupled_objectives_are_not_split_into_passes(objective):
+    """``max_batch_tokens`` limits only the passes of the reference and of evaluations."""
     given = {"objective": objective, "per_device_train_batch_size": 7, "max_grad_norm": 1e9, "conditioned": False}
     rows = [run(tiny_model(), token_pairs(7), max_batch_tokens=most, **given).metrics[0] for most in (10_000, 1)]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-6)
@@ -130,7 +140,7 @@ def test_objectives_of_a_whole_batch_are_not_split_into_passes(objective):
         assert rows[0]["loss"] == pytest.approx(-rows[0]["logps/chosen"] / tokens, rel=1e-5)
 
 
-def test_a_step_is_adamw_on_the_mean_loss_over_its_pairs():
+def test_a_step_is_adamw_on_the_mean_loss():
     pairs, model = token_pairs(5), tiny_model()
     mine = copy.deepcopy(model)
     # Plain SimPO by hand, straight from the logits.
@@ -161,43 +171,24 @@ def test_a_step_is_adamw_on_the_mean_loss_over_its_pairs():
         torch.testing.assert_close(trained.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_weight_decay_is_of_matrices_alone():
+def test_weight_decay_applies_only_to_matrices():
     model = tiny_model(attention_bias=True, mlp_bias=True)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1  # biases begin as 0, which nothing decays
+            parameter += 0.1  # biases start at 0, which does not decay
     plain, decayed = (run(copy.deepcopy(model), weight_decay=w).model.state_dict() for w in (0.0, 0.9))
     for name, tensor in plain.items():
         assert torch.equal(decayed[name], tensor) == (tensor.ndim == 1), name
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tied):
-    more = [
-        "--max_steps",
-        "7",
-        "--per_device_train_batch_size",
-        "10",
-        "--max_batch_tokens",
-        "500",
-        "--eval_data",
-        str(PAIRS),
-        "--save_steps",
-        "2",
-        "--eval_steps",
-        "2",
-        "--logging_steps",
-        "3",
-        "--weight_decay",
-        "0.1",
-        "--model.tie_word_embeddings",
-        str(tied).lower(),
-    ]
+def test_a_resumed_run_is_bit_identical(tmp_path, tied):
+    more = ["--max_steps", "7", *EVENTFUL, "--model.tie_word_embeddings", str(tied).lower()]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main(options(whole, *more))
     assert not list(whole.glob("*.partial"))
 
-    # As if killed in step 6, while saving, with the reference lost, too: it must not become the trained policy.
+    # Imitate a kill while saving step 6 that loses the reference. The trained policy must not recompute it.
     shutil.copytree(whole, broken, ignore=shutil.ignore_patterns("final", "checkpoint-6", "reference-*"))
     (broken / "checkpoint-6.partial").mkdir()
     with (broken / "metrics.jsonl").open("a") as file:
@@ -210,7 +201,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, tied):
     assert (whole / "samples.jsonl").read_text() == (broken / "samples.jsonl").read_text()
 
 
-def test_resume_takes_a_named_checkpoint_and_auto_starts_where_there_is_none(tmp_path, capsys):
+def test_resume_takes_names_and_auto_may_start_fresh(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     main(options(first, "--save_steps", "1", "--resume_from_checkpoint", "auto"))
     main(options(second, "--resume_from_checkpoint", str(first / "checkpoint-2")))
@@ -221,7 +212,7 @@ def test_resume_takes_a_named_checkpoint_and_auto_starts_where_there_is_none(tmp
 
 
 def test_a_resumed_run_must_have_the_same_settings(tmp_path, capsys):
-    """Another seed builds another base, whose reference log-probs would silently be used for the old weights."""
+    """Another seed builds another base, and the old weights would silently use its reference log-probs."""
     out = tmp_path / "out"
     main(options(out, "--save_steps", "1"))
     shutil.rmtree(out / "final")
@@ -235,14 +226,14 @@ def test_a_resumed_run_must_have_the_same_settings(tmp_path, capsys):
     main(options(out, "--save_steps", "1", "--logging_steps", "2", "--resume_from_checkpoint", "auto"))
 
 
-def test_one_run_at_a_time_in_a_folder(tmp_path, capsys):
+def test_a_folder_serves_one_run_at_a_time(tmp_path, capsys):
     with locked(tmp_path / "out"), pytest.raises(SystemExit, match="2"):
         main(options(tmp_path / "out"))
     assert "another run is writing there" in capsys.readouterr().err
     main(options(tmp_path / "out"))
 
 
-def test_a_failed_start_leaves_the_folder_as_it_was(tmp_path, capsys):
+def test_a_failed_start_changes_no_files(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--model", str(tmp_path / "nowhere"), "--train_data", str(PAIRS), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "config.yaml").exists() and not (tmp_path / "out" / "log.txt").exists()
@@ -252,7 +243,7 @@ def test_a_failed_start_leaves_the_folder_as_it_was(tmp_path, capsys):
     assert "not a folder" in capsys.readouterr().err
 
 
-def test_a_run_can_be_taken_back_to_an_earlier_checkpoint_of_its_own(tmp_path):
+def test_a_run_can_return_to_an_earlier_checkpoint(tmp_path):
     out = tmp_path / "out"
     main(options(out, "--save_steps", "1", "--logging_steps", "1"))
     first = AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
@@ -281,7 +272,7 @@ def test_output_folders_of_other_runs_are_refused(tmp_path, capsys):
     assert (done / "metrics.jsonl").read_bytes() == kept
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_pair():
+def test_a_nonfinite_loss_stops_and_names_the_pair():
     pairs, model = token_pairs(6), tiny_model()
     pairs[4][1].insert(0, 200)  # a token of this pair alone
     with torch.no_grad():
@@ -293,7 +284,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_pair():
     assert same({k: v.nan_to_num(7.0) for k, v in after.items()}, {k: v.nan_to_num(7.0) for k, v in before.items()})
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update():
+def test_a_nonfinite_gradient_stops_before_the_update():
     model = tiny_model()
     before = weights(model)
     model.lm_head.weight.register_hook(lambda grad: grad / 0)
@@ -302,7 +293,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update():
     assert same(weights(model), before)
 
 
-def test_divergence_ends_the_command_with_1_and_leaves_no_final_folder(tmp_path, capsys):
+def test_divergence_exits_with_1_and_no_model(tmp_path, capsys):
     model = tiny_model()
     with torch.no_grad():
         model.model.embed_tokens.weight[3 + 68] = float("inf")  # some byte of the fixture
@@ -325,17 +316,17 @@ def test_bad_data_ends_the_command_with_2(tmp_path, capsys):
     assert "d.jsonl:2: 'chosen' is missing" in capsys.readouterr().err
 
 
-def test_a_tokenizer_that_does_not_fit_the_model_is_an_error(tmp_path):
+def test_a_mismatched_tokenizer_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"pairs\.jsonl:1: token id \d+, but the model's vocabulary ends at 99"):
         train(parse_config(options(tmp_path / "out", "--model.vocab_size", "100")), quiet=True)
 
 
-def test_pairs_longer_than_the_models_positions_are_an_error():
+def test_pairs_beyond_the_models_positions_are_an_error():
     with pytest.raises(InputError, match=r"pair \d: .* have \d+ tokens, but the model 12 positions"):
         run(tiny_model(max_position_embeddings=12))
 
 
-def test_evaluation_needs_pairs_and_says_when_they_are_not_held_out(tmp_path, capsys):
+def test_evaluation_pairs_must_exist_and_be_held_out(tmp_path, capsys):
     with pytest.raises(InputError, match="eval_steps and eval_strategy need eval_data"):
         run(eval_steps=1)
     prompts = ("Name a fruit that grows on trees.", "New?")
@@ -352,13 +343,13 @@ def test_bf16_autocast_keeps_float32_parameters():
     assert result.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-2)
 
 
-def test_dropout_is_off():
+def test_training_disables_dropout():
     model = tiny_model(attention_dropout=0.5)
     (row,) = run(model, conditioned=False).metrics
     assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_a_run_without_output_dir_writes_nothing_and_trains_in_place(tmp_path, monkeypatch):
+def test_without_output_dir_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_model()
     before = weights(model)
@@ -392,7 +383,7 @@ def test_each_epoch_is_a_permutation_of_its_own():
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "constant_with_warmup"])
-def test_learning_rate_warms_up_from_above_zero_and_follows_its_shape(shape):
+def test_learning_rate_warms_up_and_follows_its_schedule(shape):
     rows = run(learning_rate=1.0, lr_scheduler_type=shape, warmup_steps=0.25, max_steps=40, max_grad_norm=1e-9).metrics
     rates = [row["learning_rate"] for row in rows]
     assert rates[:10] == pytest.approx([i / 11 for i in range(1, 11)])
@@ -443,7 +434,7 @@ def test_real_pairs_train_reload_and_generate(tmp_path, objective, conditioned):
     assert model.generate(**ids, max_new_tokens=2, do_sample=False).shape[1] > ids["input_ids"].shape[1]
 
 
-def test_with_a_conditioned_reference_rewards_from_the_prompt_alone_have_a_reference_of_their_own():
+def test_conditioned_reference_keeps_a_plain_reference_for_marginals():
     config = TrainConfig(max_steps=1, logging_steps=1, reference_conditioned=True)
     start, trained, _ = train(
         config, token_pairs(), eval_pairs=token_pairs(seed=1), model=tiny_model(), quiet=True

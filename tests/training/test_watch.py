@@ -47,7 +47,7 @@ def test_training_rows(change, kinds):
     assert raised(training_warnings(TRAINING | change)) == kinds
 
 
-def test_a_plain_run_has_its_own_log_probs_and_a_run_without_reference_none_to_compare_with():
+def test_plain_and_reference_free_runs_compare_their_log_probs():
     plain = {name: value for name, value in TRAINING.items() if not name.startswith("marginal/")}
     assert raised(training_warnings(plain)) == {"falling"}
     alone = {name: value for name, value in plain.items() if not name.startswith("ref_logps/")}
@@ -107,7 +107,7 @@ def test_the_first_evaluation_has_nothing_to_compare_with():
     assert raised(evaluation_warnings(eager, eager)) == set()
 
 
-def test_what_few_pairs_show_is_said_only_once_it_stands():
+def test_few_pairs_warn_only_after_confirmation():
     said = []
     watch = Watch(said.append)
     for text in ("one", "two", None, "three", "four", "five", "six"):
@@ -119,7 +119,7 @@ def test_what_few_pairs_show_is_said_only_once_it_stands():
     assert len(said) == 2
 
 
-def test_a_warning_is_said_once_until_it_clears_and_again_at_the_end():
+def test_a_warning_repeats_only_after_clearing():
     said = []
     watch = Watch(said.append)
     for text in ("one", "two", None, "three", "four"):

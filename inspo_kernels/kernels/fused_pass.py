@@ -1,0 +1,493 @@
+"""The logits matmul and the row pass in one launch: E and each row's sum from x W^T, without logits in memory.
+
+The names are those of ``row_pass``: z = SCALE * (x . W[v] + bias), z' = OUTER * tanh(z / SOFTCAP) (z' = z without a
+soft-cap), row offset o, label y:
+
+    E_v = exp(z'_v - o), 0 at y        rest = sum of E_v        stored: D_v E_v, with D = 1 - tanh(z / SOFTCAP)^2
+
+A program accumulates a tile of raw logits in float32 registers and turns it into E there. A logit then costs 2 bytes of
+memory traffic (E in the compute dtype), and none for scoring; the row pass over float32 logits costs 10 and 4. There is
+one program per multiprocessor: it takes tiles in turn, and loads the next tile's operands while it computes E. Each
+tile writes one sum per row. ``_combine_kernel`` adds them in a fixed order, so results do not depend on which program
+was first.
+
+The offset has to be known before the matmul. o = z'_y + HEADROOM suits every row whose largest z' exceeds the label's
+by no more than HEADROOM + 57 ln 2 = 69 nats; words further than 57 nats below the label then become 0.
+``_combine_kernel`` finds all other rows by their total, the sum of E and exp(z'_y - o): not within NEAR..FAR, or NaN.
+``_repair_kernel`` reads such rows' blocks twice, for the maximum and for E with that offset, and returns at once for
+others. It takes a few times as long as the first pass, whether it repairs one block or all.
+
+Launch invariants:
+- x (n, H) and weight (V, H) have unit stride along H; their row strides and addresses are multiples of 16 bytes, as the
+  copy engine needs; so are those of E, whose rows have a multiple of 64 elements;
+- E's columns beyond V are written as 0; ``bias`` has as many elements as E has columns;
+- x and weight are 16-bit, E is bfloat16 (float16 needs the exact maximum), sums are float32;
+- a label outside 0..V-1 or a label logit that is not finite gives no offset: its row is repaired unless o = 0 suits it.
+"""
+
+# Arguments of kernels are typed by Triton at launch.
+# mypy: allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import config
+from .softcap import softcap
+
+HEADROOM = tl.constexpr(30.0)
+NEAR, FAR = tl.constexpr(2.0**-60), tl.constexpr(2.0**57)
+# Offset of a row without any finite logit: exp(-inf - offset) must be 0.
+LOWEST = tl.constexpr(-1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _product(
+    d_x, d_weight, first_row, first_word, hidden, ROWS: tl.constexpr, WORDS: tl.constexpr, FEATURES: tl.constexpr
+):
+    """Raw logits (ROWS, WORDS) of a tile."""
+    acc = tl.zeros([ROWS, WORDS], tl.float32)
+    for start in range(0, hidden, FEATURES):
+        b_x = d_x.load([first_row, start])
+        b_weight = d_weight.load([first_word, start])
+        acc = tl.dot(b_x, b_weight.T, acc)
+    return acc
+
+
+@triton.jit
+def _logits(
+    z, p_bias, words, vocab, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """z' and D of raw logits ``z``; D is 1 without a soft-cap."""
+    if HAS_BIAS:
+        z += tl.load(p_bias + words, mask=words < vocab, other=0.0).to(tl.float32)[None, :]
+    if SCALE != 1.0:
+        z = z * SCALE
+    derivative = tl.cast(1.0, tl.float32)
+    if SOFTCAP is not None:
+        z, derivative = softcap(z, SOFTCAP, OUTER)
+    return z, derivative
+
+
+@triton.jit
+def _exponentials(
+    z,
+    d_e,
+    p_bias,
+    offset,
+    label,
+    first_row,
+    first_word,
+    vocab,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    OUTER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SQUARES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TOPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Sum of E per row of a tile of raw logits and the statistics' sums, PARTS parts one after another; stores D E."""
+    if PARTS == 1:
+        words = first_word + tl.arange(0, WORDS)
+        z, derivative = _logits(z, p_bias, words, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS)
+        in_vocab, word = (words < vocab)[None, :], words[None, :]
+        kept = in_vocab & (word != label[:, None])
+        e = tl.where(kept, tl.exp2((z - offset[:, None]) * LOG2_E), 0.0)
+        rest = tl.sum(e, axis=1)
+        moment, squares, logits, before, after = rest, rest, rest, rest, rest  # unless asked for
+        if MOMENT:
+            moment = tl.sum(tl.where(e > 0, e * (z - offset[:, None]), 0.0), axis=1)
+        if SQUARES:
+            squares = tl.sum(e * e, axis=1)
+        if LOGITS:
+            logits = tl.sum(tl.where(in_vocab, z, 0.0), axis=1)
+        if TOPS:
+            before = tl.max(tl.where(in_vocab & (word < label[:, None]), z, float("-inf")), axis=1)
+            after = tl.max(tl.where(in_vocab & (word > label[:, None]), z, float("-inf")), axis=1)
+        if STORE:
+            if SOFTCAP is not None:
+                e = tl.where(kept, e * derivative, 0.0)
+            d_e.store([first_row, first_word], e.to(d_e.dtype))
+        return rest, moment, squares, logits, before, after
+    else:
+        HALF: tl.constexpr = WORDS // 2
+        left, right = tl.split(tl.permute(tl.reshape(z, (ROWS, 2, HALF)), (0, 2, 1)))
+        first = _exponentials(
+            left,
+            d_e,
+            p_bias,
+            offset,
+            label,
+            first_row,
+            first_word,
+            vocab,
+            SCALE,
+            SOFTCAP,
+            OUTER,
+            HAS_BIAS,
+            STORE,
+            MOMENT,
+            SQUARES,
+            LOGITS,
+            TOPS,
+            ROWS,
+            HALF,
+            PARTS // 2,
+        )
+        second = _exponentials(
+            right,
+            d_e,
+            p_bias,
+            offset,
+            label,
+            first_row,
+            first_word + HALF,
+            vocab,
+            SCALE,
+            SOFTCAP,
+            OUTER,
+            HAS_BIAS,
+            STORE,
+            MOMENT,
+            SQUARES,
+            LOGITS,
+            TOPS,
+            ROWS,
+            HALF,
+            PARTS // 2,
+        )
+        return _joined(first, second)
+
+
+@triton.jit
+def _joined(a, b):
+    """Sums and largest logits of two sets of words from those of each."""
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], tl.maximum(a[4], b[4]), tl.maximum(a[5], b[5])
+
+
+@triton.jit
+def _store(p, step, sums, mask, MOMENT: tl.constexpr, SQUARES: tl.constexpr, LOGITS: tl.constexpr, TOPS: tl.constexpr):
+    """Store rest and the statistics' sums ``step`` elements apart; those not asked for have no place."""
+    tl.store(p, sums[0], mask=mask)
+    if MOMENT:
+        tl.store(p + step, sums[1], mask=mask)
+    if SQUARES:
+        tl.store(p + (1 + MOMENT) * step, sums[2], mask=mask)
+    if LOGITS:
+        tl.store(p + (1 + MOMENT + SQUARES) * step, sums[3], mask=mask)
+    if TOPS:
+        tl.store(p + (1 + MOMENT + SQUARES + LOGITS) * step, sums[4], mask=mask)
+        tl.store(p + (2 + MOMENT + SQUARES + LOGITS) * step, sums[5], mask=mask)
+
+
+@triton.jit
+def _offset_of(label_z):
+    """First offset of rows by the logits of their labels."""
+    finite = tl.abs(label_z) < float("inf")  # false for NaN
+    return tl.where(finite, label_z + HEADROOM, 0.0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocab"], do_not_specialize_on_alignment=["p_targets", "p_label", "p_sums"])
+def _fused_pass_kernel(
+    d_x,
+    d_weight,
+    d_e,
+    p_bias,
+    p_targets,
+    p_label,
+    p_sums,
+    num_rows,
+    vocab,
+    hidden,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    OUTER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SQUARES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TOPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    high, wide = tl.cdiv(num_rows, ROWS), tl.cdiv(vocab, WORDS)
+    for tile in tl.range(tl.program_id(0), high * wide, tl.num_programs(0), flatten=True):
+        # GROUP rows of tiles at a time, column by column: tiles in work at one time share operands in the cache.
+        first_of_group = tile // (GROUP * wide) * GROUP
+        height = tl.minimum(high - first_of_group, GROUP)
+        in_group = tile % (GROUP * wide)
+        first_row = (first_of_group + in_group % height) * ROWS
+        i_word = in_group // height
+        z = _product(d_x, d_weight, first_row, i_word * WORDS, hidden, ROWS, WORDS, FEATURES)
+        rows = first_row + tl.arange(0, ROWS)
+        m_rows = rows < num_rows
+        offset = _offset_of(tl.load(p_label + rows, mask=m_rows, other=0.0))
+        label = tl.load(p_targets + rows, mask=m_rows, other=-1).to(tl.int32)
+        sums = _exponentials(
+            z,
+            d_e,
+            p_bias,
+            offset,
+            label,
+            first_row,
+            i_word * WORDS,
+            vocab,
+            SCALE,
+            SOFTCAP,
+            OUTER,
+            HAS_BIAS,
+            STORE,
+            MOMENT,
+            SQUARES,
+            LOGITS,
+            TOPS,
+            ROWS,
+            WORDS,
+            PARTS,
+        )
+        p_own = p_sums + i_word.to(tl.int64) * num_rows + rows
+        _store(p_own, wide.to(tl.int64) * num_rows, sums, m_rows, MOMENT, SQUARES, LOGITS, TOPS)
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "num_tiles"],
+    do_not_specialize_on_alignment=["p_sums", "p_label", "p_offset", "p_rows", "p_raised"],
+)
+def _combine_kernel(
+    p_sums,
+    p_label,
+    p_offset,
+    p_rows,
+    p_raised,
+    num_rows,
+    num_tiles,
+    NUM_SUMS: tl.constexpr,
+    NUM_TOPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Add the tiles' sums of ROWS rows a program; 1 to ``p_raised`` where the offset does not suit the row."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_rows = rows < num_rows
+    label_z = tl.load(p_label + rows, mask=m_rows, other=0.0)
+    offset = _offset_of(label_z)
+    for i in tl.static_range(NUM_SUMS + NUM_TOPS):
+        EMPTY: tl.constexpr = 0.0 if i < NUM_SUMS else float("-inf")
+        b_sum = tl.full([BLOCK, ROWS], EMPTY, tl.float32)
+        for start in range(0, num_tiles, BLOCK):
+            tiles = start + tl.arange(0, BLOCK)
+            mask = (tiles < num_tiles)[:, None] & m_rows[None, :]
+            p_own = p_sums + (tiles + i * num_tiles).to(tl.int64)[:, None] * num_rows + rows[None, :]
+            own = tl.load(p_own, mask=mask, other=EMPTY)
+            b_sum = b_sum + own if i < NUM_SUMS else tl.maximum(b_sum, own)
+        if i < NUM_SUMS:
+            of_rows = tl.sum(b_sum, axis=0)
+        else:
+            of_rows = tl.max(b_sum, axis=0)
+        tl.store(p_rows + tl.cast(i, tl.int64) * num_rows + rows, of_rows, mask=m_rows)
+        if i == 0:
+            total = of_rows + tl.exp(label_z - offset)
+            suits = (total >= NEAR) & (total <= FAR)  # false for NaN
+            tl.store(p_raised + rows, (~suits).to(tl.int32), mask=m_rows)
+    tl.store(p_offset + rows, offset, mask=m_rows)
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "vocab"],
+    do_not_specialize_on_alignment=["p_targets", "p_label", "p_offset", "p_rows", "p_raised"],
+)
+def _repair_kernel(
+    d_x,
+    d_weight,
+    d_e,
+    p_bias,
+    p_targets,
+    p_label,
+    p_offset,
+    p_rows,
+    p_raised,
+    num_rows,
+    vocab,
+    hidden,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    OUTER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SQUARES: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TOPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Compute a block of rows again, with the maximum as offset where ``p_raised`` is 1; nothing if it is 0 for all."""
+    first_row = tl.program_id(0) * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    m_rows = rows < num_rows
+    raised = tl.load(p_raised + rows, mask=m_rows, other=0)
+    if tl.max(raised, axis=0) > 0:
+        label = tl.load(p_targets + rows, mask=m_rows, other=-1).to(tl.int32)
+        top = tl.load(p_label + rows, mask=m_rows, other=0.0)
+        for first_word in range(0, vocab, WORDS):
+            z = _product(d_x, d_weight, first_row, first_word, hidden, ROWS, WORDS, FEATURES)
+            words = first_word + tl.arange(0, WORDS)
+            z, _ = _logits(z, p_bias, words, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS)
+            kept = (words < vocab)[None, :] & (words[None, :] != label[:, None])
+            top = tl.maximum(top, tl.max(tl.where(kept, z, float("-inf")), axis=1))
+        offset = tl.load(p_offset + rows, mask=m_rows, other=0.0)
+        offset = tl.where(raised > 0, tl.maximum(top, LOWEST), offset)
+        none, lowest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
+        sums = (none, none, none, none, lowest, lowest)
+        for first_word in range(0, vocab, WORDS):
+            z = _product(d_x, d_weight, first_row, first_word, hidden, ROWS, WORDS, FEATURES)
+            of_tile = _exponentials(
+                z,
+                d_e,
+                p_bias,
+                offset,
+                label,
+                first_row,
+                first_word,
+                vocab,
+                SCALE,
+                SOFTCAP,
+                OUTER,
+                HAS_BIAS,
+                STORE,
+                MOMENT,
+                SQUARES,
+                LOGITS,
+                TOPS,
+                ROWS,
+                WORDS,
+                PARTS,
+            )
+            sums = _joined(sums, of_tile)
+        tl.store(p_offset + rows, offset, mask=m_rows)
+        _store(p_rows + rows, num_rows, sums, m_rows, MOMENT, SQUARES, LOGITS, TOPS)
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the copy engine can read x (n, H) and weight (V, H): unit strides and steps of 16 bytes."""
+    return x.dtype.itemsize == 2 and all(
+        t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight)
+    )
+
+
+def sums_bytes(chosen: config.FusedPass, vocab: int, wanted: frozenset[str]) -> int:
+    """Return the memory that ``fused_pass`` takes for each row while it runs."""
+    return 4 * (1 + len(wanted)) * -(-vocab // chosen.words)
+
+
+def fused_pass(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    label: Tensor,
+    offset: Tensor,
+    sums: Tensor,
+    raised: Tensor,
+    *,
+    e: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    outer: float,
+    scale: float,
+    wanted: frozenset[str],
+    arch: str,
+) -> None:
+    """Write offset (n,) and sums of x (n, H) and weight (V, H), and D E to ``e`` (n, V padded to 64).
+
+    ``sums`` (1 + number of wanted parts, n): rest, and then the parts in the order of ``row_pass.PARTS``. Without ``e``
+    there are sums alone. ``label`` (n,) is z' of each row's target. ``raised`` (n,) int32 becomes 1 where the first
+    offset did not suit. ``bias`` is (V padded to 64,) or None. Sums, offset and label are float32.
+    """
+    chosen = config.fused_pass(arch, softcap, bool(wanted))
+    assert chosen is not None
+    rows, vocab, words = len(x), len(weight), chosen.words
+    if not rows:
+        return
+    wide = -(-vocab // words)
+    of_tiles = torch.empty(len(sums), wide, rows, dtype=torch.float32, device=x.device)
+    inputs = (x if bias is None else bias, targets, label)
+    constants = {
+        "SCALE": scale,
+        "SOFTCAP": softcap,
+        "OUTER": outer,
+        "HAS_BIAS": bias is not None,
+        "STORE": e is not None,
+        "MOMENT": "moment" in wanted,
+        "SQUARES": "squares" in wanted,
+        "LOGITS": "logits" in wanted,
+        "TOPS": "before" in wanted,
+        "WORDS": words,
+        "FEATURES": chosen.features,
+        "PARTS": chosen.parts,
+    }
+
+    def blocks(block_rows: int) -> tuple[TensorDescriptor, ...]:
+        d_x = TensorDescriptor.from_tensor(x, [block_rows, chosen.features])
+        d_weight = TensorDescriptor.from_tensor(weight, [words, chosen.features])
+        return d_x, d_weight, d_x if e is None else TensorDescriptor.from_tensor(e, [block_rows, words // chosen.parts])
+
+    programs = min(config.programs(x.device), -(-rows // chosen.rows) * wide)
+    _fused_pass_kernel[(programs,)](
+        *blocks(chosen.rows),
+        *inputs,
+        of_tiles,
+        rows,
+        vocab,
+        x.shape[1],
+        **constants,
+        ROWS=chosen.rows,
+        GROUP=chosen.group,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+    )
+    num_tops = 2 * ("before" in wanted)
+    _combine_kernel[(-(-rows // chosen.combined_rows),)](
+        of_tiles,
+        label,
+        offset,
+        sums,
+        raised,
+        rows,
+        wide,
+        NUM_SUMS=len(sums) - num_tops,
+        NUM_TOPS=num_tops,
+        BLOCK=16,
+        ROWS=chosen.combined_rows,
+        num_warps=4,
+    )
+    _repair_kernel[(-(-rows // chosen.repaired_rows),)](
+        *blocks(chosen.repaired_rows),
+        *inputs,
+        offset,
+        sums,
+        raised,
+        rows,
+        vocab,
+        x.shape[1],
+        **constants,
+        ROWS=chosen.repaired_rows,
+        num_warps=chosen.num_warps // 2 or 1,
+        num_stages=chosen.num_stages,
+    )
