@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 import inspo_kernels as ik
 from training.data import Pair as TrainingPair
 from training.layouts import choose_layout
-from training.scoring import Batch, Batcher, PairModel, lengths_of, score
+from training.pairs import lengths_of
+from training.scoring import Batch, Batcher, PairModel, score
 
 from .contenders import BETA
 from .step_jobs import Job, Pair, Trained, counting_positions, now

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from .errors import InputError, check_names
+from .errors import InputError, check_names, nearest
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -110,17 +109,18 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
     if not has_adapter(model) or getattr(model, "_continued_adapter", False):
         yield
         return
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper  # modules_to_save, which transformers leaves off
 
+    switched = [part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.disable_adapters()
+    for part in switched:
+        part.enable_adapters(False)
     try:
         yield
     finally:
-        model.enable_adapters()
-        for module in model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, which transformers leaves off
-                module.enable_adapters(True)
+        for part in switched:
+            part.enable_adapters(True)
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
 
@@ -138,8 +138,8 @@ def _check_targets(model: PreTrainedModel, settings: LoraConfig) -> None:
         given = getattr(settings, option) or []
         for name in [] if isinstance(given, str) else given:
             if not any(one == name or one.endswith(f".{name}") for one in known):
-                close = difflib.get_close_matches(name, {one.rpartition(".")[2] for one in known}, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                close = nearest(name, {one.rpartition(".")[2] for one in known})
+                hint = f"; did you mean {close!r}?" if close else ""
                 raise InputError(f"lora.{option}: nothing in the model is called {name!r}{hint}")
     layers = settings.layers_to_transform
     count = model.config.get_text_config().num_hidden_layers

@@ -42,24 +42,39 @@ class DamagedError(ValueError):
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write to, and rename it to ``folder`` at the end.
+    """Yield a temporary folder to write to, and rename it to ``folder`` at the end. All ranks call this.
 
-    Raises SaveError, and removes the temporary folder, if writing fails.
+    Raises SaveError on all ranks, and removes the temporary folder, if writing fails.
     """
-    partial = partial_folder(folder)
+    around, first = folder.with_name(f"{folder.name}.partial"), process_index() == 0
+    partial = around / folder.name
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        with raise_on_all_ranks():
+            if first:
+                shutil.rmtree(around, ignore_errors=True)
+                partial.mkdir(parents=True)
         yield partial
-        publish(partial, folder)
-    except (OSError, SafetensorError) as error:
+        with raise_on_all_ranks():
+            if first:
+                publish(partial, folder)
+    except SaveError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         raise SaveError(f"{folder} could not be written: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if first:
+            shutil.rmtree(around, ignore_errors=True)
 
 
-def partial_folder(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.partial")
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """Yield a temporary file to write to, and rename it to ``file`` at the end, so that it never holds half of it."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def publish(partial: Path, folder: Path) -> None:
@@ -86,15 +101,10 @@ def save_checkpoint(path: Path, write: Callable[[Path], None], state: dict[str, 
     ``write`` takes the parent of that folder, as Trainer does. All ranks call this. Returns the bytes written. Raises
     SaveError on all ranks, and leaves nothing behind then.
     """
-    around, first = partial_folder(path), process_index() == 0
-    partial = around / path.name
-    try:
+    first = process_index() == 0
+    with whole_folder(path) as partial:
         with raise_on_all_ranks():
-            if first:
-                shutil.rmtree(around, ignore_errors=True)
-                partial.mkdir(parents=True)
-        with raise_on_all_ranks():
-            write(around)
+            write(partial.parent)
             if first:
                 (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
         with raise_on_all_ranks():
@@ -103,12 +113,6 @@ def save_checkpoint(path: Path, write: Callable[[Path], None], state: dict[str, 
         with raise_on_all_ranks():
             if first:
                 (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-                publish(partial, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        raise SaveError(f"{path} could not be written: {error}") from error
-    finally:
-        if first:
-            shutil.rmtree(around, ignore_errors=True)
     return sum(entry["bytes"] for entry in files.values())
 
 
@@ -162,17 +166,3 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     """Return the folders ``checkpoint-STEP`` in ``folder`` by step, ascending."""
     found = {p.name.removeprefix("checkpoint-"): p for p in folder.glob("checkpoint-*") if p.is_dir()}
     return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
-
-
-# ---- deleting ----
-
-
-def rotate(folder: Path, step: int, keep: int | None, log: Callable[[str], None]) -> None:
-    """Delete the oldest checkpoints up to ``step`` so that ``keep`` are left (None: all)."""
-    older = [path for number, path in checkpoints(folder).items() if number <= step]
-    for old in older[:-keep] if keep else []:
-        try:
-            os.replace(old, partial_folder(old))  # a half-deleted folder must not look like a checkpoint
-            shutil.rmtree(partial_folder(old))
-        except OSError as error:
-            log(f"WARNING: the old {old} could not be deleted: {error}")

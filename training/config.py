@@ -19,7 +19,7 @@ from inspo_kernels.layouts.alternative_dropout import checked_dropout
 from inspo_kernels.objectives import OBJECTIVES, Objective, make_objective
 
 from .data_options import DataOptions
-from .errors import InputError
+from .errors import InputError, one_line
 from .other_options import UNSUPPORTED, UNSUPPORTED_OPTIMIZERS
 
 OBJECTIVE_PARAMETERS = {field.name for kind in OBJECTIVES.values() for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ class TrainConfig(DataOptions, TrainingArguments):
         try:
             TrainingArguments.__post_init__(self)
         except Exception as error:  # transformers and engines refuse in many ways, with a missing package for example
-            raise InputError(" ".join(str(error).split())) from None
+            raise InputError(one_line(error)) from None
         self._check_engine()
         if writes_nothing:
             self.output_dir = ""  # TrainingArguments has set a folder, and Trainer does not accept None

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import TextEncoder
 from .data_options import DataOptions
-from .errors import InputError
+from .errors import InputError, first_of
 from .pairs import SCHEMA, Pair, Pairs, file_hash, kept_table
 from .records import FAULTS, LEFT_OUT, READ, REMARKS, REPEATS_PROMPT, draft, encode
 from .sources import Records, Source, files_of, parse_sources
@@ -187,7 +187,7 @@ def _report(
     """Say what became of the pairs that were read; raise InputError where that must not be."""
 
     def named(keys: Iterable[str]) -> str:
-        return ", ".join(f"{len(reasons[k])} {k} ({_first(reasons[k])})" for k in keys if k in reasons)
+        return ", ".join(f"{len(reasons[k])} {k} ({first_of(reasons[k])})" for k in keys if k in reasons)
 
     if options.truncation == "error" and "too long" in reasons:
         raise InputError(
@@ -208,7 +208,7 @@ def _report(
     if len(reasons.get(REPEATS_PROMPT, [])) == read:
         raise InputError(
             f"{name}: 'chosen' begins with the prompt, and so does 'rejected', in each pair "
-            f"({_first(reasons[REPEATS_PROMPT])}): it would be read twice, and scored. Take it out of both"
+            f"({first_of(reasons[REPEATS_PROMPT])}): it would be read twice, and scored. Take it out of both"
         )
 
 
@@ -240,7 +240,3 @@ def trained_ends(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase | Non
     if tokenizer is None:
         return set()
     return Pairs.of_lists(pairs, "").last_ids.intersection(TextEncoder(tokenizer).all_ends)
-
-
-def _first(origins: list[str], most: int = 3) -> str:
-    return ", ".join(origins[:most]) + (", ..." if len(origins) > most else "")

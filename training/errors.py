@@ -26,10 +26,25 @@ class Stopped(RuntimeError):
     """The run was asked to stop. The message says what is saved and how to resume."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of a library's error as one line."""
+    return " ".join(str(error).split()) or repr(error)
+
+
+def first_of(names: Sequence[str]) -> str:
+    """List the first three names, and say whether there are more."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is most like ``name``; "" if none is."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), "")
+
+
 def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
     """Raise InputError for the first unknown name, with the nearest known one."""
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            close = nearest(name, known)
+            hint = f"; did you mean {close!r}?" if close else f"; known: {', '.join(known)}"
             raise InputError(f"unknown option {where}{name}{hint}")

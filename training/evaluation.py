@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import inspo_kernels as ik
 
+from .answers import answer_text, continue_prompts
 from .config import TrainConfig
 from .errors import InputError
 from .pairs import Pair
-from .scoring import Scores, correct, pair_metrics
+from .scoring import PairModel, Scores, correct, pair_metrics
 
 Z95 = 1.959964
 # Nats per token: below it, the model takes responses noticeably worse after the other one than right after the prompt.
@@ -36,10 +37,7 @@ def evaluate(
     scores: Scores,
     ref_logps: Tensor | None,
     pairs: Sequence[Pair],
-    objective: ik.Objective,
-    *,
-    conditioned: bool,
-    marginal_weight: float,
+    config: TrainConfig,
     marginal_ref_logps: Tensor | None = None,
 ) -> dict[str, Any]:
     """Compute the metrics of conditioned ``scores``: those of training, and those of inference (``marginal``).
@@ -59,9 +57,10 @@ def evaluate(
     assert scores.marginal_logps is not None
     alone_ref = ref_logps if marginal_ref_logps is None else marginal_ref_logps
     both, alone = _sums(scores, scores.logps, ref_logps), _sums(scores, scores.marginal_logps, alone_ref)
-    losses = objective(both if conditioned else alone)
-    if marginal_weight:
-        losses = losses + marginal_weight * objective(alone)
+    objective = config.make_objective()
+    losses = objective(both if config.sees_alternative else alone)
+    if config.marginal_weight:
+        losses = losses + config.marginal_weight * objective(alone)
     metrics: dict[str, Any] = {"eval_loss": losses.mean().item()}
 
     prompts: dict[tuple[int, ...], int] = {}
@@ -110,11 +109,8 @@ def is_better(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
     worse. Accuracy comes first because it is bounded: a few pairs with huge margins cannot decide. The untrained model
     is no candidate.
     """
-
-    def rank(one: dict[str, Any]) -> tuple[float, float]:
-        return one["eval_marginal/rewards/accuracies"], one["eval_marginal/rewards/margins"]
-
-    return row["step"] > 0 and (best is None or rank(row) > rank(best))
+    keys = ("eval_marginal/rewards/accuracies", "eval_marginal/rewards/margins")
+    return row["step"] > 0 and (best is None or [row[key] for key in keys] > [best[key] for key in keys])
 
 
 def conditioning_gap(scores: Scores) -> tuple[float, float]:
@@ -124,43 +120,24 @@ def conditioning_gap(scores: Scores) -> tuple[float, float]:
     return chosen, rejected
 
 
-@torch.no_grad()
 def sample_answers(
-    module: nn.Module,
+    module: PairModel,
     prompts: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     ends: set[int],
     max_new_tokens: int,
-    pad_token_id: int,
-    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Answer each prompt (token ids) greedily, up to an id in ``ends``: texts, length in tokens, whether it ended.
 
-    ``module`` has a ``generate`` for one prompt. All ranks call this with the same prompts and do the same work:
-    sharded weights are gathered layer by layer.
+    All ranks call this with the same prompts and do the same work: sharded weights are gathered layer by layer.
     """
-    # The model's generation_config does not count, so that the answers of all models are comparable.
-    greedy = {
-        "do_sample": False,
-        "num_beams": 1,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 50,
-        "repetition_penalty": 1.0,
-    }
     positions = getattr(module.config, "max_position_embeddings", None) or math.inf
     samples = []
     for prompt in prompts:  # one at a time: a handful needs no padding
-        out = cast(Any, module).generate(
-            torch.tensor([prompt], device=device),
-            max_new_tokens=min(max_new_tokens, positions - len(prompt)),
-            eos_token_id=sorted(ends),
-            pad_token_id=pad_token_id,
-            **greedy,
-        )
-        answer = out[0, len(prompt) :].tolist()
-        asked, said = (tokenizer.decode(list(ids), skip_special_tokens=True) for ids in (prompt, answer))
+        most = int(min(max_new_tokens, positions - len(prompt)))
+        (answer,) = continue_prompts(module.model, [prompt], ends, most, generate=module.generate)
+        asked, said = (answer_text(ids, tokenizer) for ids in (prompt, answer))
         samples.append({"prompt": asked, "answer": said, "tokens": len(answer), "ended": answer[-1] in ends})
     return samples
 

@@ -18,10 +18,11 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .checkpoint import whole_file
 from .errors import InputError
 from .messages import Messages, check_text, read_messages
 from .sources import Records, Source
@@ -109,28 +110,23 @@ def temperature(question: Question) -> float:
 def write_answers(
     file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[str]], name: str
 ) -> None:
-    """Write ``answers``, one list for each of ``questions``, of the model ``name``; the file appears whole."""
+    """Write ``answers``, one list for each of ``questions``, of the model ``name``; the file appears whole.
+
+    ``form`` is one of ``FORMATS``, or "reflect" for JSON lines of prompt, draft and answer.
+    """
     entries = [_entry(form, question, given, name) for question, given in zip(questions, answers, strict=True)]
     if form == "alpaca_eval":
         text = json.dumps(entries, ensure_ascii=False, indent=2) + "\n"
     else:
-        text = json_lines(entries)
-    write_whole(file, text)
-
-
-def json_lines(entries: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write ``text`` so that ``file`` never holds half of it."""
-    partial = file.with_name(file.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    with whole_file(file) as to:
+        to.write_text(text, encoding="utf-8")
 
 
 def _entry(form: str, question: Question, answers: Sequence[str], name: str) -> dict[str, Any]:
     record, now, answer_id = question.record, time.time(), uuid.uuid4().hex
+    if form == "reflect":
+        return {"prompt": question.asked, **dict(zip(("draft", "answer"), answers))}
     if form == "alpaca_eval":
         kept = {key: record[key] for key in ("dataset",) if key in record}
         instruction = record.get("instruction", question.asked)

@@ -70,7 +70,6 @@ def load_inputs(config: TrainConfig, given: Given, log: Callable[[str], None]) -
 
 
 def check_sources(config: DataOptions, given: Given) -> None:
-    """Raise InputError for a local file that is not there."""
     for _, source, held in _sources(config, given):
         for one in parse_sources(source) if source is not None and held is None else []:
             check_source(one)

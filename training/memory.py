@@ -155,7 +155,6 @@ def lost_updates(model: PreTrainedModel, learning_rate: float) -> float:
 
 
 def report_precision(model: PreTrainedModel, learning_rate: float, log: Callable[[str], None]) -> None:
-    """Log a warning if bfloat16 weights would not move."""
     lost = lost_updates(model, learning_rate)
     if lost >= LOST_UPDATES_WARNING:
         log(

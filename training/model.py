@@ -31,7 +31,7 @@ import inspo_kernels as ik
 from inspo_kernels.models import check_head
 
 from .adapters import continue_adapter, has_adapter, read_adapter
-from .errors import InputError, check_names
+from .errors import InputError, check_names, first_of
 from .reading import local_path, reading
 
 _CHAT_TEMPLATE = (
@@ -97,24 +97,21 @@ def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
         for key, found, asked in info["mismatched_keys"]
     )
     if sizes:
-        raise InputError(f"model {name!r}: weights and config.json do not fit together: {_some(sizes)}")
+        raise InputError(f"model {name!r}: weights and config.json do not fit together: {first_of(sizes)}")
     missing = set(info["missing_keys"])
     if missing and has_adapter(model) and Path(name, "adapter_model.safetensors").is_file():
         missing = read_adapter(model, Path(name), missing)
     if missing:
         found = sorted(info["unexpected_keys"])
         raise InputError(
-            f"model {name!r}: its weights lack {len(missing)} tensors, which would be random: {_some(sorted(missing))}"
-            + (f"; they hold {_some(found)} instead. Rename these, or save the model again" if found else "")
+            f"model {name!r}: its weights lack {len(missing)} tensors, which would be random: "
+            + first_of(sorted(missing))
+            + (f"; they hold {first_of(found)} instead. Rename these, or save the model again" if found else "")
         )
     shape = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
     if extra := sorted(key for key in info["unexpected_keys"] if re.sub(r"\d+", "#", key) in shape):
-        raise InputError(f"model {name!r}: by its config.json the model has no {_some(extra)}, but its weights do")
+        raise InputError(f"model {name!r}: by its config.json the model has no {first_of(extra)}, but its weights do")
     return model
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def dtype_of(options: Any) -> torch.dtype:

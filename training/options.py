@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import textwrap
@@ -18,8 +17,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from .config import TrainConfig
-from .errors import InputError
-from .other_options import NOT_NEEDED, NOT_OFFERED, OTHER_NAMES
+from .errors import InputError, nearest, one_line
+from .other_options import OTHER_NAMES, WITHOUT_OPTION
 
 DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 # Options whose value is a path: ~ and $VARIABLES mean the same in YAML as in a shell.
@@ -129,7 +128,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"--config {file}: no such file (working directory: {Path.cwd()})") from None
     except (OSError, ValueError, yaml.YAMLError) as error:  # InputError is a ValueError
-        raise InputError(f"--config {file}: {' '.join(str(error).split())}") from None
+        raise InputError(f"--config {file}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {file}: must hold lines of the form 'option: value'")
     for name in content:
@@ -141,16 +140,14 @@ def _check_name(name: str, where: str) -> None:
     known = _types()
     if name in known:
         return
-    if name in NOT_NEEDED:
-        raise InputError(f"unknown option {where}{name}; it is not needed: {NOT_NEEDED[name]}")
-    if name in NOT_OFFERED:
-        raise InputError(f"unknown option {where}{name}; {NOT_OFFERED[name]}")
+    if name in WITHOUT_OPTION:
+        raise InputError(f"unknown option {where}{name}; {WITHOUT_OPTION[name]}")
     if name in OTHER_NAMES or name.startswith("lora_"):
         field = name if name in ("lora_alpha", "lora_dropout", "lora_bias") else name.removeprefix("lora_")
         right = OTHER_NAMES.get(name, f"lora.{field}")
         raise InputError(f"unknown option {where}{name}; here it is {right}")
-    close = difflib.get_close_matches(name, [*known, *OTHER_NAMES], n=1)
-    right = OTHER_NAMES.get(close[0], close[0]) if close else ""
+    close = nearest(name, [*known, *OTHER_NAMES])
+    right = OTHER_NAMES.get(close, close)
     raise InputError(f"unknown option {where}{name}" + (f"; did you mean {right}?" if right else "; see --help"))
 
 

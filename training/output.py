@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from .errors import InputError, SaveError
 
@@ -52,13 +53,6 @@ def check_folder(folder: Path) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problem = "no permission in" if place.is_dir() else "not a folder:"
         raise InputError(f"output_dir {folder}: cannot be written to ({problem} {place}); choose another one")
-
-
-def duration(seconds: float) -> str:
-    """Return 75 s as "1m15s", 4,000 s as "1h06m"."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
 class JsonLines:
@@ -157,11 +151,10 @@ def training_line(row: dict[str, Any], total_steps: int, elapsed: float, left: f
             margin, accuracy = row[f"{layout}rewards/margins"], row[f"{layout}rewards/accuracies"]
             parts.append(f"{name}margin {margin:+.3f} acc {accuracy:.2f}")
     parts += [f"grad {row['grad_norm']:.2f}", f"lr {row['learning_rate']:.1e}", f"{row['tokens_per_second']:.0f} tok/s"]
-    return " | ".join([*parts, f"{duration(elapsed)} elapsed, {duration(left)} left"])
+    return " | ".join([*parts, f"{tqdm.format_interval(elapsed)} elapsed, {tqdm.format_interval(left)} left"])
 
 
 def evaluation_line(row: dict[str, Any]) -> str:
-    """Describe one evaluation."""
     parts = [f"eval at step {row['step']}: loss {row['eval_loss']:.4f}"]
     for layout, name in (("conditioned", "conditioned"), ("marginal", "prompt alone")):
         accuracy, margin = (row[f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "margins"))

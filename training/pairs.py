@@ -29,7 +29,6 @@ class Pair(NamedTuple):
     origin: str = ""
 
     def row(self, problem: str = "", chat: bool = False) -> dict[str, Any]:
-        """The pair as a row of ``SCHEMA``."""
         ids = {name: np.array(getattr(self, name), np.int32) for name in _IDS}
         return {**ids, "origin": self.origin, "problem": problem, "chat": chat}
 
@@ -108,11 +107,6 @@ class Pairs(Sequence[Pair]):
         sizes = [pc.list_value_length(ids).to_numpy()[self._where].astype(np.int64) for ids in self._ids]
         return np.stack([sizes[0] - self._cuts, *sizes[1:]], 1)
 
-    @staticmethod
-    def lengths_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:
-        """``lengths`` of any sequence of pairs."""
-        return pairs.lengths if isinstance(pairs, Pairs) else np.array([[*map(len, pair[:3])] for pair in pairs])
-
     @cached_property
     def digest(self) -> str:
         """Hash of all token ids."""
@@ -135,6 +129,11 @@ class Pairs(Sequence[Pair]):
     def cut(self, kept: Sequence[int], cuts: Sequence[int], bos: int | None) -> Pairs:
         """The pairs ``kept``; of their prompts, ``cuts`` tokens behind the BOS are left out."""
         return Pairs(self._table, self._where[np.asarray(kept, np.int64)], np.asarray(cuts, np.int64), bos)
+
+
+def lengths_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:
+    """Return the tokens of prompts, chosen and rejected responses, (n, 3)."""
+    return pairs.lengths if isinstance(pairs, Pairs) else np.array([[*map(len, pair[:3])] for pair in pairs])
 
 
 def kept_table(
@@ -168,6 +167,5 @@ def _mapped(file: Path) -> pa.Table:
 
 
 def file_hash(file: Path) -> str:
-    """Return a hash of the contents of ``file``."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, partial(hashlib.blake2b, digest_size=16)).hexdigest()

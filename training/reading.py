@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import InputError, NotAtHandError
+from .errors import InputError, NotAtHandError, one_line
 
 
 def local_path(name: str) -> str:
@@ -47,7 +47,7 @@ def reading(name: str, what: str) -> Iterator[None]:
                 "fills one), or set HF_HUB_OFFLINE=1 where HF_HOME holds a cache that has it"
             )
         )
-        problem = " ".join(str(error).split()) or repr(error)
+        problem = one_line(error)
         damaged = damaged_file(Path(name), "*.json", "*.safetensors")
         has_weights = any(Path(name).glob("*.safetensors")) or any(Path(name).glob("*.bin"))
         raise (InputError if damaged or has_weights else NotAtHandError)(

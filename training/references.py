@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .adapters import adapter_off
+from .checkpoint import whole_file
 from .config import TrainConfig
 from .engine import from_first_process, process_index
 from .errors import InputError, Stopped
 from .inputs import Inputs
-from .output import duration
 from .scoring import Batcher, Conditioned, StopRequested, score, unwrap
 
 CHUNK = 256  # pairs scored together, always the same ones: a resumed pass gives the same bits
@@ -62,31 +62,19 @@ class References:
         cache = Path(config.reference_cache) if config.reference_cache else config.folder
         attention = unwrap(module).model.config.get_text_config()._attn_implementation
         common = f"{batcher.layout} {'bf16' if config.bf16 else 'no'} {attention} {inputs.digests['model']}"
-        conditioned, tables = config.reference_sees_alternative, []
-        for pairs, data, indices, seen in (
-            (inputs.train_pairs, "train_data", used, conditioned),
-            (inputs.held_out, "eval_data", range(len(inputs.held_out)), conditioned),
-            (inputs.held_out, "eval_data", range(len(inputs.held_out)) if conditioned else (), False),
-            (inputs.train_pairs, "train_data", used if conditioned and config.alternative_dropout else (), False),
+        logps_of = partial(reference_logps, module, batcher=batcher, log=log, stop_requested=stop_requested)
+        seen, held_out, tables = config.reference_sees_alternative, range(len(inputs.held_out)), []
+        for pairs, data, indices, conditioned in (
+            (inputs.train_pairs, "train_data", used, seen),
+            (inputs.held_out, "eval_data", held_out, seen),
+            (inputs.held_out, "eval_data", held_out if seen else (), False),
+            (inputs.train_pairs, "train_data", used if seen and config.alternative_dropout else (), False),
         ):
-            key = f"{seen} {batcher.separator_ids if seen else ()} {common} {inputs.digests[data]}"
+            key = f"{conditioned} {batcher.separator_ids if conditioned else ()} {common} {inputs.digests[data]}"
             name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
             file = cache / f"reference-{name}.safetensors" if cache else None
             with adapter_off(inputs.model):
-                tables.append(
-                    reference_logps(
-                        module,
-                        pairs,
-                        indices,
-                        batcher,
-                        conditioned=seen,
-                        file=file,
-                        log=log,
-                        stop_requested=stop_requested,
-                    )
-                    if len(indices)
-                    else None
-                )
+                tables.append(logps_of(pairs, indices, conditioned=conditioned, file=file) if len(indices) else None)
         return cls(*tables)
 
     def of_batch(self, batch: Sequence[int], conditioned: Conditioned) -> Tensor | None:
@@ -142,7 +130,7 @@ def reference_logps(
         if from_first_process(now - told > KEEP_SECONDS) and done < len(missing):
             told = now
             _write(table, file, log)
-            left = duration((now - began) / done * (len(missing) - done))
+            left = tqdm.format_interval((now - began) / done * (len(missing) - done))
             log(f"reference log-probs: {done} of {len(missing)} pairs, {left} left")
     kept = _write(table, file, log)
     log(f"reference log-probs: {len(missing)} pairs computed" + (f", kept in {file}" if kept else ""))
@@ -169,15 +157,12 @@ def _write(table: Tensor, file: Path | None, log: Callable[[str], None]) -> bool
         return False
     problem = None
     if process_index() == 0:
-        partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"logps": table.contiguous()}, partial)
-            partial.replace(file)
+            with whole_file(file) as to:
+                save_file({"logps": table.contiguous()}, to)
         except (OSError, SafetensorError) as error:
             problem = str(error)
-            with suppress(OSError):
-                partial.unlink()
     if (problem := from_first_process(problem)) is not None:
         log(f"WARNING: {file} could not be written ({problem}); the run goes on with the values in memory")
     return problem is None

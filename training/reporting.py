@@ -6,12 +6,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback
 
-from inspo_kernels.objectives import Objective
-
+from .checkpoint import whole_folder
+from .data import trained_ends
+from .engine import process_index, raise_on_all_ranks
 from .errors import SaveError
 from .evaluation import METRICS, evaluate, is_better, sample_answers
 from .inputs import Inputs
@@ -20,8 +23,8 @@ from .output import Window, evaluation_line, training_line
 from .pairs import Pair
 from .references import References
 from .resumable import ResumableTrainer
-from .save_model import write_model
-from .scoring import Batcher, Scores, StopRequested, score
+from .save_model import model_card, save_final
+from .scoring import Batcher, Scores, StopRequested, score, unwrap
 from .watch import Watch, evaluation_warnings, training_warnings
 
 
@@ -44,7 +47,6 @@ class ReportingTrainer(ResumableTrainer):
 
     inputs: Inputs
     batcher: Batcher
-    objective: Objective
     references: References
     progress: Progress
     watch: Watch
@@ -54,7 +56,6 @@ class ReportingTrainer(ResumableTrainer):
     compared_from: int  # the step from which evaluations are on the present held-out pairs
 
     def is_logged(self, step: int) -> bool:
-        """Return whether a row is logged after ``step``."""
         if step == self.state.max_steps or (step == 1 and self.args.logging_first_step):
             return True
         every = {"steps": self.state.logging_steps, "epoch": self.config.steps_per_epoch(len(self.inputs.train_pairs))}
@@ -81,15 +82,8 @@ class ReportingTrainer(ResumableTrainer):
             self.stopping = self.control.should_training_stop = True
             self.control.should_save = step > 0
             return dict.fromkeys(METRICS, math.nan)  # Trainer looks up metric_for_best_model
-        metrics = evaluate(
-            scores,
-            self.references.held_out,
-            held_out,
-            self.objective,
-            conditioned=config.sees_alternative,
-            marginal_weight=config.marginal_weight,
-            marginal_ref_logps=self.references.held_out_marginal,
-        )
+        references = self.references
+        metrics = evaluate(scores, references.held_out, held_out, config, references.held_out_marginal)
         metrics |= self._sample()
         self.log(metrics)
         row = self.state.log_history[-1]
@@ -121,13 +115,7 @@ class ReportingTrainer(ResumableTrainer):
         ends = {tokenizer.eos_token_id, *(pair.chosen[-1] for pair in self.inputs.held_out)}
         with self.accelerator.autocast():
             samples = sample_answers(
-                self.model,
-                prompts,
-                tokenizer,
-                ends=ends,
-                max_new_tokens=self.config.sample_tokens,
-                pad_token_id=self.inputs.pad_token_id,
-                device=self.args.device,
+                unwrap(self.model), prompts, tokenizer, ends=ends, max_new_tokens=self.config.sample_tokens
             )
         self.progress.samples += [{"step": self.state.global_step, **sample} for sample in samples]
         self.run_log.samples.write(self.progress.samples)
@@ -174,16 +162,18 @@ class ReportingTrainer(ResumableTrainer):
     def write(self, name: str) -> None:
         """Write the model with its card to ``output_dir/name``. Raises SaveError on all ranks."""
         assert self.config.folder is not None
-        write_model(
-            self.config.folder / name,
-            self.accelerator.get_state_dict(self.model_wrapped),
-            self.inputs,
-            self.config,
-            step=self.state.global_step,
-            steps=self.state.max_steps,
-            evaluations=self.evaluations(),
-            log=self.run_log.say,
-        )
+        folder, weights = self.config.folder / name, self.accelerator.get_state_dict(self.model_wrapped)
+        with whole_folder(folder) as to, raise_on_all_ranks():
+            if process_index() == 0:
+                self._write(to, weights, f"{folder.parent.name}/{name}")
+
+    def _write(self, to: Path, weights: dict[str, Any], name: str) -> None:
+        """Write the model with its card, called ``name``, into the folder ``to``."""
+        inputs, steps = self.inputs, (self.state.global_step, self.state.max_steps)
+        tensors = {n.removeprefix("model."): t.detach().cpu() for n, t in weights.items() if isinstance(t, Tensor)}
+        ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
+        save_final(to, inputs.model, inputs.tokenizer, tensors, self.config, ends, self.run_log.say)
+        model_card(self.config, inputs, name, *steps, self.evaluations()).save(to / "README.md")
 
 
 class RunFlow(TrainerCallback):

@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, SchedulerType, Trainer, get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.training_args import OptimizerNames
 
-from .checkpoint import rotate, save_checkpoint
+from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .engine import all_finite, raise_on_all_ranks
-from .errors import InputError, NonFiniteError, SaveError
+from .errors import InputError, NonFiniteError, SaveError, one_line
 from .output import RunLog
 from .resume import resume_hint
 
@@ -67,7 +68,7 @@ class ResumableTrainer(Trainer):
             return
         self.run_log.say(f"checkpoint-{step}: {size / 2**30:.2f} GiB in {time.monotonic() - began:.1f} s")
         if self.args.should_save:
-            rotate(folder, step, self.config.save_total_limit, self.run_log.say)
+            rotate_checkpoints(str(folder), self.config.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the trained parameters and the buffers of the module for a checkpoint."""
@@ -82,10 +83,9 @@ class ResumableTrainer(Trainer):
             try:
                 super().init_hf_repo(token, private)
             except Exception as error:  # the network, a token that is missing or may not write
-                problem = " ".join(str(error).split())
                 raise InputError(
-                    f"push_to_hub: the repository could not be created ({type(error).__name__}: {problem}); log in "
-                    "with `hf auth login`, or leave push_to_hub out and upload final/ later"
+                    f"push_to_hub: the repository could not be created ({type(error).__name__}: {one_line(error)}); "
+                    "log in with `hf auth login`, or leave push_to_hub out and upload final/ later"
                 ) from None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -167,7 +167,7 @@ def check_optimizer(config: TrainConfig, model: PreTrainedModel, steps: int) -> 
     except Exception as error:  # each optimizer and schedule refuses in its own way
         chosen = f"optim={OptimizerNames(config.optim).value}, "
         chosen += f"lr_scheduler_type={SchedulerType(config.lr_scheduler_type).value}"
-        raise InputError(f"{chosen}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{chosen}: {one_line(error)}") from None
 
 
 def _step_to(schedule: LambdaLR, step: int) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,54 +15,18 @@ from .checkpoint import MANIFEST, STATE, DamagedError, check_checkpoint, checkpo
 from .config import TrainConfig
 from .errors import InputError
 
-# Options that a resumed run may change: they affect logs, files, the length of the run, or only rounding. Data and
-# model may be at another place; their contents are compared.
-MAY_CHANGE = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "resume_changed",
-    "logging_steps",
-    "logging_strategy",
-    "logging_first_step",
-    "eval_steps",
-    "eval_strategy",
-    "eval_delay",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-    "keep_best",
-    "report_to",
-    "run_name",
-    "project",
-    "sample_prompts",
-    "sample_tokens",
-    "reference_cache",
-    "max_batch_tokens",
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-    "layout",
-    "attn_implementation",
-    "train_data",
-    "eval_data",
-    "dry_run",
-    "max_steps",
-    "num_train_epochs",
-    "use_cpu",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "ddp_timeout",
-    "push_to_hub",
-    "hub_model_id",
-    "log_level",
-    "disable_tqdm",
-    "save_dtype",
-    "hub_private_repo",
-    "hub_revision",
-    "trackio_space_id",
-    "log_level_replica",
-    "ddp_backend",
-    "ddp_bucket_cap_mb",
-}
+# Beginnings of the options that a resumed run may change: they affect logs, files, the length of the run, or only
+# rounding. Data and model may be at another place; their contents are compared.
+_MAY_CHANGE = (
+    "logging_ log_level eval_ sample_ report_to run_name project trackio_space_id output_dir save_ keep_best resume_ "
+    "reference_cache push_to_hub hub_ dry_run train_data max_steps num_train_epochs per_device_ use_cpu ddp_ layout "
+    "gradient_accumulation_steps max_batch_tokens attn_implementation activation_checkpointing disable_tqdm"
+).split()
+
+
+def may_change(option: str) -> bool:
+    """Return whether a resumed run may have another value of ``option``."""
+    return option.startswith(tuple(_MAY_CHANGE))
 
 
 class Resumed(NamedTuple):
@@ -137,7 +102,7 @@ def settings_to_keep(config: TrainConfig) -> dict[str, Any]:
 def _changed_settings(then: dict[str, Any], config: TrainConfig) -> list[str]:
     now, defaults = settings_to_keep(config), {field.name: field.default for field in dataclasses.fields(config)}
     changed = []
-    for name in {**now, **then}.keys() - MAY_CHANGE:
+    for name in filterfalse(may_change, {**now, **then}):
         old, new = (settings.get(name, defaults.get(name)) for settings in (then, now))
         moved = name == "model" and isinstance(old, str) and isinstance(new, str)  # compared by what it holds
         if old != new and not moved:
@@ -185,7 +150,7 @@ def discard_later_checkpoints(folder: Path, step: int, log: Callable[[str], None
         shutil.rmtree(partial, ignore_errors=True)
     for number, path in checkpoints(folder).items():
         if number > step:
-            aside = path.with_name(f"{path.name}.set-aside")
+            aside = path.with_name(f"set-aside-{path.name}")  # no longer a checkpoint by its name
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
             log(f"the run goes on after step {step}: {path.name} is renamed to {aside.name}, and may be deleted")

@@ -19,40 +19,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 import inspo_kernels as ik
 
 from .adapters import has_adapter
-from .checkpoint import whole_folder
 from .config import TrainConfig
-from .data import trained_ends
-from .engine import process_count, process_index, raise_on_all_ranks
-from .errors import InputError, SaveError
+from .engine import process_count
+from .errors import InputError, SaveError, one_line
 from .inputs import Inputs
 from .model import size_text
-from .resume import MAY_CHANGE
-
-
-def write_model(
-    folder: Path,
-    weights: dict[str, Any],
-    inputs: Inputs,
-    config: TrainConfig,
-    *,
-    step: int,
-    steps: int,
-    evaluations: list[dict[str, Any]],
-    log: Callable[[str], None],
-) -> None:
-    """Write the model with ``weights``, a PairModel's, after ``step`` of ``steps``, to ``folder``.
-
-    All ranks call this, and the first one writes. Raises SaveError on all ranks, and leaves an older folder as it was.
-    """
-    with raise_on_all_ranks():
-        if process_index() == 0:
-            tensors = {n.removeprefix("model."): t.detach().cpu() for n, t in weights.items() if isinstance(t, Tensor)}
-            with whole_folder(folder) as to:
-                ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
-                save_final(to, inputs.model, inputs.tokenizer, tensors, config, ends=ends, log=log)
-                name = f"{folder.parent.name}/{folder.name}"
-                card = model_card(config, inputs, name, step=step, steps=steps, evaluations=evaluations)
-                card.save(to / "README.md")
+from .resume import may_change
 
 
 def save_final(
@@ -95,7 +67,7 @@ def save_final(
             _edit(file, {"eos_token_id": [*known, *added]})
             log(f"{file.name}: eos_token_id gets {added}, with which the responses of the data end")
     except Exception as error:  # the libraries raise errors of many classes
-        raise SaveError(f"{folder} could not be written: {' '.join(str(error).split()) or repr(error)}") from error
+        raise SaveError(f"{folder} could not be written: {one_line(error)}") from error
 
 
 def _edit(file: Path, changes: dict[str, Any]) -> None:
@@ -121,7 +93,7 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
 
 
 def model_card(
-    config: TrainConfig, inputs: Inputs, name: str, *, step: int, steps: int, evaluations: list[dict[str, Any]]
+    config: TrainConfig, inputs: Inputs, name: str, step: int, steps: int, evaluations: list[dict[str, Any]]
 ) -> ModelCard:
     """Describe the model ``name`` after ``step`` of ``steps``: settings, data and ``evaluations`` (metrics rows)."""
     base = config.model if isinstance(config.model, str) else None
@@ -138,7 +110,7 @@ def model_card(
         else "Each response was scored given the prompt alone."
     )
     built = f"a model built on the spot with random weights: {config.model}"
-    kept = {k: v for k, v in config.settings().items() if k not in MAY_CHANGE | {"model"} and v is not None}
+    kept = {k: v for k, v in config.settings().items() if not may_change(k) and k != "model" and v is not None}
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "accelerate"))
     auto = "peft.AutoPeftModelForCausalLM" if library == "peft" else "transformers.AutoModelForCausalLM"
     return ModelCard(f"""---

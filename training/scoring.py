@@ -6,20 +6,19 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 import inspo_kernels as ik
 
 from .batching import MicroBatch, micro_batches
 from .engine import checkpointed, decoder_layers, in_any_process, process_count, process_index, sum_over_processes
-from .pairs import Pair, Pairs
+from .pairs import Pair, lengths_of
 
 Lengths = NDArray[np.int64]
 Conditioned = bool | Sequence[bool]  # of all pairs, or of each
@@ -103,15 +102,14 @@ class PairModel(nn.Module):
         """Checkpoint the activations of every ``every_n_layers``-th decoder layer; Trainer calls this."""
         self.checkpointed = tuple(decoder_layers(self.model, "activation_checkpointing"))[::every_n_layers]
 
-    def generate(self, input_ids: Tensor, **settings: Any) -> Tensor:
-        """Continue one prompt (1, T) of token ids."""
-        generate: Callable[..., Tensor] = self.model.generate  # type: ignore[assignment]
-        return generate(input_ids, attention_mask=torch.ones_like(input_ids), **settings)
+    def generate(self, *given: Any, **settings: Any) -> Tensor:
+        """Continue prompts as the model does."""
+        return cast(Any, self.model.generate)(*given, **settings)
 
 
 def unwrap(module: nn.Module) -> PairModel:
     """Return the PairModel in ``module``, which may be wrapped by an engine."""
-    inner = module.module if isinstance(module, DistributedDataParallel) or hasattr(module, "module") else module
+    inner = getattr(module, "module", module)
     assert isinstance(inner, PairModel)
     return inner
 
@@ -207,11 +205,6 @@ class Batcher:
         sizes = self.padded(lengths_of(pairs), conditioned=conditioned).tolist()
         packed = self.layout == "packed_tree"
         return micro_batches(sizes, self.max_tokens, process_count(), packed=packed)[process_index()]
-
-
-def lengths_of(pairs: Sequence[Pair]) -> Lengths:
-    """Return the tokens of prompts, chosen and rejected responses, (n, 3)."""
-    return Pairs.lengths_of(pairs)
 
 
 @dataclass(frozen=True)

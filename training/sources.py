@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, NotAtHandError, check_names
+from .errors import InputError, NotAtHandError, check_names, one_line
 from .reading import damaged_file, local_path
 from .text_files import COMPRESSIONS, read_records
 
@@ -54,11 +53,8 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
 
     ``columns`` are those of a source without its own. Raises InputError for anything else.
     """
-    if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
-        try:
-            given = json.loads(given)
-        except ValueError as error:
-            raise InputError(f"data source {given[:80]!r}: not JSON ({error})") from None
+    if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):  # the command line has read what is well formed
+        raise InputError(f"data source {given[:80]!r}: not JSON or YAML")
     if isinstance(given, list | tuple):
         if not given:
             raise InputError("a list of data sources must name at least one")
@@ -175,7 +171,7 @@ def _loading(source: Source) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # each way to fail has a class of its own: network, missing, gated, split, format
-        problem = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:400]}"
+        problem = f"{type(error).__name__}: {one_line(error.__cause__ or error)[:400]}"
         if path.exists():
             more = f"; its split {source.split!r} was asked for" if source.split else ""
             if damaged := damaged_file(path, "**/*.parquet", "**/*.arrow"):
@@ -193,10 +189,8 @@ def _rows(source: Source) -> Any:
 
     path = Path(source.path)
     with _loading(source):
-        if source.kind == ".arrow" and path.is_file():
-            return datasets.Dataset.from_file(str(path))
         if path.is_file():
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+            return datasets.load_dataset(source.kind[1:], data_files=str(path), split="train")
         if not _is_saved(path):
             return datasets.load_dataset(
                 source.path, source.subset, split=source.split or "train", revision=source.revision

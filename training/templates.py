@@ -111,7 +111,6 @@ class ChatTemplate:
 
     @cached_property
     def special_text(self) -> re.Pattern[str]:
-        """Matches any special token."""
         return re.compile("|".join(map(re.escape, self.special)) or "(?!)")
 
     @cached_property

@@ -36,7 +36,7 @@ from .reading import local_path
 from .resumable import check_optimizer
 from .resume import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
 from .save_model import check_saving
-from .scoring import Batcher, Lengths, lengths_of
+from .scoring import Batcher, Lengths
 from .trainer import PairTrainer
 
 STOPPED = 128 + signal.SIGTERM  # 143, as a shell reports a process that SIGTERM ended
@@ -92,7 +92,7 @@ def train(
             found = find_checkpoint(folder, config, log.say) if main and folder else None
         found = from_first_process(found)
         inputs = load_inputs(config, given, log.say)
-        lengths = lengths_of(inputs.train_pairs)
+        lengths = inputs.train_pairs.lengths
         if found is not None:
             check_resumed(found, inputs.digests, config.total_steps(len(lengths)), config, log.say)
         if folder is not None:
@@ -145,7 +145,7 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
         if positions and config.max_length > positions:
             say(f"note: max_length={config.max_length}, but pairs of more than {positions} tokens would be refused")
     else:
-        lengths, separator, known = lengths_of(inputs.train_pairs), inputs.separator, True
+        lengths, separator, known = inputs.train_pairs.lengths, inputs.separator, True
         if found is not None:
             check_resumed(found, inputs.digests, config.total_steps(len(lengths)), config, say)
     if found is not None:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, TrainerCallback
 
 from inspo_kernels.layouts.alternative_dropout import keeps_alternative
+from inspo_kernels.objectives import Objective
 
 from .batching import EpochLoader, used_indices
 from .config import TrainConfig
@@ -35,7 +36,7 @@ from .output import RunLog, Window
 from .references import References
 from .reporting import Progress, ReportingTrainer, RunFlow
 from .resume import Resumed, resume_hint, settings_to_keep
-from .scoring import Batch, Batcher, Conditioned, PairModel, lengths_of
+from .scoring import Batch, Batcher, Conditioned, PairModel
 from .watch import Watch
 
 STARTING_SAMPLE = 32  # pairs scored for the report before step 1
@@ -61,7 +62,8 @@ class PairTrainer(ReportingTrainer):
     ) -> None:
         self.config, self.inputs, self.batcher, self.run_log = config, inputs, batcher, log
         self.resumed, self.stop_requested, self.stopping = resumed, stop_requested, False
-        self.objective, self.progress, self.watch = config.make_objective(), Progress(), Watch(log.say)
+        self.objective: Objective = config.make_objective()
+        self.progress, self.watch = Progress(), Watch(log.say)
         self.compared_from = 0
         self.step_pairs: list[int] = []  # indices of the step's pairs so far
         self.step_sums: dict[str, Tensor] = {}  # their metrics, summed over the pairs of this rank
@@ -173,7 +175,7 @@ class PairTrainer(ReportingTrainer):
             row = {name: value for name, value in row.items() if not name.startswith("marginal/rewards")}
         elif (references := self.references.of_batch(indices, False)) is not None:
             row["ref_logps/chosen"], row["ref_logps/rejected"] = references.view(2, -1).mean(1).tolist()
-        lengths = lengths_of([self.inputs.train_pairs[i] for i in indices])
+        lengths = self.inputs.train_pairs.lengths[indices]
         row["tokens/chosen"], row["tokens/rejected"] = lengths[:, 1:].mean(0).tolist()
         tokens = int(self.batcher.tokens(lengths, conditioned=self.conditioned(indices)).sum())
         self.progress.window.add(row, len(indices), tokens)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import tiny_model, token_pairs
 from safetensors.torch import load_file
+from transformers.trainer_utils import rotate_checkpoints
 
 from training import checkpoint
 from training.checkpoint import (
@@ -15,7 +16,6 @@ from training.checkpoint import (
     SaveError,
     check_checkpoint,
     checkpoints,
-    rotate,
     save_checkpoint,
     whole_folder,
 )
@@ -189,20 +189,16 @@ def test_an_interrupted_folder_leaves_the_earlier_one(tmp_path):
         assert (tmp_path / "best" / "a").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_rotation_counts_back_from_the_step_that_was_saved(tmp_path):
+def test_later_checkpoints_are_set_aside(tmp_path):
     for step in (2, 4, 6, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     said = []
     discard_later_checkpoints(tmp_path, 6, said.append)
     assert list(checkpoints(tmp_path)) == [2, 4, 6] and len(said) == 2
-    assert {path.stem for path in tmp_path.glob("*.set-aside")} == {"checkpoint-10", "checkpoint-12"}
-    rotate(tmp_path, 6, 2, print)
-    assert list(checkpoints(tmp_path)) == [4, 6]
-    (tmp_path / "checkpoint-99").mkdir()
-    rotate(tmp_path, 6, 1, print)
-    assert list(checkpoints(tmp_path)) == [6, 99]
-    assert (tmp_path / "checkpoint-best").exists() and not list(tmp_path.glob("*.partial"))
+    assert {path.name for path in tmp_path.glob("set-aside-*")} == {f"set-aside-checkpoint-{i}" for i in (10, 12)}
+    rotate_checkpoints(str(tmp_path), 2)  # those set aside do not count
+    assert list(checkpoints(tmp_path)) == [4, 6] and (tmp_path / "checkpoint-best").exists()
 
 
 def test_manifest_is_readable_and_complete(tmp_path):

@@ -24,6 +24,9 @@ def random_scores(count=6):
     return Scores(logps, lengths, marginals)
 
 
+SIMPO = TrainConfig(objective="simpo")
+
+
 def test_interval_of_a_mean_without_groups_is_the_textbook_one():
     low, high = mean_interval(VALUES, OWN_GROUP)
     half = 1.959964 * VALUES.std().item() / math.sqrt(40)
@@ -44,8 +47,7 @@ def test_pairs_of_a_prompt_form_one_cluster():
     scores = random_scores(12)
     twice = Scores(*(table.repeat(1, 2) for table in (scores.logps, scores.lengths, scores.marginal_logps)))
     once, again = (
-        evaluate(some, None, some_pairs, ik.SimPO(), conditioned=True, marginal_weight=0.0)
-        for some, some_pairs in ((scores, pairs), (twice, 2 * pairs))
+        evaluate(some, None, some_pairs, SIMPO) for some, some_pairs in ((scores, pairs), (twice, 2 * pairs))
     )
     intervals = [name for name in once if name.endswith("_ci")]
     assert len(intervals) == 9
@@ -75,11 +77,13 @@ def test_one_group_has_no_interval_of_the_mean():
 
 
 @pytest.mark.parametrize("conditioned", [True, False])
-@pytest.mark.parametrize("objective", [ik.DPO(), ik.SimPO(), ik.IPO(), ik.ORPO(sft="chosen")], ids=repr)
-def test_evaluation_reports_both_layouts_and_the_runs_own_loss(objective, conditioned):
+@pytest.mark.parametrize("name", ["dpo", "simpo", "ipo", "orpo"])
+def test_evaluation_reports_both_layouts_and_the_runs_own_loss(name, conditioned):
+    config = TrainConfig(objective=name, conditioned=conditioned, sft="chosen" if name == "orpo" else None)
+    objective = config.make_objective()
     scores, pairs = random_scores(), [Pair(*ids) for ids in token_pairs(6)]
     ref = -20 * torch.rand(2, 6, generator=GENERATOR, dtype=torch.float64)
-    result = evaluate(scores, ref, pairs, objective, conditioned=conditioned, marginal_weight=0.0)
+    result = evaluate(scores, ref, pairs, config)
     for layout, logps in (("conditioned", scores.logps), ("marginal", scores.marginal_logps)):
         fields = dict(chosen_len=scores.lengths[0], rejected_len=scores.lengths[1], index=torch.arange(6))
         s = ik.PairSums(chosen=logps[0], rejected=logps[1], ref_chosen=ref[0], ref_rejected=ref[1], **fields)
@@ -96,7 +100,7 @@ def test_evaluation_reports_both_layouts_and_the_runs_own_loss(objective, condit
 def test_equal_rewards_are_neither_right_nor_wrong():
     scores, pairs = random_scores(), [Pair(*ids) for ids in token_pairs(6)]
     ref = scores.marginal_logps + 1e-9
-    result = evaluate(scores, ref, pairs, ik.DPO(), conditioned=True, marginal_weight=0.0)
+    result = evaluate(scores, ref, pairs, TrainConfig())
     assert result["eval_marginal/rewards/accuracies"] == 0.5
 
 
@@ -104,7 +108,7 @@ def test_marginal_weight_enters_the_held_out_loss():
     scores, pairs = random_scores(), [Pair(*ids) for ids in token_pairs(6)]
     ref = torch.zeros(2, 6, dtype=torch.float64)
     alone, given, both = (
-        evaluate(scores, ref, pairs, ik.DPO(), conditioned=c, marginal_weight=w)["eval_loss"]
+        evaluate(scores, ref, pairs, TrainConfig(conditioned=c, marginal_weight=w))["eval_loss"]
         for c, w in ((False, 0.0), (True, 0.0), (True, 0.7))
     )
     assert both == pytest.approx(given + 0.7 * alone)
@@ -137,7 +141,7 @@ def scored(chosen, rejected, chosen_len, rejected_len):
 def test_log_probs_per_token_are_means_over_pairs():
     scores = scored([-4.0, -9.0], [-2.0, -8.0], [2, 9], [4, 2])
     pairs = [Pair(*ids) for ids in token_pairs(2)]
-    result = evaluate(scores, None, pairs, ik.SimPO(), conditioned=True, marginal_weight=0.0)
+    result = evaluate(scores, None, pairs, SIMPO)
     assert result["eval_marginal/logps_per_token/chosen"] == pytest.approx((-2.0 - 1.0) / 2)
     assert result["eval_marginal/logps_per_token/rejected"] == pytest.approx((-0.5 - 4.0) / 2)
     assert result["eval_conditioned/logps_per_token/chosen"] == pytest.approx((-3.0 - 2.0) / 2)
@@ -148,11 +152,11 @@ def test_length_preference_skips_pairs_of_equal_length():
     # The longer response is chosen and preferred, rejected and preferred, chosen and not preferred. The last are equal.
     scores = scored([-1.0, -5.0, -9.0, -1.0], [-3.0, -2.0, -2.0, -8.0], [8, 3, 8, 5], [3, 8, 3, 5])
     pairs, ref = [Pair(*ids) for ids in token_pairs(4)], torch.zeros(2, 4, dtype=torch.float64)
-    result = evaluate(scores, ref, pairs, ik.DPO(), conditioned=True, marginal_weight=0.0)
+    result = evaluate(scores, ref, pairs, TrainConfig())
     assert result["eval_marginal/longer_preferred"] == pytest.approx(2 / 3)
     assert result["eval_longer_chosen"] == pytest.approx(2 / 3)
     low, high = result["eval_marginal/longer_preferred_ci"]
     assert 0 < low < 2 / 3 < high < 1
     equal = scored([-1.0], [-3.0], [5], [5])
-    result = evaluate(equal, ref[:, :1], pairs[:1], ik.DPO(), conditioned=True, marginal_weight=0.0)
+    result = evaluate(equal, ref[:, :1], pairs[:1], TrainConfig())
     assert not any("longer" in name for name in result)

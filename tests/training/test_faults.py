@@ -20,9 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import training.reporting
 import training.resumable
-import training.save_model
 import training.train
 from training import output
 from training.checkpoint import check_checkpoint, checkpoints
@@ -40,7 +38,7 @@ KILLS = {
     "in the middle of the model's file": ("training.resumable.save_file", "checkpoint-4/model", "within"),
     "in the middle of the optimizer's file": ("torch.save", "checkpoint-4/optimizer", "within"),
     "with all files of a checkpoint but its name": ("training.checkpoint.publish", "checkpoint-4", "before"),
-    "after a checkpoint, before older ones are deleted": ("training.resumable.rotate", 2, "before"),
+    "after a checkpoint, before older ones are deleted": ("training.resumable.rotate_checkpoints", 2, "before"),
     "after sample answers, before their row": ("training.reporting.ReportingTrainer._sample", 3, "after"),
     "while the best model is written": ("training.checkpoint.publish", "best", "before"),
     "after the row of an evaluation": ("training.output.RunLog.draw", 3, "before"),
@@ -122,9 +120,9 @@ def full(*args):
 
 def test_a_full_disk_at_the_end_keeps_checkpoints(tmp_path, uninterrupted, monkeypatch, capsys):
     out = tmp_path / "out"
-    original = training.save_model.model_card
+    original = training.reporting.model_card
     monkeypatch.setattr(
-        training.save_model, "model_card", lambda *a, **k: full() if "/final" in a[2] else original(*a, **k)
+        training.reporting, "model_card", lambda *a, **k: full() if "/final" in a[2] else original(*a, **k)
     )
     with pytest.raises(SystemExit) as stopped:
         main(options(out, *RUN))
@@ -289,7 +287,7 @@ def test_the_newest_checkpoint_that_is_whole_is_used(uninterrupted, tmp_path, ca
     printed = capsys.readouterr().out
     assert "checkpoint-6 is damaged: optimizer.pt has" in printed and "checkpoint-4 after step 4" in printed
     assert_equal_runs(uninterrupted, out)
-    assert (out / "checkpoint-6.set-aside").is_dir() and check_checkpoint(out / "checkpoint-6")
+    assert (out / "set-aside-checkpoint-6").is_dir() and check_checkpoint(out / "checkpoint-6")
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):

@@ -10,10 +10,11 @@ import torch
 from helpers import tiny_model, write_jsonl
 from transformers import GenerationConfig
 
-from training import generate as module
+from training import answers
+from training.answers import generate_batch
 from training.chat import TextEncoder
 from training.errors import InputError
-from training.generate import generate, generate_batch, main
+from training.generate import generate, main
 from training.model import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -247,7 +248,7 @@ def test_an_interrupted_run_leaves_no_file(saved, tmp_path, monkeypatch):
     def stops(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "generate_batch", stops)
+    monkeypatch.setattr(answers, "generate_batch", stops)
     with pytest.raises(SystemExit, match="130"):
         answer_file(tmp_path, saved[1], [{"prompt": "Why?"}], "alpaca_eval")
     assert not [*tmp_path.glob("answers*")]

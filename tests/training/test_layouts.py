@@ -23,7 +23,8 @@ from training.config import TrainConfig
 from training.data import Pair
 from training.errors import InputError
 from training.layouts import check_layout, choose_layout
-from training.scoring import Batch, Batcher, PairModel, lengths_of, score
+from training.pairs import lengths_of
+from training.scoring import Batch, Batcher, PairModel, score
 from training.train import train
 
 PAIRS = [Pair(*ids, f"pair {i}") for i, ids in enumerate(token_pairs(7))]

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import inspo_kernels as ik
+
+from ..answers import answer_text, generate_batch, reflect_batch
 from ..chat import TextEncoder
+from ..config import TrainConfig
 from ..evaluation import mean_interval, proportion_interval
-from ..generate import answer_text
-from ..reflect import best_of_two, reflect_batch
+from ..pairs import Pair
+from ..scoring import Batcher, PairModel, score
 from .settings import Settings
 from .world import Prompt, World
 
@@ -110,6 +114,30 @@ def reflect_unseen(
         whole = [text if one[-1] == tokenizer.eos_token_id else text + CUT for text, one in zip(texts, given)]
         answers[way] = [whole[at : at + count] for at in range(0, len(whole), count)]
     return answers
+
+
+@torch.no_grad()
+def best_of_two(
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seeds: Sequence[Sequence[int]],
+    **more: Any,
+) -> list[list[int]]:
+    """Answer each prompt twice and return the answer with the higher mean log-prob a token, given the prompt alone.
+
+    The first answer is the draft that ``reflect_batch`` writes for the same options. At temperature 0 both are equal.
+    """
+    firsts, seconds = (
+        generate_batch(model, encoder, prompts, seeds=given, **more)
+        for given in (seeds, [[*seed, 2] for seed in seeds])
+    )
+    pairs = [Pair([*prompt], first, second) for prompt, first, second in zip(prompts, firsts, seconds)]
+    batcher = Batcher(encoder.tokenizer.eos_token_id, model.device, TrainConfig.max_batch_tokens)
+    scores = score(PairModel(model, ik.DPO()), pairs, batcher, conditioned=False)
+    means = scores.logps / scores.lengths
+    return [(pair.chosen, pair.rejected)[best] for pair, best in zip(pairs, means.argmax(0).tolist())]
 
 
 def compare(world: World, answers: list[list[str]], base: list[list[str]] | None) -> dict[str, Any]:

@@ -1,0 +1,237 @@
+"""Answers of a model to batches of prompts, and answers given the model's own draft.
+
+Drafts are an experiment. A model trained with ``conditioned: true`` has seen prompt + other response + response.
+``reflect_batch`` lets it write a draft and then answer after prompt + draft. Measure for each model whether that helps.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .chat import TextEncoder
+from .errors import InputError
+from .exports import Question
+from .messages import Messages, holds_all, kept_texts
+from .records import template_columns
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperatures: Sequence[float],
+    seeds: Sequence[Sequence[int]],
+    chat: bool,
+) -> list[list[int]]:
+    """Answer prompts of token ids; return each answer's ids, including its end token if it ends.
+
+    Each row is sampled at its own temperature (0: greedy) with its own seed. So an answer does not depend on the other
+    prompts of the batch, except for rounding. Of the model's generation_config, only the end tokens are used.
+    """
+    ends, noise = answer_ends(model, encoder, chat=chat), _Noise(temperatures, seeds, model.device)
+    return continue_prompts(model, prompts, ends, max_new_tokens, noise=noise)
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    ends: set[int],
+    max_new_tokens: int,
+    *,
+    noise: LogitsProcessor | None = None,
+    generate: Callable[..., Tensor] | None = None,
+) -> list[list[int]]:
+    """Continue prompts of token ids greedily, up to an id in ``ends``, which is returned, too.
+
+    ``noise`` changes the scores. An engine's module may bring its own ``generate`` for ``model``.
+    """
+    pad = min(ends)  # it is masked, so any token of the vocabulary will do
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    # Replace the model's own config: ``generate`` would take options from it that are not set here.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends)
+    )
+    try:
+        processors = LogitsProcessorList([] if noise is None else [noise])
+        out = cast(Any, generate or model.generate)(ids, attention_mask=mask, logits_processor=processors)
+    finally:
+        model.generation_config = own
+    answers = []
+    for row in out[:, width:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        answers.append(row[:end])
+    return answers
+
+
+class _Noise(LogitsProcessor):
+    """Make greedy search sample: the argmax of score / temperature + Gumbel noise is a draw from the softmax."""
+
+    def __init__(self, temperatures: Sequence[float], seeds: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.rows = []
+        for row, (temperature, seed) in enumerate(zip(temperatures, seeds, strict=True)):
+            if temperature > 0:
+                mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+                self.rows.append((row, temperature, torch.Generator(device).manual_seed(mixed)))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float().clone()
+        for row, temperature, generator in self.rows:
+            noise = torch.empty_like(scores[row]).exponential_(generator=generator)
+            scores[row] = scores[row] / temperature - noise.log()
+        return scores
+
+
+class Reflection(NamedTuple):
+    """Token ids of a draft, and of the answer given it; each ends with its end token, unless it was cut."""
+
+    draft: list[int]
+    answer: list[int]
+
+
+def reflect_batch(
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    prompts: Sequence[Sequence[int]],
+    separator: Sequence[int] = (),
+    *,
+    max_new_tokens: int,
+    seeds: Sequence[Sequence[int]],
+    chat: bool,
+    **more: Any,
+) -> list[Reflection]:
+    """Answer each prompt of token ids, then again after prompt + draft + ``separator``.
+
+    A draft is what ``generate_batch`` returns for the same options. A draft that was cut gets an end token, because
+    every response in training has one. ``separator`` is what training puts between two responses.
+    """
+    ends = answer_ends(model, encoder, chat=chat)
+    more |= {"max_new_tokens": max_new_tokens, "chat": chat}
+    drafts = generate_batch(model, encoder, prompts, seeds=seeds, **more)
+    end = encoder.turn.end_id if chat and encoder.turn.end_id is not None else encoder.tokenizer.eos_token_id
+    given = [
+        [*prompt, *draft, *([] if draft[-1] in ends else [end]), *separator] for prompt, draft in zip(prompts, drafts)
+    ]
+    answers = generate_batch(model, encoder, given, seeds=[[*seed, 1] for seed in seeds], **more)
+    return [Reflection(draft, answer) for draft, answer in zip(drafts, answers)]
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    questions: Sequence[Question],
+    *,
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    separator: Sequence[int] | None = None,
+) -> list[list[str]]:
+    """Return all answers to each question; with a ``separator``, a draft and the answer given it.
+
+    Raises InputError for a question that leaves no room in the model's positions.
+    """
+    openings = [prompt_ids(encoder, question, []) for question in questions]
+    for question, ids in zip(questions, openings):
+        if separator is not None and question.answers > 1:
+            raise InputError(f"{question.origin}: {question.answers} turns, but --reflect answers one")
+        if max_new_tokens > room_for_answers(model, ids, 1 if separator is None else 2, len(separator or ())):
+            raise InputError(
+                f"{question.origin}: the prompt has {len(ids)} tokens, which leaves fewer than {max_new_tokens} of "
+                f"the model's {model.config.max_position_embeddings} positions to "
+                f"{'the answer' if separator is None else 'draft and answer each'}; lower --max_new_tokens, or leave "
+                "the prompt out"
+            )
+    # Batch similar lengths, the longest first: if memory is too small, the run fails at once.
+    order = sorted(range(len(questions)), key=lambda i: -len(openings[i]))
+    answers: list[list[str]] = [[] for _ in questions]
+    cut = 0
+    with tqdm(total=len(questions), desc="answers", disable=None if len(questions) > 1 else True) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            while left := [i for i in batch if len(answers[i]) < questions[i].answers]:
+                prompts = [prompt_ids(encoder, questions[i], answers[i]) for i in left]
+                settings: dict[str, Any] = {
+                    "max_new_tokens": max_new_tokens,
+                    "temperatures": [temperatures[i] for i in left],
+                    "seeds": [[seed, i, len(answers[i])] for i in left],
+                    "chat": any(questions[i].text is None for i in left),
+                }
+                if separator is None:
+                    outputs = [[ids] for ids in generate_batch(model, encoder, prompts, **settings)]
+                else:
+                    outputs = [[*pair] for pair in reflect_batch(model, encoder, prompts, separator, **settings)]
+                for i, some in zip(left, outputs):
+                    answers[i] += [answer_text(ids, encoder.tokenizer).strip() for ids in some]
+                    cut += sum(len(ids) >= max_new_tokens for ids in some)
+            bar.update(len(batch))
+    if cut:
+        print(f"note: {cut} answers have --max_new_tokens={max_new_tokens} tokens and may be cut off", file=sys.stderr)
+    return answers
+
+
+def room_for_answers(model: PreTrainedModel, prompt: Sequence[int], answers: int, between: int = 0) -> float:
+    """Return the most tokens of each of several ``answers`` to ``prompt`` that the model's positions allow.
+
+    Each but the last has an end token and ``between`` tokens of a separator behind it.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    return (positions - len(prompt) - (answers - 1) * (1 + between)) // answers
+
+
+def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[str]) -> list[int]:
+    """Return the ids that the next answer follows, given the ``answers`` to the question's first turns."""
+    text = question.text
+    if text is None:
+        messages: Messages = []
+        for turn, answer in zip(question.turns, [*answers, None]):
+            messages = [*messages, *turn, *([] if answer is None else [{"role": "assistant", "content": answer}])]
+        columns = template_columns(question.record, encoder, question.origin)
+        text = encoder.render(messages, answer_next=True, origin=question.origin, **columns)
+        asked = question.turns[: len(answers) + 1]
+        if not holds_all(text, [said for turn in asked for message in turn for said in kept_texts(message)]):
+            raise InputError(f"{question.origin}: the chat template leaves out what a message says; use another one")
+    ids = encoder.prompt(text)
+    if not ids:
+        raise InputError(f"{question.origin}: the prompt is empty, and the tokenizer has no BOS token to begin with")
+    return ids
+
+
+def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of an answer, without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def answer_ends(model: PreTrainedModel, encoder: TextEncoder, *, chat: bool) -> set[int]:
+    """Return the ids that end an answer: EOS, the model's end ids, and with ``chat`` the template's end of turn."""
+    turn = encoder.turn.end_id if chat else None
+    ends = {*_ints(encoder.tokenizer.eos_token_id), *_ints(model.generation_config.eos_token_id), *_ints(turn)}
+    if not ends:
+        raise InputError(
+            "neither the tokenizer nor generation_config.json has an EOS token; set it, and save the model"
+        )
+    return ends
+
+
+def _ints(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
