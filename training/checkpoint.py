@@ -166,3 +166,9 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     """Return the folders ``checkpoint-STEP`` in ``folder`` by step, ascending."""
     found = {p.name.removeprefix("checkpoint-"): p for p in folder.glob("checkpoint-*") if p.is_dir()}
     return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
+
+
+def rotate(folder: Path, keep: int | None) -> None:
+    """Delete the oldest checkpoints so that ``keep`` are left (None: all). Copies under other names do not count."""
+    for old in list(checkpoints(folder).values())[:-keep] if keep else []:
+        shutil.rmtree(old, ignore_errors=True)

@@ -38,7 +38,7 @@ KILLS = {
     "in the middle of the model's file": ("training.resumable.save_file", "checkpoint-4/model", "within"),
     "in the middle of the optimizer's file": ("torch.save", "checkpoint-4/optimizer", "within"),
     "with all files of a checkpoint but its name": ("training.checkpoint.publish", "checkpoint-4", "before"),
-    "after a checkpoint, before older ones are deleted": ("training.resumable.rotate_checkpoints", 2, "before"),
+    "after a checkpoint, before older ones are deleted": ("training.resumable.rotate", 2, "before"),
     "after sample answers, before their row": ("training.reporting.ReportingTrainer._sample", 3, "after"),
     "while the best model is written": ("training.checkpoint.publish", "best", "before"),
     "after the row of an evaluation": ("training.output.RunLog.draw", 3, "before"),
