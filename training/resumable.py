@@ -58,6 +58,7 @@ class ResumableTrainer(Trainer):
                 super(ResumableTrainer, self)._save_checkpoint(model, trial)
             finally:
                 del self._get_output_dir
+                self.state.best_model_checkpoint = None  # Trainer would compare it with the last one when training ends
 
         began = time.monotonic()
         try:

@@ -295,6 +295,12 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert list(checkpoints(tmp_path / "out")) == [3, 4]
 
 
+def test_one_checkpoint_is_kept_beside_a_metric(tmp_path):
+    """Trainer notes the folder in which a checkpoint is written as its best one, which is gone at the end."""
+    main(options(tmp_path / "out", *RUN, "--save_total_limit", "1", "--metric_for_best_model", "loss"))
+    assert list(checkpoints(tmp_path / "out")) == [6] and (tmp_path / "out" / "final").is_dir()
+
+
 def test_a_final_checkpoint_resumes_without_steps(uninterrupted, tmp_path, monkeypatch, capsys):
     out = tmp_path / "elsewhere"
     shutil.copytree(uninterrupted / "checkpoint-6", out / "checkpoint-6")  # nothing else: another machine, say
