@@ -81,8 +81,8 @@ def publish(partial: Path, folder: Path) -> None:
     """Rename ``partial`` to ``folder`` once every byte of it is on the disk."""
     for file in [*partial.rglob("*"), partial]:
         _sync(file)
-    if folder.exists():  # from before the run was resumed at an earlier step
-        shutil.rmtree(folder)
+    if folder.exists():  # an earlier best model, or from before the run was resumed; ``whole_folder`` deletes it
+        os.replace(folder, partial.with_name("earlier"))
     os.replace(partial, folder)
     _sync(folder.parent)
 

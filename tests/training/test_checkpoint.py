@@ -189,6 +189,23 @@ def test_an_interrupted_folder_leaves_the_earlier_one(tmp_path):
         assert (tmp_path / "best" / "a").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_earlier_folder_goes_last(tmp_path, monkeypatch):
+    """Deleting a large folder takes long, and a run may be killed meanwhile."""
+    delete, folder = shutil.rmtree, tmp_path / "best"
+
+    def checked(*given, **more):
+        delete(*given, **more)
+        assert not written or folder.is_dir()
+
+    written = []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", checked)
+    for text in ("first", "second"):
+        with whole_folder(folder) as to:
+            (to / "a").write_text(text)
+        written.append(text)
+    assert (folder / "a").read_text() == "second" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_later_checkpoints_are_set_aside(tmp_path):
     for step in (2, 4, 6, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
