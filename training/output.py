@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from .checkpoint import whole_file
 from .errors import InputError, SaveError
 
 METRICS, SAMPLES, CURVES = "metrics.jsonl", "samples.jsonl", "curves.png"
@@ -204,6 +205,5 @@ def plot_curves(rows: list[dict[str, Any]], title: str, file: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    partial = file.with_name(f"{file.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    os.replace(partial, file)
+    with whole_file(file) as to:
+        figure.savefig(to, dpi=110, format="png")

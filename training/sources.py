@@ -54,7 +54,9 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
     ``columns`` are those of a source without its own. Raises InputError for anything else.
     """
     if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):  # the command line has read what is well formed
-        raise InputError(f"data source {given[:80]!r}: not JSON or YAML")
+        raise InputError(
+            f"data source {given[:80]!r}: not a well-formed list or section (write it without quotes in YAML)"
+        )
     if isinstance(given, list | tuple):
         if not given:
             raise InputError("a list of data sources must name at least one")

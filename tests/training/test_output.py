@@ -7,11 +7,13 @@ import json
 import re
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import PAIRS, metrics, options, tiny_model, token_pairs
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
@@ -86,6 +88,17 @@ def test_curves_are_drawn_and_failures_are_not_fatal(tmp_path, monkeypatch, caps
     main(options(tmp_path / "out", *RUN))
     assert drawn == [0, 1, 2, 3, 4]
     assert "curves.png could not be written: no space" in capsys.readouterr().out
+
+
+def test_curves_cut_off_by_a_full_disk_go(tmp_path, monkeypatch):
+    def full(figure, file, **settings):
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space"):
+        output.plot_curves([{"step": 1, "loss": 0.5}], "title", tmp_path / "curves.png")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_best_model_has_the_best_evaluation(finished):
