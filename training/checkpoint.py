@@ -57,9 +57,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         with raise_on_all_ranks():
             if first:
                 publish(partial, folder)
-    except SaveError:
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:  # also SaveError, and torch.save on a full disk
         raise SaveError(f"{folder} could not be written: {error}") from error
     finally:
         if first:

@@ -40,7 +40,7 @@ def save_final(
 
     Weights are converted to ``options.save_dtype``; an adapter is saved alone and as it is. The token ids ``ends``
     ended responses in training. They are added to ``generation_config.json``, so that the served model stops there.
-    Raises SaveError for any failure.
+    Raises SaveError for any failure; its message is the cause alone.
     """
     dtype = None if has_adapter(model) else getattr(options, "save_dtype", None)
     if dtype is not None:
@@ -67,7 +67,7 @@ def save_final(
             _edit(file, {"eos_token_id": [*known, *added]})
             log(f"{file.name}: eos_token_id gets {added}, with which the responses of the data end")
     except Exception as error:  # the libraries raise errors of many classes
-        raise SaveError(f"{folder} could not be written: {one_line(error)}") from error
+        raise SaveError(one_line(error)) from error
 
 
 def _edit(file: Path, changes: dict[str, Any]) -> None:
@@ -88,8 +88,7 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
         try:
             save_final(Path(folder), model, tokenizer, state, options)
         except SaveError as error:
-            problem = str(error).removeprefix(f"{folder} could not be written: ")
-            raise InputError(f"model: it could not be saved after training: {problem}") from error
+            raise InputError(f"model: it could not be saved after training: {error}") from error
 
 
 def model_card(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from training import generate
 from training.adapters import adapter_off, add_lora, has_adapter
 from training.chat import prepare_tokenizer
+from training.checkpoint import whole_folder
 from training.config import TrainConfig
 from training.data_options import DataOptions
 from training.errors import InputError, SaveError
@@ -208,8 +209,9 @@ def test_any_failure_to_save_is_a_save_error(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(model, "save_pretrained", fail)
-    with pytest.raises(SaveError, match=r"final could not be written: .*no"):
-        save_final(tmp_path / "final", model, None, model.state_dict(), DataOptions())
+    folder = tmp_path / "final"
+    with pytest.raises(SaveError, match=rf"^{folder} could not be written: .*no"), whole_folder(folder) as to:
+        save_final(to, model, None, model.state_dict(), DataOptions())
     with pytest.raises(InputError, match=r"could not be saved after training: .*no"):
         check_saving(model, None, DataOptions())
 
