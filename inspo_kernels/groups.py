@@ -29,7 +29,7 @@ from .row_sums import RowSums
 # torch 2.13 renamed this function.
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 # A larger rest is moved into the offset, so that sums over ranks stay in float32's range. So is a total below its
-# inverse: then no rank's offset lies far above all logits, and backends may bound the distance from their own to the final one.
+# inverse: no rank's offset then lies far above all logits, and backends may bound how far their own is from the final.
 LARGE_REST = 2.0**18
 
 
