@@ -305,7 +305,9 @@ class TritonTile(HeadTile):
         if sums.offset is not self.local_offset:
             factor = self._factor(sums, own)
             if own is not None and e.dtype == torch.float16:
-                # float16 has no room for an entry in another offset's units.
+                # float16 has no room for an entry in another offset's units, nor in those of just any sums.
+                power = self._power(sums.total)
+                self.total, entry, factor = sums.total * power, entry * power, factor * power
                 e.mul_(factor.to(e.dtype).unsqueeze(1))
             else:
                 self.total, entry = self.total / factor, entry / factor
@@ -327,6 +329,13 @@ class TritonTile(HeadTile):
         """
         factor, lowest = (self.local_offset - sums.offset).exp(), 2.0**-100
         return factor.clamp_(min=lowest) if own is None else torch.where(own, factor.clamp(min=lowest), factor)
+
+    def _power(self, total: Tensor) -> Tensor:
+        """Powers of two that bring totals between 2^14 and 2^15, or as much lower as own words are then in range."""
+        # E's largest word was 32768 / V before it is multiplied: by 32768 at most.
+        unit = min(15, 30 - (self.head.all_words - 1).bit_length())
+        _, exponent = torch.frexp(total)
+        return torch.ldexp(torch.ones_like(total), unit - exponent)
 
     def staged(self) -> tuple[Tensor, ...]:
         assert self.e is not None
