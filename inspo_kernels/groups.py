@@ -28,7 +28,8 @@ from .row_sums import RowSums
 
 # torch 2.13 renamed this function.
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-# A larger rest is moved into the offset, so that sums over ranks stay in float32's range.
+# A larger rest is moved into the offset, so that sums over ranks stay in float32's range. So is a total below its
+# inverse: no rank's offset then lies far above all logits, and backends may bound how far their own is from the final.
 LARGE_REST = 2.0**18
 
 
@@ -85,7 +86,10 @@ class VocabGroup:
 
         ``targets`` (n,): the labels, counted from this rank's first word.
         """
-        offset = torch.where(sums.rest > LARGE_REST, sums.offset + sums.rest.log(), sums.offset).to(dtype)
+        total = sums.total
+        is_large, is_small = sums.rest > LARGE_REST, (total > 0) & (total < 1 / LARGE_REST)
+        moved = sums.offset + torch.where(is_large, sums.rest, total).log()
+        offset = torch.where(is_large | is_small, moved, sums.offset).to(dtype)
         mine = sums.rebased(offset.double())
         sent: dict[str, Tensor] = {"offset": offset, "rest": mine.rest, "label": mine.label}
         for name in ("moment", "squares", "logits"):

@@ -37,10 +37,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config
-from .softcap import softcap
+from .softcap import transformed
 
 HEADROOM = tl.constexpr(30.0)
-NEAR, FAR = tl.constexpr(2.0**-60), tl.constexpr(2.0**57)
+# The least is exp(-HEADROOM) and something for rounding. Squares of E still have digits there, whatever the vocabulary.
+NEAR, FAR = tl.constexpr(2.0**-50), tl.constexpr(2.0**57)
 # Offset of a row without any finite logit: exp(-inf - offset) must be 0.
 LOWEST = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -66,12 +67,7 @@ def _logits(
     """z' and D of raw logits ``z``; D is 1 without a soft-cap."""
     if HAS_BIAS:
         z += tl.load(p_bias + words, mask=words < vocab, other=0.0).to(tl.float32)[None, :]
-    if SCALE != 1.0:
-        z = z * SCALE
-    derivative = tl.cast(1.0, tl.float32)
-    if SOFTCAP is not None:
-        z, derivative = softcap(z, SOFTCAP, OUTER)
-    return z, derivative
+    return transformed(z, SCALE, SOFTCAP, OUTER)
 
 
 @triton.jit
@@ -386,8 +382,10 @@ def _repair_kernel(
                 PARTS,
             )
             sums = _joined(sums, of_tile)
-        tl.store(p_offset + rows, offset, mask=m_rows)
-        _store(p_rows + rows, num_rows, sums, m_rows, MOMENT, SQUARES, LOGITS, TOPS)
+        # The others keep what they have, to the bit: adding in this order rounds otherwise.
+        m_raised = m_rows & (raised > 0)
+        tl.store(p_offset + rows, offset, mask=m_raised)
+        _store(p_rows + rows, num_rows, sums, m_raised, MOMENT, SQUARES, LOGITS, TOPS)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:

@@ -128,6 +128,21 @@ def test_unsuitable_offsets_are_repaired():
     assert logp == pytest.approx(z[3].log_softmax(0)[lowest[3]].item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("wanted", [frozenset(), parts_of(STATISTICS)], ids=["sums", "statistics"])
+def test_rows_beside_a_repaired_one_keep_their_bits(wanted):
+    """In a vocabulary of so many tiles that the order of their sums matters."""
+    x, weight, bias, targets = operands(16, 32, 3000)
+    bias[0] = -100.0
+    usual, e_usual, none = launch(x, weight, targets.clamp(min=1), bias=bias, wanted=wanted)
+    targets = targets.clamp(min=1).index_fill(0, torch.tensor([5], device=DEVICE), 0)
+    sums, e, raised = launch(x, weight, targets, bias=bias, wanted=wanted)
+    assert not none.any() and raised.nonzero().squeeze(1).tolist() == [5]
+    others = torch.arange(16, device=DEVICE) != 5
+    assert torch.equal(e[others], e_usual[others])
+    for name in ("offset", "rest", *wanted):
+        assert torch.equal(getattr(sums, name)[others], getattr(usual, name)[others]), name
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_values_that_are_not_finite_stay_in_their_row(value):
     x, weight, _, targets = operands(20, 16, 100)
@@ -137,6 +152,17 @@ def test_values_that_are_not_finite_stay_in_their_row(value):
     others = torch.arange(20, device=DEVICE) != 7
     assert torch.equal(e[others], e_spoilt[others]) and torch.equal(expected.rest[others], sums.rest[others])
     assert not sums.scores(torch.float64, 100).logps[7].isfinite()
+
+
+def test_squares_of_low_logits_do_not_vanish():
+    """Labels of another rank give no offset, and exp(-49)^2 has few digits in float32."""
+    x, weight, bias, targets = operands(4, 16, 3000, scale=0.1)
+    bias.fill_(-49.25)
+    label = torch.full((4,), -torch.inf, device=DEVICE)
+    sums, _, _ = launch(x, weight, targets - 3000, bias=bias, label=label, wanted=parts_of(STATISTICS))
+    e = (logits(x, weight, bias, None, 1.0) - sums.offset[:, None].double()).exp()
+    torch.testing.assert_close(sums.rest.double(), e.sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums.squares.double(), e.square().sum(1), rtol=1e-5, atol=0)
 
 
 def test_a_vocabulary_without_any_finite_logit():

@@ -15,6 +15,7 @@ from cases import run
 
 import inspo_kernels as ik
 from inspo_kernels import kernels
+from inspo_kernels.row_sums import STATISTICS
 
 if not triton_setup.INTERPRETED:
     pytest.skip("the sanitizer works in Triton's interpreter", allow_module_level=True)
@@ -24,7 +25,7 @@ from sanitizer import Finding, Sanitizer
 
 pytestmark = triton_setup.quiet
 tl = triton_setup.tl
-CASE = cases.make_case([(2, 3, 2), (1, 1, 4)], vocab=150)
+CASE = cases.make_case([(2, 3, 2), (1, 1, 4)], hidden_size=8, vocab=150)
 
 
 @dataclass
@@ -62,6 +63,24 @@ FAULTS = {
     "two_programs_one_label": Fault("label_logits", "p_out + i_row", "p_out + i_row // 2", "two programs store one"),
     "padding_is_summed": Fault("row_pass", "m_words = mask & (words < vocab)", "m_words = mask", UNWRITTEN),
     "first_tile_continues_another": Fault("row_pass", "if IS_FIRST:", "if False:", UNWRITTEN),
+    "mask_of_a_row_more": Fault("fused_pass", "m_rows = rows < num_rows", "m_rows = rows <= num_rows", OUTSIDE),
+    "tile_of_another_row": Fault(
+        "fused_pass", "d_e.store([first_row,", "d_e.store([first_row // 2,", "two programs store"
+    ),
+    "two_programs_one_sum": Fault(
+        "fused_pass",
+        "p_sums + i_word.to(tl.int64) * num_rows",
+        "p_sums + i_word // 2 * num_rows",
+        "two programs store one",
+    ),
+    "two_lanes_one_offset": Fault(
+        "fused_pass", "tl.store(p_offset + rows,", "tl.store(p_offset + rows // 2,", "two threads"
+    ),
+    "sum_of_a_tile_that_nobody_computed": Fault(
+        "fused_pass", "tl.program_id(0), high * wide,", "tl.program_id(0), high * wide - 1,", UNWRITTEN
+    ),
+    "statistics_one_place_too_early": Fault("fused_pass", "(1 + MOMENT) * step", "MOMENT * step", UNWRITTEN),
+    "flags_without_a_mask": Fault("fused_pass", "p_raised + rows, mask=m_rows, other=0", "p_raised + rows", OUTSIDE),
     "sum_begins_with_fresh_memory": Fault("bias_gradient", "if ACCUMULATE:", "if True:", UNWRITTEN),
 }
 
@@ -80,6 +99,9 @@ def launch_all():
             run(case, backend="triton", marginal_weight=0.5, max_workspace_bytes=workspace)
             logps = {"bias": case.bias, "backend": "triton", "max_workspace_bytes": workspace}
             ik.linear_logps(case.hidden, case.weight, case.labels.clamp(min=0), **logps)
+            # Such logits are so far apart that rows need another offset.
+            far = 50 * case.hidden[:1], case.weight, case.labels[:1].clamp(min=0)
+            ik.linear_logps(*far, **logps, statistics=STATISTICS)
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_error_at_most_twice_that_of_plain_torch(two, backend, dtype):
     two.run(split_checks.vocabulary_loss, [(3, 9, 12)], dtype=dtype, backend=backend, **shape)
 
 
-def tokens(n=9, vocab=29, hidden=6, seed=0):
+def tokens(n=9, vocab=29, hidden=8, seed=0):
     g = torch.Generator().manual_seed(seed)
     weight, x = torch.randn(vocab, hidden, generator=g), torch.randn(n, hidden, generator=g)
     return weight, x, torch.randint(vocab, (n,), generator=g)
@@ -140,6 +140,30 @@ def test_shard_whose_logits_are_huge(two, backend, dtype, size):
     """The logits are near the largest float, above or below all others, and the label is in or outside this shard."""
     weight, hidden, _ = tokens(vocab=40)
     two.run(split_checks.huge_shard, weight, hidden, size, dtype=dtype, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("workspace", [None, 4096])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_recomputed_rows_of_16_bits(two, dtype, workspace, scale):
+    """Rows beyond the workspace are scored with one offset, and get their gradients with another."""
+    weight, hidden, targets = tokens(n=20, vocab=300, hidden=16)
+    if scale > 1:
+        targets = (hidden @ weight.t()).argmax(1)
+    options = {"sizes": [180, 120], "dtype": dtype, "max_workspace_bytes": workspace, "backend": "triton"}
+    two.run(split_checks.vocabulary_tokens, weight, scale * hidden, targets, **options)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("workspace", [None, 4096])
+def test_label_far_below_where_all_logits_are_low(two, backend, dtype, workspace):
+    """Words of the other rank are e^-41, which suits an offset of 0; the label's rank has an offset far below."""
+    weight, hidden, targets = tokens(vocab=40)
+    hidden[:, 0], weight = 1.0, 0.1 * weight
+    weight[:, 0], weight[0, 0], weight[1, 0] = -41.0, -36.0, -105.0
+    options = {"sizes": [15, 25], "dtype": dtype, "max_workspace_bytes": workspace, "backend": backend}
+    two.run(split_checks.vocabulary_tokens, weight, hidden, torch.ones_like(targets), **options)
 
 
 ANY_BATCH = given(

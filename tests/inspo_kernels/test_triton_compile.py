@@ -164,7 +164,7 @@ LENGTHS = """
 import json
 import torch
 from benchmarks import compile_report
-from inspo_kernels.kernels import bias_gradient, label_logits, row_pass
+from inspo_kernels.kernels import bias_gradient, fused_pass, label_logits, row_pass
 
 V, H = 1024, 64
 x, weight = torch.empty(64, H, dtype=torch.bfloat16), torch.empty(V, H, dtype=torch.bfloat16)
@@ -177,8 +177,13 @@ with compile_report.compiling_for(compile_report.TARGETS["sm_90"]):
         label_logits.label_logits(x[rows], weight, targets[rows], arch="sm_90")
         row_pass.row_pass(raw[rows], targets[rows], *vectors[:, rows], parts, raised[rows], first=0, vocab=V, e=e[rows],
                           bias=None, softcap=None, outer=1.0, scale=1.0, wanted=frozenset(), arch="sm_90")
+        for stored in (e[rows], None):
+            fused_pass.fused_pass(x[rows], weight, targets[rows], *vectors[:2, rows], vectors[2:, rows], raised[rows],
+                                  e=stored, bias=None, softcap=None, outer=1.0, scale=1.0, wanted=frozenset(),
+                                  arch="sm_90")
         bias_gradient.bias_gradient(e[rows], vectors[0, rows], out, accumulate=False, arch="sm_90")
 kernels = (label_logits._label_logits_kernel, row_pass._row_pass_kernel, bias_gradient._bias_gradient_kernel)
+kernels += (fused_pass._fused_pass_kernel, fused_pass._combine_kernel, fused_pass._repair_kernel)
 print(json.dumps([sum(len(compiled) for compiled, *_ in k.device_caches.values()) for k in kernels]))
 """
 
@@ -187,7 +192,7 @@ def test_lengths_and_starts_do_not_recompile():
     """Lengths and starts change from batch to batch, and a compilation takes seconds."""
     done = python("-c", LENGTHS)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [1, 1, 1]
+    assert json.loads(done.stdout.splitlines()[-1]) == [1, 1, 1, 2, 1, 2]  # with and without E
 
 
 REPLAYED = """
