@@ -54,7 +54,7 @@ sweep: install
 	$(PYTEST) --dist loadfile -m sweep
 
 sanitize: install
-	$(PYTEST) --dist worksteal --sanitize $(addprefix tests/inspo_kernels/test_,triton.py triton_kernels.py gradients.py)
+	$(PYTEST) --dist worksteal --sanitize $(addprefix tests/inspo_kernels/test_,triton.py triton_kernels.py fused_pass.py gradients.py)
 
 IMAGE := .venv-image
 IMAGE_PYTHON ?= python3.12

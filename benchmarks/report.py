@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from . import parallel, plots
-from .speed_tables import gpu, logps, loss, ratio_text, savings, scaling, source, step, trainers
+from .speed_tables import gpu, gpu_form, gpu_savings, logps, loss, ratio_text, savings, scaling, source, step, trainers
 from .study import axis_report, code_report
 from .study.report import against_plain, finding
 
@@ -147,6 +147,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step": ("step_cpu.json", step),
     "trainers": ("trl_step_cpu.json", trainers),
     "gpu": ("gpu.json", gpu),
+    "gpu_savings": ("gpu.json", gpu_savings),
+    "gpu_form": ("gpu_library_form.json", gpu_form),
     "split_heads": ("parallel_cpu.json", split_heads),
     "loop_overhead": ("loop_overhead.json", loop_overhead),
     "study": ("study/study.json", finding),

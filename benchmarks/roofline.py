@@ -5,9 +5,10 @@
     python -m benchmarks.roofline --measured gpu.json          beside what ``benchmarks.gpu`` measured
 
 Every line of a pass is a count (operations, bytes, launches) over a rate of ``benchmarks.chips``, so a measurement that
-differs names the line that is wrong. Two forms of the pass are predicted: ``staged``, whole rows of float32 logits in
-memory, 1,024 at a time; and ``cached``, tiles of 1,024 rows by some 8,000 words that stay in the cache. A pass's floor
-is its bare matmuls, bfloat16 output. Nothing here is a measurement.
+differs names the line that is wrong. Three forms of the pass are predicted: ``staged``, whole rows of float32 logits in
+memory, 1,024 at a time; ``cached``, tiles of 1,024 rows by some 8,000 words that stay in the cache; and ``fused``,
+logits in registers alone. The backend uses the last on sm_90, elsewhere the second. A pass's floor is its bare matmuls,
+bfloat16 output. Nothing here is a measurement.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from .batches import MODELS, HeadShape
 from .chips import CHIPS, Chip
 from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN
 
-STAGED, CACHED = "staged", "cached"
-FORMS = (STAGED, CACHED)
+STAGED, CACHED, FUSED = "staged", "cached", "fused"
+FORMS = (STAGED, CACHED, FUSED)
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 
 # --- assumptions: change one here and every prediction follows ---
@@ -45,6 +46,8 @@ WIDE_OUTPUT = {STAGED: 0.01, CACHED: 0.0}
 # Instructions of one element of the row pass (compile report, sm_90): with and without E, with a soft-cap.
 INSTRUCTIONS = {(True, False): 16.6, (False, False): 15.9, (True, True): 41.9, (False, True): 37.1}
 SPECIAL = {False: 1, True: 3}
+# Of the fused pass, which computes E between two tiles of its matmul (counted in machine code, sm_90).
+FUSED_INSTRUCTIONS = {False: 11, True: 36}
 # From the call to the first matmul on the device, and between two kernels of a queue that never runs empty.
 START_SECONDS = 0.4e-3
 GAP_SECONDS = 1.5e-6
@@ -109,6 +112,13 @@ def lines(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) -> lis
     """Return the parts of a pass, named as in the step ``decomposition`` of ``benchmarks.gpu``."""
     h, v, n, logits = head.hidden, head.vocab, tokens, tokens * head.vocab
     store = mode != FORWARD
+    start = Line("start", START_SECONDS, "host work before the first matmul", 0)
+    if form == FUSED:
+        product = matmul_seconds(chip, n, v, h, 2 * (n * h + v * h) + (2 * logits if store else 0))
+        registers = logits * FUSED_INSTRUCTIONS[head.softcap is not None] / chip.lanes
+        name = "fused pass with E" if store else "fused pass, sums alone"
+        fused = Line(name, product + registers, "the matmul, then E in registers, bound by issue", 3)
+        return with_gradients([start, fused], chip, head, tokens, mode)
     rows = min(n, STAGE_ROWS if form == STAGED else TILE_ROWS)
     words = v if form == STAGED else min(v, tile_words(chip))
     calls = -(-n // rows) * -(-v // words)
@@ -118,14 +128,19 @@ def lines(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) -> lis
     first = calls * one * share * (1 + WIDE_OUTPUT[form])
     seconds, bound = row_pass_seconds(chip, head, logits, store, form)
     shape = f"{calls} x ({rows} x {words})"
-    result = [
-        Line("start", START_SECONDS, "host work before the first matmul", 0),
-        Line(
-            "logits matmul, float32 output", first, f"{shape}, whole waves, {WIDE_OUTPUT[form]:.0%} for float32", calls
-        ),
+    why = f"{shape}, whole waves, {WIDE_OUTPUT[form]:.0%} for float32"
+    passes = [
+        start,
+        Line("logits matmul, float32 output", first, why, calls),
         Line("row pass", seconds, f"{logits:.3g} logits, bound by {bound}", calls),
-        Line("label logits", 4 * n * h / chip.memory, "X and W[y] read"),
     ]
+    return with_gradients(passes, chip, head, tokens, mode)
+
+
+def with_gradients(passes: list[Line], chip: Chip, head: HeadShape, tokens: int, mode: str) -> list[Line]:
+    """Add to the passes over the logits what follows them in every form, and the time between kernels."""
+    h, v, n, logits = head.hidden, head.vocab, tokens, tokens * head.vocab
+    result = [*passes, Line("label logits", 4 * n * h / chip.memory, "X and W[y] read")]
     if mode != FORWARD:
         e_bytes = 2 * logits + 2 * v * h
         result.append(Line("dX matmul", matmul_seconds(chip, n, h, v, e_bytes + 4 * n * h), "one call over all rows"))
@@ -243,7 +258,7 @@ def grid_table(chips: Sequence[str], form: str, result: dict[str, Any] | None = 
 
 
 def summary() -> str:
-    """Format the docs' table: ratio to the floor at Llama-3-8B's head and 8,192 tokens, staged / cached."""
+    """Format the docs' table: ratio to the floor at Llama-3-8B's head and 8,192 tokens, staged / cached / fused."""
     text = ["| predicted | forward | frozen head | forward + backward |", "|---|---|---|---|"]
     for chip in CHIPS.values():
         cells = [

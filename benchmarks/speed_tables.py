@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from .contenders import CONTENDERS
-from .measure import PRODUCTS
+from .measure import FORWARD, PRODUCTS, TRAIN
 
 TITLES = {name: contender.title for name, contender in CONTENDERS.items()}
-SAVINGS = ("floor", "torch", "full_log_softmax", "log_softmax", "trl", "liger")
+SAVINGS = {
+    "torch": "the loss takes",
+    "full_log_softmax": "log_softmax at every position takes",
+    "log_softmax": "of the scored rows",
+    "trl": "TRL",
+    "liger": "Liger",
+}
 
 
 def loss(result: dict[str, Any]) -> str:
@@ -40,20 +46,18 @@ def loss(result: dict[str, Any]) -> str:
 
 
 def savings(result: dict[str, Any]) -> str:
-    """Tabulate time and memory of the best-known implementations at the first shape, for the README."""
+    """Say in a sentence what the loss takes on a CPU beside the best-known implementations, for the README."""
     cell = result["cells"][0]
-    lines = [
-        f"The pairwise loss, {result['dtype']}, forward + backward, {cell['pairs']} pairs (prompt "
-        f"{cell['mean_prompt']:.0f}, responses {cell['mean_response']:.0f}), H = {cell['hidden']}, V = "
-        f"{cell['vocab']:,}. Peak memory is what a fresh process takes above its inputs.",
-        "",
-        "| | time / bare matmuls (quartiles) | peak memory |",
-        "|---|---|---|",
-    ]
-    for name in SAVINGS:
-        row = cell["contenders"][name]
-        lines.append(f"| {_title(name)} | {ratio_text(row['times_floor'], name == 'floor')} | {_mebibytes(row)} |")
-    return "\n".join([*lines, "", source(result, "loss_cpu.json")])
+    ours, *others = (
+        f"{title} {row['times_floor']['median']:.2f} and {_mebibytes(row)}"
+        for name, title in SAVINGS.items()
+        if (row := cell["contenders"][name])
+    )
+    return (
+        f"On {result['hardware']['cores']} CPU cores ({result['dtype']}, {cell['pairs']} pairs, H = {cell['hidden']}, "
+        f"V = {cell['vocab']:,}), {ours}; {', '.join(others)} ({result['date']}, commit {result['package']['commit']}: "
+        "[loss_cpu.json](benchmarks/results/loss_cpu.json))."
+    )
 
 
 def _title(name: str) -> str:
@@ -243,21 +247,133 @@ def trainers(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", source(result, "trl_step_cpu.json")])
 
 
-def gpu(result: dict[str, Any]) -> str:
-    """Tabulate time / floor at the main shape, with the targets."""
-    cells = [cell for cell in result["cells"] if (cell["model"], cell["tokens"]) == ("llama3-8b", 8192)] or [
-        result["cells"][0]
+# Contenders of the GPU tables, in order, with shorter titles where a table has a column for what follows.
+GPU_ROWS = {
+    "floor": "floor: the bare matmuls, outputs preallocated",
+    "triton, labels on the CPU": "inspo_kernels, labels on the CPU",
+    "triton": "inspo_kernels, labels on the GPU",
+    "log_softmax": "log_softmax of the scored rows",
+    "trl": "TRL ChunkedLogProbFunction",
+    "trl_trainer": "the same, with the outputs its trainer asks for",
+    "cut_cross_entropy": "Cut Cross-Entropy",
+}
+
+
+def _main_cells(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the cells of the main shape by mode; of any shape if there is none."""
+    cells = [cell for cell in result["cells"] if (cell["model"], cell["tokens"]) == ("llama3-8b", 8192)]
+    return {cell["mode"]: cell for cell in cells or result["cells"][:1]}
+
+
+def _sequence_error(result: dict[str, Any], name: str) -> str:
+    """Return the largest error of a contender's summed log-probs, without a soft-cap, in the dtype that is timed."""
+    found = [
+        row["errors"]["sequence_nat"]
+        for row in result["accuracy"]
+        if (row["contender"], row["dtype"], row["softcap"]) == (name, result["dtype"], None)
+        and "sequence_nat" in row.get("errors", {})
     ]
-    lines = []
-    for cell in cells:
-        lines += [f"{cell['name']}, {result['dtype']}:", "", *_cell_table(cell, "floor"), ""]
+    return f"{max(found):.1g}" if found else ""
+
+
+def _gpu_cell(row: dict[str, Any], name: str) -> str:
+    if row.get("status") != "measured":
+        return "not measured"
+    ratio = ratio_text(row["times_floor"], name == "floor")
+    memory = "" if name == "floor" else f", {_mebibytes(row)}"
+    return f"{ratio}, {1e3 * row['seconds']['median']:.1f} ms{memory}"
+
+
+def _gpu_about(result: dict[str, Any]) -> str:
+    cell = next(iter(_main_cells(result).values()))
+    return f"{cell['scored_tokens']:,} scored tokens, H = {cell['hidden']:,}, V = {cell['vocab']:,}, {result['dtype']}"
+
+
+def gpu_savings(result: dict[str, Any]) -> str:
+    """Tabulate the loss on a GPU for the README: time and memory of training, time of scoring, and error."""
+    cells = _main_cells(result)
+    train, score = cells[TRAIN]["contenders"], cells[FORWARD]["contenders"]
+    lines = [
+        f"Times of the pairwise loss relative to the bare matmuls, on an {result['device']['name']}, for "
+        f"{_gpu_about(result)} (Llama-3-8B's head). The last column is the largest error of a response's log-prob (512 "
+        "tokens) against float64.",
+        "",
+        "| | forward + backward (quartiles) | peak memory | forward | error, nats |",
+        "|---|---|---|---|---|",
+    ]
+    for name, title in GPU_ROWS.items():
+        if name == "trl_trainer" or train.get(name, {}).get("status") != "measured":
+            continue
+        plain = name == "floor"
+        memory = "" if plain else _mebibytes(train[name])
+        forward = (
+            ratio_text(score[name]["times_floor"], True) if plain else f"{score[name]['times_floor']['median']:.2f}"
+        )
+        ratio = ratio_text(train[name]["times_floor"], plain)
+        lines.append(f"| {title} | {ratio} | {memory} | {forward} | {_sequence_error(result, name)} |")
+    return "\n".join([*lines, "", source(result, "gpu.json")])
+
+
+def gpu(result: dict[str, Any]) -> str:
+    """Tabulate time / floor at the main shape in every mode, what the loss is called with, and the targets."""
+    cells = _main_cells(result)
+    lines = [
+        f"The pairwise loss: time relative to the bare matmuls of each mode (quartiles), time behind queued work, and "
+        f"peak memory above the inputs, for {_gpu_about(result)}. The last column is the largest error of a response's "
+        "log-prob (512 tokens) against float64, in nats.",
+        "",
+        "| | " + " | ".join(f"{mode} ({PRODUCTS[mode]})" for mode in cells) + " | error |",
+        "|---" * (len(cells) + 2) + "|",
+    ]
+    for name, title in GPU_ROWS.items():
+        found = [cell["contenders"].get(name, {}) for cell in cells.values()]
+        if any(row.get("status") == "measured" for row in found):
+            columns = " | ".join(_gpu_cell(row, name) for row in found)
+            lines.append(f"| {title} | {columns} | {_sequence_error(result, name)} |")
+    idle = [
+        f"{mode} {row['from_idle']['times_floor']['median']:.2f}"
+        for mode, cell in cells.items()
+        if (row := cell["contenders"].get("triton", {})).get("from_idle")
+    ]
+    if idle:
+        lines += ["", f"From an idle GPU, where nothing hides Python and launches, ours takes {', '.join(idle)}."]
+    for key, what in (
+        ("statistics", "With entropy and all other statistics of the same pass"),
+        ("autocast", "Under autocast, as training with float32 master weights calls the loss"),
+        (
+            "trees",
+            "Four layers of a 1B model and the loss, forward and backward, 8 pairs (prompt 1,024, responses 256)",
+        ),
+    ):
+        rows = result.get(key, {})
+        texts = [
+            f"{name} {row['seconds']['median'] * 1e3:.1f} ms ({beside['median']:.2f})"
+            for name, row in rows.items()
+            if row["status"] == "measured"
+            and (beside := next((v for k, v in row.items() if k.startswith("times_") and v), None))
+        ]
+        if texts:
+            lines += ["", f"{what}, relative to the first: {'; '.join(texts)}."]
     lines += [
-        f"- {row['target']} <= {row['limit']:g}: "
-        + ("" if row["measured"] is None else f"{row['measured']:.4g}, ")
-        + row["verdict"]
-        for row in result["targets"]
+        "",
+        *(
+            f"- {row['target']}, target {row['limit']:g}: "
+            + ("" if row["measured"] is None else f"{row['measured']:.4g}, ")
+            + row["verdict"]
+            for row in result["targets"]
+        ),
     ]
     return "\n".join([*lines, "", source(result, "gpu.json")])
+
+
+def gpu_form(result: dict[str, Any]) -> str:
+    """Say what the form with the library's matmuls took on the same GPU."""
+    cells = _main_cells(result)
+    texts = [f"{mode} {cell['contenders']['triton']['times_floor']['median']:.2f}" for mode, cell in cells.items()]
+    return (
+        f"With the library's matmuls and the row pass, the form that other GPUs and dtypes use, the same loss took "
+        f"{', '.join(texts)} times the bare matmuls from an idle GPU.\n\n" + source(result, "gpu_library_form.json")
+    )
 
 
 def source(result: dict[str, Any], file: str) -> str:

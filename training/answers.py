@@ -155,12 +155,13 @@ def answer_questions(
     for question, ids in zip(questions, openings):
         if separator is not None and question.answers > 1:
             raise InputError(f"{question.origin}: {question.answers} turns, but --reflect answers one")
-        if max_new_tokens > room_for_answers(model, ids, 1 if separator is None else 2, len(separator or ())):
+        if max_new_tokens > room_for_answers(model, encoder, question, separator):
+            parts = "the answer" if question.answers == 1 else "each answer"
             raise InputError(
                 f"{question.origin}: the prompt has {len(ids)} tokens, which leaves fewer than {max_new_tokens} of "
                 f"the model's {model.config.max_position_embeddings} positions to "
-                f"{'the answer' if separator is None else 'draft and answer each'}; lower --max_new_tokens, or leave "
-                "the prompt out"
+                f"{parts if separator is None else 'draft and answer each'}; lower --max_new_tokens, or leave the "
+                "prompt out"
             )
     # Batch similar lengths, the longest first: if memory is too small, the run fails at once.
     order = sorted(range(len(questions)), key=lambda i: -len(openings[i]))
@@ -190,13 +191,18 @@ def answer_questions(
     return answers
 
 
-def room_for_answers(model: PreTrainedModel, prompt: Sequence[int], answers: int, between: int = 0) -> float:
-    """Return the most tokens of each of several ``answers`` to ``prompt`` that the model's positions allow.
+def room_for_answers(
+    model: PreTrainedModel, encoder: TextEncoder, question: Question, separator: Sequence[int] | None
+) -> float:
+    """Return the most tokens of each answer to ``question`` that the model's positions allow.
 
-    Each but the last has an end token and ``between`` tokens of a separator behind it.
+    With a ``separator``, draft and answer: the draft has an end token and the separator behind it.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    return (positions - len(prompt) - (answers - 1) * (1 + between)) // answers
+    taken = len(prompt_ids(encoder, question, [""] * (question.answers - 1)))  # the texts of all turns
+    if separator is None:
+        return (positions - taken) // question.answers
+    return (positions - taken - 1 - len(separator)) // 2
 
 
 def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[str]) -> list[int]:

@@ -81,8 +81,8 @@ def publish(partial: Path, folder: Path) -> None:
     """Rename ``partial`` to ``folder`` once every byte of it is on the disk."""
     for file in [*partial.rglob("*"), partial]:
         _sync(file)
-    if folder.exists():  # from before the run was resumed at an earlier step
-        shutil.rmtree(folder)
+    if folder.exists():  # an earlier best model, or from before the run was resumed; ``whole_folder`` deletes it
+        os.replace(folder, partial.with_name("earlier"))
     os.replace(partial, folder)
     _sync(folder.parent)
 
@@ -166,3 +166,9 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     """Return the folders ``checkpoint-STEP`` in ``folder`` by step, ascending."""
     found = {p.name.removeprefix("checkpoint-"): p for p in folder.glob("checkpoint-*") if p.is_dir()}
     return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
+
+
+def rotate(folder: Path, keep: int | None) -> None:
+    """Delete the oldest checkpoints so that ``keep`` are left (None: all). Copies under other names do not count."""
+    for old in list(checkpoints(folder).values())[:-keep] if keep else []:
+        shutil.rmtree(old, ignore_errors=True)

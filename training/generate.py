@@ -12,22 +12,20 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from . import exports
 from .answers import answer_questions, answer_text, generate_batch, prompt_ids, room_for_answers
 from .chat import TextEncoder, separator_ids
 from .data_options import DataOptions
-from .errors import InputError
+from .errors import InputError, SaveError
 from .exports import Question
 from .model import load_model
 
@@ -80,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit with 2 on bad input, 130 on Ctrl-C."""
+    """Run the command line; exit with 2 on bad input, 1 where the disk is full, 130 on Ctrl-C."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if not 0 <= (options.temperature or 0) < math.inf or options.seed < 0:
@@ -96,22 +94,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()  # a progress bar for loading the weights would precede the answer
     try:
         _run(options)
-    except InputError as error:
+    except (InputError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def _run(options: argparse.Namespace) -> None:
+    form = "reflect" if options.reflect else options.format
     if options.out:
         out = Path(options.out)
         if out.exists():
             raise InputError(f"--out {out} exists; choose another file, or move or delete this file")
         if not out.parent.is_dir():
             raise InputError(f"--out {out}: there is no folder {out.parent}")
-        questions = exports.read_questions(options.prompts, options.format, chat=options.chat)
+        try:
+            tempfile.TemporaryFile(dir=out.parent).close()
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be written to ({error}); choose another file") from None
+        questions = exports.read_questions(options.prompts, form, chat=options.chat)
     else:
         questions = [_asked(options.prompt, options.chat)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,8 +124,7 @@ def _run(options: argparse.Namespace) -> None:
     encoder, temperature = TextEncoder(tokenizer), options.temperature or 0.0
     separator = separator_ids(tokenizer, options) if options.reflect else None
     if options.max_new_tokens is None:
-        parts, between = 2 if options.reflect else max(one.answers for one in questions), len(separator or ())
-        rooms = [room_for_answers(model, prompt_ids(encoder, one, []), parts, between) for one in questions]
+        rooms = [room_for_answers(model, encoder, one, separator) for one in questions]
         options.max_new_tokens = int(max(1, min(1024, *rooms)))
     temperatures = [temperature] * len(questions)
     if options.temperature is None and options.format == "mt_bench":
@@ -130,8 +132,10 @@ def _run(options: argparse.Namespace) -> None:
     common = {name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "seed")}
     answers = answer_questions(model, encoder, questions, temperatures=temperatures, separator=separator, **common)
     if options.out:
-        form = "reflect" if options.reflect else options.format
-        exports.write_answers(out, form, questions, answers, options.name or options.model)
+        try:
+            exports.write_answers(out, form, questions, answers, options.name or options.model)
+        except OSError as error:
+            raise SaveError(f"--out {out} could not be written: {error}") from error
         print(f"{len(questions)} prompts answered in {out}", file=sys.stderr)
     elif options.reflect:
         print(f"draft: {answers[0][0]}\n\nanswer given the draft: {answers[0][1]}")

@@ -15,10 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, SchedulerType, Trainer, get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from transformers.trainer_utils import rotate_checkpoints
 from transformers.training_args import OptimizerNames
 
-from .checkpoint import save_checkpoint
+from .checkpoint import rotate, save_checkpoint
 from .config import TrainConfig
 from .engine import all_finite, raise_on_all_ranks
 from .errors import InputError, NonFiniteError, SaveError, one_line
@@ -59,6 +58,7 @@ class ResumableTrainer(Trainer):
                 super(ResumableTrainer, self)._save_checkpoint(model, trial)
             finally:
                 del self._get_output_dir
+                self.state.best_model_checkpoint = None  # Trainer would compare it with the last one when training ends
 
         began = time.monotonic()
         try:
@@ -68,7 +68,7 @@ class ResumableTrainer(Trainer):
             return
         self.run_log.say(f"checkpoint-{step}: {size / 2**30:.2f} GiB in {time.monotonic() - began:.1f} s")
         if self.args.should_save:
-            rotate_checkpoints(str(folder), self.config.save_total_limit)
+            rotate(folder, self.config.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the trained parameters and the buffers of the module for a checkpoint."""

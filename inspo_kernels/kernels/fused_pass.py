@@ -37,7 +37,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config
-from .softcap import softcap
+from .softcap import transformed
 
 HEADROOM = tl.constexpr(30.0)
 # The least is exp(-HEADROOM) and something for rounding. Squares of E still have digits there, whatever the vocabulary.
@@ -67,12 +67,7 @@ def _logits(
     """z' and D of raw logits ``z``; D is 1 without a soft-cap."""
     if HAS_BIAS:
         z += tl.load(p_bias + words, mask=words < vocab, other=0.0).to(tl.float32)[None, :]
-    if SCALE != 1.0:
-        z = z * SCALE
-    derivative = tl.cast(1.0, tl.float32)
-    if SOFTCAP is not None:
-        z, derivative = softcap(z, SOFTCAP, OUTER)
-    return z, derivative
+    return transformed(z, SCALE, SOFTCAP, OUTER)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .softcap import softcap
+from .softcap import transformed
 
 FAR = tl.constexpr(144115188075855872.0)  # 2^57
 # Offset of a row without any finite logit so far: exp(-inf - offset) must be 0.
@@ -61,13 +61,7 @@ def _logits(
     """z' and D of raw logits ``z`` of ``words``."""
     if HAS_BIAS:
         z += tl.load(p_bias + words, mask=mask, other=0.0).to(z.dtype)
-    if SCALE != 1.0:
-        z = z * SCALE
-    if SOFTCAP is not None:
-        z, derivative = softcap(z, SOFTCAP, OUTER)
-    else:
-        derivative = tl.cast(1.0, z.dtype)
-    return z, derivative
+    return transformed(z, SCALE, SOFTCAP, OUTER)
 
 
 @triton.jit

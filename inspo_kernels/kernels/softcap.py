@@ -59,3 +59,14 @@ def softcap(z, CAP: tl.constexpr, OUTER: tl.constexpr):
         p = p * s - 0.33333282
         tanh = tl.where(s < 0.390625, u + u * s * p, tanh)
     return OUTER * tanh, 4.0 * a * r * r
+
+
+@triton.jit
+def transformed(z, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, OUTER: tl.constexpr):
+    """z' and its derivative D beyond the scale, from a product that has its bias; D is 1 without a soft-cap."""
+    derivative = tl.cast(1.0, z.dtype)
+    if SCALE != 1.0:
+        z = z * SCALE
+    if SOFTCAP is not None:
+        z, derivative = softcap(z, SOFTCAP, OUTER)
+    return z, derivative

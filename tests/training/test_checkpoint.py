@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import tiny_model, token_pairs
 from safetensors.torch import load_file
-from transformers.trainer_utils import rotate_checkpoints
 
 from training import checkpoint
 from training.checkpoint import (
@@ -16,6 +15,7 @@ from training.checkpoint import (
     SaveError,
     check_checkpoint,
     checkpoints,
+    rotate,
     save_checkpoint,
     whole_folder,
 )
@@ -189,6 +189,23 @@ def test_an_interrupted_folder_leaves_the_earlier_one(tmp_path):
         assert (tmp_path / "best" / "a").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_earlier_folder_goes_last(tmp_path, monkeypatch):
+    """Deleting a large folder takes long, and a run may be killed meanwhile."""
+    delete, folder = shutil.rmtree, tmp_path / "best"
+
+    def checked(*given, **more):
+        delete(*given, **more)
+        assert not written or folder.is_dir()
+
+    written = []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", checked)
+    for text in ("first", "second"):
+        with whole_folder(folder) as to:
+            (to / "a").write_text(text)
+        written.append(text)
+    assert (folder / "a").read_text() == "second" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_later_checkpoints_are_set_aside(tmp_path):
     for step in (2, 4, 6, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -197,8 +214,17 @@ def test_later_checkpoints_are_set_aside(tmp_path):
     discard_later_checkpoints(tmp_path, 6, said.append)
     assert list(checkpoints(tmp_path)) == [2, 4, 6] and len(said) == 2
     assert {path.name for path in tmp_path.glob("set-aside-*")} == {f"set-aside-checkpoint-{i}" for i in (10, 12)}
-    rotate_checkpoints(str(tmp_path), 2)  # those set aside do not count
+    rotate(tmp_path, 2)  # those set aside do not count
     assert list(checkpoints(tmp_path)) == [4, 6] and (tmp_path / "checkpoint-best").exists()
+
+
+def test_copies_of_checkpoints_are_not_rotated(tmp_path):
+    """A user's copy is neither deleted nor taken for the newest checkpoint."""
+    copies = [tmp_path / name for name in ("checkpoint-1-keep", "checkpoint-9.bak")]
+    for copy in copies:
+        copy.mkdir()
+    run(tmp_path, save_total_limit=1)
+    assert list(checkpoints(tmp_path)) == [2] and all(copy.is_dir() for copy in copies)
 
 
 def test_manifest_is_readable_and_complete(tmp_path):

@@ -86,6 +86,8 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--lora_target_modules", "q"], "here it is lora.target_modules"),
         (["--lora_rank", "8"], "here it is lora.r$"),  # LLaMA-Factory's
         (["--lora_target", "all"], "here it is lora.target_modules"),
+        (["--use_lora", "true"], "here it is lora$"),
+        (["--warmup_ratio", "0.1"], "here it is warmup_steps, below 1 a share of all steps"),  # transformers' old one
         (["--rpo_alpha", "1"], "a mixture with SFT needs a loop of your own"),
         (["--load_in_4bit", "true"], "here it is quantization: 4bit"),
         (["--f_divergence_type", "js"], "here it is divergence"),

@@ -38,7 +38,7 @@ KILLS = {
     "in the middle of the model's file": ("training.resumable.save_file", "checkpoint-4/model", "within"),
     "in the middle of the optimizer's file": ("torch.save", "checkpoint-4/optimizer", "within"),
     "with all files of a checkpoint but its name": ("training.checkpoint.publish", "checkpoint-4", "before"),
-    "after a checkpoint, before older ones are deleted": ("training.resumable.rotate_checkpoints", 2, "before"),
+    "after a checkpoint, before older ones are deleted": ("training.resumable.rotate", 2, "before"),
     "after sample answers, before their row": ("training.reporting.ReportingTrainer._sample", 3, "after"),
     "while the best model is written": ("training.checkpoint.publish", "best", "before"),
     "after the row of an evaluation": ("training.output.RunLog.draw", 3, "before"),
@@ -293,6 +293,12 @@ def test_the_newest_checkpoint_that_is_whole_is_used(uninterrupted, tmp_path, ca
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     main(options(tmp_path / "out", "--max_steps", "4", "--save_steps", "1", "--save_total_limit", "2"))
     assert list(checkpoints(tmp_path / "out")) == [3, 4]
+
+
+def test_one_checkpoint_is_kept_beside_a_metric(tmp_path):
+    """Trainer notes the folder in which a checkpoint is written as its best one, which is gone at the end."""
+    main(options(tmp_path / "out", *RUN, "--save_total_limit", "1", "--metric_for_best_model", "loss"))
+    assert list(checkpoints(tmp_path / "out")) == [6] and (tmp_path / "out" / "final").is_dir()
 
 
 def test_a_final_checkpoint_resumes_without_steps(uninterrupted, tmp_path, monkeypatch, capsys):

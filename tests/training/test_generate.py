@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -10,7 +11,7 @@ import torch
 from helpers import tiny_model, write_jsonl
 from transformers import GenerationConfig
 
-from training import answers
+from training import answers, exports
 from training.answers import generate_batch
 from training.chat import TextEncoder
 from training.errors import InputError
@@ -355,6 +356,36 @@ def test_answer_takes_the_positions_that_the_model_has(saved, more, capsys):
     model.config.save_pretrained(folder)
     main(["--model", folder, "--prompt", "Why?", *more])
     assert capsys.readouterr().out
+
+
+def test_all_turns_share_the_models_positions(saved, tmp_path, capsys):
+    model, folder = saved
+    model.config.max_position_embeddings = 256
+    model.config.save_pretrained(folder)
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"question_id": 1, "turns": ["Why?", "Go on. " * 10]}])
+    command = ["--model", folder, "--prompts", prompts, "--out", str(tmp_path / "o"), "--format", "mt_bench"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--max_new_tokens", "100"])
+    assert "fewer than 100 of the model's 256 positions to each answer; lower" in capsys.readouterr().err
+    main(command)
+    answers = json.loads((tmp_path / "o").read_text())["choices"][0]["turns"]
+    assert len(answers) == 2 and "max_new_tokens=100" not in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named(saved, tmp_path, monkeypatch, capsys):
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Why?"}])
+    command = ["--model", saved[1], "--prompts", prompts, "--max_new_tokens", "6", "--out"]
+    with pytest.raises(SystemExit, match="2"):  # before the model is loaded
+        main([*command, "/proc/answers.json"])
+    assert "--out /proc/answers.json: cannot be written to" in capsys.readouterr().err
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(exports, "write_answers", full)
+    with pytest.raises(SystemExit, match="1"):
+        main([*command, str(tmp_path / "o")])
+    assert "error: " in (error := capsys.readouterr().err) and "No space left on device" in error
 
 
 def test_answers_that_are_cut_off_are_counted(saved, tmp_path, capsys):

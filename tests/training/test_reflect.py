@@ -126,6 +126,13 @@ def test_options_that_would_be_ignored_are_refused(capsys, more, message):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_reflect_refuses_several_turns(saved, tmp_path, capsys):  # noqa: F811
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"turns": ["Why?", "And then?"]}])
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", saved[1], "--prompts", prompts, "--out", str(tmp_path / "o"), "--reflect"])
+    assert "p.jsonl:1: 2 turns, but --reflect answers one" in capsys.readouterr().err
+
+
 def test_draft_and_answer_must_fit_the_models_positions(tmp_path, capsys):
     wild_model(max_position_embeddings=30).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
