@@ -124,29 +124,35 @@ def fused_pass_cases() -> Iterator[Case]:
     from inspo_kernels.kernels.row_pass import PARTS
 
     for transform, (with_bias, softcap, logit_scale) in TRANSFORMS.items():
-        for store, statistics in ((True, False), (False, False), (True, True)):
+        for dtype, store, statistics in (
+            (BF16, True, False),
+            (BF16, False, False),
+            (BF16, True, True),
+            (BF16, False, True),
+            (HALF, False, False),
+        ):
             wanted = frozenset(PARTS if statistics else ())
             stride = config.padded_vocab(VOCAB)
             launch = partial(
                 fused_pass,
-                torch.empty(ROWS, HIDDEN, dtype=BF16),
-                torch.empty(VOCAB, HIDDEN, dtype=BF16),
+                torch.empty(ROWS, HIDDEN, dtype=dtype),
+                torch.empty(VOCAB, HIDDEN, dtype=dtype),
                 torch.zeros(ROWS, dtype=torch.int64),
                 torch.empty(ROWS),
                 torch.empty(ROWS),
                 torch.empty(1 + len(wanted), ROWS),
                 torch.zeros(ROWS, dtype=torch.int32),
                 e=torch.empty(ROWS, stride, dtype=BF16) if store else None,
-                bias=torch.empty(stride, dtype=BF16) if with_bias else None,
+                bias=torch.empty(stride, dtype=dtype) if with_bias else None,
                 softcap=softcap,
                 outer=1.0 if softcap is None else softcap,
                 scale=logit_scale,
                 wanted=wanted,
             )
-            what = ("E and statistics" if statistics else "E") if store else "sums"
+            what = ("E" if store else "sums") + (" and statistics" if statistics else "")
             yield Case(
                 "fused_pass",
-                f"bf16 {what}, {transform}, V={VOCAB}",
+                f"{NAMES[dtype]} {what}, {transform}, V={VOCAB}",
                 launch,
                 wide_loads=False,
                 # Once per tile, beside thousands of multiply-adds: nobody waits for a spill.

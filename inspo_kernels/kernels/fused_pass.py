@@ -389,9 +389,13 @@ def _repair_kernel(
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the copy engine can read x (n, H) and weight (V, H): unit strides and steps of 16 bytes."""
+    """Return whether the copy engine can read x (n, H) and weight (V, H): unit strides and steps of 16 bytes.
+
+    Rows may not share elements, as those of an expanded weight do: its descriptors promise no result for these.
+    """
     return x.dtype.itemsize == 2 and all(
-        t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight)
+        t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+        for t in (x, weight)
     )
 
 

@@ -204,6 +204,7 @@ def test_it_runs_where_its_operands_allow():
     assert tile(x, weight, torch.float16, keep=True) is None and tile(x, weight, torch.float32) is None
     assert tile(x, weight, parts=frozenset({"moment"}))
     assert tile(x, weight.t().contiguous().t()) is None and tile(x[:, :12], weight[:, :12].contiguous()) is None
+    assert tile(x, weight[:1].expand(100, 16)) is None and tile(x, weight.flatten().unfold(0, 16, 8)[:100]) is None
     assert tile(x[:, :8], weight[:, :8]) and tile(x[:, 4:12], weight[:, 4:12]) is None
 
 
