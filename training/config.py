@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ class TrainConfig(DataOptions, TrainingArguments):
         self._check_dropout(objective)
         if not objective.needs_reference and self.reference_conditioned:
             raise InputError(f"reference_conditioned: objective {self.objective!r} has no reference")
+        self._check_deepspeed()
         trackers = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
         if not self.output_dir and (self.resume_from_checkpoint or self.push_to_hub or set(trackers) - {"none"}):
             raise InputError("resume_from_checkpoint, report_to and push_to_hub need an output_dir")
@@ -168,6 +170,17 @@ class TrainConfig(DataOptions, TrainingArguments):
                 f"alternative_dropout: {cause} needs the log-probs given the prompt alone beside the conditioned ones, "
                 f"and a dropped pair has no conditioned ones; set {remedy}, or alternative_dropout=0"
             )
+
+    def _check_deepspeed(self) -> None:
+        settings: Any = self.deepspeed or {}
+        if isinstance(settings, str):
+            try:
+                settings = json.loads(Path(settings).read_text())
+            except (OSError, ValueError) as error:
+                raise InputError(f"deepspeed={self.deepspeed}: {one_line(error)}") from None
+        for name, options in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type and warmup_steps")):
+            if name in settings:
+                raise InputError(f"deepspeed: remove {name!r} from its settings, and choose it by {options}")
 
     def _check_engine(self) -> None:
         if self.couples_pairs and (self.world_size > 1 or self.gradient_accumulation_steps > 1):

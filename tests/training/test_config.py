@@ -217,3 +217,18 @@ def test_a_default_may_be_written_out(tmp_path):
     for values in (given, given | {"include_num_input_tokens_seen": False}):
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
         assert parse_config([*REQUIRED, "--config", str(tmp_path / "c.yaml")]) == parse_config(REQUIRED)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"optimizer": {"type": "AdamW"}}', "remove 'optimizer' from its settings, and choose it by optim"),
+        ('{"scheduler": {}}', "remove 'scheduler' .* by lr_scheduler_type"),
+        ("{", "deepspeed=.*Expecting property name"),
+    ],
+)
+def test_deepspeed_settings_leave_the_optimizer_to_the_options(tmp_path, text, said):
+    file = tmp_path / "zero.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=said):
+        TrainConfig(model="m", train_data="d", deepspeed=str(file))
