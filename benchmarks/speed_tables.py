@@ -9,7 +9,7 @@ from .measure import FORWARD, PRODUCTS, TRAIN
 
 TITLES = {name: contender.title for name, contender in CONTENDERS.items()}
 SAVINGS = {
-    "torch": "the loss takes",
+    "torch": "the loss takes a time of",
     "full_log_softmax": "log_softmax at every position takes",
     "log_softmax": "of the scored rows",
     "trl": "TRL",
@@ -54,8 +54,9 @@ def savings(result: dict[str, Any]) -> str:
         if (row := cell["contenders"][name])
     )
     return (
-        f"On {result['hardware']['cores']} CPU cores ({result['dtype']}, {cell['pairs']} pairs, H = {cell['hidden']}, "
-        f"V = {cell['vocab']:,}), {ours}; {', '.join(others)} ({result['date']}, commit {result['package']['commit']}: "
+        f"Also relative to the bare matmuls, on {result['hardware']['cores']} CPU cores ({result['dtype']}, "
+        f"{cell['pairs']} pairs, H = {cell['hidden']}, V = {cell['vocab']:,}), {ours}; {', '.join(others)} "
+        f"({result['date']}, commit {result['package']['commit']}: "
         "[loss_cpu.json](benchmarks/results/loss_cpu.json))."
     )
 
@@ -247,7 +248,7 @@ def trainers(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", source(result, "trl_step_cpu.json")])
 
 
-# Contenders of the GPU tables, in order, with shorter titles where a table has a column for what follows.
+# Contenders of the GPU tables, in order, with shorter titles than in the tables for a CPU.
 GPU_ROWS = {
     "floor": "floor: the bare matmuls, outputs preallocated",
     "triton, labels on the CPU": "inspo_kernels, labels on the CPU",
@@ -258,10 +259,12 @@ GPU_ROWS = {
     "cut_cross_entropy": "Cut Cross-Entropy",
 }
 
+MAIN_SHAPE = ("llama3-8b", 8192)
+
 
 def _main_cells(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the cells of the main shape by mode; of any shape if there is none."""
-    cells = [cell for cell in result["cells"] if (cell["model"], cell["tokens"]) == ("llama3-8b", 8192)]
+    """Return the cells of the main shape by mode, or the first cell if the main shape was not measured."""
+    cells = [cell for cell in result["cells"] if (cell["model"], cell["tokens"]) == MAIN_SHAPE]
     return {cell["mode"]: cell for cell in cells or result["cells"][:1]}
 
 
@@ -294,11 +297,13 @@ def gpu_savings(result: dict[str, Any]) -> str:
     cells = _main_cells(result)
     train, score = cells[TRAIN]["contenders"], cells[FORWARD]["contenders"]
     lines = [
-        f"Times of the pairwise loss relative to the bare matmuls, on an {result['device']['name']}, for "
-        f"{_gpu_about(result)} (Llama-3-8B's head). The last column is the largest error of a response's log-prob (512 "
-        "tokens) against float64.",
+        f"The pairwise loss on an {result['device']['name']}, for {_gpu_about(result)} (Llama-3-8B's head). Times are "
+        f"relative to the floor: the LM head's matmuls alone, {PRODUCTS[TRAIN]} for forward + backward and "
+        f"{PRODUCTS[FORWARD]} for a forward without gradients. If `labels` is a CPU tensor, the call "
+        f"need not wait for the GPU. {_least_memory(train)}The last column is the largest error of a "
+        "response's log-prob (512 tokens) against float64.",
         "",
-        "| | forward + backward (quartiles) | peak memory | forward | error, nats |",
+        "| | forward + backward (quartiles) | its peak memory, gradients included | forward only | error, nats |",
         "|---|---|---|---|---|",
     ]
     for name, title in GPU_ROWS.items():
@@ -314,12 +319,23 @@ def gpu_savings(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", source(result, "gpu.json")])
 
 
+def _least_memory(rows: dict[str, dict[str, Any]]) -> str:
+    """Say which contender takes the least memory, and its time; "" if it is ours."""
+    found = {n: rows[n] for n in GPU_ROWS if n != "floor" and rows.get(n, {}).get("status") == "measured"}
+    name = min(found, key=lambda n: found[n]["peak_bytes"])
+    if CONTENDERS[name].backend:
+        return ""
+    longest = found[name] is max(found.values(), key=lambda row: row["times_floor"]["median"])
+    return f"{GPU_ROWS[name]} needs the least memory, {'and' if longest else 'but not'} the most time. "
+
+
 def gpu(result: dict[str, Any]) -> str:
-    """Tabulate time / floor at the main shape in every mode, what the loss is called with, and the targets."""
+    """Tabulate time / floor at the main shape in every mode; add other shapes, options of the call, and the targets."""
     cells = _main_cells(result)
     lines = [
-        f"The pairwise loss: time relative to the bare matmuls of each mode (quartiles), time behind queued work, and "
-        f"peak memory above the inputs, for {_gpu_about(result)}. The last column is the largest error of a response's "
+        f"The pairwise loss, for {_gpu_about(result)}. A cell gives the time relative to the bare matmuls of its mode "
+        "(their number is in the title; quartiles follow), the time, and the peak memory above the inputs. Each call "
+        "is queued behind other GPU work, as in training. The last column is the largest error of a response's "
         "log-prob (512 tokens) against float64, in nats.",
         "",
         "| | " + " | ".join(f"{mode} ({PRODUCTS[mode]})" for mode in cells) + " | error |",
@@ -336,13 +352,27 @@ def gpu(result: dict[str, Any]) -> str:
         if (row := cell["contenders"].get("triton", {})).get("from_idle")
     ]
     if idle:
-        lines += ["", f"From an idle GPU, where nothing hides Python and launches, ours takes {', '.join(idle)}."]
+        lines += [
+            "",
+            "On an idle GPU nothing hides the time that Python takes for launches. Relative to the bare matmuls, "
+            f"inspo_kernels with labels on the GPU then takes: {', '.join(idle)}.",
+        ]
+    others = [
+        f"{cell['tokens']:,} tokens of {cell['model']}, {cell['mode']}: {row['times_floor']['median']:.2f}"
+        + (f" (log_softmax of the scored rows {plain['median']:.2f})" if plain else "")
+        for cell in result["cells"]
+        if cell not in cells.values() and (row := cell["contenders"].get("triton", {})).get("status") == "measured"
+        for plain in [cell["contenders"].get("log_softmax", {}).get("times_floor")]
+    ]
+    if others:
+        lines += ["", f"Other shapes, inspo_kernels with labels on the GPU: {'; '.join(others)}."]
     for key, what in (
-        ("statistics", "With entropy and all other statistics of the same pass"),
-        ("autocast", "Under autocast, as training with float32 master weights calls the loss"),
+        ("statistics", "With entropy and all other statistics from the same pass, relative to the plain call"),
+        ("autocast", "Under autocast, as in training with float32 master weights, relative to the floor"),
         (
             "trees",
-            "Four layers of a 1B model and the loss, forward and backward, 8 pairs (prompt 1,024, responses 256)",
+            "Four layers of a 1B model and the loss, forward and backward, 8 pairs (prompt 1,024, responses 256), "
+            "relative to rows",
         ),
     ):
         rows = result.get(key, {})
@@ -353,7 +383,7 @@ def gpu(result: dict[str, Any]) -> str:
             and (beside := next((v for k, v in row.items() if k.startswith("times_") and v), None))
         ]
         if texts:
-            lines += ["", f"{what}, relative to the first: {'; '.join(texts)}."]
+            lines += ["", f"{what}: {'; '.join(texts)}."]
     lines += [
         "",
         *(
@@ -367,12 +397,14 @@ def gpu(result: dict[str, Any]) -> str:
 
 
 def gpu_form(result: dict[str, Any]) -> str:
-    """Say what the form with the library's matmuls took on the same GPU."""
+    """Give the times of the library's matmuls with the row pass on the same GPU."""
     cells = _main_cells(result)
     texts = [f"{mode} {cell['contenders']['triton']['times_floor']['median']:.2f}" for mode, cell in cells.items()]
     return (
-        f"With the library's matmuls and the row pass, the form that other GPUs and dtypes use, the same loss took "
-        f"{', '.join(texts)} times the bare matmuls from an idle GPU.\n\n" + source(result, "gpu_library_form.json")
+        "Other GPUs and dtypes use the library's matmuls, with a kernel that reads the logits between them. With an "
+        f"idle {result['device']['name']} and labels on the GPU, this form of the loss took, relative to the bare "
+        f"matmuls: {', '.join(texts)}."
+        "\n\n" + source(result, "gpu_library_form.json")
     )
 
 
