@@ -28,8 +28,9 @@ from .row_sums import RowSums
 
 # torch 2.13 renamed this function.
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-# A larger rest is moved into the offset, so that sums over ranks stay in float32's range. So is a total below its
-# inverse: no rank's offset then lies far above all logits, and backends may bound how far their own is from the final.
+# A rest above this limit is moved into the offset, so that sums over ranks stay in float32's range. A total below the
+# limit's inverse is moved, too. The final offset is then never far above all logits, so that backends may bound the
+# distance between their own offset and the final offset.
 LARGE_REST = 2.0**18
 
 

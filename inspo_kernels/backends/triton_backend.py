@@ -1,15 +1,15 @@
-"""The head on CUDA and ROCm: matmuls, and Triton kernels for all that lies between them.
+"""The head on CUDA and ROCm: matmuls, and Triton kernels for everything between them.
 
-The algorithm is that of ``torch_backend``. A pass over the logits yields sums per row and, where gradients follow, E in
-the compute dtype, which is what the two gradient matmuls multiply:
+The algorithm is that of ``torch_backend``. A pass over the logits returns sums per row. If gradients follow, it also
+returns E in the compute dtype, which the two gradient matmuls read:
 
     dX = -(c s / S) * (E W)        dW = -E^T (X * c s / S)        db = -E^T (c s / S)
 
-``kernels.fused_pass`` computes them from logits in registers, where ``config.fused_pass`` knows it to be faster.
-Elsewhere the library multiplies a tile of float32 logits (``out_dtype``) that fits the chip's last-level cache, and
-``kernels.row_pass`` reads it there. Per logit both take 2 + 2 + 2 bytes of memory traffic (E written once and read
-twice) and none for scoring, where float32 logits in place would take 16. Both gradient matmuls are single calls of the
-library over all kept rows.
+The pass has two forms. Where ``config.fused_pass`` returns launch sizes, ``kernels.fused_pass`` computes the logits in
+registers and E from them. Elsewhere a library matmul writes a tile of float32 logits (``out_dtype``) that fits the
+chip's last-level cache, and ``kernels.row_pass`` reads it there. Both forms take 2 + 2 + 2 bytes of memory traffic per
+logit (E is written once and read twice), and none for scoring. Float32 logits in place would take 16 bytes. Each
+gradient matmul is a single library call over all kept rows.
 
 Accuracy. Log-probs never see a logit in the compute dtype: operands are multiplied exactly, and sums, logits, S and
 log-probs are float32 throughout; labels get logits of their own (``kernels.label_logits``). The gradients see E rounded
@@ -41,9 +41,9 @@ from ..kernels import config
 from ..row_sums import RowSums
 from .base import Backend, HeadTile, chunks
 
-# Rows of E that are kept by default. Each group of rows but the first reads and writes dW in float32, which with 4,096
-# rows takes 1.08 of the time of one group of 8,192, and with 2,048 rows 1.15 (H100, Llama-3-8B's head). Most batches
-# fit one group and write dW once.
+# Rows of E that are kept by default. Most batches then fit one group and write dW once. Each further group reads and
+# writes dW in float32. On an H100 with Llama-3-8B's head, 8,192 rows in groups of 4,096 take 1.08 times as long as in
+# one group, and in groups of 2,048 rows 1.16 times.
 KEPT_ROWS = 8192
 
 
@@ -191,7 +191,7 @@ class TritonTile(HeadTile):
         return RowSums(offset, rest, label, **{name: sums[PARTS.index(name)] for name in parts})
 
     def _fused_pass(self, parts: frozenset[str]) -> config.FusedPass | None:
-        """Launch sizes of ``kernels.fused_pass``, None where it does not apply: see its launch invariants."""
+        """Return launch sizes of ``kernels.fused_pass``, or None if it cannot be used: see its launch invariants."""
         from ..kernels.fused_pass import fits
 
         if self.dtype != torch.float32 or not fits(self.x, self.head.weight):
@@ -201,7 +201,7 @@ class TritonTile(HeadTile):
         return config.fused_pass(self.arch, self.head.softcap, bool(parts))
 
     def _fuse(self, chosen: config.FusedPass, label: Tensor, parts: frozenset[str]) -> tuple[Tensor, Tensor]:
-        """Return offset and sums of all rows, as many at a time as fit their tiles' sums into a tile of logits."""
+        """Return offset and sums of all rows. The tiles' sums of a launch take no more memory than a tile of logits."""
         from ..kernels.fused_pass import fused_pass, sums_bytes
 
         n, head = len(self.x), self.head
@@ -227,7 +227,7 @@ class TritonTile(HeadTile):
         return offset, sums[0] if len(sums) == 1 else torch.cat(sums, 1)
 
     def _transform(self) -> dict[str, Any]:
-        """Return what turns a product into z': see ``kernels.row_pass``."""
+        """Return the arguments that turn a raw logit into z': see ``kernels.row_pass``."""
         head = self.head
         if head.softcap is None:
             return {"softcap": None, "outer": 1.0, "scale": head.slope}
@@ -305,7 +305,7 @@ class TritonTile(HeadTile):
         if sums.offset is not self.local_offset:
             factor = self._factor(sums, own)
             if own is not None and e.dtype == torch.float16:
-                # float16 has no room for an entry in another offset's units, nor in those of just any sums.
+                # An entry that is scaled to another offset, or to an arbitrary total, can overflow float16.
                 power = self._power(sums.total)
                 self.total, entry, factor = sums.total * power, entry * power, factor * power
                 e.mul_(factor.to(e.dtype).unsqueeze(1))
@@ -331,8 +331,8 @@ class TritonTile(HeadTile):
         return factor.clamp_(min=lowest) if own is None else torch.where(own, factor.clamp(min=lowest), factor)
 
     def _power(self, total: Tensor) -> Tensor:
-        """Powers of two that bring totals between 2^14 and 2^15, or as much lower as own words are then in range."""
-        # E's largest word was 32768 / V before it is multiplied: by 32768 at most.
+        """Return powers of two that scale totals to 2^14..2^15, or lower if E would otherwise leave float16's range."""
+        # The largest element of E is 32768 / V before it is multiplied, by at most 32768.
         unit = min(15, 30 - (self.head.all_words - 1).bit_length())
         _, exponent = torch.frexp(total)
         return torch.ldexp(torch.ones_like(total), unit - exponent)

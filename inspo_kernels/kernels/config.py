@@ -51,11 +51,11 @@ class LogitsTile:
 
 @dataclass(frozen=True)
 class FusedPass:
-    """Tiles of ``rows`` x ``words`` logits, summed over ``features`` at a time.
+    """Hold the launch sizes: tiles of ``rows`` x ``words`` logits, whose matmul reads ``features`` at a time.
 
-    ``group`` rows of tiles share their words in the cache. A tile is turned into E in ``parts`` parts, so that one part
-    and the operands of the next tile fit into shared memory and registers. ``combined_rows`` and ``repaired_rows`` are
-    the rows of a program of the two small kernels that follow.
+    ``group`` rows of tiles read the same words while these are in the cache. A tile is turned into E in ``parts``
+    parts, so that one part and the next tile's operands fit into shared memory and registers. The two small kernels
+    that follow handle ``combined_rows`` and ``repaired_rows`` rows per program.
     """
 
     rows: int
@@ -119,12 +119,12 @@ def bias_gradient(arch: str) -> BiasGradient:
 
 
 def fused_pass(arch: str, softcap: float | None, statistics: bool = False) -> FusedPass | None:
-    """Return the launch sizes of ``kernels.fused_pass``, or None where it has not been found faster than ``row_pass``.
+    """Return the launch sizes of ``kernels.fused_pass``, or None if it was not measured to be faster than ``row_pass``.
 
-    On an H100 its tiles are multiplied as fast as by the library. Two warpgroups hold 64 x 256 sums each, 128 registers
-    a thread: the largest product of one tensor-core instruction. Three stages of operands take 144 kB of shared memory,
-    half a tile of E 32 kB. A soft-cap and statistics need registers of their own, so fewer logits are turned into E at
-    a time.
+    On an H100 its matmul is as fast as the library's. Each of two warpgroups holds 64 x 256 logits, the largest result
+    of one tensor-core instruction, in 128 registers per thread. Three stages of operands take 144 KiB of shared memory,
+    and half a tile of E takes 32 KiB. A soft-cap and statistics need more registers, so fewer logits are turned into E
+    at a time.
     """
     if arch == "interpreter":
         parts = 4 if statistics or softcap is not None else 2

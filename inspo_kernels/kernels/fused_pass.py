@@ -6,23 +6,24 @@ soft-cap), row offset o, label y:
     E_v = exp(z'_v - o), 0 at y        rest = sum of E_v        stored: D_v E_v, with D = 1 - tanh(z / SOFTCAP)^2
 
 A program accumulates a tile of raw logits in float32 registers and turns it into E there. A logit then costs 2 bytes of
-memory traffic (E in the compute dtype), and none for scoring; the row pass over float32 logits costs 10 and 4. There is
-one program per multiprocessor: it takes tiles in turn, and loads the next tile's operands while it computes E. Each
-tile writes one sum per row. ``_combine_kernel`` adds them in a fixed order, so results do not depend on which program
-was first.
+memory traffic (E in the compute dtype), or none for scoring. The row pass over float32 logits in memory would cost 10
+or 4 bytes. One program runs per multiprocessor. It processes several tiles, one after another, and loads the next
+tile's operands while it computes E. Each tile writes one sum per row. ``_combine_kernel`` adds the sums in a fixed
+order, so results do not depend on the order in which programs finish.
 
-The offset has to be known before the matmul. o = z'_y + HEADROOM suits every row whose largest z' exceeds the label's
-by no more than HEADROOM + 57 ln 2 = 69 nats; words further than 57 nats below the label then become 0.
-``_combine_kernel`` finds all other rows by their total, the sum of E and exp(z'_y - o): not within NEAR..FAR, or NaN.
-``_repair_kernel`` reads such rows' blocks twice, for the maximum and for E with that offset, and returns at once for
-others. It takes a few times as long as the first pass, whether it repairs one block or all.
+The offset must be known before the matmul. o = z'_y + HEADROOM suits every row whose largest z' exceeds the label's by
+at most HEADROOM + 57 ln 2 = 69 nats. With this offset, words more than 57 nats below the label become 0.
+``_combine_kernel`` detects all other rows by their total, the sum of E and exp(z'_y - o), which is outside NEAR..FAR or
+NaN. For each block with such a row, ``_repair_kernel`` computes the logits twice: first for the maximum, then for E
+with the maximum as the offset. It returns at once for other blocks. A repair takes a few times as long as the first
+pass, whether it repairs one block or all.
 
 Launch invariants:
-- x (n, H) and weight (V, H) have unit stride along H; their row strides and addresses are multiples of 16 bytes, as the
-  copy engine needs; so are those of E, whose rows have a multiple of 64 elements;
-- E's columns beyond V are written as 0; ``bias`` has as many elements as E has columns;
-- x and weight are 16-bit, E is bfloat16 (float16 needs the exact maximum), sums are float32;
-- a label outside 0..V-1 or a label logit that is not finite gives no offset: its row is repaired unless o = 0 suits it.
+- x (n, H) and weight (V, H) have unit stride along H. The copy engine requires that row strides and addresses of x,
+  weight and E are multiples of 16 bytes. Rows of E have a multiple of 64 elements.
+- E's columns beyond V are written as 0. ``bias`` has as many elements as E has columns.
+- x and weight are 16-bit, E is bfloat16 (float16 needs the exact maximum), sums are float32.
+- If the label is outside 0..V-1 or its logit is not finite, the first offset is 0. The row is repaired unless 0 suits.
 """
 
 # Arguments of kernels are typed by Triton at launch.
@@ -40,7 +41,8 @@ from . import config
 from .softcap import transformed
 
 HEADROOM = tl.constexpr(30.0)
-# The least is exp(-HEADROOM) and something for rounding. Squares of E still have digits there, whatever the vocabulary.
+# A suitable total is at least exp(-HEADROOM), except for rounding. Down to NEAR, squares of E keep their precision for
+# any vocabulary size.
 NEAR, FAR = tl.constexpr(2.0**-50), tl.constexpr(2.0**57)
 # Offset of a row without any finite logit: exp(-inf - offset) must be 0.
 LOWEST = tl.constexpr(-1e30)
@@ -51,7 +53,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def _product(
     d_x, d_weight, first_row, first_word, hidden, ROWS: tl.constexpr, WORDS: tl.constexpr, FEATURES: tl.constexpr
 ):
-    """Raw logits (ROWS, WORDS) of a tile."""
+    """Return the raw logits (ROWS, WORDS) of a tile."""
     acc = tl.zeros([ROWS, WORDS], tl.float32)
     for start in range(0, hidden, FEATURES):
         b_x = d_x.load([first_row, start])
@@ -64,7 +66,7 @@ def _product(
 def _logits(
     z, p_bias, words, vocab, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
-    """z' and D of raw logits ``z``; D is 1 without a soft-cap."""
+    """Return z' and D of raw logits ``z``. D is 1 without a soft-cap."""
     if HAS_BIAS:
         z += tl.load(p_bias + words, mask=words < vocab, other=0.0).to(tl.float32)[None, :]
     return transformed(z, SCALE, SOFTCAP, OUTER)
@@ -93,7 +95,7 @@ def _exponentials(
     WORDS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Sum of E per row of a tile of raw logits and the statistics' sums, PARTS parts one after another; stores D E."""
+    """Return a tile's sums of E and of the statistics, per row, and store D E, one of PARTS parts after another."""
     if PARTS == 1:
         words = first_word + tl.arange(0, WORDS)
         z, derivative = _logits(z, p_bias, words, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS)
@@ -101,7 +103,7 @@ def _exponentials(
         kept = in_vocab & (word != label[:, None])
         e = tl.where(kept, tl.exp2((z - offset[:, None]) * LOG2_E), 0.0)
         rest = tl.sum(e, axis=1)
-        moment, squares, logits, before, after = rest, rest, rest, rest, rest  # unless asked for
+        moment, squares, logits, before, after = rest, rest, rest, rest, rest  # placeholders unless requested
         if MOMENT:
             moment = tl.sum(tl.where(e > 0, e * (z - offset[:, None]), 0.0), axis=1)
         if SQUARES:
@@ -168,13 +170,13 @@ def _exponentials(
 
 @triton.jit
 def _joined(a, b):
-    """Sums and largest logits of two sets of words from those of each."""
+    """Combine the sums and largest logits of two sets of words."""
     return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], tl.maximum(a[4], b[4]), tl.maximum(a[5], b[5])
 
 
 @triton.jit
 def _store(p, step, sums, mask, MOMENT: tl.constexpr, SQUARES: tl.constexpr, LOGITS: tl.constexpr, TOPS: tl.constexpr):
-    """Store rest and the statistics' sums ``step`` elements apart; those not asked for have no place."""
+    """Store rest and the requested statistics' sums, ``step`` elements apart."""
     tl.store(p, sums[0], mask=mask)
     if MOMENT:
         tl.store(p + step, sums[1], mask=mask)
@@ -189,7 +191,7 @@ def _store(p, step, sums, mask, MOMENT: tl.constexpr, SQUARES: tl.constexpr, LOG
 
 @triton.jit
 def _offset_of(label_z):
-    """First offset of rows by the logits of their labels."""
+    """Return the first offset of rows from the logits of their labels."""
     finite = tl.abs(label_z) < float("inf")  # false for NaN
     return tl.where(finite, label_z + HEADROOM, 0.0)
 
@@ -223,7 +225,7 @@ def _fused_pass_kernel(
 ):
     high, wide = tl.cdiv(num_rows, ROWS), tl.cdiv(vocab, WORDS)
     for tile in tl.range(tl.program_id(0), high * wide, tl.num_programs(0), flatten=True):
-        # GROUP rows of tiles at a time, column by column: tiles in work at one time share operands in the cache.
+        # Take GROUP rows of tiles at a time, column by column, so that concurrent tiles share operands in the cache.
         first_of_group = tile // (GROUP * wide) * GROUP
         height = tl.minimum(high - first_of_group, GROUP)
         in_group = tile % (GROUP * wide)
@@ -262,7 +264,7 @@ def _fused_pass_kernel(
 
 @triton.jit
 def _of_tiles(p, rows, m_rows, num_rows, num_tiles, IS_TOP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Sum, or maximum, of each row's tiles, which are ``num_rows`` elements apart."""
+    """Return the sum or maximum over each row's tiles, whose values are ``num_rows`` elements apart."""
     b_sum = tl.full([BLOCK, ROWS], float("-inf") if IS_TOP else 0.0, tl.float32)
     for start in range(0, num_tiles, BLOCK):
         tiles = start + tl.arange(0, BLOCK)
@@ -290,7 +292,7 @@ def _combine_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Add the tiles' sums of ROWS rows a program; 1 to ``p_raised`` where the offset does not suit the row."""
+    """Add the tiles' sums, ROWS rows per program, and set ``p_raised`` to 1 where the offset does not suit the row."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_rows = rows < num_rows
     label_z = tl.load(p_label + rows, mask=m_rows, other=0.0)
@@ -339,7 +341,7 @@ def _repair_kernel(
     FEATURES: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Compute a block of rows again, with the maximum as offset where ``p_raised`` is 1; nothing if it is 0 for all."""
+    """Repeat a block that has rows with ``p_raised`` 1, with the maximum as these rows' offset. Else do nothing."""
     first_row = tl.program_id(0) * ROWS
     rows = first_row + tl.arange(0, ROWS)
     m_rows = rows < num_rows
@@ -382,16 +384,16 @@ def _repair_kernel(
                 PARTS,
             )
             sums = _joined(sums, of_tile)
-        # The others keep what they have, to the bit: adding in this order rounds otherwise.
+        # Other rows keep their sums bit for bit, because adding in this order rounds differently.
         m_raised = m_rows & (raised > 0)
         tl.store(p_offset + rows, offset, mask=m_raised)
         _store(p_rows + rows, num_rows, sums, m_raised, MOMENT, SQUARES, LOGITS, TOPS)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the copy engine can read x (n, H) and weight (V, H): unit strides and steps of 16 bytes.
+    """Return whether the copy engine can read x (n, H) and weight (V, H), by dtype, strides and addresses.
 
-    Rows may not share elements, as those of an expanded weight do: its descriptors promise no result for these.
+    Rows must not share elements, as in an expanded weight, because descriptors do not define the result for them.
     """
     return x.dtype.itemsize == 2 and all(
         t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
@@ -400,7 +402,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def sums_bytes(chosen: config.FusedPass, vocab: int, wanted: frozenset[str]) -> int:
-    """Return the memory that ``fused_pass`` takes for each row while it runs."""
+    """Return the bytes per row that ``fused_pass`` allocates for the tiles' sums."""
     return 4 * (1 + len(wanted)) * -(-vocab // chosen.words)
 
 
@@ -421,11 +423,11 @@ def fused_pass(
     wanted: frozenset[str],
     arch: str,
 ) -> None:
-    """Write offset (n,) and sums of x (n, H) and weight (V, H), and D E to ``e`` (n, V padded to 64).
+    """Compute offset (n,) and ``sums`` from x (n, H) and weight (V, H), and D E in ``e`` (n, V padded to 64).
 
-    ``sums`` (1 + number of wanted parts, n): rest, and then the parts in the order of ``row_pass.PARTS``. Without ``e``
-    there are sums alone. ``label`` (n,) is z' of each row's target. ``raised`` (n,) int32 becomes 1 where the first
-    offset did not suit. ``bias`` is (V padded to 64,) or None. Sums, offset and label are float32.
+    ``sums`` (1 + number of wanted parts, n) holds rest, then the parts in the order of ``row_pass.PARTS``. If ``e`` is
+    None, only the sums are computed. ``label`` (n,) is z' of each row's target. ``raised`` (n,) int32 becomes 1 where
+    the first offset did not suit. ``bias`` is (V padded to 64,) or None. Sums, offset and label are float32.
     """
     chosen = config.fused_pass(arch, softcap, bool(wanted))
     assert chosen is not None

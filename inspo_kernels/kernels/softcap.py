@@ -63,7 +63,7 @@ def softcap(z, CAP: tl.constexpr, OUTER: tl.constexpr):
 
 @triton.jit
 def transformed(z, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, OUTER: tl.constexpr):
-    """z' and its derivative D beyond the scale, from a product that has its bias; D is 1 without a soft-cap."""
+    """Return z' and the soft-cap's derivative D from raw logits with their bias. D is 1 without a soft-cap."""
     derivative = tl.cast(1.0, z.dtype)
     if SCALE != 1.0:
         z = z * SCALE

@@ -209,10 +209,11 @@ def _in_zero3(head: nn.Module) -> bool:
 
 
 def _after_output(part: Tensor, output: Tensor) -> Tensor:
-    """Return ``part``, a copy of a parameter, whose gradient waits for the backward pass of the head's ``output``.
+    """Return ``part``, a copy of a parameter, tied to the head's ``output``: its gradient flows after the output's.
 
-    ZeRO-3 gathers a layer's parameters again once a gradient reaches the layer's output. Torch adds no gradient to a
-    parameter that is still empty. Autograd goes to the output first, because it is younger than the copies.
+    ZeRO-3 gathers a layer's parameters again when a gradient reaches the layer's output. Until then they are empty, and
+    torch cannot add a gradient to an empty parameter. Autograd visits the output first, because it was created later
+    than the copies.
     """
     return _AfterOutput.apply(output, part) if part.requires_grad else part
 
