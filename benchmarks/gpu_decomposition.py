@@ -22,7 +22,7 @@ ROUNDS = 7
 
 
 class NeedsGPU(Exception):
-    """Report that a kernel needs a GPU, or another one than this."""
+    """Report that a kernel needs a GPU, or a different GPU."""
 
 
 def decompose(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -32,7 +32,8 @@ from .measure import TRAIN, measure
 from .result_files import checked_device, provenance, write_json
 
 PART = "part.json"
-# The torch backend multiplies in float32 on every device. On a GPU that takes ten times as long as all others together.
+# The torch backend runs its matmuls in float32 on every device. On a GPU this takes more than ten times as long as the
+# Triton backend.
 TIMED = tuple(name for name in OURS if name != "torch")
 # No cell starts with less time left than the slowest one takes at its fewest rounds.
 RESERVE_SECONDS = 20.0

@@ -248,7 +248,7 @@ def write_training_config(
         "learning_rate": 1e-6,
         "logging_steps": max(1, steps // 20),
         "keep_best": False,
-        "save_strategy": "no",  # what is measured is the steps
+        "save_strategy": "no",  # only the steps are measured
     }
     path = folder / "config.yaml"
     path.write_text(json.dumps(options))  # JSON is YAML

@@ -110,7 +110,7 @@ def launch_row_pass(
 
 
 def launch_fused_pass(batch: PairBatch, *, store: bool) -> Callable[[], None] | None:
-    """Return a launch over all scored rows, or None where the backend does not use this kernel."""
+    """Return a function that launches the fused pass over all scored rows, or None if the backend does not use it."""
     from inspo_kernels.kernels import config, fused_pass
     from inspo_kernels.kernels.label_logits import label_logits
 

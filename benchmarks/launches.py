@@ -118,7 +118,7 @@ def row_pass_case(
 
 
 def fused_pass_cases() -> Iterator[Case]:
-    """Yield the launches of the fused pass, on the architectures that use it. All its tiles lie in shared memory."""
+    """Yield the launches of the fused pass, for the architectures that use it. Its tiles pass through shared memory."""
     from inspo_kernels.kernels import config
     from inspo_kernels.kernels.fused_pass import fused_pass
     from inspo_kernels.kernels.row_pass import PARTS
@@ -155,7 +155,7 @@ def fused_pass_cases() -> Iterator[Case]:
                 f"{NAMES[dtype]} {what}, {transform}, V={VOCAB}",
                 launch,
                 wide_loads=False,
-                # Once per tile, beside thousands of multiply-adds: nobody waits for a spill.
+                # Registers spill once per tile, which costs little next to the tile's thousands of multiply-adds.
                 stack_bytes=160 if statistics else 32 if softcap else 0,
                 row_offsets=False,
                 runs_on=uses_fused_pass,

@@ -7,8 +7,8 @@
 Every line of a pass is a count (operations, bytes, launches) over a rate of ``benchmarks.chips``, so a measurement that
 differs names the line that is wrong. Three forms of the pass are predicted: ``staged``, whole rows of float32 logits in
 memory, 1,024 at a time; ``cached``, tiles of 1,024 rows by some 8,000 words that stay in the cache; and ``fused``,
-logits in registers alone. The backend uses the last on sm_90, elsewhere the second. A pass's floor is its bare matmuls,
-bfloat16 output. Nothing here is a measurement.
+logits in registers alone. For bfloat16 the backend uses ``fused`` on sm_90 and ``cached`` elsewhere. A pass's floor is
+its bare matmuls with bfloat16 output. No figure in this file is a measured time of a pass.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ WIDE_OUTPUT = {STAGED: 0.01, CACHED: 0.0}
 # Instructions of one element of the row pass (compile report, sm_90): with and without E, with a soft-cap.
 INSTRUCTIONS = {(True, False): 16.6, (False, False): 15.9, (True, True): 41.9, (False, True): 37.1}
 SPECIAL = {False: 1, True: 3}
-# Of the fused pass, which computes E between two tiles of its matmul (counted in machine code, sm_90).
+# Instructions per logit of the fused pass, without and with a soft-cap (counted in machine code, sm_90). It computes E
+# between two tiles of its matmul.
 FUSED_INSTRUCTIONS = {False: 11, True: 36}
 # From the call to the first matmul on the device, and between two kernels of a queue that never runs empty.
 START_SECONDS = 0.4e-3
@@ -138,7 +139,7 @@ def lines(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) -> lis
 
 
 def with_gradients(passes: list[Line], chip: Chip, head: HeadShape, tokens: int, mode: str) -> list[Line]:
-    """Add to the passes over the logits what follows them in every form, and the time between kernels."""
+    """Add the label logits, the gradient matmuls and the time between kernels, which are the same in every form."""
     h, v, n, logits = head.hidden, head.vocab, tokens, tokens * head.vocab
     result = [*passes, Line("label logits", 4 * n * h / chip.memory, "X and W[y] read")]
     if mode != FORWARD:

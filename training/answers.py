@@ -1,4 +1,4 @@
-"""Answers of a model to batches of prompts, and answers given the model's own draft.
+"""Generate answers to batches of prompts, and answers given the model's own draft.
 
 Drafts are an experiment. A model trained with ``conditioned: true`` has seen prompt + other response + response.
 ``reflect_batch`` lets it write a draft and then answer after prompt + draft. Measure for each model whether that helps.
@@ -42,8 +42,8 @@ def generate_batch(
 ) -> list[list[int]]:
     """Answer prompts of token ids; return each answer's ids, including its end token if it ends.
 
-    Each row is sampled at its own temperature (0: greedy) with its own seed. So an answer does not depend on the other
-    prompts of the batch, except for rounding. Of the model's generation_config, only the end tokens are used.
+    Each row has its own temperature (0: greedy) and its own seed, so an answer does not depend on the other prompts of
+    the batch, except for rounding. Only the end tokens of the model's generation_config are used.
     """
     ends, noise = answer_ends(model, encoder, chat=chat), _Noise(temperatures, seeds, model.device)
     return continue_prompts(model, prompts, ends, max_new_tokens, noise=noise)
@@ -59,15 +59,15 @@ def continue_prompts(
     noise: LogitsProcessor | None = None,
     generate: Callable[..., Tensor] | None = None,
 ) -> list[list[int]]:
-    """Continue prompts of token ids greedily, up to an id in ``ends``, which is returned, too.
+    """Continue prompts of token ids greedily, up to and including an id in ``ends``.
 
-    ``noise`` changes the scores. An engine's module may bring its own ``generate`` for ``model``.
+    ``noise`` changes the scores. ``generate`` replaces ``model.generate``, for a module that an engine has wrapped.
     """
-    pad = min(ends)  # it is masked, so any token of the vocabulary will do
+    pad = min(ends)  # padding is masked, so any token of the vocabulary works
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
-    # Replace the model's own config: ``generate`` would take options from it that are not set here.
+    # Replace the model's own config, because ``generate`` takes options that are not set here from it.
     own = model.generation_config
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends)
@@ -85,7 +85,7 @@ def continue_prompts(
 
 
 class _Noise(LogitsProcessor):
-    """Make greedy search sample: the argmax of score / temperature + Gumbel noise is a draw from the softmax."""
+    """Turn greedy search into sampling: the argmax of score / temperature + Gumbel noise is a draw from the softmax."""
 
     def __init__(self, temperatures: Sequence[float], seeds: Sequence[Sequence[int]], device: torch.device) -> None:
         self.rows = []
@@ -103,7 +103,7 @@ class _Noise(LogitsProcessor):
 
 
 class Reflection(NamedTuple):
-    """Token ids of a draft, and of the answer given it; each ends with its end token, unless it was cut."""
+    """Hold the token ids of a draft and of the answer given this draft, with their end tokens unless they were cut."""
 
     draft: list[int]
     answer: list[int]
@@ -122,8 +122,8 @@ def reflect_batch(
 ) -> list[Reflection]:
     """Answer each prompt of token ids, then again after prompt + draft + ``separator``.
 
-    A draft is what ``generate_batch`` returns for the same options. A draft that was cut gets an end token, because
-    every response in training has one. ``separator`` is what training puts between two responses.
+    The draft is the answer that ``generate_batch`` returns for the same options. A draft that was cut gets an end
+    token, because every response in training has one. Training puts the same ``separator`` between two responses.
     """
     ends = answer_ends(model, encoder, chat=chat)
     more |= {"max_new_tokens": max_new_tokens, "chat": chat}
@@ -147,9 +147,9 @@ def answer_questions(
     seed: int,
     separator: Sequence[int] | None = None,
 ) -> list[list[str]]:
-    """Return all answers to each question; with a ``separator``, a draft and the answer given it.
+    """Return all answers to each question. With a ``separator``, return a draft and the answer given the draft.
 
-    Raises InputError for a question that leaves no room in the model's positions.
+    Raises InputError if a question leaves too few of the model's positions for its answers.
     """
     openings = [prompt_ids(encoder, question, []) for question in questions]
     for question, ids in zip(questions, openings):
@@ -194,9 +194,10 @@ def answer_questions(
 def room_for_answers(
     model: PreTrainedModel, encoder: TextEncoder, question: Question, separator: Sequence[int] | None
 ) -> float:
-    """Return the most tokens of each answer to ``question`` that the model's positions allow.
+    """Return how many tokens each answer to ``question`` may have within the model's positions.
 
-    With a ``separator``, draft and answer: the draft has an end token and the separator behind it.
+    With a ``separator``, the limit holds for the draft and for the answer. An end token and the separator follow the
+    draft.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     taken = len(prompt_ids(encoder, question, [""] * (question.answers - 1)))  # the texts of all turns
@@ -206,7 +207,7 @@ def room_for_answers(
 
 
 def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[str]) -> list[int]:
-    """Return the ids that the next answer follows, given the ``answers`` to the question's first turns."""
+    """Return the prompt of the next answer as ids, given the ``answers`` to the question's first turns."""
     text = question.text
     if text is None:
         messages: Messages = []
@@ -216,10 +217,10 @@ def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[str])
         text = encoder.render(messages, answer_next=True, origin=question.origin, **columns)
         asked = question.turns[: len(answers) + 1]
         if not holds_all(text, [said for turn in asked for message in turn for said in kept_texts(message)]):
-            raise InputError(f"{question.origin}: the chat template leaves out what a message says; use another one")
+            raise InputError(f"{question.origin}: the chat template drops text of a message; use another template")
     ids = encoder.prompt(text)
     if not ids:
-        raise InputError(f"{question.origin}: the prompt is empty, and the tokenizer has no BOS token to begin with")
+        raise InputError(f"{question.origin}: the prompt is empty, and the tokenizer has no BOS token to start from")
     return ids
 
 

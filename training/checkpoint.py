@@ -57,7 +57,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         with raise_on_all_ranks():
             if first:
                 publish(partial, folder)
-    except (OSError, SafetensorError, RuntimeError) as error:  # also SaveError, and torch.save on a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: SaveError, or torch.save on a full disk
         raise SaveError(f"{folder} could not be written: {error}") from error
     finally:
         if first:
@@ -66,7 +66,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """Yield a temporary file to write to, and rename it to ``file`` at the end, so that it never holds half of it."""
+    """Yield a temporary file to write to, and rename it to ``file`` at the end. ``file`` is never incomplete."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         yield partial
@@ -79,7 +79,8 @@ def publish(partial: Path, folder: Path) -> None:
     """Rename ``partial`` to ``folder`` once every byte of it is on the disk."""
     for file in [*partial.rglob("*"), partial]:
         _sync(file)
-    if folder.exists():  # an earlier best model, or from before the run was resumed; ``whole_folder`` deletes it
+    # An earlier best model, or a checkpoint from before the run was resumed. ``whole_folder`` deletes it.
+    if folder.exists():
         os.replace(folder, partial.with_name("earlier"))
     os.replace(partial, folder)
     _sync(folder.parent)
@@ -167,6 +168,6 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def rotate(folder: Path, keep: int | None) -> None:
-    """Delete the oldest checkpoints so that ``keep`` are left (None: all). Copies under other names do not count."""
+    """Delete the oldest checkpoints until ``keep`` are left (None: keep all). Ignore copies under other names."""
     for old in list(checkpoints(folder).values())[:-keep] if keep else []:
         shutil.rmtree(old, ignore_errors=True)

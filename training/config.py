@@ -180,7 +180,7 @@ class TrainConfig(DataOptions, TrainingArguments):
                 raise InputError(f"deepspeed={self.deepspeed}: {one_line(error)}") from None
         for name, options in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type and warmup_steps")):
             if name in settings:
-                raise InputError(f"deepspeed: remove {name!r} from its settings, and choose it by {options}")
+                raise InputError(f"deepspeed: remove {name!r} from the settings file, and set {options} instead")
 
     def _check_engine(self) -> None:
         if self.couples_pairs and (self.world_size > 1 or self.gradient_accumulation_steps > 1):

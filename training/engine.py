@@ -106,7 +106,7 @@ def check_same(value: Any, what: str) -> None:
 
 
 def whole(value: Any) -> Any:
-    """Return the whole of a tensor that ranks share, which all ranks must ask for; any other value as it is."""
+    """Return a sharded tensor gathered, and any other value unchanged. All ranks must call this together."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

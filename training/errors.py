@@ -37,7 +37,7 @@ def first_of(names: Sequence[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the known name that is most like ``name``; "" if none is."""
+    """Return the known name most similar to ``name``, or "" if none is similar."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), "")
 
 

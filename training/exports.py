@@ -110,7 +110,7 @@ def temperature(question: Question) -> float:
 def write_answers(
     file: Path, form: str, questions: Sequence[Question], answers: Sequence[Sequence[str]], name: str
 ) -> None:
-    """Write ``answers``, one list for each of ``questions``, of the model ``name``; the file appears whole.
+    """Write ``answers`` of the model ``name``, one list for each of ``questions``. ``file`` is never incomplete.
 
     ``form`` is one of ``FORMATS``, or "reflect" for JSON lines of prompt, draft and answer.
     """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 def _each(groups: dict[str, str]) -> dict[str, str]:
-    """Return the text of each name; ``groups`` has the names of each text."""
+    """Map each name to its text. ``groups`` maps each text to its names."""
     return {name: text for text, names in groups.items() for name in names.split()}
 
 
-# Names in other trainers and in earlier versions, under the option here. Near misses are found without.
+# Map our option to its names in other trainers and in earlier versions. Similar names are found without this table.
 OTHER_NAMES = _each(
     {
         "model": "model_name_or_path",
@@ -57,7 +57,7 @@ OTHER_NAMES = _each(
         "quantization: 8bit": "load_in_8bit",
     }
 )
-# Names in other trainers without an option here, under the reason, or under what does it.
+# Map a reason, or a replacement, to the names in other trainers that have no option here.
 WITHOUT_OPTION = _each(
     {
         "not needed: reference log-probs are always computed once": "precompute_ref_log_probs "

@@ -132,7 +132,7 @@ class Pairs(Sequence[Pair]):
 
 
 def lengths_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:
-    """Return the tokens of prompts, chosen and rejected responses, (n, 3)."""
+    """Return the token counts of prompts, chosen and rejected responses, (n, 3)."""
     return pairs.lengths if isinstance(pairs, Pairs) else np.array([[*map(len, pair[:3])] for pair in pairs])
 
 

@@ -15,8 +15,8 @@ from .checkpoint import MANIFEST, STATE, DamagedError, check_checkpoint, checkpo
 from .config import TrainConfig
 from .errors import InputError
 
-# Beginnings of the options that a resumed run may change: they affect logs, files, the length of the run, or only
-# rounding. Data and model may be at another place; their contents are compared.
+# Prefixes of the options that a resumed run may change. They affect logs, files, the run's length, or only rounding.
+# The paths of data and model may change, too, because their contents are compared.
 _MAY_CHANGE = (
     "logging_ log_level eval_ sample_ report_to run_name project trackio_space_id output_dir save_ keep_best resume_ "
     "reference_cache push_to_hub hub_ dry_run train_data max_steps num_train_epochs per_device_ use_cpu ddp_ layout "
@@ -25,7 +25,7 @@ _MAY_CHANGE = (
 
 
 def may_change(option: str) -> bool:
-    """Return whether a resumed run may have another value of ``option``."""
+    """Return whether a resumed run may change ``option``."""
     return option.startswith(tuple(_MAY_CHANGE))
 
 

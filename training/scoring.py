@@ -32,7 +32,9 @@ class StopRequested(RuntimeError):
 
 
 class Batch:
-    """Input of a forward pass of ``PairModel``. It is no dataclass: of those, FSDP2 rounds the tensors to bfloat16.
+    """Hold the input of a forward pass of ``PairModel``.
+
+    It must not be a dataclass, because FSDP2 rounds a dataclass's tensors to bfloat16.
 
     ``tensors``: from ``condition_pairs``. ``ref_logps``: (2B,) float64. The loss is ``scale`` times the sum over the
     pairs; with ``sums_only`` there is no loss. With ``marginals`` the report has the log-probs given the prompt alone
@@ -53,9 +55,9 @@ class Batch:
 
 
 class Report:
-    """Report of a forward pass: metrics as float64 sums over the pairs, or the ``table`` of ``sums_only``.
+    """Hold the result of a forward pass: metrics as float64 sums over the pairs, or the ``table`` of ``sums_only``.
 
-    It is no dataclass, for the same reason.
+    It must not be a dataclass either.
     """
 
     def __init__(self, metrics: dict[str, Tensor], table: Tensor | None = None) -> None:
@@ -103,7 +105,7 @@ class PairModel(nn.Module):
         self.checkpointed = tuple(decoder_layers(self.model, "activation_checkpointing"))[::every_n_layers]
 
     def generate(self, *given: Any, **settings: Any) -> Tensor:
-        """Continue prompts as the model does."""
+        """Call the model's own ``generate``."""
         return cast(Any, self.model.generate)(*given, **settings)
 
 

@@ -78,7 +78,7 @@ class PairTrainer(ReportingTrainer):
             callbacks=[RunFlow(self), *callbacks],
         )
         inputs.model.config.use_cache = use_cache  # Trainer changes it, and it would be saved with the model
-        if config.sharded and config.bf16:  # accelerate's policy would also add gradients and round the loss in bf16
+        if config.sharded and config.bf16:  # accelerate's policy would also sum gradients and round the loss in bf16
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         self.remove_callback(PrinterCallback)

@@ -222,8 +222,8 @@ def test_a_default_may_be_written_out(tmp_path):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ('{"optimizer": {"type": "AdamW"}}', "remove 'optimizer' from its settings, and choose it by optim"),
-        ('{"scheduler": {}}', "remove 'scheduler' .* by lr_scheduler_type"),
+        ('{"optimizer": {"type": "AdamW"}}', "remove 'optimizer' from the settings file, and set optim instead"),
+        ('{"scheduler": {}}', "remove 'scheduler' .* set lr_scheduler_type"),
         ("{", "deepspeed=.*Expecting property name"),
     ],
 )

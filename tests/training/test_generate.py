@@ -405,7 +405,7 @@ def test_a_template_that_drops_the_question_is_refused(saved):
     model, _ = saved
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}A:"
-    with pytest.raises(InputError, match="--prompt: the chat template leaves out what a message says"):
+    with pytest.raises(InputError, match="--prompt: the chat template drops text of a message"):
         generate(model, tokenizer, "Why?", chat=True)
 
 

@@ -125,7 +125,7 @@ def best_of_two(
     seeds: Sequence[Sequence[int]],
     **more: Any,
 ) -> list[list[int]]:
-    """Answer each prompt twice and return the answer with the higher mean log-prob a token, given the prompt alone.
+    """Answer each prompt twice and return the answer with the higher mean log-prob per token, given the prompt alone.
 
     The first answer is the draft that ``reflect_batch`` writes for the same options. At temperature 0 both are equal.
     """
