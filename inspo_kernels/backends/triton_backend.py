@@ -208,7 +208,9 @@ class TritonTile(HeadTile):
         offset, sums = self._new(n), []
         assert self.raised is not None
         room = TritonBackend().logits_bytes(head, self.device, self.workspace_bytes)
-        for rows in _even(n, max(1, room // sums_bytes(chosen, head.vocab_size, parts))):
+        most = max(1, room // sums_bytes(chosen, head.vocab_size, parts))
+        most -= most % 128 if most > 128 else 0  # whole tiles
+        for rows in _even(n, most):
             sums.append(self._new(1 + len(parts), rows.stop - rows.start))
             fused_pass(
                 self.x[rows],
