@@ -58,7 +58,8 @@ class ResumableTrainer(Trainer):
                 super(ResumableTrainer, self)._save_checkpoint(model, trial)
             finally:
                 del self._get_output_dir
-                self.state.best_model_checkpoint = None  # Trainer would compare it with the last one when training ends
+                # It names the temporary folder, and Trainer would read it at the end.
+                self.state.best_model_checkpoint = None
 
         began = time.monotonic()
         try:

@@ -150,7 +150,7 @@ def discard_later_checkpoints(folder: Path, step: int, log: Callable[[str], None
         shutil.rmtree(partial, ignore_errors=True)
     for number, path in checkpoints(folder).items():
         if number > step:
-            aside = path.with_name(f"set-aside-{path.name}")  # no longer a checkpoint by its name
+            aside = path.with_name(f"set-aside-{path.name}")  # this name no longer counts as a checkpoint
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
             log(f"the run goes on after step {step}: {path.name} is renamed to {aside.name}, and may be deleted")
