@@ -9,9 +9,9 @@ from .measure import FORWARD, PRODUCTS, TRAIN
 
 TITLES = {name: contender.title for name, contender in CONTENDERS.items()}
 SAVINGS = {
-    "torch": "the loss takes a time of",
-    "full_log_softmax": "log_softmax at every position takes",
-    "log_softmax": "of the scored rows",
+    "torch": "inspo_kernels",
+    "full_log_softmax": "log_softmax at every position",
+    "log_softmax": "log_softmax of the scored rows",
     "trl": "TRL",
     "liger": "Liger",
 }
@@ -46,16 +46,16 @@ def loss(result: dict[str, Any]) -> str:
 
 
 def savings(result: dict[str, Any]) -> str:
-    """Say in a sentence what the loss takes on a CPU beside the best-known implementations, for the README."""
+    """Return a line for the README: time and memory of the loss and of the best-known implementations on a CPU."""
     cell = result["cells"][0]
-    ours, *others = (
-        f"{title} {row['times_floor']['median']:.2f} and {_mebibytes(row)}"
+    texts = (
+        f"{title} {row['times_floor']['median']:.2f}, {_mebibytes(row)}"
         for name, title in SAVINGS.items()
         if (row := cell["contenders"][name])
     )
     return (
-        f"Also relative to the bare matmuls, on {result['hardware']['cores']} CPU cores ({result['dtype']}, "
-        f"{cell['pairs']} pairs, H = {cell['hidden']}, V = {cell['vocab']:,}), {ours}; {', '.join(others)} "
+        f"Forward + backward relative to the floor, and peak memory, on {result['hardware']['cores']} CPU cores "
+        f"({result['dtype']}, {cell['pairs']} pairs, H = {cell['hidden']}, V = {cell['vocab']:,}): {'; '.join(texts)} "
         f"({result['date']}, commit {result['package']['commit']}: "
         "[loss_cpu.json](benchmarks/results/loss_cpu.json))."
     )
@@ -299,9 +299,10 @@ def gpu_savings(result: dict[str, Any]) -> str:
     lines = [
         f"The pairwise loss on an {result['device']['name']}, for {_gpu_about(result)} (Llama-3-8B's head). Times are "
         f"relative to the floor: the LM head's matmuls alone, {PRODUCTS[TRAIN]} for forward + backward and "
-        f"{PRODUCTS[FORWARD]} for a forward without gradients. If `labels` is a CPU tensor, the call "
-        f"need not wait for the GPU. {_least_memory(train)}The last column is the largest error of a "
-        "response's log-prob (512 tokens) against float64.",
+        f"{PRODUCTS[FORWARD]} for a forward without gradients. Each call is queued behind other GPU work, as "
+        f"in training. If `labels` is a CPU tensor, the call need not wait for that work. "
+        f"{_least_memory(train)}The last column is the largest error of a response's log-prob (512 tokens) against "
+        "float64.",
         "",
         "| | forward + backward (quartiles) | its peak memory, gradients included | forward only | error, nats |",
         "|---|---|---|---|---|",
@@ -320,13 +321,14 @@ def gpu_savings(result: dict[str, Any]) -> str:
 
 
 def _least_memory(rows: dict[str, dict[str, Any]]) -> str:
-    """Say which contender takes the least memory, and its time; "" if it is ours."""
+    """Return a sentence on the contender with the least memory in forward + backward, or "" if it is ours."""
     found = {n: rows[n] for n in GPU_ROWS if n != "floor" and rows.get(n, {}).get("status") == "measured"}
     name = min(found, key=lambda n: found[n]["peak_bytes"])
     if CONTENDERS[name].backend:
         return ""
     longest = found[name] is max(found.values(), key=lambda row: row["times_floor"]["median"])
-    return f"{GPU_ROWS[name]} needs the least memory, {'and' if longest else 'but not'} the most time. "
+    time = "and the most time" if longest else f"and {found[name]['times_floor']['median']:.2f} times the floor's time"
+    return f"In forward + backward, {GPU_ROWS[name]} needs the least memory {time}. "
 
 
 def gpu(result: dict[str, Any]) -> str:
