@@ -51,13 +51,23 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _product(
-    d_x, d_weight, first_row, first_word, hidden, ROWS: tl.constexpr, WORDS: tl.constexpr, FEATURES: tl.constexpr
+    d_x,
+    d_weight,
+    first_row,
+    first_word,
+    hidden,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """Return the raw logits (ROWS, WORDS) of a tile."""
     acc = tl.zeros([ROWS, WORDS], tl.float32)
     for start in range(0, hidden, FEATURES):
         b_x = d_x.load([first_row, start])
         b_weight = d_weight.load([first_word, start])
+        if WIDEN:
+            b_x, b_weight = b_x.to(tl.float32), b_weight.to(tl.float32)
         acc = tl.dot(b_x, b_weight.T, acc)
     return acc
 
@@ -220,6 +230,7 @@ def _fused_pass_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     FEATURES: tl.constexpr,
+    WIDEN: tl.constexpr,
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -231,7 +242,7 @@ def _fused_pass_kernel(
         in_group = tile % (GROUP * wide)
         first_row = (first_of_group + in_group % height) * ROWS
         i_word = in_group // height
-        z = _product(d_x, d_weight, first_row, i_word * WORDS, hidden, ROWS, WORDS, FEATURES)
+        z = _product(d_x, d_weight, first_row, i_word * WORDS, hidden, ROWS, WORDS, FEATURES, WIDEN)
         rows = first_row + tl.arange(0, ROWS)
         m_rows = rows < num_rows
         offset = _offset_of(tl.load(p_label + rows, mask=m_rows, other=0.0))
@@ -339,6 +350,7 @@ def _repair_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     FEATURES: tl.constexpr,
+    WIDEN: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Repeat a block that has rows with ``p_raised`` 1, with the maximum as these rows' offset. Else do nothing."""
@@ -350,7 +362,7 @@ def _repair_kernel(
         label = tl.load(p_targets + rows, mask=m_rows, other=-1).to(tl.int32)
         top = tl.load(p_label + rows, mask=m_rows, other=0.0)
         for first_word in range(0, vocab, WORDS):
-            z = _product(d_x, d_weight, first_row, first_word, hidden, ROWS, WORDS, FEATURES)
+            z = _product(d_x, d_weight, first_row, first_word, hidden, ROWS, WORDS, FEATURES, WIDEN)
             words = first_word + tl.arange(0, WORDS)
             z, _ = _logits(z, p_bias, words, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS)
             kept = (words < vocab)[None, :] & (words[None, :] != label[:, None])
@@ -360,7 +372,7 @@ def _repair_kernel(
         none, lowest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
         sums = (none, none, none, none, lowest, lowest)
         for first_word in range(0, vocab, WORDS):
-            z = _product(d_x, d_weight, first_row, first_word, hidden, ROWS, WORDS, FEATURES)
+            z = _product(d_x, d_weight, first_row, first_word, hidden, ROWS, WORDS, FEATURES, WIDEN)
             of_tile = _exponentials(
                 z,
                 d_e,
@@ -449,6 +461,7 @@ def fused_pass(
         "TOPS": "before" in wanted,
         "WORDS": words,
         "FEATURES": chosen.features,
+        "WIDEN": arch == "interpreter",  # which multiplies bfloat16 numbers' bits
         "PARTS": chosen.parts,
     }
 

@@ -45,7 +45,7 @@ def test_the_command_runs_and_resumes_after_a_kill(tmp_path, monkeypatch, capsys
     file.write_text("".join(kept[:-4]) + kept[-4][:50])  # three lines lost, one cut off
     command.main([*arguments, "--report"])
     unfinished = json.loads((tmp_path / "out" / "study.json").read_text())["unfinished"]
-    assert unfinished and "Not finished, and left out: " in (tmp_path / "out" / "study.md").read_text()
+    assert unfinished and "Unfinished and left out: " in (tmp_path / "out" / "study.md").read_text()
     executed = []
     monkeypatch.setattr(execution, "ProcessPoolExecutor", lambda *_, **__: InProcess(executed))
     command.main(arguments)

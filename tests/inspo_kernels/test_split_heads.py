@@ -195,7 +195,7 @@ def test_any_batch_over_any_shards(three, lengths, sizes, rows, seed, form):
 
 
 @pytest.mark.sweep
-@settings(max_examples=300)
+@settings(max_examples=150)
 @ANY_BATCH
 def test_many_batches_over_any_shards(three, lengths, sizes, rows, seed, form):
     check_batch(three, lengths, sizes, rows, seed, form)

@@ -37,7 +37,7 @@ if INTERPRETED:
         )
 
     _builder = interpreter.InterpreterBuilder
-    _cast, _dot = _builder.cast_impl, _builder.create_dot
+    _cast = _builder.cast_impl
 
     def _cast_to_nearest(self, src, dst_type):
         """Round to nearest, as every GPU does. The interpreter truncates float32 to bfloat16."""
@@ -46,12 +46,7 @@ if INTERPRETED:
             return interpreter.TensorHandle(rounded.numpy(), dst_type.scalar)
         return _cast(self, src, dst_type)
 
-    def _dot_of_values(self, a, b, *rest):
-        """Multiply bfloat16 values. The interpreter would multiply their bits, which it keeps as integers."""
-        a, b = (_cast(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
-        return _dot(self, a, b, *rest)
-
-    _builder.cast_impl, _builder.create_dot = _cast_to_nearest, _dot_of_values
+    _builder.cast_impl = _cast_to_nearest
 
     _patch_tensor = interpreter._patch_lang_tensor
 
