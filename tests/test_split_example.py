@@ -17,7 +17,11 @@ def losses(processes: int) -> list[float]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*launcher, str(ROOT / "examples" / "tensor_parallel.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    for _ in range(3):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        # gloo's threads outlive destroy_process_group, and now and then abort a process that is about to exit.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-3000:]
     return [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]
 

@@ -49,7 +49,7 @@ def test_every_loss_type_equals_trl(tmp_path, loss_type):
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 2},
         {"gradient_checkpointing": True},
         {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5, "max_steps": 3},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.sweep),
         {"max_length": 9},
         {"max_length": 9, "truncation_mode": "keep_end"},
         {"discopop_tau": 0.3, "loss_type": ["discopop"]},
