@@ -209,7 +209,7 @@ class TritonTile(HeadTile):
         assert self.raised is not None
         room = TritonBackend().logits_bytes(head, self.device, self.workspace_bytes)
         most = max(1, room // sums_bytes(chosen, head.vocab_size, parts))
-        most -= most % 128 if most > 128 else 0  # whole tiles
+        most -= most % chosen.rows if most > chosen.rows else 0  # whole tiles
         for rows in _even(n, most):
             sums.append(self._new(1 + len(parts), rows.stop - rows.start))
             fused_pass(

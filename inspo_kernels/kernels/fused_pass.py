@@ -15,8 +15,8 @@ The offset must be known before the matmul. o = z'_y + HEADROOM suits every row 
 at most HEADROOM + 57 ln 2 = 69 nats. With this offset, words more than 57 nats below the label become 0.
 ``_combine_kernel`` detects all other rows by their total, the sum of E and exp(z'_y - o), which is outside NEAR..FAR or
 NaN. For each block with such a row, ``_repair_kernel`` computes the logits twice: first for the maximum, then for E
-with the maximum as the offset. It returns at once for other blocks. A repair takes a few times as long as the first
-pass, whether it repairs one block or all.
+with the maximum as the offset. It returns at once for other blocks. A repair is estimated, not measured, to take a few
+times as long as the first pass, whether it repairs one block or all.
 
 Launch invariants:
 - x (n, H) and weight (V, H) have unit stride along H. The copy engine requires that row strides and addresses of x,
