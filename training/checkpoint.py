@@ -7,6 +7,7 @@ corrupted later, is recognised and named.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from .engine import gathered, process_count, process_index, raise_on_all_ranks
@@ -66,7 +68,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """Yield a temporary file to write to, and rename it to ``file`` at the end. ``file`` is never incomplete."""
+    """Yield a temporary file to write to, and rename it to ``file`` at the end. ``file`` is never incomplete.
+
+    The temporary file's name has the process id. Files of processes that were killed meanwhile are removed.
+    """
+    for left in file.parent.glob(f"{glob.escape(file.name)}.*.tmp"):
+        writer = left.suffixes[-2][1:]
+        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+            left.unlink(missing_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         yield partial

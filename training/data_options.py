@@ -52,6 +52,12 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError for values that no run could use; types are checked where the options are read."""
+        for name in ("lora", "quantization"):
+            if isinstance(self.model, dict) and getattr(self, name) is not None:
+                raise InputError(
+                    f"{name}: needs a base in a folder or on the hub: the saved adapter would lack the built model. "
+                    "Run once without lora into another output_dir, and set model to its final/"
+                )
         if self.lora is not None:
             from .adapters import lora_settings  # imports peft, which is slow
 

@@ -129,7 +129,7 @@ def build_model(options: Any, settings: PretrainedConfig) -> PreTrainedModel:
 
 
 def _quantization(options: Any) -> dict[str, Any]:
-    if not (bits := getattr(options, "quantization", None)):
+    if not (bits := options.quantization):
         return {}
     settings = BitsAndBytesConfig(
         load_in_4bit=bits == "4bit",
@@ -145,10 +145,7 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     """Return the configuration of the architecture, without weights. Raises InputError if it cannot run."""
     if options.attn_implementation == "flex_attention" and not torch.cuda.is_available():
         raise InputError("attn_implementation=flex_attention has no backward pass on a CPU; use sdpa or eager")
-    wanted = getattr(options, "quantization", None)
     if isinstance(options.model, dict):
-        if wanted:
-            raise InputError("quantization: needs a model that is read, not one built from a section")
         return _built_settings(dict(options.model))
     name = base = local_path(options.model)
     file = Path(name, "adapter_config.json")
@@ -165,6 +162,7 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
             raise
         raise type(error)(f"model {name!r}: the base that {file.name} names cannot be read: {error}") from None
     read_generation_config(name)
+    wanted = options.quantization
     quantized = getattr(settings, "quantization_config", None)
     if wanted and quantized:
         raise InputError(f"quantization: the weights of {name!r} are quantised already; leave it out")

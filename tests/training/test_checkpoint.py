@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from training.checkpoint import (
     checkpoints,
     rotate,
     save_checkpoint,
+    whole_file,
     whole_folder,
 )
 from training.config import TrainConfig
@@ -232,3 +237,21 @@ def test_manifest_is_readable_and_complete(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["format"] == 3
     assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {"manifest.json"}
+
+
+def test_writing_a_file_removes_what_killed_writers_left(tmp_path):
+    file = tmp_path / "curves[1].png"
+    program = f"""
+import os, signal, pathlib
+from training.checkpoint import whole_file
+with whole_file(pathlib.Path({str(file)!r})) as to:
+    to.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    living = file.with_name(f"{file.name}.{os.getppid()}.tmp")  # another run that shares the folder
+    living.write_text("is being written")
+    with whole_file(file) as to:
+        to.write_text("whole")
+    assert file.read_text() == "whole" and not left.exists() and living.exists()

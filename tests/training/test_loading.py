@@ -301,6 +301,17 @@ def test_an_adapter_that_is_not_whole_is_refused(tmp_path, capsys):
         assert "adapter_config.json names no base_model_name_or_path" in said
 
 
+@pytest.mark.parametrize("option", [("--lora.r", "2"), ("--quantization", "4bit")])
+def test_adapters_and_quantisation_need_a_saved_base(tmp_path, capsys, option):
+    """The adapter of a built base would be saved alone, and no folder would hold its base."""
+    for words in ([], ["--dry_run", "true"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(options(tmp_path / "out", *option, *words))
+        said = capsys.readouterr().err
+        assert f"{option[0][2:].split('.')[0]}: needs a base in a folder or on the hub" in said
+        assert "without lora" in said and not (tmp_path / "out").exists()
+
+
 def test_lora_rank_must_be_a_whole_number(tmp_path, capsys):
     for said in refused(base(tmp_path / "m"), tmp_path, capsys, "--lora.r", "2.5"):
         assert "lora: r=2.5 must be a whole number above 0" in said
