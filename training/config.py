@@ -21,7 +21,7 @@ from inspo_kernels.objectives import OBJECTIVES, Objective, make_objective
 
 from .data_options import DataOptions
 from .errors import InputError, one_line
-from .other_options import UNSUPPORTED, UNSUPPORTED_OPTIMIZERS
+from .other_options import UNSUPPORTED, UNSUPPORTED_VALUES
 
 OBJECTIVE_PARAMETERS = {field.name for kind in OBJECTIVES.values() for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-7, 1e-5
@@ -127,12 +127,10 @@ class TrainConfig(DataOptions, TrainingArguments):
             raise InputError("num_train_epochs=0: must be above 0; --dry_run true checks a run without training")
         if not self.save_steps and self.save_strategy == "steps":
             raise InputError("save_steps=0: must be above 0; save_strategy=no writes no checkpoints")
-        if self.save_strategy == "best":
-            raise InputError("save_strategy=best is not supported: keep_best leaves the best model in best/")
-        optim = str(getattr(self.optim, "value", self.optim))
-        for part, reason in UNSUPPORTED_OPTIMIZERS:
-            if part in optim:
-                raise InputError(f"optim={optim} is not supported: {reason}")
+        for name, part, reason in UNSUPPORTED_VALUES:
+            given = getattr(self, name)
+            if part in (value := str(getattr(given, "value", given))):
+                raise InputError(f"{name}={value} is not supported: {reason}")
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
         for name, remedy in UNSUPPORTED.items():
             value, default = getattr(self, name), defaults[name]

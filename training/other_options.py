@@ -108,9 +108,12 @@ UNSUPPORTED = _each(
     }
 )
 
-# Optimizers of TrainingArguments that cannot work here: (part of the name, reason).
-UNSUPPORTED_OPTIMIZERS = (
-    ("layerwise", "it updates weights within each backward pass, of which a step has several"),
-    ("lomo", "it updates weights within each backward pass, of which a step has several"),
-    ("schedule_free", "its weights differ between training and evaluation, and the loop does not switch them"),
+# Values that cannot work here: (option, part of the value, reason).
+UNSUPPORTED_VALUES = (
+    ("save_strategy", "best", "keep_best leaves the best model in best/"),
+    ("optim", "layerwise", "it updates weights within each backward pass, of which a step has several"),
+    ("optim", "lomo", "it updates weights within each backward pass, of which a step has several"),
+    ("optim", "schedule_free", "its weights differ between training and evaluation; the loop does not switch them"),
+    ("lr_scheduler_type", "reduce_lr_on_plateau", "it follows evaluations, not steps; use cosine or linear"),
+    ("lr_scheduler_type", "greedy", "it follows evaluations, not steps; use cosine or linear"),
 )

@@ -94,17 +94,9 @@ class ReportingTrainer(ResumableTrainer):
                 self.progress.best = row
             except SaveError as error:
                 self.run_log.say(f"WARNING: {error}; the run goes on")
-        if self.follows_evaluations and step:
-            schedule: Any = self.lr_scheduler
-            name = self.args.metric_for_best_model or ""
-            schedule.step(metrics[f"eval_{name.removeprefix('eval_')}"])
         self.run_log.draw(self.state.log_history, config.title)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _evaluate(self, *given: Any, **more: Any) -> dict[str, float]:
-        """Evaluate as Trainer does, but leave the schedule to ``evaluate``: a resumed run may repeat an evaluation."""
-        return super()._evaluate(*given, **more | {"skip_scheduler": True})
 
     def _sample(self) -> dict[str, float]:
         """Answer some held-out prompts for samples.jsonl; return their mean length and the share that ended."""

@@ -24,8 +24,6 @@ from .errors import InputError, NonFiniteError, SaveError, one_line
 from .output import RunLog
 from .resume import resume_hint
 
-AFTER_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules that step with the metrics of an evaluation
-
 
 class ResumableTrainer(Trainer):
     """Writes Trainer's checkpoints to a temporary folder, adds ``run_state`` and a manifest, and renames the folder."""
@@ -34,11 +32,6 @@ class ResumableTrainer(Trainer):
     run_log: RunLog
     model: nn.Module
     optimizer: Optimizer
-
-    @property
-    def follows_evaluations(self) -> bool:
-        """Return whether evaluations step the learning rate's schedule, not updates."""
-        return not self.is_deepspeed_enabled and SchedulerType(self.args.lr_scheduler_type).value in AFTER_EVALUATIONS
 
     def run_state(self) -> dict[str, Any]:
         """Return the state of the run that a checkpoint adds to Trainer's, in JSON types."""
@@ -126,10 +119,8 @@ class ResumableTrainer(Trainer):
             super()._load_from_checkpoint(str(path), self.model_wrapped)
         else:
             load_trained(self.model, path)
-        # The optimizer's state comes from the checkpoint; learning rates and the like come from the run's settings,
-        # unless they follow from earlier evaluations.
-        kept = {"params", "lr"} if self.follows_evaluations else {"params"}
-        settings = [{k: v for k, v in group.items() if k not in kept} for group in self.optimizer.param_groups]
+        # The optimizer's state comes from the checkpoint; learning rates and the like come from the run's settings.
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         rates: list[Any] = getattr(self.lr_scheduler, "base_lrs", [])
         self._load_optimizer_and_scheduler(str(path))
         for group, own in zip(self.optimizer.param_groups, settings):

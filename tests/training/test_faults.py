@@ -238,23 +238,6 @@ def test_sigterm_in_evaluation_stops_with_any_metric(tmp_path, monkeypatch, caps
     assert "stopped by SIGTERM after step 2" in capsys.readouterr().err
 
 
-def test_a_schedule_that_follows_evaluations_is_resumed(tmp_path, monkeypatch):
-    schedule = ["--lr_scheduler_type", "reduce_lr_on_plateau"]
-    schedule += ["--lr_scheduler_kwargs", "{patience: 0, factor: 0.5, threshold: 0.9}"]
-    run = [*RUN, "--logging_steps", "1", *schedule]
-    main(options(tmp_path / "whole", *run))
-    rates = [row["learning_rate"] for row in metrics(tmp_path / "whole") if "learning_rate" in row]
-    assert rates == [1e-3] * 4 + [5e-4] * 2
-    for call in (3, 4):  # the evaluation of step 4 waits, and then it does not
-        out = tmp_path / str(call)
-        with monkeypatch.context() as patch:
-            terminate_after(patch, call)
-            with pytest.raises(SystemExit, match="143"):
-                main(options(out, *run))
-        main(options(out, *run, "--resume_from_checkpoint", "auto"))
-        assert_equal_runs(tmp_path / "whole", out)
-
-
 def test_sigterm_saves_without_regular_checkpoints(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         terminate_after(patch, 1)
