@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -102,13 +102,6 @@ class _Noise(LogitsProcessor):
         return scores
 
 
-class Reflection(NamedTuple):
-    """Hold the token ids of a draft and of the answer given this draft, with their end tokens unless they were cut."""
-
-    draft: list[int]
-    answer: list[int]
-
-
 def reflect_batch(
     model: PreTrainedModel,
     encoder: TextEncoder,
@@ -119,8 +112,8 @@ def reflect_batch(
     seeds: Sequence[Sequence[int]],
     chat: bool,
     **more: Any,
-) -> list[Reflection]:
-    """Answer each prompt of token ids, then again after prompt + draft + ``separator``.
+) -> list[tuple[list[int], list[int]]]:
+    """Answer each prompt of token ids, then again after prompt + draft + ``separator``; return (draft, answer) of each.
 
     The draft is the answer that ``generate_batch`` returns for the same options. A draft that was cut gets an end
     token, because every response in training has one. Training puts the same ``separator`` between two responses.
@@ -133,7 +126,7 @@ def reflect_batch(
         [*prompt, *draft, *([] if draft[-1] in ends else [end]), *separator] for prompt, draft in zip(prompts, drafts)
     ]
     answers = generate_batch(model, encoder, given, seeds=[[*seed, 1] for seed in seeds], **more)
-    return [Reflection(draft, answer) for draft, answer in zip(drafts, answers)]
+    return [*zip(drafts, answers)]
 
 
 def answer_questions(
@@ -147,24 +140,9 @@ def answer_questions(
     seed: int,
     separator: Sequence[int] | None = None,
 ) -> list[list[str]]:
-    """Return all answers to each question. With a ``separator``, return a draft and the answer given the draft.
-
-    Raises InputError if a question leaves too few of the model's positions for its answers.
-    """
-    openings = [prompt_ids(encoder, question, []) for question in questions]
-    for question, ids in zip(questions, openings):
-        if separator is not None and question.answers > 1:
-            raise InputError(f"{question.origin}: {question.answers} turns, but --reflect answers one")
-        if max_new_tokens > room_for_answers(model, encoder, question, separator):
-            parts = "the answer" if question.answers == 1 else "each answer"
-            raise InputError(
-                f"{question.origin}: the prompt has {len(ids)} tokens, which leaves fewer than {max_new_tokens} of "
-                f"the model's {model.config.max_position_embeddings} positions to "
-                f"{parts if separator is None else 'draft and answer each'}; lower --max_new_tokens, or leave the "
-                "prompt out"
-            )
+    """Return all answers to each question. With a ``separator``, return a draft and the answer given the draft."""
     # Batch similar lengths, the longest first: if memory is too small, the run fails at once.
-    order = sorted(range(len(questions)), key=lambda i: -len(openings[i]))
+    order = sorted(range(len(questions)), key=lambda i: -len(prompt_ids(encoder, questions[i], [])))
     answers: list[list[str]] = [[] for _ in questions]
     cut = 0
     with tqdm(total=len(questions), desc="answers", disable=None if len(questions) > 1 else True) as bar:
@@ -191,19 +169,34 @@ def answer_questions(
     return answers
 
 
-def room_for_answers(
-    model: PreTrainedModel, encoder: TextEncoder, question: Question, separator: Sequence[int] | None
-) -> float:
-    """Return how many tokens each answer to ``question`` may have within the model's positions.
+def answer_length(
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    questions: Sequence[Question],
+    separator: Sequence[int] | None,
+    wanted: int | None,
+) -> int:
+    """Return the most tokens of an answer: ``wanted``, or up to 1024 if the model's positions leave so many.
 
-    With a ``separator``, the limit holds for the draft and for the answer. An end token and the separator follow the
-    draft.
+    With a ``separator``, draft and answer have as many each. An end token and the separator follow the draft. Raises
+    InputError for a question that leaves too few positions.
     """
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    taken = len(prompt_ids(encoder, question, [""] * (question.answers - 1)))  # the texts of all turns
-    if separator is None:
-        return (positions - taken) // question.answers
-    return (positions - taken - 1 - len(separator)) // 2
+    positions, most = getattr(model.config, "max_position_embeddings", None) or math.inf, wanted or 1024
+    for question in questions:
+        count, taken = question.answers, len(prompt_ids(encoder, question, [""] * (question.answers - 1)))
+        if separator is not None:
+            if count > 1:
+                raise InputError(f"{question.origin}: {count} turns, but --reflect answers one")
+            count, taken = 2, taken + 1 + len(separator)
+        room = (positions - taken) // count
+        if room < (wanted or 1):
+            raise InputError(
+                f"{question.origin}: the prompt has {taken} tokens, which leaves fewer than {wanted or 1} of the "
+                f"model's {positions} positions to {'each' if count > 1 else 'the'} answer; lower --max_new_tokens, or "
+                "leave the prompt out"
+            )
+        most = int(min(most, room))
+    return most
 
 
 def prompt_ids(encoder: TextEncoder, question: Question, answers: Sequence[str]) -> list[int]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from . import exports
-from .answers import answer_questions, answer_text, generate_batch, prompt_ids, room_for_answers
+from .answers import answer_length, answer_questions, answer_text, generate_batch, prompt_ids
 from .chat import TextEncoder, separator_ids
 from .data_options import DataOptions
 from .errors import InputError, SaveError
@@ -123,9 +123,7 @@ def _run(options: argparse.Namespace) -> None:
     model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the signature
     encoder, temperature = TextEncoder(tokenizer), options.temperature or 0.0
     separator = separator_ids(tokenizer, options) if options.reflect else None
-    if options.max_new_tokens is None:
-        rooms = [room_for_answers(model, encoder, one, separator) for one in questions]
-        options.max_new_tokens = int(max(1, min(1024, *rooms)))
+    options.max_new_tokens = answer_length(model, encoder, questions, separator, options.max_new_tokens)
     temperatures = [temperature] * len(questions)
     if options.temperature is None and options.format == "mt_bench":
         temperatures = [exports.temperature(question) for question in questions]

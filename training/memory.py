@@ -43,16 +43,6 @@ class Memory:
             "tokens without attention matrices (flash attention keeps none). Not counted: the framework, fragmentation"
         )
 
-    def warning(self, capacity: int, config: TrainConfig) -> str | None:
-        """Return what to change if a device of ``capacity`` bytes is too small."""
-        if self.total <= capacity:
-            return None
-        changes = ["a smaller max_batch_tokens"] if self.activations + self.head > 0.1 * self.total else []
-        changes += [] if config.activation_checkpointing else ["activation_checkpointing: true"]
-        changes += ["more processes"] if self.gathered else ["several processes that share the model (FSDP2)"]
-        changes += [] if config.lora is not None else ["lora"]
-        return f"WARNING: that is more than the device has ({capacity / GIB:.2f} GiB). What helps: {', '.join(changes)}"
-
 
 def estimate_memory(
     model: PreTrainedModel, config: TrainConfig, device: torch.device, *, tokens: int, longest_pair: int, share: int = 1
@@ -114,8 +104,11 @@ def report_memory(
     log(f"{name} needs, estimated: {memory.text(tokens)}")
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
-        if warning := memory.warning(capacity, config):
-            log(warning)
+        if memory.total > capacity:
+            log(
+                f"WARNING: that is more than the device has ({capacity / GIB:.2f} GiB). What helps: a smaller "
+                "max_batch_tokens, activation_checkpointing: true, lora, or more processes that share the model (FSDP2)"
+            )
 
 
 def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Callable[[str], None]) -> None:
@@ -140,22 +133,15 @@ def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Ca
         log(f"WARNING: that is more than {place} has ({free / GIB:.2f} GiB). What helps: a smaller save_total_limit")
 
 
-def lost_updates(model: PreTrainedModel, learning_rate: float) -> float:
-    """Return the share of bfloat16 weights that an AdamW step of size ``learning_rate`` leaves unchanged.
+def report_precision(model: PreTrainedModel, learning_rate: float, log: Callable[[str], None]) -> None:
+    """Warn if an AdamW step of size ``learning_rate`` leaves most of the bfloat16 weights unchanged.
 
     A step below half the distance to the next number is rounded away: 1/512 to 1/256 of the weight.
     """
-    shares = [0.0]
-    for parameter in model.parameters():
-        if parameter.dtype == torch.bfloat16 and parameter.requires_grad and parameter.ndim > 1:
-            values = parameter.detach().flatten()
-            some = values[:: max(1, len(values) // SAMPLE)]
-            shares.append(((some.float() + learning_rate).bfloat16() == some).float().mean().item())
-    return sum(shares) / max(1, len(shares) - 1)
-
-
-def report_precision(model: PreTrainedModel, learning_rate: float, log: Callable[[str], None]) -> None:
-    lost = lost_updates(model, learning_rate)
+    trained = [p for p in model.parameters() if p.dtype == torch.bfloat16 and p.requires_grad and p.ndim > 1]
+    samples = [p.detach().flatten()[:: max(1, p.numel() // SAMPLE)] for p in trained]
+    weights = torch.cat([torch.empty(0), *(some.float().cpu() for some in samples)])
+    lost = ((weights + learning_rate).bfloat16() == weights).float().mean().item()  # NaN without such weights
     if lost >= LOST_UPDATES_WARNING:
         log(
             f"WARNING: at learning_rate={learning_rate:g}, a step of AdamW is rounded away on {lost:.0%} of the "

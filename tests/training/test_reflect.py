@@ -33,7 +33,7 @@ def test_the_answer_follows_the_draft_as_in_training():
     model.generation_config.eos_token_id = [2, ended]  # some drafts end, others are cut
     drafts = generate_batch(model, ENCODER, ids, **settings())
     found = reflect_batch(model, ENCODER, ids, separator=[40, 41], **settings())
-    assert [pair.draft for pair in found] == drafts
+    assert [draft for draft, _ in found] == drafts
     assert {draft[-1] in (2, ended) for draft in drafts} == {True, False}
     for prompt, (draft, answer) in zip(ids, found, strict=True):
         whole = draft if draft[-1] in (2, ended) else [*draft, 2]
@@ -139,5 +139,5 @@ def test_draft_and_answer_must_fit_the_models_positions(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--model", str(tmp_path), "--prompt", "four", "--max_new_tokens", "13", "--reflect"])
     error = capsys.readouterr().err
-    assert "fewer than 13 of the model's 30 positions to draft and answer each; lower --max_new" in error
+    assert "fewer than 13 of the model's 30 positions to each answer; lower --max_new" in error
     main(["--model", str(tmp_path), "--prompt", "four", "--max_new_tokens", "12", "--reflect"])

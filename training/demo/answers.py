@@ -105,10 +105,10 @@ def reflect_unseen(
     }
     ids = [encoder.prompt(str(prompts[i])) for i, _ in rows]
     with torch.no_grad():
-        found = reflect_batch(model, encoder, ids, **settings)
+        drafts, reflected = zip(*reflect_batch(model, encoder, ids, **settings))
         best = best_of_two(model, encoder, ids, **settings)
     answers: dict[str, list[list[str]]] = {}
-    ways = {"draft": [one.draft for one in found], "reflected": [one.answer for one in found], "best_of_two": best}
+    ways = {"draft": drafts, "reflected": reflected, "best_of_two": best}
     for way, given in ways.items():
         texts = [answer_text(one, tokenizer) for one in given]
         whole = [text if one[-1] == tokenizer.eos_token_id else text + CUT for text, one in zip(texts, given)]
