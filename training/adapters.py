@@ -42,8 +42,6 @@ def lora_settings(options: dict[str, Any]) -> LoraConfig:
     for name, kinds, what in (("r", int, "a whole number"), ("lora_alpha", int | float, "a number")):
         if isinstance(settings[name], bool) or not isinstance(settings[name], kinds) or not settings[name] > 0:
             raise InputError(f"lora: {name}={settings[name]!r} must be {what} above 0")
-    if needs_targets and not settings["target_modules"]:
-        raise InputError("lora: target_modules must not be empty")
     try:
         return LoraConfig(**settings, task_type="CAUSAL_LM")
     except Exception as error:  # peft checks its fields in many ways
@@ -57,7 +55,10 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None
     the model.
     """
     if has_adapter(model):
-        raise InputError("lora: the model has an adapter already; leave out lora to train that one, or merge it first")
+        raise InputError(
+            "lora: the model holds an adapter already. Leave out lora to train it further, or merge it first, with "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER)"
+        )
     settings = lora_settings(options)
     _check_targets(model, settings)
     try:

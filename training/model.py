@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +30,7 @@ import inspo_kernels as ik
 from inspo_kernels.models import check_head
 
 from .adapters import continue_adapter, has_adapter, read_adapter
-from .errors import InputError, check_names, first_of
+from .errors import InputError, check_names, first_of, one_line
 from .reading import local_path, reading
 
 _CHAT_TEMPLATE = (
@@ -64,12 +63,6 @@ def load_model(options: Any, *, training: bool = True) -> tuple[PreTrainedModel,
         return model, tokenizer
     if generation:  # the adapter's own; transformers has read the base's
         model.generation_config = GenerationConfig(**generation)
-    if training and options.lora is not None:
-        raise InputError(
-            f"model {name!r} holds an adapter, and lora asks for another one. Leave out lora to train it further, or "
-            "merge it first, with peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
-            ".save_pretrained(OTHER)"
-        )
     if training:
         continue_adapter(model)
     return model, tokenizer
@@ -171,14 +164,11 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
             f"model {name!r} is quantised, and quantised weights cannot be trained; train an adapter on them, with "
             "a section lora (lora: {})"
         )
-    method = "bitsandbytes" if wanted else dict(quantized or {}).get("quant_method")
-    if method == "bitsandbytes" and find_spec("bitsandbytes") is None:
-        raise InputError(f"model {name!r}: 4- and 8-bit weights need bitsandbytes: pip install bitsandbytes")
-    if quantized:
+    for how in filter(None, [quantized, *_quantization(options).values()]):
         try:
-            AutoHfQuantizer.from_config(quantized, pre_quantized=True).validate_environment()
+            AutoHfQuantizer.from_config(how, pre_quantized=how is quantized).validate_environment()
         except Exception as error:  # each method asks for its own packages and devices
-            raise InputError(f"model {name!r}: its quantised weights ({method}) cannot be read: {error}") from None
+            raise InputError(f"model {name!r}: quantised weights cannot be used here: {one_line(error)}") from None
     return settings
 
 
