@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from .errors import InputError, check_names, nearest
+from .errors import InputError, as_input_error, check_names, nearest
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -42,10 +42,8 @@ def lora_settings(options: dict[str, Any]) -> LoraConfig:
     for name, kinds, what in (("r", int, "a whole number"), ("lora_alpha", int | float, "a number")):
         if isinstance(settings[name], bool) or not isinstance(settings[name], kinds) or not settings[name] > 0:
             raise InputError(f"lora: {name}={settings[name]!r} must be {what} above 0")
-    try:
+    with as_input_error("lora: "):
         return LoraConfig(**settings, task_type="CAUSAL_LM")
-    except Exception as error:  # peft checks its fields in many ways
-        raise InputError(f"lora: {error}") from None
 
 
 def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None:
@@ -61,13 +59,10 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None
         )
     settings = lora_settings(options)
     _check_targets(model, settings)
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("error", r"The following \w+ keys did not match")
-            torch.manual_seed(seed)
-            model.add_adapter(settings)
-    except Exception as error:  # peft refuses targets and layer types in many ways
-        raise InputError(f"lora: {error}") from None
+    with as_input_error("lora: "), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("error", r"The following \w+ keys did not match")
+        torch.manual_seed(seed)
+        model.add_adapter(settings)
     _in_float32(model)
 
 

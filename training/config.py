@@ -20,7 +20,7 @@ from inspo_kernels.layouts.alternative_dropout import checked_dropout
 from inspo_kernels.objectives import OBJECTIVES, Objective, make_objective
 
 from .data_options import DataOptions
-from .errors import InputError, one_line
+from .errors import InputError, as_input_error
 from .other_options import UNSUPPORTED, UNSUPPORTED_VALUES
 
 OBJECTIVE_PARAMETERS = {field.name for kind in OBJECTIVES.values() for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -105,10 +105,8 @@ class TrainConfig(DataOptions, TrainingArguments):
         if self.activation_checkpointing is None:
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
         self._check()
-        try:
+        with as_input_error(""):  # a missing package, for example
             TrainingArguments.__post_init__(self)
-        except Exception as error:  # transformers and engines refuse in many ways, with a missing package for example
-            raise InputError(one_line(error)) from None
         self._check_engine()
         if writes_nothing:
             self.output_dir = ""  # TrainingArguments has set a folder, and Trainer does not accept None
@@ -155,10 +153,8 @@ class TrainConfig(DataOptions, TrainingArguments):
             )
 
     def _check_dropout(self, objective: Objective) -> None:
-        try:
+        with as_input_error(""):
             dropout = checked_dropout(self.alternative_dropout)
-        except ValueError as error:
-            raise InputError(str(error)) from None
         if dropout and not self.conditioned:
             raise InputError("alternative_dropout needs conditioned=true: the plain baseline has nothing to drop")
         if dropout and (self.marginal_weight or objective.needs_marginals):
@@ -172,10 +168,8 @@ class TrainConfig(DataOptions, TrainingArguments):
     def _check_deepspeed(self) -> None:
         settings: Any = self.deepspeed or {}
         if isinstance(settings, str):
-            try:
+            with as_input_error(f"deepspeed={self.deepspeed}: "):
                 settings = json.loads(Path(settings).read_text())
-            except (OSError, ValueError) as error:
-                raise InputError(f"deepspeed={self.deepspeed}: {one_line(error)}") from None
         for name, options in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type and warmup_steps")):
             if name in settings:
                 raise InputError(f"deepspeed: remove {name!r} from the settings file, and set {options} instead")
@@ -233,10 +227,8 @@ class TrainConfig(DataOptions, TrainingArguments):
             given.setdefault("sft", "marginal" if self.conditioned else "chosen")
             if given["sft"] == "marginal" and not self.conditioned:
                 raise InputError('sft="marginal" needs conditioned=true; use sft="chosen" for the plain baseline')
-        try:
+        with as_input_error(""):
             return make_objective(self.objective, **given)
-        except ValueError as error:
-            raise InputError(str(error)) from None
 
     @property
     def sees_alternative(self) -> bool:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
     """Bad input: the message names the file, line or option and says what to change."""
-
-
-class NotAtHandError(InputError):
-    """A tokenizer or data that could not be reached, such as on the hub without a network."""
 
 
 class SaveError(RuntimeError):
@@ -29,6 +26,20 @@ class Stopped(RuntimeError):
 def one_line(error: BaseException) -> str:
     """Return the message of a library's error as one line."""
     return " ".join(str(error).split()) or repr(error)
+
+
+@contextmanager
+def as_input_error(prefix: str, remedy: str = "") -> Iterator[None]:
+    """Raise InputError with ``prefix``, the message and ``remedy`` for any error of the block.
+
+    Libraries refuse in many ways, each with its own class of error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{prefix}{one_line(error)}{remedy}") from None
 
 
 def first_of(names: Sequence[str]) -> str:

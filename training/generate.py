@@ -25,7 +25,7 @@ from . import exports
 from .answers import answer_length, answer_questions, answer_text, generate_batch, prompt_ids
 from .chat import TextEncoder, separator_ids
 from .data_options import DataOptions
-from .errors import InputError, SaveError
+from .errors import InputError, SaveError, as_input_error
 from .exports import Question
 from .model import load_model
 
@@ -110,10 +110,8 @@ def _run(options: argparse.Namespace) -> None:
             raise InputError(f"--out {out} exists; choose another file, or move or delete this file")
         if not out.parent.is_dir():
             raise InputError(f"--out {out}: there is no folder {out.parent}")
-        try:
+        with as_input_error(f"--out {out}: cannot be written to: ", "; choose another file"):
             tempfile.TemporaryFile(dir=out.parent).close()
-        except OSError as error:
-            raise InputError(f"--out {out}: cannot be written to ({error}); choose another file") from None
         questions = exports.read_questions(options.prompts, form, chat=options.chat)
     else:
         questions = [_asked(options.prompt, options.chat)]

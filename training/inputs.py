@@ -70,17 +70,10 @@ def load_inputs(config: TrainConfig, given: Given, log: Callable[[str], None]) -
 
 
 def check_sources(config: DataOptions, given: Given) -> None:
-    for _, source, held in _sources(config, given):
-        for one in parse_sources(source) if source is not None and held is None else []:
+    """Raise InputError for a local file that is missing, before anything is loaded."""
+    for source, held in ((config.train_data, given.pairs), (config.eval_data, given.eval_pairs)):
+        for one in parse_sources(source) if source is not None and not held else []:
             check_source(one)
-
-
-def _sources(config: DataOptions, given: Given) -> list[tuple[str, Any, TokenPairs | None]]:
-    """The option's name, its value, and the pairs in memory that take its place."""
-    return [
-        ("train_data", config.train_data, given.pairs),
-        ("eval_data", config.eval_data, given.eval_pairs or None),  # no pairs are as good as none given
-    ]
 
 
 def read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log: Callable[[str], None]) -> Inputs:
@@ -101,19 +94,17 @@ def read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log: 
         raise InputError(
             f"alternative=chat: the chat template uses tokens that the model's vocabulary lacks: {separator}"
         )
-    found = []
-    for name, source, held in _sources(config, given):
-        if held is None:
-            if source is None and name == "eval_data":
-                found.append(Pairs.of_lists([], ""))
-                continue
-            if source is None or tokenizer is None:
-                raise InputError(f"{name}: give {name}, or tokenised pairs in memory")
+    bos, between, found = getattr(tokenizer, "bos_token_id", None), len(separator), [Pairs.of_lists([], "")] * 2
+    sources = (("train_data", config.train_data, given.pairs), ("eval_data", config.eval_data, given.eval_pairs))
+    for i, (name, source, held) in enumerate(sources):
+        if not held and source is not None and tokenizer is not None:
             held = load_pairs(source, tokenizer, config, log)
-        bos, between = getattr(tokenizer, "bos_token_id", None), len(separator)
-        found.append(
-            select_pairs(held, name, config, vocab_size=vocab_size, bos_token_id=bos, log=log, separator_length=between)
-        )
+        if held:
+            found[i] = select_pairs(
+                held, name, config, vocab_size=vocab_size, bos_token_id=bos, log=log, separator_length=between
+            )
+        elif source is not None or name == "train_data":
+            raise InputError(f"{name}: give {name}, or tokenised pairs in memory")
     train_pairs, held_out = found
     if config.eval_strategy != "no" and not held_out:
         raise InputError("eval_steps and eval_strategy need eval_data")

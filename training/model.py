@@ -30,7 +30,7 @@ import inspo_kernels as ik
 from inspo_kernels.models import check_head
 
 from .adapters import continue_adapter, has_adapter, read_adapter
-from .errors import InputError, check_names, first_of, one_line
+from .errors import InputError, as_input_error, check_names, first_of
 from .reading import local_path, reading
 
 _CHAT_TEMPLATE = (
@@ -113,12 +113,10 @@ def dtype_of(options: Any) -> torch.dtype:
 
 def build_model(options: Any, settings: PretrainedConfig) -> PreTrainedModel:
     """Return a model with random weights."""
-    try:
+    with as_input_error(f"model: {options.model} does not make a causal language model: "):
         return AutoModelForCausalLM.from_config(
             settings, dtype=dtype_of(options), attn_implementation=options.attn_implementation
         )
-    except Exception as error:  # transformers checks the fields in many places, each with its own class of error
-        raise InputError(f"model: {options.model} does not make a causal language model ({error})") from None
 
 
 def _quantization(options: Any) -> dict[str, Any]:
@@ -153,7 +151,7 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     except InputError as error:
         if base == name:
             raise
-        raise type(error)(f"model {name!r}: the base that {file.name} names cannot be read: {error}") from None
+        raise InputError(f"model {name!r}: the base that {file.name} names cannot be read: {error}") from None
     read_generation_config(name)
     wanted = options.quantization
     quantized = getattr(settings, "quantization_config", None)
@@ -165,10 +163,8 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
             "a section lora (lora: {})"
         )
     for how in filter(None, [quantized, *_quantization(options).values()]):
-        try:
+        with as_input_error(f"model {name!r}: quantised weights cannot be used here: "):
             AutoHfQuantizer.from_config(how, pre_quantized=how is quantized).validate_environment()
-        except Exception as error:  # each method asks for its own packages and devices
-            raise InputError(f"model {name!r}: quantised weights cannot be used here: {one_line(error)}") from None
     return settings
 
 
@@ -187,10 +183,8 @@ def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
     check_names(fields, list(CONFIG_MAPPING[model_type]().to_dict()), "model.")
     tokenizer = byte_tokenizer()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    try:
+    with as_input_error(f"model: {fields} does not make a {model_type} model: "):
         return CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **ids, **fields})
-    except Exception as error:  # transformers checks the fields in many places, each with its own class of error
-        raise InputError(f"model: {fields} does not make a {model_type} model ({error})") from None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

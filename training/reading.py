@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import InputError, NotAtHandError, one_line
+from .errors import InputError, one_line
 
 
 def local_path(name: str) -> str:
@@ -47,12 +47,10 @@ def reading(name: str, what: str) -> Iterator[None]:
                 "fills one), or set HF_HUB_OFFLINE=1 where HF_HOME holds a cache that has it"
             )
         )
-        problem = one_line(error)
         damaged = damaged_file(Path(name), "*.json", "*.safetensors")
-        has_weights = any(Path(name).glob("*.safetensors")) or any(Path(name).glob("*.bin"))
-        raise (InputError if damaged or has_weights else NotAtHandError)(
+        raise InputError(
             f"model {name!r}: its {what} could not be loaded as a local folder or from the hub "
-            f"({problem[:500]}){remedy}" + (f". {damaged} is damaged: copy it again" if damaged else "")
+            f"({one_line(error)[:500]}){remedy}" + (f". {damaged} is damaged: copy it again" if damaged else "")
         ) from None
 
 

@@ -20,7 +20,7 @@ from transformers.training_args import OptimizerNames
 from .checkpoint import rotate, save_checkpoint
 from .config import TrainConfig
 from .engine import all_finite, raise_on_all_ranks
-from .errors import InputError, NonFiniteError, SaveError, one_line
+from .errors import InputError, NonFiniteError, SaveError, as_input_error
 from .output import RunLog
 from .resume import resume_hint
 
@@ -73,14 +73,9 @@ class ResumableTrainer(Trainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository of ``push_to_hub``. Raises InputError on all ranks if that fails."""
-        with raise_on_all_ranks():
-            try:
-                super().init_hf_repo(token, private)
-            except Exception as error:  # the network, a token that is missing or may not write
-                raise InputError(
-                    f"push_to_hub: the repository could not be created ({type(error).__name__}: {one_line(error)}); "
-                    "log in with `hf auth login`, or leave push_to_hub out and upload final/ later"
-                ) from None
+        remedy = "; log in with `hf auth login`, or leave push_to_hub out and upload final/ later"
+        with raise_on_all_ranks(), as_input_error("push_to_hub: the repository could not be created: ", remedy):
+            super().init_hf_repo(token, private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Do nothing: only the trained model is uploaded."""
@@ -146,7 +141,9 @@ class ResumableTrainer(Trainer):
 
 def check_optimizer(config: TrainConfig, model: PreTrainedModel, steps: int) -> None:
     """Create optimizer and schedule for a single weight. Raises InputError for what the run would fail with later."""
-    try:
+    chosen = f"optim={OptimizerNames(config.optim).value}, "
+    chosen += f"lr_scheduler_type={SchedulerType(config.lr_scheduler_type).value}: "
+    with as_input_error(chosen):
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(config, model)
         optimizer = kind([nn.Parameter(torch.zeros(2, 2))], **{k: v for k, v in settings.items() if k != "params"})
         get_scheduler(
@@ -156,10 +153,6 @@ def check_optimizer(config: TrainConfig, model: PreTrainedModel, steps: int) -> 
             num_training_steps=steps,
             scheduler_specific_kwargs=config.lr_scheduler_kwargs,  # type: ignore[arg-type]
         )
-    except Exception as error:  # each optimizer and schedule refuses in its own way
-        chosen = f"optim={OptimizerNames(config.optim).value}, "
-        chosen += f"lr_scheduler_type={SchedulerType(config.lr_scheduler_type).value}"
-        raise InputError(f"{chosen}: {one_line(error)}") from None
 
 
 def _step_to(schedule: LambdaLR, step: int) -> None:

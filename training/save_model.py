@@ -21,7 +21,7 @@ import inspo_kernels as ik
 from .adapters import has_adapter
 from .config import TrainConfig
 from .engine import process_count
-from .errors import InputError, SaveError, one_line
+from .errors import SaveError, as_input_error, one_line
 from .inputs import Inputs
 from .model import size_text
 from .resume import may_change
@@ -80,15 +80,10 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
     if has_adapter(model):  # peft looks up each tensor of the adapter
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name in trained}
-    try:
+    with as_input_error("no temporary folder can be written to: ", "; make space, or set TMPDIR"):
         place = tempfile.TemporaryDirectory()
-    except OSError as error:
-        raise InputError(f"no temporary folder can be written to ({error}); make space, or set TMPDIR") from None
-    with place as folder:
-        try:
-            save_final(Path(folder), model, tokenizer, state, options)
-        except SaveError as error:
-            raise InputError(f"model: it could not be saved after training: {error}") from error
+    with place as folder, as_input_error("model: it could not be saved after training: "):
+        save_final(Path(folder), model, tokenizer, state, options)
 
 
 def model_card(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, NotAtHandError, check_names, one_line
+from .errors import InputError, check_names, one_line
 from .reading import damaged_file, local_path
 from .text_files import COMPRESSIONS, read_records
 
@@ -179,7 +179,7 @@ def _loading(source: Source) -> Iterator[None]:
             if damaged := damaged_file(path, "**/*.parquet", "**/*.arrow"):
                 more = f"; {damaged} is damaged"
             raise InputError(f"{path}: could not be read as data ({problem}){more}") from None
-        raise NotAtHandError(
+        raise InputError(
             f"{path}: neither a local file nor a dataset that could be loaded ({problem}); offline, give a local file "
             "(.jsonl, .json, .csv, .parquet) or folder"
         ) from None

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
@@ -24,7 +23,7 @@ from transformers.utils import logging
 from .adapters import add_lora
 from .config import TrainConfig
 from .engine import end_processes, from_first_process, process_count, process_index, raise_on_all_ranks
-from .errors import InputError, NonFiniteError, NotAtHandError, SaveError, Stopped, check_names
+from .errors import InputError, NonFiniteError, SaveError, Stopped, check_names
 from .evaluation import METRICS
 from .inputs import Given, TokenPairs, check_sources, load_inputs, read_inputs
 from .layouts import choose_layout
@@ -117,7 +116,7 @@ def train(
 def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
     """Check what can be checked without weights, and describe the run. The model takes no memory.
 
-    Raises InputError as the run would. If tokenizer or data cannot be reached, a note says so instead.
+    Raises InputError as the run would.
     """
     say("dry run: no weights are loaded, and nothing is written")
     found = None
@@ -134,24 +133,14 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
         say(f"note: {folder} has no weights; a run needs them")
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
-    separator: tuple[int, ...] = ()
-    lengths, known = np.array([[0, config.max_length, 0]]), False
-    try:
-        tokenizer = byte_tokenizer() if isinstance(config.model, dict) else load_tokenizer(config.model)
-        inputs = read_inputs(config, model, Given(tokenizer=tokenizer), say)
-    except NotAtHandError as error:
-        say(f"note: tokenizer and data are not checked: {error}")
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions and config.max_length > positions:
-            say(f"note: max_length={config.max_length}, but pairs of more than {positions} tokens would be refused")
-    else:
-        lengths, separator, known = inputs.train_pairs.lengths, inputs.separator, True
-        if found is not None:
-            check_resumed(found, inputs.digests, config.total_steps(len(lengths)), config, say)
+    tokenizer = byte_tokenizer() if isinstance(config.model, dict) else load_tokenizer(config.model)
+    inputs = read_inputs(config, model, Given(tokenizer=tokenizer), say)
+    lengths = inputs.train_pairs.lengths
     if found is not None:
+        check_resumed(found, inputs.digests, config.total_steps(len(lengths)), config, say)
         say(f"continues from {found.path} after step {found.state['step']}")
-    batcher = Batcher(0, config.device, config.max_batch_tokens, separator)
-    batcher = plan(config, model, lengths, batcher, found, say, known=known)
+    batcher = Batcher(inputs.pad_token_id, config.device, config.max_batch_tokens, inputs.separator)
+    batcher = plan(config, model, lengths, batcher, found, say)
     for share in (1, SHARED_BY):
         report_memory(model, config, batcher, lengths, say, share)
 
@@ -163,13 +152,8 @@ def plan(
     batcher: Batcher,
     found: Resumed | None,
     say: Callable[[str], None],
-    *,
-    known: bool = True,
 ) -> Batcher:
-    """Describe a run on pairs of ``lengths`` (n, 3), and return ``batcher`` with the layout of the run.
-
-    If the lengths are not ``known`` but the longest possible, neither their number nor their average is reported.
-    """
+    """Describe a run on pairs of ``lengths`` (n, 3), and return ``batcher`` with the layout of the run."""
     head, tied = model.get_output_embeddings().weight, " (tied)" if model.config.tie_word_embeddings else ""
     say(
         f"{type(model).__name__}, {size_text(model)}, in {config.dtype}, on {config.device}; output head of "
@@ -180,14 +164,12 @@ def plan(
     check_optimizer(config, model, steps)
     if config.metric_for_best_model:
         check_names([f"eval_{config.metric_for_best_model.removeprefix('eval_')}"], METRICS, "metric_for_best_model=")
-    if known:
-        in_epoch = config.steps_per_epoch(len(lengths))
-        several = f", {process_count()} processes" if process_count() > 1 else ""
-        say(
-            f"{steps} steps of {config.pairs_per_step} pairs, {in_epoch} an epoch{several}; a "
-            f"pair has {totals.mean():.0f} tokens on average, the longest {totals.max()}"
-        )
-        report_disk(model, config, steps, say)
+    several = f", {process_count()} processes" if process_count() > 1 else ""
+    say(
+        f"{steps} steps of {config.pairs_per_step} pairs, {config.steps_per_epoch(len(lengths))} an epoch{several}; a "
+        f"pair has {totals.mean():.0f} tokens on average, the longest {totals.max()}"
+    )
+    report_disk(model, config, steps, say)
     if torch.cuda.device_count() > process_count():
         say(f"note: {torch.cuda.device_count()} GPUs, one is used; `accelerate launch` starts a process for each")
     # A resumed run keeps its layout.

@@ -10,7 +10,7 @@ from tokenizers import processors
 from training.chat import TextEncoder
 from training.config import TrainConfig
 from training.data import Pair, check_pairs, load_pairs, select_pairs
-from training.errors import InputError, NotAtHandError
+from training.errors import InputError
 from training.model import byte_tokenizer
 
 BOS, EOS = 1, 2
@@ -161,7 +161,7 @@ def test_other_sources_go_through_datasets(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(NotAtHandError, match=r"neither a local file nor .* no network.*; offline, give"):
+    with pytest.raises(InputError, match=r"neither a local file nor .* no network.*; offline, give"):
         load_pairs("no_such/dataset", TOKENIZER)
 
 

@@ -81,19 +81,24 @@ def planned(config):
 
 
 def words_of(name, folder, *more):
-    return ["--config", str(CONFIGS / f"{name}.yaml"), "--model", str(folder), *more]
+    """Return the command line of a configuration whose model lies in ``folder``, without weights."""
+    ARCHITECTURES[name][1].save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{%- if enable_thinking %}{%- endif %}" + tokenizer.chat_template  # Qwen3's switch
+    tokenizer.save_pretrained(folder)
+    given = ["--model", str(folder), "--train_data", str(PAIRS), "--eval_data", str(PAIRS), *more]
+    return ["--config", str(CONFIGS / f"{name}.yaml"), *given]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_configurations_of_real_models_hold_without_their_weights(name, tmp_path):
     count, architecture = ARCHITECTURES[name]
-    architecture.save_pretrained(tmp_path)
     config = parse_config(words_of(name, tmp_path))
     said = planned(config)
     assert f"{count / 1e6:,.2f}M parameters, in float32" in said
     assert f"output head of {architecture.vocab_size} x {architecture.hidden_size}" in said
     assert ("(tied)" in said) == (name == "gemma-2-9b")
-    assert "tokenizer and data are not checked" in said
+    assert "has no weights; a run needs them" in said and "24 pairs read, 24 kept" in said
     assert "DPO(beta=0.1" in said and "each response given the other one" in said
     assert f"parameters {4 * count / 2**30:.2f}" in said and f"parameters {4 * count / 2**30 / 8:.2f}" in said
     assert (config.per_device_train_batch_size, config.num_train_epochs, config.learning_rate, config.warmup_steps) == (
@@ -115,7 +120,6 @@ def test_configurations_name_known_models_and_their_sources():
 
 
 def test_lora_of_a_real_model_is_counted(tmp_path):
-    ARCHITECTURES["llama-3-8b"][1].save_pretrained(tmp_path)
     said = planned(parse_config(words_of("llama-3-8b", tmp_path, "--lora.r", "16")))
     # Of each layer: q, o 4096 to 4096; k, v to 1024; gate, up to 14336, down from it.
     adapter = 32 * 16 * (2 * 8192 + 2 * (4096 + 1024) + 3 * (4096 + 14336))
@@ -201,13 +205,10 @@ def test_a_folder_with_data_is_checked_in_full(tmp_path):
 def test_any_architecture_is_planned_without_weights(tmp_path):
     config = BloomConfig(hidden_size=8, n_layer=1, n_head=2)
     config.save_pretrained(tmp_path)
-    assert f"output head of {config.vocab_size} x 8" in planned(TrainConfig(model=str(tmp_path)))
-
-
-def test_a_dry_run_foresees_pairs_beyond_the_positions(tmp_path):
-    ARCHITECTURES["llama-3-8b"][1].save_pretrained(tmp_path)
-    said = planned(parse_config(words_of("llama-3-8b", tmp_path, "--max_length", "10000")))
-    assert "max_length=10000, but pairs of more than 8192 tokens would be refused" in said
+    with pytest.raises(InputError, match=r"its tokenizer .* could not be loaded"):  # nor could a run
+        planned(TrainConfig(model=str(tmp_path), train_data=str(PAIRS)))
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert f"output head of {config.vocab_size} x 8" in planned(TrainConfig(model=str(tmp_path), train_data=str(PAIRS)))
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def test_a_failing_hub_repository_is_refused_early(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(Trainer, "init_hf_repo", fail)
     with pytest.raises(SystemExit, match="2"):
         main(options(tmp_path / "out", "--push_to_hub", "true", "--hub_model_id", "me/mine"))
-    assert "push_to_hub: the repository could not be created (ConnectionError: no network)" in capsys.readouterr().err
+    assert "push_to_hub: the repository could not be created: no network; log in" in capsys.readouterr().err
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
