@@ -92,10 +92,6 @@ class TextEncoder(ChatTemplate):
         """
         if not instruction.strip():
             raise InputError("alternative_instruction is empty; say what the next answer should do better")
-        if not self.tokenizer.chat_template:
-            raise InputError(
-                "alternative=chat: the tokenizer has no chat template; use alternative=plain, or give it a template"
-            )
         check_text(instruction, "alternative_instruction")
         ask = {"role": "user", "content": instruction}
         texts = [

@@ -25,12 +25,6 @@ from .scoring import PairModel, Scores, correct, pair_metrics
 Z95 = 1.959964
 # Nats per token: below it, the model takes responses noticeably worse after the other one than right after the prompt.
 CONDITIONING_GAP_WARNING = -0.25
-# Metrics of every evaluation, from which metric_for_best_model chooses.
-METRICS = ["eval_loss"] + [
-    f"eval_{layout}/rewards/{kind}"
-    for layout in ("marginal", "conditioned")
-    for kind in ("accuracies", "margins", "chosen", "rejected")
-]
 
 
 def evaluate(

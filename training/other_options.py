@@ -89,7 +89,8 @@ UNSUPPORTED = _each(
         "float16 needs loss scaling; use bf16": "fp16",
         "use bf16": "fp16_full_eval bf16_full_eval",
         "lengths differ from pass to pass": "torch_compile torch_compile_backend torch_compile_mode",
-        "keep_best leaves the best model in best/": "load_best_model_at_end",
+        "keep_best leaves the best model, by accuracy from the prompt alone, in best/": "load_best_model_at_end "
+        "metric_for_best_model",
         "a run cannot resume without the optimizer state; final/ and best/ hold only the model": "save_only_model",
         "SIGTERM saves a checkpoint in any case": "enable_jit_checkpoint",
         "a resumed run continues with the next pairs": "ignore_data_skip",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +14,7 @@ from .checkpoint import whole_folder
 from .data import trained_ends
 from .engine import process_index, raise_on_all_ranks
 from .errors import SaveError
-from .evaluation import METRICS, evaluate, is_better, sample_answers
+from .evaluation import evaluate, is_better, sample_answers
 from .inputs import Inputs
 from .memory import in_use
 from .output import Window, evaluation_line, training_line
@@ -53,7 +51,6 @@ class ReportingTrainer(ResumableTrainer):
     stop_requested: Callable[[], bool]
     stopping: bool  # whether the run ends because of SIGTERM
     began: float
-    compared_from: int  # the step from which evaluations are on the present held-out pairs
 
     def is_logged(self, step: int) -> bool:
         if step == self.state.max_steps or (step == 1 and self.args.logging_first_step):
@@ -66,8 +63,8 @@ class ReportingTrainer(ResumableTrainer):
         return score(self.model_wrapped, pairs, self.batcher, conditioned=True, stop_requested=stop_requested)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Return the rows of evaluations on the present held-out pairs, the one before step 1 first."""
-        return [row for row in self.state.log_history if "eval_loss" in row and row["step"] >= self.compared_from]
+        """Return the rows of evaluations, the one before step 1 first."""
+        return [row for row in self.state.log_history if "eval_loss" in row]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the held-out pairs, log the metrics, and keep the model if it is the best so far.
@@ -81,7 +78,7 @@ class ReportingTrainer(ResumableTrainer):
         except StopRequested:
             self.stopping = self.control.should_training_stop = True
             self.control.should_save = step > 0
-            return dict.fromkeys(METRICS, math.nan)  # Trainer looks up metric_for_best_model
+            return {}
         references = self.references
         metrics = evaluate(scores, references.held_out, held_out, config, references.held_out_marginal)
         metrics |= self._sample()
@@ -155,17 +152,14 @@ class ReportingTrainer(ResumableTrainer):
         """Write the model with its card to ``output_dir/name``. Raises SaveError on all ranks."""
         assert self.config.folder is not None
         folder, weights = self.config.folder / name, self.accelerator.get_state_dict(self.model_wrapped)
+        inputs, title = self.inputs, f"{folder.parent.name}/{name}"
         with whole_folder(folder) as to, raise_on_all_ranks():
             if process_index() == 0:
-                self._write(to, weights, f"{folder.parent.name}/{name}")
-
-    def _write(self, to: Path, weights: dict[str, Any], name: str) -> None:
-        """Write the model with its card, called ``name``, into the folder ``to``."""
-        inputs, steps = self.inputs, (self.state.global_step, self.state.max_steps)
-        tensors = {n.removeprefix("model."): t.detach().cpu() for n, t in weights.items() if isinstance(t, Tensor)}
-        ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
-        save_final(to, inputs.model, inputs.tokenizer, tensors, self.config, ends, self.run_log.say)
-        model_card(self.config, inputs, name, *steps, self.evaluations()).save(to / "README.md")
+                tensors = {n.removeprefix("model."): t.cpu() for n, t in weights.items() if isinstance(t, Tensor)}
+                ends = trained_ends(inputs.train_pairs, inputs.tokenizer)
+                save_final(to, inputs.model, inputs.tokenizer, tensors, self.config, ends, self.run_log.say)
+                steps = self.state.global_step, self.state.max_steps
+                model_card(self.config, inputs, title, *steps, self.evaluations()).save(to / "README.md")
 
 
 class RunFlow(TrainerCallback):

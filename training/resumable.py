@@ -51,8 +51,6 @@ class ResumableTrainer(Trainer):
                 super(ResumableTrainer, self)._save_checkpoint(model, trial)
             finally:
                 del self._get_output_dir
-                # It names the temporary folder, and Trainer would read it at the end.
-                self.state.best_model_checkpoint = None
 
         began = time.monotonic()
         try:

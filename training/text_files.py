@@ -17,7 +17,6 @@ from .errors import InputError
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 _BINARY = re.compile(rb"[\0-\x08\x0e-\x1f]")  # in no text, but within the first bytes of anything else
-_STEP = re.compile(r"\s*([,\]]?)\s*")  # between two entries of a list
 
 
 def read_records(path: Path, kind: str, compression: str) -> Iterator[tuple[int, dict[str, Any], int]]:
@@ -83,21 +82,17 @@ def _json(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_list(path: Path, content: bytes, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    number, counted, separator = first, 0, ""
+    number, end = first, 0
     try:
         text = content.decode()
-        at = text.index("[") + 1
-        while (step := _STEP.match(text, at)) and step[1] != "]":
-            if step[1] != separator:
-                raise json.JSONDecodeError("expected ',' or ']'", text, step.start(1))
-            number, counted = number + text.count("\n", counted, step.end()), step.end()
-            values, at = _DECODER.raw_decode(text, step.end())
-            if not isinstance(values, dict):
+        for entry in json.loads(text):
+            if not isinstance(entry, dict):
                 raise InputError(f"{path}:{number}: each entry of the list must be a JSON object")
+            begin = text.index("{", end)
+            number += text.count("\n", end, begin)
+            values, end = _DECODER.raw_decode(text, begin)  # tells where the entry ends, and refuses a key twice
             yield number, values
-            separator = ","
-        if step and step.end() < len(text):
-            raise json.JSONDecodeError("the list is followed by more text", text, step.end())
+            number += text.count("\n", begin, end)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:

@@ -23,8 +23,7 @@ from transformers.utils import logging
 from .adapters import add_lora
 from .config import TrainConfig
 from .engine import end_processes, from_first_process, process_count, process_index, raise_on_all_ranks
-from .errors import InputError, NonFiniteError, SaveError, Stopped, check_names
-from .evaluation import METRICS
+from .errors import InputError, NonFiniteError, SaveError, Stopped
 from .inputs import Given, TokenPairs, check_sources, load_inputs, read_inputs
 from .layouts import choose_layout
 from .memory import report_disk, report_memory, report_precision
@@ -162,8 +161,6 @@ def plan(
     say(config.title)
     steps, totals = config.total_steps(len(lengths)), lengths.sum(1)
     check_optimizer(config, model, steps)
-    if config.metric_for_best_model:
-        check_names([f"eval_{config.metric_for_best_model.removeprefix('eval_')}"], METRICS, "metric_for_best_model=")
     several = f", {process_count()} processes" if process_count() > 1 else ""
     say(
         f"{steps} steps of {config.pairs_per_step} pairs, {config.steps_per_epoch(len(lengths))} an epoch{several}; a "

@@ -64,7 +64,6 @@ class PairTrainer(ReportingTrainer):
         self.resumed, self.stop_requested, self.stopping = resumed, stop_requested, False
         self.objective: Objective = config.make_objective()
         self.progress, self.watch = Progress(), Watch(log.say)
-        self.compared_from = 0
         self.step_pairs: list[int] = []  # indices of the step's pairs so far
         self.step_sums: dict[str, Tensor] = {}  # their metrics, summed over the pairs of this rank
         # Model and loss are one module, always in eval mode: dropout would make policy and reference differ.
@@ -231,9 +230,7 @@ class PairTrainer(ReportingTrainer):
         self.restore(path)
         self.progress = Progress(state["tokens"], Window(**state["window"]), state["best"], state["samples"])
         if state["inputs"]["eval_data"] != self.inputs.digests["eval_data"]:  # earlier evaluations are not comparable
-            step = self.compared_from = state["step"]
-            rows = self.state.log_history
-            rows[:] = [row for row in rows if not (row["step"] == step and "eval_loss" in row)]
+            self.state.log_history[:] = [row for row in self.state.log_history if "eval_loss" not in row]
             self.progress.best = None
         if self.config.folder is None or not (self.config.folder / "best").is_dir():
             self.progress.best = None  # its model is in another folder, or lost

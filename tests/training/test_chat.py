@@ -224,7 +224,7 @@ def test_a_templates_refusal_of_a_role_is_quoted():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "alternative=chat: the tokenizer has no chat template"),
+        (None, "alternative=chat: holds messages, but the tokenizer has no chat template"),
         (
             GEMMA.replace("{% for m in", "{{ messages | length }}{% for m in").replace(
                 "<|head|>model\n{% endif", "{{ messages | length }}{% endif"

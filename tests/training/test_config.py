@@ -124,6 +124,10 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--optim", "lomo"], "updates weights within each backward pass"),
         (["--optim", "schedule_free_adamw"], "differ between training and evaluation"),
         (["--torch_compile_mode", "default"], "torch_compile_mode is not supported"),
+        (
+            ["--metric_for_best_model", "loss"],
+            "metric_for_best_model is not supported: keep_best leaves",
+        ),
         (["--debug", "underflow_overflow"], "debug is not supported"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "lr_scheduler_type=reduce_lr_on_plateau is not supported"),
         (["--lr_scheduler_type", "greedy"], "lr_scheduler_type=greedy is not supported: it follows evaluations"),

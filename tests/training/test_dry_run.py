@@ -222,8 +222,6 @@ def test_any_architecture_is_planned_without_weights(tmp_path):
         ("--optim_args nonsense", "optim=adamw_torch"),
         ("--adam_beta1 1.5", "Invalid beta parameter"),
         ("--adam_epsilon -1", "Invalid epsilon value"),
-        ("--metric_for_best_model accuracy", "unknown option metric_for_best_model=eval_accuracy"),
-        ("--metric_for_best_model rewards/margins", "did you mean 'eval_marginal/rewards/margins'"),
     ],
 )
 def test_optimizers_and_schedules_are_tried_before_step_one(tmp_path, capsys, words, message):

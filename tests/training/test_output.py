@@ -26,7 +26,7 @@ from training import output
 from training.checkpoint import check_checkpoint
 from training.config import TrainConfig
 from training.errors import InputError
-from training.evaluation import METRICS, is_better, sample_answers
+from training.evaluation import is_better, sample_answers
 from training.model import byte_tokenizer
 from training.scoring import PairModel
 from training.train import main, train
@@ -298,11 +298,6 @@ def test_a_failing_hub_repository_is_refused_early(tmp_path, monkeypatch, capsys
         main(options(tmp_path / "out", "--push_to_hub", "true", "--hub_model_id", "me/mine"))
     assert "push_to_hub: the repository could not be created: no network; log in" in capsys.readouterr().err
     assert not (tmp_path / "out/metrics.jsonl").exists()
-
-
-def test_every_evaluation_has_the_best_models_metric(finished):
-    rows = [row for row in metrics(finished) if "eval_loss" in row]
-    assert rows and all(set(METRICS) <= row.keys() for row in rows)
 
 
 def test_a_missing_temporary_folder_names_the_variable(tmp_path, monkeypatch, capsys):
