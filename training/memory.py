@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import psutil
 import torch
@@ -21,33 +20,10 @@ LOST_UPDATES_WARNING = 0.5  # share of weights that updates of the learning rate
 SAMPLE = 10_000  # weights of each matrix that are examined
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one process. ``gathered``: whole weights and gradients that FSDP2 holds for a while."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    gathered: int
-    activations: int
-    head: int
-
-    @property
-    def total(self) -> int:
-        return sum(vars(self).values())
-
-    def text(self, tokens: int) -> str:
-        listed = " + ".join(f"{name} {size / GIB:.2f}" for name, size in vars(self).items() if size)
-        return (
-            f"{listed} = {self.total / GIB:.2f} GiB of memory. Activations: a rough\nfigure for a pass of {tokens} "
-            "tokens without attention matrices (flash attention keeps none). Not counted: the framework, fragmentation"
-        )
-
-
 def estimate_memory(
     model: PreTrainedModel, config: TrainConfig, device: torch.device, *, tokens: int, longest_pair: int, share: int = 1
-) -> Memory:
-    """Estimate the memory of a process that trains ``model`` with AdamW in forward passes of ``tokens`` tokens.
+) -> dict[str, int]:
+    """Estimate the bytes of a process that trains ``model`` with AdamW in forward passes of ``tokens`` tokens, by use.
 
     The loss is differentiated in all of them, at most ``longest_pair`` of one pair. ``share``: the number of processes
     among which FSDP2 shards the model. The activations are those of a gated decoder layer (Llama): the inputs that the
@@ -84,7 +60,14 @@ def estimate_memory(
         longest_pair=longest_pair,
         frozen=not weight.requires_grad,
     )
-    return Memory(parameters // share, gradients // share, 2 * gradients // share, gathered, activations, head)
+    return {
+        "parameters": parameters // share,
+        "gradients": gradients // share,
+        "optimizer": 2 * gradients // share,
+        "gathered": gathered,
+        "activations": activations,
+        "head": head,
+    }
 
 
 def report_memory(
@@ -101,10 +84,15 @@ def report_memory(
     longest_pair = int(lengths[:, 1:].sum(1).max()) * (2 if config.marginal_weight else 1)
     memory = estimate_memory(model, config, device, tokens=tokens, longest_pair=longest_pair, share=share)
     name = f"each of {share} processes that share the model (FSDP2)" if share > 1 else "a process"
-    log(f"{name} needs, estimated: {memory.text(tokens)}")
+    listed, total = (f"{what} {size / GIB:.2f}" for what, size in memory.items() if size), sum(memory.values())
+    log(
+        f"{name} needs, estimated: {' + '.join(listed)} = {total / GIB:.2f} GiB of memory. Activations: a rough\nfigure "
+        f"for a pass of {tokens} tokens without attention matrices (flash attention keeps none). Not counted: the "
+        "framework, fragmentation"
+    )
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
-        if memory.total > capacity:
+        if total > capacity:
             log(
                 f"WARNING: that is more than the device has ({capacity / GIB:.2f} GiB). What helps: a smaller "
                 "max_batch_tokens, activation_checkpointing: true, lora, or more processes that share the model (FSDP2)"

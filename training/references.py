@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .engine import from_first_process, process_index
 from .errors import InputError, Stopped
 from .inputs import Inputs
-from .scoring import Batcher, Conditioned, StopRequested, score, unwrap
+from .scoring import Batcher, Conditioned, score, unwrap
 
 CHUNK = 256  # pairs scored together, always the same ones: a resumed pass gives the same bits
 KEEP_SECONDS = 60.0  # between two times that the scored pairs are written and reported
@@ -117,7 +117,7 @@ def reference_logps(
         some, done = [pairs[i] for i in chunk], start + len(chunk)
         try:
             logps = score(module, some, batcher, conditioned=conditioned, stop_requested=stop_requested).logps
-        except StopRequested:
+        except Stopped:
             scored = int(table.isfinite().all(0).sum())
             kept = _write(table, file, log) if start else bool(file and file.exists())
             where = f"kept in {file}; the same command continues from there" if kept else "and not kept"

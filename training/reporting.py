@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from .checkpoint import whole_folder
 from .data import trained_ends
 from .engine import process_index, raise_on_all_ranks
-from .errors import SaveError
+from .errors import SaveError, Stopped
 from .evaluation import evaluate, is_better, sample_answers
 from .inputs import Inputs
 from .memory import in_use
@@ -22,7 +22,7 @@ from .pairs import Pair
 from .references import References
 from .resumable import ResumableTrainer
 from .save_model import model_card, save_final
-from .scoring import Batcher, Scores, StopRequested, score, unwrap
+from .scoring import Batcher, Scores, score, unwrap
 from .watch import Watch, evaluation_warnings, training_warnings
 
 
@@ -75,7 +75,7 @@ class ReportingTrainer(ResumableTrainer):
         self.control.should_evaluate = False
         try:
             scores = self.scores_of(held_out, self.stop_requested)
-        except StopRequested:
+        except Stopped:
             self.stopping = self.control.should_training_stop = True
             self.control.should_save = step > 0
             return {}

@@ -18,6 +18,7 @@ import inspo_kernels as ik
 
 from .batching import MicroBatch, micro_batches
 from .engine import checkpointed, decoder_layers, in_any_process, process_count, process_index, sum_over_processes
+from .errors import Stopped
 from .pairs import Pair, lengths_of
 
 Lengths = NDArray[np.int64]
@@ -25,10 +26,6 @@ Conditioned = bool | Sequence[bool]  # of all pairs, or of each
 _SCORED_OF_ROWS, _SCORED_OF_TREES = ("labels", "marginal_labels"), ("labels", "segment_ids", "num_pairs")
 _READ_BY_MODEL = ("input_ids", "attention_mask", "position_ids", "tree_ends", "paths", "path_of", "rows")
 TIE = 1e-4  # smaller margins are rounding: before training, all margins from a reference are 0
-
-
-class StopRequested(RuntimeError):
-    """A rank was asked to stop while pairs were scored."""
 
 
 class Batch:
@@ -230,12 +227,12 @@ def score(
     """Score all pairs; conditioned scores include the marginals.
 
     The ranks share the work, and each returns all scores. Once ``stop_requested`` is true on one rank, all ranks raise
-    StopRequested before the next pass.
+    Stopped before the next pass.
     """
     table = torch.zeros(6 if conditioned else 4, len(pairs), dtype=torch.float64, device=batcher.device)
     for part in batcher.plan(pairs, conditioned=conditioned):
         if stop_requested is not None and in_any_process(stop_requested(), batcher.device):
-            raise StopRequested
+            raise Stopped("stopped by SIGTERM")
         batch = Batch(batcher([pairs[i] for i in part.pairs], conditioned=conditioned), sums_only=True)
         _, report = module(batch)
         if part.weight:
