@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .errors import InputError
+from .errors import InputError, Log
 from .messages import check_text
 from .templates import ANSWERED, ASKED, ChatTemplate
 
@@ -123,9 +123,7 @@ def separator_ids(tokenizer: PreTrainedTokenizerBase | None, options: Any) -> li
     return TextEncoder(tokenizer).separator(options.alternative_instruction)
 
 
-def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, options: Any, log: Callable[[str], None]
-) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, options: Any, log: Log) -> PreTrainedTokenizerBase:
     """Return a copy of ``tokenizer`` with ``options.chat_template_kwargs`` and a generation prompt in its template."""
     tokenizer = copy.deepcopy(tokenizer)
     set_template_kwargs(tokenizer, options.chat_template_kwargs or {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -20,12 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import TextEncoder
 from .data_options import DataOptions
-from .errors import InputError, first_of
+from .errors import InputError, Log, first_of
 from .pairs import SCHEMA, Pair, Pairs, file_hash, kept_table
 from .records import FAULTS, LEFT_OUT, READ, REMARKS, REPEATS_PROMPT, draft, encode
 from .sources import Records, Source, files_of, parse_sources
-
-Log = Callable[[str], None]
 
 __all__ = ["Pair", "Pairs", "check_pairs", "load_pairs", "select_pairs", "trained_ends"]
 
@@ -213,11 +211,7 @@ def _report(
 
 
 def check_pairs(
-    pairs: Sequence[Pair],
-    held_out: Sequence[Pair],
-    model: PreTrainedModel,
-    log: Log,
-    separator_length: int = 0,
+    pairs: Sequence[Pair], held_out: Sequence[Pair], model: PreTrainedModel, log: Log, separator_length: int = 0
 ) -> None:
     """Raise InputError where the model does not fit the pairs; say how many held-out prompts are trained on."""
     given, unseen = (Pairs.of_lists(some, "") for some in (pairs, held_out))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from .errors import InputError
 from .sources import parse_sources
 
+DataSources = str | dict[str, Any] | list[str | dict[str, Any]]
 LoraOptions = dict[str, Any]  # fields of peft.LoraConfig; ``alpha`` is ``lora_alpha``
 
 
@@ -28,12 +29,10 @@ class DataOptions:
         LoraOptions | None, "fields of peft.LoraConfig (r, lora_alpha, target_modules, ...); {}: r 16, alpha 32"
     ] = None
     train_data: Annotated[
-        str | dict[str, Any] | list[str | dict[str, Any]] | None,
-        "file, folder, hub NAME[:SPLIT], or fields path, subset, split, revision, weight",
+        DataSources | None, "file, folder, hub NAME[:SPLIT], or fields path, subset, split, revision, weight"
     ] = None
     eval_data: Annotated[
-        str | dict[str, Any] | list[str | dict[str, Any]] | None,
-        "held-out pairs, in the same forms; keep their prompts out of train_data",
+        DataSources | None, "held-out pairs, in the same forms; keep their prompts out of train_data"
     ] = None
     columns: Annotated[dict[str, str] | None, "fields prompt, chosen, rejected: their column names in the data"] = None
     max_length: Annotated[int, "most tokens of prompt + chosen + rejected together"] = 2048

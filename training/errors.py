@@ -1,10 +1,12 @@
-"""Errors of a run; the command line prints each as one line and exits with its status."""
+"""Errors of a run, and the type of its log; the command line prints each as one line and exits with its status."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+
+Log = Callable[[str], None]  # takes a line for the terminal and log.txt
 
 
 class InputError(ValueError):

@@ -18,7 +18,7 @@ import inspo_kernels as ik
 
 from .answers import answer_text, continue_prompts
 from .config import TrainConfig
-from .errors import InputError
+from .errors import InputError, Log
 from .pairs import Pair
 from .scoring import PairModel, Scores, correct, pair_metrics
 
@@ -174,7 +174,7 @@ INTERVALS: dict[str, Callable[[Tensor, Tensor], list[float] | None]] = {
 
 
 def starting_report(
-    scores: Scores, ref_logps: Tensor | None, config: TrainConfig, log: Callable[[str], None], *, coarse: bool = False
+    scores: Scores, ref_logps: Tensor | None, config: TrainConfig, log: Log, *, coarse: bool = False
 ) -> None:
     """Report how the untrained model takes the conditioned layout, from its ``scores`` of the first pairs.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from .config import TrainConfig
 from .data import Pair, Pairs, check_pairs, load_pairs, select_pairs
 from .data_options import DataOptions
 from .engine import check_same, raise_on_all_ranks
-from .errors import InputError
+from .errors import InputError, Log
 from .model import check_architecture, load_model, padding_id
 from .scoring import weights_digest
 from .sources import check_source, parse_sources
@@ -48,7 +48,7 @@ class Given:
     pad_token_id: int = 0
 
 
-def load_inputs(config: TrainConfig, given: Given, log: Callable[[str], None]) -> Inputs:
+def load_inputs(config: TrainConfig, given: Given, log: Log) -> Inputs:
     """Read what is not given, and add the adapter.
 
     Raises InputError, in all processes, for what does not fit together, or is not the same in all of them.
@@ -75,7 +75,7 @@ def check_sources(config: DataOptions, given: Given) -> None:
             check_source(one)
 
 
-def read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log: Callable[[str], None]) -> Inputs:
+def read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log: Log) -> Inputs:
     """Read the pairs, and what follows from the tokenizer.
 
     Of ``model`` shapes alone are read. Raises InputError for what does not fit together.

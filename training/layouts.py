@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ import inspo_kernels as ik
 from inspo_kernels.layouts.tree import MAX_DENSE_TOKENS
 
 from .data import Pair
-from .errors import InputError
+from .errors import InputError, Log
 from .scoring import Batcher, Lengths, score
 
 _EAGER_SHARE = 0.7  # of the tokens of rows: above it, eager attention over whole trees costs more than it saves
@@ -22,13 +22,7 @@ _TOLERANCE = {True: 5e-2, False: 2e-4}
 
 
 def choose_layout(
-    wanted: str,
-    model: PreTrainedModel,
-    batcher: Batcher,
-    lengths: Lengths,
-    *,
-    conditioned: bool,
-    log: Callable[[str], None],
+    wanted: str, model: PreTrainedModel, batcher: Batcher, lengths: Lengths, *, conditioned: bool, log: Log
 ) -> Batcher:
     """Return ``batcher`` with the layout that ``wanted`` ("auto", "tree" or "rows") selects, and log the reason.
 
@@ -64,13 +58,7 @@ def choose_layout(
 
 
 def check_layout(
-    batcher: Batcher,
-    module: nn.Module,
-    pairs: Sequence[Pair],
-    *,
-    bf16: bool,
-    required: bool,
-    log: Callable[[str], None],
+    batcher: Batcher, module: nn.Module, pairs: Sequence[Pair], *, bf16: bool, required: bool, log: Log
 ) -> Batcher:
     """Return ``batcher`` if ``module`` scores two small pairs as in rows; otherwise a batcher of rows.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 
 import psutil
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 import inspo_kernels as ik
 
 from .config import TrainConfig
+from .errors import Log
 from .scoring import Batcher, Lengths
 
 GIB = 2**30
@@ -71,12 +71,7 @@ def estimate_memory(
 
 
 def report_memory(
-    model: PreTrainedModel,
-    config: TrainConfig,
-    batcher: Batcher,
-    lengths: Lengths,
-    log: Callable[[str], None],
-    share: int,
+    model: PreTrainedModel, config: TrainConfig, batcher: Batcher, lengths: Lengths, log: Log, share: int
 ) -> None:
     """Log the memory a process needs for pairs of ``lengths`` (n, 3), and a warning if its GPU has less."""
     longest, device = int(batcher.padded(lengths, conditioned=config.sees_alternative).max()), batcher.device
@@ -86,8 +81,8 @@ def report_memory(
     name = f"each of {share} processes that share the model (FSDP2)" if share > 1 else "a process"
     listed, total = (f"{what} {size / GIB:.2f}" for what, size in memory.items() if size), sum(memory.values())
     log(
-        f"{name} needs, estimated: {' + '.join(listed)} = {total / GIB:.2f} GiB of memory. Activations: a rough\nfigure "
-        f"for a pass of {tokens} tokens without attention matrices (flash attention keeps none). Not counted: the "
+        f"{name} needs, estimated: {' + '.join(listed)} = {total / GIB:.2f} GiB of memory. Activations: a rough\n"
+        f"figure for a pass of {tokens} tokens without attention matrices (flash attention keeps none). Not counted: the "
         "framework, fragmentation"
     )
     if device.type == "cuda":
@@ -99,7 +94,7 @@ def report_memory(
             )
 
 
-def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Callable[[str], None]) -> None:
+def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Log) -> None:
     """Log how much a run writes at most, with AdamW's state in float32, and a warning if the disk has less."""
     if config.folder is None:
         return
@@ -121,7 +116,7 @@ def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Ca
         log(f"WARNING: that is more than {place} has ({free / GIB:.2f} GiB). What helps: a smaller save_total_limit")
 
 
-def report_precision(model: PreTrainedModel, learning_rate: float, log: Callable[[str], None]) -> None:
+def report_precision(model: PreTrainedModel, learning_rate: float, log: Log) -> None:
     """Warn if an AdamW step of size ``learning_rate`` leaves most of the bfloat16 weights unchanged.
 
     A step below half the distance to the next number is rounded away: 1/512 to 1/256 of the weight.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +29,7 @@ import inspo_kernels as ik
 from inspo_kernels.models import check_head
 
 from .adapters import continue_adapter, has_adapter, read_adapter
-from .errors import InputError, as_input_error, check_names, first_of
+from .errors import InputError, Log, as_input_error, check_names, first_of
 from .reading import local_path, reading
 
 _CHAT_TEMPLATE = (
@@ -249,7 +248,7 @@ def size_text(model: PreTrainedModel) -> str:
     return f"{total:,.2f}M parameters" + ("" if trained == total else f", {trained:,.2f}M of them trained (LoRA)")
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase, log: Log) -> int:
     """Return the padding id, or EOS if the tokenizer has none. Raises InputError for a tokenizer without EOS."""
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no EOS token, so responses would never end; set its eos_token and save it")

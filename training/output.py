@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .checkpoint import whole_file
-from .errors import InputError, SaveError
+from .errors import InputError, Log, SaveError
 
 METRICS, SAMPLES, CURVES = "metrics.jsonl", "samples.jsonl", "curves.png"
 CONFIG, LOG, LOCK = "config.yaml", "log.txt", ".lock"
@@ -59,7 +59,7 @@ def check_folder(folder: Path) -> None:
 class JsonLines:
     """A file with one JSON object per line. While the disk is full, the run goes on and rows wait for space."""
 
-    def __init__(self, file: Path | None, say: Callable[[str], None]) -> None:
+    def __init__(self, file: Path | None, say: Log) -> None:
         self.file, self._say = file, say
         self._written = 0  # rows that the file holds
         self._behind = False

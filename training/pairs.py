@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from .errors import Log
+
 _IDS = ("prompt", "chosen", "rejected")
 SCHEMA = pa.schema(
     {name: pa.list_(pa.int32()) for name in _IDS} | {"origin": pa.string(), "problem": pa.string(), "chat": pa.bool_()}
@@ -137,7 +139,7 @@ def lengths_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:
 
 
 def kept_table(
-    folder: Path, key: str, batches: Callable[[], Iterable[pa.RecordBatch]], log: Callable[[str], None]
+    folder: Path, key: str, batches: Callable[[], Iterable[pa.RecordBatch]], log: Log
 ) -> tuple[pa.Table, Path]:
     """Return the rows of ``batches`` as a file of ``folder``, mapped into memory, and that file.
 

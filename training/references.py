@@ -19,7 +19,7 @@ from .adapters import adapter_off
 from .checkpoint import whole_file
 from .config import TrainConfig
 from .engine import from_first_process, process_index
-from .errors import InputError, Stopped
+from .errors import InputError, Log, Stopped
 from .inputs import Inputs
 from .scoring import Batcher, Conditioned, score, unwrap
 
@@ -50,7 +50,7 @@ class References:
         batcher: Batcher,
         used: Sequence[int],
         *,
-        log: Callable[[str], None],
+        log: Log,
         stop_requested: Callable[[], bool],
     ) -> References:
         """Score the pairs with the model as loaded and a new adapter off, before a checkpoint replaces the weights.
@@ -95,7 +95,7 @@ def reference_logps(
     *,
     conditioned: bool,
     file: Path | None,
-    log: Callable[[str], None],
+    log: Log,
     stop_requested: Callable[[], bool],
 ) -> Tensor:
     """Return (2, len(pairs)) float64 log-probs of the pairs ``indices``, and of other pairs that ``file`` holds.
@@ -137,7 +137,7 @@ def reference_logps(
     return table
 
 
-def _read(file: Path | None, num_pairs: int, log: Callable[[str], None]) -> Tensor | None:
+def _read(file: Path | None, num_pairs: int, log: Log) -> Tensor | None:
     if file is None or not file.exists():
         return None
     try:
@@ -151,7 +151,7 @@ def _read(file: Path | None, num_pairs: int, log: Callable[[str], None]) -> Tens
     return None
 
 
-def _write(table: Tensor, file: Path | None, log: Callable[[str], None]) -> bool:
+def _write(table: Tensor, file: Path | None, log: Log) -> bool:
     """Write ``table`` on the first rank; return on all ranks whether that succeeded."""
     if file is None:
         return False

@@ -6,14 +6,13 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint import MANIFEST, STATE, DamagedError, check_checkpoint, checkpoints
 from .config import TrainConfig
-from .errors import InputError
+from .errors import InputError, Log
 
 # Prefixes of the options that a resumed run may change. They affect logs, files, the run's length, or only rounding.
 # The paths of data and model may change, too, because their contents are compared.
@@ -36,7 +35,7 @@ class Resumed(NamedTuple):
     state: dict[str, Any]
 
 
-def newest_valid(folder: Path, log: Callable[[str], None]) -> Resumed | None:
+def newest_valid(folder: Path, log: Log) -> Resumed | None:
     """Return the newest complete checkpoint and log newer ones that are damaged; None if there is no checkpoint.
 
     Raises InputError if all are damaged: only the user can decide to start again.
@@ -54,7 +53,7 @@ def newest_valid(folder: Path, log: Callable[[str], None]) -> Resumed | None:
     return None
 
 
-def find_checkpoint(folder: Path, config: TrainConfig, log: Callable[[str], None]) -> Resumed | None:
+def find_checkpoint(folder: Path, config: TrainConfig, log: Log) -> Resumed | None:
     """Return the checkpoint from which to resume; None if the run starts at step 1.
 
     Raises InputError if another run in ``folder`` would be lost, the checkpoint is damaged, or its settings differ.
@@ -110,9 +109,7 @@ def _changed_settings(then: dict[str, Any], config: TrainConfig) -> list[str]:
     return sorted(changed)
 
 
-def check_resumed(
-    found: Resumed, inputs: dict[str, str], total_steps: int, config: TrainConfig, log: Callable[[str], None]
-) -> None:
+def check_resumed(found: Resumed, inputs: dict[str, str], total_steps: int, config: TrainConfig, log: Log) -> None:
     """Raise InputError if the digests ``inputs`` of model or data have changed, or no step is left to train."""
     path, state = found
     changed = [f"{name} holds something else" for name in inputs if inputs[name] != state["inputs"][name]]
@@ -126,7 +123,7 @@ def check_resumed(
         )
 
 
-def _refuse(differences: list[str], path: Path, config: TrainConfig, log: Callable[[str], None]) -> None:
+def _refuse(differences: list[str], path: Path, config: TrainConfig, log: Log) -> None:
     if differences and not config.resume_changed:
         raise InputError(
             f"{path} belongs to a run with other settings ({'; '.join(differences)}); resume with the old ones, start "
@@ -144,7 +141,7 @@ def resume_hint(folder: Path | None) -> str:
     return f"{kept[-1]} is kept: --resume_from_checkpoint auto continues from it"
 
 
-def discard_later_checkpoints(folder: Path, step: int, log: Callable[[str], None]) -> None:
+def discard_later_checkpoints(folder: Path, step: int, log: Log) -> None:
     """Delete incomplete saves, and rename checkpoints after ``step`` so that the new run cannot mistake them."""
     for partial in folder.glob("*.partial"):
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import inspo_kernels as ik
 from .adapters import has_adapter
 from .config import TrainConfig
 from .engine import process_count
-from .errors import SaveError, as_input_error, one_line
+from .errors import Log, SaveError, as_input_error, one_line
 from .inputs import Inputs
 from .model import size_text
 from .resume import may_change
@@ -34,7 +34,7 @@ def save_final(
     state_dict: dict[str, Tensor],
     options: Any,
     ends: Iterable[int] = (),
-    log: Callable[[str], None] = lambda note: None,
+    log: Log = lambda note: None,
 ) -> None:
     """Write ``model`` with the whole weights ``state_dict``, CPU tensors under its names, into ``folder``.
 

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .adapters import add_lora
 from .config import TrainConfig
 from .engine import end_processes, from_first_process, process_count, process_index, raise_on_all_ranks
-from .errors import InputError, NonFiniteError, SaveError, Stopped
+from .errors import InputError, Log, NonFiniteError, SaveError, Stopped
 from .inputs import Given, TokenPairs, check_sources, load_inputs, read_inputs
 from .layouts import choose_layout
 from .memory import report_disk, report_memory, report_precision
@@ -112,7 +112,7 @@ def train(
     return TrainResult(inputs.model, inputs.tokenizer, rows, folder / "final" if folder else None)
 
 
-def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
+def dry_run(config: TrainConfig, say: Log) -> None:
     """Check what can be checked without weights, and describe the run. The model takes no memory.
 
     Raises InputError as the run would.
@@ -145,12 +145,7 @@ def dry_run(config: TrainConfig, say: Callable[[str], None]) -> None:
 
 
 def plan(
-    config: TrainConfig,
-    model: PreTrainedModel,
-    lengths: Lengths,
-    batcher: Batcher,
-    found: Resumed | None,
-    say: Callable[[str], None],
+    config: TrainConfig, model: PreTrainedModel, lengths: Lengths, batcher: Batcher, found: Resumed | None, say: Log
 ) -> Batcher:
     """Describe a run on pairs of ``lengths`` (n, 3), and return ``batcher`` with the layout of the run."""
     head, tied = model.get_output_embeddings().weight, " (tied)" if model.config.tie_word_embeddings else ""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from .errors import Log
 from .scoring import TIE
 
 FALL = -0.1  # nats per token that both responses lose
@@ -20,7 +20,7 @@ class Watch:
     A kind in ``PATIENCE`` is judged from few pairs: it is logged after that many rows in a row.
     """
 
-    def __init__(self, log: Callable[[str], None]) -> None:
+    def __init__(self, log: Log) -> None:
         self._log = log
         self._standing: dict[str, int] = {}  # rows in a row
 
