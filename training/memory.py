@@ -82,8 +82,8 @@ def report_memory(
     listed, total = (f"{what} {size / GIB:.2f}" for what, size in memory.items() if size), sum(memory.values())
     log(
         f"{name} needs, estimated: {' + '.join(listed)} = {total / GIB:.2f} GiB of memory. Activations: a rough\n"
-        f"figure for a pass of {tokens} tokens without attention matrices (flash attention keeps none). Not counted: the "
-        "framework, fragmentation"
+        f"figure for a pass of {tokens} tokens without attention matrices (flash attention keeps none). Not counted: "
+        "the framework, fragmentation"
     )
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
