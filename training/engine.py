@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -100,8 +99,8 @@ def gathered(value: Value) -> list[Value]:
 
 def check_same(value: Any, what: str) -> None:
     """Raise InputError on each rank if ``value`` differs between ranks."""
-    digests = gathered(hashlib.blake2b(repr(value).encode()).hexdigest())
-    if differing := [i for i, digest in enumerate(digests) if digest != digests[0]]:
+    values = gathered(value)
+    if differing := [i for i, other in enumerate(values) if other != values[0]]:
         raise InputError(f"{what} in process {differing[0]} differ from those in process 0; give all the same")
 
 

@@ -203,10 +203,9 @@ class PairTrainer(ReportingTrainer):
         """Wrap the module in its engine as Trainer does, then score the reference and load the checkpoint, if any."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         config, pairs, say = self.config, self.inputs.train_pairs, self.run_log.say
-        small = [pairs[0], pairs[len(pairs) - 1]]
         coarse = config.bf16 or config.dtype == "bfloat16" or rounds_by_batch(self.inputs.model)
         self.batcher = check_layout(
-            self.batcher, self.model_wrapped, small, bf16=coarse, required=config.layout == "tree", log=say
+            self.batcher, self.model_wrapped, pairs, bf16=coarse, required=config.layout == "tree", log=say
         )
         used = used_indices(len(pairs), max_steps * config.pairs_per_step, config.seed)
         self.references = References.compute(
