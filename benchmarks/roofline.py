@@ -26,9 +26,11 @@ from inspo_kernels.kernels import config
 from .batches import MODELS, HeadShape
 from .chips import CHIPS, Chip
 from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN
+from .tables import markdown
 
 STAGED, CACHED, FUSED = "staged", "cached", "fused"
 FORMS = (STAGED, CACHED, FUSED)
+ORDER = (FORWARD, FROZEN, TRAIN)
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 
 # --- assumptions: change one here and every prediction follows ---
@@ -260,14 +262,11 @@ def grid_table(chips: Sequence[str], form: str, result: dict[str, Any] | None = 
 
 def summary() -> str:
     """Format the docs' table: ratio to the floor at Llama-3-8B's head and 8,192 tokens, staged / cached / fused."""
-    text = ["| predicted | forward | frozen head | forward + backward |", "|---|---|---|---|"]
+    table = []
     for chip in CHIPS.values():
-        cells = [
-            " / ".join(f"{predicted(chip, MODELS['llama3-8b'], 8192, mode, form)[1]:.2f}" for form in FORMS)
-            for mode in (FORWARD, FROZEN, TRAIN)
-        ]
-        text.append(f"| {chip.name} | {' | '.join(cells)} |")
-    return "\n".join(text)
+        ratios = ([predicted(chip, MODELS["llama3-8b"], 8192, mode, form)[1] for form in FORMS] for mode in ORDER)
+        table.append([chip.name, *(" / ".join(f"{ratio:.2f}" for ratio in row) for row in ratios)])
+    return markdown(["predicted", "forward", "frozen head", "forward + backward"], table)
 
 
 def assumptions(chips: Sequence[str]) -> str:
@@ -323,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n" + grid_table(chips, form, result))
             continue
         for name in chips:
-            for mode in (FORWARD, FROZEN, TRAIN):
+            for mode in ORDER:
                 print("\n" + line_table(CHIPS[name], options.model, options.tokens, mode, form, result))
     return 0
 
