@@ -10,7 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,6 +112,15 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def make_parser(module: str, doc: str) -> argparse.ArgumentParser:
+    """Return the parser of ``python -m benchmarks.MODULE``, described by the first line of its docstring."""
+    return argparse.ArgumentParser(f"python -m benchmarks.{module}", description=doc.splitlines()[0])
+
+
 def positive(text: str) -> int:
     """Parse a whole number of at least 1, for argparse."""
     try:
@@ -134,6 +143,13 @@ def result_file(text: str) -> Path:
     return path
 
 
+def add_names(parser: argparse.ArgumentParser, option: str, names: Iterable[str], about: str, **more: Any) -> None:
+    """Add an option that takes one or more of ``names``. Its help lists them after ``about``."""
+    choices, one = list(names), option.strip("-").removesuffix("s").upper()
+    text = f"{about}: {', '.join(choices)}"
+    parser.add_argument(option, **{"nargs": "+", "choices": choices, "metavar": one, "help": text} | more)
+
+
 def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     parser.add_argument("--json", type=result_file, help="result file, saved after each figure")
     parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or "cuda:1" [cpu]')
@@ -151,23 +167,38 @@ def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     )
 
 
-def opened_result(
+@contextmanager
+def measuring(
     parser: argparse.ArgumentParser,
     options: argparse.Namespace,
-    command: str,
+    arguments: Sequence[str],
     packages: Sequence[str],
-    dtype: str,
+    dtype: torch.dtype,
     **fields: Any,
-) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Return a result and the function that saves it to --json, if given. With --resume the result is the file's."""
-    result = provenance(command, packages) | {"dtype": dtype, "finished": False, "cells": []} | fields
+) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
+    """Enter with a result and the function that saves it to --json, if given. With --resume the result is the file's.
+
+    At the end the result is finished and saved. On Ctrl-C the finished figures are saved, and the exit status is 130.
+    """
+    module = parser.prog.removeprefix("python -m ")
+    result = provenance(command(module, arguments, options.json), packages)
+    result |= {"dtype": dtype_name(dtype), "finished": False, "cells": []} | fields
     result = _resumed(parser, options, result) if options.resume else result
 
     def save() -> None:
         if options.json:
             write_json(options.json, result)
 
-    return result, save
+    try:
+        yield result, save
+    except KeyboardInterrupt:
+        save()
+        print("interrupted; finished figures are kept", file=sys.stderr)
+        sys.exit(130)
+    result["finished"] = True
+    save()
+    if options.json:
+        print(f"written to {options.json}")
 
 
 def _resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
@@ -197,12 +228,12 @@ def lacks(row: Mapping[str, Any] | None, what: str) -> bool:
     return not row or (row.get("status", "measured") == "measured" and what not in row)
 
 
-def cell_of(result: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    """Return the result's cell with that name. Add the cell if it is missing."""
-    for known in result["cells"]:
-        if known["name"] == cell["name"]:
-            return known
-    result["cells"].append(cell)
+def cell_of(result: dict[str, Any], name: str, **fields: Any) -> dict[str, Any]:
+    """Return the result's cell with that name. Add one without contenders if it is missing."""
+    cell = next((cell for cell in result["cells"] if cell["name"] == name), None)
+    if cell is None:
+        cell = {"name": name, **fields, "contenders": {}}
+        result["cells"].append(cell)
     return cell
 
 
@@ -237,14 +268,3 @@ def command(module: str, arguments: Sequence[str], json_file: Path | None) -> st
     """Return the command for a result file, with FILE in place of the file's own path."""
     given = ["FILE" if json_file is not None and a == str(json_file) else a for a in arguments]
     return shlex.join(["python", "-m", module, *given])
-
-
-@contextmanager
-def kept_on_interrupt(save: Callable[[], None]) -> Iterator[None]:
-    """On Ctrl-C, save the finished figures and exit with status 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        save()
-        print("interrupted; finished figures are kept", file=sys.stderr)
-        sys.exit(130)

@@ -9,7 +9,6 @@ only costs of the length itself grow. The last sweep limits the workspace of our
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -23,12 +22,12 @@ from tqdm import tqdm
 from inspo_kernels import backends
 from inspo_kernels.head import checked_head
 
-from .batches import HeadShape, PairBatch, Shape, equal, shapes
-from .cells import fill
+from .batches import HeadShape, PairBatch, Shape, dtype_of, equal, shapes
 from .contenders import PEER_PACKAGES, Contender, ours
 from .harness import interleaved_times, own_peak, ratios, spread
+from .loss import fill
 from .measure import LOSS, TRAIN, step
-from .result_files import add_common_options, cell_of, checked_device, command, kept_on_interrupt, opened_result
+from .result_files import add_common_options, add_names, cell_of, checked_device, make_parser, measuring
 
 CONTENDERS = ("torch", "full_log_softmax", "trl")
 # Base: 8 pairs of prompt 64 and responses of 64 tokens, H 256, V 16,000. Each sweep has three points, 4x apart.
@@ -63,9 +62,9 @@ def fits(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def workspace_sweep(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def workspace_sweep(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
     """Time our loss with the default workspace and with each number of rows in ``WORKSPACE_ROWS``."""
-    batch = PairBatch(shape, dtype=dtype, device=device, rows=True)
+    batch = PairBatch(shape, dtype=dtype_of(device), device=device, rows=True)
     head = checked_head(batch.hidden, batch.weight, None, batch.softcap, 1.0)
     backend = backends.resolve_backend("auto", head, device)
     assert backend is not None
@@ -93,38 +92,24 @@ def workspace_sweep(shape: Shape, rounds: int, device: torch.device, dtype: torc
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser("python -m benchmarks.scaling", description=__doc__.splitlines()[0])
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser("scaling", __doc__)
     add_common_options(parser, rounds=5)
     known = [*SWEEPS, "workspace"]
-    parser.add_argument(
-        "--sweeps",
-        nargs="+",
-        choices=known,
-        default=known,
-        metavar="SWEEP",
-        help=f"sweeps to run: {', '.join(map(repr, known))} [all]",
-    )
+    add_names(parser, "--sweeps", known, "sweeps to run [all]", default=known)
     options = parser.parse_args(arguments)
     device = checked_device(parser, options.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    given = command("benchmarks.scaling", arguments, options.json)
-    precision = str(dtype).removeprefix("torch.")
-    result, save = opened_result(parser, options, given, PEER_PACKAGES, precision, fits={}, workspace={})
     sweeps = {name: s for name, s in (QUICK_SWEEPS if options.quick else SWEEPS).items() if name in options.sweeps}
     todo = [(name, value, shape) for name, sweep in sweeps.items() for value, shape in sweep.items()]
-    with kept_on_interrupt(save):
+    fields: dict[str, Any] = {"fits": {}, "workspace": {}}
+    with measuring(parser, options, arguments, PEER_PACKAGES, dtype_of(device), **fields) as (result, save):
         for name, value, shape in tqdm(todo, desc="shapes", disable=not sys.stderr.isatty()):
-            cell = {"name": f"{name} {value}", "sweep": name, "value": value, "mode": TRAIN, **shape.as_json()}
-            cell["contenders"] = {}
-            cell = cell_of(result, cell)
-            fill(cell, shape, TRAIN, LOSS, CONTENDERS, options.rounds, dtype, device, save, options.only)
+            cell = cell_of(result, f"{name} {value}", sweep=name, value=value, mode=TRAIN, **shape.as_json())
+            fill(cell, shape, TRAIN, LOSS, CONTENDERS, options, device, save)
             result["fits"][name] = fits([c for c in result["cells"] if c["sweep"] == name])
         if "workspace" in options.sweeps and not result["workspace"]:
             shape = shapes(device)["quick" if options.quick else "reference"]
-            result["workspace"] = workspace_sweep(shape, options.rounds, device, dtype)
-        result["finished"] = True
-        save()
+            result["workspace"] = workspace_sweep(shape, options.rounds, device)
     print(table(result))
 
 

@@ -41,16 +41,17 @@ from .harness import (
 )
 from .result_files import (
     add_common_options,
+    add_names,
     cell_of,
     checked_device,
-    command,
-    kept_on_interrupt,
     lacks,
-    opened_result,
+    make_parser,
+    measuring,
     positive,
 )
 from .step_contenders import STEP_CONTENDERS, TRAINERS
 from .step_jobs import MODELS, Job, Trained, job_of
+from .tables import table
 
 BASE = "four_forwards"
 # Baselines of the ratios, if they are measured.
@@ -164,31 +165,10 @@ def peak(what: dict[str, Any], name: str, device: torch.device) -> dict[str, Any
         return {"status": reason(error)}
 
 
-def table(cell: dict[str, Any]) -> str:
-    """Format one cell for a terminal."""
-    lines = [cell["name"]]
-    for name, row in cell["contenders"].items():
-        if "seconds" not in row:
-            lines.append(f"  {name:<15}{row['status']}")
-            continue
-        base = next((base for base in BASES if f"times_{base}" in row), None)
-        beside = row[f"times_{base}"] if base else None
-        memory = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:8,.0f} MiB"
-        lines.append(
-            f"  {name:<15}{row['seconds']['median']:8.3f} s"
-            + (f"{beside['median']:7.2f}x {base} ({beside['q1']:.2f}-{beside['q3']:.2f})" if beside else "")
-            + f"{row['positions_per_step']:8,.0f} positions"
-            + f"{row['scored_tokens_per_second']:8,.0f} scored tokens/s{memory}"
-        )
-    return "\n".join(lines)
-
-
 def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser("python -m benchmarks.step", description=__doc__.splitlines()[0])
+    parser = make_parser("step", __doc__)
     add_common_options(parser, rounds=5)
-    parser.add_argument(
-        "--models", nargs="+", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)} [small trunk]"
-    )
+    add_names(parser, "--models", MODELS, "models to train [small trunk; with --quick quick]")
     parser.add_argument(
         "--shares",
         nargs="+",
@@ -196,15 +176,9 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.
         metavar="SHARE",
         help='the prompt\'s share of a pair, or "real" [0.1 0.5 0.9 real]',
     )
+    about = f"contenders to measure [all but {', '.join(TRAINERS)}]"
     default = [name for name in STEP_CONTENDERS if name not in TRAINERS]
-    parser.add_argument(
-        "--contenders",
-        nargs="+",
-        choices=STEP_CONTENDERS,
-        default=default,
-        metavar="NAME",
-        help=f"of {', '.join(STEP_CONTENDERS)} [all but {', '.join(TRAINERS)}]",
-    )
+    add_names(parser, "--contenders", STEP_CONTENDERS, about, default=default)
     parser.add_argument("--pairs", type=positive, default=4, help="pairs a step [4]")
     parser.add_argument("--tokens", type=positive, default=512, help="tokens of a pair, at most [512]")
     parser.add_argument("--updates", type=positive, default=2, help="updates timed together [2]")
@@ -261,7 +235,7 @@ def fill(
             save()
     if options.only != "memory" and cell.get("rounds", 0) < options.rounds:
         measure(job_of(**what, dtype=torch.float32, device=device), options.contenders, options.rounds, cell, save)
-        tqdm.write(table(cell))
+        tqdm.write(table(cell["name"], rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -272,19 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     parser, options = parsed(arguments)
     device = checked_device(parser, options.device)
-    result, save = opened_result(
-        parser,
-        options,
-        command("benchmarks.step", arguments, options.json),
-        ("trl", "datasets"),
-        "float32",
-        models={},
-        titles={},
-        same_work={},
-    )
-    result["models"] |= {name: asdict(MODELS[name]) for name in options.models}
-    result["titles"] |= {name: STEP_CONTENDERS[name].title for name in options.contenders}
-    with kept_on_interrupt(save):
+    fields: dict[str, Any] = {"models": {}, "titles": {}, "same_work": {}}
+    with measuring(parser, options, arguments, ("trl", "datasets"), torch.float32, **fields) as (result, save):
+        result["models"] |= {name: asdict(MODELS[name]) for name in options.models}
+        result["titles"] |= {name: STEP_CONTENDERS[name].title for name in options.contenders}
         if not result["same_work"]:
             result["same_work"] = prove(options, device)
             save()
@@ -294,12 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             what |= {"tokens": options.tokens}
             most = " at most" if share == "real" else ""
             name = f"{model}, {share}, {options.pairs} pairs of {options.tokens} tokens{most}"
-            cell = cell_of(result, {"name": name, **what, "contenders": {}})
-            fill(cell, what, options, device, save)
-        result["finished"] = True
-        save()
-    if options.json:
-        print(f"written to {options.json}")
+            fill(cell_of(result, name, **what), what, options, device, save)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ def source(result: Mapping[str, Any], file: str) -> str:
 # --- terminal ---
 
 
+def shape_title(cell: Mapping[str, Any]) -> str:
+    return f"{cell['name']}: {cell['scored_tokens']:,} scored tokens, H = {cell['hidden']}, V = {cell['vocab']:,}"
+
+
 def table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([title, *(line(name, row) for name, row in rows.items())])
 
