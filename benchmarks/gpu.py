@@ -34,12 +34,13 @@ from typing import Any
 
 import torch
 
+from .batches import dtype_of
 from .contenders import PEER_PACKAGES, PEERS
 from .gpu_plan import CACHED_TARGETS, hardware, problems, targets
 from .gpu_processes import run_in_group
 from .gpu_steps import PART, STEPS
 from .harness import FEWEST_ROUNDS
-from .result_files import checked_device, commit, joined_provenance, provenance, write_json
+from .result_files import add_names, checked_device, commit, dtype_name, joined_provenance, provenance, write_json
 
 # Held to by this form of the pass; see gpu_plan.
 TARGETS = CACHED_TARGETS
@@ -79,7 +80,7 @@ def fresh_result(command: str, device: torch.device) -> dict[str, Any]:
     return {
         **provenance(command, PEER_PACKAGES),
         "device": hardware(device),
-        "dtype": "bfloat16" if device.type == "cuda" else "float32",
+        "dtype": dtype_name(dtype_of(device)),
         "method": " ".join(__doc__.split("\n\n")[-1].split()),
         "finished": False,
         "seconds": 0.0,
@@ -290,14 +291,7 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, ar
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
     parser.add_argument("--steps", type=step_names, metavar="A,B", help="steps to run [all that are missing]")
     parser.add_argument("--minutes", type=float, default=9.5, help="time limit of this call [9.5]")
-    parser.add_argument(
-        "--peers",
-        nargs="*",
-        choices=PEERS,
-        default=list(PEERS),
-        metavar="PEER",
-        help=f"other libraries to time: {', '.join(PEERS)} [all]",
-    )
+    add_names(parser, "--peers", PEERS, "other libraries to time [all]", nargs="*", default=PEERS)
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of wheels of peers that are not installed")
     return parser, parser.parse_args(arguments)
 

@@ -124,7 +124,7 @@ def _row_pass(batch: PairBatch, rows: int, store: bool) -> tuple[Callable[[], An
 
     def run() -> None:
         for _ in range(calls):
-            launch(0)
+            launch(first=0)
 
     return run, {"bytes": calls * raw.nbytes * (3 if store else 2) // 2}
 
@@ -145,7 +145,7 @@ def _cache_tiles(batch: PairBatch, store: bool | None) -> tuple[Callable[[], Any
         for i, part in enumerate(parts):
             torch.mm(x, part.t(), out_dtype=raw.dtype, out=raw)
             if store is not None:
-                launch(i * tile.words)
+                launch(first=i * tile.words)
 
     work = {"operations": 2 * raw.numel() * x.shape[1] * len(parts), "rows": len(x), "words": tile.words}
     return run, work | {"cache_bytes": raw.nbytes * len(parts)}
@@ -181,12 +181,3 @@ def timed(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     idle = spread([seconds_of(run, str(device)) for _ in range(ROUNDS)])
     busy = spread([seconds_behind_work(run, str(device)) for _ in range(ROUNDS)]) if device.type == "cuda" else idle
     return {"status": "measured", "idle": idle, "busy": busy}
-
-
-def line(name: str, row: dict[str, Any]) -> str:
-    """Format one line for a terminal."""
-    if row["status"] != "measured":
-        return f"  {name:<42}{row['status']}"
-    rates = f"{row['tflops']:8.1f} TFLOP/s" if "tflops" in row else ""
-    rates += f"{row['terabytes_per_second']:8.3f} TB/s" if "terabytes_per_second" in row else ""
-    return f"  {name:<42}{1e3 * row['idle']['median']:9.3f} ms idle{1e3 * row['busy']['median']:9.3f} ms busy {rates}"

@@ -9,7 +9,6 @@ however it ended.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -22,14 +21,14 @@ from typing import Any
 import torch
 
 from . import gpu_accuracy, gpu_decomposition, gpu_training, gpu_tuning
-from .batches import PairBatch, equal, random_head, scored_tokens
-from .cells import table
+from .batches import PairBatch, dtype_of, equal, random_head, scored_tokens
 from .contenders import CONTENDERS, OURS, PEER_PACKAGES, PEERS, Contender, chosen
 from .gpu_plan import FULL, QUICK, Plan, hardware
 from .gpu_processes import end_with_parent, exit_when_asked, run_tests
 from .harness import reason
-from .measure import TRAIN, measure
-from .result_files import checked_device, provenance, write_json
+from .measure import LOSS, TRAIN, measure
+from .result_files import add_names, checked_device, dtype_name, make_parser, provenance, write_json
+from .tables import line, shape_title, table
 
 PART = "part.json"
 # The torch backend runs its matmuls in float32 on every device. On a GPU this takes more than ten times as long as the
@@ -63,7 +62,7 @@ class Context:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return dtype_of(self.device)
 
     def main_batch(self) -> PairBatch:
         shape = scored_tokens(self.plan.main_head, self.plan.main[1], self.plan.response)
@@ -89,8 +88,8 @@ def smoke(context: Context) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         batch = PairBatch(shape, dtype=dtype, device=context.device)
         found = chosen([n for n in OURS if CONTENDERS[n].variant_of is None], batch)
-        about = {"dtype": str(dtype).removeprefix("torch."), "softcap": None, "response": 32}
-        rows += [about | row for row in gpu_accuracy.loss_errors(batch, found)]
+        about = {"dtype": dtype_name(dtype), "softcap": None, "response": 32}
+        rows += [about | row for row in gpu_accuracy.errors(batch, found, LOSS)]
         context.say(gpu_accuracy.accuracy_table(rows[-2 * len(found) :]))
 
 
@@ -103,7 +102,7 @@ def decomposition(context: Context) -> None:
     """Time each matmul and pass alone, on an idle and on a busy device."""
     for name, rows in gpu_decomposition.decompose(context.main_batch(), context.plan.stage_rows):
         context.part.setdefault("decomposition", {})[name] = rows
-        context.say(gpu_decomposition.line(name, rows))
+        context.say(line(name, rows))
 
 
 def tests(context: Context) -> None:
@@ -215,7 +214,7 @@ def _fill(context: Context, key: str, rows: Any) -> None:
     """Enter rows of (name, figures) as they come."""
     for name, row in rows:
         context.part.setdefault(key, {})[name] = row
-        context.say(gpu_training.line(name, row))
+        context.say(line(name, row))
 
 
 def measure_cells(context: Context, cells: Sequence[tuple[str, int, str]], names: Sequence[str], rounds: int) -> None:
@@ -226,7 +225,7 @@ def measure_cells(context: Context, cells: Sequence[tuple[str, int, str]], names
     for i, (model, tokens, mode) in enumerate(todo):
         head = context.plan.models[model]
         shape = scored_tokens(head, tokens, context.plan.response)
-        cell = {"name": cell_name(model, tokens, mode), "model": model, "tokens": tokens, "mode": mode}
+        cell: dict[str, Any] = {"name": cell_name(model, tokens, mode), "model": model, "tokens": tokens, "mode": mode}
         cell |= shape.as_json()
         if i and context.left < RESERVE_SECONDS:
             context.notes.append(f"{len(todo) - i} cells not measured: out of time")
@@ -239,14 +238,14 @@ def measure_cells(context: Context, cells: Sequence[tuple[str, int, str]], names
             batch = PairBatch(shape, dtype=context.dtype, device=context.device, weight=weight)
         except torch.OutOfMemoryError as error:
             cell["contenders"] = {name: {"status": reason(error)} for name in ("floor", *names)}
-            context.say(table(cell))
+            context.say(table(shape_title(cell), cell["contenders"]))
             continue
         found = chosen(names, batch)
         share = max(0.0, context.left - RESERVE_SECONDS) / (len(todo) - i)
         measure(batch, mode, found, rounds, seconds=share / 2, with_errors=False, cell=cell, save=context.save)
         if mode == TRAIN and isinstance(found.get("triton"), Contender):
             cell["workspace_and_gradients_bytes"] = gpu_tuning.workspace_and_gradients(batch, "triton")
-        context.say(table(cell))
+        context.say(table(shape_title(cell), cell["contenders"]))
         if context.device.type == "cuda":
             torch.cuda.synchronize()  # an error that outlives its contender ends the step here, and only the step
 
@@ -284,13 +283,13 @@ def device_notes(device: torch.device) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.gpu_steps", description=__doc__.splitlines()[0])
+    parser = make_parser("gpu_steps", __doc__)
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--out", type=Path, required=True, help="folder of part.json")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--seconds", type=float, default=600.0, help="time limit of the step [600]")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER")
+    add_names(parser, "--peers", PEERS, "other libraries to time [all]", nargs="*", default=PEERS)
     parser.add_argument("--known", type=json.loads, default=[], help="JSON list of cells that are not measured again")
     parser.add_argument("--end-with-parent", action="store_true", help="end when the starting process ends")
     options = parser.parse_args(arguments)

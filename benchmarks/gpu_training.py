@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,43 +21,11 @@ import inspo_kernels as ik
 from .batches import PairBatch
 from .contenders import BETA
 from .gpu_processes import run_in_group
-from .harness import guarded, interleaved_times, own_peak, ratios, reason, seconds_behind_work, spread
+from .harness import compared, reason, seconds_behind_work, spread
 from .measure import PRODUCTS, TRAIN, products
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 STATISTICS = ("entropy", "mean_logit", "is_top1", "logsumexp")
-
-
-def compared(
-    runs: Mapping[str, Callable[[], Any]], to: str, device: torch.device, rounds: int, seconds: float
-) -> dict[str, dict[str, Any]]:
-    """Time the runs in interleaved rounds, each beside the run named ``to``, with peak memory on a GPU."""
-    failed: dict[str, str] = {}
-    guards = guarded(runs, failed)
-    peaks: dict[str, int | None] = {}
-    for name, run in guards.items():
-        run()
-        if device.type == "cuda" and name not in failed:
-            peaks[name] = own_peak(run, str(device))
-    alive = {name: run for name, run in guards.items() if name not in failed}
-    times = interleaved_times(alive, rounds, device=str(device), seconds=seconds, clock=seconds_behind_work)
-    beside = ratios(times, to) if to in times else {}
-    result: dict[str, dict[str, Any]] = {name: {"status": why} for name, why in failed.items()}
-    for name, values in times.items():
-        if name not in failed:
-            result[name] = {"status": "measured", "seconds": spread(values), f"times_{to}": beside.get(name)}
-            result[name] |= {"peak_bytes": peaks[name]} if name in peaks else {}
-    return {name: result[name] for name in runs}
-
-
-def line(name: str, row: dict[str, Any]) -> str:
-    """Format one line for a terminal."""
-    if row["status"] != "measured":
-        return f"  {name:<44}{row['status']}"
-    beside = next(
-        (f"{v['median']:6.2f} {k.replace('_', ' ')}" for k, v in row.items() if k.startswith("times_") and v), ""
-    )
-    return f"  {name:<44}{1e3 * row['seconds']['median']:9.2f} ms {beside}"
 
 
 # --- autocast and marginals ---
@@ -98,7 +66,7 @@ def autocast(batch: PairBatch, rounds: int, seconds: float) -> Rows:
     runs: dict[str, Callable[[], Any]] = {"floor": products(batch, PRODUCTS[TRAIN])}
     runs |= {name: partial(step, *form) for name, form in forms.items()}
     runs["autocast, 4 micro-batches: 12 matmuls"] = partial(step, *forms["autocast"], accumulated=4)
-    yield from compared(runs, "floor", device, rounds, seconds / 2).items()
+    yield from compared(runs, "floor", str(device), rounds, seconds=seconds / 2, clock=seconds_behind_work).items()
 
 
 # --- statistics ---
@@ -125,12 +93,11 @@ def statistics(batch: PairBatch, rounds: int, seconds: float) -> Rows:
         )
         out.loss.backward()
 
+    device = str(batch.hidden.device)
     for what, run in (("log-probs", log_probs), ("loss", loss)):
         runs: dict[str, Callable[[], Any]] = {"plain": run, "statistics": partial(run, statistics=STATISTICS)}
-        for name, row in compared(runs, "plain", batch.hidden.device, rounds, seconds / 4).items():
-            if "unexpected keyword argument 'statistics'" in row["status"]:
-                row = {"status": "not available: the function takes no statistics"}
-            yield f"{what}, {name}", row
+        rows = compared(runs, "plain", device, rounds, seconds=seconds / 4, clock=seconds_behind_work)
+        yield from ((f"{what}, {name}", row) for name, row in rows.items())
 
 
 # --- trees ---
@@ -163,7 +130,7 @@ def trees(
         except Exception as error:
             missing[name] = {"status": reason(error)}
     yield from missing.items()
-    yield from compared(runs, "rows, sdpa", device, 5, seconds / 3).items()
+    yield from compared(runs, "rows, sdpa", str(device), 5, seconds=seconds / 3, clock=seconds_behind_work).items()
 
 
 def random_llama(fields: dict[str, Any], attention: str, device: torch.device) -> Any:

@@ -16,31 +16,23 @@ from inspo_kernels.head import checked_head
 
 from .batches import PairBatch
 from .contenders import CONTENDERS, Contender, ours
-from .harness import guarded, interleaved_times, ratios, reason, seconds_behind_work, spread
+from .harness import compared, reason, seconds_behind_work
+from .launches import fused_pass_launch, row_pass_launch
 from .measure import TRAIN, step
+from .tables import figures
 
 
 def sweep(
     shipped: str, runs: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, repeats: int = 1
 ) -> dict[str, Any]:
     """Time interleaved candidates, each beside ``shipped``; each run is ``repeats`` launches, back to back."""
-    failed: dict[str, str] = {}
-    runs = guarded(runs, failed)
-    for run in runs.values():
-        run()
-    times = interleaved_times(
-        {name: run for name, run in runs.items() if name not in failed},
-        15,
-        device=str(device),
-        seconds=seconds,
-        clock=seconds_behind_work,
+    rows = compared(
+        runs, shipped, str(device), 15, seconds=seconds, clock=seconds_behind_work, ratio="times_shipped", memory=False
     )
-    times = {name: [t / repeats for t in values] for name, values in times.items() if name not in failed}
-    to_shipped = ratios(times, shipped) if shipped in times else {}
-    rows: dict[str, Any] = {name: {"status": why} for name, why in failed.items()}
-    for name, values in times.items():
-        rows[name] = {"status": "measured", "seconds": spread(values), "times_shipped": to_shipped.get(name)}
-    best = min(times, key=lambda name: spread(times[name])["median"], default=None)
+    measured = {name: row["seconds"] for name, row in rows.items() if row["status"] == "measured"}
+    for one in measured.values():
+        one |= {name: value / repeats for name, value in one.items()}
+    best = min(measured, key=lambda name: measured[name]["median"], default=None)
     return {"shipped": shipped, "best": best, "candidates": rows}
 
 
@@ -70,48 +62,22 @@ def tune(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dic
 
 def launch_row_pass(
     batch: PairBatch, rows: int, words: int | None = None, *, store: bool = True
-) -> tuple[Callable[[int], None], Tensor]:
+) -> tuple[Callable[..., None], Tensor]:
     """Return a launch of the pass over a tile of random logits, given its first word, and the tile (rows, words)."""
-    from inspo_kernels.kernels import config, row_pass
+    from inspo_kernels.kernels import config
 
     device, vocab = batch.hidden.device, batch.head.vocab
     narrow = torch.bfloat16 if batch.hidden.dtype == torch.float32 else batch.hidden.dtype
     stride = config.padded_vocab(vocab)
     raw = torch.randn(rows, stride if words is None else words, device=device)
     e = torch.empty(rows, stride, dtype=narrow, device=device) if store else None
-    label, offset, rest = torch.zeros(3, rows, device=device)
-    parts, raised = (
-        torch.empty(len(row_pass.PARTS), rows, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
-    )
-    softcap = batch.softcap
-
-    def launch(first: int = 0) -> None:
-        row_pass.row_pass(
-            raw,
-            batch.targets[:rows],
-            label,
-            offset,
-            rest,
-            parts,
-            raised,
-            first=first,
-            vocab=vocab,
-            e=e,
-            bias=None,
-            softcap=softcap,
-            outer=1.0 if softcap is None else softcap,
-            scale=1.0,
-            wanted=frozenset(),
-            arch=config.architecture(device),
-        )
-
-    return launch, raw
+    launch = row_pass_launch(raw, batch.targets[:rows], e, vocab=vocab, softcap=batch.softcap)
+    return partial(launch, arch=config.architecture(device)), raw
 
 
 def launch_fused_pass(batch: PairBatch, *, store: bool) -> Callable[[], None] | None:
     """Return a function that launches the fused pass over all scored rows, or None if the backend does not use it."""
-    from inspo_kernels.kernels import config, fused_pass
+    from inspo_kernels.kernels import config
     from inspo_kernels.kernels.label_logits import label_logits
 
     device, x = batch.hidden.device, batch.scored_rows(batch.hidden)
@@ -120,28 +86,7 @@ def launch_fused_pass(batch: PairBatch, *, store: bool) -> Callable[[], None] | 
         return None
     label = label_logits(x, batch.weight, batch.targets, arch=arch)
     e = torch.empty(len(x), config.padded_vocab(batch.head.vocab), dtype=x.dtype, device=device) if store else None
-    offset, sums = torch.empty(len(x), device=device), torch.empty(1, len(x), device=device)
-    raised = torch.empty(len(x), dtype=torch.int32, device=device)
-
-    def launch() -> None:
-        fused_pass.fused_pass(
-            x,
-            batch.weight,
-            batch.targets,
-            label,
-            offset,
-            sums,
-            raised,
-            e=e,
-            bias=None,
-            softcap=batch.softcap,
-            outer=1.0 if batch.softcap is None else batch.softcap,
-            scale=1.0,
-            wanted=frozenset(),
-            arch=arch,
-        )
-
-    return launch
+    return partial(fused_pass_launch(x, batch.weight, batch.targets, label, e, softcap=batch.softcap), arch=arch)
 
 
 def tune_fused_pass(batch: PairBatch, seconds: float) -> dict[str, Any]:
@@ -181,7 +126,7 @@ def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[st
     def run(candidate: Any) -> None:
         with mock.patch.object(config, "row_pass", lambda *_: candidate):
             for _ in range(repeats):
-                launch(0)
+                launch(first=0)
 
     runs = {row_pass_name(c): partial(run, c) for c in candidates}
     swept = sweep(row_pass_name(shipped), runs, batch.hidden.device, seconds, repeats)
@@ -260,15 +205,10 @@ def _head_and_backend(batch: PairBatch, backend: str) -> tuple[Any, Any]:
 
 
 def tuning_table(tuning: dict[str, Any]) -> str:
-    lines = ["tuning"]
+    texts = ["tuning"]
     for name, swept in tuning.items():
-        if "best" not in swept:
-            lines.append(f"  {name}: {swept['status']}")
-            continue
-        rows = swept["candidates"]
-        best = rows.get(swept["best"], {}).get("times_shipped")
-        beside = (
-            f", {best['median']:.3f} ({best['q1']:.3f}-{best['q3']:.3f}) times the shipped one's time" if best else ""
-        )
-        lines.append(f"  {name}: shipped {swept['shipped']}, best {swept['best']}{beside}")
-    return "\n".join(lines)
+        best = swept.get("candidates", {}).get(swept.get("best"))
+        found = ", ".join(["", *figures(swept["best"], best)]) if best else ""
+        status = swept.get("status") or f"shipped {swept['shipped']}, best {swept['best']}{found}"
+        texts.append(f"  {name}: {status}")
+    return "\n".join(texts)

@@ -136,6 +136,39 @@ def guarded(runs: Mapping[str, Callable[[], Any]], failed: dict[str, str]) -> di
     return {name: partial(guard, name, run) for name, run in runs.items()}
 
 
+def compared(
+    runs: Mapping[str, Callable[[], Any]],
+    to: str,
+    device: str,
+    rounds: int,
+    *,
+    seconds: float = math.inf,
+    clock: Callable[[Callable[[], Any], str], float] | None = None,
+    ratio: str | None = None,
+    memory: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Time the runs in interleaved rounds, each beside the run named ``to``, with peak memory on a GPU.
+
+    The key of a row's ratios is ``ratio``, "times_" and ``to`` by default. A run that fails has only a status.
+    """
+    failed: dict[str, str] = {}
+    guards, peaks = guarded(runs, failed), dict[str, Any]()
+    for name, run in guards.items():
+        run()
+        if memory and torch.device(device).type == "cuda" and name not in failed:
+            peaks[name] = {"peak_bytes": own_peak(run, device)}
+    alive = {name: run for name, run in guards.items() if name not in failed}
+    times = interleaved_times(alive, rounds, device=device, seconds=seconds, clock=clock)
+    beside = ratios(times, to) if to in times else {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in runs:
+        rows[name] = {"status": failed.get(name, "measured")}
+        if name not in failed:
+            rows[name] |= {"seconds": spread(times[name]), ratio or f"times_{to}": beside.get(name)}
+            rows[name] |= peaks.get(name, {})
+    return rows
+
+
 def peak_memory_in_fresh_process(module: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Run ``python -m module *arguments`` and return its JSON: ``status`` and, if measured, ``peak_bytes``."""
     child = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)

@@ -311,16 +311,6 @@ def test_cells_without_time_are_noted(tmp_path, monkeypatch):
     assert len(context.part["cells"]) == 1 and context.notes == ["2 cells not measured: out of time"]
 
 
-def test_missing_statistics_give_one_line(monkeypatch):
-    def old(*_, statistics=None, **__):
-        if statistics:
-            raise TypeError("linear_logps() got an unexpected keyword argument 'statistics'")
-
-    monkeypatch.setattr(gpu_training.ik, "linear_logps", old)
-    rows = dict(gpu_training.statistics(batch_of(), 2, 1.0))
-    assert rows["log-probs, statistics"] == {"status": "not available: the function takes no statistics"}
-
-
 def test_failing_line_of_the_decomposition_leaves_the_others(monkeypatch):
     monkeypatch.setattr(gpu_decomposition, "_scaling", lambda *_: 1 / 0)
     rows = dict(gpu_decomposition.decompose(batch_of(), (8, 16)))
@@ -348,10 +338,10 @@ def test_a_wrong_backend_is_detected(wrong):
         return loss, sums
 
     found = {"torch": Contender("off", loss=off), "triton": "needs a GPU"}
-    rows = gpu_accuracy.loss_errors(batch, found)
+    rows = gpu_accuracy.errors(batch, found, "loss")
     verdicts = {row["what"]: row.get("ok") for row in rows if row["contender"] == "torch"}
     assert verdicts == {"loss, forward+backward": False, "loss, frozen head": wrong == "dweight"}
-    assert all(row["ok"] for row in gpu_accuracy.loss_errors(batch, {"torch": CONTENDERS["torch"]}))
+    assert all(row["ok"] for row in gpu_accuracy.errors(batch, {"torch": CONTENDERS["torch"]}, "loss"))
     rows = [{**row, "dtype": "float32", "softcap": None} for row in rows]
     problems = gpu_plan.problems({"steps": {}, "tests": None, "accuracy": rows})
     assert problems[0] == "accuracy: torch, loss, forward+backward, float32, soft-cap None"
@@ -418,7 +408,7 @@ assert kept["shipped"] == "8192" and tiles["shipped"] == "16 x 64", (kept, tiles
 for swept in (row_pass, kept, tiles):
     assert all(row["status"] == "measured" for row in swept["candidates"].values()), swept
 found = {"triton": CONTENDERS["triton"], "torch": "left out"}
-errors = gpu_accuracy.loss_errors(batch, found) + gpu_accuracy.logps_errors(batch, found)
+errors = gpu_accuracy.errors(batch, found, "loss") + gpu_accuracy.errors(batch, found, "logps")
 assert sum(row.get("ok", False) for row in errors) == 4, errors
 assert gpu_tuning.workspace_and_gradients(batch, "triton") == 16 * (128 * 2 + 64 * 4) + 4 * 16 * (16 + 70)
 print("all ran")
