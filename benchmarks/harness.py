@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import math
 import resource
@@ -169,14 +170,24 @@ def compared(
     return rows
 
 
-def peak_memory_in_fresh_process(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run ``python -m module *arguments`` and return its JSON: ``status`` and, if measured, ``peak_bytes``."""
-    child = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+def peak_memory_in_fresh_process(module: str, function: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``peak_row`` of a module's function, called with JSON arguments in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.harness", module, function, json.dumps(given)]
+    child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode == -9:
         return {"status": "out of memory"}
     if child.returncode != 0:
         return {"status": f"failed: {(child.stderr.strip() or str(child.returncode)).splitlines()[-1][:200]}"}
     return json.loads(child.stdout.strip().splitlines()[-1])
+
+
+def peak_row(peak_of: Callable[..., int | str | None], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``status`` and, if measured, ``peak_bytes``. ``peak_of`` returns bytes, or why they cannot be measured."""
+    try:
+        found = peak_of(**given)
+    except Exception as error:
+        found = reason(error)
+    return {"status": found} if isinstance(found, str) else {"status": "measured", "peak_bytes": found}
 
 
 def limit_memory() -> None:
@@ -225,3 +236,10 @@ def own_peak(run: Callable[[], Any], device: str = "cpu") -> int | None:
 def _proc_kib(file: str, field: str) -> int:
     lines = Path("/proc", file).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+if __name__ == "__main__":  # a fresh process
+    _, module, function, given = sys.argv
+    peak_of = getattr(importlib.import_module(module), function)
+    limit_memory()
+    print(json.dumps(peak_row(peak_of, json.loads(given))))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,9 +30,9 @@ from tqdm import tqdm
 from .batches import real_lengths
 from .harness import (
     guarded,
-    limit_memory,
     own_peak,
     peak_memory_in_fresh_process,
+    peak_row,
     ratios,
     reason,
     release_freed_memory,
@@ -145,24 +144,19 @@ def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], s
         save()
 
 
-def peak(what: dict[str, Any], name: str, device: torch.device) -> dict[str, Any]:
+def peak_of(what: dict[str, Any], name: str, device: str) -> int | str | None:
     """Return the peak memory above the model while preparing and running, including gradients and all copies.
 
-    On a CPU, call this in a fresh process.
+    On a CPU, call this in a fresh process. If the contender cannot run, the reason is returned.
     """
     contender = STEP_CONTENDERS[name]
-    why = contender.unavailable()
-    if why:
-        return {"status": why}
-    if device.type == "cpu":
-        limit_memory()
-    try:
-        contender.prepare(job_of("quick", "0.3", 1, 2, 16, torch.float32, device))()
-        job = job_of(**what, dtype=torch.float32, device=device)
-        release_freed_memory()
-        return {"status": "measured", "peak_bytes": own_peak(lambda: contender.prepare(job)(), str(device))}
-    except Exception as error:
-        return {"status": reason(error)}
+    if why := contender.unavailable():
+        return why
+    given: dict[str, Any] = {"dtype": torch.float32, "device": torch.device(device)}
+    contender.prepare(job_of("quick", "0.3", 1, 2, 16, **given))()
+    job = job_of(**what, **given)
+    release_freed_memory()
+    return own_peak(lambda: contender.prepare(job)(), device)
 
 
 def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -226,11 +220,11 @@ def fill(
     rows = cell["contenders"]
     if options.only != "time":
         for name in [n for n in options.contenders if lacks(rows.get(n), "peak_bytes")]:
+            given = {"what": what, "name": name, "device": str(device)}
             if device.type == "cuda":  # its allocator counts peaks, so no fresh process is needed
-                found = peak(what, name, device)
+                found = peak_row(peak_of, given)
             else:
-                given = json.dumps(what | {"name": name})
-                found = peak_memory_in_fresh_process("benchmarks.step", ["--peak-of", given])
+                found = peak_memory_in_fresh_process("benchmarks.step", "peak_of", given)
             rows[name] = rows.get(name, {}) | found
             save()
     if options.only != "memory" and cell.get("rounds", 0) < options.rounds:
@@ -240,10 +234,6 @@ def fill(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["--peak-of"]:
-        what = json.loads(arguments[1])
-        print(json.dumps(peak(what, what.pop("name"), torch.device("cpu"))))
-        return
     parser, options = parsed(arguments)
     device = checked_device(parser, options.device)
     fields: dict[str, Any] = {"models": {}, "titles": {}, "same_work": {}}

@@ -27,8 +27,8 @@ ROW = {"status": "measured", "seconds": {"median": 1.0, "q1": 1.0, "q3": 1.0}}
 def no_processes(monkeypatch):
     """Replace memory measurements by fixed figures, which need no processes."""
 
-    def peak(module, arguments):
-        assert module == "benchmarks.measure" and json.loads(arguments[0])["mode"]
+    def peak(module, function, given):
+        assert (module, function) == ("benchmarks.measure", "peak_of") and given["mode"]
         return {"status": "measured", "peak_bytes": 5 << 20}
 
     monkeypatch.setattr(measure, "peak_memory_in_fresh_process", peak)
