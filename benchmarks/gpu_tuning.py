@@ -38,25 +38,21 @@ def sweep(
 
 def tune(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dict[str, Any]:
     """Time candidates beside the shipped choice; nothing is changed."""
+    on_gpu = batch.hidden.device.type == "cuda"
+    no_triton = CONTENDERS["triton"].unavailable(batch)
+    no_torch = "not tuned on a GPU: its float32 matmuls take most of the time" if on_gpu else None
     result: dict[str, Any] = {}
-    for name, runs in (
-        ("fused pass", tune_fused_pass),
-        ("row pass", tune_row_pass),
-        ("triton logits tile", tune_tiles),
-        ("triton kept rows", tune_kept),
+    for name, why, tune_one in (
+        ("fused pass", no_triton, tune_fused_pass),
+        ("row pass", no_triton, tune_row_pass),
+        ("triton logits tile", no_triton, tune_tiles),
+        ("triton kept rows", no_triton, tune_kept),
+        ("torch workspace rows", no_torch, partial(tune_torch, workspace_rows=workspace_rows)),
     ):
-        why = CONTENDERS["triton"].unavailable(batch)
         try:
-            result[name] = {"status": why} if why else runs(batch, seconds)
-        except Exception as error:
+            result[name] = {"status": why} if why else tune_one(batch, seconds=seconds)
+        except Exception as error:  # named in the results; what follows does not need it
             result[name] = {"status": reason(error)}
-    if batch.hidden.device.type == "cuda":
-        result["torch workspace rows"] = {"status": "not tuned on a GPU: its float32 matmuls take most of the time"}
-        return result
-    try:
-        result["torch workspace rows"] = tune_torch(batch, workspace_rows, seconds)
-    except Exception as error:  # named in the results; what follows does not need it
-        result["torch workspace rows"] = {"status": reason(error)}
     return result
 
 
@@ -176,32 +172,40 @@ def tune_kept(batch: PairBatch, seconds: float) -> dict[str, Any]:
 
 def tune_torch(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dict[str, Any]:
     """Time forward + backward of the torch backend with other workspaces."""
-    head, resolved = _head_and_backend(batch, "torch")
-    default = resolved.default_workspace_bytes(head, batch.hidden.device)
-    shipped = f"default ({resolved.capacity(head, batch.hidden.device, default)})"
+    shipped, runs = workspace_runs(batch, "torch", workspace_rows)
+    return sweep(shipped, {name: run for name, (_, run) in runs.items()}, batch.hidden.device, seconds)
+
+
+def workspace_runs(
+    batch: PairBatch, backend: str, workspace_rows: Sequence[int]
+) -> tuple[str, dict[str, tuple[int, Callable[[], Any]]]]:
+    """Return the default workspace's name, and by name the rows of each workspace and a run of forward + backward."""
+    head, resolved, default = head_and_backend(batch, backend)
+    rows = resolved.capacity(head, batch.hidden.device, default)
+    shipped = f"default ({rows})"
 
     def run(limit: int | None) -> None:
-        step(batch, TRAIN, Contender("torch", loss=ours("torch", max_workspace_bytes=limit)))
+        step(batch, TRAIN, Contender("ours", loss=ours(backend, max_workspace_bytes=limit)))
 
-    runs = {str(rows): partial(run, rows * resolved.kept_bytes(head, 1)) for rows in workspace_rows}
-    return sweep(shipped, {shipped: partial(run, None), **runs}, batch.hidden.device, seconds)
+    others = {str(n): (n, partial(run, resolved.kept_bytes(head, n))) for n in workspace_rows}
+    return shipped, {shipped: (rows, partial(run, None)), **others}
 
 
 def workspace_and_gradients(batch: PairBatch, backend: str) -> int:
     """Count bytes of the default workspace (what N rows keep beside its tile, if less) + dX + dW in its dtype."""
-    head, resolved = _head_and_backend(batch, backend)
-    device, rows = batch.hidden.device, batch.shape.scored
-    default = resolved.default_workspace_bytes(head, device)
-    unused = max(0, resolved.capacity(head, device, default) - rows)
+    head, resolved, default = head_and_backend(batch, backend)
+    rows = batch.shape.scored
+    unused = max(0, resolved.capacity(head, batch.hidden.device, default) - rows)
     workspace = default - resolved.kept_bytes(head, unused)
     return workspace + (rows * batch.head.hidden + batch.weight.numel()) * head.accumulate_dtype.itemsize
 
 
-def _head_and_backend(batch: PairBatch, backend: str) -> tuple[Any, Any]:
+def head_and_backend(batch: PairBatch, backend: str) -> tuple[Any, Any, int]:
+    """Return the batch's checked head, the backend, and the bytes of its default workspace."""
     head = checked_head(batch.hidden, batch.weight, None, batch.softcap, 1.0)
     resolved = backends.resolve_backend(backend, head, batch.hidden.device)
     assert resolved is not None
-    return head, resolved
+    return head, resolved, resolved.default_workspace_bytes(head, batch.hidden.device)
 
 
 def tuning_table(tuning: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from . import parallel, plots
+from . import demo_seeds, parallel, plots
 from .speed_tables import gpu, gpu_form, gpu_savings, logps, loss, savings, scaling, step, trainers
 from .study import axis_report, code_report
 from .study.report import against_plain, finding
@@ -28,38 +28,6 @@ DOCS = ROOT / "docs"
 BLOCK_START = "<!-- generated: "
 PAGES = tuple(page for page in (README, *sorted(DOCS.glob("*.md"))) if BLOCK_START in page.read_text())
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def demo(result: dict[str, Any]) -> str:
-    """Tabulate the accuracy of the demo's four models over its seeds."""
-    summary, table = result["summary"], []
-    for name, title in (("base", "base"), ("sft", "SFT on the chosen"), ("dpo", "DPO"), ("inspo", "InSPO-DPO")):
-        rows = [summary[how][name] for how in ("greedy", "sampled")]
-        above = [row.get("seeds_with_gain_interval_above_0") for row in rows]
-        texts = [text for row in rows for text in (f"{row['accuracy']['mean']:.2f}", _gain(row))]
-        table.append([title, *texts, "" if name == "base" else f"{above[0]} greedy, {above[1]} sampled"])
-    titles = ["greedy: right", "gain over base", "sampled: right", "gain over base", "seeds with gain > 0 (95%)"]
-    return section(
-        result,
-        "demo_seeds.json",
-        f"Answers to unseen prompts in the demo's world, given the prompt alone and graded exactly; {summary['seeds']} "
-        "seeds, each with its own base, data and initialisation:",
-        markdown(["", *titles], table),
-        _demo_ranking(summary),
-    )
-
-
-def _demo_ranking(summary: dict[str, Any]) -> str:
-    """Return a sentence that ranks the methods by the table's numbers."""
-    names = {"base": "the base", "sft": "SFT", "dpo": "DPO", "inspo": "InSPO"}
-    ranked = sorted(names, key=lambda name: -summary["sampled"][name]["accuracy"]["mean"])
-    inspo = summary["sampled"]["inspo"]
-    return (
-        "With sampled answers, the 95% interval of InSPO's gain over the base is above 0 on "
-        f"{inspo['seeds_with_gain_interval_above_0']} of {summary['seeds']} seeds. By mean sampled accuracy, the "
-        f"order is {', '.join(names[name] for name in ranked)}"
-        + ("." if ranked[0] == "inspo" else ": InSPO is not first here.")
-    )
 
 
 def real_pairs(result: dict[str, Any]) -> str:
@@ -160,7 +128,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "helps": ("study_axis/axis.json", helps),
     "axis": ("study_axis/axis.json", axis_report.finding),
     "code": ("study_code/study_code.json", code_report.finding),
-    "demo": ("demo_seeds.json", demo),
+    "demo": ("demo_seeds.json", demo_seeds.demo),
     "no_drafts": ("demo_no_drafts.json", no_drafts),
     "real_pairs": ("real_pairs.json", real_pairs),
 }
@@ -185,14 +153,6 @@ def render(page: Path) -> str:
         return f"{match[1]}{body}\n{match[3]}"
 
     return BLOCK.sub(block, page.read_text())
-
-
-def _gain(row: dict[str, Any]) -> str:
-    if "gain" not in row:
-        return ""
-    gain = row["gain"]
-    ends = f" ({gain['mean_ci'][0]:+.2f} to {gain['mean_ci'][1]:+.2f})" if "mean_ci" in gain else ""
-    return f"{gain['mean']:+.2f}{ends}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,21 +12,19 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from scipy.stats import linregress
 from tqdm import tqdm
 
-from inspo_kernels import backends
-from inspo_kernels.head import checked_head
-
+from . import speed_tables
 from .batches import HeadShape, PairBatch, Shape, dtype_of, equal, shapes
-from .contenders import PEER_PACKAGES, Contender, ours
-from .harness import interleaved_times, own_peak, ratios, spread
+from .contenders import PEER_PACKAGES
+from .gpu_tuning import head_and_backend, workspace_runs
+from .harness import compared
 from .loss import fill
-from .measure import LOSS, TRAIN, step
+from .measure import LOSS, TRAIN
 from .result_files import add_common_options, add_names, cell_of, checked_device, make_parser, measuring
 
 CONTENDERS = ("torch", "full_log_softmax", "trl")
@@ -65,30 +63,12 @@ def fits(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def workspace_sweep(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
     """Time our loss with the default workspace and with each number of rows in ``WORKSPACE_ROWS``."""
     batch = PairBatch(shape, dtype=dtype_of(device), device=device, rows=True)
-    head = checked_head(batch.hidden, batch.weight, None, batch.softcap, 1.0)
-    backend = backends.resolve_backend("auto", head, device)
-    assert backend is not None
-    default_rows = backend.capacity(head, device, backend.default_workspace_bytes(head, device))
-    default = f"default ({default_rows})"
-    rows_of = {default: None} | {str(r): r for r in WORKSPACE_ROWS}
-
-    def run(rows: int | None) -> None:
-        limit = None if rows is None else backend.kept_bytes(head, rows)
-        step(batch, TRAIN, Contender("ours", loss=ours("auto", max_workspace_bytes=limit)))
-
-    runs = {name: partial(run, rows) for name, rows in rows_of.items()}
-    times = interleaved_times(runs, rounds, device=str(device))
-    to_default = ratios(times, default)
-    return {
-        name: {
-            "rows": rows or default_rows,
-            "bytes": backend.kept_bytes(head, rows or default_rows),
-            "seconds": spread(times[name]),
-            "times_default": to_default[name],
-            "peak_bytes": own_peak(runs[name], str(device)) if device.type == "cuda" else None,
-        }
-        for name, rows in rows_of.items()
-    }
+    default, runs = workspace_runs(batch, "auto", WORKSPACE_ROWS)
+    head, backend, _ = head_and_backend(batch, "auto")
+    calls = {name: run for name, (_, run) in runs.items()}
+    found = compared(calls, default, str(device), rounds, ratio="times_default")
+    sizes = {name: {"rows": rows, "bytes": backend.kept_bytes(head, rows)} for name, (rows, _) in runs.items()}
+    return {name: sizes[name] | row | {"peak_bytes": row.get("peak_bytes")} for name, row in found.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,22 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "workspace" in options.sweeps and not result["workspace"]:
             shape = shapes(device)["quick" if options.quick else "reference"]
             result["workspace"] = workspace_sweep(shape, options.rounds, device)
-    print(table(result))
-
-
-def table(result: dict[str, Any]) -> str:
-    lines = []
-    for sweep, contenders in result["fits"].items():
-        for name, fit in contenders.items():
-            figures = [
-                f"{what} ~ n^{fit[key]['exponent']:.2f} (+-{fit[key]['standard_error']:.2f})"
-                for what, key in (("time", "seconds"), ("memory", "peak_bytes"))
-                if fit[key]
-            ]
-            lines.append(f"{sweep:<15}{name:<18}{'  '.join(figures)}")
-    for name, row in result["workspace"].items():
-        lines.append(f"workspace of {name:<15}{row['bytes'] / 2**20:8.1f} MiB{1e3 * row['seconds']['median']:10.1f} ms")
-    return "\n".join(lines)
+    print(speed_tables.scaling(result))
 
 
 if __name__ == "__main__":

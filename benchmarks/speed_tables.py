@@ -104,20 +104,27 @@ def scaling(result: dict[str, Any]) -> str:
             exponents = [fit.get(name, {}).get(key) for key in ("seconds", "peak_bytes")]
             cells.append(", ".join("-" if f is None else f"{f['exponent']:.2f}" for f in exponents))
         table.append([TITLES[name], *cells])
-    rows = result["workspace"]
-    best = min(rows.values(), key=lambda row: row["seconds"]["median"])
-    default = next(row for name, row in rows.items() if name.startswith("default"))
-    share = default["seconds"]["median"] / best["seconds"]["median"]
     return section(
         result,
         "scaling_cpu.json",
         "Exponents of power laws fitted to time and to peak memory (1 is linear growth, 0 is constant). Each column "
         "changes one quantity:",
         markdown(["", *sweeps], table),
+        _default_workspace(result["workspace"]),
+        "![time and memory](docs/scaling_cpu.png)",
+    )
+
+
+def _default_workspace(rows: dict[str, dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    best = min(rows.values(), key=lambda row: row["seconds"]["median"])
+    default = next(row for name, row in rows.items() if name.startswith("default"))
+    share = default["seconds"]["median"] / best["seconds"]["median"]
+    return (
         f"At the reference shape, the default workspace of {default['rows']} rows "
         f"({default['bytes'] / 2**20:.0f} MiB) takes {share:.2f} times as long as the fastest workspace that we "
-        f"tried: {best['rows']} rows ({best['bytes'] / 2**20:.0f} MiB).",
-        "![time and memory](docs/scaling_cpu.png)",
+        f"tried: {best['rows']} rows ({best['bytes'] / 2**20:.0f} MiB)."
     )
 
 

@@ -150,7 +150,7 @@ def test_scaling_fits_exponents(tmp_path, no_processes, capsys):
     default, *others = result["workspace"].values()
     assert default["times_default"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
     assert all(row["times_default"]["median"] > 0 for row in others)
-    assert result["finished"] and "workspace of" in capsys.readouterr().out
+    assert result["finished"] and "the default workspace of" in capsys.readouterr().out
     assert "| floor: " in speed_tables.scaling(result) and "takes 1.00 times as long" in speed_tables.scaling(
         with_equal_times(result)
     )
