@@ -157,17 +157,14 @@ def over_budget(budget: Budget, row: dict[str, Any]) -> list[str]:
     """Return the ways in which a kernel exceeds its budget."""
     if "per_element" not in row:
         return ["no hot loop to compare with its budget"]
-    per_element = row["per_element"]
-    limits = (
-        (
-            f"{per_element['instructions']:.1f} instructions per element",
-            per_element["instructions"],
-            budget.instructions,
-        ),
-        (f"{per_element['special']:g} special functions per element", per_element["special"], budget.special),
-        (f"{row['registers']} registers", row["registers"], budget.registers),
-    )
-    found = [f"{what}, budget {limit:g}" for what, value, limit in limits if value > limit]
+    found = []
+    for what, value, limit in (
+        ("instructions per element", row["per_element"]["instructions"], budget.instructions),
+        ("special functions per element", row["per_element"]["special"], budget.special),
+        ("registers", row["registers"], budget.registers),
+    ):
+        if value > limit:
+            found.append(f"{round(value, 1):g} {what}, budget {limit:g}")
     if row["residents"] < budget.residents:
         found.append(f"{row['residents']} resident programs, budget {budget.residents}")
     return found

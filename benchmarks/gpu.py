@@ -36,14 +36,12 @@ import torch
 
 from .batches import dtype_of
 from .contenders import PEER_PACKAGES, PEERS
-from .gpu_plan import CACHED_TARGETS, hardware, problems, targets
+from .gpu_plan import hardware, problems, targets
 from .gpu_processes import run_in_group
 from .gpu_steps import PART, STEPS
-from .harness import FEWEST_ROUNDS
+from .harness import FEWEST_ROUNDS, Timer
 from .result_files import add_names, checked_device, commit, dtype_name, joined_provenance, provenance, write_json
 
-# Held to by this form of the pass; see gpu_plan.
-TARGETS = CACHED_TARGETS
 LOG, LOG_BYTES = "steps.log", 8 << 20
 # Left at the end of a call for plots and the last result.
 CLOSING_SECONDS = 8.0
@@ -56,21 +54,6 @@ and name the folder: --wheels .whl. All are pure Python, 2 MiB together, so they
 The timed part of trl loads without trl's own requirements. The row of a missing peer says so. Only plots need
 matplotlib.
 """
-
-
-class Clock:
-    """Count the seconds since the start, and those left."""
-
-    def __init__(self, seconds: float) -> None:
-        self.start, self.seconds = time.perf_counter(), seconds
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.start
-
-    @property
-    def left(self) -> float:
-        return self.seconds - self.elapsed
 
 
 # --- results ---
@@ -228,7 +211,7 @@ def installed_wheels(parser: argparse.ArgumentParser, folder: Path | None, targe
     return environment
 
 
-def run(options: argparse.Namespace, result: dict[str, Any], clock: Clock, environment: dict[str, str]) -> None:
+def run(options: argparse.Namespace, result: dict[str, Any], clock: Timer, environment: dict[str, str]) -> None:
     """Run the steps of this call until its time is spent."""
     earlier = result["seconds"]
     todo = pending(result, options.steps)
@@ -246,7 +229,7 @@ def run(options: argparse.Namespace, result: dict[str, Any], clock: Clock, envir
 
 def save(out: Path, result: dict[str, Any]) -> None:
     result["finished"] = all(result["steps"].get(name, {}).get("status") == "done" for name in STEPS)
-    result["targets"] = targets(result, TARGETS)
+    result["targets"] = targets(result)
     write_json(out / "gpu.json", result)
 
 
@@ -307,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     given = ["DIR" if a == str(options.out) else "--out=DIR" if a.startswith("--out=") else a for a in given]
     command = shlex.join(["python", "-m", "benchmarks.gpu", *given])
-    result, clock = result_of_folder(parser, options.out, command, device), Clock(60 * options.minutes)
+    result, clock = result_of_folder(parser, options.out, command, device), Timer(60 * options.minutes)
     enter_interrupted(options.out, result)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     interrupted = False

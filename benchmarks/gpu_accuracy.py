@@ -46,12 +46,12 @@ def truncation_nat(hidden: int, tokens: int, words: int = 2048, group: int = 16)
 
 
 def accuracy(
-    head: HeadShape, pairs: int, response: int, peers: Sequence[str], timed: torch.dtype, device: torch.device
+    head: HeadShape, response: int, peers: Sequence[str], timed: torch.dtype, device: torch.device
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield rows of errors against float64, one list per dtype and soft-cap; peers in the dtype they are timed in."""
     for dtype in (torch.bfloat16, torch.float32):
         for softcap in (None, 30.0):
-            shape = equal(replace(head, softcap=softcap), pairs, response, response)
+            shape = equal(replace(head, softcap=softcap), 2, response, response)
             batch = PairBatch(shape, dtype=dtype, device=device)
             found = chosen([*OURS, *(p for p in peers if p == "log_softmax" or dtype == timed)], batch)
             context = {"dtype": dtype_name(dtype), "softcap": softcap, "response": response}

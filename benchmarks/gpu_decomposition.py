@@ -21,24 +21,13 @@ from .harness import reason, seconds_behind_work, seconds_of, spread
 ROUNDS = 7
 
 
-class NeedsGPU(Exception):
-    """Report that a kernel needs a GPU, or a different GPU."""
-
-
 def decompose(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of each line and its figures; a line that fails says why and the others go on."""
     for name, line_of in lines(batch, stage_rows):
         try:
-            run, work = line_of()
-            row = timed(run, batch.hidden.device) | work
-            seconds = row["busy"]["median"]
-            if "bytes" in work:
-                row["terabytes_per_second"] = work["bytes"] / seconds / 1e12
-            if "operations" in work:
-                row["tflops"] = work["operations"] / seconds / 1e12
-            del run
-        except NeedsGPU:
-            row = {"status": "needs a GPU"}
+            found = line_of()
+            row = {"status": "needs a GPU"} if found is None else timed(*found, batch.hidden.device)
+            del found
         except Exception as error:
             row = {"status": reason(error)}
         if batch.hidden.is_cuda:
@@ -47,17 +36,20 @@ def decompose(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str
         yield name, row
 
 
-Line = Callable[[], tuple[Callable[[], Any], dict[str, Any]]]
+Work = tuple[Callable[[], Any], dict[str, Any]]
 
 
-def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Line]]:
-    """Yield name and maker of each line. A maker allocates the operands and returns the call and its work."""
+def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Callable[[], Work | None]]]:
+    """Yield name and maker of each line. A maker allocates the operands and returns the call and its work.
+
+    A maker returns None if its kernel needs a GPU, or a different one.
+    """
     x, weight = batch.hidden, batch.weight
     (n, hidden), vocab = x.shape, len(weight)
     narrow, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     operations = {"operations": 2 * n * hidden * vocab}
 
-    def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Any], dict[str, Any]]:
+    def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Work:
         return matmul_run(a, b, dtype), operations
 
     def e() -> Tensor:
@@ -95,44 +87,41 @@ def matmul_run(a: Tensor, b: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
     return lambda: torch.mm(a, b, out_dtype=dtype, out=out)  # CUDA and ROCm alone: on a CPU both dtypes are float32
 
 
-def copy_run(device: torch.device) -> tuple[Callable[[], Any], dict[str, Any]]:
+def repeated(run: Callable[[], Any], times: int) -> Callable[[], None]:
+    def runs() -> None:
+        for _ in range(times):
+            run()
+
+    return runs
+
+
+def copy_run(device: torch.device) -> Work:
     """Return a large device-to-device copy: the memory rate that the other lines are compared with."""
     source = torch.rand((1 << 28) if device.type == "cuda" else (1 << 20), device=device)
     out = torch.empty_like(source)
     return lambda: out.copy_(source), {"bytes": 2 * source.nbytes}
 
 
-def _staged_matmul(
-    x: Tensor, weight: Tensor, rows: int, dtype: torch.dtype
-) -> tuple[Callable[[], Any], dict[str, Any]]:
-    one = matmul_run(x[:rows], weight.t(), dtype)
+def _staged_matmul(x: Tensor, weight: Tensor, rows: int, dtype: torch.dtype) -> Work:
     calls = -(-len(x) // rows)
-
-    def run() -> None:
-        for _ in range(calls):
-            one()
-
-    return run, {"operations": 2 * calls * min(rows, len(x)) * weight.numel()}
+    return repeated(matmul_run(x[:rows], weight.t(), dtype), calls), {
+        "operations": 2 * calls * min(rows, len(x)) * weight.numel()
+    }
 
 
-def _row_pass(batch: PairBatch, rows: int, store: bool) -> tuple[Callable[[], Any], dict[str, Any]]:
+def _row_pass(batch: PairBatch, rows: int, store: bool) -> Work | None:
     """Launch once per group of rows, over the same memory, which is larger than any cache."""
     if not batch.hidden.is_cuda:
-        raise NeedsGPU
+        return None
     launch, raw = launch_row_pass(batch, rows, store=store)
     calls = -(-batch.shape.scored // rows)
-
-    def run() -> None:
-        for _ in range(calls):
-            launch(first=0)
-
-    return run, {"bytes": calls * raw.nbytes * (3 if store else 2) // 2}
+    return repeated(partial(launch, first=0), calls), {"bytes": calls * raw.nbytes * (3 if store else 2) // 2}
 
 
-def _cache_tiles(batch: PairBatch, store: bool | None) -> tuple[Callable[[], Any], dict[str, Any]]:
+def _cache_tiles(batch: PairBatch, store: bool | None) -> Work | None:
     """Multiply one row of tiles, each read back from the cache at once unless ``store`` is None."""
     if not batch.hidden.is_cuda:
-        raise NeedsGPU
+        return None
     from inspo_kernels.kernels import config
 
     device = batch.hidden.device
@@ -151,16 +140,16 @@ def _cache_tiles(batch: PairBatch, store: bool | None) -> tuple[Callable[[], Any
     return run, work | {"cache_bytes": raw.nbytes * len(parts)}
 
 
-def _fused_pass(batch: PairBatch, store: bool) -> tuple[Callable[[], Any], dict[str, Any]]:
+def _fused_pass(batch: PairBatch, store: bool) -> Work | None:
     launch = launch_fused_pass(batch, store=store)
     if launch is None:
-        raise NeedsGPU
+        return None
     return launch, {"operations": 2 * batch.shape.scored * batch.weight.numel()}
 
 
-def _label_logits(batch: PairBatch) -> tuple[Callable[[], Any], dict[str, Any]]:
+def _label_logits(batch: PairBatch) -> Work | None:
     if not batch.hidden.is_cuda:
-        raise NeedsGPU
+        return None
     from inspo_kernels.kernels import config
     from inspo_kernels.kernels.label_logits import label_logits
 
@@ -169,15 +158,17 @@ def _label_logits(batch: PairBatch) -> tuple[Callable[[], Any], dict[str, Any]]:
     return run, {"bytes": 2 * batch.hidden.nbytes}
 
 
-def _scaling(x: Tensor, source: torch.dtype, target: torch.dtype) -> tuple[Callable[[], Any], dict[str, Any]]:
+def _scaling(x: Tensor, source: torch.dtype, target: torch.dtype) -> Work:
     rows, scale = x.to(source), torch.rand(len(x), 1, device=x.device)
     out = torch.empty_like(x, dtype=target)
     return lambda: torch.mul(rows, scale, out=out), {"bytes": rows.nbytes + out.nbytes}
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Return seconds of ``run`` from an idle device and behind other work; on a CPU they are equal."""
+def timed(run: Callable[[], Any], work: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return seconds of ``run`` from an idle device and behind other work (equal on a CPU), and rates of its work."""
     run()
     idle = spread([seconds_of(run, str(device)) for _ in range(ROUNDS)])
     busy = spread([seconds_behind_work(run, str(device)) for _ in range(ROUNDS)]) if device.type == "cuda" else idle
-    return {"status": "measured", "idle": idle, "busy": busy}
+    rates = {"bytes": "terabytes_per_second", "operations": "tflops"}
+    found = {rates[what]: count / busy["median"] / 1e12 for what, count in work.items() if what in rates}
+    return {"status": "measured", "idle": idle, "busy": busy, **work, **found}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from .batches import PairBatch, dtype_of, equal, random_head, scored_tokens
 from .contenders import CONTENDERS, OURS, PEER_PACKAGES, PEERS, Contender, chosen
 from .gpu_plan import FULL, QUICK, Plan, hardware
 from .gpu_processes import end_with_parent, exit_when_asked, run_tests
-from .harness import reason
+from .harness import Timer, reason
 from .measure import LOSS, TRAIN, measure
 from .result_files import add_names, checked_device, dtype_name, make_parser, provenance, write_json
 from .tables import line, shape_title, table
@@ -50,15 +49,10 @@ class Context:
     device: torch.device
     peers: Sequence[str]
     out: Path
-    seconds: float
+    timer: Timer
     known: Sequence[str] = ()
     part: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    start: float = field(default_factory=time.perf_counter)
-
-    @property
-    def left(self) -> float:
-        return self.seconds - (time.perf_counter() - self.start)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,7 +101,7 @@ def decomposition(context: Context) -> None:
 
 def tests(context: Context) -> None:
     """The Triton tests on the device itself."""
-    result = context.part["tests"] = run_tests(context.plan.tests, context.out / "tests.log", context.left)
+    result = context.part["tests"] = run_tests(context.plan.tests, context.out / "tests.log", context.timer.left)
     context.say(f"tests {result['status']}: {result['summary']}")
 
 
@@ -116,21 +110,19 @@ def accuracy(context: Context) -> None:
     plan = context.plan
     peers = [peer for peer in context.peers if not CONTENDERS[peer].compiles_per_shape]
     context.part["accuracy"] = []
-    for rows in gpu_accuracy.accuracy(
-        plan.main_head, plan.accuracy_pairs, plan.response, peers, context.dtype, context.device
-    ):
+    for rows in gpu_accuracy.accuracy(plan.main_head, plan.response, peers, context.dtype, context.device):
         context.part["accuracy"] += rows
         context.say(gpu_accuracy.accuracy_table(rows))
 
 
 def autocast(context: Context) -> None:
     """Float32 hidden states and weights under autocast, without and with marginals, as training calls the loss."""
-    _fill(context, "autocast", gpu_training.autocast(context.main_batch(), context.plan.rounds, context.left))
+    _fill(context, "autocast", gpu_training.autocast(context.main_batch(), context.plan.rounds, context.timer.left))
 
 
 def statistics(context: Context) -> None:
     """Measure the time that entropy and the other statistics add to log-probs and loss."""
-    _fill(context, "statistics", gpu_training.statistics(context.main_batch(), context.plan.rounds, context.left))
+    _fill(context, "statistics", gpu_training.statistics(context.main_batch(), context.plan.rounds, context.timer.left))
 
 
 def peers(context: Context) -> None:
@@ -142,7 +134,7 @@ def peers(context: Context) -> None:
 def trees(context: Context) -> None:
     """A model's forward and backward over trees and rows, by attention."""
     plan = context.plan
-    rows = gpu_training.trees(plan.tree_model, plan.tree_pairs, plan.tree_lengths, context.device, context.left)
+    rows = gpu_training.trees(plan.tree_model, plan.tree_pairs, plan.tree_lengths, context.device, context.timer.left)
     _fill(context, "trees", rows)
 
 
@@ -150,7 +142,7 @@ def training(context: Context) -> None:
     """One real training run through the command line: tokens a second and MFU."""
     plan = context.plan
     result = gpu_training.training_run(
-        plan.trained_model, plan.trained_lengths, plan.training_steps, context.device, context.left
+        plan.trained_model, plan.trained_lengths, plan.training_steps, context.device, context.timer.left
     )
     context.part["training"] = result
     context.say(gpu_training.training_line(result))
@@ -165,7 +157,7 @@ def shapes(context: Context) -> None:
 
 def tuning(context: Context) -> None:
     """Block sizes, stages and workspaces beside the shipped ones. Reported, never applied."""
-    result = gpu_tuning.tune(context.main_batch(), context.plan.workspace_rows, context.left / 5)
+    result = gpu_tuning.tune(context.main_batch(), context.plan.workspace_rows, context.timer.left / 5)
     context.part["tuning"] = result
     context.say(gpu_tuning.tuning_table(result))
 
@@ -227,7 +219,7 @@ def measure_cells(context: Context, cells: Sequence[tuple[str, int, str]], names
         shape = scored_tokens(head, tokens, context.plan.response)
         cell: dict[str, Any] = {"name": cell_name(model, tokens, mode), "model": model, "tokens": tokens, "mode": mode}
         cell |= shape.as_json()
-        if i and context.left < RESERVE_SECONDS:
+        if i and context.timer.left < RESERVE_SECONDS:
             context.notes.append(f"{len(todo) - i} cells not measured: out of time")
             return context.save()
         done.append(cell)
@@ -241,7 +233,7 @@ def measure_cells(context: Context, cells: Sequence[tuple[str, int, str]], names
             context.say(table(shape_title(cell), cell["contenders"]))
             continue
         found = chosen(names, batch)
-        share = max(0.0, context.left - RESERVE_SECONDS) / (len(todo) - i)
+        share = max(0.0, context.timer.left - RESERVE_SECONDS) / (len(todo) - i)
         measure(batch, mode, found, rounds, seconds=share / 2, with_errors=False, cell=cell, save=context.save)
         if mode == TRAIN and isinstance(found.get("triton"), Contender):
             cell["workspace_and_gradients_bytes"] = gpu_tuning.workspace_and_gradients(batch, "triton")
@@ -303,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device,
         options.peers,
         options.out,
-        options.seconds,
+        Timer(options.seconds),
         known=options.known,
     )
     context.part["settings"] = pin_matmul_settings()

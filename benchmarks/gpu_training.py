@@ -114,22 +114,16 @@ def trees(
         return torch.randint(3, model_fields["vocab_size"], (count,), generator=generator).tolist()
 
     examples: list[tuple[list[int], ...]] = [(ids(prompt), ids(response), ids(response)) for _ in range(pairs)]
-    ways = {
-        "rows, sdpa": ("rows", "sdpa"),
-        "tree, sdpa": ("tree", "sdpa"),
-        "packed tree, flex_attention": ("packed_tree", "flex_attention"),
-    }
     runs: dict[str, Callable[[], Any]] = {}
-    missing: dict[str, dict[str, Any]] = {}
-    for name, (layout, attention) in ways.items():
+    for layout, attention in (("rows", "sdpa"), ("tree", "sdpa"), ("packed_tree", "flex_attention")):
+        name = f"{layout}, {attention}".replace("packed_tree", "packed tree")
         if attention == "flex_attention" and device.type != "cuda":
-            missing[name] = {"status": "needs a GPU"}
+            yield name, {"status": "needs a GPU"}
             continue
         try:
             runs[name] = tree_run(model_fields, examples, layout, attention, device)
         except Exception as error:
-            missing[name] = {"status": reason(error)}
-    yield from missing.items()
+            yield name, {"status": reason(error)}
     yield from compared(runs, "rows, sdpa", str(device), 5, seconds=seconds / 3, clock=seconds_behind_work).items()
 
 

@@ -25,6 +25,21 @@ import inspo_kernels
 FEWEST_ROUNDS = 3
 
 
+class Timer:
+    """Count the seconds since the start, and those left."""
+
+    def __init__(self, seconds: float) -> None:
+        self.start, self.seconds = time.perf_counter(), seconds
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.elapsed
+
+
 def interleaved_times(
     contenders: Mapping[str, Callable[[], Any]],
     rounds: int,
