@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .result_files import benchmark_of, read_result
+from .result_files import benchmark_of, differences, read_result
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], least: float) -> Iterator[tuple[bool, str]]:
@@ -73,9 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if (was := benchmark_of(old)) != (now := benchmark_of(new)):
         parser.error(f"{options.old} is of {was} and {options.new} of {now}; give two files of one benchmark")
-    for key in ("hardware", "versions", "dtype"):
-        if old.get(key) != new.get(key):
-            print(f"note: {key} differ: {old.get(key)} and {new.get(key)}")
+    if other := differences(old, new, ("hardware", "versions", "dtype")):
+        print(f"note: the files differ ({other})")
     found = list(compare(old, new, options.least))
     for worse, text in sorted(found, reverse=True):
         print(("WORSE  " if worse else "       ") + text)

@@ -224,7 +224,7 @@ def report(chosen_targets: list[str], pattern: str, chosen_cases: Iterable[Case]
 def launches_of_tests(folder: Path) -> Path:
     """Run the GPU tests in Triton's interpreter and return the file of the launches that they made."""
     file = folder / "launches.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.record_launches", *GPU_TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.launches", *GPU_TESTS]
     environment = os.environ | {"TRITON_INTERPRET": "1", "LAUNCHES": str(file)}
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

@@ -26,7 +26,7 @@ from training.demo.report import NAMES, table
 from training.demo.settings import Settings
 from training.demo.stages import run_demo
 
-from .result_files import command, joined_provenance, provenance, result_file, write_json
+from .result_files import command, continued, differences, provenance, result_file, write_json
 from .tables import markdown, section
 
 
@@ -112,11 +112,9 @@ def main() -> None:
     result = {**provenance(given), "settings": settings, "summary": {}, "seeds": {}}
     if options.json.exists():
         earlier = json.loads(options.json.read_text())
-        same = {key: earlier.get(key) == result[key] for key in ("settings", "versions", "hardware")}
-        if not all(same.values()):
-            other = ", ".join(key for key, is_same in same.items() if not is_same)
-            sys.exit(f"error: --json {options.json}: was made with other {other}; move the file or choose another one")
-        result |= joined_provenance(earlier, result) | {"seeds": earlier["seeds"]}
+        if other := differences(earlier, result, ("settings", "versions", "hardware")):
+            sys.exit(f"error: --json {options.json} differs ({other}); move the file or choose another one")
+        result = continued(earlier, result)
 
     for seed in tqdm(options.seeds, desc="seeds", unit="seed"):
         if str(seed) in result["seeds"]:

@@ -40,7 +40,7 @@ from .gpu_plan import hardware, problems, targets
 from .gpu_processes import run_in_group
 from .gpu_steps import PART, STEPS
 from .harness import FEWEST_ROUNDS, Timer
-from .result_files import add_names, checked_device, commit, dtype_name, joined_provenance, provenance, write_json
+from .result_files import add_names, checked_device, commit, continued, differences, dtype_name, provenance, write_json
 
 LOG, LOG_BYTES = "steps.log", 8 << 20
 # Left at the end of a call for plots and the last result.
@@ -135,11 +135,9 @@ def result_of_folder(parser: argparse.ArgumentParser, out: Path, command: str, d
         parser.error(f"--out: {file} is not JSON ({error}); remove it or name another folder")
     if "steps" not in old:
         parser.error(f"--out: {file} is of an older version of this command; remove it or name another folder")
-    for key in ("device", "versions"):
-        if old[key] != result[key]:
-            parser.error(f"--out: {key} of {file} are {old[key]}, here {result[key]}; name another folder")
-    commands = dict.fromkeys([*old["command"].split("; "), command])
-    return old | joined_provenance(old, result) | {"command": "; ".join(commands)}
+    if other := differences(old, result, ("device", "versions")):
+        parser.error(f"--out: {file} differs ({other}); name another folder")
+    return continued(old, result)
 
 
 # --- steps ---

@@ -1,16 +1,25 @@
 """List the cases of the compile report: each kernel as the backend launches it, and each launch of the tests.
 
-``cases`` lists the shipped configurations by hand, with the facts that the report checks. ``recorded`` replays launches
-that ``benchmarks.record_launches`` recorded while the tests ran, for any launcher and any arguments.
+``cases`` lists the shipped configurations by hand, with the facts that the report checks. As a pytest plugin, this module
+records every launch of the tests, for any launcher and any arguments, and ``recorded`` replays them:
+
+    TRITON_INTERPRET=1 LAUNCHES=FILE python -m pytest -p benchmarks.launches tests/inspo_kernels/test_triton.py
+
+A launcher is any function in ``inspo_kernels.kernels`` that takes ``arch``. The plugin writes its name and the facts of
+its arguments that affect compilation: dtypes, shapes, strides, alignment and which tensors share an address. Identical
+calls are written once.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import os
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +209,59 @@ def bias_gradient_cases() -> Iterator[Case]:
 
 # --- launches of the tests ---
 
+_calls: dict[str, None] = {}
+
+
+def written(value: Any, addresses: list[int]) -> Any:
+    """Return a JSON value from which ``recorded`` rebuilds an argument that compiles to the same kernel."""
+    if isinstance(value, Tensor):
+        address = value.data_ptr()
+        same_as = addresses.index(address) if address and address in addresses else None  # 0: it is empty
+        addresses.append(address)
+        dtype = str(value.dtype).removeprefix("torch.")
+        layout = {"shape": list(value.shape), "stride": list(value.stride()), "offset": address % 16}
+        return {"dtype": dtype, **layout, "same_as": same_as}
+    if isinstance(value, frozenset):
+        return {"set": sorted(value)}
+    if isinstance(value, float):
+        return {"float": repr(value)}
+    return value
+
+
+def recording(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(launcher)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        addresses: list[int] = []
+        one = {
+            "module": launcher.__module__,
+            "name": launcher.__name__,
+            "args": [written(value, addresses) for value in args],
+            "kwargs": {name: written(value, addresses) for name, value in kwargs.items() if name != "arch"},
+        }
+        _calls[json.dumps(one)] = None
+        return launcher(*args, **kwargs)
+
+    return call
+
+
+def pytest_configure() -> None:
+    from inspo_kernels import kernels
+
+    for found in pkgutil.iter_modules(kernels.__path__):
+        if found.name == "config":  # its functions choose sizes for an architecture and launch nothing
+            continue
+        module = importlib.import_module(f"{kernels.__name__}.{found.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and "arch" in inspect.signature(function).parameters:
+                setattr(module, name, recording(function))
+
+
+def pytest_unconfigure() -> None:
+    Path(os.environ["LAUNCHES"]).write_text("".join(f"{call}\n" for call in _calls))
+
 
 def recorded(file: Path) -> Iterator[Case]:
-    """Yield a case for each launch in a ``record_launches`` file, on tensors with the recorded layouts.
+    """Yield a case for each launch in a file of the plugin, on tensors with the recorded layouts.
 
     The report checks fewer facts of these launches, because tests use odd strides and widths on purpose.
     """
@@ -224,7 +283,7 @@ def recorded(file: Path) -> Iterator[Case]:
 
 
 def _made(value: Any, tensors: list[Tensor]) -> Any:
-    """Rebuild an argument that ``record_launches.written`` recorded. Tensors that shared an address share one again."""
+    """Rebuild an argument that ``written`` recorded. Tensors that shared an address share one again."""
     if not isinstance(value, dict):
         return value
     if "set" in value:

@@ -47,13 +47,21 @@ def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def joined_provenance(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return date and package for a file with figures of two runs: the newer values, with the commits of both runs."""
+def continued(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the older of two runs' results with the newer date and package, and the commits and commands of both."""
     before = old.get("package", {}).get("commit") or "unknown"
-    known = before.split(", ")
-    commits = dict.fromkeys([*known, new["package"]["commit"] or "unknown"])
+    commits = dict.fromkeys([*before.split(", "), new["package"]["commit"] or "unknown"])
     commit = None if list(commits) == ["unknown"] else ", ".join(commits)
-    return {"date": new["date"], "package": new["package"] | {"commit": commit}}
+    commands = dict.fromkeys([*old["command"].split("; "), new["command"]])
+    package = new["package"] | {"commit": commit}
+    return {**old, "date": new["date"], "package": package, "command": "; ".join(commands)}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Return the keys in which two results differ, with both values, or "" if there are none."""
+    return "; ".join(
+        f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)
+    )
 
 
 def commit() -> str | None:
@@ -216,11 +224,9 @@ def _resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, resul
         parser.error(f"--resume: {error}")
     if (was := benchmark_of(old)) != (now := benchmark_of(result)):
         parser.error(f"--resume: {options.json} is of {was}, not of {now}; start a new file")
-    for key in ("hardware", "versions", "dtype"):
-        if old.get(key) != result[key]:
-            parser.error(f"--resume: {key} of {options.json} are {old.get(key)}, here {result[key]}; start a new file")
-    commands = dict.fromkeys([*old["command"].split("; "), result["command"]])
-    return old | joined_provenance(old, result) | {"command": "; ".join(commands), "finished": False}
+    if other := differences(old, result, ("hardware", "versions", "dtype")):
+        parser.error(f"--resume: {options.json} differs ({other}); start a new file")
+    return continued(old, result) | {"finished": False}
 
 
 def lacks(row: Mapping[str, Any] | None, what: str) -> bool:

@@ -15,6 +15,7 @@ lengths of real pairs ("real").
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
 import sys
@@ -159,6 +160,14 @@ def peak_of(what: dict[str, Any], name: str, device: str) -> int | str | None:
     return own_peak(lambda: contender.prepare(job)(), device)
 
 
+def share(text: str) -> str:
+    """Parse a number between 0 and 1, or "real", for argparse."""
+    with contextlib.suppress(ValueError):
+        if text == "real" or 0 < float(text) < 1:
+            return text
+    raise argparse.ArgumentTypeError(f'{text} is not a number between 0 and 1, or "real"')
+
+
 def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = make_parser("step", __doc__)
     add_common_options(parser, rounds=5)
@@ -166,6 +175,7 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.
     parser.add_argument(
         "--shares",
         nargs="+",
+        type=share,
         default=["0.1", "0.5", "0.9", "real"],
         metavar="SHARE",
         help='the prompt\'s share of a pair, or "real" [0.1 0.5 0.9 real]',
@@ -177,9 +187,6 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.
     parser.add_argument("--tokens", type=positive, default=512, help="tokens of a pair, at most [512]")
     parser.add_argument("--updates", type=positive, default=2, help="updates timed together [2]")
     options = parser.parse_args(arguments)
-    for share in options.shares:
-        if share != "real" and not _is_share(share):
-            parser.error(f'--shares {share}: a number between 0 and 1, or "real"')
     options.models = options.models or (["quick"] if options.quick else ["small", "trunk"])
     options.tokens = min(options.tokens, 48) if options.quick else options.tokens
     fitting = sum(sum(lengths) <= options.tokens for lengths in real_lengths())
@@ -190,13 +197,6 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.
             "fewer --pairs or --updates, or more --tokens"
         )
     return parser, options
-
-
-def _is_share(text: str) -> bool:
-    try:
-        return 0 < float(text) < 1
-    except ValueError:
-        return False
 
 
 def prove(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:

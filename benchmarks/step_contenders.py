@@ -15,7 +15,6 @@ never changes.
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from training.layouts import choose_layout
 from training.pairs import lengths_of
 from training.scoring import Batch, Batcher, PairModel, score
 
-from .contenders import BETA
+from .contenders import BETA, not_installed
 from .step_jobs import Job, Pair, Trained, counting_positions, now
 from .step_trainers import TrainerStep
 
@@ -169,18 +168,17 @@ class StepContender:
 
     title: str
     prepare: Callable[[Job], Callable[[], Trained]]
-    module: str = "torch"
     package: str = "torch"
     tolerance: float = 1e-9
 
     def unavailable(self) -> str | None:
-        return None if importlib.util.find_spec(self.module) else f"not installed: pip install {self.package}"
+        return not_installed(self.package)
 
 
 def _trainer(title: str, *, compact: bool = False, layout: str | None = None) -> StepContender:
     """Return a contender that runs in TRL, which keeps sums and the reference's log-probs in float32."""
     prepare = partial(TrainerStep, compact=compact, layout=layout)
-    return StepContender(title, prepare, "trl", "trl", tolerance=1e-4)
+    return StepContender(title, prepare, "trl", tolerance=1e-4)
 
 
 STEP_CONTENDERS = {

@@ -75,7 +75,7 @@ def test_quick_run_writes_a_complete_file(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setitem(STEP_CONTENDERS, "tree", StepContender("broken", broken))
-    monkeypatch.setitem(STEP_CONTENDERS, "trl", StepContender("absent", broken, "no_such_module", "no-such"))
+    monkeypatch.setitem(STEP_CONTENDERS, "trl", StepContender("absent", broken, "no-such"))
     contenders = ["rows", "tree", "trl", "four_forwards"]
     peaks = []
 
