@@ -1,7 +1,7 @@
 """List the cases of the compile report: each kernel as the backend launches it, and each launch of the tests.
 
-``cases`` lists the shipped configurations by hand, with the facts that the report checks. As a pytest plugin, this module
-records every launch of the tests, for any launcher and any arguments, and ``recorded`` replays them:
+``cases`` lists the shipped configurations by hand, with the facts that the report checks. As a pytest plugin, this
+module records every launch of the tests, for any launcher and any arguments, and ``recorded`` replays them:
 
     TRITON_INTERPRET=1 LAUNCHES=FILE python -m pytest -p benchmarks.launches tests/inspo_kernels/test_triton.py
 
