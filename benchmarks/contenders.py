@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def dpo(logps: Tensor, batch: PairBatch, ref_logps: Tensor | None = None) -> tup
     return -F.logsigmoid(BETA * (chosen - rejected)).mean(), sums.detach()
 
 
-def ours(backend: str, *, on_host: bool = False, max_workspace_bytes: int | None = None) -> Loss:
+def ours(backend: str, *, on_host: bool = False, **options: Any) -> Loss:
     """Call ``fused_inspo_loss`` as a training loop does: with every position if the batch has every position."""
 
     def run(hidden: Tensor, weight: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -54,8 +55,8 @@ def ours(backend: str, *, on_host: bool = False, max_workspace_bytes: int | None
             ref_logps=batch.ref_logps,
             objective=ik.DPO(beta=BETA),
             softcap=batch.softcap,
-            max_workspace_bytes=max_workspace_bytes,
             backend=backend,
+            **options,
         )
         return out.loss, out.logps
 

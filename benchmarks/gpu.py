@@ -159,9 +159,9 @@ def run_step(
     before = result["steps"].get(name, {"status": "done"})
     # An unfinished step continues; a finished one that is named is repeated.
     known = [] if before["status"] == "done" else [cell["name"] for cell in result["cells"] if _has(cell, name)]
-    command = [sys.executable, "-m", "benchmarks.gpu_steps", name, "--out", str(options.out.absolute()), "--device"]
-    command += [options.device, "--seconds", f"{max(5.0, seconds - 5):.0f}", "--end-with-parent"]
-    command += ["--known", json.dumps(known), *(["--quick"] if options.quick else []), "--peers", *options.peers]
+    given = {"name": name, "known": known, "seconds": max(5.0, seconds - 5), "out": str(options.out.absolute())}
+    given |= {key: getattr(options, key) for key in ("device", "quick", "peers")}
+    command = [sys.executable, "-m", "benchmarks.gpu_steps", json.dumps(given)]
     log, start = options.out / LOG, time.perf_counter()
     shown = log.stat().st_size if log.exists() else 0
     code = run_in_group(command, log, seconds, environment)

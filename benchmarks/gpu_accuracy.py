@@ -14,9 +14,9 @@ from .harness import reason
 from .measure import FROZEN, LOGPS, LOSS, TRAIN, Truth, step, too_large
 from .result_files import dtype_name
 
-# What 512 log-probs may be off by: twice an estimate. Tensor cores round their sums toward zero. ``truncation_nat``
-# simulates that for H = 4096 and sums rounded after every 16 terms: 2.4e-3 nat, all of one sign, where labels are
-# unlikely.
+# What 512 log-probs may be off by: twice an estimate. Tensor cores round their sums toward zero. A
+# simulation in tests/benchmarks/test_gpu.py, with H = 4096 and sums rounded after every 16 terms, gives 2.4e-3 nat, all
+# of one sign, where labels are unlikely.
 SEQUENCE_NAT = 2 * 2.4e-3
 SMOKE_HEAD = HeadShape(256, 2000)
 # What is checked in which modes.
@@ -24,25 +24,6 @@ TITLES = {
     LOSS: {mode: f"loss, {mode}" for mode in (TRAIN, FROZEN)},
     LOGPS: {TRAIN: "linear_logps", FROZEN: f"linear_logps, {FROZEN}"},
 }
-
-
-def truncation_nat(hidden: int, tokens: int, words: int = 2048, group: int = 16) -> float:
-    """Simulate the error of the summed log-sum-exp of ``tokens`` rows of standard normal logits, in nats.
-
-    Exact sums of ``group`` terms are added to a float32 accumulator that is rounded toward zero, as measured on tensor
-    cores (Fasi et al. 2021). A sample of ``words`` stands for the vocabulary: the mean error does not depend on it.
-    """
-    g = torch.Generator().manual_seed(0)
-    weight = (torch.randn(words, hidden, generator=g) / hidden**0.5).bfloat16().double()
-    x = torch.randn(8, hidden, generator=g).bfloat16().double()
-    total = torch.zeros(len(x), words)
-    for k in range(0, hidden, group):
-        exact = total.double() + x[:, k : k + group] @ weight[:, k : k + group].t()
-        total = exact.float()
-        away = total.double().abs() > exact.abs()
-        total = torch.where(away, torch.nextafter(total, torch.zeros_like(total)), total)
-    errors = total.double().logsumexp(1) - (x @ weight.t()).logsumexp(1)
-    return tokens * errors.mean().abs().item()
 
 
 def accuracy(

@@ -1,10 +1,7 @@
 """Run one step of the GPU benchmark in its own process.
 
-    python -m benchmarks.gpu_steps STEP --out DIR --device cuda --seconds 60
-
-``benchmarks.gpu`` starts these processes; by hand, one step can be repeated under a profiler. A step writes what it has
-to DIR/part.json after each figure, and ``benchmarks.gpu`` merges that into DIR/gpu.json when the process has ended,
-however it ended.
+``benchmarks.gpu`` starts these processes. A step writes what it has to DIR/part.json after each figure, and
+``benchmarks.gpu`` merges that into DIR/gpu.json when the process has ended, however it ended.
 """
 
 from __future__ import annotations
@@ -21,12 +18,12 @@ import torch
 
 from . import gpu_accuracy, gpu_decomposition, gpu_training, gpu_tuning
 from .batches import PairBatch, dtype_of, equal, random_head, scored_tokens
-from .contenders import CONTENDERS, OURS, PEER_PACKAGES, PEERS, Contender, chosen
+from .contenders import CONTENDERS, OURS, PEER_PACKAGES, Contender, chosen
 from .gpu_plan import FULL, QUICK, Plan, hardware
 from .gpu_processes import end_with_parent, exit_when_asked, run_tests
 from .harness import Timer, reason
 from .measure import LOSS, TRAIN, measure
-from .result_files import add_names, checked_device, dtype_name, make_parser, provenance, write_json
+from .result_files import checked_device, dtype_name, make_parser, provenance, write_json
 from .tables import line, shape_title, table
 
 PART = "part.json"
@@ -249,16 +246,11 @@ def cell_name(model: str, tokens: int, mode: str) -> str:
 def pin_matmul_settings() -> dict[str, Any]:
     """Have every contender multiply with full-precision sums, and return the settings that hold."""
     matmul = torch.backends.cuda.matmul
-    wanted = {
-        "allow_bf16_reduced_precision_reduction": False,
-        "allow_fp16_reduced_precision_reduction": False,
-        "allow_fp16_accumulation": False,
-        "allow_tf32": False,
-    }
-    for name, value in wanted.items():
-        if hasattr(matmul, name):
-            setattr(matmul, name, value)
-    return {name: str(getattr(matmul, name)) for name in wanted if hasattr(matmul, name)}
+    settings = ("bf16_reduced_precision_reduction", "fp16_reduced_precision_reduction", "fp16_accumulation", "tf32")
+    known = [name for name in (f"allow_{setting}" for setting in settings) if hasattr(matmul, name)]
+    for name in known:
+        setattr(matmul, name, False)
+    return {name: str(getattr(matmul, name)) for name in known}
 
 
 def device_notes(device: torch.device) -> list[str]:
@@ -274,37 +266,19 @@ def device_notes(device: torch.device) -> list[str]:
     return notes
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = make_parser("gpu_steps", __doc__)
-    parser.add_argument("step", choices=STEPS)
-    parser.add_argument("--out", type=Path, required=True, help="folder of part.json")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="small shapes")
-    parser.add_argument("--seconds", type=float, default=600.0, help="time limit of the step [600]")
-    add_names(parser, "--peers", PEERS, "other libraries to time [all]", nargs="*", default=PEERS)
-    parser.add_argument("--known", type=json.loads, default=[], help="JSON list of cells that are not measured again")
-    parser.add_argument("--end-with-parent", action="store_true", help="end when the starting process ends")
-    options = parser.parse_args(arguments)
+def main(given: dict[str, Any]) -> int:
     exit_when_asked()
-    if options.end_with_parent:
-        end_with_parent()
-    device = checked_device(parser, options.device)
-    context = Context(
-        options.step,
-        QUICK if options.quick else FULL,
-        device,
-        options.peers,
-        options.out,
-        Timer(options.seconds),
-        known=options.known,
-    )
+    end_with_parent()
+    name, plan, out = given["name"], QUICK if given["quick"] else FULL, Path(given["out"])
+    device = checked_device(make_parser("gpu_steps", __doc__), given["device"])
+    context = Context(name, plan, device, given["peers"], out, Timer(given["seconds"]), given["known"])
     context.part["settings"] = pin_matmul_settings()
     try:
         context.notes += device_notes(device)
         context.part |= {"device": hardware(device), "peers": provenance("", PEER_PACKAGES)["versions"]}
         for note in context.notes:
             print(f"note: {note}")
-        STEPS[options.step].run(context)
+        STEPS[name].run(context)
     except Exception as error:
         traceback.print_exc()
         why = reason(error)
@@ -317,4 +291,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(json.loads(sys.argv[1])))

@@ -19,7 +19,7 @@ from torch import Tensor
 import inspo_kernels as ik
 
 from .batches import PairBatch
-from .contenders import BETA
+from .contenders import BETA, ours
 from .gpu_processes import run_in_group
 from .harness import compared, reason, seconds_behind_work, spread
 from .measure import PRODUCTS, TRAIN, products
@@ -81,17 +81,8 @@ def statistics(batch: PairBatch, rounds: int, seconds: float) -> Rows:
 
     def loss(**options: Any) -> None:
         hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()
-        out = ik.fused_inspo_loss(
-            hidden,
-            weight,
-            batch.targets,
-            segment_ids=batch.segment_ids,
-            ref_logps=batch.ref_logps,
-            objective=ik.DPO(beta=BETA),
-            softcap=batch.softcap,
-            **options,
-        )
-        out.loss.backward()
+        value, _ = ours("auto", **options)(hidden, weight, batch)
+        value.backward()
 
     device = str(batch.hidden.device)
     for what, run in (("log-probs", log_probs), ("loss", loss)):

@@ -36,6 +36,16 @@ def sweep(
     return {"shipped": shipped, "best": best, "candidates": rows}
 
 
+def patched(run: Callable[[], Any], module: Any, **values: Any) -> Callable[[], None]:
+    """Return ``run`` with other values of the module's names."""
+
+    def call() -> None:
+        with mock.patch.multiple(module, **values):
+            run()
+
+    return call
+
+
 def tune(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) -> dict[str, Any]:
     """Time candidates beside the shipped choice; nothing is changed."""
     on_gpu = batch.hidden.device.type == "cuda"
@@ -100,11 +110,8 @@ def tune_fused_pass(batch: PairBatch, seconds: float) -> dict[str, Any]:
         ", ".join(f"{name} {value}" for name, value in change.items()): replace(shipped, **change) for change in changes
     }
 
-    def run(candidate: Any) -> None:
-        with mock.patch.object(config, "fused_pass", lambda *_: candidate):
-            launch()
-
-    return sweep("shipped", {name: partial(run, c) for name, c in candidates.items()}, batch.hidden.device, seconds)
+    runs = {name: patched(launch, config, fused_pass=lambda *_, c=c: c) for name, c in candidates.items()}
+    return sweep("shipped", runs, batch.hidden.device, seconds)
 
 
 def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[str, Any]:
@@ -119,12 +126,11 @@ def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[st
     candidates = dict.fromkeys([shipped, *(config.RowPass(*pair) for pair in pairs)])
     repeats = 10  # one launch is no longer than its own latency
 
-    def run(candidate: Any) -> None:
-        with mock.patch.object(config, "row_pass", lambda *_: candidate):
-            for _ in range(repeats):
-                launch(first=0)
+    def run() -> None:
+        for _ in range(repeats):
+            launch(first=0)
 
-    runs = {row_pass_name(c): partial(run, c) for c in candidates}
+    runs = {row_pass_name(c): patched(run, config, row_pass=lambda *_, c=c: c) for c in candidates}
     swept = sweep(row_pass_name(shipped), runs, batch.hidden.device, seconds, repeats)
     for row in swept["candidates"].values():
         if row["status"] == "measured":
@@ -146,14 +152,11 @@ def tune_tiles(batch: PairBatch, seconds: float) -> dict[str, Any]:
     whole = config.LogitsTile(1024, config.padded_vocab(batch.head.vocab))  # written to memory
     candidates = dict.fromkeys([shipped, *(config.LogitsTile(*size) for size in sizes), whole])
 
-    def run(tile: Any) -> None:
-        with (
-            mock.patch.object(config, "logits_tile", lambda *_: tile),
-            mock.patch.object(config, "fused_pass", lambda *_: None),
-        ):
-            step(batch, TRAIN, CONTENDERS["triton"])
-
-    runs = {f"{c.rows} x {c.words}": partial(run, c) for c in candidates}
+    run = partial(step, batch, TRAIN, CONTENDERS["triton"])
+    runs = {
+        f"{c.rows} x {c.words}": patched(run, config, logits_tile=lambda *_, c=c: c, fused_pass=lambda *_: None)
+        for c in candidates
+    }
     return sweep(f"{shipped.rows} x {shipped.words}", runs, device, seconds)
 
 
@@ -161,12 +164,9 @@ def tune_kept(batch: PairBatch, seconds: float) -> dict[str, Any]:
     """Time forward + backward with fewer rows of E kept at a time."""
     from inspo_kernels.backends import triton_backend
 
-    def run(rows: int) -> None:
-        with mock.patch.object(triton_backend, "KEPT_ROWS", rows):
-            step(batch, TRAIN, CONTENDERS["triton"])
-
+    run = partial(step, batch, TRAIN, CONTENDERS["triton"])
     values = sorted({triton_backend.KEPT_ROWS, 2048, 4096, 8192})
-    runs = {str(value): partial(run, value) for value in values}
+    runs = {str(value): patched(run, triton_backend, KEPT_ROWS=value) for value in values}
     return sweep(str(triton_backend.KEPT_ROWS), runs, batch.hidden.device, seconds)
 
 

@@ -139,7 +139,7 @@ def processes_of(folder):
             words = file.read_bytes().decode().split("\0")
         except OSError:
             continue
-        if "benchmarks.gpu_steps" in words and str(folder) in words:
+        if "benchmarks.gpu_steps" in words and any(str(folder) in word for word in words):
             found.append(words)
     return found
 
@@ -192,7 +192,7 @@ def test_cells_cut_short_are_measured_again(tmp_path, fake_step):
         rows = {"floor": row, "cut_cross_entropy": {"status": "needs a GPU", "step": "main"}}
         result["cells"].append({"name": name, "contenders": rows})
     gpu.run_step("main", options, result, 20.0, {})
-    assert '--known ["whole"]' in (tmp_path / "words").read_text()
+    assert '"known": ["whole"]' in (tmp_path / "words").read_text()
 
 
 def test_step_without_time_left_is_not_started(capsys, fake_step):
@@ -318,10 +318,29 @@ def test_failing_line_of_the_decomposition_leaves_the_others(monkeypatch):
     assert rows["dX matmul"]["status"] == "measured" and rows["copy"]["terabytes_per_second"] > 0
 
 
+def truncation_nat(hidden, tokens, words=2048, group=16):
+    """Simulate the error of the summed log-sum-exp of ``tokens`` rows of standard normal logits, in nats.
+
+    Exact sums of ``group`` terms are added to a float32 accumulator that is rounded toward zero, as measured on tensor
+    cores (Fasi et al. 2021). A sample of ``words`` stands for the vocabulary: the mean error does not depend on it.
+    """
+    g = torch.Generator().manual_seed(0)
+    weight = (torch.randn(words, hidden, generator=g) / hidden**0.5).bfloat16().double()
+    x = torch.randn(8, hidden, generator=g).bfloat16().double()
+    total = torch.zeros(len(x), words)
+    for k in range(0, hidden, group):
+        exact = total.double() + x[:, k : k + group] @ weight[:, k : k + group].t()
+        total = exact.float()
+        away = total.double().abs() > exact.abs()
+        total = torch.where(away, torch.nextafter(total, torch.zeros_like(total)), total)
+    errors = total.double().logsumexp(1) - (x @ weight.t()).logsumexp(1)
+    return tokens * errors.mean().abs().item()
+
+
 def test_accuracy_limit_is_twice_the_simulated_error():
-    estimate = gpu_accuracy.truncation_nat(4096, 512)
+    estimate = truncation_nat(4096, 512)
     assert estimate == pytest.approx(gpu_accuracy.SEQUENCE_NAT / 2, rel=0.1)
-    assert gpu_accuracy.truncation_nat(1024, 512) < estimate / 3
+    assert truncation_nat(1024, 512) < estimate / 3
 
 
 @pytest.mark.parametrize("wrong", ["dhidden", "dweight", "sums"])
