@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,43 +14,6 @@ from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN
 # What the bytes allow on an H200 if tiles of logits stay in the cache.
 TARGETS = {TRAIN: 1.05, FROZEN: 1.08, FORWARD: 1.10}
 MEMORY_TARGET = 1.05
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Hold the sizes of every step: ``response`` tokens a response, ``main`` model and tokens of most steps."""
-
-    models: dict[str, HeadShape]
-    tokens: tuple[int, ...]
-    main: tuple[str, int]
-    response: int
-    tests: tuple[str, ...]
-    rounds: int
-    stage_rows: tuple[int, ...]
-    workspace_rows: tuple[int, ...]
-    tree_model: dict[str, Any]
-    tree_pairs: int
-    tree_lengths: tuple[int, int]
-    trained_model: dict[str, Any]
-    trained_lengths: tuple[int, int]
-    training_steps: int
-
-    @property
-    def main_head(self) -> HeadShape:
-        return self.models[self.main[0]]
-
-    def main_cells(self) -> list[tuple[str, int, str]]:
-        """Return (model, tokens, mode) of the main shape."""
-        return [(*self.main, mode) for mode in MODES]
-
-    def other_cells(self) -> list[tuple[str, int, str]]:
-        """Return all other shapes: the main model's lengths, then the models at the main length, then the rest."""
-        model, tokens = self.main
-        lengths = [(model, n) for n in self.tokens]
-        at_main = [(m, tokens) for m in self.models]
-        rest = [(m, n) for m in self.models for n in self.tokens]
-        shapes = [shape for shape in dict.fromkeys([*lengths, *at_main, *rest]) if shape != self.main]
-        return [(m, n, mode) for m, n in shapes for mode in MODES]
 
 
 ONE_BILLION = {
@@ -71,27 +34,48 @@ TINY = ONE_BILLION | {
     "num_key_value_heads": 2,
     "vocab_size": 300,
 }
-FULL = Plan(
-    models=MODELS,
-    tokens=(1024, 2048, 4096, 8192, 16384),
-    main=("llama3-8b", 8192),
-    response=512,
-    tests=(
-        "tests/inspo_kernels/test_triton.py",
-        "tests/inspo_kernels/test_triton_kernels.py",
-        "tests/inspo_kernels/test_fused_pass.py",
-        "tests/inspo_kernels/test_cuda.py",
-    ),
-    rounds=15,
-    stage_rows=(512, 1024, 2048, 4096),
-    workspace_rows=(1024, 2048, 4096, 8192),
-    tree_model=ONE_BILLION | {"num_hidden_layers": 4},
-    tree_pairs=8,
-    tree_lengths=(1024, 256),
-    trained_model=ONE_BILLION,
-    trained_lengths=(512, 256),
-    training_steps=200,
-)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold the sizes of every step: ``response`` tokens a response, ``main`` model and tokens of most steps."""
+
+    models: dict[str, HeadShape] = field(default_factory=lambda: MODELS)
+    tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    main: tuple[str, int] = ("llama3-8b", 8192)
+    response: int = 512
+    tests: tuple[str, ...] = tuple(
+        f"tests/inspo_kernels/test_{name}.py" for name in ("triton", "triton_kernels", "fused_pass", "cuda")
+    )
+    rounds: int = 15
+    stage_rows: tuple[int, ...] = (512, 1024, 2048, 4096)
+    workspace_rows: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    tree_model: dict[str, Any] = field(default_factory=lambda: ONE_BILLION | {"num_hidden_layers": 4})
+    tree_pairs: int = 8
+    tree_lengths: tuple[int, int] = (1024, 256)
+    trained_model: dict[str, Any] = field(default_factory=lambda: ONE_BILLION)
+    trained_lengths: tuple[int, int] = (512, 256)
+    training_steps: int = 200
+
+    @property
+    def main_head(self) -> HeadShape:
+        return self.models[self.main[0]]
+
+    def main_cells(self) -> list[tuple[str, int, str]]:
+        """Return (model, tokens, mode) of the main shape."""
+        return [(*self.main, mode) for mode in MODES]
+
+    def other_cells(self) -> list[tuple[str, int, str]]:
+        """Return all other shapes: the main model's lengths, then the models at the main length, then the rest."""
+        model, tokens = self.main
+        lengths = [(model, n) for n in self.tokens]
+        at_main = [(m, tokens) for m in self.models]
+        rest = [(m, n) for m in self.models for n in self.tokens]
+        shapes = [shape for shape in dict.fromkeys([*lengths, *at_main, *rest]) if shape != self.main]
+        return [(m, n, mode) for m, n in shapes for mode in MODES]
+
+
+FULL = Plan()
 QUICK = Plan(
     models={"tiny": HeadShape(64, 1000), "tiny-softcap": HeadShape(48, 777, softcap=30.0)},
     tokens=(64, 128),
