@@ -11,12 +11,11 @@ any contender got slower or larger, stopped working or is missing.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .result_files import benchmark_of, differences, read_result
+from .result_files import benchmark_of, differences, make_parser, read_result
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], least: float) -> Iterator[tuple[bool, str]]:
@@ -62,7 +61,7 @@ def _differences(name: str, was: dict[str, Any], row: dict[str, Any], least: flo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.compare", description=__doc__.splitlines()[0])
+    parser = make_parser("compare", __doc__)
     parser.add_argument("old")
     parser.add_argument("new")
     parser.add_argument("--least", type=float, default=0.03, help="smallest relative change to report [0.03]")

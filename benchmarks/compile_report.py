@@ -20,7 +20,6 @@ if a kernel
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -35,7 +34,7 @@ from typing import Any
 
 from .launches import Case, cases, recorded
 from .machine_code import bound, describe
-from .result_files import provenance, write_json
+from .result_files import add_names, make_parser, provenance, result_file, write_json
 
 GPU_TESTS = ("tests/inspo_kernels/test_triton.py", "tests/inspo_kernels/test_triton_kernels.py")
 
@@ -257,9 +256,9 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.compile_report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser = make_parser("compile_report", __doc__)
+    parser.add_argument("--json", type=result_file, help="write the results to this file")
+    add_names(parser, "--targets", TARGETS, "architectures to compile for [all]", default=list(TARGETS))
     parser.add_argument("--only", default="", help="regular expression over 'kernel: configuration'")
     parser.add_argument("--tests", action="store_true", help="also compile each launch of the GPU tests")
     options = parser.parse_args(arguments)

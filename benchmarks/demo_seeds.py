@@ -7,7 +7,6 @@ This command calls the demo's own function. It saves the file after each seed, s
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -26,7 +25,7 @@ from training.demo.report import NAMES, table
 from training.demo.settings import Settings
 from training.demo.stages import run_demo
 
-from .result_files import command, continued, differences, provenance, result_file, write_json
+from .result_files import command, continued, differences, make_parser, provenance, result_file, write_json
 from .tables import markdown, section
 
 
@@ -94,7 +93,7 @@ def _gain(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_seeds", description=__doc__.split("\n")[0])
+    parser = make_parser("demo_seeds", __doc__)
     parser.add_argument("--json", type=result_file, required=True, help="result file; finished seeds in it are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="seeds to run [0 to 9]")
     parser.add_argument("--quick", action="store_true", help="use the demo's quick sizes")

@@ -78,15 +78,13 @@ def errors(batch: PairBatch, found: dict[str, Outcome], what: str) -> list[dict[
 
 
 def limits_of(batch: PairBatch, plain: dict[str, float], found: dict[str, float], what: str) -> dict[str, float]:
-    if what == LOGPS:  # errors of either sign: 512 of them stay within the limit of a sequence
-        return gradient_limits(batch, plain) | {"token_nat": SEQUENCE_NAT / 512**0.5}
-    limits = gradient_limits(batch, plain, 2 * BETA * found["sequence_nat"])
-    return limits | {"sequence_nat": SEQUENCE_NAT, "loss_nat": 2 * BETA * SEQUENCE_NAT}
-
-
-def gradient_limits(batch: PairBatch, plain: dict[str, float], besides: float = 0.0) -> dict[str, float]:
+    if what == LOSS:
+        limits, besides = {"sequence_nat": SEQUENCE_NAT, "loss_nat": 2 * BETA * SEQUENCE_NAT}, found["sequence_nat"]
+    else:  # errors of either sign: 512 of them stay within the limit of a sequence
+        limits, besides = {"token_nat": SEQUENCE_NAT / 512**0.5}, 0.0
     rounding = torch.finfo(batch.hidden.dtype).eps / 2
-    return {name: 2 * max(plain[name], rounding) + besides for name in ("dhidden", "dweight") if name in plain}
+    gradients = (name for name in ("dhidden", "dweight") if name in plain)
+    return limits | {name: 2 * max(plain[name], rounding) + 2 * BETA * besides for name in gradients}
 
 
 def judged(errors: dict[str, float], limits: dict[str, float]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ RUNS: dict[str, Callable[[TrainConfig, list[Pair], int], float]] = {"bare": bare
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = pairs_parser("benchmarks.loop_overhead", __doc__)
+    parser = pairs_parser("loop_overhead", __doc__)
     parser.add_argument(
         "--steps", type=positive, default=100, help="steps of a run, which ends with a checkpoint [100]"
     )

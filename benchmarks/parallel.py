@@ -10,7 +10,6 @@ matmuls.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -31,7 +30,7 @@ from inspo_kernels.groups import GATHER
 
 from .batches import HeadShape, Shape, equal
 from .harness import own_peak, release_freed_memory, spread
-from .result_files import command, positive, provenance, result_file, write_json
+from .result_files import command, make_parser, positive, provenance, result_file, write_json
 from .tables import markdown, ratio_text
 
 RANKS = (1, 2, 4)
@@ -116,7 +115,7 @@ class _TimedWork:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.parallel", description=(__doc__ or "").splitlines()[0])
+    parser = make_parser("parallel", __doc__)
     parser.add_argument("--json", type=result_file, help="result file")
     parser.add_argument("--rounds", type=positive, default=7, help="rounds after a warm-up [7]")
     parser.add_argument("--quick", action="store_true", help="a small shape, to check that everything runs")

@@ -6,7 +6,6 @@ write a function that turns the parsed file into Markdown, and list it in ``SECT
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from . import demo_seeds, parallel, plots
+from .result_files import make_parser
 from .speed_tables import gpu, gpu_form, gpu_savings, logps, loss, savings, scaling, step, trainers
 from .study import axis_report, code_report
 from .study.report import against_plain, finding
@@ -156,7 +156,7 @@ def render(page: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    argparse.ArgumentParser("python -m benchmarks.report", description=__doc__.splitlines()[0]).parse_args(arguments)
+    make_parser("report", __doc__).parse_args(arguments)
     for page in PAGES:
         page.write_text(render(page))
     written = []

@@ -13,7 +13,6 @@ its bare matmuls with bfloat16 output. No figure in this file is a measured time
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from inspo_kernels.kernels import config
 from .batches import MODELS, HeadShape
 from .chips import CHIPS, Chip
 from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN
+from .result_files import add_names, make_parser, positive
 from .tables import markdown
 
 STAGED, CACHED, FUSED = "staged", "cached", "fused"
@@ -289,16 +289,14 @@ def assumptions(chips: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.roofline", description=__doc__.splitlines()[0])
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, metavar="CHIP", help=f"of {', '.join(CHIPS)} [all]")
+    parser = make_parser("roofline", __doc__)
+    add_names(parser, "--chips", CHIPS, "chips to predict [all]")
     parser.add_argument("--model", choices=MODELS, default="llama3-8b", help="head of the line tables [llama3-8b]")
-    parser.add_argument("--tokens", type=int, default=8192, help="scored tokens of the line tables [8192]")
+    parser.add_argument("--tokens", type=positive, default=8192, help="scored tokens of the line tables [8192]")
     parser.add_argument("--grid", action="store_true", help="ratios of every model, length and mode instead")
     parser.add_argument("--summary", action="store_true", help="the table of docs/benchmarks.md instead")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="gpu.json to print beside")
     options = parser.parse_args(arguments)
-    if options.tokens < 1:
-        parser.error(f"--tokens {options.tokens}: at least 1")
     if options.summary:
         print(summary())
         return 0
