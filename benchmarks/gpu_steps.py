@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class Context:
     def dtype(self) -> torch.dtype:
         return dtype_of(self.device)
 
+    @property
+    def quick_peers(self) -> list[str]:
+        return [name for name in self.peers if not CONTENDERS[name].compiles_per_shape]
+
     def main_batch(self) -> PairBatch:
         shape = scored_tokens(self.plan.main_head, self.plan.main[1], self.plan.response)
         return PairBatch(shape, dtype=self.dtype, device=self.device)
@@ -67,6 +71,13 @@ class Context:
     def say(self, text: str) -> None:
         self.save()
         print(text, flush=True)
+
+    def fill(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Enter rows of (name, figures) under the step's name as they come."""
+        part = self.part[self.name] = dict[str, Any]()
+        for name, row in rows:
+            part[name] = row
+            self.say(line(name, row))
 
 
 # --- the steps ---
@@ -91,9 +102,7 @@ def main_shape(context: Context) -> None:
 
 def decomposition(context: Context) -> None:
     """Time each matmul and pass alone, on an idle and on a busy device."""
-    for name, rows in gpu_decomposition.decompose(context.main_batch(), context.plan.stage_rows):
-        context.part.setdefault("decomposition", {})[name] = rows
-        context.say(line(name, rows))
+    context.fill(gpu_decomposition.decompose(context.main_batch(), context.plan.stage_rows))
 
 
 def tests(context: Context) -> None:
@@ -104,8 +113,7 @@ def tests(context: Context) -> None:
 
 def accuracy(context: Context) -> None:
     """Both backends and the peers against float64, with and without a soft-cap."""
-    plan = context.plan
-    peers = [peer for peer in context.peers if not CONTENDERS[peer].compiles_per_shape]
+    plan, peers = context.plan, context.quick_peers
     context.part["accuracy"] = []
     for rows in gpu_accuracy.accuracy(plan.main_head, plan.response, peers, context.dtype, context.device):
         context.part["accuracy"] += rows
@@ -114,42 +122,34 @@ def accuracy(context: Context) -> None:
 
 def autocast(context: Context) -> None:
     """Float32 hidden states and weights under autocast, without and with marginals, as training calls the loss."""
-    _fill(context, "autocast", gpu_training.autocast(context.main_batch(), context.plan.rounds, context.timer.left))
+    context.fill(gpu_training.autocast(context.main_batch(), context.plan.rounds, context.timer.left))
 
 
 def statistics(context: Context) -> None:
     """Measure the time that entropy and the other statistics add to log-probs and loss."""
-    _fill(context, "statistics", gpu_training.statistics(context.main_batch(), context.plan.rounds, context.timer.left))
+    context.fill(gpu_training.statistics(context.main_batch(), context.plan.rounds, context.timer.left))
 
 
 def peers(context: Context) -> None:
     """The other libraries at the main shape, beside the Triton backend."""
-    names = [name for name in context.peers if not CONTENDERS[name].compiles_per_shape]
-    measure_cells(context, context.plan.main_cells(), ["triton", *names], rounds=context.plan.rounds)
+    measure_cells(context, context.plan.main_cells(), ["triton", *context.quick_peers], rounds=context.plan.rounds)
 
 
 def trees(context: Context) -> None:
     """A model's forward and backward over trees and rows, by attention."""
-    plan = context.plan
-    rows = gpu_training.trees(plan.tree_model, plan.tree_pairs, plan.tree_lengths, context.device, context.timer.left)
-    _fill(context, "trees", rows)
+    context.fill(gpu_training.trees(context.plan, context.device, context.timer.left))
 
 
 def training(context: Context) -> None:
     """One real training run through the command line: tokens a second and MFU."""
-    plan = context.plan
-    result = gpu_training.training_run(
-        plan.trained_model, plan.trained_lengths, plan.training_steps, context.device, context.timer.left
-    )
-    context.part["training"] = result
+    result = context.part["training"] = gpu_training.training_run(context.plan, context.device, context.timer.left)
     context.say(gpu_training.training_line(result))
 
 
 def shapes(context: Context) -> None:
     """The other lengths and models."""
-    names = [name for name in context.peers if not CONTENDERS[name].compiles_per_shape]
     ours = [name for name in TIMED if CONTENDERS[name].variant_of is None]
-    measure_cells(context, context.plan.other_cells(), [*ours, *names], rounds=context.plan.rounds)
+    measure_cells(context, context.plan.other_cells(), [*ours, *context.quick_peers], rounds=context.plan.rounds)
 
 
 def tuning(context: Context) -> None:
@@ -197,13 +197,6 @@ STEPS = {
 
 
 # --- what steps share ---
-
-
-def _fill(context: Context, key: str, rows: Any) -> None:
-    """Enter rows of (name, figures) as they come."""
-    for name, row in rows:
-        context.part.setdefault(key, {})[name] = row
-        context.say(line(name, row))
 
 
 def measure_cells(context: Context, cells: Sequence[tuple[str, int, str]], names: Sequence[str], rounds: int) -> None:

@@ -20,6 +20,7 @@ import inspo_kernels as ik
 
 from .batches import PairBatch
 from .contenders import BETA, ours
+from .gpu_plan import Plan
 from .gpu_processes import run_in_group
 from .harness import compared, reason, seconds_behind_work, spread
 from .measure import PRODUCTS, TRAIN, products
@@ -94,17 +95,15 @@ def statistics(batch: PairBatch, rounds: int, seconds: float) -> Rows:
 # --- trees ---
 
 
-def trees(
-    model_fields: dict[str, Any], pairs: int, lengths: tuple[int, int], device: torch.device, seconds: float
-) -> Rows:
+def trees(plan: Plan, device: torch.device, seconds: float) -> Rows:
     """Forward and backward of a llama over conditioned pairs: rows, and trees with either attention."""
-    prompt, response = lengths
+    prompt, response = plan.tree_lengths
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
-        return torch.randint(3, model_fields["vocab_size"], (count,), generator=generator).tolist()
+        return torch.randint(3, plan.tree_model["vocab_size"], (count,), generator=generator).tolist()
 
-    examples: list[tuple[list[int], ...]] = [(ids(prompt), ids(response), ids(response)) for _ in range(pairs)]
+    examples = [tuple(map(ids, (prompt, response, response))) for _ in range(plan.tree_pairs)]
     runs: dict[str, Callable[[], Any]] = {}
     for layout, attention in (("rows", "sdpa"), ("tree", "sdpa"), ("packed_tree", "flex_attention")):
         name = f"{layout}, {attention}".replace("packed_tree", "packed tree")
@@ -112,7 +111,7 @@ def trees(
             yield name, {"status": "needs a GPU"}
             continue
         try:
-            runs[name] = tree_run(model_fields, examples, layout, attention, device)
+            runs[name] = tree_run(plan.tree_model, examples, layout, attention, device)
         except Exception as error:
             yield name, {"status": reason(error)}
     yield from compared(runs, "rows, sdpa", str(device), 5, seconds=seconds / 3, clock=seconds_behind_work).items()
@@ -153,13 +152,11 @@ def tree_run(
 # --- a training run ---
 
 
-def training_run(
-    model_fields: dict[str, Any], lengths: tuple[int, int], steps: int, device: torch.device, seconds: float
-) -> dict[str, Any]:
+def training_run(plan: Plan, device: torch.device, seconds: float) -> dict[str, Any]:
     """Train a random model on random pairs through the command line, and return speed and MFU of its log."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = write_training_config(folder, model_fields, lengths, steps, device)
+        config = write_training_config(folder, plan, device)
         command = [sys.executable, "-m", "training.train", "--config", str(config)]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
         start, limit = time.perf_counter(), seconds - 5
@@ -175,12 +172,10 @@ def training_run(
         return result
 
 
-def write_training_config(
-    folder: Path, model_fields: dict[str, Any], lengths: tuple[int, int], steps: int, device: torch.device
-) -> Path:
+def write_training_config(folder: Path, plan: Plan, device: torch.device) -> Path:
     """Write pairs of random letters and the run's options; only here are the trainer's option names known."""
     generator = torch.Generator().manual_seed(0)
-    prompt, response = lengths
+    prompt, response = plan.trained_lengths
 
     def text(count: int) -> str:
         return "".join(chr(97 + i) for i in torch.randint(26, (count,), generator=generator).tolist())
@@ -189,16 +184,16 @@ def write_training_config(
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     on_gpu = device.type == "cuda"
     options = {
-        "model": model_fields,
+        "model": plan.trained_model,
         "train_data": str(folder / "pairs.jsonl"),
         "output_dir": str(folder / "run"),
-        "max_length": model_fields["max_position_embeddings"],
-        "max_steps": steps,
+        "max_length": plan.trained_model["max_position_embeddings"],
+        "max_steps": plan.training_steps,
         "per_device_train_batch_size": 8 if on_gpu else 2,
         "max_batch_tokens": 16384,
         "dtype": "bfloat16" if on_gpu else "float32",
         "learning_rate": 1e-6,
-        "logging_steps": max(1, steps // 20),
+        "logging_steps": max(1, plan.training_steps // 20),
         "keep_best": False,
         "save_strategy": "no",  # only the steps are measured
     }

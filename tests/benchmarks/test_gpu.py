@@ -300,7 +300,7 @@ def test_training_without_a_package_names_it(monkeypatch):
         return 1
 
     monkeypatch.setattr(gpu_training, "run_in_group", run)
-    result = gpu_training.training_run(gpu_plan.TINY, (8, 4), 1, CPU, 60.0)
+    result = gpu_training.training_run(gpu_plan.QUICK, CPU, 60.0)
     assert result["status"] == "not available: filelock is not installed"
 
 
