@@ -17,7 +17,7 @@ from .measure import LOGPS, MODES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    loss.run("logps", __doc__, LOGPS, MODES, arguments)
+    loss.measure_all("logps", __doc__, LOGPS, MODES, arguments)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ rounds. On a CPU, each contender's peak memory is measured in a fresh process, o
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,15 +25,15 @@ from tqdm import tqdm
 from .batches import PairBatch, Shape, dtype_of, shapes
 from .contenders import CONTENDERS, PEER_PACKAGES, chosen
 from .measure import LOSS, TRAIN, measure, measure_peaks
-from .result_files import add_common_options, add_names, cell_of, checked_device, lacks, make_parser, measuring
+from .result_files import Run, add_common_options, add_names, lacks, make_parser, measuring
 from .tables import shape_title, table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run("loss", __doc__, LOSS, [TRAIN], arguments)
+    measure_all("loss", __doc__, LOSS, [TRAIN], arguments)
 
 
-def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Sequence[str] | None) -> None:
+def measure_all(module: str, doc: str, what: str, modes: Sequence[str], arguments: Sequence[str] | None) -> None:
     """Parse the options, measure every shape in every mode, and save the file after each figure."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = make_parser(module, doc)
@@ -44,40 +43,30 @@ def run(module: str, doc: str, what: str, modes: Sequence[str], arguments: Seque
     add_names(parser, "--shape", shapes(torch.device("cpu")), about)
     add_names(parser, "--contenders", names, "contenders to measure in addition to the floor [all]", default=names)
     options = parser.parse_args(arguments)
-    device = checked_device(parser, options.device)
-    known = shapes(device)
     chosen_shapes = options.shape or (["quick", "quick-real"] if options.quick else ["reference", "real"])
     todo = [(name, mode) for name in chosen_shapes for mode in modes]
-    with measuring(parser, options, arguments, PEER_PACKAGES, dtype_of(device), what=what) as (result, save):
+    with measuring(parser, options, arguments, PEER_PACKAGES, dtype_of, what=what) as run:
+        known = shapes(run.device)
         for name, mode in tqdm(todo, desc="cells", disable=not sys.stderr.isatty()):
-            cell = cell_of(result, f"{name}, {mode}", shape=name, mode=mode, **known[name].as_json())
-            fill(cell, known[name], mode, what, options.contenders, options, device, save)
+            cell = run.cell(f"{name}, {mode}", shape=name, mode=mode, **known[name].as_json())
+            fill(run, cell, known[name], mode, what, options.contenders)
             tqdm.write(table(shape_title(cell), cell["contenders"]))
 
 
-def fill(
-    cell: dict[str, Any],
-    shape: Shape,
-    mode: str,
-    what: str,
-    names: Sequence[str],
-    options: argparse.Namespace,
-    device: torch.device,
-    save: Callable[[], None],
-) -> None:
+def fill(run: Run, cell: dict[str, Any], shape: Shape, mode: str, what: str, names: Sequence[str]) -> None:
     """Measure memory, then errors and times. On a CPU, fresh processes measure memory before the batch exists here."""
-    rows, known, rounds = what == LOSS, cell["contenders"], options.rounds
-    if device.type == "cpu" and options.only != "time":
+    rows, known, rounds, only = what == LOSS, cell["contenders"], run.options.rounds, run.options.only
+    if run.device.type == "cpu" and only != "time":
         missing = [name for name in ("floor", *names) if lacks(known.get(name), "peak_bytes")]
-        measure_peaks(shape, mode, missing, cell, what=what, rows=rows, save=save)
-    if options.only == "memory" or not any(
+        measure_peaks(shape, mode, missing, cell, what=what, rows=rows, save=run.save)
+    if only == "memory" or not any(
         lacks(row := known.get(name), "seconds") or row.get("rounds", rounds) < rounds for name in names
     ):
         return
     # Only times from the same rounds are comparable, so contenders timed in earlier rounds are timed again.
     names = [*names, *(name for name, row in known.items() if "seconds" in row and name not in ("floor", *names))]
-    batch = PairBatch(shape, dtype=dtype_of(device), device=device, rows=rows)
-    measure(batch, mode, chosen(names, batch, per_token=not rows), rounds, what=what, cell=cell, save=save)
+    batch = PairBatch(shape, dtype=dtype_of(run.device), device=run.device, rows=rows)
+    measure(batch, mode, chosen(names, batch, per_token=not rows), rounds, what=what, cell=cell, save=run.save)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -175,36 +176,54 @@ def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     )
 
 
+@dataclass
+class Run:
+    """A command's options and device, and the result that it fills."""
+
+    options: argparse.Namespace
+    device: torch.device
+    result: dict[str, Any]
+
+    def save(self) -> None:
+        """Write the result to --json, if given."""
+        if self.options.json:
+            write_json(self.options.json, self.result)
+
+    def cell(self, name: str, **fields: Any) -> dict[str, Any]:
+        """Return the result's cell with that name. Add one without contenders if it is missing."""
+        cell = next((cell for cell in self.result["cells"] if cell["name"] == name), None)
+        if cell is None:
+            cell = {"name": name, **fields, "contenders": {}}
+            self.result["cells"].append(cell)
+        return cell
+
+
 @contextmanager
 def measuring(
     parser: argparse.ArgumentParser,
     options: argparse.Namespace,
     arguments: Sequence[str],
     packages: Sequence[str],
-    dtype: torch.dtype,
+    dtype_of: Callable[[torch.device], torch.dtype],
     **fields: Any,
-) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
-    """Enter with a result and the function that saves it to --json, if given. With --resume the result is the file's.
+) -> Iterator[Run]:
+    """Enter with a run whose result is new or, with --resume, that of the file.
 
     At the end the result is finished and saved. On Ctrl-C the finished figures are saved, and the exit status is 130.
     """
+    device = checked_device(parser, options.device)
     module = parser.prog.removeprefix("python -m ")
     result = provenance(command(module, arguments, options.json), packages)
-    result |= {"dtype": dtype_name(dtype), "finished": False, "cells": []} | fields
-    result = _resumed(parser, options, result) if options.resume else result
-
-    def save() -> None:
-        if options.json:
-            write_json(options.json, result)
-
+    result |= {"dtype": dtype_name(dtype_of(device)), "finished": False, "cells": []} | fields
+    run = Run(options, device, _resumed(parser, options, result) if options.resume else result)
     try:
-        yield result, save
+        yield run
     except KeyboardInterrupt:
-        save()
+        run.save()
         print("interrupted; finished figures are kept", file=sys.stderr)
         sys.exit(130)
-    result["finished"] = True
-    save()
+    run.result["finished"] = True
+    run.save()
     if options.json:
         print(f"written to {options.json}")
 
@@ -232,15 +251,6 @@ def _resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, resul
 def lacks(row: Mapping[str, Any] | None, what: str) -> bool:
     """Return whether a contender's row still lacks ``what``. A contender that cannot run lacks nothing."""
     return not row or (row.get("status", "measured") == "measured" and what not in row)
-
-
-def cell_of(result: dict[str, Any], name: str, **fields: Any) -> dict[str, Any]:
-    """Return the result's cell with that name. Add one without contenders if it is missing."""
-    cell = next((cell for cell in result["cells"] if cell["name"] == name), None)
-    if cell is None:
-        cell = {"name": name, **fields, "contenders": {}}
-        result["cells"].append(cell)
-    return cell
 
 
 def checked_device(parser: argparse.ArgumentParser, name: str) -> torch.device:

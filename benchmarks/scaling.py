@@ -25,7 +25,7 @@ from .gpu_tuning import head_and_backend, workspace_runs
 from .harness import compared
 from .loss import fill
 from .measure import LOSS, TRAIN
-from .result_files import add_common_options, add_names, cell_of, checked_device, make_parser, measuring
+from .result_files import add_common_options, add_names, make_parser, measuring
 
 CONTENDERS = ("torch", "full_log_softmax", "trl")
 # Base: 8 pairs of prompt 64 and responses of 64 tokens, H 256, V 16,000. Each sweep has three points, 4x apart.
@@ -78,18 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = [*SWEEPS, "workspace"]
     add_names(parser, "--sweeps", known, "sweeps to run [all]", default=known)
     options = parser.parse_args(arguments)
-    device = checked_device(parser, options.device)
     sweeps = {name: s for name, s in (QUICK_SWEEPS if options.quick else SWEEPS).items() if name in options.sweeps}
     todo = [(name, value, shape) for name, sweep in sweeps.items() for value, shape in sweep.items()]
     fields: dict[str, Any] = {"fits": {}, "workspace": {}}
-    with measuring(parser, options, arguments, PEER_PACKAGES, dtype_of(device), **fields) as (result, save):
+    with measuring(parser, options, arguments, PEER_PACKAGES, dtype_of, **fields) as run:
+        result = run.result
         for name, value, shape in tqdm(todo, desc="shapes", disable=not sys.stderr.isatty()):
-            cell = cell_of(result, f"{name} {value}", sweep=name, value=value, mode=TRAIN, **shape.as_json())
-            fill(cell, shape, TRAIN, LOSS, CONTENDERS, options, device, save)
+            cell = run.cell(f"{name} {value}", sweep=name, value=value, mode=TRAIN, **shape.as_json())
+            fill(run, cell, shape, TRAIN, LOSS, CONTENDERS)
             result["fits"][name] = fits([c for c in result["cells"] if c["sweep"] == name])
         if "workspace" in options.sweeps and not result["workspace"]:
-            shape = shapes(device)["quick" if options.quick else "reference"]
-            result["workspace"] = workspace_sweep(shape, options.rounds, device)
+            shape = shapes(run.device)["quick" if options.quick else "reference"]
+            result["workspace"] = workspace_sweep(shape, options.rounds, run.device)
     print(speed_tables.scaling(result))
 
 

@@ -40,10 +40,9 @@ from .harness import (
     spread,
 )
 from .result_files import (
+    Run,
     add_common_options,
     add_names,
-    cell_of,
-    checked_device,
     lacks,
     make_parser,
     measuring,
@@ -209,15 +208,9 @@ def prove(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {"model": model, "updates": updates, "dtype": "float64", "contenders": rows}
 
 
-def fill(
-    cell: dict[str, Any],
-    what: dict[str, Any],
-    options: argparse.Namespace,
-    device: torch.device,
-    save: Callable[[], None],
-) -> None:
+def fill(run: Run, cell: dict[str, Any], what: dict[str, Any]) -> None:
     """Measure the missing figures of ``cell``: first memory, on a CPU in fresh processes, then times."""
-    rows = cell["contenders"]
+    rows, options, device = cell["contenders"], run.options, run.device
     if options.only != "time":
         for name in [n for n in options.contenders if lacks(rows.get(n), "peak_bytes")]:
             given = {"what": what, "name": name, "device": str(device)}
@@ -226,30 +219,30 @@ def fill(
             else:
                 found = peak_memory_in_fresh_process("benchmarks.step", "peak_of", given)
             rows[name] = rows.get(name, {}) | found
-            save()
+            run.save()
     if options.only != "memory" and cell.get("rounds", 0) < options.rounds:
-        measure(job_of(**what, dtype=torch.float32, device=device), options.contenders, options.rounds, cell, save)
+        measure(job_of(**what, dtype=torch.float32, device=device), options.contenders, options.rounds, cell, run.save)
         tqdm.write(table(cell["name"], rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser, options = parsed(arguments)
-    device = checked_device(parser, options.device)
     fields: dict[str, Any] = {"models": {}, "titles": {}, "same_work": {}}
-    with measuring(parser, options, arguments, ("trl", "datasets"), torch.float32, **fields) as (result, save):
+    with measuring(parser, options, arguments, ("trl", "datasets"), lambda _: torch.float32, **fields) as run:
+        result = run.result
         result["models"] |= {name: asdict(MODELS[name]) for name in options.models}
         result["titles"] |= {name: STEP_CONTENDERS[name].title for name in options.contenders}
         if not result["same_work"]:
-            result["same_work"] = prove(options, device)
-            save()
+            result["same_work"] = prove(options, run.device)
+            run.save()
         todo = [(model, share) for model in options.models for share in options.shares]
         for model, share in tqdm(todo, desc="cells", disable=not sys.stderr.isatty()):
             what = {"model": model, "share": share, "updates": options.updates, "pairs": options.pairs}
             what |= {"tokens": options.tokens}
             most = " at most" if share == "real" else ""
             name = f"{model}, {share}, {options.pairs} pairs of {options.tokens} tokens{most}"
-            fill(cell_of(result, name, **what), what, options, device, save)
+            fill(run, run.cell(name, **what), what)
 
 
 if __name__ == "__main__":
