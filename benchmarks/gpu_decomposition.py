@@ -59,6 +59,9 @@ def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Ca
         """Return random values in place of E, because matmuls of zeros run faster."""
         return torch.rand(n, vocab, dtype=narrow, device=x.device)
 
+    def on_gpu(make: Callable[..., Work | None], *more: Any) -> Callable[[], Work | None]:
+        return partial(make, batch, *more) if x.is_cuda else lambda: None
+
     yield "copy", lambda: copy_run(x.device)
     yield "logits matmul, narrow output", lambda: matmul(x, weight.t(), narrow)
     yield "logits matmul, float32 output", lambda: matmul(x, weight.t(), wide)
@@ -67,17 +70,17 @@ def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Ca
             yield f"logits matmul in stages of {rows}", partial(_staged_matmul, x, weight, rows, wide)
     for rows in stage_rows:
         if rows <= n:
-            yield f"row pass with E, stages of {rows}", partial(_row_pass, batch, rows, True)
-    yield "row pass, statistics alone", partial(_row_pass, batch, min(stage_rows[1], n), False)
-    yield "cached tiles, matmul", partial(_cache_tiles, batch, None)
-    yield "cached tiles, matmul and sums", partial(_cache_tiles, batch, False)
-    yield "cached tiles, matmul and E", partial(_cache_tiles, batch, True)
-    yield "fused pass, sums alone", partial(_fused_pass, batch, False)
-    yield "fused pass with E", partial(_fused_pass, batch, True)
+            yield f"row pass with E, stages of {rows}", on_gpu(_row_pass, rows, True)
+    yield "row pass, statistics alone", on_gpu(_row_pass, min(stage_rows[1], n), False)
+    yield "cached tiles, matmul", on_gpu(_cache_tiles, None)
+    yield "cached tiles, matmul and sums", on_gpu(_cache_tiles, False)
+    yield "cached tiles, matmul and E", on_gpu(_cache_tiles, True)
+    yield "fused pass, sums alone", on_gpu(_fused_pass, False)
+    yield "fused pass with E", on_gpu(_fused_pass, True)
     yield "dX matmul", lambda: matmul(e(), weight, wide)
     yield "dW matmul", lambda: matmul(e().t(), x, narrow)
     yield "dW matmul, float32 output", lambda: matmul(e().t(), x, wide)
-    yield "label logits", partial(_label_logits, batch)
+    yield "label logits", on_gpu(_label_logits)
     yield "scaling of X", lambda: _scaling(x, narrow, narrow)
     yield "scaling of dX", lambda: _scaling(x, wide, narrow)
     yield "placing of dX", lambda: _placing(x)
@@ -113,19 +116,15 @@ def _staged_matmul(x: Tensor, weight: Tensor, rows: int, dtype: torch.dtype) -> 
     }
 
 
-def _row_pass(batch: PairBatch, rows: int, store: bool) -> Work | None:
+def _row_pass(batch: PairBatch, rows: int, store: bool) -> Work:
     """Launch once per group of rows, over the same memory, which is larger than any cache."""
-    if not batch.hidden.is_cuda:
-        return None
     launch, raw = launch_row_pass(batch, rows, store=store)
     calls = -(-batch.shape.scored // rows)
     return repeated(partial(launch, first=0), calls), {"bytes": calls * raw.nbytes * (3 if store else 2) // 2}
 
 
-def _cache_tiles(batch: PairBatch, store: bool | None) -> Work | None:
+def _cache_tiles(batch: PairBatch, store: bool | None) -> Work:
     """Multiply one row of tiles, each read back from the cache at once unless ``store`` is None."""
-    if not batch.hidden.is_cuda:
-        return None
     from inspo_kernels.kernels import config
 
     device = batch.hidden.device
@@ -151,9 +150,7 @@ def _fused_pass(batch: PairBatch, store: bool) -> Work | None:
     return launch, {"operations": 2 * batch.shape.scored * batch.weight.numel()}
 
 
-def _label_logits(batch: PairBatch) -> Work | None:
-    if not batch.hidden.is_cuda:
-        return None
+def _label_logits(batch: PairBatch) -> Work:
     from inspo_kernels.kernels import config
     from inspo_kernels.kernels.label_logits import label_logits
 

@@ -212,7 +212,7 @@ def tuning_table(tuning: dict[str, Any]) -> str:
     texts = ["tuning"]
     for name, swept in tuning.items():
         best = swept.get("candidates", {}).get(swept.get("best"))
-        found = ", ".join(["", *figures(swept["best"], best)]) if best else ""
+        found = ", ".join(["", *figures(best)]) if best else ""
         status = swept.get("status") or f"shipped {swept['shipped']}, best {swept['best']}{found}"
         texts.append(f"  {name}: {status}")
     return "\n".join(texts)

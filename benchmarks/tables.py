@@ -70,16 +70,17 @@ def table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def line(name: str, row: Mapping[str, Any]) -> str:
     """Format one row with all its figures, or with the reason why it has none."""
-    return f"  {name:<42}{'  '.join(figures(name, row)) or row['status']}"
+    return f"  {name:<42}{'  '.join(figures(row)) or row['status']}"
 
 
-def figures(name: str, row: Mapping[str, Any]) -> list[str]:
+def figures(row: Mapping[str, Any]) -> list[str]:
     """Return the texts of a row's times, ratios, rates, memory and errors."""
     found = [f"{1e3 * row[key]['median']:9.3f} {unit}" for key, unit in TIMES.items() if key in row]
     ratios = {key.removeprefix("times_"): ratio for key, ratio in row.items() if key.startswith("times_")}
     if idle := row.get("from_idle"):
         ratios["floor from idle"] = idle["times_floor"]
-    found += [f"{ratio_text(ratio, base == name)} x {base}" for base, ratio in ratios.items() if ratio]
+    # Only a base has ratios of exactly 1.
+    found += [f"times {base} {ratio_text(r, set(r.values()) == {1})}" for base, r in ratios.items() if r]
     found += [f"{row[key]:,.3g} {unit}" for key, unit in RATES.items() if key in row]
     if row.get("peak_bytes") is not None:
         found.append(mebibytes(row))
