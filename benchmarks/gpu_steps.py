@@ -141,7 +141,7 @@ def trees(context: Context) -> None:
 
 
 def training(context: Context) -> None:
-    """One real training run through the command line: tokens a second and MFU."""
+    """One real training run through the command line: tokens and operations a second."""
     result = context.part["training"] = gpu_training.training_run(context.plan, context.device, context.timer.left)
     context.say(gpu_training.training_line(result))
 
