@@ -6,6 +6,8 @@ are 2, 2, 1 and 0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,13 +28,7 @@ class TileWithoutWords(HeadTile):
         self.dx: Tensor | None = None
 
     def stage(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        *,
-        keep: bool = False,
-        dx: Tensor | None = None,
-        parts: frozenset[str] = frozenset(),
+        self, x: Tensor, targets: Tensor, *, dx: Tensor | None = None, parts: frozenset[str] = frozenset(), **_: Any
     ) -> RowSums:
         self.dx = dx
 
@@ -55,22 +51,11 @@ class TileWithoutWords(HeadTile):
     def restore(self, staged: tuple[Tensor, ...]) -> None:
         pass
 
-    def head_gradients(
-        self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
-    ) -> None:
+    def head_gradients(self, coefficients: Tensor, **_: Any) -> None:
         pass
 
     def recompute_gradients(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        sums: RowSums,
-        coefficients: Tensor,
-        *,
-        dx: Tensor | None,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        accumulate: bool = False,
+        self, x: Tensor, targets: Tensor, sums: RowSums, coefficients: Tensor, *, dx: Tensor | None, **_: Any
     ) -> None:
         if dx is not None:
             dx.zero_()
