@@ -180,36 +180,31 @@ def _columns(name: str) -> list[int]:
 
 def _check(name: str, messages: list[list[int]], vocab_size: int, own: int) -> None:
     """Raise unless the messages of all ranks of group ``name`` agree."""
-    for status, text in ((_REFUSED, "refused its arguments: see its own error"), (_ELSEWHERE, "")):
-        ranks = [rank for rank, message in enumerate(messages) if message[0] == status]
-        if ranks and text:
-            raise ValueError(f"{_named(ranks)} of {name} {text}")
+
+    def refuse(wrong: list[bool], problem: str) -> None:
+        if any(wrong):
+            raise ValueError(f"{_named(wrong)} of {name} {problem}: see its own error")
+
+    refuse([message[0] == _REFUSED for message in messages], "refused its arguments")
     for column in _columns(name):
         values = [message[column] for message in messages]
         usual = Counter(values).most_common(1)[0][0]
-        ranks = [rank for rank, value in enumerate(values) if value != usual]
-        if ranks:
+        if len(set(values)) > 1:
             argument = _SAME[column - len(_HEADER)]
             raise ValueError(
-                f"{name}: {_named(ranks)} got another {argument} than rank {values.index(usual)}; all ranks of the "
-                f"group must be given the same {argument}"
+                f"{name}: {_named([value != usual for value in values])} got another {argument} than rank "
+                f"{values.index(usual)}; all ranks of the group must be given the same {argument}"
             )
-    if any(message[0] == _ELSEWHERE for message in messages):
-        ranks = [rank for rank, message in enumerate(messages) if message[0] == _ELSEWHERE]
-        raise ValueError(f"{_named(ranks)} of {name} disagrees with its process_group: see its own error")
-    # Ranks of process_group have the same labels.
-    wrong = [
-        rank
-        for rank, (_, _, valid, lowest, highest, *_) in enumerate(messages)
-        if not (valid and lowest >= 0 and highest < vocab_size)
-    ]
-    # Wrong labels of this rank get a more detailed error elsewhere.
-    if name == "sequence_group" and wrong and own not in wrong:
-        raise ValueError(f"{_named(wrong)} of {name} refused its labels: see its own error")
+    refuse([message[0] == _ELSEWHERE for message in messages], "disagrees with its process_group")
+    # Ranks of process_group have the same labels. Wrong labels of this rank get a more detailed error elsewhere.
+    wrong = [not (valid and 0 <= lowest and highest < vocab_size) for _, _, valid, lowest, highest, *_ in messages]
+    if name == "sequence_group" and not wrong[own]:
+        refuse(wrong, "refused its labels")
 
 
-def _named(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+def _named(wrong: list[bool]) -> str:
+    ranks = [str(rank) for rank, is_wrong in enumerate(wrong) if is_wrong]
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(ranks)}"
 
 
 def _size(name: str, group: Any) -> int:

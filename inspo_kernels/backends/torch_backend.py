@@ -114,33 +114,22 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
         out += a[:, k : k + 256] @ b[k : k + 256]
 
 
-class _Labels:
-    """Where the labels of a block of rows lie in each of its tiles: row i of every field belongs to tile i."""
+def _label_places(targets: Tensor, words: list[slice], is_shard: bool) -> list[tuple[Tensor | None, Tensor]]:
+    """Return, for each tile, whether each label is one of its words (None: all are), and its column; (n, 1) each.
 
-    def __init__(self, targets: Tensor, words: list[slice], is_shard: bool) -> None:
-        self._inside: Tensor | None = None
-        if len(words) == 1 and not is_shard:
-            self._columns: Any = [targets.unsqueeze(1)]
-            return
-        starts = torch.tensor([[part.start] for part in words], device="cpu").to(targets.device, non_blocking=True)
-        last = words[0].stop - words[0].start - 1
-        columns = targets - starts
-        self._columns = columns.clamp(0, last).unsqueeze(2)
-        self._inside = (columns == self._columns.squeeze(2)).unsqueeze(2)
-        if (short := words[-1].stop - words[-1].start - 1) < last:
-            self._inside[-1] &= self._columns[-1] <= short
-            self._columns[-1].clamp_(max=short)
-
-    def __getitem__(self, i: int) -> tuple[Tensor | None, Tensor]:
-        """Whether each label is a word of tile i (None: all are), and its column, any where it is not; (n, 1) each."""
-        return None if self._inside is None else self._inside[i], self._columns[i]
-
-
-def _replace(z: Tensor, inside: Tensor | None, column: Tensor, value: Tensor | float) -> Tensor:
-    """Write ``value`` at each row's label where it is inside; returns what stood there, (n, 1)."""
-    before = z.gather(1, column)
-    _write(z, inside, column, value, before)
-    return before
+    The column of a label outside the tile is some column of it.
+    """
+    if len(words) == 1 and not is_shard:
+        return [(None, targets.unsqueeze(1))]
+    starts = torch.tensor([[part.start] for part in words], device="cpu").to(targets.device, non_blocking=True)
+    last = words[0].stop - words[0].start - 1
+    distance = targets - starts
+    columns = distance.clamp(0, last)
+    inside = columns == distance
+    if (short := words[-1].stop - words[-1].start - 1) < last:
+        inside[-1] &= columns[-1] <= short
+        columns[-1].clamp_(max=short)
+    return list(zip(inside.unsqueeze(2), columns.unsqueeze(2)))
 
 
 def _write(z: Tensor, inside: Tensor | None, column: Tensor, value: Any, before: Tensor | None = None) -> None:
@@ -261,12 +250,12 @@ class TorchTile(HeadTile):
     def _open(self, x: Tensor, targets: Tensor, dx: Tensor | None) -> None:
         self.x, self.targets, self.dx = self._widen(x), targets, dx
         self.label_slope = None if self.head.softcap is None else x.new_zeros(len(x), dtype=self.dtype)
-        self.labels: tuple[slice, _Labels] | None = None
+        self.labels: tuple[slice, list[tuple[Tensor | None, Tensor]]] | None = None
 
-    def _labels_of(self, rows: slice) -> _Labels:
-        """Labels of these rows; those asked for last are at hand."""
+    def _labels_of(self, rows: slice) -> list[tuple[Tensor | None, Tensor]]:
+        """Return the ``_label_places`` of these rows; those asked for last are at hand."""
         if self.labels is None or self.labels[0] != rows:
-            self.labels = rows, _Labels(cut(self.targets, rows), self.words, self.head.is_shard)
+            self.labels = rows, _label_places(cut(self.targets, rows), self.words, self.head.is_shard)
         return self.labels[1]
 
     def _stage_block(self, rows: slice, keep: bool, parts: frozenset[str]) -> tuple[RowSums, list[Tensor]]:
@@ -284,7 +273,8 @@ class TorchTile(HeadTile):
             derivative = self._logits(x, weight, part, z, *labels[i], rows)
             more.with_label(z)
             inside, column = labels[i]
-            found = _replace(z, inside, column, LOWEST)
+            found = z.gather(1, column)
+            _write(z, inside, column, LOWEST, found)
             label = found if inside is None else torch.where(inside, found, -torch.inf if i == 0 else label)
             top = z.amax(1) if i == 0 or shifted or more.has_tops else None
             if top is not None:
@@ -364,7 +354,8 @@ class TorchTile(HeadTile):
         self.dx.mul_(unit.to(self.dtype).unsqueeze(1))
         share, column = self.unit * self.rest, self.targets
         if self.head.is_shard:
-            share, column = share * self._own(), column.clamp(0, self.head.vocab_size - 1)
+            is_own = (column >= 0) & (column < self.head.vocab_size)
+            share, column = share * is_own, column.clamp(0, self.head.vocab_size - 1)
         share = share.to(self.dtype)
         if self.label_slope is not None:
             share *= self.label_slope
@@ -385,10 +376,6 @@ class TorchTile(HeadTile):
                 offset = self.local_offset / LOG2 if self.offsets is None else self.offsets[i].double()
                 e.mul_(torch.exp2(above(offset, self.offset / LOG2)).to(self.dtype).unsqueeze(1))
             _write(e, *labels[i], entry)
-
-    def _own(self) -> Tensor:
-        """Whether each label is a word of this rank."""
-        return (self.targets >= 0) & (self.targets < self.head.vocab_size)
 
     def staged(self) -> tuple[Tensor, ...]:
         assert self.buffer is not None

@@ -188,18 +188,15 @@ def _small_pairs(model: Any) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Ten
     pairs = [(next(parts), next(parts), next(parts)) for _ in _PAIRS]
     tree = tree_batch(pairs, ids[:0], conditioned=[True] * len(pairs), pad_token_id=int(ids[0]), packed=False)
     rows = [torch.cat([x, l, w]) for x, w, l in pairs] + [torch.cat([x, w, l]) for x, w, l in pairs]
-    length, places = len(rows[0]), []
-    # Segments score, in this order: chosen, rejected, marginal chosen (in the rejected one's row), marginal rejected.
-    tokens = tree["rows"] % tree["input_ids"].shape[1]
-    depths = tree["position_ids"].flatten()[tree["rows"]]
-    for segment, depth, _ in zip(tree["segment_ids"].tolist(), depths.tolist(), tokens.tolist()):
-        kind, pair = divmod(segment, len(pairs))
-        row = pair + len(pairs) * (kind in (1, 2))
-        places.append(row * length + depth)
+    length = len(rows[0])
+    # The marginal of the chosen response is in the rejected one's row, and the other way round.
+    row_of_kind = torch.tensor([0, 1, 1, 0])
+    kind, pair = tree["segment_ids"] // len(pairs), tree["segment_ids"] % len(pairs)
+    places = (pair + len(pairs) * row_of_kind[kind]) * length + tree["position_ids"].flatten()[tree["rows"]]
     device = device_of(model)
     tree = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tree.items()}
     positions = torch.arange(length, device=device).expand(len(rows), -1)
-    return tree, (torch.stack(rows).to(device), positions), torch.tensor(places, device=device)
+    return tree, (torch.stack(rows).to(device), positions), places.to(device)
 
 
 @contextmanager
