@@ -53,3 +53,11 @@ def finite(name: str, value: Any) -> float:
     if not abs(number) <= sys.float_info.max:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return number
+
+
+def positive(name: str, value: Any, or_else: str = "") -> float:
+    """Return ``value`` as a finite float above 0; ``or_else`` names in the error what else is allowed."""
+    number = finite(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be positive{or_else}, got {value!r}")
+    return number

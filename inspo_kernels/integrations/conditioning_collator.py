@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import TrainerCallback
+
+from ..layouts.alternative_dropout import keeps_alternative
 from ..layouts.preference_batch import pair_positions
-from .pair_layouts import CONDITIONED, REFERENCES, conditioned, is_text
-
-if TYPE_CHECKING:
-    from .alternative_coins import AlternativeCoins
+from .pair_layouts import CONDITIONED, REFERENCES, conditioned, is_text, pair_ids
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +35,15 @@ class Fits:
         total = sum(lengths) + self.separator_length
         return min(lengths) > 0 and (self.max_length is None or total <= self.max_length)
 
-    def reason(self, dropped: int, of: int | None, name: str) -> str:
-        share = f"{dropped}" if of is None else f"{dropped} of {of}"
-        limit = (
-            ""
-            if self.max_length is None
-            else (
-                f", or prompt, both responses and separator are more than max_length={self.max_length} tokens (raise "
-                "it to keep these pairs; responses are never cut)"
-            )
+    def reason(self, dropped: str, name: str) -> str:
+        """Return why ``dropped`` pairs of the dataset ``name`` do not fit."""
+        why = f"{name}: dropped {dropped} pairs: an empty prompt or response"
+        if self.max_length is None:
+            return why
+        return (
+            f"{why}, or prompt, both responses and separator are more than max_length={self.max_length} tokens (raise "
+            "it to keep these pairs; responses are never cut)"
         )
-        return f"{name}: dropped {share} pairs: an empty prompt or response{limit}"
 
 
 class CountingFits(Fits):
@@ -59,8 +58,28 @@ class CountingFits(Fits):
         if not fits:
             self.dropped += 1
             if self.dropped & (self.dropped - 1) == 0:
-                logger.warning(self.reason(self.dropped, None, self.name))
+                logger.warning(self.reason(f"{self.dropped}", self.name))
         return fits
+
+
+class AlternativeCoins(TrainerCallback):
+    """Decide which pairs of a batch keep their alternative, by seed, epoch and the pair's own token ids.
+
+    The decision depends neither on the pair's batch or rank nor on where a run was resumed. As a callback, this object
+    learns of each epoch before the data loader reads its first batch.
+    """
+
+    def __init__(self, dropout: float, seed: int) -> None:
+        self.dropout, self.seed = dropout, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers of a data loader read it
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._epoch.fill_(int(state.epoch or 0))
+
+    def __call__(self, batch: Mapping[str, Any]) -> list[bool]:
+        epoch = int(self._epoch)
+        pairs = ([part.tolist() for part in pair] for pair in pair_ids(batch))
+        return [keeps_alternative(self.dropout, self.seed, epoch, *pair) for pair in pairs]
 
 
 class ConditioningCollator:

@@ -24,7 +24,6 @@ from torch import Tensor
 from .. import tree_unsupported
 from ..layouts.alternative_dropout import checked_dropout
 from ..models.packing import mixes_packed_sequences
-from .conditioning_collator import PARTS, ConditioningCollator, CountingFits, Fits
 from .pair_layouts import CONDITIONED, LAYOUTS, REFERENCES, plain
 from .pair_metrics import GAPS, MARGINAL, STATISTICS, PairMetrics
 from .pair_pass import Finish, PairPass, accept_pair_pass, pair_loss, reference_logps, token_loss
@@ -38,7 +37,7 @@ try:
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import use_adapter
 
-    from .alternative_coins import AlternativeCoins
+    from .conditioning_collator import PARTS, AlternativeCoins, ConditioningCollator, CountingFits, Fits
 except ImportError as error:
     raise ImportError(f"{_NEEDS} ({error})") from error
 
@@ -177,7 +176,7 @@ class InSPOTrainer(DPOTrainer):
     def _condition_batches(self) -> None:
         """Wrap the data collator."""
         tokenizer = _tokenizer(self.processing_class)
-        vision = self._reads_images()
+        vision = not {"image", "images"}.isdisjoint(next(iter(self.train_dataset)))
         if vision and hasattr(self.data_collator, "max_length"):
             self.data_collator.max_length = None  # pairs that are too long are dropped, never cut
         self.data_collator = ConditioningCollator(
@@ -197,7 +196,10 @@ class InSPOTrainer(DPOTrainer):
                 kind = "batches with images" if vision else "prompt-learning adapters"
                 raise ValueError(f"layout={wanted!r} does not hold {kind}: use layout='rows' or 'auto'")
             return "rows"
-        trees = self._trees_unsupported(model)
+        if self.aux_loss_enabled:
+            trees = "the router loss of a mixture of experts needs a padding mask, which trees do not have: use 'rows'"
+        else:
+            trees = tree_unsupported(model)
         attention = model.config.get_text_config()._attn_implementation
         if wanted == "auto":
             if trees is None:
@@ -208,15 +210,6 @@ class InSPOTrainer(DPOTrainer):
         if wanted == "packed" and mixes_packed_sequences(model):
             raise ValueError("layout='packed': in this model packed sequences see each other; use layout='rows'")
         return wanted
-
-    def _trees_unsupported(self, model: Any) -> str | None:
-        if self.aux_loss_enabled:
-            return "the router loss of a mixture of experts needs a padding mask, which trees do not have: use 'rows'"
-        return tree_unsupported(model)
-
-    def _reads_images(self) -> bool:
-        sample = next(iter(self.train_dataset))
-        return "image" in sample or "images" in sample
 
     def _causal_lm(self, model: Any) -> Any:
         """Return the causal LM inside engines, adapters and ``torch.compile``."""
@@ -235,7 +228,7 @@ class InSPOTrainer(DPOTrainer):
             kept = dataset.filter(fits, num_proc=args.dataset_num_proc)
         self.dropped_pairs[dataset_name] = len(dataset) - len(kept)
         if len(kept) < len(dataset):
-            message = fits.reason(len(dataset) - len(kept), len(dataset), dataset_name)
+            message = fits.reason(f"{len(dataset) - len(kept)} of {len(dataset)}", dataset_name)
             if not len(kept):
                 raise ValueError(message)
             logger.warning(message)

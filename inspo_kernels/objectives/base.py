@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import finite
+from ..arguments import finite, positive
 
 
 @dataclass(frozen=True)
@@ -116,24 +116,6 @@ class Objective:
         return s.chosen - s.ref_chosen, s.rejected - s.ref_rejected
 
 
-def positive(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number above 0."""
-    if finite(name, value) <= 0:
-        raise ValueError(f"{name} must be positive, got {value!r}")
-
-
-def at_least_zero(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number of at least 0."""
-    if finite(name, value) < 0:
-        raise ValueError(f"{name} must be zero or positive, got {value!r}")
-
-
-def below_half(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is in [0, 0.5): more flipped labels would reverse the preference."""
-    if not 0 <= finite(name, value) < 0.5:
-        raise ValueError(f"{name} must be in [0, 0.5), got {value!r}")
-
-
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is among ``choices``."""
     if value not in choices:
@@ -149,10 +131,10 @@ class Preset(Objective):
         for name, value in vars(self).items():
             if name in ("beta", "tau"):
                 positive(name, value)
-            elif name in ("gamma", "alpha", "lam"):
-                at_least_zero(name, value)
-            elif name == "label_smoothing":
-                below_half(name, value)
+            elif name in ("gamma", "alpha", "lam") and finite(name, value) < 0:
+                raise ValueError(f"{name} must be zero or positive, got {value!r}")
+            elif name == "label_smoothing" and not 0 <= finite(name, value) < 0.5:  # more would reverse the preference
+                raise ValueError(f"{name} must be in [0, 0.5), got {value!r}")
 
 
 def logistic(margin: Tensor, flipped: float = 0.0) -> Tensor:
