@@ -196,10 +196,10 @@ class InSPOTrainer(DPOTrainer):
                 kind = "batches with images" if vision else "prompt-learning adapters"
                 raise ValueError(f"layout={wanted!r} does not hold {kind}: use layout='rows' or 'auto'")
             return "rows"
-        if self.aux_loss_enabled:
-            trees = "the router loss of a mixture of experts needs a padding mask, which trees do not have: use 'rows'"
-        else:
+        if not self.aux_loss_enabled:
             trees = tree_unsupported(model)
+        else:
+            trees = "the router loss of a mixture of experts needs a padding mask, which trees do not have: use 'rows'"
         attention = model.config.get_text_config()._attn_implementation
         if wanted == "auto":
             if trees is None:
