@@ -109,12 +109,13 @@ class Split:
         for name, table in tables.items():
             size, width = table.shape
             messages = [read[i * width : (i + 1) * width] for i in range(size)]
-            _check(name, messages, self.vocab_size(words), self._rank(name))
+            own = dist.get_rank(self.groups[name])
+            _check(name, messages, self.vocab_size(words), own)
             if name == "process_group":
                 starts = tuple(accumulate((message[1] for message in messages), initial=0))
                 if not starts[-1]:
                     raise ValueError("weight has no rows on any rank of process_group")
-                self.vocab = VocabGroup(self.groups[name], self._rank(name), starts)
+                self.vocab = VocabGroup(self.groups[name], own, starts)
             elif len(counts) <= _MOST_COUNTS:
                 columns = slice(_WIDTH, _WIDTH + len(counts))
                 self._totals = table[:, columns].sum(0), [sum(each) for each in zip(*(m[columns] for m in messages))]
@@ -132,9 +133,6 @@ class Split:
     def vocab_size(self, words: int) -> int:
         """Return the number of words of all ranks, if this rank holds ``words``."""
         return words if self.vocab is None else self.vocab.vocab_size
-
-    def _rank(self, name: str) -> int:
-        return dist.get_rank(self.groups[name])
 
     def _gather(self, message: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """Return the messages of all ranks of each group; the second group learns of errors in the first."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
+@dataclass
 class Fits:
     """Return whether a tokenized pair can be conditioned: no empty part, and at most ``max_length`` tokens.
 
@@ -26,9 +27,9 @@ class Fits:
     which depends on the attributes of this filter. So options that change the log-probs make a new cache.
     """
 
-    def __init__(self, max_length: int | None, separator_length: int, reference_options: Any = None) -> None:
-        self.max_length, self.separator_length = max_length, separator_length
-        self.reference_options = reference_options
+    max_length: int | None
+    separator_length: int
+    reference_options: Any = None
 
     def __call__(self, example: Mapping[str, Any]) -> bool:
         lengths = [len(example[part]) for part in PARTS]
@@ -46,12 +47,12 @@ class Fits:
         )
 
 
+@dataclass
 class CountingFits(Fits):
     """Filter a stream of unknown length; warn at the 1st, 2nd, 4th, 8th ... dropped pair."""
 
-    def __init__(self, max_length: int | None, separator_length: int, name: str) -> None:
-        super().__init__(max_length, separator_length)
-        self.name, self.dropped = name, 0
+    name: str = ""
+    dropped: int = 0
 
     def __call__(self, example: Mapping[str, Any]) -> bool:
         fits = super().__call__(example)
@@ -82,6 +83,7 @@ class AlternativeCoins(TrainerCallback):
         return [keeps_alternative(self.dropout, self.seed, epoch, *pair) for pair in pairs]
 
 
+@dataclass(kw_only=True)
 class ConditioningCollator:
     """Add the conditioned version of each batch of another collator, under ``"conditioned"``.
 
@@ -92,30 +94,17 @@ class ConditioningCollator:
         layout: how text batches are laid out; other batches are laid out in rows.
         strict: refuse a batch that only rows can hold, if ``layout`` is not "rows".
         max_length: bound on prompt, both responses and separator; longer pairs are left out and counted.
-
-    Every pair is conditioned, except in a collator that ``dropping`` returns.
+        coins: chooses the pairs that are laid out plain; None conditions every pair.
     """
 
-    def __init__(
-        self,
-        collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-        *,
-        layout: str,
-        strict: bool,
-        pad_token_id: int,
-        separator_ids: Sequence[int],
-        max_length: int | None,
-    ) -> None:
-        self.collator, self.layout, self.strict = collator, layout, strict
-        self.pad_token_id, self.separator_ids, self.max_length = pad_token_id, separator_ids, max_length
-        self.dropped = 0
-        self.coins: AlternativeCoins | None = None
-
-    def dropping(self, coins: AlternativeCoins) -> ConditioningCollator:
-        """Return a collator that lays out plain the pairs that ``coins`` chooses."""
-        collator = copy.copy(self)
-        collator.coins = coins
-        return collator
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    layout: str
+    strict: bool
+    pad_token_id: int
+    separator_ids: Sequence[int]
+    max_length: int | None
+    coins: AlternativeCoins | None = None
+    dropped: int = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self._fitting(examples)

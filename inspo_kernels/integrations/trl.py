@@ -167,7 +167,7 @@ class InSPOTrainer(DPOTrainer):
         """Return DPOTrainer's data loader; with ``alternative_dropout`` its collator lays some pairs out plain."""
         collator: Any = self.data_collator
         if self._coins is not None:
-            self.data_collator = collator.dropping(self._coins)
+            self.data_collator = dataclasses.replace(collator, coins=self._coins)
         try:
             return super().get_train_dataloader()
         finally:
@@ -180,7 +180,7 @@ class InSPOTrainer(DPOTrainer):
         if vision and hasattr(self.data_collator, "max_length"):
             self.data_collator.max_length = None  # pairs that are too long are dropped, never cut
         self.data_collator = ConditioningCollator(
-            self.data_collator,
+            collator=self.data_collator,
             layout=self._layout(vision),
             strict=_option(self.args, "layout") != "auto",
             pad_token_id=tokenizer.pad_token_id,
@@ -222,7 +222,7 @@ class InSPOTrainer(DPOTrainer):
             return dataset
         between = len(_separator_ids(_tokenizer(processing_class), args))
         if not isinstance(dataset, Dataset):
-            return dataset.filter(CountingFits(args.max_length, between, dataset_name))
+            return dataset.filter(CountingFits(args.max_length, between, name=dataset_name))
         fits = Fits(args.max_length, between, reference_options=args.ld_alpha)
         with args.main_process_first(desc=f"dropping pairs of {dataset_name} that are too long"):
             kept = dataset.filter(fits, num_proc=args.dataset_num_proc)
@@ -275,15 +275,11 @@ class InSPOTrainer(DPOTrainer):
             return loss, model(**plain(inputs)["inputs"])
 
     def _finish(self, ref_logps: Tensor) -> Finish:
-        terms: dict[str, Any] = {
-            "ref_logps": ref_logps,
-            "marginal_weight": self._marginal_weight,
-            "statistics": STATISTICS,
-        }
-        if self.args.ld_alpha is None and not self.args.use_weighting:
-            return partial(pair_loss, objective=self._objective, **terms)
-        options = {"ld_alpha": self.args.ld_alpha, "use_weighting": self.args.use_weighting}
-        return partial(token_loss, parts=self._parts, **options, **terms)
+        loss: Any = partial(pair_loss, objective=self._objective)
+        if self.args.ld_alpha is not None or self.args.use_weighting:
+            options = {"ld_alpha": self.args.ld_alpha, "use_weighting": self.args.use_weighting}
+            loss = partial(token_loss, parts=self._parts, **options)
+        return partial(loss, ref_logps=ref_logps, marginal_weight=self._marginal_weight, statistics=STATISTICS)
 
     def _marginals(self, mode: str) -> bool:
         """Return whether this pass scores marginals: if the loss needs them, at logged steps, and in evaluation."""

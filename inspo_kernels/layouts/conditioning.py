@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..arguments import integer, nearest
 from .alternative_dropout import keeps_alternatives
-from .tree import tree_batch
+from .tree import join, tree_batch
 
 IGNORE_INDEX = -100
 _FIELDS = ("prompt", "chosen response", "rejected response")
@@ -29,14 +28,6 @@ class _Pair(NamedTuple):
     prompt: Tensor
     chosen: Tensor
     rejected: Tensor
-
-
-class _Sequence(NamedTuple):
-    """One token sequence with its labels; all three tensors are int64 of the same length."""
-
-    ids: Tensor
-    labels: Tensor
-    marginal_labels: Tensor
 
 
 def condition_pairs(
@@ -172,13 +163,19 @@ def condition_pairs(
         return tree_batch(kept, separator, conditioned=keeps, pad_token_id=pad_token_id, packed=packed) | counts
     sequences = [_sequence(x, y_w, y_l if given else None, separator) for (x, y_w, y_l), given in zip(kept, keeps)]
     sequences += [_sequence(x, y_l, y_w if given else None, separator) for (x, y_w, y_l), given in zip(kept, keeps)]
-    batch = _rows(sequences, pad_token_id) if layout == "rows" else _packed(sequences)
+    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "marginal_labels": IGNORE_INDEX}
+    batch = join(sequences, layout == "packed", fill)
+    if layout == "packed":
+        ends = torch.tensor([0, *(len(sequence["labels"]) for sequence in sequences)], device="cpu").cumsum(0)
+        batch |= {"attention_mask": None, "cu_seqlens": ends.to(torch.int32)}
+        batch |= {name: batch[name][0] for name in ("labels", "marginal_labels")}
     if not any(keeps):
         batch["marginal_labels"] = None
     return batch | counts
 
 
-def _sequence(prompt: Tensor, scored: Tensor, alternative: Tensor | None, separator: Tensor) -> _Sequence:
+def _sequence(prompt: Tensor, scored: Tensor, alternative: Tensor | None, separator: Tensor) -> dict[str, Tensor]:
+    """Return the columns of one token sequence: int64 tensors of the same length."""
     between = [] if alternative is None else [alternative, separator]
     ids = torch.cat([prompt, *between, scored])
     labels = torch.full_like(ids, IGNORE_INDEX)
@@ -186,30 +183,12 @@ def _sequence(prompt: Tensor, scored: Tensor, alternative: Tensor | None, separa
     marginal_labels = torch.full_like(ids, IGNORE_INDEX)
     if alternative is not None:
         marginal_labels[len(prompt) : len(prompt) + len(alternative)] = alternative
-    return _Sequence(ids, labels, marginal_labels)
-
-
-def _rows(sequences: list[_Sequence], pad_token_id: int) -> dict[str, Any]:
-    ids, labels, marginal_labels = map(list, zip(*sequences, strict=True))
     return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "position_ids": pad_sequence([torch.arange(len(row), device="cpu") for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-        "marginal_labels": pad_sequence(marginal_labels, batch_first=True, padding_value=IGNORE_INDEX),
-    }
-
-
-def _packed(sequences: list[_Sequence]) -> dict[str, Any]:
-    ids, labels, marginal_labels = map(list, zip(*sequences, strict=True))
-    ends = torch.tensor([0, *map(len, ids)], device="cpu").cumsum(0)
-    return {
-        "input_ids": torch.cat(ids)[None],
-        "attention_mask": None,
-        "position_ids": torch.cat([torch.arange(len(row), device="cpu") for row in ids])[None],
-        "labels": torch.cat(labels),
-        "marginal_labels": torch.cat(marginal_labels),
-        "cu_seqlens": ends.to(torch.int32),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(len(ids), device="cpu"),
+        "labels": labels,
+        "marginal_labels": marginal_labels,
     }
 
 

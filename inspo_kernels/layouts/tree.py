@@ -16,7 +16,7 @@ and nobody sees it. The pairs of a packed row cannot see each other, since each 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,19 +44,15 @@ def tree_batch(
     """
     trees = [_tree(*pair, separator, given) for pair, given in zip(pairs, conditioned, strict=True)]
     lengths = torch.tensor([len(tree["input_ids"]) for tree in trees], device="cpu")
-    columns = {name: [tree[name] for tree in trees] for name in ("input_ids", "position_ids", "tree_ends")}
-    columns["path_of"] = [tree["branch"] * len(trees) + pair for pair, tree in enumerate(trees)]
-    if packed:
-        offsets = lengths.cumsum(0) - lengths  # of each pair among all tokens
-        columns["tree_ends"] = [ends + offset for ends, offset in zip(columns["tree_ends"], offsets)]
-        batch = {name: torch.cat(values)[None] for name, values in columns.items()}
-    else:
-        offsets = torch.arange(len(trees), device="cpu") * int(lengths.max())
-        fill = {"input_ids": pad_token_id}
-        batch = {
-            name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
-            for name, values in columns.items()
-        }
+    # Of each pair among all tokens.
+    offsets = lengths.cumsum(0) - lengths if packed else torch.arange(len(trees), device="cpu") * lengths.max()
+    columns = [{name: tree[name] for name in ("input_ids", "position_ids", "tree_ends")} for tree in trees]
+    for pair, (column, tree, offset) in enumerate(zip(columns, trees, offsets)):
+        column["path_of"] = tree["branch"] * len(trees) + pair
+        if packed:
+            column["tree_ends"] = tree["tree_ends"] + offset
+    batch = join(columns, packed, {"input_ids": pad_token_id})
+    if not packed:
         index = torch.arange(batch["input_ids"].shape[1], device="cpu")
         batch["tree_ends"] = torch.where(index < lengths[:, None], batch["tree_ends"], index + 1)
     paths = [tree[name] + offset for name in ("first_path", "second_path") for tree, offset in zip(trees, offsets)]
@@ -66,6 +62,17 @@ def tree_batch(
         "labels": torch.cat([tree["labels"] for tree in trees]),
         "segment_ids": torch.cat([tree["kinds"] * len(trees) + pair for pair, tree in enumerate(trees)]),
         "num_pairs": len(trees),
+    }
+
+
+def join(sequences: list[dict[str, Tensor]], packed: bool, fill: Mapping[str, int]) -> dict[str, Any]:
+    """Return each column of the sequences as one row (1, N), or as rows (len, T) padded with ``fill``, by default 0."""
+    columns = {name: [sequence[name] for sequence in sequences] for name in sequences[0]}
+    if packed:
+        return {name: torch.cat(values)[None] for name, values in columns.items()}
+    return {
+        name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
+        for name, values in columns.items()
     }
 
 
