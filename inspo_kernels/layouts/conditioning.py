@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..arguments import integer, nearest
 from .alternative_dropout import keeps_alternatives
-from .tree import join, tree_batch
+from .tree import concatenated, padded, tree_batch
 
 IGNORE_INDEX = -100
 _FIELDS = ("prompt", "chosen response", "rejected response")
@@ -163,12 +163,13 @@ def condition_pairs(
         return tree_batch(kept, separator, conditioned=keeps, pad_token_id=pad_token_id, packed=packed) | counts
     sequences = [_sequence(x, y_w, y_l if given else None, separator) for (x, y_w, y_l), given in zip(kept, keeps)]
     sequences += [_sequence(x, y_l, y_w if given else None, separator) for (x, y_w, y_l), given in zip(kept, keeps)]
-    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "marginal_labels": IGNORE_INDEX}
-    batch = join(sequences, layout == "packed", fill)
-    if layout == "packed":
+    if layout == "rows":
+        batch = padded(sequences, {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "marginal_labels": IGNORE_INDEX})
+    else:
+        batch = concatenated(sequences)
+        batch |= {name: batch[name][None] for name in ("input_ids", "position_ids")} | {"attention_mask": None}
         ends = torch.tensor([0, *(len(sequence["labels"]) for sequence in sequences)], device="cpu").cumsum(0)
-        batch |= {"attention_mask": None, "cu_seqlens": ends.to(torch.int32)}
-        batch |= {name: batch[name][0] for name in ("labels", "marginal_labels")}
+        batch["cu_seqlens"] = ends.to(torch.int32)
     if not any(keeps):
         batch["marginal_labels"] = None
     return batch | counts

@@ -51,8 +51,10 @@ def tree_batch(
         column["path_of"] = tree["branch"] * len(trees) + pair
         if packed:
             column["tree_ends"] = tree["tree_ends"] + offset
-    batch = join(columns, packed, {"input_ids": pad_token_id})
-    if not packed:
+    if packed:
+        batch = {name: values[None] for name, values in concatenated(columns).items()}
+    else:
+        batch = padded(columns, {"input_ids": pad_token_id})
         index = torch.arange(batch["input_ids"].shape[1], device="cpu")
         batch["tree_ends"] = torch.where(index < lengths[:, None], batch["tree_ends"], index + 1)
     paths = [tree[name] + offset for name in ("first_path", "second_path") for tree, offset in zip(trees, offsets)]
@@ -65,51 +67,47 @@ def tree_batch(
     }
 
 
-def join(sequences: list[dict[str, Tensor]], packed: bool, fill: Mapping[str, int]) -> dict[str, Any]:
-    """Return each column of the sequences as one row (1, N), or as rows (len, T) padded with ``fill``, by default 0."""
-    columns = {name: [sequence[name] for sequence in sequences] for name in sequences[0]}
-    if packed:
-        return {name: torch.cat(values)[None] for name, values in columns.items()}
+def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Return each column of ``parts``, one after another: (N,)."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def padded(parts: list[dict[str, Tensor]], fill: Mapping[str, int]) -> dict[str, Any]:
+    """Return each column of ``parts`` as rows (len(parts), T), filled up on the right with ``fill``, by default 0."""
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
     return {
-        name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
-        for name, values in columns.items()
+        name: pad_sequence(column, batch_first=True, padding_value=fill.get(name, 0))
+        for name, column in columns.items()
     }
 
 
 def _tree(prompt: Tensor, chosen: Tensor, rejected: Tensor, separator: Tensor, conditioned: bool) -> dict[str, Tensor]:
-    """Tokens, paths and scored rows of one pair; ``kinds`` as in ``pair_loss.KINDS``: 0, 1 and the marginals 2, 3."""
-    tokens, positions, ends = [prompt], [torch.arange(len(prompt), device="cpu")], []
-    rows, labels, kinds = [], [], []
-    start = len(prompt)
+    """Return one pair's tokens, paths and scored rows; ``kinds`` as in ``pair_loss.KINDS``."""
+    tokens, scores = [], []
+    start = root = len(prompt)
     for kind, scored, alternative in ((0, chosen, rejected), (1, rejected, chosen)):
         branch = torch.cat([alternative, separator, scored]) if conditioned else scored
         end = start + len(branch)
-        tokens.append(branch)
-        positions.append(torch.arange(len(prompt), len(prompt) + len(branch), device="cpu"))
-        ends.append(torch.full((len(branch),), end, device="cpu"))
+        positions = torch.arange(root, root + len(branch), device="cpu")
+        ends, number = torch.full_like(branch, end), torch.full_like(branch, kind)
+        tokens.append({"input_ids": branch, "position_ids": positions, "tree_ends": ends, "branch": number})
         # What predicts each token of the branch: the one before it, which for the first is the prompt's last.
         before = torch.arange(start - 1, end - 1, device="cpu")
-        before[0] = len(prompt) - 1
-        rows.append(before[-len(scored) :])
-        labels.append(scored)
-        kinds.append(torch.full((len(scored),), kind, device="cpu"))
+        before[0] = root - 1
+        scores.append((before[-len(scored) :], scored, kind))
         if conditioned:
-            rows.append(before[: len(alternative)])
-            labels.append(alternative)
-            kinds.append(torch.full((len(alternative),), 3 - kind, device="cpu"))
+            scores.append((before[: len(alternative)], alternative, 3 - kind))
         start = end
     index = torch.arange(start, device="cpu")
-    second = start - len(tokens[2])  # where the second branch starts
-    return {
+    ends = torch.full_like(prompt, start)
+    tokens = [{"input_ids": prompt, "position_ids": index[:root], "tree_ends": ends, "branch": 0 * prompt}, *tokens]
+    second = start - len(branch)  # where the second branch starts
+    return concatenated(tokens) | {
         "first_path": index[:second],
-        "second_path": torch.cat([index[: len(prompt)], index[second:]]),
-        "branch": (index >= second).long(),
-        "input_ids": torch.cat(tokens),
-        "position_ids": torch.cat(positions),
-        "tree_ends": torch.cat([torch.full((len(prompt),), start, device="cpu"), *ends]),
-        "rows": torch.cat(rows),
-        "labels": torch.cat(labels),
-        "kinds": torch.cat(kinds),
+        "second_path": torch.cat([index[:root], index[second:]]),
+        "rows": torch.cat([rows for rows, _, _ in scores]),
+        "labels": torch.cat([labels for _, labels, _ in scores]),
+        "kinds": torch.cat([torch.full_like(labels, kind) for _, labels, kind in scores]),
     }
 
 

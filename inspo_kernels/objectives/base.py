@@ -44,17 +44,9 @@ class PairSums:
 
     def on_marginals(self) -> PairSums:
         """Return the sums given the prompt alone: marginals replace ``chosen`` and ``rejected``."""
-        assert self.marginal_chosen is not None and self.marginal_rejected is not None
-        assert self.marginal_chosen_len is not None and self.marginal_rejected_len is not None
-        return dataclasses.replace(
-            self,
-            chosen=self.marginal_chosen,
-            rejected=self.marginal_rejected,
-            chosen_len=self.marginal_chosen_len,
-            rejected_len=self.marginal_rejected_len,
-            chosen_len_mean=self.marginal_chosen_len_mean,
-            rejected_len_mean=self.marginal_rejected_len_mean,
-        )
+        assert self.marginal_chosen is not None
+        names = [f"{kind}{suffix}" for kind in ("chosen", "rejected") for suffix in ("", "_len", "_len_mean")]
+        return dataclasses.replace(self, **{name: getattr(self, f"marginal_{name}") for name in names})
 
     def clone(self) -> PairSums:
         """Copy every tensor, still attached to the graph, so that writing to the copy changes nothing here."""

@@ -33,23 +33,10 @@ class Mixture(Objective):
             objective, weight = part
             checked.append((make_objective(objective), finite("a weight in parts", weight)))
         object.__setattr__(self, "parts", tuple(checked))
-
-    @property
-    def needs_reference(self) -> bool:  # type: ignore[override]  # depends on the instance, like the next ones
-        return any(part.needs_reference for part, _ in self.parts)
-
-    @property
-    def needs_marginals(self) -> bool:  # type: ignore[override]
-        return any(part.needs_marginals for part, _ in self.parts)
-
-    @property
-    def batch_coupled(self) -> bool:  # type: ignore[override]
-        return any(part.batch_coupled for part, _ in self.parts)
-
-    @property
-    def gradient_fields(self) -> tuple[str, ...]:  # type: ignore[override]
-        fields = {field for part, _ in self.parts for field in part.gradient_fields}
-        return tuple(field for field in Objective.gradient_fields if field in fields)
+        for name in ("needs_reference", "needs_marginals", "batch_coupled"):
+            object.__setattr__(self, name, any(getattr(part, name) for part, _ in checked))
+        fields = {field for part, _ in checked for field in part.gradient_fields}
+        object.__setattr__(self, "gradient_fields", tuple(f for f in Objective.gradient_fields if f in fields))
 
     def differentiated(self, marginals: bool) -> tuple[str, ...]:
         fields = {field for part, _ in self.parts for field in part.differentiated(marginals)}
