@@ -49,6 +49,11 @@ _MAY_DIFFER = {
 }
 _HEADER = ("status", "words", "valid", "lowest", "highest")
 _WIDTH = len(_HEADER) + len(_SAME)
+# The columns of a message that must be equal on all ranks of a group.
+_COLUMNS = {
+    group: [len(_HEADER) + i for i, name in enumerate(_SAME) if name not in others]
+    for group, others in _MAY_DIFFER.items()
+}
 _REFUSED, _ELSEWHERE = 1, 2
 # Ranks of a sequence also send their counts of scored tokens, for up to this many segments. A second collective, whose
 # size depends on the batch, would have to wait until the host has read that all ranks agree.
@@ -145,7 +150,7 @@ class Split:
                 if len(counts) <= _MOST_COUNTS:
                     sent[_WIDTH : _WIDTH + len(counts)] = counts
             table = tables[name] = gather(sent, group, f"the arguments of the other ranks of {name}")
-            columns = torch.tensor(_columns(name), device="cpu").to(message.device, non_blocking=True)
+            columns = torch.tensor(_COLUMNS[name], device="cpu").to(message.device, non_blocking=True)
             wrong = (table[:, columns] != message[columns]).any() | (table[:, 0] != 0).any()
             message = torch.cat([torch.where(message[:1] == 0, wrong * _ELSEWHERE, message[:1]), message[1:]])
         return tables
@@ -171,11 +176,6 @@ def refuse_compiled(**groups: Any) -> None:
             )
 
 
-def _columns(name: str) -> list[int]:
-    """Return the columns of a message that must be equal on all ranks of this group."""
-    return [len(_HEADER) + i for i, each in enumerate(_SAME) if each not in _MAY_DIFFER[name]]
-
-
 def _check(name: str, messages: list[list[int]], vocab_size: int, own: int) -> None:
     """Raise unless the messages of all ranks of group ``name`` agree."""
 
@@ -184,7 +184,7 @@ def _check(name: str, messages: list[list[int]], vocab_size: int, own: int) -> N
             raise ValueError(f"{_named(wrong)} of {name} {problem}: see its own error")
 
     refuse([message[0] == _REFUSED for message in messages], "refused its arguments")
-    for column in _columns(name):
+    for column in _COLUMNS[name]:
         values = [message[column] for message in messages]
         usual = Counter(values).most_common(1)[0][0]
         if len(set(values)) > 1:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from ..layouts.conditioning import condition_pairs
 from ..layouts.path_attention import PathMask
-from ..layouts.tree import MAX_DENSE_TOKENS, block_mask, dense_mask, tree_batch
+from ..layouts.tree import MAX_DENSE_TOKENS, block_mask, dense_mask
 from .packing import states
 from .small_runs import device_of, is_rounding, relative_difference, small_ids, undisturbed
 
@@ -113,7 +114,9 @@ def _form(model: Any) -> tuple[str | None, str | None]:
     known = _FORMS.setdefault(model, {})
     if state not in known:
         reason = _known_reason(model)
-        forms = _candidates(config)
+        has_types = bool(getattr(config, "layer_types", None))
+        has_window = getattr(config, "sliding_window", None) is not None
+        forms = ["layer_types"] * has_types + ["window"] * has_window + ["full"]  # the most specific first
         if reason is not None:
             known[state] = None, reason
         elif device_of(model).type == "meta":
@@ -143,13 +146,6 @@ def _known_reason(model: Any) -> str | None:
             "attn_implementation='sdpa', 'eager' or 'flex_attention', or use layout='rows'"
         )
     return None
-
-
-def _candidates(config: Any) -> list[str]:
-    """Return the forms that a config allows, the most specific first."""
-    window = getattr(config, "sliding_window", None) is not None
-    types = set(getattr(config, "layer_types", None) or ())
-    return ["layer_types"] * bool(types) + ["window"] * window + ["full"]
 
 
 def _tried(model: Any, forms: list[str]) -> tuple[str | None, str | None]:
@@ -186,17 +182,15 @@ def _small_pairs(model: Any) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Ten
     ids = small_ids(model, sum(map(sum, _PAIRS)))
     parts = iter(ids.split([length for lengths in _PAIRS for length in lengths]))
     pairs = [(next(parts), next(parts), next(parts)) for _ in _PAIRS]
-    tree = tree_batch(pairs, ids[:0], conditioned=[True] * len(pairs), pad_token_id=int(ids[0]), packed=False)
-    rows = [torch.cat([x, l, w]) for x, w, l in pairs] + [torch.cat([x, w, l]) for x, w, l in pairs]
-    length = len(rows[0])
+    tree, rows = (condition_pairs(pairs, layout=layout, pad_token_id=int(ids[0])) for layout in ("tree", "rows"))
     # The marginal of the chosen response is in the rejected one's row, and the other way round.
-    row_of_kind = torch.tensor([0, 1, 1, 0])
+    row_of_kind = torch.tensor([0, 1, 1, 0], device="cpu")
     kind, pair = tree["segment_ids"] // len(pairs), tree["segment_ids"] % len(pairs)
-    places = (pair + len(pairs) * row_of_kind[kind]) * length + tree["position_ids"].flatten()[tree["rows"]]
+    depth = tree["position_ids"].flatten()[tree["rows"]]
+    places = (pair + len(pairs) * row_of_kind[kind]) * rows["input_ids"].shape[1] + depth
     device = device_of(model)
     tree = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tree.items()}
-    positions = torch.arange(length, device=device).expand(len(rows), -1)
-    return tree, (torch.stack(rows).to(device), positions), places.to(device)
+    return tree, (rows["input_ids"].to(device), rows["position_ids"].to(device)), places.to(device)
 
 
 @contextmanager
