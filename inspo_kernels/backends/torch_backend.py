@@ -235,12 +235,8 @@ class TorchTile(HeadTile):
         self.is_graded = keep or dx is not None
         # Tiles whose offsets differ from those of the tile before, in any row.
         self.raised: set[int] = set()
-        blocks, offsets = [], []
-        for rows in chunks(0, len(x), self.block):
-            sums, of_tiles = self._stage_block(rows, keep, parts)
-            blocks.append(sums)
-            offsets.append(of_tiles)
-        sums = RowSums.cat(blocks)
+        blocks, offsets = zip(*(self._stage_block(rows, keep, parts) for rows in chunks(0, len(x), self.block)))
+        sums = RowSums.cat(list(blocks))
         self.local_offset, self.offsets = sums.offset, None
         if keep and self.raised:
             self.offsets = torch.cat([torch.stack(of_tiles) for of_tiles in offsets], 1)

@@ -69,16 +69,14 @@ class PairPass:
         scored = {name: _to(value, hidden.device) for name, value in self.scored.items()}
         results = self.finish(hidden.index_select(0, scored["rows"]), head, scored)
         if self.kept is not None:
-            results |= _with_plain_pairs(results, _to(self.kept, hidden.device))
+            kept = _to(self.kept, hidden.device)
+            logps: Tensor = results["logps"]
+            # A plain pair's log-probs are already given the prompt alone.
+            marginal_logps = torch.where(kept.repeat(2), results.get("marginal_logps", logps), logps)
+            results |= {"marginal_logps": marginal_logps, "kept": kept}
         if inputs.get("output_router_logits"):
             results["aux_loss"] = outputs.aux_loss
         return results
-
-
-def _with_plain_pairs(results: dict[str, Any], kept: Tensor) -> dict[str, Any]:
-    """Return ``marginal_logps`` of every pair: a plain pair's log-probs are already given the prompt alone."""
-    logps = results["logps"]
-    return {"marginal_logps": torch.where(kept.repeat(2), results.get("marginal_logps", logps), logps), "kept": kept}
 
 
 def reference_logps(
@@ -87,7 +85,6 @@ def reference_logps(
     """Return ``logps`` (2B,) float64, the summed log-probs of chosen, then rejected responses."""
     if ld_alpha is not None:
         logps = linear_logps(x, targets=scored["labels"], **head)
-        assert isinstance(logps, Tensor)  # as no statistics are asked for
         return {"logps": _sums(logps * _tail_weights(scored, ld_alpha), scored)[:2].flatten()}
     sums, _ = pair_logps(x, **_segments(scored), **head)
     return {"logps": sums[:2].flatten()}
@@ -139,7 +136,6 @@ def token_loss(
     if differentiated < len(x):  # marginals that are only reported
         with torch.no_grad():
             others = linear_logps(x[differentiated:], targets=scored["labels"][differentiated:], **head)
-        assert isinstance(others, Tensor)
         logps = torch.cat([logps, others])
     whole = _sums(logps, scored)
     weighed = whole if ld_alpha is None else _sums(logps * _tail_weights(scored, ld_alpha), scored)

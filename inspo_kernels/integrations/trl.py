@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import tree_unsupported
 from ..layouts.alternative_dropout import checked_dropout
-from ..models.packing import mixes_packed_sequences
+from ..models.small_runs import mixes_packed_sequences
 from .pair_layouts import CONDITIONED, LAYOUTS, REFERENCES, plain
 from .pair_metrics import GAPS, MARGINAL, STATISTICS, PairMetrics
 from .pair_pass import Finish, PairPass, accept_pair_pass, pair_loss, reference_logps, token_loss
@@ -88,7 +88,6 @@ class InSPOConfig(DPOConfig):
     layout: str = field(
         default="auto", metadata={"help": "How conditioned pairs are laid out.", "choices": list(LAYOUTS)}
     )
-
     alternative_dropout: float = field(
         default=0.0, metadata={"help": "Probability that a training pair is laid out plain, drawn in each epoch."}
     )

@@ -9,7 +9,7 @@ sequences hold its log-probability given the prompt alone. ``labels`` score the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,12 +22,7 @@ IGNORE_INDEX = -100
 _FIELDS = ("prompt", "chosen response", "rejected response")
 _LAYOUTS = ("rows", "packed", "tree", "packed_tree")
 _TRUNCATIONS = ("error", "prompt_left", "drop")
-
-
-class _Pair(NamedTuple):
-    prompt: Tensor
-    chosen: Tensor
-    rejected: Tensor
+_Pair: TypeAlias = tuple[Tensor, Tensor, Tensor]  # prompt, chosen, rejected
 
 
 def condition_pairs(
@@ -111,9 +106,8 @@ def condition_pairs(
         | ``labels``       | (M,) int64    | (M,) int64    | the id that each row predicts |
         | ``segment_ids``  | (M,) int64    | (M,) int64    | its segment, as numbered by ``fused_inspo_loss`` |
         | ``num_pairs``    | int           | int           | B |
-        | ``dropped``      | list of int   | list of int   | as above |
-        | ``truncated``    | int           | int           | as above |
-        | ``plain``        | list of int   | list of int   | as above |
+
+        ``dropped``, ``truncated`` and ``plain`` are as above.
 
         The mask depends on the model: ``tree_attention_mask(batch, model)``. The prompt's last row predicts the first
         token of both branches, so it appears twice in ``rows``.
@@ -194,19 +188,19 @@ def _sequence(prompt: Tensor, scored: Tensor, alternative: Tensor | None, separa
 
 
 def _cut_prompt(index: int, pair: _Pair, length: int, max_length: int, truncation: str) -> _Pair:
+    prompt, chosen, rejected = pair
     excess = length - max_length
-    without_prompt = length - len(pair.prompt)
     if truncation == "error":
         raise ValueError(
             f"pair {index}: prompt, both responses and separator take {length} tokens, above max_length={max_length}; "
             "raise max_length, or use truncation='prompt_left' or truncation='drop'"
         )
-    if excess >= len(pair.prompt):
+    if excess >= len(prompt):
         raise ValueError(
-            f"pair {index}: both responses, separator and one prompt token take {without_prompt + 1} tokens, "
+            f"pair {index}: both responses, separator and one prompt token take {length - len(prompt) + 1} tokens, "
             f"above max_length={max_length}, and responses are never cut; raise max_length or use truncation='drop'"
         )
-    return pair._replace(prompt=pair.prompt[excess:])
+    return prompt[excess:], chosen, rejected
 
 
 def _read_pair(index: int, raw: Any) -> _Pair:
@@ -223,7 +217,8 @@ def _read_pair(index: int, raw: Any) -> _Pair:
     for tensor, name in zip(ids, _FIELDS, strict=True):
         if len(tensor) == 0:
             raise ValueError(f"pair {index}: {name} is empty; give it at least one token or leave the pair out")
-    return _Pair(*ids)
+    prompt, chosen, rejected = ids
+    return prompt, chosen, rejected
 
 
 def _ids(values: Any, where: str) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ..groups import is_dtensor
 from .head_parts import HeadError, HeadParts, head_parts, qualified_name
 from .model_head import Tail, in_fsdp, known_in_any_mode, run_model
-from .packing import mixes_packed_sequences
-from .small_runs import device_of, small_ids, undisturbed
+from .small_runs import device_of, mixes_packed_sequences, small_ids, undisturbed
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -93,17 +92,20 @@ def hidden_and_head(
         else:
             _check_implied_positions(model, position_ids, attention_mask)
         if attention_mask is None and not torch.compiler.is_compiling() and mixes_packed_sequences(model):
-            _refuse_restarts(model, position_ids)
+            if (torch.diff(position_ids, dim=-1) != 1).any():
+                raise ValueError(
+                    f"{model.config.model_type!r} lets packed sequences attend to each other; use padded rows and "
+                    "their attention_mask"
+                )
     _drop_router_loss(model, inputs, accepted, return_outputs)
 
-    tokens = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
-    if tokens is None:
+    if inputs.keys().isdisjoint({"input_ids", "inputs_embeds"}):
         raise TypeError("give input_ids or inputs_embeds")
     try:
         if torch.compiler.is_compiling():
             hidden, parts, tail, outputs = _compiled(model, head, inputs)
         else:
-            call, tail = run_model(model, head, inputs, (tokens.shape[0], tokens.shape[1]))
+            call, tail = run_model(model, inputs)
             assert call.hidden is not None and call.parts is not None
             hidden, parts, outputs = call.hidden, call.parts, call.outputs
     except HeadError as error:
@@ -156,7 +158,7 @@ def _tail_while_tracing(address: int) -> Tail:
     if tail is None:
         with undisturbed(model):
             ids = small_ids(model, 2)[None].to(device_of(model))
-            _, tail = run_model(model, head, {"input_ids": ids}, (1, 2))
+            _, tail = run_model(model, {"input_ids": ids})
     if not tail.from_base:
         raise HeadError("its head's input is not what its base model returns: call it outside torch.compile")
     return tail
@@ -227,14 +229,6 @@ def _check_implied_positions(model: Any, position_ids: Tensor, attention_mask: A
         raise ValueError(
             f"{model.config.model_type!r} takes no position_ids: it counts tokens from 0 in each row. Use padded rows "
             "(layout='rows') and leave position_ids out"
-        )
-
-
-def _refuse_restarts(model: Any, position_ids: Tensor) -> None:
-    if (torch.diff(position_ids, dim=-1) != 1).any():
-        raise ValueError(
-            f"{model.config.model_type!r} lets packed sequences attend to each other; use padded rows and their "
-            "attention_mask"
         )
 
 

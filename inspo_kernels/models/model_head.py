@@ -78,16 +78,18 @@ class HeadCall:
     outputs: Any = field(default=None, repr=False)
 
 
-def run_model(model: Any, head: nn.Module, inputs: dict[str, Any], shape: tuple[int, int]) -> tuple[HeadCall, Tail]:
-    """Run the model's own forward on ``inputs`` of ``shape`` (B, T) tokens without computing logits.
+def run_model(model: Any, inputs: dict[str, Any]) -> tuple[HeadCall, Tail]:
+    """Run the model's own forward on ``inputs`` with ``input_ids`` or ``inputs_embeds``, without computing logits.
 
     The first call in a mode verifies the head, too.
 
     Raises:
         HeadError: the logits do not follow from what the head is given; the message says how far they are off.
     """
+    head = model.get_output_embeddings()
     tail = _TAILS.get(model, {}).get(_state(model, head))  # unless something that it depends on has changed since
-    call = HeadCall(shape)
+    batch, length, *_ = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape
+    call = HeadCall((batch, length))
     # A compiled forward would be compiled again for the hooks of each call.
     forward = model if model._compiled_call_impl is None and not in_fsdp(model) else model.forward
     with _intercepted(model, head, call, few=tail is None):

@@ -15,8 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..layouts.conditioning import condition_pairs
 from ..layouts.path_attention import PathMask
 from ..layouts.tree import MAX_DENSE_TOKENS, block_mask, dense_mask
-from .packing import states
-from .small_runs import device_of, is_rounding, relative_difference, small_ids, undisturbed
+from .small_runs import device_of, is_rounding, relative_difference, small_ids, states, undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -45,11 +45,6 @@ class Divergent(Preset):
         shown.sort(key=lambda name: name.startswith("divergence"))
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
-    def _scores(self, s: PairSums) -> tuple[Tensor, Tensor]:
-        """Return f'(pi / pi_ref) of the chosen and rejected responses, (pairs,) each."""
-        chosen, rejected = self._advantages(s)
-        return self._f_prime(chosen), self._f_prime(rejected)
-
     def _f_prime(self, log_ratio: Tensor) -> Tensor:
         if self.divergence == "js":
             return math.log(2) + F.logsigmoid(log_ratio)
@@ -58,13 +53,10 @@ class Divergent(Preset):
             return log_ratio
         return torch.expm1((power * log_ratio).clamp(max=_LARGEST_EXPONENT)) / power
 
-    def _difference(self, s: PairSums) -> Tensor:
-        chosen, rejected = self._scores(s)
-        return chosen - rejected
-
-    def _difference_per_token(self, s: PairSums) -> Tensor:
-        chosen, rejected = self._scores(s)
-        return chosen / s.chosen_len - rejected / s.rejected_len
+    def _difference(self, s: PairSums, *, per_token: bool = False) -> Tensor:
+        """Return f'(pi / pi_ref) of the chosen less that of the rejected response, (pairs,)."""
+        chosen, rejected = map(self._f_prime, self._advantages(s))
+        return chosen / s.chosen_len - rejected / s.rejected_len if per_token else chosen - rejected
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,7 +150,7 @@ class SigmoidNorm(Divergent):
     beta: float = 0.1
 
     def __call__(self, s: PairSums) -> Tensor:
-        return logistic(self.beta * self._difference_per_token(s))
+        return logistic(self.beta * self._difference(s, per_token=True))
 
 
 @dataclass(frozen=True)
@@ -190,7 +182,7 @@ class IPOMean(Divergent):
         return self.tau
 
     def __call__(self, s: PairSums) -> Tensor:
-        return (self._difference_per_token(s) - 1 / (2 * self.tau)).square()
+        return (self._difference(s, per_token=True) - 1 / (2 * self.tau)).square()
 
 
 @dataclass(frozen=True)
