@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -110,10 +110,9 @@ class Split:
         here = [table.flatten() for table in tables.values()]
         if plan.device == message.device:
             here.append(plan)
-        read = torch.cat(here).tolist()
+        read = iter(torch.cat(here).tolist())
         for name, table in tables.items():
-            size, width = table.shape
-            messages = [read[i * width : (i + 1) * width] for i in range(size)]
+            messages = [list(islice(read, table.shape[1])) for _ in range(len(table))]
             own = dist.get_rank(self.groups[name])
             _check(name, messages, self.vocab_size(words), own)
             if name == "process_group":
@@ -124,8 +123,7 @@ class Split:
             elif len(counts) <= _MOST_COUNTS:
                 columns = slice(_WIDTH, _WIDTH + len(counts))
                 self._totals = table[:, columns].sum(0), [sum(each) for each in zip(*(m[columns] for m in messages))]
-            read = read[size * width :]
-        return read if plan.device == message.device else plan.tolist()
+        return list(read) if plan.device == message.device else plan.tolist()
 
     def total_counts(self, counts: Tensor) -> tuple[Tensor, list[int]]:
         """Return ``counts`` (n,) of scored tokens summed over the sequence's ranks, on the device and on the host."""

@@ -66,10 +66,12 @@ class PairPass:
         hidden, head, outputs = hidden_and_head(model, **inputs, return_outputs=True)
         # Prompt-learning adapters put virtual tokens before the rows.
         hidden = hidden[:, -self.scored["width"] :].flatten(0, 1)
-        scored = {name: _to(value, hidden.device) for name, value in self.scored.items()}
+        scored = {
+            name: value.to(hidden.device) if isinstance(value, Tensor) else value for name, value in self.scored.items()
+        }
         results = self.finish(hidden.index_select(0, scored["rows"]), head, scored)
         if self.kept is not None:
-            kept = _to(self.kept, hidden.device)
+            kept: Tensor = self.kept.to(hidden.device)
             logps: Tensor = results["logps"]
             # A plain pair's log-probs are already given the prompt alone.
             marginal_logps = torch.where(kept.repeat(2), results.get("marginal_logps", logps), logps)
@@ -187,7 +189,3 @@ def _tail_weights(scored: dict[str, Any], ld_alpha: float) -> Tensor:
     lengths = torch.bincount(segments, minlength=4 * pairs).view(4, pairs)
     shared = torch.minimum(lengths[[0, 0, 2, 2]], lengths[[1, 1, 3, 3]]).flatten()
     return torch.where(index - first[segments] < shared[segments], 1.0, ld_alpha)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

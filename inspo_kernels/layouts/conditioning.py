@@ -131,32 +131,28 @@ def condition_pairs(
     pairs = list(pairs)
     keeps = keeps_alternatives(conditioned, alternative_dropout, dropout_seed, len(pairs))
 
-    kept: list[_Pair] = []
-    dropped: list[int] = []
+    kept: dict[int, _Pair] = {}
     truncated = 0
     for index, raw in enumerate(pairs):
         pair = _read_pair(index, raw)
         length = sum(map(len, pair)) + len(separator)
         if max_length is None or length <= max_length:
-            kept.append(pair)
-        elif truncation == "drop":
-            dropped.append(index)
-        else:
-            kept.append(_cut_prompt(index, pair, length, max_length, truncation))
+            kept[index] = pair
+        elif truncation != "drop":
+            kept[index] = _cut_prompt(index, pair, length, max_length, truncation)
             truncated += 1
+    dropped = [index for index in range(len(pairs)) if index not in kept]
     if not kept:
         cause = f"all {len(dropped)} are longer than max_length={max_length}" if dropped else "pairs is empty"
         raise ValueError(f"no pair left to score: {cause}")
 
-    positions = sorted(set(range(len(pairs))).difference(dropped))
-    plain = [index for index in positions if not keeps[index]]
-    counts = {"dropped": dropped, "truncated": truncated, "plain": plain}
-    keeps = [keeps[index] for index in positions]
+    counts = {"dropped": dropped, "truncated": truncated, "plain": [index for index in kept if not keeps[index]]}
+    keeps, fitting = [keeps[index] for index in kept], list(kept.values())
     if layout in ("tree", "packed_tree"):
         packed = layout == "packed_tree"
-        return tree_batch(kept, separator, conditioned=keeps, pad_token_id=pad_token_id, packed=packed) | counts
-    sequences = [_sequence(x, y_w, y_l if given else None, separator) for (x, y_w, y_l), given in zip(kept, keeps)]
-    sequences += [_sequence(x, y_l, y_w if given else None, separator) for (x, y_w, y_l), given in zip(kept, keeps)]
+        return tree_batch(fitting, separator, conditioned=keeps, pad_token_id=pad_token_id, packed=packed) | counts
+    sequences = [_sequence(x, y_w, y_l if given else None, separator) for (x, y_w, y_l), given in zip(fitting, keeps)]
+    sequences += [_sequence(x, y_l, y_w if given else None, separator) for (x, y_w, y_l), given in zip(fitting, keeps)]
     if layout == "rows":
         batch = padded(sequences, {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "marginal_labels": IGNORE_INDEX})
     else:

@@ -94,21 +94,18 @@ def _tree(prompt: Tensor, chosen: Tensor, rejected: Tensor, separator: Tensor, c
         # What predicts each token of the branch: the one before it, which for the first is the prompt's last.
         before = torch.arange(start - 1, end - 1, device="cpu")
         before[0] = root - 1
-        scores.append((before[-len(scored) :], scored, kind))
+        kinds = torch.full_like(scored, kind)
+        scores.append({"rows": before[-len(scored) :], "labels": scored, "kinds": kinds})
         if conditioned:
-            scores.append((before[: len(alternative)], alternative, 3 - kind))
+            kinds = torch.full_like(alternative, 3 - kind)
+            scores.append({"rows": before[: len(alternative)], "labels": alternative, "kinds": kinds})
         start = end
     index = torch.arange(start, device="cpu")
     ends = torch.full_like(prompt, start)
     tokens = [{"input_ids": prompt, "position_ids": index[:root], "tree_ends": ends, "branch": 0 * prompt}, *tokens]
     second = start - len(branch)  # where the second branch starts
-    return concatenated(tokens) | {
-        "first_path": index[:second],
-        "second_path": torch.cat([index[:root], index[second:]]),
-        "rows": torch.cat([rows for rows, _, _ in scores]),
-        "labels": torch.cat([labels for _, labels, _ in scores]),
-        "kinds": torch.cat([torch.full_like(labels, kind) for _, labels, kind in scores]),
-    }
+    paths = {"first_path": index[:second], "second_path": torch.cat([index[:root], index[second:]])}
+    return concatenated(tokens) | concatenated(scores) | paths
 
 
 def dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..groups import is_dtensor
-from .head_parts import HeadError, HeadParts, head_parts, qualified_name
+from .head_parts import HeadError, head_parts, qualified_name
 from .model_head import Tail, in_fsdp, known_in_any_mode, run_model
 from .small_runs import device_of, mixes_packed_sequences, small_ids, undisturbed
 
@@ -99,19 +99,26 @@ def hidden_and_head(
                 )
     _drop_router_loss(model, inputs, accepted, return_outputs)
 
-    if inputs.keys().isdisjoint({"input_ids", "inputs_embeds"}):
+    if "input_ids" not in inputs and "inputs_embeds" not in inputs:
         raise TypeError("give input_ids or inputs_embeds")
     try:
         if torch.compiler.is_compiling():
-            hidden, parts, tail, outputs = _compiled(model, head, inputs)
+            # Hooks on the head cannot be traced, so the base model runs, whose output is the head's input.
+            tail = _tail_while_tracing(id(model))
+            outputs = model.base_model(**inputs)
+            hidden, parts = outputs.last_hidden_state, head_parts(head)
         else:
             call, tail = run_model(model, inputs)
             assert call.hidden is not None and call.parts is not None
             hidden, parts, outputs = call.hidden, call.parts, call.outputs
     except HeadError as error:
         raise _refusal(model, error) from None
-    result = _composed(hidden, parts, tail)
-    return (*result, outputs) if return_outputs else result
+    hidden, weight = parts.joined(hidden)
+    weight, bias, group = replace(parts, weight=weight).words(tail.vocab_size)
+    result = {"weight": weight, "bias": bias, "softcap": tail.softcap, "logit_scale": tail.logit_scale}
+    if group is not None:
+        result["process_group"] = group
+    return (hidden, result, outputs) if return_outputs else (hidden, result)
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -129,20 +136,6 @@ def check_head(model: PreTrainedModel) -> None:
 def _refusal(model: Any, error: HeadError) -> ValueError:
     problem = f"{model.config.model_type!r}: {error}"
     return ValueError(f"{problem}. {error.advice}" if error.advice else _by_hand(problem))
-
-
-def _composed(hidden: Tensor, parts: HeadParts, tail: Tail) -> tuple[Tensor, dict[str, Any]]:
-    hidden, weight = parts.joined(hidden)
-    weight, bias, group = replace(parts, weight=weight).words(tail.vocab_size)
-    head = {"weight": weight, "bias": bias, "softcap": tail.softcap, "logit_scale": tail.logit_scale}
-    return hidden, head if group is None else head | {"process_group": group}
-
-
-def _compiled(model: Any, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, HeadParts, Tail, Any]:
-    """Run the base model, whose output is the head's input: hooks on the head cannot be traced."""
-    tail = _tail_while_tracing(id(model))
-    outputs = model.base_model(**inputs)
-    return outputs.last_hidden_state, head_parts(head), tail, outputs
 
 
 @torch.compiler.assume_constant_result

@@ -91,9 +91,8 @@ class Objective:
         ``beta`` is the objective's attribute of that name, or 1 if it has no such attribute.
         """
         beta = getattr(self, "beta", 1.0)
-        if s.ref_chosen is None or s.ref_rejected is None:
-            return beta * s.chosen, beta * s.rejected
-        return beta * (s.chosen - s.ref_chosen), beta * (s.rejected - s.ref_rejected)
+        chosen, rejected = (s.chosen, s.rejected) if s.ref_chosen is None else self._advantages(s)
+        return beta * chosen, beta * rejected
 
     def differentiated(self, marginals: bool) -> tuple[str, ...]:
         """Return the ``gradient_fields`` that a call differentiates; ``marginals``: whether the call scores marginals.
