@@ -200,15 +200,14 @@ def _drop_router_loss(model: Any, inputs: dict[str, Any], accepted: set[str], re
     if "output_router_logits" not in accepted:
         return
     mask = inputs.get("attention_mask")
+    wanted = inputs.get("output_router_logits", getattr(model.config, "output_router_logits", False))
     if not return_outputs:
         inputs["output_router_logits"] = False
-    elif mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        wanted = inputs.get("output_router_logits", getattr(model.config, "output_router_logits", False))
-        if wanted:
-            raise ValueError(
-                "the router loss needs an attention_mask (batch, T), which trees do not have: use layout='rows', or "
-                "output_router_logits=False"
-            )
+    elif wanted and mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise ValueError(
+            "the router loss needs an attention_mask (batch, T), which trees do not have: use layout='rows', or "
+            "output_router_logits=False"
+        )
 
 
 def _check_implied_positions(model: Any, position_ids: Tensor, attention_mask: Any) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -107,16 +108,12 @@ class Objective:
         return s.chosen - s.ref_chosen, s.rejected - s.ref_rejected
 
 
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` unless ``value`` is among ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be " + " or ".join(f'"{choice}"' for choice in choices))
-
-
 class Preset(Objective):
     """Base of the named objectives: frozen dataclasses whose parameters are checked by their names."""
 
     gradient_fields: tuple[str, ...] = ("chosen", "rejected")
+    # The values that a parameter can have, by its name.
+    _choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -126,6 +123,11 @@ class Preset(Objective):
                 raise ValueError(f"{name} must be zero or positive, got {value!r}")
             elif name == "label_smoothing" and not 0 <= finite(name, value) < 0.5:  # more would reverse the preference
                 raise ValueError(f"{name} must be in [0, 0.5), got {value!r}")
+            elif name == "divergence_alpha":
+                finite(name, value)
+            elif name in self._choices and value not in self._choices[name]:
+                allowed = " or ".join(f'"{choice}"' for choice in self._choices[name])
+                raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
 def logistic(margin: Tensor, flipped: float = 0.0) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import finite
-from .base import PairSums, Preset, logistic, one_of
+from .base import PairSums, Preset, logistic
 
 # TRL's bound on the exponent: a larger coefficient would overflow float32.
 _LARGEST_EXPONENT = 80.0
@@ -34,11 +34,7 @@ class Divergent(Preset):
 
     divergence: str = field(default="reverse_kl", kw_only=True)
     divergence_alpha: float = field(default=0.5, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("divergence", self.divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
-        finite("divergence_alpha", self.divergence_alpha)
+    _choices: ClassVar = {"divergence": ("reverse_kl", "forward_kl", "js", "alpha")}
 
     def __repr__(self) -> str:
         shown = [f.name for f in dataclasses.fields(self) if not f.kw_only or getattr(self, f.name) != f.default]
