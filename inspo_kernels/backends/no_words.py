@@ -15,9 +15,6 @@ from ..head import LMHead
 from ..row_sums import RowSums
 from .base import HeadTile
 
-# An offset below every other rank's.
-_LOWEST = -1e30
-
 
 class TileWithoutWords(HeadTile):
     """Sums over no word, and gradients that are zero or empty; ``dx_rows`` as on the other ranks."""
@@ -36,7 +33,8 @@ class TileWithoutWords(HeadTile):
             return torch.full((len(x),), value, dtype=torch.float64, device=x.device)
 
         optional = {name: filled(-torch.inf if name in ("before", "after") else 0.0) for name in parts}
-        return RowSums(filled(_LOWEST), filled(0.0), filled(-torch.inf), **optional)
+        offset = filled(-1e30)  # below every other rank's
+        return RowSums(offset, filled(0.0), filled(-torch.inf), **optional)
 
     def finish(self, sums: RowSums) -> None:
         if self.dx is not None:

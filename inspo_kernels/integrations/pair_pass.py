@@ -85,10 +85,11 @@ def reference_logps(
     x: Tensor, head: dict[str, Any], scored: dict[str, Any], *, ld_alpha: float | None
 ) -> dict[str, Any]:
     """Return ``logps`` (2B,) float64, the summed log-probs of chosen, then rejected responses."""
-    if ld_alpha is not None:
+    if ld_alpha is None:
+        sums, _ = pair_logps(x, **_segments(scored), **head)
+    else:
         logps = linear_logps(x, targets=scored["labels"], **head)
-        return {"logps": _sums(logps * _tail_weights(scored, ld_alpha), scored)[:2].flatten()}
-    sums, _ = pair_logps(x, **_segments(scored), **head)
+        sums = _sums(logps * _tail_weights(scored, ld_alpha), scored)
     return {"logps": sums[:2].flatten()}
 
 

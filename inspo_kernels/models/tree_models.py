@@ -134,7 +134,9 @@ def _known_reason(model: Any) -> str | None:
         return f"no mask is known for layers of type {', '.join(sorted(unknown))}: use layout='rows'"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{model_type!r} takes no position_ids, so it cannot count along branches: use layout='rows'"
-    if changing := {name for name in _rope_types(config) if name in ("dynamic", "longrope")}:
+    rope = getattr(config, "rope_parameters", None) or {}  # one dict, or a dict for each layer type
+    ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    if changing := {str(part.get("rope_type")) for part in ropes} & {"dynamic", "longrope"}:
         return (
             f"its rotary embedding ({', '.join(sorted(changing))}) depends on the longest sequence of the batch, "
             "so a pair's log-probs would depend on which pairs share its batch in either layout: use layout='rows'"
@@ -204,10 +206,3 @@ def _short_window(config: Any) -> Iterator[None]:
         yield
     finally:
         config.sliding_window = window
-
-
-def _rope_types(config: Any) -> set[str]:
-    """Return a config's kinds of rotary embedding: ``rope_parameters`` is one dict, or a dict per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return {str(part.get("rope_type", "default")) for part in (nested or [parameters])}
