@@ -34,8 +34,6 @@ _Options = TypeVar("_Options", bound=TokenOptions)
 # The operators read the labels on the host, which a CUDA graph cannot capture.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _NO_REFERENCE = 'backend="reference" is for reading and testing: call it outside torch.compile'
-
-
 # The operator of the loss returns these fields of its output, after the gradients of hidden, weight and bias and before
 # the statistics. An empty tensor stands for a missing result.
 _RESULTS = [field.name for field in fields(InSPOOutput) if field.name != "statistics"]

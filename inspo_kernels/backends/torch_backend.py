@@ -163,7 +163,7 @@ class TorchTile(HeadTile):
         self.buffer: Tensor | None = None
 
     def _equal_words(self) -> list[slice]:
-        """The vocabulary in equal tiles."""
+        """Return the vocabulary in equal tiles."""
         vocab = self.head.vocab_size
         count = -(-vocab // self.most_words)
         size = -(-vocab // count)
@@ -183,7 +183,7 @@ class TorchTile(HeadTile):
         return torch.ones((), dtype=self.dtype, device=self.device)
 
     def _reserve(self, start: int, n: int, width: int) -> Tensor:
-        """The workspace, allocated when first needed, with room for a tile (n, width) from ``start`` on."""
+        """Return the workspace, allocated when first needed, with room for a tile (n, width) from ``start`` on."""
         if self.buffer is None or self.buffer.numel() < start + n * width:
             # Rows that pass through take the place of rows that were kept before.
             size = max(self.capacity * self.head.vocab_size, min(self.block, n) * self.words[0].stop)
@@ -192,12 +192,12 @@ class TorchTile(HeadTile):
         return self.buffer
 
     def _passing_tile(self, n: int, part: slice) -> Tensor:
-        """A tile (n, words) for rows that are not kept."""
+        """Return a tile (n, words) for rows that are not kept."""
         width = part.stop - part.start
         return self._reserve(0, n, width).as_strided((n, width), (width, 1))
 
     def _kept_tile(self, part: slice) -> Tensor:
-        """E (n, words) of all kept rows and the words ``part``, stored word by word.
+        """Return E (n, words) of all kept rows and the words ``part``, stored word by word.
 
         That is the faster layout of logits and dW where rows are fewer than words, and as fast elsewhere.
         """
@@ -255,7 +255,7 @@ class TorchTile(HeadTile):
         return self.labels[1]
 
     def _stage_block(self, rows: slice, keep: bool, parts: frozenset[str]) -> tuple[RowSums, list[Tensor]]:
-        """Sums of a block of rows, and the offset of each tile, (rows,) in units of log 2."""
+        """Return the sums of a block of rows, and the offset of each tile, (rows,) in units of log 2."""
         x, targets = self._multiply(cut(self.x, rows), self.inner), cut(self.targets, rows)
         labels = self._labels_of(rows)
         dx = None if self.dx is None else cut(self.dx, rows)
@@ -299,7 +299,7 @@ class TorchTile(HeadTile):
         return RowSums(final, rest, label.squeeze(1).double() * LOG2, **more.parts), offsets
 
     def _first_offset(self, top: Tensor, more: _Statistics) -> tuple[Tensor, bool]:
-        """Offsets (n,) for rows with these maxima in their first tile, and whether any differs from 0."""
+        """Return offsets (n,) for rows with these maxima in their first tile, and whether any differs from 0."""
         if more.has_moment:
             return top.clamp(min=LOWEST), True
         if self.on_cpu:
@@ -311,7 +311,7 @@ class TorchTile(HeadTile):
     def _raised_offset(
         self, z: Tensor, top: Tensor | None, offset: Tensor, shifted: bool, slack: float
     ) -> Tensor | None:
-        """Offsets (n,) after a tile z' with these maxima, looked up if None; None if they stay as they are.
+        """Return offsets (n,) after a tile z' with these maxima, looked up if None; None if they stay as they are.
 
         A device is not asked, as that would wait for it.
         """
@@ -456,7 +456,7 @@ class TorchTile(HeadTile):
 
 
 class _Statistics:
-    """The optional fields of ``RowSums`` of a block of rows, summed up tile by tile."""
+    """Sum up the optional fields of ``RowSums`` of a block of rows, tile by tile."""
 
     def __init__(self, parts: frozenset[str], targets: Tensor) -> None:
         self._targets = targets

@@ -61,8 +61,8 @@ def conditioned(
         ``kept`` is given, also ``kept`` (B,) bool.
     """
     given = {} if kept is None else {"kept": torch.tensor(kept)}
-    options: dict[str, Any] = {"pad_token_id": pad_token_id, "separator_ids": separator_ids}
-    options["conditioned"] = True if kept is None else kept
+    which = True if kept is None else kept
+    options: dict[str, Any] = {"pad_token_id": pad_token_id, "separator_ids": separator_ids, "conditioned": which}
     if layout == "rows":
         return plain(condition_batch(batch, marginals=True, **options)) | given
     pairs = pair_ids(batch)

@@ -38,7 +38,7 @@ def tree_batch(
     pad_token_id: int,
     packed: bool,
 ) -> dict[str, Any]:
-    """The tree layouts of ``condition_pairs``, for pairs that are checked and fit: int64 ids on the CPU.
+    """Return the tree layouts of ``condition_pairs``, for pairs that are checked and fit: int64 ids on the CPU.
 
     ``conditioned`` says for each pair whether its branches hold the alternative.
     """
@@ -57,14 +57,12 @@ def tree_batch(
         batch = padded(columns, {"input_ids": pad_token_id})
         index = torch.arange(batch["input_ids"].shape[1], device="cpu")
         batch["tree_ends"] = torch.where(index < lengths[:, None], batch["tree_ends"], index + 1)
+    scores = [
+        {"rows": tree["rows"] + offset, "labels": tree["labels"], "segment_ids": tree["kinds"] * len(trees) + pair}
+        for pair, (tree, offset) in enumerate(zip(trees, offsets))
+    ]
     paths = [tree[name] + offset for name in ("first_path", "second_path") for tree, offset in zip(trees, offsets)]
-    return batch | {
-        "paths": pad_sequence(paths, batch_first=True),
-        "rows": torch.cat([tree["rows"] + offset for tree, offset in zip(trees, offsets)]),
-        "labels": torch.cat([tree["labels"] for tree in trees]),
-        "segment_ids": torch.cat([tree["kinds"] * len(trees) + pair for pair, tree in enumerate(trees)]),
-        "num_pairs": len(trees),
-    }
+    return {**batch, **concatenated(scores), "paths": pad_sequence(paths, batch_first=True), "num_pairs": len(trees)}
 
 
 def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -89,8 +87,7 @@ def _tree(prompt: Tensor, chosen: Tensor, rejected: Tensor, separator: Tensor, c
         branch = torch.cat([alternative, separator, scored]) if conditioned else scored
         end = start + len(branch)
         positions = torch.arange(root, root + len(branch), device="cpu")
-        ends, number = torch.full_like(branch, end), torch.full_like(branch, kind)
-        tokens.append({"input_ids": branch, "position_ids": positions, "tree_ends": ends, "branch": number})
+        tokens.append({"input_ids": branch, "position_ids": positions, "tree_ends": torch.full_like(branch, end)})
         # What predicts each token of the branch: the one before it, which for the first is the prompt's last.
         before = torch.arange(start - 1, end - 1, device="cpu")
         before[0] = root - 1
@@ -101,15 +98,20 @@ def _tree(prompt: Tensor, chosen: Tensor, rejected: Tensor, separator: Tensor, c
             scores.append({"rows": before[: len(alternative)], "labels": alternative, "kinds": kinds})
         start = end
     index = torch.arange(start, device="cpu")
-    ends = torch.full_like(prompt, start)
-    tokens = [{"input_ids": prompt, "position_ids": index[:root], "tree_ends": ends, "branch": 0 * prompt}, *tokens]
     second = start - len(branch)  # where the second branch starts
-    paths = {"first_path": index[:second], "second_path": torch.cat([index[:root], index[second:]])}
-    return concatenated(tokens) | concatenated(scores) | paths
+    ends = torch.full_like(prompt, start)
+    tokens = [{"input_ids": prompt, "position_ids": index[:root], "tree_ends": ends}, *tokens]
+    return {
+        **concatenated(tokens),
+        **concatenated(scores),
+        "branch": (index >= second).long(),
+        "first_path": index[:second],
+        "second_path": torch.cat([index[:root], index[second:]]),
+    }
 
 
 def dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """(rows, 1, T, T) bool: whether query q attends to key k."""
+    """Return (rows, 1, T, T) bool: whether query q attends to key k."""
     index = torch.arange(ends.shape[1], device=ends.device)
     allowed = (index[:, None] >= index) & (index[:, None] < ends[:, None, :])
     if window is not None:
