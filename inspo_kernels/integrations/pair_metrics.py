@@ -38,12 +38,13 @@ class PairMetrics:
     def add(self, mode: str, results: dict[str, Any], ref_logps: Tensor, num_tokens: Tensor) -> None:
         """Add the results of a ``PairPass`` of the policy; ``mode`` is "train" or "eval"."""
         logps, lengths, statistics = results["logps"], results["lengths"], results["statistics"]
-        (chosen_tokens, rejected_tokens), logits = lengths.chunk(2), statistics["mean_logit"].chunk(2)
+        chosen_tokens, rejected_tokens = (part.sum() for part in lengths.chunk(2))
+        chosen_logits, rejected_logits = statistics["mean_logit"].chunk(2)
         ratios: dict[str, _Ratio] = {
             "entropy": (statistics["entropy"].sum(), lengths.sum()),
-            "logits/chosen": (logits[0].sum(), chosen_tokens.sum()),
-            "logits/rejected": (logits[1].sum(), rejected_tokens.sum()),
-            "mean_token_accuracy": (statistics["is_top1"].chunk(2)[0].sum(), chosen_tokens.sum()),
+            "logits/chosen": (chosen_logits.sum(), chosen_tokens),
+            "logits/rejected": (rejected_logits.sum(), rejected_tokens),
+            "mean_token_accuracy": (statistics["is_top1"].chunk(2)[0].sum(), chosen_tokens),
         }
         ratios |= self._preferences(logps, ref_logps) | {"num_tokens": (num_tokens, 1.0)}
         if "aux_loss" in results:
@@ -83,7 +84,8 @@ class PairMetrics:
             "logps/chosen": logps_chosen,
             "logps/rejected": logps_rejected,
         }
-        return {name: (column.sum(), len(chosen)) for name, column in columns.items()}
+        pairs = torch.full((), len(chosen), dtype=torch.float32, device=logps.device)  # filled there, not copied
+        return {name: (column.sum(), pairs) for name, column in columns.items()}
 
     def _append(self, key: str, ratios: dict[str, _Ratio], device: torch.device) -> None:
         values = [torch.as_tensor(v, dtype=torch.float32, device=device) for ratio in ratios.values() for v in ratio]
