@@ -55,7 +55,7 @@ class Plan:
     tree_lengths: tuple[int, int] = (1024, 256)
     trained_model: dict[str, Any] = field(default_factory=lambda: ONE_BILLION)
     trained_lengths: tuple[int, int] = (512, 256)
-    training_steps: int = 200
+    training_steps: int = 100
 
     @property
     def main_head(self) -> HeadShape:

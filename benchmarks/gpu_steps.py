@@ -24,6 +24,7 @@ from .gpu_processes import end_with_parent, exit_when_asked, run_tests
 from .harness import Timer, reason
 from .measure import LOSS, TRAIN, measure
 from .result_files import checked_device, dtype_name, make_parser, provenance, write_json
+from .speed_tables import SHAPE_ROWS
 from .tables import line, shape_title, table
 
 PART = "part.json"
@@ -141,15 +142,15 @@ def trees(context: Context) -> None:
 
 
 def training(context: Context) -> None:
-    """One real training run through the command line: tokens a second and MFU."""
+    """One real training run through the command line: tokens and operations a second."""
     result = context.part["training"] = gpu_training.training_run(context.plan, context.device, context.timer.left)
     context.say(gpu_training.training_line(result))
 
 
 def shapes(context: Context) -> None:
     """The other lengths and models."""
-    ours = [name for name in TIMED if CONTENDERS[name].variant_of is None]
-    measure_cells(context, context.plan.other_cells(), [*ours, *context.quick_peers], rounds=context.plan.rounds)
+    names = [name for name in SHAPE_ROWS if name in (*TIMED, *context.quick_peers)]
+    measure_cells(context, context.plan.other_cells(), names, rounds=context.plan.rounds)
 
 
 def tuning(context: Context) -> None:

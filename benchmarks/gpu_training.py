@@ -153,9 +153,10 @@ def tree_run(
 
 
 def training_run(plan: Plan, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Train a random model on random pairs through the command line, and return speed and MFU of its log."""
+    """Train a random model on random pairs through the command line, and return the speed that its log shows."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        save_model(folder / "model", plan.trained_model, device)
         config = write_training_config(folder, plan, device)
         command = [sys.executable, "-m", "training.train", "--config", str(config)]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
@@ -166,10 +167,20 @@ def training_run(plan: Plan, device: torch.device, seconds: float) -> dict[str, 
         if code:
             missing = re.fullmatch(r"ModuleNotFoundError: No module named '(\w+).*", "".join(end_of_log[-1:]))
             status = f"not available: {missing[1]} is not installed" if missing else f"failed: exit status {code}"
-        result = {"status": status, "seconds": time.perf_counter() - start, **training_figures(folder / "run")}
+        result = {"status": status, "seconds": time.perf_counter() - start, **training_figures(folder / "run", plan)}
         if status != "measured":
             result["end_of_log"] = end_of_log
         return result
+
+
+def save_model(folder: Path, fields: dict[str, Any], device: torch.device) -> None:
+    """Save a random llama, made on the device, with a byte-level tokenizer."""
+    from training.model import byte_tokenizer
+
+    random_llama(fields, "sdpa", device).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the run, which is another process
 
 
 def write_training_config(folder: Path, plan: Plan, device: torch.device) -> Path:
@@ -184,16 +195,17 @@ def write_training_config(folder: Path, plan: Plan, device: torch.device) -> Pat
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     on_gpu = device.type == "cuda"
     options = {
-        "model": plan.trained_model,
+        "model": str(folder / "model"),
         "train_data": str(folder / "pairs.jsonl"),
         "output_dir": str(folder / "run"),
         "max_length": plan.trained_model["max_position_embeddings"],
         "max_steps": plan.training_steps,
         "per_device_train_batch_size": 8 if on_gpu else 2,
         "max_batch_tokens": 16384,
-        "dtype": "bfloat16" if on_gpu else "float32",
+        "dtype": "float32",
+        "bf16": on_gpu,
         "learning_rate": 1e-6,
-        "logging_steps": max(1, plan.training_steps // 20),
+        "logging_steps": max(1, plan.training_steps // 10),
         "keep_best": False,
         "save_strategy": "no",  # only the steps are measured
     }
@@ -202,16 +214,28 @@ def write_training_config(folder: Path, plan: Plan, device: torch.device) -> Pat
     return path
 
 
-def training_figures(run: Path) -> dict[str, Any]:
-    """Read the speed of a run's later half, when everything is warm, from its log; only here is its format known."""
+def training_figures(run: Path, plan: Plan) -> dict[str, Any]:
+    """Read the speed of a run's later half, when everything is warm, from its log; only here is its format known.
+
+    ``tflops``: matmuls with the weights, 6 operations per weight and token, without attention. A step's tokens are
+    those of its trees; the head takes the scored tokens alone.
+    """
     file = run / "metrics.jsonl"
     rows = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
     rows = [row for row in rows if "tokens_per_second" in row]
     later = rows[len(rows) // 2 :]
     found: dict[str, Any] = {"steps": rows[-1]["step"] if rows else 0}
-    for name in ("tokens_per_second", "mfu", "peak_memory_gib"):
+    for name in ("tokens_per_second", "peak_memory_gib"):
         if values := [row[name] for row in later if name in row]:
             found[name] = spread(values)
+    if "tokens_per_second" in found:
+        fields, (prompt, response) = plan.trained_model, plan.trained_lengths
+        hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+        projections = 2 * hidden**2 * (1 + fields["num_key_value_heads"] / heads)
+        body = fields["num_hidden_layers"] * (projections + 3 * hidden * fields["intermediate_size"])
+        scored = 2 * response / (prompt + 4 * response)
+        operations = 6 * (body + scored * hidden * fields["vocab_size"])
+        found["tflops"] = operations * found["tokens_per_second"]["median"] / 1e12
     return found
 
 
@@ -220,6 +244,6 @@ def training_line(result: dict[str, Any]) -> str:
     text = f"  training, {result['steps']} steps: {result['status']}, {result['seconds']:.0f} s"
     if "tokens_per_second" in result:
         text += f", {result['tokens_per_second']['median']:,.0f} tokens/s"
-    if "mfu" in result:
-        text += f", MFU {result['mfu']['median']:.1%}"
+    if "tflops" in result:
+        text += f", {result['tflops']:.0f} TFLOP/s"
     return "\n".join([text, *("    " + line for line in result.get("end_of_log", []))])

@@ -148,6 +148,7 @@ def with_gradients(passes: list[Line], chip: Chip, head: HeadShape, tokens: int,
         e_bytes = 2 * logits + 2 * v * h
         result.append(Line("dX matmul", matmul_seconds(chip, n, h, v, e_bytes + 4 * n * h), "one call over all rows"))
         result.append(Line("scaling of dX", 6 * n * h / chip.memory, "float32 read, bfloat16 written"))
+        result.append(Line("placing of dX", 6 * n * h / chip.memory, "read and written in bfloat16, zeros before"))
     if mode == TRAIN:
         e_bytes = 2 * logits + 2 * n * h
         result.append(Line("dW matmul", matmul_seconds(chip, v, h, n, e_bytes + 2 * v * h), "one call over all rows"))

@@ -223,8 +223,10 @@ GPU_ROWS = {
     "triton, labels on the CPU": "inspo_kernels, labels on the CPU",
     "triton": "inspo_kernels, labels on the GPU",
     "log_softmax": "log_softmax of the scored rows",
+    "compiled_log_softmax": "the same, compiled by torch.compile",
     "trl": "TRL ChunkedLogProbFunction",
     "trl_trainer": "the same, with the outputs its trainer asks for",
+    "liger": "Liger fused linear DPO, without a reference",
     "cut_cross_entropy": "Cut Cross-Entropy",
 }
 
@@ -234,6 +236,7 @@ GPU_OPTIONS = {
     "trees": "Four layers of a 1B model and the loss, forward and backward, 8 pairs (prompt 1,024, responses 256), "
     "relative to rows",
 }
+SHAPE_ROWS = ("triton, labels on the CPU", "triton", "log_softmax", "trl", "cut_cross_entropy")
 MAIN_SHAPE = ("llama3-8b", 8192)
 
 
@@ -329,7 +332,21 @@ def gpu(result: dict[str, Any]) -> str:
         _from_idle(cells),
         _other_shapes(result, cells),
         *(_options(result.get(key, {}), what) for key, what in GPU_OPTIONS.items()),
+        _training(result, cells),
         "\n".join(targets),
+    )
+
+
+def _training(result: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str:
+    found = result.get("training") or {}
+    if found.get("status") != "measured":
+        return ""
+    floor = cells[TRAIN]["contenders"]["floor"]["tflops_of_products"]
+    return (
+        f"A training run of a 1B model (8 pairs a step, prompts of 512 and responses of 256 tokens, trees, mixed "
+        f"precision) trains on {found['tokens_per_second']['median']:,.0f} tokens per second. Its matmuls with weights "
+        f"alone are {found['tflops']:.0f} TFLOP/s, {found['tflops'] / floor:.0%} of what the bare matmuls above reach. "
+        f"Peak memory is {found['peak_memory_gib']['median']:.0f} GiB."
     )
 
 
@@ -347,14 +364,19 @@ def _from_idle(cells: dict[str, dict[str, Any]]) -> str:
 
 
 def _other_shapes(result: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str:
-    others = [
-        f"{cell['tokens']:,} tokens of {cell['model']}, {cell['mode']}: {row['times_floor']['median']:.2f}"
-        + (f" (log_softmax of the scored rows {plain['median']:.2f})" if plain else "")
-        for cell in result["cells"]
-        if cell not in cells.values() and (row := cell["contenders"].get("triton", {})).get("status") == "measured"
-        for plain in [cell["contenders"].get("log_softmax", {}).get("times_floor")]
-    ]
-    return f"Other shapes, inspo_kernels with labels on the GPU: {'; '.join(others)}." if others else ""
+    """Tabulate time / floor of all shapes but the main one."""
+    names = {name: title for name, title in GPU_ROWS.items() if name in SHAPE_ROWS}
+    table = []
+    for cell in result["cells"]:
+        rows = cell["contenders"]
+        if cell in cells.values() or rows.get("triton", {}).get("status") != "measured":
+            continue
+        found = [rows.get(name, {}).get("times_floor") for name in names]
+        ratios = [f"{ratio['median']:.2f}" if ratio else "not measured" for ratio in found]
+        table.append([f"{cell['model']}, {cell['tokens']:,}", cell["mode"], *ratios])
+    if not table:
+        return ""
+    return "Other models and numbers of scored tokens:\n\n" + markdown(["", "mode", *names.values()], table)
 
 
 def _options(rows: dict[str, dict[str, Any]], what: str) -> str:
