@@ -14,31 +14,11 @@ from .logps import linear_logps, pair_logps
 from .memory import workspace_bytes
 from .models import hidden_and_head
 from .models.tree_models import tree_attention_mask, tree_unsupported
-from .objectives import (
-    AOT,
-    BCO,
-    DPO,
-    EXO,
-    IPO,
-    NCA,
-    ORPO,
-    RDPO,
-    SFT,
-    SPPO,
-    AOTUnpaired,
-    APODown,
-    APOZero,
-    DiscoPOP,
-    Hinge,
-    IPOMean,
-    Mixture,
-    Objective,
-    OneSided,
-    PairSums,
-    Robust,
-    SigmoidNorm,
-    SimPO,
-)
+from .objectives import Mixture, Objective, PairSums
+from .objectives.batchwise import AOT, AOTUnpaired
+from .objectives.margin import DPO, EXO, IPO, RDPO, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
+from .objectives.pointwise import BCO, NCA, SPPO, APODown, APOZero, OneSided
+from .objectives.reference_free import ORPO, SFT, SimPO
 from .pair_loss import InSPOOutput
 from .workspace import release_workspace
 

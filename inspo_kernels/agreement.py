@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ _MAY_DIFFER = {
 }
 _HEADER = ("status", "words", "valid", "lowest", "highest")
 _WIDTH = len(_HEADER) + len(_SAME)
+# The columns of a message that must be equal on all ranks of a group.
+_COLUMNS = {
+    group: [len(_HEADER) + i for i, name in enumerate(_SAME) if name not in others]
+    for group, others in _MAY_DIFFER.items()
+}
 _REFUSED, _ELSEWHERE = 1, 2
 # Ranks of a sequence also send their counts of scored tokens, for up to this many segments. A second collective, whose
 # size depends on the batch, would have to wait until the host has read that all ranks agree.
@@ -105,21 +110,20 @@ class Split:
         here = [table.flatten() for table in tables.values()]
         if plan.device == message.device:
             here.append(plan)
-        read = torch.cat(here).tolist()
+        read = iter(torch.cat(here).tolist())
         for name, table in tables.items():
-            size, width = table.shape
-            messages = [read[i * width : (i + 1) * width] for i in range(size)]
-            _check(name, messages, self.vocab_size(words), self._rank(name))
+            messages = [list(islice(read, table.shape[1])) for _ in range(len(table))]
+            own = dist.get_rank(self.groups[name])
+            _check(name, messages, self.vocab_size(words), own)
             if name == "process_group":
                 starts = tuple(accumulate((message[1] for message in messages), initial=0))
                 if not starts[-1]:
                     raise ValueError("weight has no rows on any rank of process_group")
-                self.vocab = VocabGroup(self.groups[name], self._rank(name), starts)
+                self.vocab = VocabGroup(self.groups[name], own, starts)
             elif len(counts) <= _MOST_COUNTS:
                 columns = slice(_WIDTH, _WIDTH + len(counts))
                 self._totals = table[:, columns].sum(0), [sum(each) for each in zip(*(m[columns] for m in messages))]
-            read = read[size * width :]
-        return read if plan.device == message.device else plan.tolist()
+        return list(read) if plan.device == message.device else plan.tolist()
 
     def total_counts(self, counts: Tensor) -> tuple[Tensor, list[int]]:
         """Return ``counts`` (n,) of scored tokens summed over the sequence's ranks, on the device and on the host."""
@@ -133,9 +137,6 @@ class Split:
         """Return the number of words of all ranks, if this rank holds ``words``."""
         return words if self.vocab is None else self.vocab.vocab_size
 
-    def _rank(self, name: str) -> int:
-        return dist.get_rank(self.groups[name])
-
     def _gather(self, message: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """Return the messages of all ranks of each group; the second group learns of errors in the first."""
         self.agreed = True
@@ -147,7 +148,7 @@ class Split:
                 if len(counts) <= _MOST_COUNTS:
                     sent[_WIDTH : _WIDTH + len(counts)] = counts
             table = tables[name] = gather(sent, group, f"the arguments of the other ranks of {name}")
-            columns = torch.tensor(_columns(name), device="cpu").to(message.device, non_blocking=True)
+            columns = torch.tensor(_COLUMNS[name], device="cpu").to(message.device, non_blocking=True)
             wrong = (table[:, columns] != message[columns]).any() | (table[:, 0] != 0).any()
             message = torch.cat([torch.where(message[:1] == 0, wrong * _ELSEWHERE, message[:1]), message[1:]])
         return tables
@@ -173,43 +174,33 @@ def refuse_compiled(**groups: Any) -> None:
             )
 
 
-def _columns(name: str) -> list[int]:
-    """Return the columns of a message that must be equal on all ranks of this group."""
-    return [len(_HEADER) + i for i, each in enumerate(_SAME) if each not in _MAY_DIFFER[name]]
-
-
 def _check(name: str, messages: list[list[int]], vocab_size: int, own: int) -> None:
     """Raise unless the messages of all ranks of group ``name`` agree."""
-    for status, text in ((_REFUSED, "refused its arguments: see its own error"), (_ELSEWHERE, "")):
-        ranks = [rank for rank, message in enumerate(messages) if message[0] == status]
-        if ranks and text:
-            raise ValueError(f"{_named(ranks)} of {name} {text}")
-    for column in _columns(name):
+
+    def refuse(wrong: list[bool], problem: str) -> None:
+        if any(wrong):
+            raise ValueError(f"{_named(wrong)} of {name} {problem}: see its own error")
+
+    refuse([message[0] == _REFUSED for message in messages], "refused its arguments")
+    for column in _COLUMNS[name]:
         values = [message[column] for message in messages]
         usual = Counter(values).most_common(1)[0][0]
-        ranks = [rank for rank, value in enumerate(values) if value != usual]
-        if ranks:
+        if len(set(values)) > 1:
             argument = _SAME[column - len(_HEADER)]
             raise ValueError(
-                f"{name}: {_named(ranks)} got another {argument} than rank {values.index(usual)}; all ranks of the "
-                f"group must be given the same {argument}"
+                f"{name}: {_named([value != usual for value in values])} got another {argument} than rank "
+                f"{values.index(usual)}; all ranks of the group must be given the same {argument}"
             )
-    if any(message[0] == _ELSEWHERE for message in messages):
-        ranks = [rank for rank, message in enumerate(messages) if message[0] == _ELSEWHERE]
-        raise ValueError(f"{_named(ranks)} of {name} disagrees with its process_group: see its own error")
-    # Ranks of process_group have the same labels.
-    wrong = [
-        rank
-        for rank, (_, _, valid, lowest, highest, *_) in enumerate(messages)
-        if not (valid and lowest >= 0 and highest < vocab_size)
-    ]
-    # Wrong labels of this rank get a more detailed error elsewhere.
-    if name == "sequence_group" and wrong and own not in wrong:
-        raise ValueError(f"{_named(wrong)} of {name} refused its labels: see its own error")
+    refuse([message[0] == _ELSEWHERE for message in messages], "disagrees with its process_group")
+    # Ranks of process_group have the same labels. Wrong labels of this rank get a more detailed error elsewhere.
+    wrong = [not (valid and 0 <= lowest and highest < vocab_size) for _, _, valid, lowest, highest, *_ in messages]
+    if name == "sequence_group" and not wrong[own]:
+        refuse(wrong, "refused its labels")
 
 
-def _named(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+def _named(wrong: list[bool]) -> str:
+    ranks = [str(rank) for rank, is_wrong in enumerate(wrong) if is_wrong]
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(ranks)}"
 
 
 def _size(name: str, group: Any) -> int:

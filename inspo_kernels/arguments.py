@@ -28,13 +28,11 @@ def integer(name: str, value: Any, *, minimum: int | None = None, hint: str = ""
     ``hint`` ends the error message.
     """
     number = None
-    if isinstance(value, int):  # torch.compile's symbolic integers included
-        number = None if isinstance(value, bool) else value
-    elif hasattr(value, "__index__"):
+    if not isinstance(value, bool):
         try:
-            number = operator.index(value)
-        except TypeError:  # a tensor that does not hold a single integer
-            number = None
+            number = value if isinstance(value, int) else operator.index(value)  # an int may be symbolic
+        except TypeError:  # a tensor that does not hold a single integer, or no number at all
+            pass
     if number is None or (minimum is not None and number < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
         raise ValueError(f"{name} must be an integer{bound}, got {value!r}" + (f" ({hint})" if hint else ""))
@@ -52,4 +50,12 @@ def finite(name: str, value: Any) -> float:
     # math.isfinite does not accept torch.compile's symbolic numbers.
     if not abs(number) <= sys.float_info.max:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return number
+
+
+def positive(name: str, value: Any, or_else: str = "") -> float:
+    """Return ``value`` as a finite float above 0; ``or_else`` names in the error what else is allowed."""
+    number = finite(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be positive{or_else}, got {value!r}")
     return number

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,13 +35,16 @@ _Options = TypeVar("_Options", bound=TokenOptions)
 # The operators read the labels on the host, which a CUDA graph cannot capture.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _NO_REFERENCE = 'backend="reference" is for reading and testing: call it outside torch.compile'
+# The operator of the loss returns these fields of its output, after the gradients of hidden, weight and bias and before
+# the statistics. An empty tensor stands for a missing result.
+_RESULTS = [field.name for field in fields(InSPOOutput) if field.name != "statistics"]
 
 
 def fused_inspo_loss(tensors: PairTensors, options: PairOptions) -> InSPOOutput:
     """Compute the traced loss. Compact input always reports marginals, 0 if it has none."""
-    hidden, marginal_labels, segment_ids = tensors.hidden, tensors.marginal_labels, tensors.segment_ids
+    hidden, segment_ids = tensors.hidden, tensors.segment_ids
     head = checked_head(hidden, tensors.weight, tensors.bias, options.softcap, options.logit_scale)
-    num_pairs, objective, statistics = options.num_pairs, options.objective, options.statistics
+    num_pairs, objective = options.num_pairs, options.objective
     if num_pairs is None:
         if segment_ids is None:
             num_pairs = (hidden.shape[0] if tensors.cu_seqlens is None else tensors.cu_seqlens.shape[0] - 1) // 2
@@ -55,47 +58,17 @@ def fused_inspo_loss(tensors: PairTensors, options: PairOptions) -> InSPOOutput:
         "marginal_weight": options.marginal_weight * torch.ones((), dtype=torch.float64, device="cpu"),
     }
     autocast = torch.is_autocast_enabled(hidden.device.type)
-    outputs = _pair_loss(
-        [needs.x, needs.weight, needs.bias],
-        autocast,
-        head.compute_dtype,
-        *arguments_of(tensors).values(),
-        *given.values(),
-    )
-    results = _PairResults(*outputs[: len(_PairResults._fields)])
-    has_marginals = marginal_labels is not None or segment_ids is not None
-    return InSPOOutput(
-        loss=results.loss,
-        losses=results.losses.detach(),
-        logps=results.logps.detach(),
-        lengths=results.lengths,
-        marginal_logps=results.marginal_logps.detach() if has_marginals else None,
-        chosen_rewards=results.chosen_rewards.detach(),
-        rejected_rewards=results.rejected_rewards.detach(),
-        marginal_chosen_rewards=results.marginal_chosen_rewards.detach() if has_marginals else None,
-        marginal_rejected_rewards=results.marginal_rejected_rewards.detach() if has_marginals else None,
-        statistics={name: value.detach() for name, value in zip(statistics, outputs[len(results) :])},
-    )
+    flat = (*arguments_of(tensors).values(), *given.values())
+    _, _, _, loss, *found = _pair_loss([needs.x, needs.weight, needs.bias], autocast, head.compute_dtype, *flat)
+    found = [value.detach() for value in found]
+    results = dict(zip(_RESULTS, [loss, *found]))
+    if not _has_marginals(tensors):
+        results = {name: None if name.startswith("marginal") else value for name, value in results.items()}
+    return InSPOOutput(**results, statistics=dict(zip(options.statistics, found[len(_RESULTS) - 1 :])))
 
 
-class _PairResults(NamedTuple):
-    """List the operator's results that precede the statistics: fields of ``InSPOOutput``, then gradients.
-
-    An empty tensor stands for a missing result.
-    """
-
-    loss: Tensor
-    losses: Tensor
-    logps: Tensor
-    lengths: Tensor
-    marginal_logps: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    marginal_chosen_rewards: Tensor
-    marginal_rejected_rewards: Tensor
-    dhidden: Tensor
-    dweight: Tensor
-    dbias: Tensor
+def _has_marginals(tensors: PairTensors) -> bool:
+    return tensors.marginal_labels is not None or tensors.segment_ids is not None
 
 
 _SCHEMA_TYPES = {
@@ -144,7 +117,7 @@ def _pair_arguments(flat: Sequence[Any]) -> tuple[PairTensors, PairOptions]:
     tags=_TAGS,
 )
 def _pair_loss(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *flat: Any) -> list[Tensor]:
-    """Return the fields of ``_PairResults``, then the statistics."""
+    """Return gradients, ``_RESULTS`` and statistics."""
     tensors, traced = _pair_arguments(flat)
     hidden = tensors.hidden
 
@@ -169,12 +142,10 @@ def _pair_loss(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *f
             dhidden, plan = None, p.plan
             if gradients.x is not None:
                 dhidden = spread_rows(gradients.x, plan.rows, hidden.shape, distinct=plan.distinct)
-        # An operator's results must not share memory, and the small ones may be views of one table.
-        fields: dict[str, Tensor | None] = {k: v.clone() for k, v in vars(out).items() if isinstance(v, Tensor)}
-        fields |= {"dhidden": dhidden, "dweight": gradients.weight, "dbias": gradients.bias}
-        named = ((name, fields.get(name)) for name in _PairResults._fields)
-        results = [hidden.new_empty(0) if value is None else value for _, value in named]
-        return results + [value.clone() for value in out.statistics.values()]
+        results = [*(getattr(out, name) for name in _RESULTS), *out.statistics.values()]
+        # An operator's results must not share memory, and these may be views of one table.
+        results = [None if value is None else value.clone() for value in results]
+        return _no_none(hidden, dhidden, gradients.weight, gradients.bias, *results)
 
     return _in_worker(run, hidden.device)
 
@@ -182,52 +153,47 @@ def _pair_loss(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *f
 @_pair_loss.register_fake
 def _(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *flat: Any) -> list[Tensor]:
     t, options = _pair_arguments(flat)
-    hidden, num_pairs = t.hidden, options.num_pairs or 0
+    num_pairs = options.num_pairs or 0
     accumulate = LMHead(t.weight, t.bias, None, 1.0, compute_dtype).accumulate_dtype
-    has_marginals = t.marginal_labels is not None or t.segment_ids is not None
+    dtypes = {"loss": accumulate, "losses": accumulate, "lengths": torch.int64}
 
-    def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return hidden.new_empty(shape, dtype=dtype)
+    def new(name: str) -> Tensor | None:
+        if name.startswith("marginal") and not _has_marginals(t):
+            return None
+        per_response = name in ("logps", "lengths", "marginal_logps", *options.statistics)
+        shape = () if name == "loss" else (2 * num_pairs if per_response else num_pairs,)
+        return t.hidden.new_empty(shape, dtype=dtypes.get(name, torch.float64))
 
-    dhidden, dweight, dbias = _fake_gradients(hidden, t.weight, t.bias, needs, accumulate)
-    results = _PairResults(
-        loss=new(dtype=accumulate),
-        losses=new(num_pairs, dtype=accumulate),
-        logps=new(2 * num_pairs),
-        lengths=new(2 * num_pairs, dtype=torch.int64),
-        marginal_logps=new(2 * num_pairs) if has_marginals else hidden.new_empty(0),
-        chosen_rewards=new(num_pairs),
-        rejected_rewards=new(num_pairs),
-        marginal_chosen_rewards=new(num_pairs) if has_marginals else hidden.new_empty(0),
-        marginal_rejected_rewards=new(num_pairs) if has_marginals else hidden.new_empty(0),
-        dhidden=dhidden,
-        dweight=dweight,
-        dbias=dbias,
-    )
-    return [*results, *(new(2 * num_pairs) for _ in options.statistics)]
+    gradients = _new_gradients(needs, (t.hidden, t.weight, t.bias), accumulate)
+    return _no_none(t.hidden, *gradients, *map(new, (*_RESULTS, *options.statistics)))
 
 
-def _fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], accumulate: torch.dtype
-) -> list[Tensor]:
+def _no_none(hidden: Tensor, *results: Tensor | None) -> list[Tensor]:
+    return [hidden.new_empty(0) if value is None else value for value in results]
+
+
+def _new_gradients(
+    needs: list[bool], tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None
+) -> list[Tensor | None]:
+    """Return a tensor for each gradient that is needed, in ``dtype`` or that of its tensor."""
     return [
-        t.new_empty(t.shape, dtype=accumulate) if needed and t is not None else hidden.new_empty(0)
-        for needed, t in zip(needs, (hidden, weight, bias))
+        t.new_empty(t.shape, dtype=dtype or t.dtype) if needed and t is not None else None
+        for needed, t in zip(needs, tensors)
     ]
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.needs, _, _, *flat = inputs
     tensors, _ = _pair_arguments(flat)
-    results = _PairResults(*output[: len(_PairResults._fields)])
-    ctx.save_for_backward(results.dhidden, results.dweight, results.dbias)
+    ctx.save_for_backward(*output[:3])
     ctx.dtypes, ctx.num_inputs = dtypes_of(tensors.hidden, tensors.weight, tensors.bias), len(inputs)
 
 
 @first_order_only
 def _scale_gradients(ctx: Any, saved: tuple[Tensor, ...], upstream: list[Tensor]) -> tuple[Tensor | None, ...]:
+    of_loss = upstream[3]
     hidden, weight, bias = (
-        (gradient * upstream[0]).to(dtype) if needed else None
+        (gradient * of_loss).to(dtype) if needed else None
         for gradient, dtype, needed in zip(saved, ctx.dtypes, ctx.needs)
     )
     labels = None
@@ -309,16 +275,12 @@ def _linear_logps_backward(
     gradients = scored.backward(upstream.flatten()[scored.index], kept, Needs(*needs))
     x, dweight, dbias = gradients.scaled(None, *dtypes_of(hidden, weight, bias))
     dhidden = None if x is None else scored.scatter(x, hidden.shape)
-    return [hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias)]
+    return _no_none(hidden, dhidden, dweight, dbias)
 
 
 @_linear_logps_backward.register_fake
 def _(upstream: Tensor, needs: list[bool], compute_dtype: torch.dtype, *arguments: Any) -> list[Tensor]:
-    hidden = arguments[0]
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if needed and t is not None else hidden.new_empty(0)
-        for needed, t in zip(needs, arguments)
-    ]
+    return _no_none(arguments[0], *_new_gradients(needs, arguments[:3]))
 
 
 def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -76,11 +76,11 @@ class VocabGroup:
 
     def largest(self, head: LMHead) -> LMHead:
         """Return a head with the largest rank's shape and no memory, so that all ranks decide alike by its size."""
-        return _of_size(head, max(stop - start for start, stop in zip(self.starts, self.starts[1:])))
+        return head.without_weight(max(stop - start for start, stop in zip(self.starts, self.starts[1:])))
 
     def whole(self, head: LMHead) -> LMHead:
         """Return a head with all ranks' words and no memory."""
-        return _of_size(head, self.vocab_size)
+        return head.without_weight(self.vocab_size)
 
     def combine(self, sums: RowSums, targets: Tensor, dtype: torch.dtype) -> RowSums:
         """Return sums over the whole vocabulary, in float64, from every rank's sums, which are sent in ``dtype``.
@@ -92,10 +92,8 @@ class VocabGroup:
         moved = sums.offset + torch.where(is_large, sums.rest, total).log()
         offset = torch.where(is_large | is_small, moved, sums.offset).to(dtype)
         mine = sums.rebased(offset.double())
-        sent: dict[str, Tensor] = {"offset": offset, "rest": mine.rest, "label": mine.label}
-        for name in ("moment", "squares", "logits"):
-            if (column := getattr(mine, name)) is not None:
-                sent[name] = column
+        optional = [name for name in ("moment", "squares", "logits") if getattr(mine, name) is not None]
+        sent: dict[str, Tensor] = {name: getattr(mine, name) for name in ("offset", "rest", "label", *optional)}
         if sums.before is not None and sums.after is not None:
             # The label's rank compares its own words. From every other rank only the largest logit matters.
             own = (targets >= 0) & (targets < self.starts[self.rank + 1] - self.first)
@@ -109,18 +107,10 @@ class VocabGroup:
         top = columns.pop("top", None)
         whole_offset = columns["offset"].amax(0)
         ranks = RowSums(**columns).rebased(whole_offset)
-        whole = RowSums(
-            whole_offset,
-            ranks.rest.sum(0),
-            ranks.label.amax(0),
-            **{
-                name: column.sum(0)
-                for name in ("moment", "squares", "logits")
-                if (column := getattr(ranks, name)) is not None
-            },
-            **({} if top is None else self._tops(top, targets)),
-        )
-        return whole
+        parts = {name: getattr(ranks, name).sum(0) for name in optional}
+        if top is not None:
+            parts |= self._tops(top, targets)
+        return RowSums(whole_offset, ranks.rest.sum(0), ranks.label.amax(0), **parts)
 
     def _tops(self, top: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return ``before`` and ``after`` from the ranks' largest logits ``top`` (ranks, n)."""
@@ -144,10 +134,6 @@ class VocabGroup:
                 work.wait()
 
         return wait
-
-
-def _of_size(head: LMHead, words: int) -> LMHead:
-    return replace(head, weight=head.weight.new_zeros(()).expand(words, head.hidden_size), bias=None)
 
 
 @dataclass(frozen=True)
@@ -215,8 +201,7 @@ def local_shard(name: str, tensor: Any, process_group: Any) -> Any:
         return tensor.to_local()
     raise TypeError(
         f"{name} is a DTensor with placements {tensor.placements} on {tensor.device_mesh}: with process_group it must "
-        "be sharded "
-        "over dimension 0 by just that group, Shard(0) on a mesh of one dimension whose get_group() is process_group. "
-        "If other dimensions are FSDP2's, call inside the wrapped module's forward, where these are gathered; "
-        f"or pass this rank's rows as a plain tensor, {name}.to_local()"
+        "be sharded over dimension 0 by just that group, Shard(0) on a mesh of one dimension whose get_group() is "
+        "process_group. If other dimensions are FSDP2's, call inside the wrapped module's forward, where these are "
+        f"gathered; or pass this rank's rows as a plain tensor, {name}.to_local()"
     )

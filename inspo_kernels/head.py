@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .arguments import finite
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -63,9 +61,10 @@ class LMHead:
         """Return this head outside any graph."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
-    def without_weight(self) -> LMHead:
-        """Return a head of this shape that holds no memory: gradients of kept rows need neither weight nor bias."""
-        return replace(self, weight=self.weight.new_zeros(()).expand(self.weight.shape), bias=None)
+    def without_weight(self, words: int | None = None) -> LMHead:
+        """Return a head of this shape, or of so many words, that holds no memory: only its shape can be used."""
+        words = self.vocab_size if words is None else words
+        return replace(self, weight=self.weight.new_zeros(()).expand(words, self.hidden_size), bias=None)
 
 
 def checked_head(
@@ -78,7 +77,7 @@ def checked_head(
     *,
     is_shard: bool = False,
 ) -> LMHead:
-    """Check hidden (..., H) against weight (V, H), bias (V,) and the transform; errors say what to change.
+    """Check hidden (..., H) against weight (V, H) and bias (V,); errors say what to change.
 
     With ``is_shard``, the head is one rank's part of the vocabulary and may have no words. Under autocast, dtypes may
     differ; matmuls then use autocast's dtype, unless the inputs are float64.
@@ -103,9 +102,6 @@ def checked_head(
         raise ValueError(f"hidden {tuple(hidden.shape)} must end in H = {weight.shape[1]}, weight's second dimension")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
-    logit_scale = finite("logit_scale", logit_scale)
-    softcap, temperature = checked_softcap(softcap), checked_temperature(temperature)
-
     dtypes = {tensor.dtype for tensor in given.values()}
     compute_dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
@@ -129,22 +125,6 @@ def _dtensor_advice(name: str) -> str:
         f"computes its own words for the same hidden states, pass {name} as it is and "
         f"process_group={name}.device_mesh.get_group()"
     )
-
-
-def checked_softcap(softcap: float | None) -> float | None:
-    """Return a positive number or None; raise for anything else."""
-    softcap = None if softcap is None else finite("softcap", softcap)
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap!r}")
-    return softcap
-
-
-def checked_temperature(temperature: float) -> float:
-    """Return a positive number; raise for anything else."""
-    temperature = finite("temperature", temperature)
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature!r}")
-    return temperature
 
 
 def plain_arithmetic(device: torch.device) -> torch.autocast:

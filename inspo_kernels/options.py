@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .arguments import finite, integer
+from .arguments import finite, integer, positive
 from .backends import check_backend
-from .head import FLOATS, checked_softcap, checked_temperature
+from .head import FLOATS
 from .objectives import Objective, make_objective
 from .row_sums import checked_statistics
 
@@ -102,10 +102,10 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
             checked[name] = finite(name, value)
         elif name == "logit_scale":
             checked[name] = finite(name, value)
-        elif name == "softcap":
-            checked[name] = checked_softcap(value)
+        elif name == "softcap" and value is not None:
+            checked[name] = positive(name, value, or_else=" or None")
         elif name == "temperature":
-            checked[name] = checked_temperature(value)
+            checked[name] = positive(name, value)
         elif name == "statistics":
             checked[name] = checked_statistics(value)
     return checked

@@ -85,48 +85,42 @@ def pair_sums(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return tables (kinds, B): summed log-probs in float64, scored tokens, and summed statistics by name."""
     names = checked_statistics(statistics)
-
-    def tokens(hidden: Tensor, labels: Tensor) -> Tensor:
-        """Return for each label a row: its log-prob, whether it is scored, its statistics."""
-        options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-        options |= {"ignore_index": ignore_index, "statistics": names or ("logsumexp",)}
-        logps, found = linear_logps(hidden, weight, labels, **options)
-        columns = [logps, labels != ignore_index, *(found[name] for name in names)]
-        return torch.stack([column.double() for column in columns], -1)
-
-    # table[kind][pair]: sums over tokens; kinds: chosen, rejected, marginal chosen, marginal rejected
-    if segment_ids is not None:
+    if segment_ids is None:
+        sequences: list[Any] = list(range(len(hidden)))
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.tolist()
+            sequences = [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
+        count, has_marginals = len(sequences) // 2, marginal_labels is not None
+    else:
         if num_pairs is None:
             assert ref_logps is not None
             num_pairs = len(ref_logps) // 2
-        rows = tokens(hidden, labels)
-        has_marginals = bool(((segment_ids >= 2 * num_pairs) & (labels != ignore_index)).any())
-        table = [
-            [rows[segment_ids == kind * num_pairs + pair].sum(0) for pair in range(num_pairs)]
-            for kind in range(4 if has_marginals else 2)
-        ]
-    else:
-        if cu_seqlens is None:
-            cut: list[int | slice] = list(range(len(hidden)))
-        else:
-            bounds = cu_seqlens.tolist()
-            cut = [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
-        num_pairs = len(cut) // 2
+        count = num_pairs
+        has_marginals = bool(((segment_ids >= 2 * count) & (labels != ignore_index)).any())
 
-        def sequence(index: int, labels: Tensor) -> Tensor:
-            h, y = hidden[cut[index]], labels[cut[index]]
-            if shift:
-                h, y = h[:-1], y[1:]
-            return tokens(h, y).sum(0)
+    def rows_of(kind: int, pair: int) -> tuple[Tensor, Tensor]:
+        """Return hidden states and labels of a segment; kinds are numbered as in ``pair_loss.KINDS``."""
+        if segment_ids is not None:
+            own = segment_ids == kind * count + pair
+            return hidden[own], labels[own]
+        # The alternative of the rejected response's sequence is y_w, and the other way round.
+        sequence = sequences[pair + count * (kind in (1, 2))]
+        scored = labels if kind < 2 or marginal_labels is None else marginal_labels
+        h, y = hidden[sequence], scored[sequence]
+        return (h[:-1], y[1:]) if shift else (h, y)
 
-        pairs = range(num_pairs)
-        table = [[sequence(p, labels) for p in pairs], [sequence(num_pairs + p, labels) for p in pairs]]
-        if marginal_labels is not None:
-            # The alternative of the rejected response's sequence is y_w, and the other way round.
-            table.append([sequence(num_pairs + p, marginal_labels) for p in pairs])
-            table.append([sequence(p, marginal_labels) for p in pairs])
+    def columns(hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return sums over tokens: of log-probs, of scored tokens, of each statistic."""
+        options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+        options |= {"ignore_index": ignore_index, "statistics": names or ("logsumexp",)}
+        logps, found = linear_logps(hidden, weight, labels, **options)
+        return torch.stack([c.double().sum() for c in (logps, labels != ignore_index, *(found[n] for n in names))])
 
-    sums, lengths, *found = torch.stack([torch.stack(row) for row in table]).unbind(-1)
+    table = [
+        torch.stack([columns(*rows_of(kind, pair)) for pair in range(count)])
+        for kind in range(4 if has_marginals else 2)
+    ]
+    sums, lengths, *found = torch.stack(table).unbind(-1)
     return sums, lengths.detach().long(), dict(zip(names, (one.detach() for one in found)))
 
 

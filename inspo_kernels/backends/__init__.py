@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ..arguments import nearest
@@ -45,6 +43,5 @@ def open_tile(backend: Backend, head: LMHead, capacity: int, workspace_bytes: in
     if head.vocab_size:
         return backend.open_tile(head, capacity, workspace_bytes)
     # A head of one word, which is never multiplied, shows how many rows the other ranks' tiles take.
-    one_word = replace(head, weight=head.weight.new_zeros(()).expand(1, head.hidden_size), bias=None)
-    dx_rows = backend.open_tile(one_word, capacity, workspace_bytes).dx_rows
+    dx_rows = backend.open_tile(head.without_weight(words=1), capacity, workspace_bytes).dx_rows
     return TileWithoutWords(head, capacity, dx_rows)

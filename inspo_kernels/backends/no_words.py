@@ -6,15 +6,14 @@ are 2, 2, 1 and 0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..head import LMHead
 from ..row_sums import RowSums
 from .base import HeadTile
-
-# An offset below every other rank's.
-_LOWEST = -1e30
 
 
 class TileWithoutWords(HeadTile):
@@ -26,13 +25,7 @@ class TileWithoutWords(HeadTile):
         self.dx: Tensor | None = None
 
     def stage(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        *,
-        keep: bool = False,
-        dx: Tensor | None = None,
-        parts: frozenset[str] = frozenset(),
+        self, x: Tensor, targets: Tensor, *, dx: Tensor | None = None, parts: frozenset[str] = frozenset(), **_: Any
     ) -> RowSums:
         self.dx = dx
 
@@ -40,7 +33,8 @@ class TileWithoutWords(HeadTile):
             return torch.full((len(x),), value, dtype=torch.float64, device=x.device)
 
         optional = {name: filled(-torch.inf if name in ("before", "after") else 0.0) for name in parts}
-        return RowSums(filled(_LOWEST), filled(0.0), filled(-torch.inf), **optional)
+        offset = filled(-1e30)  # below every other rank's
+        return RowSums(offset, filled(0.0), filled(-torch.inf), **optional)
 
     def finish(self, sums: RowSums) -> None:
         if self.dx is not None:
@@ -55,22 +49,11 @@ class TileWithoutWords(HeadTile):
     def restore(self, staged: tuple[Tensor, ...]) -> None:
         pass
 
-    def head_gradients(
-        self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
-    ) -> None:
+    def head_gradients(self, coefficients: Tensor, **_: Any) -> None:
         pass
 
     def recompute_gradients(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        sums: RowSums,
-        coefficients: Tensor,
-        *,
-        dx: Tensor | None,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        accumulate: bool = False,
+        self, x: Tensor, targets: Tensor, sums: RowSums, coefficients: Tensor, *, dx: Tensor | None, **_: Any
     ) -> None:
         if dx is not None:
             dx.zero_()

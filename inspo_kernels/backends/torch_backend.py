@@ -114,33 +114,22 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
         out += a[:, k : k + 256] @ b[k : k + 256]
 
 
-class _Labels:
-    """Where the labels of a block of rows lie in each of its tiles: row i of every field belongs to tile i."""
+def _label_places(targets: Tensor, words: list[slice], is_shard: bool) -> list[tuple[Tensor | None, Tensor]]:
+    """Return, for each tile, whether each label is one of its words (None: all are), and its column; (n, 1) each.
 
-    def __init__(self, targets: Tensor, words: list[slice], is_shard: bool) -> None:
-        self._inside: Tensor | None = None
-        if len(words) == 1 and not is_shard:
-            self._columns: Any = [targets.unsqueeze(1)]
-            return
-        starts = torch.tensor([[part.start] for part in words], device="cpu").to(targets.device, non_blocking=True)
-        last = words[0].stop - words[0].start - 1
-        columns = targets - starts
-        self._columns = columns.clamp(0, last).unsqueeze(2)
-        self._inside = (columns == self._columns.squeeze(2)).unsqueeze(2)
-        if (short := words[-1].stop - words[-1].start - 1) < last:
-            self._inside[-1] &= self._columns[-1] <= short
-            self._columns[-1].clamp_(max=short)
-
-    def __getitem__(self, i: int) -> tuple[Tensor | None, Tensor]:
-        """Whether each label is a word of tile i (None: all are), and its column, any where it is not; (n, 1) each."""
-        return None if self._inside is None else self._inside[i], self._columns[i]
-
-
-def _replace(z: Tensor, inside: Tensor | None, column: Tensor, value: Tensor | float) -> Tensor:
-    """Write ``value`` at each row's label where it is inside; returns what stood there, (n, 1)."""
-    before = z.gather(1, column)
-    _write(z, inside, column, value, before)
-    return before
+    The column of a label outside the tile is some column of it.
+    """
+    if len(words) == 1 and not is_shard:
+        return [(None, targets.unsqueeze(1))]
+    starts = torch.tensor([[part.start] for part in words], device="cpu").to(targets.device, non_blocking=True)
+    last = words[0].stop - words[0].start - 1
+    distance = targets - starts
+    columns = distance.clamp(0, last)
+    inside = columns == distance
+    if (short := words[-1].stop - words[-1].start - 1) < last:
+        inside[-1] &= columns[-1] <= short
+        columns[-1].clamp_(max=short)
+    return list(zip(inside.unsqueeze(2), columns.unsqueeze(2)))
 
 
 def _write(z: Tensor, inside: Tensor | None, column: Tensor, value: Any, before: Tensor | None = None) -> None:
@@ -174,7 +163,7 @@ class TorchTile(HeadTile):
         self.buffer: Tensor | None = None
 
     def _equal_words(self) -> list[slice]:
-        """The vocabulary in equal tiles."""
+        """Return the vocabulary in equal tiles."""
         vocab = self.head.vocab_size
         count = -(-vocab // self.most_words)
         size = -(-vocab // count)
@@ -194,7 +183,7 @@ class TorchTile(HeadTile):
         return torch.ones((), dtype=self.dtype, device=self.device)
 
     def _reserve(self, start: int, n: int, width: int) -> Tensor:
-        """The workspace, allocated when first needed, with room for a tile (n, width) from ``start`` on."""
+        """Return the workspace, allocated when first needed, with room for a tile (n, width) from ``start`` on."""
         if self.buffer is None or self.buffer.numel() < start + n * width:
             # Rows that pass through take the place of rows that were kept before.
             size = max(self.capacity * self.head.vocab_size, min(self.block, n) * self.words[0].stop)
@@ -203,12 +192,12 @@ class TorchTile(HeadTile):
         return self.buffer
 
     def _passing_tile(self, n: int, part: slice) -> Tensor:
-        """A tile (n, words) for rows that are not kept."""
+        """Return a tile (n, words) for rows that are not kept."""
         width = part.stop - part.start
         return self._reserve(0, n, width).as_strided((n, width), (width, 1))
 
     def _kept_tile(self, part: slice) -> Tensor:
-        """E (n, words) of all kept rows and the words ``part``, stored word by word.
+        """Return E (n, words) of all kept rows and the words ``part``, stored word by word.
 
         That is the faster layout of logits and dW where rows are fewer than words, and as fast elsewhere.
         """
@@ -246,12 +235,8 @@ class TorchTile(HeadTile):
         self.is_graded = keep or dx is not None
         # Tiles whose offsets differ from those of the tile before, in any row.
         self.raised: set[int] = set()
-        blocks, offsets = [], []
-        for rows in chunks(0, len(x), self.block):
-            sums, of_tiles = self._stage_block(rows, keep, parts)
-            blocks.append(sums)
-            offsets.append(of_tiles)
-        sums = RowSums.cat(blocks)
+        blocks, offsets = zip(*(self._stage_block(rows, keep, parts) for rows in chunks(0, len(x), self.block)))
+        sums = RowSums.cat(list(blocks))
         self.local_offset, self.offsets = sums.offset, None
         if keep and self.raised:
             self.offsets = torch.cat([torch.stack(of_tiles) for of_tiles in offsets], 1)
@@ -261,16 +246,16 @@ class TorchTile(HeadTile):
     def _open(self, x: Tensor, targets: Tensor, dx: Tensor | None) -> None:
         self.x, self.targets, self.dx = self._widen(x), targets, dx
         self.label_slope = None if self.head.softcap is None else x.new_zeros(len(x), dtype=self.dtype)
-        self.labels: tuple[slice, _Labels] | None = None
+        self.labels: tuple[slice, list[tuple[Tensor | None, Tensor]]] | None = None
 
-    def _labels_of(self, rows: slice) -> _Labels:
-        """Labels of these rows; those asked for last are at hand."""
+    def _labels_of(self, rows: slice) -> list[tuple[Tensor | None, Tensor]]:
+        """Return the ``_label_places`` of these rows; those asked for last are at hand."""
         if self.labels is None or self.labels[0] != rows:
-            self.labels = rows, _Labels(cut(self.targets, rows), self.words, self.head.is_shard)
+            self.labels = rows, _label_places(cut(self.targets, rows), self.words, self.head.is_shard)
         return self.labels[1]
 
     def _stage_block(self, rows: slice, keep: bool, parts: frozenset[str]) -> tuple[RowSums, list[Tensor]]:
-        """Sums of a block of rows, and the offset of each tile, (rows,) in units of log 2."""
+        """Return the sums of a block of rows, and the offset of each tile, (rows,) in units of log 2."""
         x, targets = self._multiply(cut(self.x, rows), self.inner), cut(self.targets, rows)
         labels = self._labels_of(rows)
         dx = None if self.dx is None else cut(self.dx, rows)
@@ -284,7 +269,8 @@ class TorchTile(HeadTile):
             derivative = self._logits(x, weight, part, z, *labels[i], rows)
             more.with_label(z)
             inside, column = labels[i]
-            found = _replace(z, inside, column, LOWEST)
+            found = z.gather(1, column)
+            _write(z, inside, column, LOWEST, found)
             label = found if inside is None else torch.where(inside, found, -torch.inf if i == 0 else label)
             top = z.amax(1) if i == 0 or shifted or more.has_tops else None
             if top is not None:
@@ -313,7 +299,7 @@ class TorchTile(HeadTile):
         return RowSums(final, rest, label.squeeze(1).double() * LOG2, **more.parts), offsets
 
     def _first_offset(self, top: Tensor, more: _Statistics) -> tuple[Tensor, bool]:
-        """Offsets (n,) for rows with these maxima in their first tile, and whether any differs from 0."""
+        """Return offsets (n,) for rows with these maxima in their first tile, and whether any differs from 0."""
         if more.has_moment:
             return top.clamp(min=LOWEST), True
         if self.on_cpu:
@@ -325,7 +311,7 @@ class TorchTile(HeadTile):
     def _raised_offset(
         self, z: Tensor, top: Tensor | None, offset: Tensor, shifted: bool, slack: float
     ) -> Tensor | None:
-        """Offsets (n,) after a tile z' with these maxima, looked up if None; None if they stay as they are.
+        """Return offsets (n,) after a tile z' with these maxima, looked up if None; None if they stay as they are.
 
         A device is not asked, as that would wait for it.
         """
@@ -364,7 +350,8 @@ class TorchTile(HeadTile):
         self.dx.mul_(unit.to(self.dtype).unsqueeze(1))
         share, column = self.unit * self.rest, self.targets
         if self.head.is_shard:
-            share, column = share * self._own(), column.clamp(0, self.head.vocab_size - 1)
+            is_own = (column >= 0) & (column < self.head.vocab_size)
+            share, column = share * is_own, column.clamp(0, self.head.vocab_size - 1)
         share = share.to(self.dtype)
         if self.label_slope is not None:
             share *= self.label_slope
@@ -385,10 +372,6 @@ class TorchTile(HeadTile):
                 offset = self.local_offset / LOG2 if self.offsets is None else self.offsets[i].double()
                 e.mul_(torch.exp2(above(offset, self.offset / LOG2)).to(self.dtype).unsqueeze(1))
             _write(e, *labels[i], entry)
-
-    def _own(self) -> Tensor:
-        """Whether each label is a word of this rank."""
-        return (self.targets >= 0) & (self.targets < self.head.vocab_size)
 
     def staged(self) -> tuple[Tensor, ...]:
         assert self.buffer is not None
@@ -473,7 +456,7 @@ class TorchTile(HeadTile):
 
 
 class _Statistics:
-    """The optional fields of ``RowSums`` of a block of rows, summed up tile by tile."""
+    """Sum up the optional fields of ``RowSums`` of a block of rows, tile by tile."""
 
     def __init__(self, parts: frozenset[str], targets: Tensor) -> None:
         self._targets = targets

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+from transformers import TrainerCallback
+
+from ..layouts.alternative_dropout import keeps_alternative
 from ..layouts.preference_batch import pair_positions
-from .pair_layouts import CONDITIONED, REFERENCES, conditioned, is_text
-
-if TYPE_CHECKING:
-    from .alternative_coins import AlternativeCoins
+from .pair_layouts import CONDITIONED, REFERENCES, conditioned, is_text, pair_ids
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
+@dataclass
 class Fits:
     """Return whether a tokenized pair can be conditioned: no empty part, and at most ``max_length`` tokens.
 
@@ -25,44 +27,63 @@ class Fits:
     which depends on the attributes of this filter. So options that change the log-probs make a new cache.
     """
 
-    def __init__(self, max_length: int | None, separator_length: int, reference_options: Any = None) -> None:
-        self.max_length, self.separator_length = max_length, separator_length
-        self.reference_options = reference_options
+    max_length: int | None
+    separator_length: int
+    reference_options: Any = None
 
     def __call__(self, example: Mapping[str, Any]) -> bool:
         lengths = [len(example[part]) for part in PARTS]
         total = sum(lengths) + self.separator_length
         return min(lengths) > 0 and (self.max_length is None or total <= self.max_length)
 
-    def reason(self, dropped: int, of: int | None, name: str) -> str:
-        share = f"{dropped}" if of is None else f"{dropped} of {of}"
-        limit = (
-            ""
-            if self.max_length is None
-            else (
-                f", or prompt, both responses and separator are more than max_length={self.max_length} tokens (raise "
-                "it to keep these pairs; responses are never cut)"
-            )
+    def reason(self, dropped: str, name: str) -> str:
+        """Return why ``dropped`` pairs of the dataset ``name`` do not fit."""
+        why = f"{name}: dropped {dropped} pairs: an empty prompt or response"
+        if self.max_length is None:
+            return why
+        return (
+            f"{why}, or prompt, both responses and separator are more than max_length={self.max_length} tokens (raise "
+            "it to keep these pairs; responses are never cut)"
         )
-        return f"{name}: dropped {share} pairs: an empty prompt or response{limit}"
 
 
+@dataclass
 class CountingFits(Fits):
     """Filter a stream of unknown length; warn at the 1st, 2nd, 4th, 8th ... dropped pair."""
 
-    def __init__(self, max_length: int | None, separator_length: int, name: str) -> None:
-        super().__init__(max_length, separator_length)
-        self.name, self.dropped = name, 0
+    name: str = ""
+    dropped: int = 0
 
     def __call__(self, example: Mapping[str, Any]) -> bool:
         fits = super().__call__(example)
         if not fits:
             self.dropped += 1
             if self.dropped & (self.dropped - 1) == 0:
-                logger.warning(self.reason(self.dropped, None, self.name))
+                logger.warning(self.reason(f"{self.dropped}", self.name))
         return fits
 
 
+class AlternativeCoins(TrainerCallback):
+    """Decide which pairs of a batch keep their alternative, by seed, epoch and the pair's own token ids.
+
+    The decision depends neither on the pair's batch or rank nor on where a run was resumed. As a callback, this object
+    learns of each epoch before the data loader reads its first batch.
+    """
+
+    def __init__(self, dropout: float, seed: int) -> None:
+        self.dropout, self.seed = dropout, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers of a data loader read it
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._epoch.fill_(int(state.epoch or 0))
+
+    def __call__(self, batch: Mapping[str, Any]) -> list[bool]:
+        epoch = int(self._epoch)
+        pairs = ([part.tolist() for part in pair] for pair in pair_ids(batch))
+        return [keeps_alternative(self.dropout, self.seed, epoch, *pair) for pair in pairs]
+
+
+@dataclass(kw_only=True)
 class ConditioningCollator:
     """Add the conditioned version of each batch of another collator, under ``"conditioned"``.
 
@@ -73,30 +94,17 @@ class ConditioningCollator:
         layout: how text batches are laid out; other batches are laid out in rows.
         strict: refuse a batch that only rows can hold, if ``layout`` is not "rows".
         max_length: bound on prompt, both responses and separator; longer pairs are left out and counted.
-
-    Every pair is conditioned, except in a collator that ``dropping`` returns.
+        coins: chooses the pairs that are laid out plain; None conditions every pair.
     """
 
-    def __init__(
-        self,
-        collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-        *,
-        layout: str,
-        strict: bool,
-        pad_token_id: int,
-        separator_ids: Sequence[int],
-        max_length: int | None,
-    ) -> None:
-        self.collator, self.layout, self.strict = collator, layout, strict
-        self.pad_token_id, self.separator_ids, self.max_length = pad_token_id, separator_ids, max_length
-        self.dropped = 0
-        self.coins: AlternativeCoins | None = None
-
-    def dropping(self, coins: AlternativeCoins) -> ConditioningCollator:
-        """Return a collator that lays out plain the pairs that ``coins`` chooses."""
-        collator = copy.copy(self)
-        collator.coins = coins
-        return collator
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    layout: str
+    strict: bool
+    pad_token_id: int
+    separator_ids: Sequence[int]
+    max_length: int | None
+    coins: AlternativeCoins | None = None
+    dropped: int = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self._fitting(examples)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..layouts.conditioning import IGNORE_INDEX, condition_pairs
 from ..layouts.preference_batch import condition_batch, pair_positions
+from ..scored_rows import Candidates, from_packed, from_rows
 
 LAYOUTS = ("auto", "rows", "packed", "tree", "packed_tree")
 
@@ -32,9 +33,12 @@ def is_text(batch: Mapping[str, Any]) -> bool:
 def plain(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the batch as the collator made it, in the form of ``conditioned``."""
     unread = {"completion_mask", "marginal_mask", CONDITIONED, *REFERENCES}
+    ids, other = batch["input_ids"], batch.get("marginal_mask")
+    labels = ids.masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
+    marginal_labels = None if other is None else ids.masked_fill(other == 0, IGNORE_INDEX)
     return {
         "inputs": {name: value for name, value in batch.items() if name not in unread},
-        "scored": _scored_in_rows(batch["input_ids"], batch["completion_mask"], batch.get("marginal_mask")),
+        "scored": _scored(from_rows(labels, marginal_labels, shift=True, ignore_index=IGNORE_INDEX), ids.shape[1]),
         "tree": None,
         "num_tokens": batch["attention_mask"].sum(),
     }
@@ -57,34 +61,30 @@ def conditioned(
         ``kept`` is given, also ``kept`` (B,) bool.
     """
     given = {} if kept is None else {"kept": torch.tensor(kept)}
-    options: dict[str, Any] = {"pad_token_id": pad_token_id, "separator_ids": separator_ids}
-    options["conditioned"] = True if kept is None else kept
+    which = True if kept is None else kept
+    options: dict[str, Any] = {"pad_token_id": pad_token_id, "separator_ids": separator_ids, "conditioned": which}
     if layout == "rows":
         return plain(condition_batch(batch, marginals=True, **options)) | given
     pairs = pair_ids(batch)
     laid_out = condition_pairs(pairs, layout=layout, **options)
+    width = laid_out["input_ids"].shape[1]
     if layout == "packed":
-        return {
-            "inputs": {name: laid_out[name] for name in ("input_ids", "position_ids")},
-            "scored": _scored_in_packed(laid_out),
-            "tree": None,
-            "num_tokens": torch.tensor(laid_out["input_ids"].numel()),
-            **given,
-        }
-    between = len(separator_ids)
-    branches = [
-        2 * (len(w) + len(l) + between) if i not in laid_out["plain"] else len(w) + len(l)
-        for i, (_, w, l) in enumerate(pairs)
-    ]
-    own = laid_out["segment_ids"] < 2 * len(pairs)
-    order = torch.cat([own.nonzero()[:, 0], (~own).nonzero()[:, 0]])
-    scored = {name: laid_out[name][order] for name in ("rows", "labels", "segment_ids")}
+        labels = (laid_out[name] for name in ("labels", "marginal_labels", "cu_seqlens"))
+        scored = _scored(from_packed(*labels, shift=True, ignore_index=IGNORE_INDEX), width)
+        tree, num_tokens = None, width
+    else:
+        own = laid_out["segment_ids"] < 2 * len(pairs)
+        order = torch.cat([own.nonzero()[:, 0], (~own).nonzero()[:, 0]])
+        scored = {name: laid_out[name][order] for name in ("rows", "labels", "segment_ids")}
+        scored |= {"num_own": int(own.sum()), "num_pairs": len(pairs), "width": width}
+        tree = {name: laid_out[name] for name in ("tree_ends", "position_ids", "paths", "path_of")}
+        # Position 0 is the root of a tree, or padding.
+        num_tokens = len(pairs) + int((laid_out["position_ids"] > 0).sum())
     return {
         "inputs": {name: laid_out[name] for name in ("input_ids", "position_ids")},
-        "scored": scored
-        | {"num_own": int(own.sum()), "num_pairs": len(pairs), "width": laid_out["input_ids"].shape[1]},
-        "tree": {name: laid_out[name] for name in ("tree_ends", "position_ids", "paths", "path_of")},
-        "num_tokens": torch.tensor(sum(branches) + sum(len(pair[0]) for pair in pairs)),
+        "scored": scored,
+        "tree": tree,
+        "num_tokens": torch.tensor(num_tokens),
         **given,
     }
 
@@ -95,39 +95,10 @@ def pair_ids(batch: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
     return [tuple(ids[part.to(ids.device)] for part in pair) for pair in pair_positions(batch)]
 
 
-def _scored_in_rows(ids: Tensor, own: Tensor, other: Tensor | None) -> dict[str, Any]:
-    """Return the scored positions of padded rows; the hidden state before a token predicts it."""
-    pairs, width = len(ids) // 2, ids.shape[1]
-    found = []
-    for mask, segment_of in ((own, _own_segment), (other, _marginal_segment)):
-        if mask is not None:
-            row, column = mask[:, 1:].nonzero(as_tuple=True)
-            found.append((row * width + column, ids[row, column + 1], segment_of(row, pairs)))
-    rows, labels, segments = (torch.cat(parts) for parts in zip(*found))
-    scored = {"rows": rows, "labels": labels, "segment_ids": segments}
-    return scored | {"num_own": len(found[0][0]), "num_pairs": pairs, "width": width}
-
-
-def _scored_in_packed(laid_out: Mapping[str, Any]) -> dict[str, Any]:
-    starts = laid_out["cu_seqlens"].long()
-    pairs, total = (len(starts) - 1) // 2, int(starts[-1])
-    sequence = torch.bucketize(torch.arange(total), starts[1:], right=True)
-    found = []
-    for name, segment_of in (("labels", _own_segment), ("marginal_labels", _marginal_segment)):
-        if laid_out[name] is None:  # no pair is conditioned
-            continue
-        at = (laid_out[name] != IGNORE_INDEX).nonzero()[:, 0]  # never a sequence's first: that is the prompt's
-        found.append((at - 1, laid_out[name][at], segment_of(sequence[at], pairs)))
-    rows, labels, segments = (torch.cat(parts) for parts in zip(*found))
-    scored = {"rows": rows, "labels": labels, "segment_ids": segments}
-    return scored | {"num_own": len(found[0][0]), "num_pairs": pairs, "width": total}
-
-
-def _own_segment(sequence: Tensor, pairs: int) -> Tensor:
-    """Number the segments as ``fused_inspo_loss`` does: 0..B-1 chosen, B..2B-1 rejected."""
-    return sequence
-
-
-def _marginal_segment(sequence: Tensor, pairs: int) -> Tensor:
-    """Number the other response: sequence b reads the rejected one (3B + b), B + b the chosen one (2B + b)."""
-    return 2 * pairs + (sequence + pairs) % (2 * pairs)
+def _scored(candidates: Candidates, width: int) -> dict[str, Any]:
+    """Return the scored rows of whole sequences in the compact form."""
+    c = candidates
+    at = c.scored.nonzero()[:, 0]
+    own = len(at) if not c.marginals else int((at < len(c.scored) // 2).sum())
+    scored = {"rows": c.rows[at], "labels": c.targets[at], "segment_ids": c.segments[at]}
+    return scored | {"num_own": own, "num_pairs": c.num_pairs, "width": width}

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .. import fused_inspo_loss, hidden_and_head, linear_logps, pair_logps, tree_attention_mask
 from ..objectives import SFT, Objective, PairSums
+from ..pair_loss import KINDS
+from .trl_losses import fits_tokens
 
 Finish = Callable[[Tensor, dict[str, Any], dict[str, Any]], dict[str, Any]]
 
@@ -64,32 +66,36 @@ class PairPass:
         hidden, head, outputs = hidden_and_head(model, **inputs, return_outputs=True)
         # Prompt-learning adapters put virtual tokens before the rows.
         hidden = hidden[:, -self.scored["width"] :].flatten(0, 1)
-        scored = {name: _to(value, hidden.device) for name, value in self.scored.items()}
+        scored = {
+            name: value.to(hidden.device) if isinstance(value, Tensor) else value for name, value in self.scored.items()
+        }
         results = self.finish(hidden.index_select(0, scored["rows"]), head, scored)
         if self.kept is not None:
-            results |= _with_plain_pairs(results, _to(self.kept, hidden.device))
+            kept: Tensor = self.kept.to(hidden.device)
+            logps: Tensor = results["logps"]
+            # A plain pair's log-probs are already given the prompt alone.
+            marginal_logps = torch.where(kept.repeat(2), results.get("marginal_logps", logps), logps)
+            results |= {"marginal_logps": marginal_logps, "kept": kept}
         if inputs.get("output_router_logits"):
             results["aux_loss"] = outputs.aux_loss
         return results
-
-
-def _with_plain_pairs(results: dict[str, Any], kept: Tensor) -> dict[str, Any]:
-    """Return ``marginal_logps`` of every pair: a plain pair's log-probs are already given the prompt alone."""
-    logps = results["logps"]
-    return {"marginal_logps": torch.where(kept.repeat(2), results.get("marginal_logps", logps), logps), "kept": kept}
 
 
 def reference_logps(
     x: Tensor, head: dict[str, Any], scored: dict[str, Any], *, ld_alpha: float | None
 ) -> dict[str, Any]:
     """Return ``logps`` (2B,) float64, the summed log-probs of chosen, then rejected responses."""
-    if ld_alpha is not None:
+    if ld_alpha is None:
+        sums, _ = pair_logps(x, **_segments(scored), **head)
+    else:
         logps = linear_logps(x, targets=scored["labels"], **head)
-        assert isinstance(logps, Tensor)  # as no statistics are asked for
-        return {"logps": _sums(logps * _tail_weights(scored, ld_alpha), scored)[:2].flatten()}
-    segments = {name: scored[name] for name in ("segment_ids", "num_pairs")}
-    sums, _ = pair_logps(x, labels=scored["labels"], **segments, **head)
+        sums = _sums(logps * _tail_weights(scored, ld_alpha), scored)
     return {"logps": sums[:2].flatten()}
+
+
+def _segments(scored: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the compact form besides hidden."""
+    return {name: scored[name] for name in ("labels", "segment_ids", "num_pairs")}
 
 
 def pair_loss(
@@ -103,17 +109,8 @@ def pair_loss(
     statistics: tuple[str, ...],
 ) -> dict[str, Any]:
     """Return the results of the fused loss, which keeps no token's log-prob."""
-    out = fused_inspo_loss(
-        x,
-        labels=scored["labels"],
-        segment_ids=scored["segment_ids"],
-        num_pairs=scored["num_pairs"],
-        objective=objective,
-        ref_logps=ref_logps,
-        marginal_weight=marginal_weight,
-        statistics=statistics,
-        **head,
-    )
+    terms: dict[str, Any] = {"objective": objective, "ref_logps": ref_logps, "marginal_weight": marginal_weight}
+    out = fused_inspo_loss(x, statistics=statistics, **terms, **_segments(scored), **head)
     found = {"loss": out.loss, "logps": out.logps, "lengths": out.lengths, "statistics": out.statistics}
     # Under torch.compile, compact input reports marginals of 0 where it has none.
     has_marginals = len(x) > scored["num_own"]
@@ -133,7 +130,7 @@ def token_loss(
     use_weighting: bool,
 ) -> dict[str, Any]:
     """Return the results of a loss that weighs single tokens (LD-DPO), or pairs by the policy's log-probs (WPO)."""
-    needed = marginal_weight != 0 or any(isinstance(objective, SFT) for objective, _ in parts)
+    needed = marginal_weight != 0 or fits_tokens(parts)
     differentiated = len(x) if needed else scored["num_own"]
     asked = (*statistics, "log_sum_sq_probs") if use_weighting else statistics
     logps, values = linear_logps(
@@ -142,7 +139,6 @@ def token_loss(
     if differentiated < len(x):  # marginals that are only reported
         with torch.no_grad():
             others = linear_logps(x[differentiated:], targets=scored["labels"][differentiated:], **head)
-        assert isinstance(others, Tensor)
         logps = torch.cat([logps, others])
     whole = _sums(logps, scored)
     weighed = whole if ld_alpha is None else _sums(logps * _tail_weights(scored, ld_alpha), scored)
@@ -152,17 +148,21 @@ def token_loss(
         aligned = logps[:differentiated].detach() - values["log_sum_sq_probs"]
         confidence = (_sums(aligned, scored) / lengths[: 4 if needed else 2].clamp(min=1)).exp()
 
-    def losses(kinds: slice) -> Tensor:
-        total: Tensor | float = 0.0
-        for objective, weight in parts:
-            sums = whole if isinstance(objective, SFT) else weighed  # SFT fits every token alike
-            total = total + weight * objective(_pair_sums(sums, lengths, ref_logps, kinds))
-        assert isinstance(total, Tensor)
-        return total if confidence is None else total * confidence[kinds].prod(0)
+    columns: dict[str, Any] = dict(zip(KINDS, weighed)) | {f"{kind}_len": row for kind, row in zip(KINDS, lengths)}
+    columns |= dict(zip(("ref_chosen", "ref_rejected"), ref_logps.double().chunk(2)))
+    sums = PairSums(**columns, index=torch.arange(scored["num_pairs"], device=x.device))
+    columns |= dict(zip(KINDS, whole))
+    of_all_tokens = PairSums(**columns, index=sums.index)  # SFT fits every token alike
 
-    loss = losses(slice(0, 2)).mean()
+    def mean_loss(kinds: slice, sums: PairSums, of_all_tokens: PairSums) -> Tensor:
+        total = torch.zeros_like(sums.chosen)
+        for objective, weight in parts:
+            total = total + weight * objective(of_all_tokens if isinstance(objective, SFT) else sums)
+        return total.mean() if confidence is None else (total * confidence[kinds].prod(0)).mean()
+
+    loss = mean_loss(slice(0, 2), sums, of_all_tokens)
     if marginal_weight:
-        loss = loss + marginal_weight * losses(slice(2, 4)).mean()
+        loss = loss + marginal_weight * mean_loss(slice(2, 4), sums.on_marginals(), of_all_tokens.on_marginals())
     own = scored["segment_ids"][: scored["num_own"]]
     kept = {name: values[name][: scored["num_own"]].double() for name in statistics}
     found = {
@@ -172,22 +172,6 @@ def token_loss(
         "statistics": {n: v.new_zeros(2 * scored["num_pairs"]).index_add_(0, own, v) for n, v in kept.items()},
     }
     return found if len(weighed) == 2 else found | {"marginal_logps": weighed[2:].flatten().detach()}
-
-
-def _pair_sums(sums: Tensor, lengths: Tensor, ref_logps: Tensor, kinds: slice) -> PairSums:
-    chosen, rejected = sums[kinds]
-    chosen_len, rejected_len = lengths[kinds]
-    ref_chosen, ref_rejected = ref_logps.double().chunk(2)
-    marginals = {}
-    if len(sums) == 4:
-        marginals = {
-            "marginal_chosen": sums[2],
-            "marginal_rejected": sums[3],
-            "marginal_chosen_len": lengths[2],
-            "marginal_rejected_len": lengths[3],
-        }
-    index = torch.arange(sums.shape[1], device=sums.device)
-    return PairSums(chosen, rejected, chosen_len, rejected_len, index, ref_chosen, ref_rejected, **marginals)
 
 
 def _sums(values: Tensor, scored: dict[str, Any]) -> Tensor:
@@ -206,7 +190,3 @@ def _tail_weights(scored: dict[str, Any], ld_alpha: float) -> Tensor:
     lengths = torch.bincount(segments, minlength=4 * pairs).view(4, pairs)
     shared = torch.minimum(lengths[[0, 0, 2, 2]], lengths[[1, 1, 3, 3]]).flatten()
     return torch.where(index - first[segments] < shared[segments], 1.0, ld_alpha)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from .. import tree_unsupported
 from ..layouts.alternative_dropout import checked_dropout
-from ..models.packing import mixes_packed_sequences
-from .conditioning_collator import PARTS, ConditioningCollator, CountingFits, Fits
+from ..models.small_runs import mixes_packed_sequences
 from .pair_layouts import CONDITIONED, LAYOUTS, REFERENCES, plain
 from .pair_metrics import GAPS, MARGINAL, STATISTICS, PairMetrics
 from .pair_pass import Finish, PairPass, accept_pair_pass, pair_loss, reference_logps, token_loss
@@ -38,7 +37,7 @@ try:
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import use_adapter
 
-    from .alternative_coins import AlternativeCoins
+    from .conditioning_collator import PARTS, AlternativeCoins, ConditioningCollator, CountingFits, Fits
 except ImportError as error:
     raise ImportError(f"{_NEEDS} ({error})") from error
 
@@ -89,7 +88,6 @@ class InSPOConfig(DPOConfig):
     layout: str = field(
         default="auto", metadata={"help": "How conditioned pairs are laid out.", "choices": list(LAYOUTS)}
     )
-
     alternative_dropout: float = field(
         default=0.0, metadata={"help": "Probability that a training pair is laid out plain, drawn in each epoch."}
     )
@@ -168,7 +166,7 @@ class InSPOTrainer(DPOTrainer):
         """Return DPOTrainer's data loader; with ``alternative_dropout`` its collator lays some pairs out plain."""
         collator: Any = self.data_collator
         if self._coins is not None:
-            self.data_collator = collator.dropping(self._coins)
+            self.data_collator = dataclasses.replace(collator, coins=self._coins)
         try:
             return super().get_train_dataloader()
         finally:
@@ -177,11 +175,11 @@ class InSPOTrainer(DPOTrainer):
     def _condition_batches(self) -> None:
         """Wrap the data collator."""
         tokenizer = _tokenizer(self.processing_class)
-        vision = self._reads_images()
+        vision = not {"image", "images"}.isdisjoint(next(iter(self.train_dataset)))
         if vision and hasattr(self.data_collator, "max_length"):
             self.data_collator.max_length = None  # pairs that are too long are dropped, never cut
         self.data_collator = ConditioningCollator(
-            self.data_collator,
+            collator=self.data_collator,
             layout=self._layout(vision),
             strict=_option(self.args, "layout") != "auto",
             pad_token_id=tokenizer.pad_token_id,
@@ -197,7 +195,10 @@ class InSPOTrainer(DPOTrainer):
                 kind = "batches with images" if vision else "prompt-learning adapters"
                 raise ValueError(f"layout={wanted!r} does not hold {kind}: use layout='rows' or 'auto'")
             return "rows"
-        trees = self._trees_unsupported(model)
+        if not self.aux_loss_enabled:
+            trees = tree_unsupported(model)
+        else:
+            trees = "the router loss of a mixture of experts needs a padding mask, which trees do not have: use 'rows'"
         attention = model.config.get_text_config()._attn_implementation
         if wanted == "auto":
             if trees is None:
@@ -208,15 +209,6 @@ class InSPOTrainer(DPOTrainer):
         if wanted == "packed" and mixes_packed_sequences(model):
             raise ValueError("layout='packed': in this model packed sequences see each other; use layout='rows'")
         return wanted
-
-    def _trees_unsupported(self, model: Any) -> str | None:
-        if self.aux_loss_enabled:
-            return "the router loss of a mixture of experts needs a padding mask, which trees do not have: use 'rows'"
-        return tree_unsupported(model)
-
-    def _reads_images(self) -> bool:
-        sample = next(iter(self.train_dataset))
-        return "image" in sample or "images" in sample
 
     def _causal_lm(self, model: Any) -> Any:
         """Return the causal LM inside engines, adapters and ``torch.compile``."""
@@ -229,13 +221,13 @@ class InSPOTrainer(DPOTrainer):
             return dataset
         between = len(_separator_ids(_tokenizer(processing_class), args))
         if not isinstance(dataset, Dataset):
-            return dataset.filter(CountingFits(args.max_length, between, dataset_name))
+            return dataset.filter(CountingFits(args.max_length, between, name=dataset_name))
         fits = Fits(args.max_length, between, reference_options=args.ld_alpha)
         with args.main_process_first(desc=f"dropping pairs of {dataset_name} that are too long"):
             kept = dataset.filter(fits, num_proc=args.dataset_num_proc)
         self.dropped_pairs[dataset_name] = len(dataset) - len(kept)
         if len(kept) < len(dataset):
-            message = fits.reason(len(dataset) - len(kept), len(dataset), dataset_name)
+            message = fits.reason(f"{len(dataset) - len(kept)} of {len(dataset)}", dataset_name)
             if not len(kept):
                 raise ValueError(message)
             logger.warning(message)
@@ -282,15 +274,11 @@ class InSPOTrainer(DPOTrainer):
             return loss, model(**plain(inputs)["inputs"])
 
     def _finish(self, ref_logps: Tensor) -> Finish:
-        terms: dict[str, Any] = {
-            "ref_logps": ref_logps,
-            "marginal_weight": self._marginal_weight,
-            "statistics": STATISTICS,
-        }
-        if self.args.ld_alpha is None and not self.args.use_weighting:
-            return partial(pair_loss, objective=self._objective, **terms)
-        options = {"ld_alpha": self.args.ld_alpha, "use_weighting": self.args.use_weighting}
-        return partial(token_loss, parts=self._parts, **options, **terms)
+        loss: Any = partial(pair_loss, objective=self._objective)
+        if self.args.ld_alpha is not None or self.args.use_weighting:
+            options = {"ld_alpha": self.args.ld_alpha, "use_weighting": self.args.use_weighting}
+            loss = partial(token_loss, parts=self._parts, **options)
+        return partial(loss, ref_logps=ref_logps, marginal_weight=self._marginal_weight, statistics=STATISTICS)
 
     def _marginals(self, mode: str) -> bool:
         """Return whether this pass scores marginals: if the loss needs them, at logged steps, and in evaluation."""

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from ..objectives import SFT, Mixture, Objective, make_objective
+from ..objectives import OBJECTIVES, SFT, DiscoPOP, Mixture, Objective
 
-# TRL's loss_type -> name of the objective, where the two differ.
-_NAMES = {"sigmoid": "dpo", "ipo": "ipo_mean"}
-_OPTIONS = {
-    "sigmoid": ("beta", "divergence"),
-    "hinge": ("beta", "divergence"),
-    "ipo": ("tau", "divergence"),
-    "exo_pair": ("beta", "label_smoothing", "divergence"),
-    "nca_pair": ("beta",),
-    "robust": ("beta", "label_smoothing", "divergence"),
-    "bco_pair": ("beta",),
-    "sppo_hard": ("beta",),
-    "aot": ("beta", "label_smoothing"),
-    "aot_unpaired": ("beta", "label_smoothing"),
-    "apo_zero": ("beta",),
-    "apo_down": ("beta",),
-    "discopop": ("beta", "discopop_tau", "divergence"),
-    "sft": (),
-    "sigmoid_norm": ("beta", "divergence"),
+# TRL's loss_type -> name of the objective.
+LOSS_TYPES = {
+    "sigmoid": "dpo",
+    "hinge": "hinge",
+    "ipo": "ipo_mean",
+    "exo_pair": "exo_pair",
+    "nca_pair": "nca_pair",
+    "robust": "robust",
+    "bco_pair": "bco_pair",
+    "sppo_hard": "sppo_hard",
+    "aot": "aot",
+    "aot_unpaired": "aot_unpaired",
+    "apo_zero": "apo_zero",
+    "apo_down": "apo_down",
+    "discopop": "discopop",
+    "sft": "sft",
+    "sigmoid_norm": "sigmoid_norm",
 }
 _DIVERGENCES = {
     "reverse_kl": "reverse_kl",
@@ -55,21 +55,16 @@ def fits_tokens(parts: list[tuple[Objective, float]]) -> bool:
 
 
 def _objective(loss_type: str, args: Any) -> Objective:
-    if loss_type not in _OPTIONS:
-        raise ValueError(f"loss_type {loss_type!r} has no fused objective; there are {', '.join(_OPTIONS)}")
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type {loss_type!r} has no fused objective; there are {', '.join(LOSS_TYPES)}")
     if args.f_divergence_type not in _DIVERGENCES:
         raise ValueError(f"f_divergence_type {args.f_divergence_type!r}: must be one of {', '.join(_DIVERGENCES)}")
+    cls: Any = OBJECTIVES[LOSS_TYPES[loss_type]]
     values = {
-        "beta": {"beta": args.beta},
-        "tau": {"tau": args.beta},
-        "discopop_tau": {"tau": args.discopop_tau},
-        "label_smoothing": {"label_smoothing": args.label_smoothing},
-        "divergence": {
-            "divergence": _DIVERGENCES[args.f_divergence_type],
-            "divergence_alpha": args.f_alpha_divergence_coef,
-        },
+        "beta": args.beta,
+        "tau": args.discopop_tau if cls is DiscoPOP else args.beta,
+        "label_smoothing": 0.0 if loss_type == "sigmoid" else args.label_smoothing,  # TRL's sigmoid ignores it
+        "divergence": _DIVERGENCES[args.f_divergence_type],
+        "divergence_alpha": args.f_alpha_divergence_coef,
     }
-    parameters: dict[str, Any] = {}
-    for option in _OPTIONS[loss_type]:
-        parameters |= values[option]
-    return make_objective(_NAMES.get(loss_type, loss_type), **parameters)
+    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})

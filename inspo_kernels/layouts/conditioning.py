@@ -9,34 +9,20 @@ sequences hold its log-probability given the prompt alone. ``labels`` score the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..arguments import integer, nearest
 from .alternative_dropout import keeps_alternatives
-from .tree import tree_batch
+from .tree import concatenated, padded, tree_batch
 
 IGNORE_INDEX = -100
 _FIELDS = ("prompt", "chosen response", "rejected response")
 _LAYOUTS = ("rows", "packed", "tree", "packed_tree")
 _TRUNCATIONS = ("error", "prompt_left", "drop")
-
-
-class _Pair(NamedTuple):
-    prompt: Tensor
-    chosen: Tensor
-    rejected: Tensor
-
-
-class _Sequence(NamedTuple):
-    """One token sequence with its labels; all three tensors are int64 of the same length."""
-
-    ids: Tensor
-    labels: Tensor
-    marginal_labels: Tensor
+_Pair: TypeAlias = tuple[Tensor, Tensor, Tensor]  # prompt, chosen, rejected
 
 
 def condition_pairs(
@@ -120,9 +106,8 @@ def condition_pairs(
         | ``labels``       | (M,) int64    | (M,) int64    | the id that each row predicts |
         | ``segment_ids``  | (M,) int64    | (M,) int64    | its segment, as numbered by ``fused_inspo_loss`` |
         | ``num_pairs``    | int           | int           | B |
-        | ``dropped``      | list of int   | list of int   | as above |
-        | ``truncated``    | int           | int           | as above |
-        | ``plain``        | list of int   | list of int   | as above |
+
+        ``dropped``, ``truncated`` and ``plain`` are as above.
 
         The mask depends on the model: ``tree_attention_mask(batch, model)``. The prompt's last row predicts the first
         token of both branches, so it appears twice in ``rows``.
@@ -146,39 +131,42 @@ def condition_pairs(
     pairs = list(pairs)
     keeps = keeps_alternatives(conditioned, alternative_dropout, dropout_seed, len(pairs))
 
-    kept: list[_Pair] = []
-    dropped: list[int] = []
+    kept: dict[int, _Pair] = {}
     truncated = 0
     for index, raw in enumerate(pairs):
         pair = _read_pair(index, raw)
         length = sum(map(len, pair)) + len(separator)
         if max_length is None or length <= max_length:
-            kept.append(pair)
-        elif truncation == "drop":
-            dropped.append(index)
-        else:
-            kept.append(_cut_prompt(index, pair, length, max_length, truncation))
+            kept[index] = pair
+        elif truncation != "drop":
+            kept[index] = _cut_prompt(index, pair, length, max_length, truncation)
             truncated += 1
+    dropped = [index for index in range(len(pairs)) if index not in kept]
     if not kept:
         cause = f"all {len(dropped)} are longer than max_length={max_length}" if dropped else "pairs is empty"
         raise ValueError(f"no pair left to score: {cause}")
 
-    positions = sorted(set(range(len(pairs))).difference(dropped))
-    plain = [index for index in positions if not keeps[index]]
-    counts = {"dropped": dropped, "truncated": truncated, "plain": plain}
-    keeps = [keeps[index] for index in positions]
+    counts = {"dropped": dropped, "truncated": truncated, "plain": [index for index in kept if not keeps[index]]}
+    keeps, fitting = [keeps[index] for index in kept], list(kept.values())
     if layout in ("tree", "packed_tree"):
         packed = layout == "packed_tree"
-        return tree_batch(kept, separator, conditioned=keeps, pad_token_id=pad_token_id, packed=packed) | counts
-    sequences = [_sequence(x, y_w, y_l if given else None, separator) for (x, y_w, y_l), given in zip(kept, keeps)]
-    sequences += [_sequence(x, y_l, y_w if given else None, separator) for (x, y_w, y_l), given in zip(kept, keeps)]
-    batch = _rows(sequences, pad_token_id) if layout == "rows" else _packed(sequences)
+        return tree_batch(fitting, separator, conditioned=keeps, pad_token_id=pad_token_id, packed=packed) | counts
+    sequences = [_sequence(x, y_w, y_l if given else None, separator) for (x, y_w, y_l), given in zip(fitting, keeps)]
+    sequences += [_sequence(x, y_l, y_w if given else None, separator) for (x, y_w, y_l), given in zip(fitting, keeps)]
+    if layout == "rows":
+        batch = padded(sequences, {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "marginal_labels": IGNORE_INDEX})
+    else:
+        batch = concatenated(sequences)
+        batch |= {name: batch[name][None] for name in ("input_ids", "position_ids")} | {"attention_mask": None}
+        ends = torch.tensor([0, *(len(sequence["labels"]) for sequence in sequences)], device="cpu").cumsum(0)
+        batch["cu_seqlens"] = ends.to(torch.int32)
     if not any(keeps):
         batch["marginal_labels"] = None
     return batch | counts
 
 
-def _sequence(prompt: Tensor, scored: Tensor, alternative: Tensor | None, separator: Tensor) -> _Sequence:
+def _sequence(prompt: Tensor, scored: Tensor, alternative: Tensor | None, separator: Tensor) -> dict[str, Tensor]:
+    """Return the columns of one token sequence: int64 tensors of the same length."""
     between = [] if alternative is None else [alternative, separator]
     ids = torch.cat([prompt, *between, scored])
     labels = torch.full_like(ids, IGNORE_INDEX)
@@ -186,47 +174,29 @@ def _sequence(prompt: Tensor, scored: Tensor, alternative: Tensor | None, separa
     marginal_labels = torch.full_like(ids, IGNORE_INDEX)
     if alternative is not None:
         marginal_labels[len(prompt) : len(prompt) + len(alternative)] = alternative
-    return _Sequence(ids, labels, marginal_labels)
-
-
-def _rows(sequences: list[_Sequence], pad_token_id: int) -> dict[str, Any]:
-    ids, labels, marginal_labels = map(list, zip(*sequences, strict=True))
     return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "position_ids": pad_sequence([torch.arange(len(row), device="cpu") for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-        "marginal_labels": pad_sequence(marginal_labels, batch_first=True, padding_value=IGNORE_INDEX),
-    }
-
-
-def _packed(sequences: list[_Sequence]) -> dict[str, Any]:
-    ids, labels, marginal_labels = map(list, zip(*sequences, strict=True))
-    ends = torch.tensor([0, *map(len, ids)], device="cpu").cumsum(0)
-    return {
-        "input_ids": torch.cat(ids)[None],
-        "attention_mask": None,
-        "position_ids": torch.cat([torch.arange(len(row), device="cpu") for row in ids])[None],
-        "labels": torch.cat(labels),
-        "marginal_labels": torch.cat(marginal_labels),
-        "cu_seqlens": ends.to(torch.int32),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(len(ids), device="cpu"),
+        "labels": labels,
+        "marginal_labels": marginal_labels,
     }
 
 
 def _cut_prompt(index: int, pair: _Pair, length: int, max_length: int, truncation: str) -> _Pair:
+    prompt, chosen, rejected = pair
     excess = length - max_length
-    without_prompt = length - len(pair.prompt)
     if truncation == "error":
         raise ValueError(
             f"pair {index}: prompt, both responses and separator take {length} tokens, above max_length={max_length}; "
             "raise max_length, or use truncation='prompt_left' or truncation='drop'"
         )
-    if excess >= len(pair.prompt):
+    if excess >= len(prompt):
         raise ValueError(
-            f"pair {index}: both responses, separator and one prompt token take {without_prompt + 1} tokens, "
+            f"pair {index}: both responses, separator and one prompt token take {length - len(prompt) + 1} tokens, "
             f"above max_length={max_length}, and responses are never cut; raise max_length or use truncation='drop'"
         )
-    return pair._replace(prompt=pair.prompt[excess:])
+    return prompt[excess:], chosen, rejected
 
 
 def _read_pair(index: int, raw: Any) -> _Pair:
@@ -243,7 +213,8 @@ def _read_pair(index: int, raw: Any) -> _Pair:
     for tensor, name in zip(ids, _FIELDS, strict=True):
         if len(tensor) == 0:
             raise ValueError(f"pair {index}: {name} is empty; give it at least one token or leave the pair out")
-    return _Pair(*ids)
+    prompt, chosen, rejected = ids
+    return prompt, chosen, rejected
 
 
 def _ids(values: Any, where: str) -> Tensor:

@@ -88,7 +88,8 @@ def condition_batch(
                     "so that the model computes its own"
                 )
             result[name] = position_ids
-        elif _per_token(value, ids):
+        elif isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point():
+            # A number per token: image features are floating-point and have other shapes.
             result[name] = follow(value, torch.zeros_like(separator), 0)
     result["input_ids"] = follow(ids, separator, pad_token_id)
     result["attention_mask"] = attention.to(batch["attention_mask"].dtype)
@@ -126,8 +127,3 @@ def pair_positions(batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Tenso
             )
         found.append((chosen_prompt, at[b][scored[b]], at[pairs + b][scored[pairs + b]]))
     return found
-
-
-def _per_token(value: Any, ids: Tensor) -> bool:
-    """Return whether ``value`` holds a number per token; image features are floating-point and have other shapes."""
-    return isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point()

@@ -16,7 +16,7 @@ and nobody sees it. The pairs of a packed row cannot see each other, since each 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,76 +38,80 @@ def tree_batch(
     pad_token_id: int,
     packed: bool,
 ) -> dict[str, Any]:
-    """The tree layouts of ``condition_pairs``, for pairs that are checked and fit: int64 ids on the CPU.
+    """Return the tree layouts of ``condition_pairs``, for pairs that are checked and fit: int64 ids on the CPU.
 
     ``conditioned`` says for each pair whether its branches hold the alternative.
     """
     trees = [_tree(*pair, separator, given) for pair, given in zip(pairs, conditioned, strict=True)]
     lengths = torch.tensor([len(tree["input_ids"]) for tree in trees], device="cpu")
-    columns = {name: [tree[name] for tree in trees] for name in ("input_ids", "position_ids", "tree_ends")}
-    columns["path_of"] = [tree["branch"] * len(trees) + pair for pair, tree in enumerate(trees)]
+    # Of each pair among all tokens.
+    offsets = lengths.cumsum(0) - lengths if packed else torch.arange(len(trees), device="cpu") * lengths.max()
+    columns = [{name: tree[name] for name in ("input_ids", "position_ids", "tree_ends")} for tree in trees]
+    for pair, (column, tree, offset) in enumerate(zip(columns, trees, offsets)):
+        column["path_of"] = tree["branch"] * len(trees) + pair
+        if packed:
+            column["tree_ends"] = tree["tree_ends"] + offset
     if packed:
-        offsets = lengths.cumsum(0) - lengths  # of each pair among all tokens
-        columns["tree_ends"] = [ends + offset for ends, offset in zip(columns["tree_ends"], offsets)]
-        batch = {name: torch.cat(values)[None] for name, values in columns.items()}
+        batch = {name: values[None] for name, values in concatenated(columns).items()}
     else:
-        offsets = torch.arange(len(trees), device="cpu") * int(lengths.max())
-        fill = {"input_ids": pad_token_id}
-        batch = {
-            name: pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
-            for name, values in columns.items()
-        }
+        batch = padded(columns, {"input_ids": pad_token_id})
         index = torch.arange(batch["input_ids"].shape[1], device="cpu")
         batch["tree_ends"] = torch.where(index < lengths[:, None], batch["tree_ends"], index + 1)
+    scores = [
+        {"rows": tree["rows"] + offset, "labels": tree["labels"], "segment_ids": tree["kinds"] * len(trees) + pair}
+        for pair, (tree, offset) in enumerate(zip(trees, offsets))
+    ]
     paths = [tree[name] + offset for name in ("first_path", "second_path") for tree, offset in zip(trees, offsets)]
-    return batch | {
-        "paths": pad_sequence(paths, batch_first=True),
-        "rows": torch.cat([tree["rows"] + offset for tree, offset in zip(trees, offsets)]),
-        "labels": torch.cat([tree["labels"] for tree in trees]),
-        "segment_ids": torch.cat([tree["kinds"] * len(trees) + pair for pair, tree in enumerate(trees)]),
-        "num_pairs": len(trees),
+    return {**batch, **concatenated(scores), "paths": pad_sequence(paths, batch_first=True), "num_pairs": len(trees)}
+
+
+def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Return each column of ``parts``, one after another: (N,)."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def padded(parts: list[dict[str, Tensor]], fill: Mapping[str, int]) -> dict[str, Any]:
+    """Return each column of ``parts`` as rows (len(parts), T), filled up on the right with ``fill``, by default 0."""
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    return {
+        name: pad_sequence(column, batch_first=True, padding_value=fill.get(name, 0))
+        for name, column in columns.items()
     }
 
 
 def _tree(prompt: Tensor, chosen: Tensor, rejected: Tensor, separator: Tensor, conditioned: bool) -> dict[str, Tensor]:
-    """Tokens, paths and scored rows of one pair; ``kinds`` as in ``pair_loss.KINDS``: 0, 1 and the marginals 2, 3."""
-    tokens, positions, ends = [prompt], [torch.arange(len(prompt), device="cpu")], []
-    rows, labels, kinds = [], [], []
-    start = len(prompt)
+    """Return one pair's tokens, paths and scored rows; ``kinds`` as in ``pair_loss.KINDS``."""
+    tokens, scores = [], []
+    start = root = len(prompt)
     for kind, scored, alternative in ((0, chosen, rejected), (1, rejected, chosen)):
         branch = torch.cat([alternative, separator, scored]) if conditioned else scored
         end = start + len(branch)
-        tokens.append(branch)
-        positions.append(torch.arange(len(prompt), len(prompt) + len(branch), device="cpu"))
-        ends.append(torch.full((len(branch),), end, device="cpu"))
+        positions = torch.arange(root, root + len(branch), device="cpu")
+        tokens.append({"input_ids": branch, "position_ids": positions, "tree_ends": torch.full_like(branch, end)})
         # What predicts each token of the branch: the one before it, which for the first is the prompt's last.
         before = torch.arange(start - 1, end - 1, device="cpu")
-        before[0] = len(prompt) - 1
-        rows.append(before[-len(scored) :])
-        labels.append(scored)
-        kinds.append(torch.full((len(scored),), kind, device="cpu"))
+        before[0] = root - 1
+        kinds = torch.full_like(scored, kind)
+        scores.append({"rows": before[-len(scored) :], "labels": scored, "kinds": kinds})
         if conditioned:
-            rows.append(before[: len(alternative)])
-            labels.append(alternative)
-            kinds.append(torch.full((len(alternative),), 3 - kind, device="cpu"))
+            kinds = torch.full_like(alternative, 3 - kind)
+            scores.append({"rows": before[: len(alternative)], "labels": alternative, "kinds": kinds})
         start = end
     index = torch.arange(start, device="cpu")
-    second = start - len(tokens[2])  # where the second branch starts
+    second = start - len(branch)  # where the second branch starts
+    ends = torch.full_like(prompt, start)
+    tokens = [{"input_ids": prompt, "position_ids": index[:root], "tree_ends": ends}, *tokens]
     return {
-        "first_path": index[:second],
-        "second_path": torch.cat([index[: len(prompt)], index[second:]]),
+        **concatenated(tokens),
+        **concatenated(scores),
         "branch": (index >= second).long(),
-        "input_ids": torch.cat(tokens),
-        "position_ids": torch.cat(positions),
-        "tree_ends": torch.cat([torch.full((len(prompt),), start, device="cpu"), *ends]),
-        "rows": torch.cat(rows),
-        "labels": torch.cat(labels),
-        "kinds": torch.cat(kinds),
+        "first_path": index[:second],
+        "second_path": torch.cat([index[:root], index[second:]]),
     }
 
 
 def dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """(rows, 1, T, T) bool: whether query q attends to key k."""
+    """Return (rows, 1, T, T) bool: whether query q attends to key k."""
     index = torch.arange(ends.shape[1], device=ends.device)
     allowed = (index[:, None] >= index) & (index[:, None] < ends[:, None, :])
     if window is not None:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..groups import is_dtensor
-from .head_parts import HeadError, HeadParts, head_parts, qualified_name
+from .head_parts import HeadError, head_parts, qualified_name
 from .model_head import Tail, in_fsdp, known_in_any_mode, run_model
-from .packing import mixes_packed_sequences
-from .small_runs import device_of, small_ids, undisturbed
+from .small_runs import device_of, mixes_packed_sequences, small_ids, undisturbed
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -93,23 +92,33 @@ def hidden_and_head(
         else:
             _check_implied_positions(model, position_ids, attention_mask)
         if attention_mask is None and not torch.compiler.is_compiling() and mixes_packed_sequences(model):
-            _refuse_restarts(model, position_ids)
+            if (torch.diff(position_ids, dim=-1) != 1).any():
+                raise ValueError(
+                    f"{model.config.model_type!r} lets packed sequences attend to each other; use padded rows and "
+                    "their attention_mask"
+                )
     _drop_router_loss(model, inputs, accepted, return_outputs)
 
-    tokens = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
-    if tokens is None:
+    if "input_ids" not in inputs and "inputs_embeds" not in inputs:
         raise TypeError("give input_ids or inputs_embeds")
     try:
         if torch.compiler.is_compiling():
-            hidden, parts, tail, outputs = _compiled(model, head, inputs)
+            # Hooks on the head cannot be traced, so the base model runs, whose output is the head's input.
+            tail = _tail_while_tracing(id(model))
+            outputs = model.base_model(**inputs)
+            hidden, parts = outputs.last_hidden_state, head_parts(head)
         else:
-            call, tail = run_model(model, head, inputs, (tokens.shape[0], tokens.shape[1]))
+            call, tail = run_model(model, inputs)
             assert call.hidden is not None and call.parts is not None
             hidden, parts, outputs = call.hidden, call.parts, call.outputs
     except HeadError as error:
         raise _refusal(model, error) from None
-    result = _composed(hidden, parts, tail)
-    return (*result, outputs) if return_outputs else result
+    hidden, weight = parts.joined(hidden)
+    weight, bias, group = replace(parts, weight=weight).words(tail.vocab_size)
+    result = {"weight": weight, "bias": bias, "softcap": tail.softcap, "logit_scale": tail.logit_scale}
+    if group is not None:
+        result["process_group"] = group
+    return (hidden, result, outputs) if return_outputs else (hidden, result)
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -129,20 +138,6 @@ def _refusal(model: Any, error: HeadError) -> ValueError:
     return ValueError(f"{problem}. {error.advice}" if error.advice else _by_hand(problem))
 
 
-def _composed(hidden: Tensor, parts: HeadParts, tail: Tail) -> tuple[Tensor, dict[str, Any]]:
-    hidden, weight = parts.joined(hidden)
-    weight, bias, group = replace(parts, weight=weight).words(tail.vocab_size)
-    head = {"weight": weight, "bias": bias, "softcap": tail.softcap, "logit_scale": tail.logit_scale}
-    return hidden, head if group is None else head | {"process_group": group}
-
-
-def _compiled(model: Any, head: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, HeadParts, Tail, Any]:
-    """Run the base model, whose output is the head's input: hooks on the head cannot be traced."""
-    tail = _tail_while_tracing(id(model))
-    outputs = model.base_model(**inputs)
-    return outputs.last_hidden_state, head_parts(head), tail, outputs
-
-
 @torch.compiler.assume_constant_result
 def _tail_while_tracing(address: int) -> Tail:
     """Return the verified tail; verify it on two tokens if no call outside torch.compile has done so.
@@ -156,7 +151,7 @@ def _tail_while_tracing(address: int) -> Tail:
     if tail is None:
         with undisturbed(model):
             ids = small_ids(model, 2)[None].to(device_of(model))
-            _, tail = run_model(model, head, {"input_ids": ids}, (1, 2))
+            _, tail = run_model(model, {"input_ids": ids})
     if not tail.from_base:
         raise HeadError("its head's input is not what its base model returns: call it outside torch.compile")
     return tail
@@ -205,15 +200,14 @@ def _drop_router_loss(model: Any, inputs: dict[str, Any], accepted: set[str], re
     if "output_router_logits" not in accepted:
         return
     mask = inputs.get("attention_mask")
+    wanted = inputs.get("output_router_logits", getattr(model.config, "output_router_logits", False))
     if not return_outputs:
         inputs["output_router_logits"] = False
-    elif mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        wanted = inputs.get("output_router_logits", getattr(model.config, "output_router_logits", False))
-        if wanted:
-            raise ValueError(
-                "the router loss needs an attention_mask (batch, T), which trees do not have: use layout='rows', or "
-                "output_router_logits=False"
-            )
+    elif wanted and mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise ValueError(
+            "the router loss needs an attention_mask (batch, T), which trees do not have: use layout='rows', or "
+            "output_router_logits=False"
+        )
 
 
 def _check_implied_positions(model: Any, position_ids: Tensor, attention_mask: Any) -> None:
@@ -227,14 +221,6 @@ def _check_implied_positions(model: Any, position_ids: Tensor, attention_mask: A
         raise ValueError(
             f"{model.config.model_type!r} takes no position_ids: it counts tokens from 0 in each row. Use padded rows "
             "(layout='rows') and leave position_ids out"
-        )
-
-
-def _refuse_restarts(model: Any, position_ids: Tensor) -> None:
-    if (torch.diff(position_ids, dim=-1) != 1).any():
-        raise ValueError(
-            f"{model.config.model_type!r} lets packed sequences attend to each other; use padded rows and their "
-            "attention_mask"
         )
 
 

@@ -97,10 +97,6 @@ class HeadParts:
         count = weight.shape[0] if count is None else count
         return first_rows(weight, count), None if bias is None else first_rows(bias, count), group
 
-    def copied(self) -> HeadParts:
-        """Return parts that outlive parameters which exist only while the head runs; gradients pass the copies."""
-        return self.mapped(torch.clone)
-
     def mapped(self, change: Callable[[Tensor], Tensor]) -> HeadParts:
         """Return parts with ``change`` applied to each tensor."""
         adapters = tuple(replace(each, down=change(each.down), up=change(each.up)) for each in self.adapters)

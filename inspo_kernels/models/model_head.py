@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +41,6 @@ class Tail:
 
 
 _TAILS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Tail]] = weakref.WeakKeyDictionary()
-
-
-def known_tail(model: Any, head: nn.Module) -> Tail | None:
-    """Return the tail found by an earlier call, unless something that it depends on has changed since."""
-    return _TAILS.get(model, {}).get(_state(model, head))
 
 
 def known_in_any_mode(model: Any, head: nn.Module) -> Tail | None:
@@ -83,16 +78,18 @@ class HeadCall:
     outputs: Any = field(default=None, repr=False)
 
 
-def run_model(model: Any, head: nn.Module, inputs: dict[str, Any], shape: tuple[int, int]) -> tuple[HeadCall, Tail]:
-    """Run the model's own forward on ``inputs`` of ``shape`` (B, T) tokens without computing logits.
+def run_model(model: Any, inputs: dict[str, Any]) -> tuple[HeadCall, Tail]:
+    """Run the model's own forward on ``inputs`` with ``input_ids`` or ``inputs_embeds``, without computing logits.
 
     The first call in a mode verifies the head, too.
 
     Raises:
         HeadError: the logits do not follow from what the head is given; the message says how far they are off.
     """
-    tail = known_tail(model, head)
-    call = HeadCall(shape)
+    head = model.get_output_embeddings()
+    tail = _TAILS.get(model, {}).get(_state(model, head))  # unless something that it depends on has changed since
+    batch, length, *_ = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape
+    call = HeadCall((batch, length))
     # A compiled forward would be compiled again for the hooks of each call.
     forward = model if model._compiled_call_impl is None and not in_fsdp(model) else model.forward
     with _intercepted(model, head, call, few=tail is None):
@@ -116,7 +113,7 @@ def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iter
     """Make the head run on few rows or none, and record in ``call`` the states that it was given."""
     before_forward = _identity(head)
     offloaded = _LinearArguments()
-    dropouts: list[nn.Module] = []
+    around_head = ExitStack()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if call.hidden is not None:
@@ -129,30 +126,28 @@ def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iter
         # A head that ranks share gets a row: DTensor's linear map takes no empty input.
         fewest = int(any(is_dtensor(parameter) for parameter in module.parameters()))
         call.rows = _few_rows(call.hidden) if few else call.hidden[:, :fewest].detach()
-        dropouts.extend(part for part in module.modules() if isinstance(part, nn.Dropout) and part.training)
-        for part in dropouts:
-            part.training = False
+        for part in module.modules():
+            if isinstance(part, nn.Dropout) and part.training:
+                part.training = False
+                around_head.callback(setattr, part, "training", True)
         if any(parameter.is_meta for parameter in module.parameters()):
-            offloaded.__enter__()
+            around_head.enter_context(offloaded)
         return (call.rows, *args[1:]), ({} if not args else kwargs)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if offloaded.active:
-            offloaded.__exit__(None, None, None)
         assert call.hidden is not None and call.rows is not None
         if offloaded.weight is not None and not call.hidden.is_meta:
             call.parts = HeadParts(offloaded.weight, offloaded.bias)
         else:
             call.parts = head_parts(module)
             if _identity(module) != before_forward or _in_zero3(module):
-                call.parts = call.parts.copied()
+                call.parts = call.parts.mapped(torch.clone)  # the parameters exist only while the head runs
         if few:
             call.output = output
             call.expected = call.parts.apply(call.rows)
             if call.parts.adapters:
                 _check_adapters(module, call.rows)
-        for part in dropouts:
-            part.training = True
+        around_head.close()
 
     def released(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if call.parts is not None and _in_zero3(module):
@@ -161,24 +156,16 @@ def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iter
     def base_done(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call.base_states = getattr(output, "last_hidden_state", None)
 
-    # Before the hooks with which engines gather a head's weight ours would see no weight; after those with which they
-    # release it, neither.
-    hooks = [
-        head.register_forward_pre_hook(before, with_kwargs=True),
-        head.register_forward_hook(after, with_kwargs=True, prepend=True),
-        head.register_forward_hook(released, with_kwargs=True),
-    ]
-    if few and model.base_model is not model:
-        hooks.append(model.base_model.register_forward_hook(base_done, with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(around_head)  # in case the head raises
+        # Before the hooks with which engines gather a head's weight ours would see no weight; after those with which
+        # they release it, neither.
+        hooks.enter_context(head.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.enter_context(head.register_forward_hook(after, with_kwargs=True, prepend=True))
+        hooks.enter_context(head.register_forward_hook(released, with_kwargs=True))
+        if few and model.base_model is not model:
+            hooks.enter_context(model.base_model.register_forward_hook(base_done, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if offloaded.active:
-            offloaded.__exit__(None, None, None)
-        for part in dropouts:
-            part.training = True
 
 
 class _LinearArguments(TorchFunctionMode):
@@ -186,15 +173,6 @@ class _LinearArguments(TorchFunctionMode):
 
     weight: Tensor | None = None
     bias: Tensor | None = None
-    active = False
-
-    def __enter__(self) -> Any:
-        self.active = True
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.active = False
-        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear and self.weight is None:
@@ -231,11 +209,9 @@ class _AfterOutput(torch.autograd.Function):
 
 def _identity(head: nn.Module) -> list[tuple[int, int, int]]:
     """Return a value that changes if an engine replaces parameters by other tensors, or fills empty parameters."""
-    return [(id(p), p.numel(), p.untyped_storage().size() if _has_storage(p) else 0) for p in head.parameters()]
-
-
-def _has_storage(parameter: Tensor) -> bool:
-    return not is_dtensor(parameter) and not parameter.is_meta
+    return [
+        (id(p), p.numel(), 0 if is_dtensor(p) or p.is_meta else p.untyped_storage().size()) for p in head.parameters()
+    ]
 
 
 def _few_rows(hidden: Tensor) -> Tensor:
@@ -271,8 +247,7 @@ def _verified(model: Any, call: HeadCall) -> Tail:
     if (error := row_difference(output, expected)) > 10 * tolerance:
         raise HeadError(
             f"its output head, {qualified_name(model.get_output_embeddings())}, is no linear map by its weight: its "
-            "output differs from "
-            f"hidden @ weight.T + bias by {error:.1e} of the largest logit"
+            f"output differs from hidden @ weight.T + bias by {error:.1e} of the largest logit"
         )
     softcap, scale, words = fit_tail(output, logits_, named_numbers(model), tolerance)
     _check_leaves(model, logits, call.expected)
@@ -307,9 +282,7 @@ def _check_adapters(module: nn.Module, rows: Tensor) -> None:
     other = {}
     for name, parameter in module.named_parameters():
         if "lora_B" in name:
-            values = (
-                torch.randn(parameter.shape, generator=generator) * module.get_parameter(name).new_tensor(0.1).item()
-            )
+            values = 0.1 * torch.randn(parameter.shape, generator=generator)
             other[f"head.{name}"] = values.to(parameter.device, parameter.dtype)
     with torch.no_grad():
         output, expected = torch.func.functional_call(_WithParts(module), other, (rows,))

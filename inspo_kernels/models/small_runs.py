@@ -1,19 +1,26 @@
-"""Run small trial forward passes that leave no trace in the model."""
+"""Run small trial forward passes that leave no trace in the model, and show whether it keeps packed sequences apart."""
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .model_head import run_model
 
 # Bounds on the difference of hidden states, relative to the largest: below the first it is certainly rounding, above
 # the second it certainly is not.
 _ROUNDING = {torch.float64: (1e-12, 1e-6), torch.float32: (1e-6, 1e-3)}
 _ROUNDING_16_BIT = (5e-3, 0.1)
+
+_LENGTH = 8  # tokens in each of two sequences
+
+_MIXES: weakref.WeakKeyDictionary[nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -82,3 +89,37 @@ def is_rounding(error: float, dtype: torch.dtype, control: float) -> bool:
     """
     surely, at_most = _ROUNDING.get(dtype, _ROUNDING_16_BIT)
     return error <= at_most and error <= max(surely, control * (0.3 if dtype.itemsize == 2 else 0.02))
+
+
+def mixes_packed_sequences(model: Any) -> bool:
+    """Tell whether sequences in one row, whose position ids restart, see each other; found once per attention kind.
+
+    A model that ignores position ids does, and so does any that carries a state from token to token.
+    """
+    attention = str(getattr(model.config.get_text_config(), "_attn_implementation", None))
+    known = _MIXES.setdefault(model, {})
+    if attention not in known:
+        if device_of(model).type == "meta":
+            return False
+        known[attention] = _mixes(model)
+    return known[attention]
+
+
+def _mixes(model: Any) -> bool:
+    ids = small_ids(model, 2 * _LENGTH).to(device_of(model))
+    counted = torch.arange(_LENGTH, device=device_of(model))
+    with undisturbed(model):
+        apart = states(model, ids.view(2, -1), counted.expand(2, -1))[1]
+        packed = states(model, ids[None], torch.cat([counted, counted])[None])[0, _LENGTH:]
+        joined = states(model, ids[None], torch.arange(2 * _LENGTH, device=device_of(model))[None])[0, _LENGTH:]
+    error, control = relative_difference(packed, apart), relative_difference(joined, apart)
+    return not is_rounding(error, apart.dtype, control)
+
+
+def states(model: Any, input_ids: Tensor, position_ids: Tensor, attention_mask: Any = None) -> Tensor:
+    """Return the states (B, T, H) that the model gives its head."""
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+    inputs = {name: value for name, value in inputs.items() if value is not None} | {"use_cache": False}
+    call, _ = run_model(model, inputs)
+    assert call.hidden is not None
+    return call.hidden

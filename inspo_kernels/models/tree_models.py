@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from ..layouts.conditioning import condition_pairs
 from ..layouts.path_attention import PathMask
-from ..layouts.tree import MAX_DENSE_TOKENS, block_mask, dense_mask, tree_batch
-from .packing import states
-from .small_runs import device_of, is_rounding, relative_difference, small_ids, undisturbed
+from ..layouts.tree import MAX_DENSE_TOKENS, block_mask, dense_mask
+from .small_runs import device_of, is_rounding, relative_difference, small_ids, states, undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,7 +113,9 @@ def _form(model: Any) -> tuple[str | None, str | None]:
     known = _FORMS.setdefault(model, {})
     if state not in known:
         reason = _known_reason(model)
-        forms = _candidates(config)
+        has_types = bool(getattr(config, "layer_types", None))
+        has_window = getattr(config, "sliding_window", None) is not None
+        forms = ["layer_types"] * has_types + ["window"] * has_window + ["full"]  # the most specific first
         if reason is not None:
             known[state] = None, reason
         elif device_of(model).type == "meta":
@@ -132,7 +134,9 @@ def _known_reason(model: Any) -> str | None:
         return f"no mask is known for layers of type {', '.join(sorted(unknown))}: use layout='rows'"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{model_type!r} takes no position_ids, so it cannot count along branches: use layout='rows'"
-    if changing := {name for name in _rope_types(config) if name in ("dynamic", "longrope")}:
+    rope = getattr(config, "rope_parameters", None) or {}  # one dict, or a dict for each layer type
+    ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    if changing := {str(part.get("rope_type")) for part in ropes} & {"dynamic", "longrope"}:
         return (
             f"its rotary embedding ({', '.join(sorted(changing))}) depends on the longest sequence of the batch, "
             "so a pair's log-probs would depend on which pairs share its batch in either layout: use layout='rows'"
@@ -143,13 +147,6 @@ def _known_reason(model: Any) -> str | None:
             "attn_implementation='sdpa', 'eager' or 'flex_attention', or use layout='rows'"
         )
     return None
-
-
-def _candidates(config: Any) -> list[str]:
-    """Return the forms that a config allows, the most specific first."""
-    window = getattr(config, "sliding_window", None) is not None
-    types = set(getattr(config, "layer_types", None) or ())
-    return ["layer_types"] * bool(types) + ["window"] * window + ["full"]
 
 
 def _tried(model: Any, forms: list[str]) -> tuple[str | None, str | None]:
@@ -186,20 +183,15 @@ def _small_pairs(model: Any) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Ten
     ids = small_ids(model, sum(map(sum, _PAIRS)))
     parts = iter(ids.split([length for lengths in _PAIRS for length in lengths]))
     pairs = [(next(parts), next(parts), next(parts)) for _ in _PAIRS]
-    tree = tree_batch(pairs, ids[:0], conditioned=[True] * len(pairs), pad_token_id=int(ids[0]), packed=False)
-    rows = [torch.cat([x, l, w]) for x, w, l in pairs] + [torch.cat([x, w, l]) for x, w, l in pairs]
-    length, places = len(rows[0]), []
-    # Segments score, in this order: chosen, rejected, marginal chosen (in the rejected one's row), marginal rejected.
-    tokens = tree["rows"] % tree["input_ids"].shape[1]
-    depths = tree["position_ids"].flatten()[tree["rows"]]
-    for segment, depth, _ in zip(tree["segment_ids"].tolist(), depths.tolist(), tokens.tolist()):
-        kind, pair = divmod(segment, len(pairs))
-        row = pair + len(pairs) * (kind in (1, 2))
-        places.append(row * length + depth)
+    tree, rows = (condition_pairs(pairs, layout=layout, pad_token_id=int(ids[0])) for layout in ("tree", "rows"))
+    # The marginal of the chosen response is in the rejected one's row, and the other way round.
+    row_of_kind = torch.tensor([0, 1, 1, 0], device="cpu")
+    kind, pair = tree["segment_ids"] // len(pairs), tree["segment_ids"] % len(pairs)
+    depth = tree["position_ids"].flatten()[tree["rows"]]
+    places = (pair + len(pairs) * row_of_kind[kind]) * rows["input_ids"].shape[1] + depth
     device = device_of(model)
     tree = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tree.items()}
-    positions = torch.arange(length, device=device).expand(len(rows), -1)
-    return tree, (torch.stack(rows).to(device), positions), torch.tensor(places, device=device)
+    return tree, (rows["input_ids"].to(device), rows["position_ids"].to(device)), places.to(device)
 
 
 @contextmanager
@@ -214,10 +206,3 @@ def _short_window(config: Any) -> Iterator[None]:
         yield
     finally:
         config.sliding_window = window
-
-
-def _rope_types(config: Any) -> set[str]:
-    """Return a config's kinds of rotary embedding: ``rope_parameters`` is one dict, or a dict per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return {str(part.get("rope_type", "default")) for part in (nested or [parameters])}

@@ -11,10 +11,9 @@ a = L - R, and the margin m = beta (a_chosen - a_rejected).
 from .base import Objective, PairSums
 from .batchwise import AOT, AOTUnpaired
 from .margin import DPO, EXO, IPO, RDPO, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
-from .mixture import Mixture
 from .pointwise import BCO, NCA, SPPO, APODown, APOZero, OneSided
 from .reference_free import ORPO, SFT, SimPO
-from .registry import OBJECTIVES, evaluate, find_objective, is_vector, kind_of, make_objective
+from .registry import OBJECTIVES, Mixture, evaluate, find_objective, is_vector, kind_of, make_objective
 
 __all__ = [
     "AOT",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import finite
+from ..arguments import finite, positive
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,9 @@ class PairSums:
 
     def on_marginals(self) -> PairSums:
         """Return the sums given the prompt alone: marginals replace ``chosen`` and ``rejected``."""
-        assert self.marginal_chosen is not None and self.marginal_rejected is not None
-        assert self.marginal_chosen_len is not None and self.marginal_rejected_len is not None
-        return dataclasses.replace(
-            self,
-            chosen=self.marginal_chosen,
-            rejected=self.marginal_rejected,
-            chosen_len=self.marginal_chosen_len,
-            rejected_len=self.marginal_rejected_len,
-            chosen_len_mean=self.marginal_chosen_len_mean,
-            rejected_len_mean=self.marginal_rejected_len_mean,
-        )
+        assert self.marginal_chosen is not None
+        names = [f"{kind}{suffix}" for kind in ("chosen", "rejected") for suffix in ("", "_len", "_len_mean")]
+        return dataclasses.replace(self, **{name: getattr(self, f"marginal_{name}") for name in names})
 
     def clone(self) -> PairSums:
         """Copy every tensor, still attached to the graph, so that writing to the copy changes nothing here."""
@@ -99,9 +92,8 @@ class Objective:
         ``beta`` is the objective's attribute of that name, or 1 if it has no such attribute.
         """
         beta = getattr(self, "beta", 1.0)
-        if s.ref_chosen is None or s.ref_rejected is None:
-            return beta * s.chosen, beta * s.rejected
-        return beta * (s.chosen - s.ref_chosen), beta * (s.rejected - s.ref_rejected)
+        chosen, rejected = (s.chosen, s.rejected) if s.ref_chosen is None else self._advantages(s)
+        return beta * chosen, beta * rejected
 
     def differentiated(self, marginals: bool) -> tuple[str, ...]:
         """Return the ``gradient_fields`` that a call differentiates; ``marginals``: whether the call scores marginals.
@@ -116,43 +108,26 @@ class Objective:
         return s.chosen - s.ref_chosen, s.rejected - s.ref_rejected
 
 
-def positive(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number above 0."""
-    if finite(name, value) <= 0:
-        raise ValueError(f"{name} must be positive, got {value!r}")
-
-
-def at_least_zero(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number of at least 0."""
-    if finite(name, value) < 0:
-        raise ValueError(f"{name} must be zero or positive, got {value!r}")
-
-
-def below_half(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is in [0, 0.5): more flipped labels would reverse the preference."""
-    if not 0 <= finite(name, value) < 0.5:
-        raise ValueError(f"{name} must be in [0, 0.5), got {value!r}")
-
-
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` unless ``value`` is among ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be " + " or ".join(f'"{choice}"' for choice in choices))
-
-
 class Preset(Objective):
     """Base of the named objectives: frozen dataclasses whose parameters are checked by their names."""
 
     gradient_fields: tuple[str, ...] = ("chosen", "rejected")
+    # The values that a parameter can have, by its name.
+    _choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name in ("beta", "tau"):
                 positive(name, value)
-            elif name in ("gamma", "alpha", "lam"):
-                at_least_zero(name, value)
-            elif name == "label_smoothing":
-                below_half(name, value)
+            elif name in ("gamma", "alpha", "lam") and finite(name, value) < 0:
+                raise ValueError(f"{name} must be zero or positive, got {value!r}")
+            elif name == "label_smoothing" and not 0 <= finite(name, value) < 0.5:  # more would reverse the preference
+                raise ValueError(f"{name} must be in [0, 0.5), got {value!r}")
+            elif name == "divergence_alpha":
+                finite(name, value)
+            elif name in self._choices and value not in self._choices[name]:
+                allowed = " or ".join(f'"{choice}"' for choice in self._choices[name])
+                raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
 def logistic(margin: Tensor, flipped: float = 0.0) -> Tensor:

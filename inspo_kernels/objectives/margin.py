@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import finite
-from .base import PairSums, Preset, logistic, one_of
+from .base import PairSums, Preset, logistic
 
 # TRL's bound on the exponent: a larger coefficient would overflow float32.
 _LARGEST_EXPONENT = 80.0
@@ -34,21 +34,12 @@ class Divergent(Preset):
 
     divergence: str = field(default="reverse_kl", kw_only=True)
     divergence_alpha: float = field(default=0.5, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("divergence", self.divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
-        finite("divergence_alpha", self.divergence_alpha)
+    _choices: ClassVar = {"divergence": ("reverse_kl", "forward_kl", "js", "alpha")}
 
     def __repr__(self) -> str:
         shown = [f.name for f in dataclasses.fields(self) if not f.kw_only or getattr(self, f.name) != f.default]
         shown.sort(key=lambda name: name.startswith("divergence"))
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
-
-    def _scores(self, s: PairSums) -> tuple[Tensor, Tensor]:
-        """Return f'(pi / pi_ref) of the chosen and rejected responses, (pairs,) each."""
-        chosen, rejected = self._advantages(s)
-        return self._f_prime(chosen), self._f_prime(rejected)
 
     def _f_prime(self, log_ratio: Tensor) -> Tensor:
         if self.divergence == "js":
@@ -58,13 +49,10 @@ class Divergent(Preset):
             return log_ratio
         return torch.expm1((power * log_ratio).clamp(max=_LARGEST_EXPONENT)) / power
 
-    def _difference(self, s: PairSums) -> Tensor:
-        chosen, rejected = self._scores(s)
-        return chosen - rejected
-
-    def _difference_per_token(self, s: PairSums) -> Tensor:
-        chosen, rejected = self._scores(s)
-        return chosen / s.chosen_len - rejected / s.rejected_len
+    def _difference(self, s: PairSums, *, per_token: bool = False) -> Tensor:
+        """Return f'(pi / pi_ref) of the chosen less that of the rejected response, (pairs,)."""
+        chosen, rejected = map(self._f_prime, self._advantages(s))
+        return chosen / s.chosen_len - rejected / s.rejected_len if per_token else chosen - rejected
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,7 +146,7 @@ class SigmoidNorm(Divergent):
     beta: float = 0.1
 
     def __call__(self, s: PairSums) -> Tensor:
-        return logistic(self.beta * self._difference_per_token(s))
+        return logistic(self.beta * self._difference(s, per_token=True))
 
 
 @dataclass(frozen=True)
@@ -190,7 +178,7 @@ class IPOMean(Divergent):
         return self.tau
 
     def __call__(self, s: PairSums) -> Tensor:
-        return (self._difference_per_token(s) - 1 / (2 * self.tau)).square()
+        return (self._difference(s, per_token=True) - 1 / (2 * self.tau)).square()
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import PairSums, Preset, one_of
+from .base import PairSums, Preset
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,7 @@ class ORPO(Preset):
     sft: str = "marginal"
     needs_reference = False
     gradient_fields = ("chosen", "rejected", "marginal_chosen")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("sft", self.sft, ("marginal", "chosen"))
+    _choices: ClassVar = {"sft": ("marginal", "chosen")}
 
     @property
     def needs_marginals(self) -> bool:  # type: ignore[override]  # depends on the instance here
@@ -77,10 +75,7 @@ class SFT(Preset):
     sft: str = "auto"
     needs_reference = False
     gradient_fields = ("chosen", "marginal_chosen")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("sft", self.sft, ("auto", "marginal", "chosen"))
+    _choices: ClassVar = {"sft": ("auto", "marginal", "chosen")}
 
     @property
     def needs_marginals(self) -> bool:  # type: ignore[override]  # depends on the instance here

@@ -14,9 +14,8 @@ from trl_setup import LENGTHS, MOE, VOCAB, make, model, pairs, run, tokenizer
 import inspo_kernels as ik
 from inspo_kernels.backends import torch_backend
 from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
-from inspo_kernels.integrations.trl_losses import _OPTIONS
+from inspo_kernels.integrations.trl_losses import LOSS_TYPES
 
-LOSS_TYPES = list(_OPTIONS)
 LAYOUTS = ["rows", "packed", "tree", "packed_tree"]
 
 

@@ -10,10 +10,12 @@ import torch.multiprocessing
 from trl_setup import LENGTHS, MOE, assert_same, both, make, model, pairs
 
 from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
-from inspo_kernels.integrations.trl_losses import _OPTIONS
+from inspo_kernels.integrations.trl_losses import LOSS_TYPES
+from inspo_kernels.objectives import OBJECTIVES, SFT
+from inspo_kernels.objectives.margin import Divergent
 
-LOSS_TYPES = list(_OPTIONS)
-DIVERGENT = [name for name, options in _OPTIONS.items() if "divergence" in options or name == "sft"]
+NAMES = list(LOSS_TYPES)
+DIVERGENT = [name for name, objective in LOSS_TYPES.items() if issubclass(OBJECTIVES[objective], (Divergent, SFT))]
 SMOOTHED = {"label_smoothing": 0.1}
 
 
@@ -81,7 +83,7 @@ def test_a_compiled_mixture_compiles_once(tmp_path):
 @pytest.mark.parametrize("second_is", [1, 4])
 @pytest.mark.parametrize("first", LOSS_TYPES)
 def test_mixtures_of_two_equal_trl(tmp_path, first, second_is):
-    second = LOSS_TYPES[(LOSS_TYPES.index(first) + second_is) % len(LOSS_TYPES)]
+    second = NAMES[(NAMES.index(first) + second_is) % len(NAMES)]
     assert_same(*both(tmp_path, loss_type=[first, second], loss_weights=[0.7, 0.4], beta=0.3, **SMOOTHED))
 
 
