@@ -288,9 +288,21 @@ def test_a_stream_drops_pairs_and_counts(tmp_path, caplog):
     assert kept == 4 and "dropped 4 pairs" in caplog.text
 
 
-def test_no_pair_that_fits_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"dropped 8 of 8 pairs.*max_length=9"):
-        trainer(tmp_path, max_length=9)
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_as_long_as_max_length_are_counted(tmp_path, caplog, stream):
+    """TRL would drop them without a word, because its completions would be empty."""
+    data = pairs([(12, 2, 2), (11, 1, 1), (3, 2, 2), (2, 1, 2), (2, 2, 2)])
+    with caplog.at_level(logging.WARNING):
+        made = trainer(tmp_path, data=data.to_iterable_dataset() if stream else data, max_length=10)
+        kept = sum(len(batch["input_ids"]) // 2 for batch in made.get_train_dataloader())
+    assert kept == 3 and ("dropped 2 pairs" if stream else "dropped 2 of 5 pairs") in caplog.text
+    assert made.dropped_pairs == ({} if stream else {"train": 2})
+
+
+@pytest.mark.parametrize("max_length", [2, 9])
+def test_no_pair_that_fits_is_an_error(tmp_path, max_length):
+    with pytest.raises(ValueError, match=rf"dropped 8 of 8 pairs.*max_length={max_length}"):
+        trainer(tmp_path, max_length=max_length)
 
 
 @pytest.mark.parametrize(
