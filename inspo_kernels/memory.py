@@ -52,7 +52,10 @@ def workspace_bytes(
     if max_workspace_bytes is not None:
         max_workspace_bytes = integer("max_workspace_bytes", max_workspace_bytes, minimum=1)
     device = torch.device(device)
-    weight = torch.empty((), dtype=dtype, device=device).expand(vocab_size, hidden_size)
+    try:
+        weight = torch.empty((), dtype=dtype, device=device).expand(vocab_size, hidden_size)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {str(device)!r} is not available here, and its size decides: {error}") from None
     head = LMHead(weight, None, None, 1.0, dtype)
     resolved = resolve_backend(backend, head, device)
     if resolved is None:

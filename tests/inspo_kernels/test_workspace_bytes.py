@@ -92,6 +92,7 @@ def test_rows_beyond_the_workspace_cost_no_logits():
         ({"num_rows": 0}, ValueError, "num_rows must be an integer of at least 1"),
         ({"dtype": torch.int8}, TypeError, "dtype must be"),
         ({"backend": "tritn"}, ValueError, "did you mean 'triton'"),
+        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' is not available here"),
     ],
 )
 def test_bad_input_is_named(change, error, message):
