@@ -47,6 +47,16 @@ class Fits:
         return f"{name}: dropped {share} pairs: an empty prompt or response{limit}"
 
 
+class KeepsAll:
+    """Return True for every pair; ``reference_options`` as in ``Fits``."""
+
+    def __init__(self, reference_options: Any) -> None:
+        self.reference_options = reference_options
+
+    def __call__(self, example: Mapping[str, Any]) -> bool:
+        return True
+
+
 class CountingFits(Fits):
     """Filter a stream of unknown length; warn at the 1st, 2nd, 4th, 8th ... dropped pair."""
 

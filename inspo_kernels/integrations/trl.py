@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import tree_unsupported
 from ..layouts.alternative_dropout import checked_dropout
 from ..models.packing import mixes_packed_sequences
-from .conditioning_collator import PARTS, ConditioningCollator, CountingFits, Fits
+from .conditioning_collator import PARTS, ConditioningCollator, CountingFits, Fits, KeepsAll
 from .pair_layouts import CONDITIONED, LAYOUTS, REFERENCES, plain
 from .pair_metrics import GAPS, MARGINAL, STATISTICS, PairMetrics
 from .pair_pass import (
@@ -235,8 +235,13 @@ class InSPOTrainer(DPOTrainer):
         return model.get_base_model() if is_peft_model(model) else model
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        reference_options = (args.ld_alpha, args.bf16, args.fp16)
         if not _option(args, "conditioned"):
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            if not args.precompute_ref_log_probs or not isinstance(dataset, Dataset):
+                return dataset
+            with args.main_process_first(desc=f"identifying {dataset_name} by the reference's options"):
+                return dataset.filter(KeepsAll((*reference_options, args.max_length, args.truncation_mode)))
         uncut = copy.copy(args)
         uncut.max_length = None  # TRL would drop prompts of that length before they are counted here
         dataset = super()._prepare_dataset(dataset, processing_class, uncut, dataset_name)
@@ -245,7 +250,7 @@ class InSPOTrainer(DPOTrainer):
         between = len(_separator_ids(_tokenizer(processing_class), args))
         if not isinstance(dataset, Dataset):
             return dataset.filter(CountingFits(args.max_length, between, dataset_name))
-        fits = Fits(args.max_length, between, reference_options=args.ld_alpha)
+        fits = Fits(args.max_length, between, reference_options)
         with args.main_process_first(desc=f"dropping pairs of {dataset_name} that are too long"):
             kept = dataset.filter(fits, num_proc=args.dataset_num_proc)
         self.dropped_pairs[dataset_name] = len(dataset) - len(kept)
