@@ -272,7 +272,7 @@ def _linear_logps_backward(
     scored = _scored_tokens(compute_dtype, *arguments)
     _, kept = scored.forward(Needs(*needs))
     assert isinstance(kept, KeptTokens)
-    gradients = scored.backward(upstream.flatten()[scored.index], kept, Needs(*needs))
+    gradients = scored.backward(upstream.flatten()[scored.index], kept, Needs(*needs), reads_last=True)
     x, dweight, dbias = gradients.scaled(None, *dtypes_of(hidden, weight, bias))
     dhidden = None if x is None else scored.scatter(x, hidden.shape)
     return _no_none(hidden, dhidden, dweight, dbias)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import compiled, passes, reference
 from .agreement import Split, errors_shared, refuse_compiled
 from .first_order import first_order_only, refuse_transforms
-from .gradients import Needs, dtypes_of
+from .gradients import Needs, dtypes_of, graph_is_freed, hooks_see_saved_tensors
 from .groups import local_shard
 from .objectives import Objective, make_objective
 from .options import PairOptions, PairTensors, arguments_of, check_options
@@ -173,7 +173,7 @@ class _FusedPairLoss(torch.autograd.Function):
         p = prepared
         assert p.run is not None
         losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, x, needs)
-        ctx.dtypes = dtypes_of(x, weight, bias)
+        ctx.dtypes, ctx.hooked = dtypes_of(x, weight, bias), hooks_see_saved_tensors()
         # A backward pass that is differentiated reaches this node through ``losses``; see ``first_order_only``.
         ctx.save_for_backward(losses, *gradients.tensors)
         ctx.set_materialize_grads(False)
@@ -190,7 +190,9 @@ class _FusedPairLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 5
-        return (*ctx.gradients.replace_tensors(*saved[1:]).scaled(upstream, *ctx.dtypes), None, None)
+        gradients = ctx.gradients.replace_tensors(*saved[1:])
+        reads_last = graph_is_freed() and not ctx.hooked
+        return (*gradients.scaled(upstream, *ctx.dtypes, reads_last=reads_last), None, None)
 
 
 def _reference(tensors: PairTensors, options: PairOptions, p: Prepared) -> InSPOOutput:

@@ -79,18 +79,20 @@ class Gradients:
         """Return self: already computed."""
         return self
 
-    def scaled(self, scale: Tensor | None, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
+    def scaled(
+        self, scale: Tensor | None, *dtypes: torch.dtype | None, reads_last: bool = False
+    ) -> tuple[Tensor | None, ...]:
         """Return (x, weight, bias) times ``scale`` in these dtypes, rounded once; unscaled if ``scale`` is None.
 
-        The results are new tensors, unless the running backward pass frees the graph. Then nobody reads the old
-        tensors again, and tensors of the right dtype are scaled in place.
+        The results are new tensors. With ``reads_last`` nobody reads ``self`` again, and tensors of the right dtype are
+        scaled in place.
         """
 
         def one(g: Tensor, dtype: torch.dtype | None) -> Tensor:
             dtype = dtype or g.dtype
             if scale is None:
                 return g.to(dtype)
-            in_place = dtype == g.dtype and graph_is_freed()
+            in_place = dtype == g.dtype and reads_last
             return torch.mul(g, scale, out=g if in_place else torch.empty_like(g, dtype=dtype))
 
         return tuple(None if g is None else one(g, dtype) for g, dtype in zip(self.tensors, dtypes))
@@ -140,13 +142,15 @@ class DeferredGradients:
         """Return the gradients in the accumulate dtype. ``self`` must not be read again."""
         return Gradients(*self._scaled(self.coefficients, (self.head.accumulate_dtype,) * 3, reads_last=True))
 
-    def scaled(self, scale: Tensor | None, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
+    def scaled(
+        self, scale: Tensor | None, *dtypes: torch.dtype | None, reads_last: bool = False
+    ) -> tuple[Tensor | None, ...]:
         """Return (x, weight, bias) times ``scale`` (None: 1) in these dtypes, rounded once.
 
-        The results are new tensors, unless the running backward pass frees the graph.
+        The results are new tensors. With ``reads_last`` nobody reads ``self`` again, whose memory may be reused.
         """
         coefficients = self.coefficients if scale is None else self.coefficients * scale
-        return self._scaled(coefficients, dtypes, reads_last=graph_is_freed())
+        return self._scaled(coefficients, dtypes, reads_last=reads_last)
 
     def _scaled(
         self, coefficients: Tensor, dtypes: tuple[torch.dtype | None, ...], *, reads_last: bool
@@ -187,6 +191,15 @@ class DeferredGradients:
                 out[:n] = dx
 
         return out, wait
+
+
+def hooks_see_saved_tensors() -> bool:
+    """Return whether a hook gets what is saved now: it may give the same memory back to several backward passes.
+
+    The torch function is private. Without it, assume that there is a hook.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
 
 
 def graph_is_freed() -> bool:

@@ -88,6 +88,8 @@ def checked_head(
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if type(tensor).__name__ == "DTensor":
             raise TypeError(f"{name} is a DTensor: {_dtensor_advice(name)}")
+        if tensor.is_nested:
+            raise TypeError(f"{name} is a nested tensor: pad it, or concatenate its rows for the packed form")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}: pass {name}.to_dense()")
         if tensor.dtype not in FLOATS:

@@ -13,7 +13,7 @@ from . import compiled, reference, scored_rows
 from .agreement import Split, errors_shared, refuse_compiled, splits_words
 from .backends import resolve_backend
 from .first_order import first_order_only, refuse_transforms
-from .gradients import Needs, dtypes_of
+from .gradients import Needs, dtypes_of, graph_is_freed, hooks_see_saved_tensors
 from .groups import local_shard
 from .head import checked_head
 from .options import PairOptions, PairTensors, TokenOptions, arguments_of
@@ -190,13 +190,16 @@ class _LinearLogps(torch.autograd.Function):
         scores, state = scored.forward(needs)
         run = scored.run
         assert run is not None
-        ctx.needs, ctx.dtypes = needs, dtypes_of(x, weight, bias)
+        ctx.needs, ctx.dtypes, ctx.hooked = needs, dtypes_of(x, weight, bias), hooks_see_saved_tensors()
         logps = scores.logps  # saved first, for ``first_order_only``
         if isinstance(state, KeptTokens):
             ctx.recomputes = state.sums is not None
             sums = () if state.sums is None else (state.sums.offset, state.sums.rest, state.sums.label)
             # Only recomputation reads the weight: an engine may take it away where all rows are kept.
-            head = (run.head.weight, run.head.bias) if ctx.recomputes else (None, None)
+            head: tuple[Tensor | None, ...] = (None, None)
+            if ctx.recomputes:
+                # A copy of the bias, which costs little: a frozen one may change, or be an inference tensor.
+                head = (run.head.weight, None if run.head.bias is None else run.head.bias.clone())
             ctx.save_for_backward(logps, scored.x, scored.targets, *head, state.dx, *sums, *state.kept)
             empty = scored.x.new_empty(0)
             ctx.scored = replace(scored, x=empty, targets=empty, run=replace(run, head=run.head.without_weight()))
@@ -218,5 +221,6 @@ class _LinearLogps(torch.autograd.Function):
             run = replace(run, head=replace(run.head, weight=weight, bias=bias))
             sums, others = RowSums(*others[:3]), others[3:]
         scored = replace(ctx.scored, x=x, targets=targets, run=run)
-        gradients = scored.backward(upstream, KeptTokens(sums, dx, tuple(others)), ctx.needs)
+        reads_last = graph_is_freed() and not ctx.hooked
+        gradients = scored.backward(upstream, KeptTokens(sums, dx, tuple(others)), ctx.needs, reads_last=reads_last)
         return (*gradients.scaled(None, *ctx.dtypes), None, None)

@@ -52,7 +52,10 @@ def workspace_bytes(
     if max_workspace_bytes is not None:
         max_workspace_bytes = integer("max_workspace_bytes", max_workspace_bytes, minimum=1)
     device = torch.device(device)
-    weight = torch.empty((), dtype=dtype, device=device).expand(vocab_size, hidden_size)
+    try:
+        weight = torch.empty((), dtype=dtype, device=device).expand(vocab_size, hidden_size)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {str(device)!r} is not available here, and its size decides: {error}") from None
     head = LMHead(weight, None, None, 1.0, dtype)
     resolved = resolve_backend(backend, head, device)
     if resolved is None:
@@ -65,21 +68,22 @@ def workspace_bytes(
     widened = 0 if dtype == head.accumulate_dtype else dx
     dweight = vocab_size * hidden_size
     if frozen:
-        # Labels' rows of the weight; or, on GPUs, E of as many rows as the workspace holds.
         passing = resolved.passing_bytes(head, device, rows, run.workspace_bytes)
-        return max(x + widened + dx + passing + dx, 2 * dx + x)
+        return max(x + widened + dx + passing, 2 * dx + x)
     growth = PAIR_GROWTH if max_workspace_bytes is None else 1
     group = min(rows, max(pair, run.capacity))
     kept = min(group, run.capacity * growth)
     workspace = max(resolved.kept_bytes(head, kept), 0 if kept == group else run.workspace_bytes)
     workspace += resolved.logits_bytes(head, device, run.workspace_bytes)
     needs = Needs(True, True, False)
-    labels = 2 * kept * hidden_size * wide  # the labels' rows of the weight, and x with its coefficients
+    # The labels' rows of the weight, and x with its coefficients; rows that are not kept need the former alone.
+    labels = max(2 * kept, group - kept) * hidden_size * wide
     if group == rows and kept == group and DeferredGradients.worth_deferring(resolved, head, rows, needs):
         kept_x = x + widened if widened else x
         forward = x + widened + dx + workspace + labels
         backward = kept_x + dx + workspace + x + dweight * dtype.itemsize + labels
         return max(forward, backward)
     forward = x + widened * kept // rows + dx + workspace + dweight * wide + labels
-    backward = dx + dweight * wide + x + dweight * dtype.itemsize
+    # Gradients of the accumulate dtype are scaled in place.
+    backward = dx + dweight * wide + (x + dweight * dtype.itemsize if widened else 0)
     return max(forward, backward)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .backends import Backend, HeadTile, open_tile
 from .backends.base import chunks, cut
-from .gradients import DeferredGradients, Gradients, Needs, graph_is_freed
+from .gradients import DeferredGradients, Gradients, Needs
 from .groups import VocabGroup
 from .head import LMHead, plain_arithmetic
 from .pair_loss import PairTerms, columns
@@ -149,9 +149,19 @@ def token_logps(run: HeadPass, x: Tensor, targets: Tensor, needs: Needs) -> tupl
 
 
 def token_gradients(
-    run: HeadPass, x: Tensor, targets: Tensor, kept: KeptTokens, coefficients: Tensor, needs: Needs
+    run: HeadPass,
+    x: Tensor,
+    targets: Tensor,
+    kept: KeptTokens,
+    coefficients: Tensor,
+    needs: Needs,
+    *,
+    reads_last: bool,
 ) -> Gradients:
-    """Return gradients of sum(coefficients * log-probs), from the state ``kept`` that ``token_logps`` returned."""
+    """Return gradients of sum(coefficients * log-probs), from the state ``kept`` that ``token_logps`` returned.
+
+    ``reads_last``: whether nobody reads ``kept`` again, so that its memory may be reused.
+    """
     first = 0 if kept.sums is None else len(kept.sums.offset)
     gradients = Gradients.empty(run.head, len(x), needs) if len(x) else Gradients.zeros(run.head, 0, needs)
     coefficients = coefficients.to(run.head.accumulate_dtype)
@@ -164,7 +174,7 @@ def token_gradients(
             torch.mul(kept.dx, coefficients[first:].unsqueeze(1), out=gradients.x[first:])
             pending = run.start_sum(gradients.x[first:])
         tile.head_gradients(coefficients[first:], dweight=gradients.weight, dbias=gradients.bias)
-        if graph_is_freed():
+        if reads_last:
             tile.release()
         pending()
         del tile

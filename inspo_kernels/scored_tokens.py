@@ -74,11 +74,11 @@ class ScoredTokens:
                 return passes.token_logps(self.run, self.x, self.targets, needs)
             return self.run.score(self.x, self.targets), None
 
-    def backward(self, upstream: Tensor, kept: KeptTokens, needs: Needs) -> Gradients:
-        """Return the gradients of sum(upstream * log-probs), upstream (N,)."""
+    def backward(self, upstream: Tensor, kept: KeptTokens, needs: Needs, *, reads_last: bool) -> Gradients:
+        """Return the gradients of sum(upstream * log-probs), upstream (N,); ``kept`` may be reused if read last."""
         assert self.run is not None
         with plain_arithmetic(self.x.device):
-            return passes.token_gradients(self.run, self.x, self.targets, kept, upstream, needs)
+            return passes.token_gradients(self.run, self.x, self.targets, kept, upstream, needs, reads_last=reads_last)
 
     def scatter(self, values: Tensor, shape: torch.Size) -> Tensor:
         """Return a tensor of that shape with ``values`` (N, ...) at the scored positions and 0 elsewhere."""

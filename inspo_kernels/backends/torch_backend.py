@@ -79,14 +79,19 @@ class TorchBackend(Backend):
     def passing_bytes(self, head: LMHead, device: torch.device, rows: int, workspace_bytes: int) -> int:
         tile = TorchTile(head, 0, workspace_bytes)
         most = -(-rows // -(-rows // tile.block))
-        width = tile.words[0].stop
-        return most * width * tile.dtype.itemsize + self.logits_bytes(head, device, workspace_bytes)
+        logits = most * tile.words[0].stop * tile.dtype.itemsize
+        # Beside the tiles: x times a factor. After the last tile: the labels' rows of the weight, perhaps widened.
+        scaled = most * head.hidden_size * tile.dtype.itemsize
+        itemsizes = tile.dtype.itemsize + (0 if tile.plain_weight else head.weight.itemsize)
+        labels = rows * head.hidden_size * itemsizes
+        return logits + max(labels, scaled + self.logits_bytes(head, device, workspace_bytes))
 
     def logits_bytes(self, head: LMHead, device: torch.device, workspace_bytes: int) -> int:
         # Kept rows are logits before they are E; but a slice of a reduced-precision weight is widened, and the next one
         # before the last is released.
         tile = TorchTile(head, 0, workspace_bytes)
-        return 0 if tile.plain_weight else 2 * tile.words[0].stop * head.hidden_size * tile.dtype.itemsize
+        slices = 0 if tile.plain_weight else min(2, len(tile.words))
+        return slices * tile.words[0].stop * head.hidden_size * tile.dtype.itemsize
 
     def open_tile(self, head: LMHead, capacity: int, workspace_bytes: int) -> HeadTile:
         return TorchTile(head, capacity, workspace_bytes)

@@ -90,7 +90,8 @@ class TritonBackend(Backend):
 
     def passing_bytes(self, head: LMHead, device: torch.device, rows: int, workspace_bytes: int) -> int:
         kept = min(rows, self.capacity(head, device, workspace_bytes)) * _e_bytes(head)
-        return kept + self.logits_bytes(head, device, workspace_bytes)
+        dx = rows * head.hidden_size * head.accumulate_dtype.itemsize
+        return kept + self.logits_bytes(head, device, workspace_bytes) + dx
 
     def logits_bytes(self, head: LMHead, device: torch.device, workspace_bytes: int) -> int:
         return min(_tile_bytes(head, device), workspace_bytes // 2)

@@ -48,6 +48,16 @@ class Fits:
 
 
 @dataclass
+class KeepsAll:
+    """Return True for every pair; ``reference_options`` as in ``Fits``."""
+
+    reference_options: Any
+
+    def __call__(self, example: Mapping[str, Any]) -> bool:
+        return True
+
+
+@dataclass
 class CountingFits(Fits):
     """Filter a stream of unknown length; warn at the 1st, 2nd, 4th, 8th ... dropped pair."""
 

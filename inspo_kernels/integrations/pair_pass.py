@@ -8,6 +8,7 @@ the model without its head, selects the scored rows and passes them to a functio
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
@@ -27,7 +28,7 @@ _FLAG = "_accepts_pair_pass"
 
 def accept_pair_pass(model: nn.Module) -> None:
     """Let ``model(..., pair_pass=PairPass(...))`` return that pass's results; other calls do not change."""
-    if getattr(model, _FLAG, False):
+    if getattr(model, _FLAG, None) is not None:
         return
     original = model.forward
 
@@ -36,7 +37,16 @@ def accept_pair_pass(model: nn.Module) -> None:
         return original(*args, **kwargs) if pair_pass is None else pair_pass(self, **kwargs)
 
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
-    setattr(model, _FLAG, True)
+    setattr(model, _FLAG, weakref.ref(model))
+
+
+def renew_copied_forward(model: Any) -> None:
+    """Give a deep copy of a model that accepts a ``PairPass`` its class's forward: the copied one runs the original."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    accepted = getattr(model, _FLAG, None)
+    if accepted is not None and accepted() is not model:
+        del model.forward
+        delattr(model, _FLAG)
 
 
 class PairPass:

@@ -11,6 +11,7 @@ All options of ``DPOTrainer`` and ``DPOConfig`` keep their meaning. The trainer 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import math
@@ -24,9 +25,18 @@ from torch import Tensor
 from .. import tree_unsupported
 from ..layouts.alternative_dropout import checked_dropout
 from ..models.small_runs import mixes_packed_sequences
+from .conditioning_collator import PARTS, ConditioningCollator, CountingFits, Fits, KeepsAll
 from .pair_layouts import CONDITIONED, LAYOUTS, REFERENCES, plain
 from .pair_metrics import GAPS, MARGINAL, STATISTICS, PairMetrics
-from .pair_pass import Finish, PairPass, accept_pair_pass, pair_loss, reference_logps, token_loss
+from .pair_pass import (
+    Finish,
+    PairPass,
+    accept_pair_pass,
+    pair_loss,
+    reference_logps,
+    renew_copied_forward,
+    token_loss,
+)
 from .trl_losses import fits_tokens, objective_of, objective_parts
 
 _NEEDS = "inspo_kernels.integrations.trl needs TRL 1.16: pip install 'trl>=1.16,<1.17'"
@@ -135,6 +145,8 @@ class InSPOTrainer(DPOTrainer):
 
     def __init__(self, model: Any = None, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
         self.dropped_pairs: dict[str, int] = {}
+        for given in (model, ref_model):  # perhaps copies of a model that was trained here before
+            renew_copied_forward(given)
         super().__init__(model, ref_model, args, **kwargs)
         args = self.args
         self._parts = objective_parts(args)
@@ -216,13 +228,22 @@ class InSPOTrainer(DPOTrainer):
         return model.get_base_model() if is_peft_model(model) else model
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if not _option(args, "conditioned") or any(part not in next(iter(dataset)) for part in PARTS):
+        reference_options = (args.ld_alpha, args.bf16, args.fp16)
+        if not _option(args, "conditioned"):
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            if not args.precompute_ref_log_probs or not isinstance(dataset, Dataset):
+                return dataset
+            with args.main_process_first(desc=f"identifying {dataset_name} by the reference's options"):
+                return dataset.filter(KeepsAll((*reference_options, args.max_length, args.truncation_mode)))
+        uncut = copy.copy(args)
+        uncut.max_length = None  # TRL would drop prompts of that length before they are counted here
+        dataset = super()._prepare_dataset(dataset, processing_class, uncut, dataset_name)
+        if any(part not in next(iter(dataset)) for part in PARTS):
             return dataset
         between = len(_separator_ids(_tokenizer(processing_class), args))
         if not isinstance(dataset, Dataset):
             return dataset.filter(CountingFits(args.max_length, between, name=dataset_name))
-        fits = Fits(args.max_length, between, reference_options=args.ld_alpha)
+        fits = Fits(args.max_length, between, reference_options)
         with args.main_process_first(desc=f"dropping pairs of {dataset_name} that are too long"):
             kept = dataset.filter(fits, num_proc=args.dataset_num_proc)
         self.dropped_pairs[dataset_name] = len(dataset) - len(kept)

@@ -8,8 +8,9 @@ whether the logits follow from the states at all.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,7 +111,15 @@ def in_fsdp(model: Any) -> bool:
 
 @contextmanager
 def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iterator[None]:
-    """Make the head run on few rows or none, and record in ``call`` the states that it was given."""
+    """Make the head run on few rows or none, and record in ``call`` the states that it was given.
+
+    Other threads may run the same model meanwhile.
+    """
+    thread = threading.get_ident()
+
+    def own(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: hook(*args) if threading.get_ident() == thread else None
+
     before_forward = _identity(head)
     offloaded = _LinearArguments()
     around_head = ExitStack()
@@ -160,11 +169,11 @@ def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iter
         hooks.enter_context(around_head)  # in case the head raises
         # Before the hooks with which engines gather a head's weight ours would see no weight; after those with which
         # they release it, neither.
-        hooks.enter_context(head.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.enter_context(head.register_forward_hook(after, with_kwargs=True, prepend=True))
-        hooks.enter_context(head.register_forward_hook(released, with_kwargs=True))
+        hooks.enter_context(head.register_forward_pre_hook(own(before), with_kwargs=True))
+        hooks.enter_context(head.register_forward_hook(own(after), with_kwargs=True, prepend=True))
+        hooks.enter_context(head.register_forward_hook(own(released), with_kwargs=True))
         if few and model.base_model is not model:
-            hooks.enter_context(model.base_model.register_forward_hook(base_done, with_kwargs=True))
+            hooks.enter_context(model.base_model.register_forward_hook(own(base_done), with_kwargs=True))
         yield
 
 

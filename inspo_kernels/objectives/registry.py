@@ -41,6 +41,10 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
 }
 
 
+# TRL's loss types that have another name here.
+_TRL_NAMES = {"sigmoid": "dpo"}
+
+
 def find_objective(name_or_id: str) -> Objective:
     """Return the objective of that name, or the live instance whose id the digits give."""
     return LIVE[int(name_or_id)] if name_or_id.isdecimal() else make_objective(name_or_id)
@@ -64,6 +68,8 @@ def make_objective(objective: str | Objective, **parameters: Any) -> Objective:
             f"objective must be a name ({', '.join(OBJECTIVES)}) or an Objective instance, got {objective!r}"
             + (": call the class to make one" if isinstance(objective, type) else "")
         )
+    if objective in _TRL_NAMES:
+        raise ValueError(f"unknown objective {objective!r}: TRL's {objective!r} is {_TRL_NAMES[objective]!r} here")
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}{nearest(objective, OBJECTIVES)}")
     cls = OBJECTIVES[objective]

@@ -724,6 +724,7 @@ def with_label(value):
 PACKED, COMPACT = RAGGED.packed(), RAGGED.compact()
 UNSCORED = RAGGED.labels.clone()
 UNSCORED[1] = IGNORE
+NESTED = torch.nested.as_nested_tensor(list(RAGGED.hidden), layout=torch.jagged)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -758,6 +759,7 @@ UNSCORED[1] = IGNORE
         ({"ref_logps": RAGGED.ref_logps.view(4, 2)}, ValueError, r"got \(4, 2\)$"),  # would be out of order
         ({"ref_logps": RAGGED.ref_logps.long()}, TypeError, "ref_logps must be a floating-point"),
         ({"ref_logps": [0.0] * 8}, TypeError, "ref_logps must be a floating-point tensor, got list"),
+        ({"hidden": NESTED}, TypeError, "hidden is a nested tensor.*packed form"),
         ({"weight": RAGGED.weight.to_sparse()}, TypeError, r"weight must be a dense tensor.*to_dense\(\)"),
         ({"pair_weights": torch.ones(8)}, ValueError, r"pair_weights must have shape \(4,\)"),
         ({"marginal_labels": None, "marginal_weight": 0.5}, ValueError, "marginal_weight=0.5 needs the marginals"),
@@ -765,6 +767,7 @@ UNSCORED[1] = IGNORE
         ({"objective": ik.DPO}, TypeError, "call the class to make one"),
         ({"objective": None}, TypeError, "objective must be a name"),
         ({"objective": "dop"}, ValueError, "did you mean 'dpo'"),
+        ({"objective": "sigmoid"}, ValueError, "TRL's 'sigmoid' is 'dpo'"),  # not the similar 'sigmoid_norm'
         ({"reduction": "none"}, ValueError, "reduction must be"),
         ({"reduction": RAGGED.labels.numpy()}, ValueError, "reduction must be"),
         ({"statistics": None}, TypeError, "statistics must be a tuple of names, got None"),

@@ -61,7 +61,7 @@ def test_the_imported_tests_run_on_deferred_gradients(monkeypatch):
     """Otherwise the imported tests would show nothing here."""
     calls = []
     scaled = DeferredGradients.scaled
-    monkeypatch.setattr(DeferredGradients, "scaled", lambda self, *a: calls.append(1) or scaled(self, *a))
+    monkeypatch.setattr(DeferredGradients, "scaled", lambda *a, **k: calls.append(1) or scaled(*a, **k))
     test_upstream_gradient_and_retain_graph()
     assert len(calls) == 3
 
@@ -155,3 +155,29 @@ def test_a_frozen_bias_may_change_or_be_inference_mode():
         changed.zero_()
         assert torch.equal(torch.autograd.grad(loss, weight)[0], expected)
         changed.copy_(bias)
+
+
+@pytest.mark.parametrize("staged", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("call", ["loss", "logps"])
+def test_hooks_may_share_memory_between_calls(monkeypatch, call, trainable, staged):
+    """A hook that stores equal tensors once gives both backward passes the same memory."""
+    monkeypatch.setattr(DeferredGradients, "worth_deferring", staticmethod(lambda *_: staged and trainable))
+    leaves = [CASE.hidden.clone().requires_grad_(), CASE.weight.clone().requires_grad_(trainable)]
+    stored: dict[object, torch.Tensor] = {}
+
+    def pack(t):
+        key = (t.shape, t.detach().numpy().tobytes())
+        stored.setdefault(key, t)
+        return key
+
+    def scalar():
+        if call == "logps":
+            return ik.linear_logps(*leaves, CASE.labels).sum()
+        return 3 * ik.fused_inspo_loss(*leaves, CASE.labels, ref_logps=CASE.ref_logps).loss
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, stored.get):
+        first, second = scalar(), scalar()
+    inputs = [leaf for leaf in leaves if leaf.requires_grad]
+    for got, want in zip(torch.autograd.grad(first, inputs), torch.autograd.grad(second, inputs)):
+        assert torch.equal(got, want)

@@ -126,6 +126,23 @@ def test_saved_rows_survive_a_changed_weight():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("workspace", [None, 1])
+def test_frozen_bias_may_change_or_be_inference_mode(workspace):
+    hidden, weight, bias, targets = inputs((4,), ignored=0.0)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    with torch.inference_mode():
+        inferred = bias.clone()
+    expected = None
+    for one in (bias, inferred, bias):
+        loss = ik.linear_logps(*leaves, targets, bias=one, max_workspace_bytes=workspace).sum()
+        if expected is not None:
+            bias.zero_()
+        got = torch.autograd.grad(loss, leaves)
+        expected = expected or got
+        bias.copy_(inferred)
+        assert all(map(torch.equal, got, expected))
+
+
 @pytest.mark.parametrize("gap", [1, 10, 16, 20, 25, 60])
 def test_log_probs_of_almost_certain_tokens_keep_their_digits(gap):
     logp = ik.linear_logps(torch.tensor([[float(gap)]]), torch.tensor([[1.0], [0.0]]), torch.tensor([0]))

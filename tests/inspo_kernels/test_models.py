@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from tiny_models import MODEL_TYPES, VOCAB, make_model, model_inputs, transformers
@@ -293,6 +295,30 @@ def test_verification_leaves_no_trace(rows):
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert not model.lm_head._forward_hooks and not model.lm_head._forward_pre_hooks
+
+
+def test_threads_may_share_a_model(rows):
+    """Another thread runs the whole model while this thread is about to run the head."""
+    model = make_model("llama")
+    expected = model(**model_inputs(rows)).logits
+    found = []
+
+    def other():
+        with torch.no_grad():
+            found.append(model(**model_inputs(rows)).logits)
+            found.append(compose(*hidden_and_head(model, **model_inputs(rows))))
+
+    def meanwhile(*_):
+        handle.remove()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    handle = model.base_model.register_forward_hook(meanwhile)
+    found.append(compose(*hidden_and_head(model, **model_inputs(rows))))
+    assert len(found) == 3
+    for logits in found:
+        torch.testing.assert_close(logits, expected)
 
 
 def test_packing_is_tried_without_a_trace(rows):

@@ -38,11 +38,11 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def peak(dtype, frozen, bound):
+def peak(dtype, frozen, bound, words=V):
     hidden = torch.randn(N, H).to(dtype).requires_grad_()
-    weight = torch.randn(V, H).to(dtype).requires_grad_(not frozen)
+    weight = torch.randn(words, H).to(dtype).requires_grad_(not frozen)
     counts = torch.tensor(LENGTHS).T.flatten()
-    labels, segments = torch.randint(V, (N,)), torch.arange(len(counts)).repeat_interleave(counts)
+    labels, segments = torch.randint(words, (N,)), torch.arange(len(counts)).repeat_interleave(counts)
     with LiveBytes((hidden, weight, labels, segments)) as live:
         out = ik.fused_inspo_loss(
             hidden, weight, labels, objective="simpo", segment_ids=segments, num_pairs=4, max_workspace_bytes=bound
@@ -51,13 +51,21 @@ def peak(dtype, frozen, bound):
     return live.peak
 
 
-@pytest.mark.parametrize("bound", [None, 4_000_000, 10_500_000])
+@pytest.mark.parametrize("bound", [None, 140_000, 4_000_000, 10_500_000])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_estimate_is_within_a_tenth_of_the_peak(dtype, frozen, bound):
     options = {"dtype": dtype, "device": "cpu", "longest_pair": LONGEST, "frozen": frozen}
     estimate = ik.workspace_bytes(N, H, V, max_workspace_bytes=bound, **options)
     assert estimate == pytest.approx(peak(dtype, frozen, bound), rel=0.1)
+
+
+@pytest.mark.parametrize(("dtype", "frozen"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_estimate_holds_for_a_small_vocabulary(dtype, frozen):
+    """Rows of hidden states take more memory here than logits, and one slice holds the whole head."""
+    options = {"dtype": dtype, "device": "cpu", "longest_pair": LONGEST, "frozen": frozen}
+    estimate = ik.workspace_bytes(N, H, 300, max_workspace_bytes=8400, **options)
+    assert estimate == pytest.approx(peak(dtype, frozen, 8400, words=300), rel=0.1)
 
 
 def test_deferred_gradients_are_counted():
@@ -84,6 +92,7 @@ def test_rows_beyond_the_workspace_cost_no_logits():
         ({"num_rows": 0}, ValueError, "num_rows must be an integer of at least 1"),
         ({"dtype": torch.int8}, TypeError, "dtype must be"),
         ({"backend": "tritn"}, ValueError, "did you mean 'triton'"),
+        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' is not available here"),
     ],
 )
 def test_bad_input_is_named(change, error, message):

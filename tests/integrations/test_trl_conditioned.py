@@ -263,20 +263,42 @@ def test_pairs_above_max_length_are_dropped_and_counted(tmp_path, caplog):
         assert batch["conditioned"]["scored"]["num_pairs"] == len(batch["input_ids"]) // 2
 
 
-def test_precomputed_references_follow_their_options(tmp_path):
+@pytest.mark.parametrize("conditioned", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [{"ld_alpha": 0.2}, {"ld_alpha": 0.9}, {"ld_alpha": 0.2}],
+        [{"max_length": n, "truncation_mode": "keep_end"} for n in (13, 20, 13)],
+    ],
+    ids=["ld_alpha", "max_length"],
+)
+def test_precomputed_references_follow_their_options(tmp_path, conditioned, changes):
     """TRL identifies cached log-probs by the fingerprint of the data."""
     folder = tmp_path / "data"
     pairs().save_to_disk(folder)
-    losses = {}
-    for ld_alpha in (0.2, 0.9, 0.2):
-        options = {"data": load_from_disk(folder), "ld_alpha": ld_alpha}
+    losses = []
+    for change in changes:
+        options = {"data": load_from_disk(folder), "conditioned": conditioned} | change
         given = trainer(tmp_path, precompute_ref_log_probs=True, **options)
         live = trainer(tmp_path, **options)
-        losses[ld_alpha], expected = (
+        loss, expected = (
             made.compute_loss(made.model, next(iter(made.get_train_dataloader()))).item() for made in (given, live)
         )
-        assert losses[ld_alpha] == pytest.approx(expected, rel=1e-5)
-    assert losses[0.2] != losses[0.9]
+        losses.append(loss)
+        assert loss == pytest.approx(expected, rel=1e-5)
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_another_learning_rate_keeps_the_references(tmp_path, monkeypatch):
+    folder, calls = tmp_path / "data", []
+    pairs().save_to_disk(folder)
+    compute = InSPOTrainer.compute_ref_log_probs
+    monkeypatch.setattr(InSPOTrainer, "compute_ref_log_probs", lambda *a: calls.append(1) or compute(*a))
+    for rate, precise in ((0.1, True), (0.2, True), (0.2, False)):
+        options = {"learning_rate": rate, "bf16": not precise, "max_length": 40}
+        trainer(tmp_path, data=load_from_disk(folder), precompute_ref_log_probs=True, **options)
+        calls.append(0)
+    assert [len(list(batches)) for batches in "".join(map(str, calls)).split("0")] == [2, 0, 2, 0]
 
 
 def test_a_stream_drops_pairs_and_counts(tmp_path, caplog):
@@ -287,9 +309,21 @@ def test_a_stream_drops_pairs_and_counts(tmp_path, caplog):
     assert kept == 4 and "dropped 4 pairs" in caplog.text
 
 
-def test_no_pair_that_fits_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"dropped 8 of 8 pairs.*max_length=9"):
-        trainer(tmp_path, max_length=9)
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_as_long_as_max_length_are_counted(tmp_path, caplog, stream):
+    """TRL would drop them without a word, because its completions would be empty."""
+    data = pairs([(12, 2, 2), (11, 1, 1), (3, 2, 2), (2, 1, 2), (2, 2, 2)])
+    with caplog.at_level(logging.WARNING):
+        made = trainer(tmp_path, data=data.to_iterable_dataset() if stream else data, max_length=10)
+        kept = sum(len(batch["input_ids"]) // 2 for batch in made.get_train_dataloader())
+    assert kept == 3 and ("dropped 2 pairs" if stream else "dropped 2 of 5 pairs") in caplog.text
+    assert made.dropped_pairs == ({} if stream else {"train": 2})
+
+
+@pytest.mark.parametrize("max_length", [2, 9])
+def test_no_pair_that_fits_is_an_error(tmp_path, max_length):
+    with pytest.raises(ValueError, match=rf"dropped 8 of 8 pairs.*max_length={max_length}"):
+        trainer(tmp_path, max_length=max_length)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.multiprocessing
-from trl_setup import LENGTHS, MOE, assert_same, both, make, model, pairs
+from trl_setup import LENGTHS, MOE, assert_same, both, make, model, pairs, run
 
 from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
 from inspo_kernels.integrations.trl_losses import LOSS_TYPES
@@ -173,3 +173,20 @@ def test_evaluating_another_dataset_equals_trl(tmp_path):
     for name, value in theirs.items():
         if "per_second" not in name and "runtime" not in name:
             assert ours[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
+
+
+@pytest.mark.parametrize("copied", ["policy", "reference"])
+def test_a_copy_of_a_trained_model_equals_trl(tmp_path, copied):
+    """The next round of iterated DPO: a deep copy keeps the forward that the trainer gave to the original."""
+    from trl import DPOConfig, DPOTrainer
+
+    rounds = []
+    for trainer, config, options in ((DPOTrainer, DPOConfig, {}), (InSPOTrainer, InSPOConfig, {"conditioned": False})):
+        first = run(trainer, config, tmp_path, policy=model(), reference=model(seed=5), **options)
+        models = {"policy": first.trainer.model, "reference": model(seed=6), copied: copy.deepcopy(first.trainer.model)}
+        rounds.append(run(trainer, config, tmp_path, **models, **options))
+    assert_same(*rounds)
+    made, ids = rounds[1].trainer.model, torch.tensor([[1, 2, 3]])
+    fresh = model()
+    fresh.load_state_dict(made.state_dict())
+    assert torch.equal(made.eval()(ids).logits, fresh(ids).logits)
