@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -88,6 +89,7 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    gc.freeze()  # every run collects garbage, and would scan what imports made
     outcome = {}
     for name, (trainer, config, options) in RUNS.items():
         made = run(

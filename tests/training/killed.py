@@ -10,6 +10,7 @@ call writes is on disk. The program prints {name: exit status} and writes each r
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import json
@@ -84,6 +85,7 @@ def in_a_process(*run_arguments: Any, output: Path) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # every run collects garbage, and would scan what imports made
     file = Path(sys.argv[1])
     scenarios = json.loads(file.read_text())
     print(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
+import training.output
 import training.train
 from training.adapters import add_lora
 from training.config import TrainConfig
@@ -200,6 +202,8 @@ def crash() -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    gc.freeze()  # every run collects garbage, and would scan what imports made
+    training.output.plot_curves = lambda *what: None
     logging.disable_progress_bar()
     programs = {name: run for name in RUNS} | {f"sharded {name}": sharded for name in SHARDED}
     for name, act in {**programs, **FAILURES}.items():

@@ -45,7 +45,7 @@ def run(model=None, pairs=None, **given):
     return train(config, pairs or token_pairs(), model=model or tiny_model(), quiet=True)
 
 
-def test_the_command_line_saves_a_usable_model(tmp_path, capsys):
+def test_the_command_line_saves_a_usable_model(tmp_path, curves, capsys):
     out = tmp_path / "out"
     main(options(out, "--eval_data", str(PAIRS), "--eval_steps", "2", "--logging_steps", "1"))
     printed = capsys.readouterr().out
