@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import training.output
+from training.options import parse_config
 from training.train import main
 
 torch.set_num_threads(1)
@@ -85,9 +86,10 @@ def in_a_process(*run_arguments: Any, output: Path) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # every run collects garbage, and would scan what imports made
     file = Path(sys.argv[1])
     scenarios = json.loads(file.read_text())
+    parse_config(next(iter(scenarios.values()))["arguments"])  # builds what every run would build again
+    gc.freeze()  # every run collects garbage, and would scan what imports made
     print(
         json.dumps(
             {

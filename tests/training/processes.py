@@ -1,13 +1,11 @@
 """Define small runs that tests compare between one process and several, and the program of each process.
 
-``processes.py FOLDER`` writes each run's results in each process to FOLDER/NAME.RANK.pt, and then crashes.
+``main`` writes each run's results in each process to FOLDER/NAME.RANK.pt, and then crashes.
 """
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,9 +198,7 @@ def crash() -> None:
     training.train.train(TrainConfig(max_steps=1), token_pairs(4), model=tiny_model(), quiet=True)
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    gc.freeze()  # every run collects garbage, and would scan what imports made
+def main(folder: Path) -> None:
     training.output.plot_curves = lambda *what: None
     logging.disable_progress_bar()
     programs = {name: run for name in RUNS} | {f"sharded {name}": sharded for name in SHARDED}
@@ -215,7 +211,3 @@ def main() -> None:
             outcome = {"error": f"{type(error).__name__}: {error}"}
         torch.save(outcome, folder / f"{name}.{os.environ['RANK']}.pt")
     crash()
-
-
-if __name__ == "__main__":
-    main()
