@@ -21,8 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 def run_ranks(file: str, folder: Path, *, ranks: int = 2, timeout: float = 240) -> list[int]:
     """Return the exit statuses of the ranks that ran the program ``file``."""
-    path = os.pathsep.join([str(ROOT), str(Path(file).parent)])
-    variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, file, str(folder), str(ranks)]
     program = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -50,6 +49,7 @@ def main(file: Path, folder: Path, ranks: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    sys.path.insert(0, str(file.parent))
     importlib.import_module(file.stem)
     gc.freeze()  # every run collects garbage, and would scan what imports made
     children = [start(rank, file, folder) for rank in range(ranks)]
