@@ -3,8 +3,10 @@
 import gc
 import os
 
-import torch
-from hypothesis import settings
+gc.disable()  # until tests are collected: imports make millions of objects, and hardly any garbage
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # Without a GPU, Triton kernels are interpreted. Triton decides this at its first import, which any test may trigger.
 if not torch.cuda.is_available():
@@ -21,9 +23,10 @@ settings.load_profile("default")
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector the millions of objects that imports made.
+    """Spare the garbage collector the objects that imports made.
 
     Every training run collects garbage once, which otherwise takes half a second, as long as the rest of a tiny run.
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
