@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inspo_kernels.backends import BACKENDS
+from inspo_kernels.scored_rows import spread_rows
+
 from .batches import PairBatch
 from .gpu_tuning import launch_fused_pass, launch_row_pass
 from .harness import reason, seconds_behind_work, seconds_of, spread
@@ -85,6 +88,7 @@ def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Li
     yield "label logits", partial(_label_logits, batch)
     yield "scaling of X", lambda: _scaling(x, narrow, narrow)
     yield "scaling of dX", lambda: _scaling(x, wide, narrow)
+    yield "placing of dX", lambda: _placing(x)
 
 
 def matmul_run(a: Tensor, b: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
@@ -170,9 +174,16 @@ def _label_logits(batch: PairBatch) -> tuple[Callable[[], Any], dict[str, Any]]:
 
 
 def _scaling(x: Tensor, source: torch.dtype, target: torch.dtype) -> tuple[Callable[[], Any], dict[str, Any]]:
-    rows, scale = x.to(source), torch.rand(len(x), 1, device=x.device)
+    rows, scale = x.to(source), torch.rand(len(x), device=x.device)
     out = torch.empty_like(x, dtype=target)
-    return lambda: torch.mul(rows, scale, out=out), {"bytes": rows.nbytes + out.nbytes}
+    run = partial(BACKENDS["triton" if x.is_cuda else "torch"].scale_rows, rows, scale, out)
+    return run, {"bytes": rows.nbytes + out.nbytes}
+
+
+def _placing(x: Tensor) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """Copy the rows of dX to their places among all positions."""
+    places = torch.randperm(len(x), device=x.device)
+    return partial(spread_rows, x, places, x.shape, distinct=True), {"bytes": 3 * x.nbytes}
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def cases() -> Iterator[Case]:
     yield from fused_pass_cases()
     yield from label_logits_cases()
     yield from bias_gradient_cases()
+    yield from scale_rows_cases()
 
 
 def row_pass_case(
@@ -200,6 +201,17 @@ def bias_gradient_cases() -> Iterator[Case]:
                 bytes=dtype.itemsize,
                 cache_bytes=dtype.itemsize,
             )
+
+
+def scale_rows_cases() -> Iterator[Case]:
+    """Yield the scaling of X, and of dX into its own dtype and others. Its two-byte stores are as wide as its loads."""
+    from inspo_kernels.kernels.scale_rows import scale_rows
+
+    for source, target in ((BF16, BF16), (HALF, HALF), (FP32, BF16), (FP32, HALF), (FP32, FP32), (FP64, FP64)):
+        x, out = torch.empty(ROWS, HIDDEN, dtype=source), torch.empty(ROWS, HIDDEN, dtype=target)
+        scale = torch.empty(ROWS, dtype=FP64 if source == FP64 else FP32)
+        launch = partial(scale_rows, x, scale, out)
+        yield Case("scale_rows", f"{NAMES[source]} to {NAMES[target]}", launch, wide_stores=True)
 
 
 # --- launches of the tests ---

@@ -27,6 +27,7 @@ from .options import PairOptions, PairTensors, TokenOptions, arguments_of
 from .pair_loss import InSPOOutput
 from .passes import KeptTokens
 from .prepare import prepare
+from .scored_rows import spread_rows
 from .scored_tokens import ScoredTokens
 
 _T = TypeVar("_T")
@@ -156,7 +157,7 @@ def _pair_loss(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *f
         if p.run is None:
             raise ValueError(_NO_REFERENCE)
         with torch.no_grad():
-            x = hidden.reshape(-1, p.head.hidden_size).index_select(0, p.plan.rows)
+            x = p.plan.take(hidden)
             losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, x, Needs(*needs))
             gradients = gradients.computed()
             loss = p.terms.reduce(losses).to(p.head.accumulate_dtype)
@@ -165,10 +166,9 @@ def _pair_loss(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *f
                 nan = torch.full_like(out.chosen_rewards, torch.nan)
                 out = replace(out, marginal_logps=torch.zeros_like(out.logps))
                 out = replace(out, marginal_chosen_rewards=nan, marginal_rejected_rewards=nan)
-            dhidden = None
+            dhidden, plan = None, p.plan
             if gradients.x is not None:
-                flat = gradients.x.new_zeros(hidden.numel() // p.head.hidden_size, p.head.hidden_size)
-                dhidden = flat.index_add_(0, p.plan.rows, gradients.x).view(hidden.shape)
+                dhidden = spread_rows(gradients.x, plan.rows, hidden.shape, distinct=plan.distinct)
         # An operator's results must not share memory, and the small ones may be views of one table.
         fields: dict[str, Tensor | None] = {k: v.clone() for k, v in vars(out).items() if isinstance(v, Tensor)}
         fields |= {"dhidden": dhidden, "dweight": gradients.weight, "dbias": gradients.bias}

@@ -130,7 +130,7 @@ def fused_inspo_loss(
         p = prepare(tensors, options, split)
     if p.run is None:
         return _reference(tensors, options, p)
-    x = hidden.reshape(-1, p.head.hidden_size).index_select(0, p.plan.rows)
+    x = p.plan.take(hidden)
     needs = Needs.of(hidden, p.head)
     loss, losses, sums, *found = _FusedPairLoss.apply(x, weight, bias, replace(p, head=p.head.detach()), needs)
     if torch.is_grad_enabled() and not needs.any:

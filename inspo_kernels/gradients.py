@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,16 +98,16 @@ class Gradients:
 
 @dataclass(frozen=True)
 class DeferredGradients:
-    """Gradients of weight and bias that are computed from kept rows once the upstream gradient is known.
+    """Gradients that are computed from kept rows once the upstream gradient is known.
 
-    dW is then written once, in its own dtype, instead of being written in float32, read, scaled and written again. It
-    does not occupy memory at the same time as the workspace. The weight is not needed any more, so an engine may free
-    it after the forward pass.
+    dX and dW are then written once, in their own dtypes, instead of being written in float32, read, scaled and written
+    again. dW does not occupy memory at the same time as the workspace. The weight is not needed any more, so an engine
+    may free it after the forward pass.
 
     ``x`` (n, H): gradients of the first n of num_rows log-probs, each with respect to its own row, or None.
     ``coefficients`` (n,): derivatives of the loss with respect to these log-probs. ``kept``: the tensors that their
-    tile returned. The other rows get zero gradient. ``group``: the ranks over which dX is summed while each rank
-    computes its dW.
+    tile returned, none for a frozen head. The other rows get zero gradient. ``group``: the ranks over which dX is
+    summed while each rank computes its dW.
     """
 
     backend: Backend
@@ -136,34 +137,56 @@ class DeferredGradients:
         return replace(self, x=x, coefficients=coefficients, kept=tuple(kept))
 
     def computed(self) -> Gradients:
-        """Return the gradients in the accumulate dtype."""
-        return Gradients(*self.scaled(None, *(self.head.accumulate_dtype,) * 3))
+        """Return the gradients in the accumulate dtype. ``self`` must not be read again."""
+        return Gradients(*self._scaled(self.coefficients, (self.head.accumulate_dtype,) * 3, reads_last=True))
 
     def scaled(self, scale: Tensor | None, *dtypes: torch.dtype | None) -> tuple[Tensor | None, ...]:
-        """Return (x, weight, bias) times ``scale`` (None: 1) in these dtypes: new tensors, rounded once."""
-        n = len(self.coefficients)
-        out = Gradients.empty(self.head, self.num_rows, self.needs, *dtypes[:2], None)
+        """Return (x, weight, bias) times ``scale`` (None: 1) in these dtypes, rounded once.
+
+        The results are new tensors, unless the running backward pass frees the graph.
+        """
         coefficients = self.coefficients if scale is None else self.coefficients * scale
-        dx, pending = None, None
-        if out.x is not None:
-            assert self.x is not None
-            if self.group is None:
-                torch.mul(self.x[:n], coefficients.unsqueeze(1), out=out.x[:n])
-            else:
-                dx = self.x[:n] * coefficients.unsqueeze(1)
-                pending = self.group.start_sum(dx)
-            if n < self.num_rows:
-                out.x[n:].zero_()
-        tile = open_tile(self.backend, self.head, n, self.workspace_bytes)
-        tile.restore(self.kept)
-        with plain_arithmetic(self.coefficients.device):
-            tile.head_gradients(coefficients, dweight=out.weight, dbias=out.bias)
-        if graph_is_freed():
-            tile.release()
-        if out.x is not None and dx is not None and pending is not None:
-            pending()
-            out.x[:n] = dx
-        return out.x, out.weight, None if out.bias is None else out.bias.to(dtypes[2])
+        return self._scaled(coefficients, dtypes, reads_last=graph_is_freed())
+
+    def _scaled(
+        self, coefficients: Tensor, dtypes: tuple[torch.dtype | None, ...], *, reads_last: bool
+    ) -> tuple[Tensor | None, ...]:
+        x, wait = self._start_x(coefficients, dtypes[0], reads_last=reads_last)
+        out = Gradients.empty(self.head, 0, replace(self.needs, x=False), None, dtypes[1], None)
+        if self.needs.head:
+            tile = open_tile(self.backend, self.head, len(coefficients), self.workspace_bytes)
+            tile.restore(self.kept)
+            with plain_arithmetic(coefficients.device):
+                tile.head_gradients(coefficients, dweight=out.weight, dbias=out.bias)
+            if reads_last:
+                tile.release()
+        wait()
+        return x, out.weight, None if out.bias is None else out.bias.to(dtypes[2])
+
+    def _start_x(
+        self, coefficients: Tensor, dtype: torch.dtype | None, *, reads_last: bool
+    ) -> tuple[Tensor | None, Callable[[], None]]:
+        """Return the gradients of all rows, and a function that waits for the other ranks' parts of them."""
+        if self.x is None:
+            return None, lambda: None
+        n, dtype = len(coefficients), dtype or self.x.dtype
+        in_place = reads_last and dtype == self.x.dtype and n == self.num_rows
+        out = self.x if in_place else self.x.new_empty(self.num_rows, self.head.hidden_size, dtype=dtype)
+        if n < self.num_rows:
+            out[n:].zero_()
+        if self.group is None:
+            self.backend.scale_rows(self.x, coefficients, out[:n])
+            return out, lambda: None
+        dx = self.x if reads_last else torch.empty_like(self.x)
+        self.backend.scale_rows(self.x, coefficients, dx)
+        arrive = self.group.start_sum(dx)
+
+        def wait() -> None:
+            arrive()
+            if dx is not out:
+                out[:n] = dx
+
+        return out, wait
 
 
 def graph_is_freed() -> bool:

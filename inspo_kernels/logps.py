@@ -176,7 +176,7 @@ def pair_logps(
         given = arguments_of(tensors, without=("pair_weights",)) | arguments_of(options, without=left_out)
         sums, lengths, _ = reference.pair_sums(**given | {"labels": labels.to(hidden.device)})
         return sums, lengths
-    x = hidden.reshape(-1, head.hidden_size).index_select(0, plan.rows)
+    x = plan.take(hidden)
     return pair_sums(run, plan, x).table, plan.lengths
 
 

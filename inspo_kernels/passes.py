@@ -15,7 +15,8 @@ A pair longer than the default workspace gets a larger workspace, within limits.
 of C rows, only its last C rows are kept. The logits of its other rows are recomputed once c is known, which costs 2HV
 more per row and no more memory.
 
-If one group is the whole batch, its rows may stay kept until the upstream gradient is known: ``DeferredGradients``.
+If one group is the whole batch, its rows may stay kept until the upstream gradient is known: ``DeferredGradients``. The
+dX of a frozen head waits for it, too.
 Single tokens with a trainable head always wait for their upstream gradients: ``token_logps`` keeps the last C rows.
 """
 
@@ -100,6 +101,13 @@ class HeadPass:
         """Return whether to keep rows until the backward pass; all ranks decide alike."""
         head = self.head if self.group is None else self.group.largest(self.head)
         return DeferredGradients.worth_deferring(self.backend, head, rows, needs)
+
+    def deferred(
+        self, needs: Needs, num_rows: int, dx: Tensor | None, coefficients: Tensor, kept: tuple[Tensor, ...] = ()
+    ) -> DeferredGradients:
+        """Return gradients that wait for the upstream gradient: see ``DeferredGradients``."""
+        head, size = self.head.without_weight(), self.workspace_bytes
+        return DeferredGradients(self.backend, head, needs, num_rows, size, dx, coefficients, kept, self.group)
 
     def empty_rows(self, x: Tensor) -> Tensor:
         """Return an uninitialised tensor for the gradients of x, in the accumulate dtype."""
@@ -211,16 +219,11 @@ def pair_losses(
         elif needs.head:
             losses, gradients = _one_pass(run, plan, terms, pair_capacity, x, sums, needs)
         else:
-            dx = run.empty_rows(x)
-            first, of_graded = slice(0, graded), cut(dx, slice(0, graded))
-            scores = run.unit_gradients(cut(x, first), cut(plan.targets, first), of_graded)
+            first = slice(0, graded)
+            dx = run.empty_rows(cut(x, first))
+            scores = run.unit_gradients(cut(x, first), cut(plan.targets, first), dx)
             losses, by_row = sums.differentiate(terms, slice(0, plan.num_pairs), scores)
-            of_graded.mul_(by_row.unsqueeze(1))
-            pending = run.start_sum(of_graded)
-            if graded < len(x):
-                dx[rest].zero_()
-            pending()
-            gradients = Gradients(dx, None, None)
+            gradients = run.deferred(needs, len(x), dx, by_row)
     return losses, sums, gradients
 
 
@@ -239,17 +242,7 @@ def _one_pass(
         dx = run.empty_rows(cut(x, rows)) if needs.x else None
         scores = run.scores(run.stage(tile, cut(x, rows), cut(targets, rows), keep=True, dx=dx))
         losses, by_row = sums.differentiate(terms, pairs, scores)
-        return losses, DeferredGradients(
-            run.backend,
-            run.head.without_weight(),
-            needs,
-            len(x),
-            run.workspace_bytes,
-            dx,
-            by_row,
-            tile.staged(),
-            run.group,
-        )
+        return losses, run.deferred(needs, len(x), dx, by_row, tile.staged())
 
     gradients = Gradients.empty(run.head, len(x), needs)
     head_gradients = {"dweight": gradients.weight, "dbias": gradients.bias}

@@ -108,6 +108,10 @@ class Backend(ABC):
         """Return the head in the form that the matmuls read, for all tiles of a call, so that a weight is cast once."""
         return head
 
+    def scale_rows(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Write scale (n,) times the rows of x (n, H) to ``out``, computed in scale's dtype and rounded once."""
+        torch.mul(x, scale.unsqueeze(1), out=out)
+
     @abstractmethod
     def default_workspace_bytes(self, head: LMHead, device: torch.device) -> int:
         """Return the default workspace size: it depends on the head's shape and the device, never on free memory."""

@@ -72,6 +72,12 @@ class TritonBackend(Backend):
         weight = weight if 1 in weight.stride() else weight.contiguous()
         return replace(head, weight=weight, bias=None if head.bias is None else head.bias.to(head.compute_dtype))
 
+    def scale_rows(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
+        from ..kernels.scale_rows import scale_rows
+
+        with _on(x.device):
+            scale_rows(x, scale, out, arch=config.architecture(x.device))
+
     def default_workspace_bytes(self, head: LMHead, device: torch.device) -> int:
         return max(64 << 20, _tile_bytes(head, device) + KEPT_ROWS * _e_bytes(head))
 
@@ -91,6 +97,11 @@ class TritonBackend(Backend):
 
     def open_tile(self, head: LMHead, capacity: int, workspace_bytes: int) -> HeadTile:
         return TritonTile(head, capacity, workspace_bytes)
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _in_place(head: LMHead) -> bool:
@@ -144,10 +155,6 @@ class TritonTile(HeadTile):
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def _on_device(self) -> AbstractContextManager:
-        """Triton launches on the current device, which need not be the tensors'."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
     def _tile_shape(self, n: int, keep: bool) -> config.LogitsTile:
         """Rows and words of a tile of logits: from the cache, and never more than the workspace."""
         tile = config.logits_tile(self.arch, self.device, self.dtype.itemsize)
@@ -172,7 +179,7 @@ class TritonTile(HeadTile):
         self.x, self.targets, self.dx = x.to(self.head.compute_dtype), targets, dx
         self.e = self._rows_of_e(n) if keep or dx is not None else None
         self.raised = self._new(n, dtype=torch.int32)
-        with self._on_device():
+        with _on(self.device):
             label = self._label_logits(self.x, targets)
             if (fused := self._fused_pass(parts)) is not None:
                 self.local_offset, sums = self._fuse(fused, label, parts)
@@ -360,7 +367,8 @@ class TritonTile(HeadTile):
             if head.compute_dtype == torch.float16:
                 self._half_dweight(e, scale, dweight, accumulate)
             else:
-                scaled = torch.mul(self.x, scale.unsqueeze(1), out=torch.empty_like(self.x))
+                scaled = torch.empty_like(self.x)
+                TritonBackend().scale_rows(self.x, scale, scaled)
                 product = dweight if dweight.dtype == e.dtype else self._accumulator(dweight)
                 _matmul(e.t(), scaled, product, accumulate)
                 if product is not dweight:
@@ -368,7 +376,7 @@ class TritonTile(HeadTile):
         if dbias is not None:
             from ..kernels.bias_gradient import bias_gradient
 
-            with self._on_device():
+            with _on(self.device):
                 bias_gradient(self.e, scale, dbias, accumulate=accumulate, arch=self.arch)
 
     def recompute_gradients(

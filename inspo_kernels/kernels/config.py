@@ -42,6 +42,15 @@ class BiasGradient:
 
 
 @dataclass(frozen=True)
+class ScaleRows:
+    """One program per ``rows`` rows and ``block`` features."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class LogitsTile:
     """Logits of ``rows`` rows and ``words`` words, which a matmul writes and ``row_pass`` reads from the cache."""
 
@@ -69,6 +78,8 @@ class FusedPass:
     repaired_rows: int = 64
 
 
+# Cached: a call asks a dozen times, and torch takes 10 us to answer.
+@functools.cache
 def architecture(device: torch.device) -> str:
     """Name of the device's architecture, "interpreter" for the CPU."""
     if device.type != "cuda":
@@ -118,6 +129,15 @@ def bias_gradient(arch: str) -> BiasGradient:
     return BiasGradient(block_rows=32, block_cols=256, num_warps=4 if arch.startswith("gfx") else 8)
 
 
+def scale_rows(arch: str, hidden: int) -> ScaleRows:
+    """Return the launch sizes of ``kernels.scale_rows``, by hidden size."""
+    if arch == "interpreter":
+        return ScaleRows(rows=16, block=64, num_warps=1)
+    # 8 elements a thread: 16 bytes at two bytes each, twice 16 at four. Several rows if these are short.
+    block = min(1024, _next_power_of_2(hidden))
+    return ScaleRows(2048 // block, block, num_warps=4 if arch.startswith("gfx") else 8)
+
+
 def fused_pass(arch: str, softcap: float | None, statistics: bool = False) -> FusedPass | None:
     """Return the launch sizes of ``kernels.fused_pass``, or None if it was not measured to be faster than ``row_pass``.
 
@@ -135,11 +155,13 @@ def fused_pass(arch: str, softcap: float | None, statistics: bool = False) -> Fu
     return None
 
 
+@functools.cache
 def programs(device: torch.device) -> int:
     """Return how many programs of ``kernels.fused_pass`` run at once: one on each multiprocessor."""
     return 3 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
 def logits_tile(arch: str, device: torch.device, itemsize: int) -> LogitsTile:
     """Size of the tiles that logits pass through, by the device's cache and multiprocessors."""
     if arch == "interpreter":

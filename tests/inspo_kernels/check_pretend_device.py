@@ -17,7 +17,7 @@ from torch import Tensor
 import inspo_kernels as ik
 from inspo_kernels import agreement, groups
 from inspo_kernels.backends.triton_backend import TritonBackend
-from inspo_kernels.kernels import bias_gradient, config, fused_pass, label_logits, row_pass
+from inspo_kernels.kernels import bias_gradient, config, fused_pass, label_logits, row_pass, scale_rows
 
 pytestmark = triton_setup.quiet
 
@@ -35,7 +35,7 @@ _autocast.fallback(torch.library.fallthrough_kernel)
 def kernels_of_the_device(monkeypatch):
     """Let Triton's interpreter work on the CPU values, and count the launches of each launcher."""
     monkeypatch.setattr(TritonBackend, "unsupported", lambda *_: None)
-    for module in (label_logits, row_pass, fused_pass, bias_gradient):
+    for module in (label_logits, row_pass, fused_pass, bias_gradient, scale_rows):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, name, partial(launch, name, getattr(module, name)))
 

@@ -11,6 +11,7 @@ from inspo_kernels.kernels import config
 from inspo_kernels.kernels.bias_gradient import bias_gradient
 from inspo_kernels.kernels.label_logits import label_logits
 from inspo_kernels.kernels.row_pass import PARTS, row_pass
+from inspo_kernels.kernels.scale_rows import scale_rows
 from inspo_kernels.kernels.softcap import softcap
 from inspo_kernels.row_sums import STATISTICS, RowSums
 
@@ -224,6 +225,22 @@ def test_bias_gradient(dtype, accumulate):
     assert (memory[:100] == 2).all() and (memory[200:] == 2).all()
 
 
+@pytest.mark.parametrize("n, hidden", [(1, 1), (17, 65), (40, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_scaled_rows_equal_torchs(dtype, n, hidden):
+    """In the same dtype, in another one, in place, and between other memory."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x, scale = matrices(n, hidden, n, dtype)[0].to(DEVICE), torch.linspace(-2, 3, n).to(DEVICE, wide)
+    expected = x.to(wide) * scale.unsqueeze(1)
+    for target in (dtype, wide):
+        memory = torch.full((n + 2, hidden + 3), 7.0, dtype=target, device=DEVICE)
+        scale_rows(x, scale, memory[1:-1, :hidden], arch=ARCH)
+        assert torch.equal(memory[1:-1, :hidden], expected.to(target))
+        assert (memory[[0, -1]] == 7).all() and (memory[:, hidden:] == 7).all()
+    scale_rows(x, scale, x, arch=ARCH)
+    assert torch.equal(x, expected.to(dtype))
+
+
 APART = 2**30  # elements from row to row: the third row starts where 32 bits end
 
 
@@ -245,7 +262,7 @@ def far_rows(request, tmp_path):
     return moved
 
 
-@pytest.mark.parametrize("kernel", ["row_pass", "label_logits", "bias_gradient"])
+@pytest.mark.parametrize("kernel", ["row_pass", "label_logits", "scale_rows", "bias_gradient"])
 def test_rows_may_lie_beyond_32_bits(kernel, far_rows):
     """Row 16,743 of 128,256 words lies there."""
     raw, targets = rows_of_logits(100, n=3)
@@ -260,6 +277,11 @@ def test_rows_may_lie_beyond_32_bits(kernel, far_rows):
         operands = ((x, weight), (far_rows(x), far_rows(weight)))
         expected, got = (label_logits(*pair, targets, arch=ARCH) for pair in operands)
         assert torch.equal(got, expected)
+    elif kernel == "scale_rows":
+        x, scale = raw[:, :70].contiguous(), torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
+        far = far_rows(x)
+        scale_rows(far, scale, far, arch=ARCH)
+        assert torch.equal(far, x * scale.unsqueeze(1))
     else:
         e, scale = raw[:, :64].contiguous().to(torch.bfloat16), torch.ones(3, device=DEVICE)
         expected, got = torch.empty(64, device=DEVICE), torch.empty(64, device=DEVICE)
