@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def losses(processes: int) -> list[float]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(ROOT / "examples" / "tensor_parallel.py")]
+    command = [sys.executable, *(launcher if processes > 1 else ()), str(ROOT / "examples" / "tensor_parallel.py")]
     for _ in range(3):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         # gloo's threads outlive destroy_process_group, and now and then abort a process that is about to exit.

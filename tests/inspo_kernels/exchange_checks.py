@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -190,11 +191,9 @@ def no_words() -> str:
 def missing_rank(rank: int, seconds: int) -> dict[str, str]:
     """Return this rank's errors if ``rank`` skips a call or its backward pass."""
     case, own = make_case([(2, 3, 2), (1, 2, 4)]), cuts(29, dist.get_world_size())[dist.get_rank()]
-    errors = {}
-    for absent in ("process_group", "sequence_group", "backward"):
-        group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
-        dist.barrier()
-        present = dist.get_rank() != rank
+    present = dist.get_rank() != rank
+
+    def error_without(absent: str, group: Any) -> str:
         try:
             if absent == "sequence_group" and present:
                 ik.pair_logps(case.hidden, case.weight, case.labels, sequence_group=group, shift=False)
@@ -204,6 +203,13 @@ def missing_rank(rank: int, seconds: int) -> dict[str, str]:
                 if present:
                     logps.sum().backward()
         except RuntimeError as error:
-            errors[absent] = str(error)
-        dist.barrier()
-    return errors
+            return str(error)
+        return ""
+
+    absences = ("process_group", "sequence_group", "backward")
+    groups = [dist.new_group(timeout=datetime.timedelta(seconds=seconds)) for _ in absences]
+    dist.barrier()
+    with ThreadPoolExecutor() as waits:  # all at once, because each lasts for the timeout
+        errors = dict(zip(absences, waits.map(error_without, absences, groups)))
+    dist.barrier()
+    return {absent: error for absent, error in errors.items() if error}

@@ -1,13 +1,10 @@
-"""Compute gradients of sharded heads in two processes and in one process, and save both.
-
-python -m torch.distributed.run --standalone --nproc_per_node 2 tests/inspo_kernels/sharded_heads.py FILE
-"""
+"""Compute gradients of sharded heads in two processes and in one process, and save both."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,7 +92,7 @@ def refusal(mesh: Any) -> str:
     return ""
 
 
-def main() -> None:
+def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     found: dict[str, Any] = {"advice": advice(mesh, rank), "refusal": refusal(mesh)}
@@ -105,10 +102,6 @@ def main() -> None:
             if not (tied and "by itself" in name):  # FSDP2 does not accept one parameter in two groups
                 found[f"{name}, tied={tied}"] = gradients(tied, wrap, rank)
     if rank == 0:
-        torch.save(found, sys.argv[1])
+        torch.save(found, folder / "found.pt")
     dist.barrier()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -341,9 +341,8 @@ def test_router_losses_stay_reachable(rows):
     assert torch.equal(hidden_and_head(model, **model_inputs(rows))[0], hidden)
 
 
-@pytest.mark.parametrize("fullgraph", [True, False])
 @pytest.mark.parametrize("called_before", [True, False])
-def test_compiled_steps_equal_eager_steps(fullgraph, called_before, rows):
+def test_compiled_steps_equal_eager_steps(called_before, rows):
     torch._dynamo.reset()
     model = make_model("gemma2")
 
@@ -354,7 +353,7 @@ def test_compiled_steps_equal_eager_steps(fullgraph, called_before, rows):
     own = model(*inputs).logits.log_softmax(-1)
     if called_before:
         step(*inputs)
-    torch.testing.assert_close(torch.compile(step, fullgraph=fullgraph, backend="aot_eager")(*inputs), own)
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs), own)
 
 
 class Engine(nn.Module):

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import sharded_heads
 import torch
+from forked_ranks import run_ranks
 from test_models import compose
 from tiny_models import make_model
 
 from inspo_kernels import hidden_and_head
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Return the results of two gloo processes."""
-    file = tmp_path_factory.mktemp("sharded") / "found.pt"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
-    done = subprocess.run(
-        [*launcher, sharded_heads.__file__, str(file)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert file.exists(), done.stderr[-3000:]
-    return torch.load(file)
+    folder = tmp_path_factory.mktemp("sharded")
+    codes = run_ranks(sharded_heads.__file__, folder)
+    assert codes == [0, 0], (folder / "output.0").read_text()[-3000:]
+    return torch.load(folder / "found.pt")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -38,7 +38,7 @@ def test_disagreement_within_a_mesh_reaches_every_rank(four):
 def test_missing_rank_is_an_error_within_the_timeout(three):
     start = time.monotonic()
     errors = three.run(exchange_checks.missing_rank, 1, 4)
-    assert time.monotonic() - start < 3 * 4 + 20
+    assert time.monotonic() - start < 4 + 20
     awaited = {
         "process_group": "the arguments of the other ranks of process_group",
         "sequence_group": "the arguments of the other ranks of sequence_group",

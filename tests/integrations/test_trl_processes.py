@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import two_processes
+from forked_ranks import run_ranks
 from trl_setup import assert_same, model, run
 
 from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    children = []
-    for rank in range(2):
-        environment = (
-            os.environ
-            | address
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "PYTHONPATH": path,
-                "OMP_NUM_THREADS": "1",
-            }
-        )
-        command = [sys.executable, str(Path(__file__).parent / "two_processes.py"), str(folder)]
-        with (folder / f"output.{rank}").open("w") as file:
-            children.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        codes = [child.wait(timeout=240) for child in children]
-    finally:
-        for child in children:
-            child.kill()
+    codes = run_ranks(two_processes.__file__, folder)
     assert codes == [0, 0], (folder / "output.0").read_text()[-3000:]
     outcomes = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     return [{name: SimpleNamespace(**values) for name, values in outcome.items()} for outcome in outcomes]

@@ -1,4 +1,4 @@
-"""Write FOLDER/RANK.pt for test_trl_processes.py, which runs ``two_processes.py FOLDER`` in two gloo processes."""
+"""Write FOLDER/RANK.pt for test_trl_processes.py, which runs ``main`` in two gloo processes."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
     return {"losses": made.losses, "gradients": gradients, "logs": made.logs}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
+    warnings.simplefilter("ignore")
     outcome = {}
     for name, (trainer, config, options) in RUNS.items():
         made = run(
@@ -107,8 +107,3 @@ def main() -> None:
     torch.save(outcome, folder / f"{os.environ['RANK']}.pt")
     sys.stdout.flush()
     os._exit(0)  # gloo's threads must not outlive the interpreter
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main()

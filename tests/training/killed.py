@@ -10,6 +10,7 @@ call writes is on disk. The program prints {name: exit status} and writes each r
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import json
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 import training.output
+from training.options import parse_config
 from training.train import main
 
 torch.set_num_threads(1)
@@ -86,6 +88,8 @@ def in_a_process(*run_arguments: Any, output: Path) -> int:
 if __name__ == "__main__":
     file = Path(sys.argv[1])
     scenarios = json.loads(file.read_text())
+    parse_config(next(iter(scenarios.values()))["arguments"])  # builds what every run would build again
+    gc.freeze()  # every run collects garbage, and would scan what imports made
     print(
         json.dumps(
             {

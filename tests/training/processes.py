@@ -1,12 +1,11 @@
 """Define small runs that tests compare between one process and several, and the program of each process.
 
-``processes.py FOLDER`` writes each run's results in each process to FOLDER/NAME.RANK.pt, and then crashes.
+``main`` writes each run's results in each process to FOLDER/NAME.RANK.pt, and then crashes.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
+import training.output
 import training.train
 from training.adapters import add_lora
 from training.config import TrainConfig
@@ -198,8 +198,8 @@ def crash() -> None:
     training.train.train(TrainConfig(max_steps=1), token_pairs(4), model=tiny_model(), quiet=True)
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
+    training.output.plot_curves = lambda *what: None
     logging.disable_progress_bar()
     programs = {name: run for name in RUNS} | {f"sharded {name}": sharded for name in SHARDED}
     for name, act in {**programs, **FAILURES}.items():
@@ -211,7 +211,3 @@ def main() -> None:
             outcome = {"error": f"{type(error).__name__}: {error}"}
         torch.save(outcome, folder / f"{name}.{os.environ['RANK']}.pt")
     crash()
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ FOLDER/continued (resumed from FOLDER/one) and FOLDER/RANK.json with each proces
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -83,6 +84,7 @@ def stopped_in(owner: Any, name: str, when: Callable[..., bool], folder: Path) -
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    gc.freeze()  # every run collects garbage, and would scan what imports made
     output.plot_curves = lambda *what: None
     training.references.CHUNK = 8
     seen = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from forked_ranks import run_ranks
 from helpers import PAIRS, metrics, options, tiny_model, token_pairs
 from torch import nn
 
@@ -29,29 +29,16 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs" / "accelerate"
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Do all runs one after the other in two processes, because starting processes takes longer than the runs."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = [sys.executable, processes.__file__, str(folder)]
-    children = []
-    for rank in range(2):
-        variables = environment(**address, RANK=str(rank), LOCAL_RANK=str(rank))
-        with (folder / f"output.{rank}").open("w") as file:
-            children.append(subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        codes = [child.wait(timeout=900) for child in children]
-    finally:
-        for child in children:
-            child.kill()
+    codes = run_ranks(processes.__file__, folder, timeout=900)
     (folder / "exit").write_text(repr(codes))
     missing = [name for name in (*processes.RUNS, *processes.FAILURES) if not (folder / f"{name}.0.pt").exists()]
     assert not missing, (folder / "output.0").read_text()[-3000:]

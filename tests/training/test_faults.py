@@ -49,14 +49,6 @@ KILLS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_curves():
-    """Skip drawing curves, which takes most of such a run's time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "plot_curves", lambda *what: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
@@ -133,7 +125,6 @@ def test_a_full_disk_at_the_end_keeps_checkpoints(tmp_path, uninterrupted, monke
     )
     assert not (out / "final").exists() and not (out / "final.partial").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(output, "plot_curves", lambda *what: None)
     main(options(out, *RUN, "--resume_from_checkpoint", "auto"))
     assert_equal_runs(uninterrupted, out)
 

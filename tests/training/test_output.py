@@ -90,7 +90,12 @@ def test_curves_are_drawn_and_failures_are_not_fatal(tmp_path, monkeypatch, caps
     assert "curves.png could not be written: no space" in capsys.readouterr().out
 
 
-def test_curves_cut_off_by_a_full_disk_go(tmp_path, monkeypatch):
+def test_plain_runs_without_evaluation_have_curves(tmp_path, curves):
+    main(options(tmp_path / "out", "--objective", "sft", "--conditioned", "false", "--logging_steps", "1"))
+    assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_cut_off_by_a_full_disk_go(tmp_path, curves, monkeypatch):
     def full(figure, file, **settings):
         Path(file).write_bytes(b"half")
         raise OSError("No space left on device")
@@ -224,7 +229,6 @@ def test_a_run_warns_if_prompt_only_answers_worsen(tmp_path, capsys):
 
 
 def test_a_run_resumed_elsewhere_keeps_a_best_model(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "plot_curves", lambda *what: None)
     out = tmp_path / "out"
     monkeypatch.setattr(training.reporting, "is_better", lambda row, best: best is None and row["step"] > 0)
     main(options(out, *RUN, "--resume_from_checkpoint", str(finished / "checkpoint-3")))
@@ -237,7 +241,6 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys
         raise ConnectionError("the tracker's server is gone")
 
     calls = []
-    monkeypatch.setattr(output, "plot_curves", lambda *what: None)
     monkeypatch.setattr(TensorBoardCallback, "on_log", fail)
     main(options(tmp_path / "out", "--logging_steps", "1", "--report_to", "tensorboard"))
     assert calls == [1] and [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3]
