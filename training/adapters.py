@@ -67,6 +67,7 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None
             model.add_adapter(settings)
     except Exception as error:  # peft refuses targets and layer types in many ways
         raise InputError(f"lora: {error}") from None
+    _check_tied(model, settings)
     _in_float32(model)
 
 
@@ -76,6 +77,7 @@ def continue_adapter(model: PreTrainedModel) -> None:
     (settings,) = model.peft_config.values()
     if settings.peft_type != "LORA":
         raise InputError(f"model: its adapter is of peft's type {settings.peft_type}; only LoRA ones are trained here")
+    _check_tied(model, settings)
     settings.inference_mode = False
     saved = [*(settings.modules_to_save or []), "lora_", "trainable_tokens"]
     for name, parameter in model.named_parameters():
@@ -146,6 +148,27 @@ def _check_targets(model: PreTrainedModel, settings: LoraConfig) -> None:
     for layer in [layers] if isinstance(layers, int) else layers or []:
         if not 0 <= layer < count:
             raise InputError(f"lora.layers_to_transform: there is no layer {layer}; the model has {count}, from 0")
+
+
+def _check_tied(model: PreTrainedModel, settings: LoraConfig) -> None:
+    """Raise InputError for a LoRA adapter on a head that shares its matrix with the embeddings.
+
+    Merging it would also change the other use of the matrix. peft cannot save adapters on both uses.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    parts = [model.get_output_embeddings(), model.get_input_embeddings()]
+    bases = [part.get_base_layer() if isinstance(part, BaseTunerLayer) else part for part in parts]
+    if bases[0].weight is not bases[1].weight:
+        return
+    if any(isinstance(part, BaseTunerLayer) for part in parts):
+        raise InputError(
+            "lora: the model's head and its embeddings share one matrix, so an adapter on either would change both "
+            "when merged. Take them out of lora.target_modules and lora.target_parameters, or name them in "
+            "lora.modules_to_save instead"
+        )
+    if settings.ensure_weight_tying:
+        raise InputError("lora.ensure_weight_tying: peft cannot save such an adapter of this model; leave it out")
 
 
 def _in_float32(model: PreTrainedModel) -> None:
