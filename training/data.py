@@ -154,7 +154,10 @@ def select_pairs(
         parts, origin = given.arrays(index), given.origin(index)
         ids = np.concatenate(parts)
         if len(wrong := ids[(ids < 0) | (ids >= vocab_size)]):
-            raise InputError(f"{origin}: token id {wrong[0]}, but the model's vocabulary ends at {vocab_size - 1}")
+            raise InputError(
+                f"{origin}: token id {wrong[0]}, but the model's vocabulary ends at {vocab_size - 1}; use the "
+                "tokenizer that belongs to the model, or give the model rows for added tokens (resize_token_embeddings)"
+            )
         excess = sum(sizes) + separator_length - options.max_length
         reason = _fault(parts, problem)
         if not reason and excess > 0:
