@@ -249,6 +249,8 @@ def check_architecture(model: PreTrainedModel) -> None:
         with torch.no_grad():
             ik.hidden_and_head(model, input_ids=ids[None] % words)
     except (TypeError, ValueError) as error:
+        if bad := [n for n, p in model.named_parameters() if p.device.type != "meta" and not p.isfinite().all()]:
+            raise InputError(f"model: its weights hold values that are not finite: {first_of(bad)}") from None
         problem = str(error).split(". ")[0]  # advice to callers of the library follows
         raise InputError(
             f"model: {type(model).__name__} cannot be trained here: {problem}; choose a model of another architecture"

@@ -542,3 +542,11 @@ def test_unquantised_parameters_have_the_runs_dtype(tmp_path):
         model=load_model(DataOptions(model=str(folder), lora={}))[0],
         quiet=True,
     )
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
+    folder = base(tmp_path / "m")
+    change_weights(folder, lambda w: w | {"lm_head.weight": w["lm_head.weight"] * math.nan})
+    with pytest.raises(SystemExit, match="2"):
+        run(folder, tmp_path / "out")
+    assert "weights hold values that are not finite: lm_head.weight" in capsys.readouterr().err
