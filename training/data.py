@@ -22,7 +22,7 @@ from .chat import TextEncoder
 from .data_options import DataOptions
 from .errors import InputError, first_of
 from .pairs import SCHEMA, Pair, Pairs, file_hash, kept_table
-from .records import FAULTS, LEFT_OUT, READ, REMARKS, REPEATS_PROMPT, draft, encode
+from .records import FAULTS, LEFT_OUT, PROMPT_PARTS, READ, REMARKS, REPEATS_PROMPT, draft, encode, missing
 from .sources import Records, Source, files_of, parse_sources
 
 Log = Callable[[str], None]
@@ -112,7 +112,7 @@ def _key(records: Records, encoder: TextEncoder, options: DataOptions) -> str:
 
 
 def _batches(records: Records, encoder: TextEncoder, options: DataOptions, log: Log) -> Iterator[pa.RecordBatch]:
-    messages_only, unread = options.alternative == "chat", set[str]()
+    messages_only, unread, lost = options.alternative == "chat", set[str](), dict[str, str]()
     with tqdm(
         total=records.total, unit=records.unit, unit_scale=True, desc=f"tokenising {records.name}", disable=None
     ) as bar:
@@ -121,12 +121,19 @@ def _batches(records: Records, encoder: TextEncoder, options: DataOptions, log: 
             drafts = [draft(values, encoder, origin, messages_only) for origin, values, _ in batch]
             encoder.prefetch(text for one in drafts for text in one.texts)
             for one, (_, values, _) in zip(drafts, batch):
-                unread |= values.keys() - READ - (encoder.columns if one.chat else set())
+                new = values.keys() - READ - (encoder.columns if one.chat else set())
+                unread |= new
+                lost = {name: one.origin for name in new & PROMPT_PARTS if missing(values[name], one.prompt)} | lost
             encoded = [(*encode(one, encoder), one.chat) for one in drafts]
             yield pa.RecordBatch.from_pylist([pair.row(problem, chat) for pair, problem, chat in encoded], SCHEMA)
             bar.update(batch[-1][2] - bar.n)
     if unread:
         log(f"note: {records.name}: columns not read: {', '.join(map(repr, sorted(unread)))}")
+    for name, origin in sorted(lost.items()):
+        log(
+            f"WARNING: {records.name}: {name!r} is not read, and its text is not in the prompts (the first: {origin}); "
+            "write it into 'prompt'"
+        )
 
 
 def select_pairs(

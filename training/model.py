@@ -31,6 +31,7 @@ import inspo_kernels as ik
 from inspo_kernels.models import check_head
 
 from .adapters import continue_adapter, has_adapter, read_adapter
+from .checkpoint import refuse_run_folder
 from .errors import InputError, check_names, first_of
 from .reading import local_path, reading
 
@@ -151,6 +152,7 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
             raise InputError("quantization: needs a model that is read, not one built from a section")
         return _built_settings(dict(options.model))
     name = base = local_path(options.model)
+    refuse_run_folder(Path(name))
     file = Path(name, "adapter_config.json")
     if file.is_file():
         with reading(name, file.name):

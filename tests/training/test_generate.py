@@ -338,6 +338,7 @@ def test_bad_files_and_options_are_named(saved, tmp_path, capsys):
         (["--prompts", prompts, "--out", str(tmp_path / "there.json")], "there.json exists; choose another file"),
         (["--prompts", prompts, "--out", str(tmp_path / "no/o.json")], "there is no folder"),
         (["--prompts", str(tmp_path / "none"), "--out", str(tmp_path / "o")], "none: no such file"),
+        (["--prompts", str(tmp_path), "--out", str(tmp_path / "o")], "is a folder; give a file"),
         (["--prompts", str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "o")], "holds no record"),
         (["--prompts", str(tmp_path / "broken.json"), "--out", str(tmp_path / "o")], "not a JSON list"),
         (["--prompts", prompts], "--prompts and --out belong together"),

@@ -550,3 +550,14 @@ def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(folder, tmp_path / "out")
     assert "weights hold values that are not finite: lm_head.weight" in capsys.readouterr().err
+
+
+def test_folders_of_runs_name_their_models(tmp_path, capsys):
+    run(base(tmp_path / "m"), tmp_path / "out")
+    for name, kind in (("out", "run"), ("out/checkpoint-1", "checkpoint")):
+        for said in refused(tmp_path / name, tmp_path, capsys):
+            assert f"is the folder of a {kind}; give {tmp_path}/out/final\n" in said
+    shutil.rmtree(tmp_path / "out/final")
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(["--model", str(tmp_path / "out/checkpoint-1"), "--prompt", "Why?"])
+    assert "resume the run, which writes its model to final/" in capsys.readouterr().err
