@@ -31,6 +31,7 @@ import inspo_kernels as ik
 from inspo_kernels.models import check_head
 
 from .adapters import continue_adapter, has_adapter, read_adapter
+from .causal import check_causal, check_kind
 from .checkpoint import refuse_run_folder
 from .errors import InputError, check_names, first_of
 from .reading import local_path, reading
@@ -166,6 +167,7 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
         if base == name:
             raise
         raise type(error)(f"model {name!r}: the base that {file.name} names cannot be read: {error}") from None
+    check_kind(name, settings)
     read_generation_config(name)
     quantized = getattr(settings, "quantization_config", None)
     if wanted and quantized:
@@ -202,9 +204,11 @@ def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
     tokenizer = byte_tokenizer()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     try:
-        return CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **ids, **fields})
+        settings = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **ids, **fields})
     except Exception as error:  # transformers checks the fields in many places, each with its own class of error
         raise InputError(f"model: {fields} does not make a {model_type} model ({error})") from None
+    check_kind(fields, settings)
+    return settings
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -241,22 +245,27 @@ def has_weights(folder: str) -> bool:
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raise InputError if ``hidden_and_head`` cannot split the model; this tries it on a few tokens."""
+    """Raise InputError if ``hidden_and_head`` cannot split the model, or it is not causal; this tries a few tokens."""
     try:
         if model.device.type == "meta":  # nothing can be computed
             check_head(model)
-            return
-        words = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-        ids = torch.arange(4, device=model.device) + words // 2  # no padding, whose states may be 0 and fit any head
-        with torch.no_grad():
-            ik.hidden_and_head(model, input_ids=ids[None] % words)
-    except (TypeError, ValueError) as error:
+        else:
+            words = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+            ids = (
+                torch.arange(4, device=model.device) + words // 2
+            )  # no padding, whose states may be 0 and fit any head
+            with torch.no_grad():
+                ik.hidden_and_head(model, input_ids=ids[None] % words)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
         if bad := [n for n, p in model.named_parameters() if p.device.type != "meta" and not p.isfinite().all()]:
             raise InputError(f"model: its weights hold values that are not finite: {first_of(bad)}") from None
         problem = str(error).split(". ")[0]  # advice to callers of the library follows
         raise InputError(
             f"model: {type(model).__name__} cannot be trained here: {problem}; choose a model of another architecture"
         ) from None
+    check_causal(model, rounds_by_batch=rounds_by_batch(model))
 
 
 def rounds_by_batch(model: PreTrainedModel) -> bool:
