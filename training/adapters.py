@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+# Fields of LoraConfig whose adapters merge wrong, or not at all.
+_UNSUPPORTED = {
+    "layer_replication": "copies of a layer share its weights, to which merging would add each copy's adapter",
+    "alora_invocation_tokens": "peft cannot merge an adapter that acts on a part of the text alone",
+}
 
 
 def lora_settings(options: dict[str, Any]) -> LoraConfig:
@@ -36,6 +41,9 @@ def lora_settings(options: dict[str, Any]) -> LoraConfig:
             f"lora.init_lora_weights={given['init_lora_weights']!r}: must be true or gaussian; others begin with "
             "another model than the base, which is the reference"
         )
+    for name, reason in _UNSUPPORTED.items():
+        if given.get(name):
+            raise InputError(f"lora.{name} is not supported: {reason}")
     needs_targets = "target_parameters" not in given and "trainable_token_indices" not in given
     defaults = _DEFAULTS if needs_targets else {k: v for k, v in _DEFAULTS.items() if k != "target_modules"}
     settings = {**defaults, **given}
@@ -81,7 +89,10 @@ def continue_adapter(model: PreTrainedModel) -> None:
     settings.inference_mode = False
     saved = [*(settings.modules_to_save or []), "lora_", "trainable_tokens"]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in saved) and "original_module" not in name)
+        of_bias = name.endswith("bias") and (
+            settings.bias == "all" or (settings.bias == "lora_only" and ".base_layer." in name)
+        )
+        parameter.requires_grad_((of_bias or any(part in name for part in saved)) and "original_module" not in name)
     _in_float32(model)
     model._continued_adapter = True  # type: ignore[assignment]
 

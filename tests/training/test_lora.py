@@ -207,6 +207,11 @@ def test_lora_options_come_from_yaml_and_command_line(tmp_path):
     words = ["--model", "m", "--train_data", "d", "--output_dir", "o"]
     assert parse_config([*words, "--lora", "{}"]).lora == {}
     for bad, message in (
+        (
+            ["--lora.layer_replication", "[[0, 2], [1, 2]]"],
+            "layer_replication is not supported: copies of a layer share",
+        ),
+        (["--lora.alora_invocation_tokens", "[5]"], "alora_invocation_tokens is not supported: peft cannot merge"),
         (["--lora.r", "0"], "lora: r=0"),
         (["--lora.rank", "8"], "lora"),
         (["--lora.lora_dropout", "0.1"], "must be 0"),
@@ -254,3 +259,14 @@ def test_a_saved_copy_of_a_tied_head_merges(tmp_path):
     adapter.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(ids).logits, expected)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_continued_adapter_trains_its_biases(tmp_path, bias):
+    more = ["--lora.bias", bias, "--max_steps", "1"]
+    lora_run(tmp_path / "out", base(tmp_path / "base", attention_bias=True), *more)
+    continued, _ = load_model(TrainConfig(model=str(tmp_path / "out/final")))
+    fresh = tiny_model(attention_bias=True)
+    add_lora(fresh, LoraOptions(r=4, bias=bias), 0)
+    trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (continued, fresh)]
+    assert trained[0] == trained[1] and any(name.endswith("q_proj.base_layer.bias") for name in trained[0])
