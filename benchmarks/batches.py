@@ -109,6 +109,11 @@ def shapes(device: torch.device) -> dict[str, Shape]:
     }
 
 
+def dtype_of(device: torch.device) -> torch.dtype:
+    """Return the dtype that is timed on a device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def random_head(shape: HeadShape, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a random head (V, H), normal with variance 1/H."""
     g = torch.Generator(device).manual_seed(0)

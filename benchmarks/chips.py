@@ -35,85 +35,62 @@ class Chip:
         return 16 * self.multiprocessors * self.clock
 
 
+def _chip(name: str, target: str, multiprocessors: int, cache_bytes: int, **rates: tuple[float, str]) -> Chip:
+    """Return a chip from its rates, each with its source."""
+    values = {rate: value for rate, (value, _) in rates.items()}
+    sources = {rate: source for rate, (_, source) in rates.items()}
+    return Chip(name, target, multiprocessors=multiprocessors, cache_bytes=cache_bytes, sources=sources, **values)
+
+
 CHIPS = {
-    "A100": Chip(
+    "A100": _chip(
         "A100 SXM 80 GB",
-        "sm_80",
-        265e12,
-        1.75e12,
-        4.5e12,
-        40 << 20,
-        108,
-        1.41e9,
-        {
-            "matmul": "assumed: 0.85 of the data sheet's 312 TFLOP/s",
-            "memory": "assumed: 0.86 of the data sheet's 2.04 TB/s",
-            "cache": "assumed: 5,120 bytes a clock (white paper), 0.62 of it reached",
-            "clock": "data sheet, boost",
-        },
+        target="sm_80",
+        multiprocessors=108,
+        cache_bytes=40 << 20,
+        matmul=(265e12, "assumed: 0.85 of the data sheet's 312 TFLOP/s"),
+        memory=(1.75e12, "assumed: 0.86 of the data sheet's 2.04 TB/s"),
+        cache=(4.5e12, "assumed: 5,120 bytes a clock (white paper), 0.62 of it reached"),
+        clock=(1.41e9, "data sheet, boost"),
     ),
-    "H100": Chip(
+    "H100": _chip(
         "H100 SXM 80 GB",
-        "sm_90",
-        798e12,
-        3.0e12,
-        5.5e12,
-        50 << 20,
-        132,
-        1.755e9,
-        {
-            "matmul": "measured",
-            "memory": "measured",
-            "cache": "assumed: 5,120 bytes a clock as in an A100, 0.62 of it reached",
-            "clock": "assumed: under the 1.98 GHz that it may reach",
-        },
+        target="sm_90",
+        multiprocessors=132,
+        cache_bytes=50 << 20,
+        matmul=(798e12, "measured"),
+        memory=(3.0e12, "measured"),
+        cache=(5.5e12, "assumed: 5,120 bytes a clock as in an A100, 0.62 of it reached"),
+        clock=(1.755e9, "assumed: under the 1.98 GHz that it may reach"),
     ),
-    "H200": Chip(
+    "H200": _chip(
         "H200 SXM 141 GB",
-        "sm_90",
-        790e12,
-        4.3e12,
-        5.5e12,
-        60 << 20,
-        132,
-        1.755e9,
-        {
-            "matmul": "measured",
-            "memory": "measured",
-            "cache": "assumed, as the H100's",
-            "clock": "assumed: under the 1.98 GHz that it may reach",
-        },
+        target="sm_90",
+        multiprocessors=132,
+        cache_bytes=60 << 20,
+        matmul=(790e12, "measured"),
+        memory=(4.3e12, "measured"),
+        cache=(5.5e12, "assumed, as the H100's"),
+        clock=(1.755e9, "assumed: under the 1.98 GHz that it may reach"),
     ),
-    "B200": Chip(
+    "B200": _chip(
         "B200 180 GB",
-        "sm_100",
-        1690e12,
-        6.9e12,
-        10e12,
-        126 << 20,
-        148,
-        1.85e9,
-        {
-            "matmul": "assumed: 0.75 of the data sheet's 2,250 TFLOP/s",
-            "memory": "assumed: 0.86 of the data sheet's 8 TB/s",
-            "cache": "assumed",
-            "clock": "assumed",
-        },
+        target="sm_100",
+        multiprocessors=148,
+        cache_bytes=126 << 20,
+        matmul=(1690e12, "assumed: 0.75 of the data sheet's 2,250 TFLOP/s"),
+        memory=(6.9e12, "assumed: 0.86 of the data sheet's 8 TB/s"),
+        cache=(10e12, "assumed"),
+        clock=(1.85e9, "assumed"),
     ),
-    "MI300X": Chip(
+    "MI300X": _chip(
         "MI300X 192 GB",
-        "gfx942",
-        640e12,
-        4.1e12,
-        9e12,
-        256 << 20,
-        304,
-        2.1e9,
-        {
-            "matmul": "assumed: 0.49 of the data sheet's 1,307 TFLOP/s, as public benchmarks of libraries found",
-            "memory": "assumed: 0.77 of the data sheet's 5.3 TB/s",
-            "cache": "assumed: half of the Infinity Cache's 17 TB/s (data sheet)",
-            "clock": "data sheet, peak",
-        },
+        target="gfx942",
+        multiprocessors=304,
+        cache_bytes=256 << 20,
+        matmul=(640e12, "assumed: 0.49 of the data sheet's 1,307 TFLOP/s, as public benchmarks of libraries found"),
+        memory=(4.1e12, "assumed: 0.77 of the data sheet's 5.3 TB/s"),
+        cache=(9e12, "assumed: half of the Infinity Cache's 17 TB/s (data sheet)"),
+        clock=(2.1e9, "data sheet, peak"),
     ),
 }

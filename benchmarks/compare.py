@@ -11,12 +11,11 @@ any contender got slower or larger, stopped working or is missing.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .result_files import benchmark_of, read_result
+from .result_files import benchmark_of, differences, make_parser, read_result
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], least: float) -> Iterator[tuple[bool, str]]:
@@ -62,7 +61,7 @@ def _differences(name: str, was: dict[str, Any], row: dict[str, Any], least: flo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.compare", description=__doc__.splitlines()[0])
+    parser = make_parser("compare", __doc__)
     parser.add_argument("old")
     parser.add_argument("new")
     parser.add_argument("--least", type=float, default=0.03, help="smallest relative change to report [0.03]")
@@ -73,9 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if (was := benchmark_of(old)) != (now := benchmark_of(new)):
         parser.error(f"{options.old} is of {was} and {options.new} of {now}; give two files of one benchmark")
-    for key in ("hardware", "versions", "dtype"):
-        if old.get(key) != new.get(key):
-            print(f"note: {key} differ: {old.get(key)} and {new.get(key)}")
+    if other := differences(old, new, ("hardware", "versions", "dtype")):
+        print(f"note: the files differ ({other})")
     found = list(compare(old, new, options.least))
     for worse, text in sorted(found, reverse=True):
         print(("WORSE  " if worse else "       ") + text)

@@ -20,7 +20,6 @@ if a kernel
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -35,7 +34,7 @@ from typing import Any
 
 from .launches import Case, cases, recorded
 from .machine_code import bound, describe
-from .result_files import provenance, write_json
+from .result_files import add_names, make_parser, provenance, result_file, write_json
 
 GPU_TESTS = ("tests/inspo_kernels/test_triton.py", "tests/inspo_kernels/test_triton_kernels.py")
 
@@ -157,17 +156,14 @@ def over_budget(budget: Budget, row: dict[str, Any]) -> list[str]:
     """Return the ways in which a kernel exceeds its budget."""
     if "per_element" not in row:
         return ["no hot loop to compare with its budget"]
-    per_element = row["per_element"]
-    limits = (
-        (
-            f"{per_element['instructions']:.1f} instructions per element",
-            per_element["instructions"],
-            budget.instructions,
-        ),
-        (f"{per_element['special']:g} special functions per element", per_element["special"], budget.special),
-        (f"{row['registers']} registers", row["registers"], budget.registers),
-    )
-    found = [f"{what}, budget {limit:g}" for what, value, limit in limits if value > limit]
+    found = []
+    for what, value, limit in (
+        ("instructions per element", row["per_element"]["instructions"], budget.instructions),
+        ("special functions per element", row["per_element"]["special"], budget.special),
+        ("registers", row["registers"], budget.registers),
+    ):
+        if value > limit:
+            found.append(f"{round(value, 1):g} {what}, budget {limit:g}")
     if row["residents"] < budget.residents:
         found.append(f"{row['residents']} resident programs, budget {budget.residents}")
     return found
@@ -227,7 +223,7 @@ def report(chosen_targets: list[str], pattern: str, chosen_cases: Iterable[Case]
 def launches_of_tests(folder: Path) -> Path:
     """Run the GPU tests in Triton's interpreter and return the file of the launches that they made."""
     file = folder / "launches.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.record_launches", *GPU_TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.launches", *GPU_TESTS]
     environment = os.environ | {"TRITON_INTERPRET": "1", "LAUNCHES": str(file)}
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
@@ -260,9 +256,9 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.compile_report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser = make_parser("compile_report", __doc__)
+    parser.add_argument("--json", type=result_file, help="write the results to this file")
+    add_names(parser, "--targets", TARGETS, "architectures to compile for [all]", default=list(TARGETS))
     parser.add_argument("--only", default="", help="regular expression over 'kernel: configuration'")
     parser.add_argument("--tests", action="store_true", help="also compile each launch of the GPU tests")
     options = parser.parse_args(arguments)

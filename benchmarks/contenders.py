@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def dpo(logps: Tensor, batch: PairBatch, ref_logps: Tensor | None = None) -> tup
     return -F.logsigmoid(BETA * (chosen - rejected)).mean(), sums.detach()
 
 
-def ours(backend: str, *, on_host: bool = False, max_workspace_bytes: int | None = None) -> Loss:
+def ours(backend: str, *, on_host: bool = False, **options: Any) -> Loss:
     """Call ``fused_inspo_loss`` as a training loop does: with every position if the batch has every position."""
 
     def run(hidden: Tensor, weight: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -54,8 +55,8 @@ def ours(backend: str, *, on_host: bool = False, max_workspace_bytes: int | None
             ref_logps=batch.ref_logps,
             objective=ik.DPO(beta=BETA),
             softcap=batch.softcap,
-            max_workspace_bytes=max_workspace_bytes,
             backend=backend,
+            **options,
         )
         return out.loss, out.logps
 
@@ -135,19 +136,23 @@ def torch_linear_cross_entropy(x: Tensor, weight: Tensor, batch: PairBatch) -> T
     return logps if logps.dtype == torch.float64 else logps.float()
 
 
+def not_installed(package: str) -> str | None:
+    """Return how to install a package that is missing, or None."""
+    missing = importlib.util.find_spec(package.replace("-", "_")) is None
+    return f"not installed: pip install {package}" if missing else None
+
+
 @dataclass(frozen=True)
 class Contender:
-    """A contender: its code and its requirements. ``package`` is the distribution's name, ``module`` the import name.
+    """A contender: its code and its requirements. ``package`` is the distribution's name.
 
-    ``variant_of`` names the contender whose code this one calls in another way. Variants are measured only on GPUs, at
-    the main shape.
+    ``variant_of`` names the contender whose code this one calls in another way. Variants are measured only on GPUs.
     """
 
     title: str
     logps: Logps | None = None
     loss: Loss | None = None
     package: str = "torch"
-    module: str = "torch"
     backend: str | None = None
     variant_of: str | None = None
     softcap: bool = True
@@ -169,8 +174,8 @@ class Contender:
 
     def unavailable(self, batch: PairBatch, *, per_token: bool = False) -> str | None:
         """Return why this contender cannot be measured here, or None."""
-        if importlib.util.find_spec(self.module) is None:
-            return f"not installed: pip install {self.package}"
+        if why := not_installed(self.package):
+            return why
         if self.package == "torch" and self.logps is torch_linear_cross_entropy:
             if not hasattr(F, "linear_cross_entropy"):
                 return f"not installed: torch {torch.__version__} has no F.linear_cross_entropy, 2.13 has"
@@ -223,18 +228,16 @@ CONTENDERS = {
     "compiled_log_softmax": Contender(
         "torch.compile of log_softmax of the scored rows", compiled_logps, compiles_per_shape=True
     ),
-    "trl": Contender("TRL ChunkedLogProbFunction", trl_chunked(()), package="trl", module="trl"),
+    "trl": Contender("TRL ChunkedLogProbFunction", trl_chunked(()), package="trl"),
     "trl_trainer": Contender(
         "TRL ChunkedLogProbFunction, with the outputs its trainer asks for",
         trl_chunked(TRL_TRAINER_OUTPUTS),
         package="trl",
-        module="trl",
     ),
     "liger": Contender(
         "Liger fused linear DPO (every position, no reference)",
         loss=liger_dpo,
         package="liger-kernel",
-        module="liger_kernel",
         softcap=False,
         takes_padded_rows=True,
         compiles_per_shape=True,
@@ -244,7 +247,6 @@ CONTENDERS = {
         "Cut Cross-Entropy",
         cut_cross_entropy,
         package="cut-cross-entropy",
-        module="cut_cross_entropy",
         needs_gpu=True,
     ),
     "torch_linear_cross_entropy": Contender("torch F.linear_cross_entropy", torch_linear_cross_entropy, softcap=False),

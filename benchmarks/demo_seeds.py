@@ -7,7 +7,6 @@ This command calls the demo's own function. It saves the file after each seed, s
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -26,7 +25,8 @@ from training.demo.report import NAMES, table
 from training.demo.settings import Settings
 from training.demo.stages import run_demo
 
-from .result_files import command, joined_provenance, provenance, result_file, write_json
+from .result_files import command, continued, differences, make_parser, provenance, result_file, write_json
+from .tables import markdown, section
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
@@ -52,23 +52,48 @@ def summarize(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def summary_table(summary: dict[str, Any]) -> str:
-    lines = []
-    for how in ("greedy", "sampled"):
-        lines.append(f"{how:<22}{'right':>6}  {'range over seeds':<18}{'gain over base':>15}  {'gain > 0':>10}")
-        for name, title in NAMES.items():
-            entry = summary[how][name]
-            accuracy = entry["accuracy"]
-            line = f"  {title:<20}{accuracy['mean']:>6.3f}  {accuracy['min']:.3f} to {accuracy['max']:<9.3f}"
-            if name != "base":
-                above = f"{entry['seeds_with_gain_interval_above_0']} of {summary['seeds']}"
-                line += f"{entry['gain']['mean']:>+15.3f}  {above:>10}"
-            lines.append(line.rstrip())
-    return "\n".join(lines)
+def demo(result: dict[str, Any]) -> str:
+    """Tabulate the accuracy of the demo's four models over its seeds."""
+    summary, table = result["summary"], []
+    for name, title in (("base", "base"), ("sft", "SFT on the chosen"), ("dpo", "DPO"), ("inspo", "InSPO-DPO")):
+        rows = [summary[how][name] for how in ("greedy", "sampled")]
+        above = [row.get("seeds_with_gain_interval_above_0") for row in rows]
+        texts = [text for row in rows for text in (f"{row['accuracy']['mean']:.2f}", _gain(row))]
+        table.append([title, *texts, "" if name == "base" else f"{above[0]} greedy, {above[1]} sampled"])
+    titles = ["greedy: right", "gain over base", "sampled: right", "gain over base", "seeds with gain > 0 (95%)"]
+    return section(
+        result,
+        "demo_seeds.json",
+        f"Answers to unseen prompts in the demo's world, given the prompt alone and graded exactly; {summary['seeds']} "
+        "seeds, each with its own base, data and initialisation:",
+        markdown(["", *titles], table),
+        _demo_ranking(summary),
+    )
+
+
+def _demo_ranking(summary: dict[str, Any]) -> str:
+    """Return a sentence that ranks the methods by the table's numbers."""
+    names = {"base": "the base", "sft": "SFT", "dpo": "DPO", "inspo": "InSPO"}
+    ranked = sorted(names, key=lambda name: -summary["sampled"][name]["accuracy"]["mean"])
+    inspo = summary["sampled"]["inspo"]
+    return (
+        "With sampled answers, the 95% interval of InSPO's gain over the base is above 0 on "
+        f"{inspo['seeds_with_gain_interval_above_0']} of {summary['seeds']} seeds. By mean sampled accuracy, the "
+        f"order is {', '.join(names[name] for name in ranked)}"
+        + ("." if ranked[0] == "inspo" else ": InSPO is not first here.")
+    )
+
+
+def _gain(row: dict[str, Any]) -> str:
+    if "gain" not in row:
+        return ""
+    gain = row["gain"]
+    ends = f" ({gain['mean_ci'][0]:+.2f} to {gain['mean_ci'][1]:+.2f})" if "mean_ci" in gain else ""
+    return f"{gain['mean']:+.2f}{ends}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_seeds", description=__doc__.split("\n")[0])
+    parser = make_parser("demo_seeds", __doc__)
     parser.add_argument("--json", type=result_file, required=True, help="result file; finished seeds in it are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="seeds to run [0 to 9]")
     parser.add_argument("--quick", action="store_true", help="use the demo's quick sizes")
@@ -86,11 +111,9 @@ def main() -> None:
     result = {**provenance(given), "settings": settings, "summary": {}, "seeds": {}}
     if options.json.exists():
         earlier = json.loads(options.json.read_text())
-        same = {key: earlier.get(key) == result[key] for key in ("settings", "versions", "hardware")}
-        if not all(same.values()):
-            other = ", ".join(key for key, is_same in same.items() if not is_same)
-            sys.exit(f"error: --json {options.json}: was made with other {other}; move the file or choose another one")
-        result |= joined_provenance(earlier, result) | {"seeds": earlier["seeds"]}
+        if other := differences(earlier, result, ("settings", "versions", "hardware")):
+            sys.exit(f"error: --json {options.json} differs ({other}); move the file or choose another one")
+        result = continued(earlier, result)
 
     for seed in tqdm(options.seeds, desc="seeds", unit="seed"):
         if str(seed) in result["seeds"]:
@@ -103,7 +126,7 @@ def main() -> None:
         write_json(options.json, result | {"summary": summarize(result["seeds"])})
     result["summary"] = summarize(result["seeds"])
     write_json(options.json, result)
-    print(summary_table(result["summary"]))
+    print(demo(result))
 
 
 if __name__ == "__main__":

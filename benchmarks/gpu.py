@@ -34,15 +34,14 @@ from typing import Any
 
 import torch
 
+from .batches import dtype_of
 from .contenders import PEER_PACKAGES, PEERS
-from .gpu_plan import CACHED_TARGETS, hardware, problems, targets
+from .gpu_plan import hardware, problems, targets
 from .gpu_processes import run_in_group
 from .gpu_steps import PART, STEPS
-from .harness import FEWEST_ROUNDS
-from .result_files import checked_device, commit, joined_provenance, provenance, write_json
+from .harness import FEWEST_ROUNDS, Timer
+from .result_files import add_names, checked_device, commit, continued, differences, dtype_name, provenance, write_json
 
-# Held to by this form of the pass; see gpu_plan.
-TARGETS = CACHED_TARGETS
 LOG, LOG_BYTES = "steps.log", 8 << 20
 # Left at the end of a call for plots and the last result.
 CLOSING_SECONDS = 8.0
@@ -57,21 +56,6 @@ matplotlib.
 """
 
 
-class Clock:
-    """Count the seconds since the start, and those left."""
-
-    def __init__(self, seconds: float) -> None:
-        self.start, self.seconds = time.perf_counter(), seconds
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.start
-
-    @property
-    def left(self) -> float:
-        return self.seconds - self.elapsed
-
-
 # --- results ---
 
 
@@ -79,7 +63,7 @@ def fresh_result(command: str, device: torch.device) -> dict[str, Any]:
     return {
         **provenance(command, PEER_PACKAGES),
         "device": hardware(device),
-        "dtype": "bfloat16" if device.type == "cuda" else "float32",
+        "dtype": dtype_name(dtype_of(device)),
         "method": " ".join(__doc__.split("\n\n")[-1].split()),
         "finished": False,
         "seconds": 0.0,
@@ -151,11 +135,9 @@ def result_of_folder(parser: argparse.ArgumentParser, out: Path, command: str, d
         parser.error(f"--out: {file} is not JSON ({error}); remove it or name another folder")
     if "steps" not in old:
         parser.error(f"--out: {file} is of an older version of this command; remove it or name another folder")
-    for key in ("device", "versions"):
-        if old[key] != result[key]:
-            parser.error(f"--out: {key} of {file} are {old[key]}, here {result[key]}; name another folder")
-    commands = dict.fromkeys([*old["command"].split("; "), command])
-    return old | joined_provenance(old, result) | {"command": "; ".join(commands)}
+    if other := differences(old, result, ("device", "versions")):
+        parser.error(f"--out: {file} differs ({other}); name another folder")
+    return continued(old, result)
 
 
 # --- steps ---
@@ -177,9 +159,9 @@ def run_step(
     before = result["steps"].get(name, {"status": "done"})
     # An unfinished step continues; a finished one that is named is repeated.
     known = [] if before["status"] == "done" else [cell["name"] for cell in result["cells"] if _has(cell, name)]
-    command = [sys.executable, "-m", "benchmarks.gpu_steps", name, "--out", str(options.out.absolute()), "--device"]
-    command += [options.device, "--seconds", f"{max(5.0, seconds - 5):.0f}", "--end-with-parent"]
-    command += ["--known", json.dumps(known), *(["--quick"] if options.quick else []), "--peers", *options.peers]
+    given = {"name": name, "known": known, "seconds": max(5.0, seconds - 5), "out": str(options.out.absolute())}
+    given |= {key: getattr(options, key) for key in ("device", "quick", "peers")}
+    command = [sys.executable, "-m", "benchmarks.gpu_steps", json.dumps(given)]
     log, start = options.out / LOG, time.perf_counter()
     shown = log.stat().st_size if log.exists() else 0
     code = run_in_group(command, log, seconds, environment)
@@ -227,7 +209,7 @@ def installed_wheels(parser: argparse.ArgumentParser, folder: Path | None, targe
     return environment
 
 
-def run(options: argparse.Namespace, result: dict[str, Any], clock: Clock, environment: dict[str, str]) -> None:
+def run(options: argparse.Namespace, result: dict[str, Any], clock: Timer, environment: dict[str, str]) -> None:
     """Run the steps of this call until its time is spent."""
     earlier = result["seconds"]
     todo = pending(result, options.steps)
@@ -245,7 +227,7 @@ def run(options: argparse.Namespace, result: dict[str, Any], clock: Clock, envir
 
 def save(out: Path, result: dict[str, Any]) -> None:
     result["finished"] = all(result["steps"].get(name, {}).get("status") == "done" for name in STEPS)
-    result["targets"] = targets(result, TARGETS)
+    result["targets"] = targets(result)
     write_json(out / "gpu.json", result)
 
 
@@ -290,14 +272,7 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, ar
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
     parser.add_argument("--steps", type=step_names, metavar="A,B", help="steps to run [all that are missing]")
     parser.add_argument("--minutes", type=float, default=9.5, help="time limit of this call [9.5]")
-    parser.add_argument(
-        "--peers",
-        nargs="*",
-        choices=PEERS,
-        default=list(PEERS),
-        metavar="PEER",
-        help=f"other libraries to time: {', '.join(PEERS)} [all]",
-    )
+    add_names(parser, "--peers", PEERS, "other libraries to time [all]", nargs="*", default=PEERS)
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of wheels of peers that are not installed")
     return parser, parser.parse_args(arguments)
 
@@ -313,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     given = ["DIR" if a == str(options.out) else "--out=DIR" if a.startswith("--out=") else a for a in given]
     command = shlex.join(["python", "-m", "benchmarks.gpu", *given])
-    result, clock = result_of_folder(parser, options.out, command, device), Clock(60 * options.minutes)
+    result, clock = result_of_folder(parser, options.out, command, device), Timer(60 * options.minutes)
     enter_interrupted(options.out, result)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     interrupted = False

@@ -9,116 +9,82 @@ from typing import Any
 import torch
 
 from .batches import HeadShape, PairBatch, equal
-from .contenders import BETA, CONTENDERS, OURS, PEERS, Outcome, chosen
+from .contenders import BETA, CONTENDERS, OURS, PEERS, Contender, Outcome, chosen
 from .harness import reason
-from .measure import FROZEN, LOGPS, TRAIN, Truth, step, too_large
+from .measure import FROZEN, LOGPS, LOSS, TRAIN, Truth, step, too_large
+from .result_files import dtype_name
 
-# What 512 log-probs may be off by: twice an estimate. Tensor cores round their sums toward zero. ``truncation_nat``
-# simulates that for H = 4096 and sums rounded after every 16 terms: 2.4e-3 nat, all of one sign, where labels are
-# unlikely.
+# What 512 log-probs may be off by: twice an estimate. Tensor cores round their sums toward zero. A
+# simulation in tests/benchmarks/test_gpu.py, with H = 4096 and sums rounded after every 16 terms, gives 2.4e-3 nat, all
+# of one sign, where labels are unlikely.
 SEQUENCE_NAT = 2 * 2.4e-3
 SMOKE_HEAD = HeadShape(256, 2000)
-
-
-def truncation_nat(hidden: int, tokens: int, words: int = 2048, group: int = 16) -> float:
-    """Simulate the error of the summed log-sum-exp of ``tokens`` rows of standard normal logits, in nats.
-
-    Exact sums of ``group`` terms are added to a float32 accumulator that is rounded toward zero, as measured on tensor
-    cores (Fasi et al. 2021). A sample of ``words`` stands for the vocabulary: the mean error does not depend on it.
-    """
-    g = torch.Generator().manual_seed(0)
-    weight = (torch.randn(words, hidden, generator=g) / hidden**0.5).bfloat16().double()
-    x = torch.randn(8, hidden, generator=g).bfloat16().double()
-    total = torch.zeros(len(x), words)
-    for k in range(0, hidden, group):
-        exact = total.double() + x[:, k : k + group] @ weight[:, k : k + group].t()
-        total = exact.float()
-        away = total.double().abs() > exact.abs()
-        total = torch.where(away, torch.nextafter(total, torch.zeros_like(total)), total)
-    errors = total.double().logsumexp(1) - (x @ weight.t()).logsumexp(1)
-    return tokens * errors.mean().abs().item()
+# What is checked in which modes.
+TITLES = {
+    LOSS: {mode: f"loss, {mode}" for mode in (TRAIN, FROZEN)},
+    LOGPS: {TRAIN: "linear_logps", FROZEN: f"linear_logps, {FROZEN}"},
+}
 
 
 def accuracy(
-    head: HeadShape, pairs: int, response: int, peers: Sequence[str], timed: torch.dtype, device: torch.device
+    head: HeadShape, response: int, peers: Sequence[str], timed: torch.dtype, device: torch.device
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield rows of errors against float64, one list per dtype and soft-cap; peers in the dtype they are timed in."""
     for dtype in (torch.bfloat16, torch.float32):
         for softcap in (None, 30.0):
-            shape = equal(replace(head, softcap=softcap), pairs, response, response)
+            shape = equal(replace(head, softcap=softcap), 2, response, response)
             batch = PairBatch(shape, dtype=dtype, device=device)
             found = chosen([*OURS, *(p for p in peers if p == "log_softmax" or dtype == timed)], batch)
-            context = {"dtype": str(dtype).removeprefix("torch."), "softcap": softcap, "response": response}
+            context = {"dtype": dtype_name(dtype), "softcap": softcap, "response": response}
             rows = []
-            for what, errors in (("loss", loss_errors), ("linear_logps", logps_errors)):
+            for what in (LOSS, LOGPS):
                 try:
-                    rows += errors(batch, found)
+                    rows += errors(batch, found, what)
                 except Exception as error:  # too_large raises all but a lack of memory again
-                    rows.append({"what": what, "contender": "float64", "status": f"not checked: {too_large(error)}"})
+                    status = f"not checked: {too_large(error)}"
+                    rows.append({"what": TITLES[what][TRAIN], "contender": "float64", "status": status})
             yield [{**context, **row} for row in rows]
 
 
-def loss_errors(batch: PairBatch, found: dict[str, Outcome]) -> list[dict[str, Any]]:
-    """Return errors of the pairwise loss: gradients relative, loss and sequence log-probs in nats.
+def errors(batch: PairBatch, found: dict[str, Outcome], what: str) -> list[dict[str, Any]]:
+    """Return errors of the loss or of ``linear_logps``: gradients relative, loss and log-probs in nats.
 
-    Ours may err in the gradients twice as much as plain torch. The coefficient of a pair's gradient carries the error
-    of its own log-probs besides, which is judged by itself: up to 2 beta times the largest of them, relative.
+    Log-probs of single tokens are those of plain torch and of ours, under an arbitrary upstream gradient. Ours may err
+    in the gradients twice as much as plain torch. The coefficient of a pair's gradient carries the error of its own
+    log-probs besides, which is judged by itself: up to 2 beta times the largest of them, relative.
     """
-    truths = {knows: Truth(batch, knows_reference=knows) for knows in (True, False)}
+    if what == LOGPS:
+        found = {name: found[name] for name in ("log_softmax", "triton", "torch") if name in found}
+    knowing = {True, *(c.knows_reference for c in found.values() if isinstance(c, Contender))}
+    truths = {knows: Truth(batch, what, knows_reference=knows) for knows in knowing}
     rows = []
-    for mode in (TRAIN, FROZEN):
-        plain = truths[True].errors(step(batch, mode, CONTENDERS["log_softmax"]))
+    for mode, title in TITLES[what].items():
+        plain = truths[True].errors(step(batch, mode, CONTENDERS["log_softmax"], what))
         for name, contender in found.items():
-            row: dict[str, Any] = {"what": f"loss, {mode}", "contender": name}
+            row: dict[str, Any] = {"what": title, "contender": name}
             rows.append(row)
             if isinstance(contender, str):
                 row["status"] = contender
                 continue
             try:
-                row["errors"] = truths[contender.knows_reference].errors(step(batch, mode, contender))
+                row["errors"] = truths[contender.knows_reference].errors(step(batch, mode, contender, what))
             except Exception as error:
-                row["status"] = reason(error)
-                row["ok"] = name in PEERS
+                row |= {"status": reason(error), "ok": name in PEERS}
                 continue
             row["status"] = "measured"
             if name not in PEERS:
-                from_sums = 2 * BETA * row["errors"]["sequence_nat"]
-                limits = gradient_limits(batch, plain, from_sums)
-                row |= judged(
-                    row["errors"], limits | {"sequence_nat": SEQUENCE_NAT, "loss_nat": 2 * BETA * SEQUENCE_NAT}
-                )
+                row |= judged(row["errors"], limits_of(batch, plain, row["errors"], what))
     return rows
 
 
-def logps_errors(batch: PairBatch, found: dict[str, Outcome]) -> list[dict[str, Any]]:
-    """Return errors of ``linear_logps`` and of plain torch under an arbitrary upstream gradient."""
-
-    truth = Truth(batch, LOGPS)
-    rows = []
-    for mode, what in ((TRAIN, "linear_logps"), (FROZEN, "linear_logps, frozen head")):
-        plain = truth.errors(step(batch, mode, CONTENDERS["log_softmax"], LOGPS))
-        rows.append({"what": what, "contender": "log_softmax", "status": "measured", "errors": plain})
-        for backend in ("triton", "torch"):
-            row: dict[str, Any] = {"what": what, "contender": backend}
-            rows.append(row)
-            contender = found[backend]
-            if isinstance(contender, str):
-                row["status"] = contender
-                continue
-            try:
-                row["errors"] = truth.errors(step(batch, mode, contender, LOGPS))
-            except Exception as error:
-                row |= {"status": reason(error), "ok": False}
-                continue
-            # Errors of either sign: 512 of them stay within the limit of a sequence.
-            limits = gradient_limits(batch, plain) | {"token_nat": SEQUENCE_NAT / 512**0.5}
-            row |= {"status": "measured"} | judged(row["errors"], limits)
-    return rows
-
-
-def gradient_limits(batch: PairBatch, plain: dict[str, float], besides: float = 0.0) -> dict[str, float]:
+def limits_of(batch: PairBatch, plain: dict[str, float], found: dict[str, float], what: str) -> dict[str, float]:
+    if what == LOSS:
+        limits, besides = {"sequence_nat": SEQUENCE_NAT, "loss_nat": 2 * BETA * SEQUENCE_NAT}, found["sequence_nat"]
+    else:  # errors of either sign: 512 of them stay within the limit of a sequence
+        limits, besides = {"token_nat": SEQUENCE_NAT / 512**0.5}, 0.0
     rounding = torch.finfo(batch.hidden.dtype).eps / 2
-    return {name: 2 * max(plain[name], rounding) + besides for name in ("dhidden", "dweight") if name in plain}
+    gradients = (name for name in ("dhidden", "dweight") if name in plain)
+    return limits | {name: 2 * max(plain[name], rounding) + 2 * BETA * besides for name in gradients}
 
 
 def judged(errors: dict[str, float], limits: dict[str, float]) -> dict[str, Any]:

@@ -1,20 +1,15 @@
 """Run one step of the GPU benchmark in its own process.
 
-    python -m benchmarks.gpu_steps STEP --out DIR --device cuda --seconds 60
-
-``benchmarks.gpu`` starts these processes; by hand, one step can be repeated under a profiler. A step writes what it has
-to DIR/part.json after each figure, and ``benchmarks.gpu`` merges that into DIR/gpu.json when the process has ended,
-however it ended.
+``benchmarks.gpu`` starts these processes. A step writes what it has to DIR/part.json after each figure, and
+``benchmarks.gpu`` merges that into DIR/gpu.json when the process has ended, however it ended.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +17,15 @@ from typing import Any
 import torch
 
 from . import gpu_accuracy, gpu_decomposition, gpu_training, gpu_tuning
-from .batches import PairBatch, equal, random_head, scored_tokens
-from .cells import table
-from .contenders import CONTENDERS, OURS, PEER_PACKAGES, PEERS, Contender, chosen
+from .batches import PairBatch, dtype_of, equal, random_head, scored_tokens
+from .contenders import CONTENDERS, OURS, PEER_PACKAGES, Contender, chosen
 from .gpu_plan import FULL, QUICK, Plan, hardware
 from .gpu_processes import end_with_parent, exit_when_asked, run_tests
-from .harness import reason
-from .measure import TRAIN, measure
-from .result_files import checked_device, provenance, write_json
+from .harness import Timer, reason
+from .measure import LOSS, TRAIN, measure
+from .result_files import checked_device, dtype_name, make_parser, provenance, write_json
+from .speed_tables import SHAPE_ROWS
+from .tables import line, shape_title, table
 
 PART = "part.json"
 # The torch backend runs its matmuls in float32 on every device. On a GPU this takes more than ten times as long as the
@@ -51,19 +47,18 @@ class Context:
     device: torch.device
     peers: Sequence[str]
     out: Path
-    seconds: float
+    timer: Timer
     known: Sequence[str] = ()
     part: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    start: float = field(default_factory=time.perf_counter)
-
-    @property
-    def left(self) -> float:
-        return self.seconds - (time.perf_counter() - self.start)
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return dtype_of(self.device)
+
+    @property
+    def quick_peers(self) -> list[str]:
+        return [name for name in self.peers if not CONTENDERS[name].compiles_per_shape]
 
     def main_batch(self) -> PairBatch:
         shape = scored_tokens(self.plan.main_head, self.plan.main[1], self.plan.response)
@@ -78,6 +73,13 @@ class Context:
         self.save()
         print(text, flush=True)
 
+    def fill(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Enter rows of (name, figures) under the step's name as they come."""
+        part = self.part[self.name] = dict[str, Any]()
+        for name, row in rows:
+            part[name] = row
+            self.say(line(name, row))
+
 
 # --- the steps ---
 
@@ -89,8 +91,8 @@ def smoke(context: Context) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         batch = PairBatch(shape, dtype=dtype, device=context.device)
         found = chosen([n for n in OURS if CONTENDERS[n].variant_of is None], batch)
-        about = {"dtype": str(dtype).removeprefix("torch."), "softcap": None, "response": 32}
-        rows += [about | row for row in gpu_accuracy.loss_errors(batch, found)]
+        about = {"dtype": dtype_name(dtype), "softcap": None, "response": 32}
+        rows += [about | row for row in gpu_accuracy.errors(batch, found, LOSS)]
         context.say(gpu_accuracy.accuracy_table(rows[-2 * len(found) :]))
 
 
@@ -101,72 +103,59 @@ def main_shape(context: Context) -> None:
 
 def decomposition(context: Context) -> None:
     """Time each matmul and pass alone, on an idle and on a busy device."""
-    for name, rows in gpu_decomposition.decompose(context.main_batch(), context.plan.stage_rows):
-        context.part.setdefault("decomposition", {})[name] = rows
-        context.say(gpu_decomposition.line(name, rows))
+    context.fill(gpu_decomposition.decompose(context.main_batch(), context.plan.stage_rows))
 
 
 def tests(context: Context) -> None:
     """The Triton tests on the device itself."""
-    result = context.part["tests"] = run_tests(context.plan.tests, context.out / "tests.log", context.left)
+    result = context.part["tests"] = run_tests(context.plan.tests, context.out / "tests.log", context.timer.left)
     context.say(f"tests {result['status']}: {result['summary']}")
 
 
 def accuracy(context: Context) -> None:
     """Both backends and the peers against float64, with and without a soft-cap."""
-    plan = context.plan
-    peers = [peer for peer in context.peers if not CONTENDERS[peer].compiles_per_shape]
+    plan, peers = context.plan, context.quick_peers
     context.part["accuracy"] = []
-    for rows in gpu_accuracy.accuracy(
-        plan.main_head, plan.accuracy_pairs, plan.response, peers, context.dtype, context.device
-    ):
+    for rows in gpu_accuracy.accuracy(plan.main_head, plan.response, peers, context.dtype, context.device):
         context.part["accuracy"] += rows
         context.say(gpu_accuracy.accuracy_table(rows))
 
 
 def autocast(context: Context) -> None:
     """Float32 hidden states and weights under autocast, without and with marginals, as training calls the loss."""
-    _fill(context, "autocast", gpu_training.autocast(context.main_batch(), context.plan.rounds, context.left))
+    context.fill(gpu_training.autocast(context.main_batch(), context.plan.rounds, context.timer.left))
 
 
 def statistics(context: Context) -> None:
     """Measure the time that entropy and the other statistics add to log-probs and loss."""
-    _fill(context, "statistics", gpu_training.statistics(context.main_batch(), context.plan.rounds, context.left))
+    context.fill(gpu_training.statistics(context.main_batch(), context.plan.rounds, context.timer.left))
 
 
 def peers(context: Context) -> None:
     """The other libraries at the main shape, beside the Triton backend."""
-    names = [name for name in context.peers if not CONTENDERS[name].compiles_per_shape]
-    measure_cells(context, context.plan.main_cells(), ["triton", *names], rounds=context.plan.rounds)
+    measure_cells(context, context.plan.main_cells(), ["triton", *context.quick_peers], rounds=context.plan.rounds)
 
 
 def trees(context: Context) -> None:
     """A model's forward and backward over trees and rows, by attention."""
-    plan = context.plan
-    rows = gpu_training.trees(plan.tree_model, plan.tree_pairs, plan.tree_lengths, context.device, context.left)
-    _fill(context, "trees", rows)
+    context.fill(gpu_training.trees(context.plan, context.device, context.timer.left))
 
 
 def training(context: Context) -> None:
-    """One real training run through the command line: tokens a second and MFU."""
-    plan = context.plan
-    result = gpu_training.training_run(
-        plan.trained_model, plan.trained_lengths, plan.training_steps, context.device, context.left
-    )
-    context.part["training"] = result
+    """One real training run through the command line: tokens and operations a second."""
+    result = context.part["training"] = gpu_training.training_run(context.plan, context.device, context.timer.left)
     context.say(gpu_training.training_line(result))
 
 
 def shapes(context: Context) -> None:
     """The other lengths and models."""
-    names = [name for name in context.peers if not CONTENDERS[name].compiles_per_shape]
-    ours = [name for name in TIMED if CONTENDERS[name].variant_of is None]
-    measure_cells(context, context.plan.other_cells(), [*ours, *names], rounds=context.plan.rounds)
+    names = [name for name in SHAPE_ROWS if name in (*TIMED, *context.quick_peers)]
+    measure_cells(context, context.plan.other_cells(), names, rounds=context.plan.rounds)
 
 
 def tuning(context: Context) -> None:
     """Block sizes, stages and workspaces beside the shipped ones. Reported, never applied."""
-    result = gpu_tuning.tune(context.main_batch(), context.plan.workspace_rows, context.left / 5)
+    result = gpu_tuning.tune(context.main_batch(), context.plan.workspace_rows, context.timer.left / 5)
     context.part["tuning"] = result
     context.say(gpu_tuning.tuning_table(result))
 
@@ -211,13 +200,6 @@ STEPS = {
 # --- what steps share ---
 
 
-def _fill(context: Context, key: str, rows: Any) -> None:
-    """Enter rows of (name, figures) as they come."""
-    for name, row in rows:
-        context.part.setdefault(key, {})[name] = row
-        context.say(gpu_training.line(name, row))
-
-
 def measure_cells(context: Context, cells: Sequence[tuple[str, int, str]], names: Sequence[str], rounds: int) -> None:
     """Time ``names`` beside the bare matmuls in each cell, until the step's time is spent."""
     weight, weight_of = None, None
@@ -226,9 +208,9 @@ def measure_cells(context: Context, cells: Sequence[tuple[str, int, str]], names
     for i, (model, tokens, mode) in enumerate(todo):
         head = context.plan.models[model]
         shape = scored_tokens(head, tokens, context.plan.response)
-        cell = {"name": cell_name(model, tokens, mode), "model": model, "tokens": tokens, "mode": mode}
+        cell: dict[str, Any] = {"name": cell_name(model, tokens, mode), "model": model, "tokens": tokens, "mode": mode}
         cell |= shape.as_json()
-        if i and context.left < RESERVE_SECONDS:
+        if i and context.timer.left < RESERVE_SECONDS:
             context.notes.append(f"{len(todo) - i} cells not measured: out of time")
             return context.save()
         done.append(cell)
@@ -239,14 +221,14 @@ def measure_cells(context: Context, cells: Sequence[tuple[str, int, str]], names
             batch = PairBatch(shape, dtype=context.dtype, device=context.device, weight=weight)
         except torch.OutOfMemoryError as error:
             cell["contenders"] = {name: {"status": reason(error)} for name in ("floor", *names)}
-            context.say(table(cell))
+            context.say(table(shape_title(cell), cell["contenders"]))
             continue
         found = chosen(names, batch)
-        share = max(0.0, context.left - RESERVE_SECONDS) / (len(todo) - i)
+        share = max(0.0, context.timer.left - RESERVE_SECONDS) / (len(todo) - i)
         measure(batch, mode, found, rounds, seconds=share / 2, with_errors=False, cell=cell, save=context.save)
         if mode == TRAIN and isinstance(found.get("triton"), Contender):
             cell["workspace_and_gradients_bytes"] = gpu_tuning.workspace_and_gradients(batch, "triton")
-        context.say(table(cell))
+        context.say(table(shape_title(cell), cell["contenders"]))
         if context.device.type == "cuda":
             torch.cuda.synchronize()  # an error that outlives its contender ends the step here, and only the step
 
@@ -258,16 +240,11 @@ def cell_name(model: str, tokens: int, mode: str) -> str:
 def pin_matmul_settings() -> dict[str, Any]:
     """Have every contender multiply with full-precision sums, and return the settings that hold."""
     matmul = torch.backends.cuda.matmul
-    wanted = {
-        "allow_bf16_reduced_precision_reduction": False,
-        "allow_fp16_reduced_precision_reduction": False,
-        "allow_fp16_accumulation": False,
-        "allow_tf32": False,
-    }
-    for name, value in wanted.items():
-        if hasattr(matmul, name):
-            setattr(matmul, name, value)
-    return {name: str(getattr(matmul, name)) for name in wanted if hasattr(matmul, name)}
+    settings = ("bf16_reduced_precision_reduction", "fp16_reduced_precision_reduction", "fp16_accumulation", "tf32")
+    known = [name for name in (f"allow_{setting}" for setting in settings) if hasattr(matmul, name)]
+    for name in known:
+        setattr(matmul, name, False)
+    return {name: str(getattr(matmul, name)) for name in known}
 
 
 def device_notes(device: torch.device) -> list[str]:
@@ -283,37 +260,19 @@ def device_notes(device: torch.device) -> list[str]:
     return notes
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.gpu_steps", description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=STEPS)
-    parser.add_argument("--out", type=Path, required=True, help="folder of part.json")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="small shapes")
-    parser.add_argument("--seconds", type=float, default=600.0, help="time limit of the step [600]")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER")
-    parser.add_argument("--known", type=json.loads, default=[], help="JSON list of cells that are not measured again")
-    parser.add_argument("--end-with-parent", action="store_true", help="end when the starting process ends")
-    options = parser.parse_args(arguments)
+def main(given: dict[str, Any]) -> int:
     exit_when_asked()
-    if options.end_with_parent:
-        end_with_parent()
-    device = checked_device(parser, options.device)
-    context = Context(
-        options.step,
-        QUICK if options.quick else FULL,
-        device,
-        options.peers,
-        options.out,
-        options.seconds,
-        known=options.known,
-    )
+    end_with_parent()
+    name, plan, out = given["name"], QUICK if given["quick"] else FULL, Path(given["out"])
+    device = checked_device(make_parser("gpu_steps", __doc__), given["device"])
+    context = Context(name, plan, device, given["peers"], out, Timer(given["seconds"]), given["known"])
     context.part["settings"] = pin_matmul_settings()
     try:
         context.notes += device_notes(device)
         context.part |= {"device": hardware(device), "peers": provenance("", PEER_PACKAGES)["versions"]}
         for note in context.notes:
             print(f"note: {note}")
-        STEPS[options.step].run(context)
+        STEPS[name].run(context)
     except Exception as error:
         traceback.print_exc()
         why = reason(error)
@@ -326,4 +285,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(json.loads(sys.argv[1])))

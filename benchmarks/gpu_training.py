@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,45 +19,14 @@ from torch import Tensor
 import inspo_kernels as ik
 
 from .batches import PairBatch
-from .contenders import BETA
+from .contenders import BETA, ours
+from .gpu_plan import Plan
 from .gpu_processes import run_in_group
-from .harness import guarded, interleaved_times, own_peak, ratios, reason, seconds_behind_work, spread
+from .harness import compared, reason, seconds_behind_work, spread
 from .measure import PRODUCTS, TRAIN, products
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 STATISTICS = ("entropy", "mean_logit", "is_top1", "logsumexp")
-
-
-def compared(
-    runs: Mapping[str, Callable[[], Any]], to: str, device: torch.device, rounds: int, seconds: float
-) -> dict[str, dict[str, Any]]:
-    """Time the runs in interleaved rounds, each beside the run named ``to``, with peak memory on a GPU."""
-    failed: dict[str, str] = {}
-    guards = guarded(runs, failed)
-    peaks: dict[str, int | None] = {}
-    for name, run in guards.items():
-        run()
-        if device.type == "cuda" and name not in failed:
-            peaks[name] = own_peak(run, str(device))
-    alive = {name: run for name, run in guards.items() if name not in failed}
-    times = interleaved_times(alive, rounds, device=str(device), seconds=seconds, clock=seconds_behind_work)
-    beside = ratios(times, to) if to in times else {}
-    result: dict[str, dict[str, Any]] = {name: {"status": why} for name, why in failed.items()}
-    for name, values in times.items():
-        if name not in failed:
-            result[name] = {"status": "measured", "seconds": spread(values), f"times_{to}": beside.get(name)}
-            result[name] |= {"peak_bytes": peaks[name]} if name in peaks else {}
-    return {name: result[name] for name in runs}
-
-
-def line(name: str, row: dict[str, Any]) -> str:
-    """Format one line for a terminal."""
-    if row["status"] != "measured":
-        return f"  {name:<44}{row['status']}"
-    beside = next(
-        (f"{v['median']:6.2f} {k.replace('_', ' ')}" for k, v in row.items() if k.startswith("times_") and v), ""
-    )
-    return f"  {name:<44}{1e3 * row['seconds']['median']:9.2f} ms {beside}"
 
 
 # --- autocast and marginals ---
@@ -98,7 +67,7 @@ def autocast(batch: PairBatch, rounds: int, seconds: float) -> Rows:
     runs: dict[str, Callable[[], Any]] = {"floor": products(batch, PRODUCTS[TRAIN])}
     runs |= {name: partial(step, *form) for name, form in forms.items()}
     runs["autocast, 4 micro-batches: 12 matmuls"] = partial(step, *forms["autocast"], accumulated=4)
-    yield from compared(runs, "floor", device, rounds, seconds / 2).items()
+    yield from compared(runs, "floor", str(device), rounds, seconds=seconds / 2, clock=seconds_behind_work).items()
 
 
 # --- statistics ---
@@ -113,57 +82,39 @@ def statistics(batch: PairBatch, rounds: int, seconds: float) -> Rows:
 
     def loss(**options: Any) -> None:
         hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()
-        out = ik.fused_inspo_loss(
-            hidden,
-            weight,
-            batch.targets,
-            segment_ids=batch.segment_ids,
-            ref_logps=batch.ref_logps,
-            objective=ik.DPO(beta=BETA),
-            softcap=batch.softcap,
-            **options,
-        )
-        out.loss.backward()
+        value, _ = ours("auto", **options)(hidden, weight, batch)
+        value.backward()
 
+    device = str(batch.hidden.device)
     for what, run in (("log-probs", log_probs), ("loss", loss)):
         runs: dict[str, Callable[[], Any]] = {"plain": run, "statistics": partial(run, statistics=STATISTICS)}
-        for name, row in compared(runs, "plain", batch.hidden.device, rounds, seconds / 4).items():
-            if "unexpected keyword argument 'statistics'" in row["status"]:
-                row = {"status": "not available: the function takes no statistics"}
-            yield f"{what}, {name}", row
+        rows = compared(runs, "plain", device, rounds, seconds=seconds / 4, clock=seconds_behind_work)
+        yield from ((f"{what}, {name}", row) for name, row in rows.items())
 
 
 # --- trees ---
 
 
-def trees(
-    model_fields: dict[str, Any], pairs: int, lengths: tuple[int, int], device: torch.device, seconds: float
-) -> Rows:
+def trees(plan: Plan, device: torch.device, seconds: float) -> Rows:
     """Forward and backward of a llama over conditioned pairs: rows, and trees with either attention."""
-    prompt, response = lengths
+    prompt, response = plan.tree_lengths
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
-        return torch.randint(3, model_fields["vocab_size"], (count,), generator=generator).tolist()
+        return torch.randint(3, plan.tree_model["vocab_size"], (count,), generator=generator).tolist()
 
-    examples: list[tuple[list[int], ...]] = [(ids(prompt), ids(response), ids(response)) for _ in range(pairs)]
-    ways = {
-        "rows, sdpa": ("rows", "sdpa"),
-        "tree, sdpa": ("tree", "sdpa"),
-        "packed tree, flex_attention": ("packed_tree", "flex_attention"),
-    }
+    examples = [tuple(map(ids, (prompt, response, response))) for _ in range(plan.tree_pairs)]
     runs: dict[str, Callable[[], Any]] = {}
-    missing: dict[str, dict[str, Any]] = {}
-    for name, (layout, attention) in ways.items():
+    for layout, attention in (("rows", "sdpa"), ("tree", "sdpa"), ("packed_tree", "flex_attention")):
+        name = f"{layout}, {attention}".replace("packed_tree", "packed tree")
         if attention == "flex_attention" and device.type != "cuda":
-            missing[name] = {"status": "needs a GPU"}
+            yield name, {"status": "needs a GPU"}
             continue
         try:
-            runs[name] = tree_run(model_fields, examples, layout, attention, device)
+            runs[name] = tree_run(plan.tree_model, examples, layout, attention, device)
         except Exception as error:
-            missing[name] = {"status": reason(error)}
-    yield from missing.items()
-    yield from compared(runs, "rows, sdpa", device, 5, seconds / 3).items()
+            yield name, {"status": reason(error)}
+    yield from compared(runs, "rows, sdpa", str(device), 5, seconds=seconds / 3, clock=seconds_behind_work).items()
 
 
 def random_llama(fields: dict[str, Any], attention: str, device: torch.device) -> Any:
@@ -201,13 +152,12 @@ def tree_run(
 # --- a training run ---
 
 
-def training_run(
-    model_fields: dict[str, Any], lengths: tuple[int, int], steps: int, device: torch.device, seconds: float
-) -> dict[str, Any]:
-    """Train a random model on random pairs through the command line, and return speed and MFU of its log."""
+def training_run(plan: Plan, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Train a random model on random pairs through the command line, and return the speed that its log shows."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = write_training_config(folder, model_fields, lengths, steps, device)
+        save_model(folder / "model", plan.trained_model, device)
+        config = write_training_config(folder, plan, device)
         command = [sys.executable, "-m", "training.train", "--config", str(config)]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
         start, limit = time.perf_counter(), seconds - 5
@@ -217,18 +167,26 @@ def training_run(
         if code:
             missing = re.fullmatch(r"ModuleNotFoundError: No module named '(\w+).*", "".join(end_of_log[-1:]))
             status = f"not available: {missing[1]} is not installed" if missing else f"failed: exit status {code}"
-        result = {"status": status, "seconds": time.perf_counter() - start, **training_figures(folder / "run")}
+        result = {"status": status, "seconds": time.perf_counter() - start, **training_figures(folder / "run", plan)}
         if status != "measured":
             result["end_of_log"] = end_of_log
         return result
 
 
-def write_training_config(
-    folder: Path, model_fields: dict[str, Any], lengths: tuple[int, int], steps: int, device: torch.device
-) -> Path:
+def save_model(folder: Path, fields: dict[str, Any], device: torch.device) -> None:
+    """Save a random llama, made on the device, with a byte-level tokenizer."""
+    from training.model import byte_tokenizer
+
+    random_llama(fields, "sdpa", device).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the run, which is another process
+
+
+def write_training_config(folder: Path, plan: Plan, device: torch.device) -> Path:
     """Write pairs of random letters and the run's options; only here are the trainer's option names known."""
     generator = torch.Generator().manual_seed(0)
-    prompt, response = lengths
+    prompt, response = plan.trained_lengths
 
     def text(count: int) -> str:
         return "".join(chr(97 + i) for i in torch.randint(26, (count,), generator=generator).tolist())
@@ -237,16 +195,17 @@ def write_training_config(
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     on_gpu = device.type == "cuda"
     options = {
-        "model": model_fields,
+        "model": str(folder / "model"),
         "train_data": str(folder / "pairs.jsonl"),
         "output_dir": str(folder / "run"),
-        "max_length": model_fields["max_position_embeddings"],
-        "max_steps": steps,
+        "max_length": plan.trained_model["max_position_embeddings"],
+        "max_steps": plan.training_steps,
         "per_device_train_batch_size": 8 if on_gpu else 2,
         "max_batch_tokens": 16384,
-        "dtype": "bfloat16" if on_gpu else "float32",
+        "dtype": "float32",
+        "bf16": on_gpu,
         "learning_rate": 1e-6,
-        "logging_steps": max(1, steps // 20),
+        "logging_steps": max(1, plan.training_steps // 10),
         "keep_best": False,
         "save_strategy": "no",  # only the steps are measured
     }
@@ -255,16 +214,28 @@ def write_training_config(
     return path
 
 
-def training_figures(run: Path) -> dict[str, Any]:
-    """Read the speed of a run's later half, when everything is warm, from its log; only here is its format known."""
+def training_figures(run: Path, plan: Plan) -> dict[str, Any]:
+    """Read the speed of a run's later half, when everything is warm, from its log; only here is its format known.
+
+    ``tflops``: matmuls with the weights, 6 operations per weight and token, without attention. A step's tokens are
+    those of its trees; the head takes the scored tokens alone.
+    """
     file = run / "metrics.jsonl"
     rows = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
     rows = [row for row in rows if "tokens_per_second" in row]
     later = rows[len(rows) // 2 :]
     found: dict[str, Any] = {"steps": rows[-1]["step"] if rows else 0}
-    for name in ("tokens_per_second", "mfu", "peak_memory_gib"):
+    for name in ("tokens_per_second", "peak_memory_gib"):
         if values := [row[name] for row in later if name in row]:
             found[name] = spread(values)
+    if "tokens_per_second" in found:
+        fields, (prompt, response) = plan.trained_model, plan.trained_lengths
+        hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+        projections = 2 * hidden**2 * (1 + fields["num_key_value_heads"] / heads)
+        body = fields["num_hidden_layers"] * (projections + 3 * hidden * fields["intermediate_size"])
+        scored = 2 * response / (prompt + 4 * response)
+        operations = 6 * (body + scored * hidden * fields["vocab_size"])
+        found["tflops"] = operations * found["tokens_per_second"]["median"] / 1e12
     return found
 
 
@@ -273,6 +244,6 @@ def training_line(result: dict[str, Any]) -> str:
     text = f"  training, {result['steps']} steps: {result['status']}, {result['seconds']:.0f} s"
     if "tokens_per_second" in result:
         text += f", {result['tokens_per_second']['median']:,.0f} tokens/s"
-    if "mfu" in result:
-        text += f", MFU {result['mfu']['median']:.1%}"
+    if "tflops" in result:
+        text += f", {result['tflops']:.0f} TFLOP/s"
     return "\n".join([text, *("    " + line for line in result.get("end_of_log", []))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import math
 import resource
@@ -22,6 +23,21 @@ from tqdm import tqdm
 import inspo_kernels
 
 FEWEST_ROUNDS = 3
+
+
+class Timer:
+    """Count the seconds since the start, and those left."""
+
+    def __init__(self, seconds: float) -> None:
+        self.start, self.seconds = time.perf_counter(), seconds
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.elapsed
 
 
 def interleaved_times(
@@ -136,14 +152,57 @@ def guarded(runs: Mapping[str, Callable[[], Any]], failed: dict[str, str]) -> di
     return {name: partial(guard, name, run) for name, run in runs.items()}
 
 
-def peak_memory_in_fresh_process(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run ``python -m module *arguments`` and return its JSON: ``status`` and, if measured, ``peak_bytes``."""
-    child = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+def compared(
+    runs: Mapping[str, Callable[[], Any]],
+    to: str,
+    device: str,
+    rounds: int,
+    *,
+    seconds: float = math.inf,
+    clock: Callable[[Callable[[], Any], str], float] | None = None,
+    ratio: str | None = None,
+    memory: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Time the runs in interleaved rounds, each beside the run named ``to``, with peak memory on a GPU.
+
+    The key of a row's ratios is ``ratio``, "times_" and ``to`` by default. A run that fails has only a status.
+    """
+    failed: dict[str, str] = {}
+    guards, peaks = guarded(runs, failed), dict[str, Any]()
+    for name, run in guards.items():
+        run()
+        if memory and torch.device(device).type == "cuda" and name not in failed:
+            peaks[name] = {"peak_bytes": own_peak(run, device)}
+    alive = {name: run for name, run in guards.items() if name not in failed}
+    times = interleaved_times(alive, rounds, device=device, seconds=seconds, clock=clock)
+    beside = ratios(times, to) if to in times else {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in runs:
+        rows[name] = {"status": failed.get(name, "measured")}
+        if name not in failed:
+            rows[name] |= {"seconds": spread(times[name]), ratio or f"times_{to}": beside.get(name)}
+            rows[name] |= peaks.get(name, {})
+    return rows
+
+
+def peak_memory_in_fresh_process(module: str, function: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``peak_row`` of a module's function, called with JSON arguments in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.harness", module, function, json.dumps(given)]
+    child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode == -9:
         return {"status": "out of memory"}
     if child.returncode != 0:
         return {"status": f"failed: {(child.stderr.strip() or str(child.returncode)).splitlines()[-1][:200]}"}
     return json.loads(child.stdout.strip().splitlines()[-1])
+
+
+def peak_row(peak_of: Callable[..., int | str | None], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``status`` and, if measured, ``peak_bytes``. ``peak_of`` returns bytes, or why they cannot be measured."""
+    try:
+        found = peak_of(**given)
+    except Exception as error:
+        found = reason(error)
+    return {"status": found} if isinstance(found, str) else {"status": "measured", "peak_bytes": found}
 
 
 def limit_memory() -> None:
@@ -192,3 +251,10 @@ def own_peak(run: Callable[[], Any], device: str = "cpu") -> int | None:
 def _proc_kib(file: str, field: str) -> int:
     lines = Path("/proc", file).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+if __name__ == "__main__":  # a fresh process
+    _, module, function, given = sys.argv
+    peak_of = getattr(importlib.import_module(module), function)
+    limit_memory()
+    print(json.dumps(peak_row(peak_of, json.loads(given))))

@@ -1,20 +1,30 @@
 """List the cases of the compile report: each kernel as the backend launches it, and each launch of the tests.
 
-``cases`` lists the shipped configurations by hand, with the facts that the report checks. ``recorded`` replays launches
-that ``benchmarks.record_launches`` recorded while the tests ran, for any launcher and any arguments.
+``cases`` lists the shipped configurations by hand, with the facts that the report checks. As a pytest plugin, this
+module records every launch of the tests, for any launcher and any arguments, and ``recorded`` replays them:
+
+    TRITON_INTERPRET=1 LAUNCHES=FILE python -m pytest -p benchmarks.launches tests/inspo_kernels/test_triton.py
+
+A launcher is any function in ``inspo_kernels.kernels`` that takes ``arch``. The plugin writes its name and the facts of
+its arguments that affect compilation: dtypes, shapes, strides, alignment and which tensors share an address. Identical
+calls are written once.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import os
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 VOCAB, HIDDEN, ROWS, TILE_WORDS = 128256, 4096, 4, 8448
 HALF, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -68,9 +78,8 @@ def row_pass_case(
 ) -> Case:
     """Return a launch on a tile of logits from word ``first`` on. E in place, and float16, use one whole tile."""
     from inspo_kernels.kernels import config
-    from inspo_kernels.kernels.row_pass import PARTS, row_pass
 
-    with_bias, softcap, logit_scale = TRANSFORMS[transform]
+    with_bias, softcap, scale = TRANSFORMS[transform]
     accumulate_dtype = FP64 if dtype == FP64 else FP32
     stride = config.padded_vocab(vocab)
     in_place = store and dtype == accumulate_dtype
@@ -78,27 +87,9 @@ def row_pass_case(
     raw = torch.empty(ROWS, words, dtype=accumulate_dtype)
     e = None if not store else raw if in_place else torch.empty(ROWS, stride, dtype=dtype)
     bias = torch.empty(stride, dtype=dtype) if with_bias else None
-    targets, raised = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, dtype=torch.int32)
-    label, offset, rest = torch.empty(3, ROWS, dtype=accumulate_dtype)
-    parts = torch.empty(len(PARTS), ROWS, dtype=accumulate_dtype)
-    launch = partial(
-        row_pass,
-        raw,
-        targets,
-        label,
-        offset,
-        rest,
-        parts,
-        raised,
-        first=first,
-        vocab=vocab,
-        e=e,
-        bias=bias,
-        softcap=softcap,
-        outer=1.0 if softcap is None else softcap,
-        scale=logit_scale,
-        wanted=frozenset(PARTS if statistics else ()),
-    )
+    targets = torch.zeros(ROWS, dtype=torch.int64)
+    options: dict[str, Any] = {"bias": bias, "softcap": softcap, "scale": scale, "statistics": statistics}
+    launch = partial(row_pass_launch(raw, targets, e, vocab=vocab, **options), first=first)
 
     def elements(arch: str) -> int:
         chosen = config.row_pass(arch, words, accumulate_dtype, softcap, statistics)
@@ -118,43 +109,57 @@ def row_pass_case(
     )
 
 
+def row_pass_launch(
+    raw: Tensor, targets: Tensor, e: Tensor | None, *, vocab: int, **options: Any
+) -> Callable[..., None]:
+    """Return a launch of the pass over a tile of logits (rows, words); call it with ``first`` and ``arch``."""
+    from inspo_kernels.kernels.row_pass import PARTS, row_pass
+
+    label, offset, rest = raw.new_zeros(3, len(raw))
+    parts, raised = raw.new_empty(len(PARTS), len(raw)), torch.zeros_like(targets, dtype=torch.int32)
+    given = launch_options(**options)
+    return partial(row_pass, raw, targets, label, offset, rest, parts, raised, vocab=vocab, e=e, **given)
+
+
+def fused_pass_launch(
+    x: Tensor, weight: Tensor, targets: Tensor, label: Tensor, e: Tensor | None, **options: Any
+) -> Callable[..., None]:
+    """Return a launch of the fused pass over the rows of ``x``; call it with ``arch``."""
+    from inspo_kernels.kernels.fused_pass import fused_pass
+
+    given = launch_options(**options)
+    offset, sums = torch.empty_like(label), label.new_empty(1 + len(given["wanted"]), len(label))
+    raised = torch.zeros_like(targets, dtype=torch.int32)
+    return partial(fused_pass, x, weight, targets, label, offset, sums, raised, e=e, **given)
+
+
+def launch_options(
+    bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0, statistics: bool = False
+) -> dict[str, Any]:
+    from inspo_kernels.kernels.row_pass import PARTS
+
+    outer, wanted = 1.0 if softcap is None else softcap, frozenset(PARTS if statistics else ())
+    return {"bias": bias, "softcap": softcap, "outer": outer, "scale": scale, "wanted": wanted}
+
+
 def fused_pass_cases() -> Iterator[Case]:
     """Yield the launches of the fused pass, for the architectures that use it. Its tiles pass through shared memory."""
     from inspo_kernels.kernels import config
-    from inspo_kernels.kernels.fused_pass import fused_pass
-    from inspo_kernels.kernels.row_pass import PARTS
 
-    for transform, (with_bias, softcap, logit_scale) in TRANSFORMS.items():
-        for dtype, store, statistics in (
-            (BF16, True, False),
-            (BF16, False, False),
-            (BF16, True, True),
-            (BF16, False, True),
-            (HALF, False, False),
-        ):
-            wanted = frozenset(PARTS if statistics else ())
-            stride = config.padded_vocab(VOCAB)
-            launch = partial(
-                fused_pass,
-                torch.empty(ROWS, HIDDEN, dtype=dtype),
-                torch.empty(VOCAB, HIDDEN, dtype=dtype),
-                torch.zeros(ROWS, dtype=torch.int64),
-                torch.empty(ROWS),
-                torch.empty(ROWS),
-                torch.empty(1 + len(wanted), ROWS),
-                torch.zeros(ROWS, dtype=torch.int32),
-                e=torch.empty(ROWS, stride, dtype=BF16) if store else None,
-                bias=torch.empty(stride, dtype=dtype) if with_bias else None,
-                softcap=softcap,
-                outer=1.0 if softcap is None else softcap,
-                scale=logit_scale,
-                wanted=wanted,
-            )
+    stride = config.padded_vocab(VOCAB)
+    e = torch.empty(ROWS, stride, dtype=BF16)
+    kinds = [(BF16, store, statistics) for statistics in (False, True) for store in (True, False)]
+    for transform, (with_bias, softcap, scale) in TRANSFORMS.items():
+        for dtype, store, statistics in (*kinds, (HALF, False, False)):
+            x, weight = torch.empty(ROWS, HIDDEN, dtype=dtype), torch.empty(VOCAB, HIDDEN, dtype=dtype)
+            targets, label = torch.zeros(ROWS, dtype=torch.int64), torch.empty(ROWS)
+            bias = torch.empty(stride, dtype=dtype) if with_bias else None
+            options: dict[str, Any] = {"bias": bias, "softcap": softcap, "scale": scale, "statistics": statistics}
             what = ("E" if store else "sums") + (" and statistics" if statistics else "")
             yield Case(
                 "fused_pass",
                 f"{NAMES[dtype]} {what}, {transform}, V={VOCAB}",
-                launch,
+                fused_pass_launch(x, weight, targets, label, e if store else None, **options),
                 wide_loads=False,
                 # Registers spill once per tile, which costs little next to the tile's thousands of multiply-adds.
                 stack_bytes=160 if statistics else 32 if softcap else 0,
@@ -216,16 +221,66 @@ def scale_rows_cases() -> Iterator[Case]:
 
 # --- launches of the tests ---
 
+_calls: dict[str, None] = {}
+
+
+def written(value: Any, addresses: list[int]) -> Any:
+    """Return a JSON value from which ``recorded`` rebuilds an argument that compiles to the same kernel."""
+    if isinstance(value, Tensor):
+        address = value.data_ptr()
+        same_as = addresses.index(address) if address and address in addresses else None  # 0: it is empty
+        addresses.append(address)
+        dtype = str(value.dtype).removeprefix("torch.")
+        layout = {"shape": list(value.shape), "stride": list(value.stride()), "offset": address % 16}
+        return {"dtype": dtype, **layout, "same_as": same_as}
+    if isinstance(value, frozenset):
+        return {"set": sorted(value)}
+    if isinstance(value, float):
+        return {"float": repr(value)}
+    return value
+
+
+def recording(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(launcher)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        addresses: list[int] = []
+        one = {
+            "module": launcher.__module__,
+            "name": launcher.__name__,
+            "args": [written(value, addresses) for value in args],
+            "kwargs": {name: written(value, addresses) for name, value in kwargs.items() if name != "arch"},
+        }
+        _calls[json.dumps(one)] = None
+        return launcher(*args, **kwargs)
+
+    return call
+
+
+def pytest_configure() -> None:
+    from inspo_kernels import kernels
+
+    for found in pkgutil.iter_modules(kernels.__path__):
+        if found.name == "config":  # its functions choose sizes for an architecture and launch nothing
+            continue
+        module = importlib.import_module(f"{kernels.__name__}.{found.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and "arch" in inspect.signature(function).parameters:
+                setattr(module, name, recording(function))
+
+
+def pytest_unconfigure() -> None:
+    Path(os.environ["LAUNCHES"]).write_text("".join(f"{call}\n" for call in _calls))
+
 
 def recorded(file: Path) -> Iterator[Case]:
-    """Yield a case for each launch in a ``record_launches`` file, on tensors with the recorded layouts.
+    """Yield a case for each launch in a file of the plugin, on tensors with the recorded layouts.
 
     The report checks fewer facts of these launches, because tests use odd strides and widths on purpose.
     """
     for i, line in enumerate(file.read_text().splitlines()):
         call = json.loads(line)
         launcher = getattr(importlib.import_module(call["module"]), call["name"])
-        tensors: list[torch.Tensor] = []
+        tensors: list[Tensor] = []
         arguments = [_made(value, tensors) for value in call["args"]]
         keywords = {name: _made(value, tensors) for name, value in call["kwargs"].items()}
         yield Case(
@@ -239,8 +294,8 @@ def recorded(file: Path) -> Iterator[Case]:
         )
 
 
-def _made(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """Rebuild an argument that ``record_launches.written`` recorded. Tensors that shared an address share one again."""
+def _made(value: Any, tensors: list[Tensor]) -> Any:
+    """Rebuild an argument that ``written`` recorded. Tensors that shared an address share one again."""
     if not isinstance(value, dict):
         return value
     if "set" in value:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import cells
+from . import loss
 from .measure import LOGPS, MODES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    cells.run("benchmarks.logps", __doc__, LOGPS, MODES, arguments)
+    loss.measure_all("logps", __doc__, LOGPS, MODES, arguments)
 
 
 if __name__ == "__main__":

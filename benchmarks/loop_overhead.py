@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from training.model import load_model
 from training.scoring import Batch, Batcher, PairModel, score
 from training.train import train
 
-from .harness import spread
+from .harness import interleaved_times, ratios, spread
 from .real_pairs import command_of, pairs_of, pairs_parser
 from .result_files import positive, provenance, write_json
 
@@ -98,7 +99,7 @@ RUNS: dict[str, Callable[[TrainConfig, list[Pair], int], float]] = {"bare": bare
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = pairs_parser("benchmarks.loop_overhead", __doc__)
+    parser = pairs_parser("loop_overhead", __doc__)
     parser.add_argument(
         "--steps", type=positive, default=100, help="steps of a run, which ends with a checkpoint [100]"
     )
@@ -119,13 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep_best=False,
     )
     pairs = pairs_of(parser, options.pairs, config, load_model(config)[1], lambda line: None)
-    seconds: dict[str, list[float]] = {name: [] for name in RUNS}
-    for number in range(1, options.rounds + 1):
-        for name in list(RUNS)[:: 1 if number % 2 else -1]:
-            seconds[name].append(RUNS[name](config, pairs, options.steps))
-        bare, loop = (seconds[name][-1] for name in ("bare", "loop"))
-        print(f"round {number}: bare {bare:.2f} s, loop {loop:.2f} s, {loop / bare:.4f}", flush=True)
-    ratio = spread([loop / bare for bare, loop in zip(seconds["bare"], seconds["loop"], strict=True)])
+    runs = {name: partial(run, config, pairs, options.steps) for name, run in RUNS.items()}
+
+    def show(seconds: dict[str, list[float]]) -> None:
+        bare, loop = seconds["bare"][-1], seconds["loop"][-1]
+        print(f"bare {bare:.2f} s, loop {loop:.2f} s, {loop / bare:.4f}", flush=True)
+
+    # The runs measure themselves.
+    seconds = interleaved_times(runs, options.rounds, warmup=0, clock=lambda run, _: run(), after_round=show)
+    ratio = ratios(seconds, "bare")["loop"]
     result = {
         **provenance(command_of("benchmarks.loop_overhead", arguments, options)),
         "model": MODEL,

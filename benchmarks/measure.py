@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -17,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batches import HeadShape, PairBatch, Shape, equal
-from .contenders import BETA, CONTENDERS, Contender, Outcome, chosen
+from .contenders import BETA, CONTENDERS, Contender, Outcome
 from .harness import (
     guarded,
     interleaved_times,
-    limit_memory,
     own_peak,
     peak_memory_in_fresh_process,
     ratios,
@@ -36,6 +32,8 @@ FORWARD, FROZEN, TRAIN = "forward", "frozen head", "forward+backward"
 PRODUCTS = {FORWARD: 1, FROZEN: 2, TRAIN: 3}
 MODES = (TRAIN, FORWARD, FROZEN)
 LOSS, LOGPS = "loss", "logps"
+# Names of errors in nats.
+NATS = {"loss": "loss_nat", "sums": "sequence_nat", "logps": "token_nat"}
 # Vocabulary entries per block in the comparison with float64.
 BLOCK = 4096
 
@@ -94,18 +92,24 @@ class Truth:
             dx.addmm_(of_block, block.double())
         self.values["dhidden"] = dx if batch.scored_mask is None else _spread(dx, batch.scored_mask)
 
-    def errors(self, got: dict[str, Tensor]) -> dict[str, float]:
-        """Return the largest errors of loss, sums and log-probs in nats, and the gradients' relative errors by norm."""
-        names = {"loss": "loss_nat", "sums": "sequence_nat", "logps": "token_nat"}
+    def errors(self, got: dict[str, Tensor], relative: bool = False) -> dict[str, float]:
+        """Return the gradients' relative errors by norm, and the largest errors of loss, sums and log-probs.
+
+        The latter are in nats, with "_nat" in their names, or ``relative`` to the largest value.
+        """
         result = {}
         for name, value in got.items():
-            if name in names:
-                result[names[name]] = (value.double() - self.values[name]).abs().max().item()
-            elif name == "dhidden":
-                wrong = (value.double() - self.values[name]).norm()
-                result[name] = (wrong / self.values[name].norm()).item()
-            else:
+            if name == "dweight":
                 result[name] = self._weight_error(value)
+                continue
+            truth = self.values[name]
+            wrong = value.double() - truth
+            if name == "dhidden":
+                result[name] = (wrong.norm() / truth.norm()).item()
+            elif relative:
+                result[name] = wrong.abs().max().item() / truth.abs().max().item()
+            else:
+                result[NATS[name]] = wrong.abs().max().item()
         return result
 
     def _weight_error(self, got: Tensor) -> float:
@@ -123,16 +127,6 @@ def _spread(rows: Tensor, mask: Tensor) -> Tensor:
     return result
 
 
-def relative(errors: dict[str, float], truth: Truth) -> dict[str, float]:
-    """Return the errors with those of loss, sums and log-probs made relative, comparable to the gradients' errors."""
-    scale = {"loss_nat": "loss", "sequence_nat": "sums", "token_nat": "logps"}
-    result = {}
-    for name, value in errors.items():
-        of = scale.get(name)
-        result[of or name] = value / truth.values[of].abs().max().item() if of else value
-    return result
-
-
 def checked(
     got: dict[str, Tensor], batch: PairBatch, what: str, knows: bool, truths: dict[bool, Truth | str]
 ) -> dict[str, Any]:
@@ -145,7 +139,7 @@ def checked(
             truths[knows] = Truth(batch, what, knows_reference=knows)
         truth = truths[knows]
         if not isinstance(truth, str):
-            return {"relative_error": relative(truth.errors(got), truth)}
+            return {"relative_error": truth.errors(got, relative=True)}
     except Exception as error:  # too_large re-raises every error except a lack of memory
         truth = truths[knows] = too_large(error)
     return {"errors_not_checked": truth}
@@ -274,7 +268,7 @@ def measure(
     return cell
 
 
-# --- peak memory on a CPU: python -m benchmarks.measure JSON, in a separate process ---
+# --- peak memory on a CPU, in a fresh process per figure ---
 
 
 def measure_peaks(
@@ -289,10 +283,9 @@ def measure_peaks(
 ) -> None:
     """Measure each contender's peak memory above its inputs in a fresh process, and record it in ``cell``."""
     table = cell.setdefault("contenders", {})
+    given = {"head": asdict(shape.head), "lengths": shape.lengths, "mode": mode, "what": what, "rows": rows}
     for name in names:
-        what_to_run: dict[str, Any] = {"head": asdict(shape.head), "lengths": shape.lengths, "mode": mode, "name": name}
-        what_to_run |= {"what": what, "rows": rows}
-        peak = peak_memory_in_fresh_process("benchmarks.measure", [json.dumps(what_to_run)])
+        peak = peak_memory_in_fresh_process("benchmarks.measure", "peak_of", given | {"name": name})
         table[name] = table.get(name, {}) | peak
         save()
 
@@ -301,32 +294,16 @@ def run_of(name: str, batch: PairBatch, mode: str, what: str) -> Callable[[], An
     return products(batch, PRODUCTS[mode]) if name == "floor" else partial(step, batch, mode, CONTENDERS[name], what)
 
 
-def main(arguments: list[str]) -> None:
-    """Print the status and peak memory of one contender as JSON, measured on the call after a warm-up."""
-    parser = argparse.ArgumentParser("python -m benchmarks.measure", description=main.__doc__)
-    parser.add_argument("what_to_run", type=json.loads)
-    given = parser.parse_args(arguments).what_to_run
-    shape = Shape(HeadShape(**given["head"]), tuple(map(tuple, given["lengths"])))
-    name, mode, what = given["name"], given["mode"], given["what"]
-    limit_memory()
-    options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "rows": given["rows"]}
-    try:
-        small = PairBatch(equal(HeadShape(64, 1000), 2, 16, 32), **options)
-        run_of("torch", small, TRAIN, LOSS)()
-        batch = PairBatch(shape, **options)
-        if name != "floor":
-            outcome = chosen([name], batch, per_token=what == LOGPS)[name]
-            if isinstance(outcome, str):
-                print(json.dumps({"status": outcome}))
-                return
-        run_of(name, batch, mode, what)()
-        release_freed_memory()
-        peak = own_peak(lambda: run_of(name, batch, mode, what)())
-    except Exception as error:
-        print(json.dumps({"status": reason(error)}))
-        return
-    print(json.dumps({"status": "measured", "peak_bytes": peak}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def peak_of(
+    head: dict[str, Any], lengths: list[list[int]], mode: str, what: str, rows: bool, name: str
+) -> int | str | None:
+    """Return one contender's peak memory on the call after a warm-up, or why it cannot run."""
+    options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "rows": rows}
+    small = PairBatch(equal(HeadShape(64, 1000), 2, 16, 32), **options)
+    run_of("torch", small, TRAIN, LOSS)()
+    batch = PairBatch(Shape(HeadShape(**head), tuple((x, w, l) for x, w, l in lengths)), **options)
+    if name != "floor" and (why := CONTENDERS[name].unavailable(batch, per_token=what == LOGPS)):
+        return why
+    run_of(name, batch, mode, what)()
+    release_freed_memory()
+    return own_peak(lambda: run_of(name, batch, mode, what)())

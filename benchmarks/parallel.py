@@ -10,7 +10,6 @@ matmuls.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -31,7 +30,8 @@ from inspo_kernels.groups import GATHER
 
 from .batches import HeadShape, Shape, equal
 from .harness import own_peak, release_freed_memory, spread
-from .result_files import command, positive, provenance, result_file, write_json
+from .result_files import command, make_parser, positive, provenance, result_file, write_json
+from .tables import markdown, ratio_text
 
 RANKS = (1, 2, 4)
 REFERENCE, QUICK = equal(HeadShape(512, 32_000), 4, 128, 256), equal(HeadShape(32, 500), 2, 8, 16)
@@ -49,6 +49,7 @@ ASSUMPTIONS = {
 NETWORKS = {"NVLink 4": 450e9, "400 Gb/s": 50e9}
 HEADS = {"Llama-3-70B": HeadShape(8192, 128_256), "Llama-4": HeadShape(5120, 202_048)}
 GPUS, TOKENS, FLOPS = (2, 4, 8), 8192, 790e12
+CALCULATED_TIMES = {"matmuls": 1, "gather": 3, "dx_all_reduce": 1}  # digits of their ms in the table
 
 
 def calculated() -> list[dict[str, Any]]:
@@ -114,7 +115,7 @@ class _TimedWork:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.parallel", description=(__doc__ or "").splitlines()[0])
+    parser = make_parser("parallel", __doc__)
     parser.add_argument("--json", type=result_file, help="result file")
     parser.add_argument("--rounds", type=positive, default=7, help="rounds after a warm-up [7]")
     parser.add_argument("--quick", action="store_true", help="a small shape, to check that everything runs")
@@ -215,49 +216,37 @@ def _runs(shape: Shape, rank: int, ranks: int) -> tuple[Callable[[], None], Call
 
 def tables(result: dict[str, Any]) -> str:
     """Format the measured and the calculated table in Markdown."""
-    first = result["cells"][0]
-    lines = [
-        f"Measured: one call with gradients, {first['scored_tokens']:,} scored tokens, H = {first['hidden']}, "
-        f"V = {first['vocab']:,}, {result['dtype']}, gloo on {result['hardware']['cores']} cores, one thread per rank. "
-        "The floor is the three bare matmuls of a rank's words, run on all ranks at the same time.",
-        "",
-        "| ranks | ms | time / floor | in collectives | sent per rank: sums, dX | peak memory per rank |",
-        "|---|---|---|---|---|---|",
-    ]
+    first, measured = result["cells"][0], []
     for cell in result["cells"]:
         timed = ["more ranks than cores", "", ""]
         if "seconds" in cell:
-            ratio = cell["to_floor"]
-            timed = [
-                f"{1e3 * cell['seconds']['ours']['median']:,.0f}",
-                f"{ratio['median']:.2f} ({ratio['q1']:.2f}-{ratio['q3']:.2f})",
-                f"{cell['share_in_collectives']:.1%}",
-            ]
+            milliseconds = f"{1e3 * cell['seconds']['ours']['median']:,.0f}"
+            timed = [milliseconds, ratio_text(cell["to_floor"]), f"{cell['share_in_collectives']:.1%}"]
         sent = (f"{cell['bytes_sent_per_rank'].get(kind, 0) / 1024:,.0f} KiB" for kind in ("gather", "all_reduce"))
-        columns = [str(cell["ranks"]), *timed, ", ".join(sent), f"{cell['peak_memory_mib']:.0f} MiB"]
-        lines.append(f"| {' | '.join(columns)} |")
-    assumptions = dict(result["assumptions"])
-    bandwidths = ", ".join(
-        f"{name} {bytes_ / 1e9:.0f} GB/s" for name, bytes_ in assumptions.pop("bytes_per_second").items()
-    )
-    assumed = "; ".join(f"{name}: {text}" for name, text in assumptions.items())
-    lines += [
-        "",
-        f"Calculated, not measured, for {TOKENS:,} scored tokens in bf16. {assumed}; bandwidth of a GPU in one "
-        f"direction: {bandwidths}.",
-        "",
-        "| head | ranks | network | three matmuls | gather of sums | all-reduce of dX | waited | without overlap |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        measured.append([str(cell["ranks"]), *timed, ", ".join(sent), f"{cell['peak_memory_mib']:.0f} MiB"])
+    calculated_rows = []
     for row in result["calculated"]:
-        times = (
-            f"{row[name]:.{digits}f} ms"
-            for name, digits in (("matmuls_ms", 1), ("gather_ms", 3), ("dx_all_reduce_ms", 1))
-        )
         head = f"{row['head']}: H = {row['hidden']:,}, V = {row['vocab']:,}"
+        times = (f"{row[f'{what}_ms']:.{digits}f} ms" for what, digits in CALCULATED_TIMES.items())
         shares = (f"{row[name]:.1%}" for name in ("share_waited", "share_without_overlap"))
-        lines.append(f"| {' | '.join([head, str(row['ranks']), row['network'], *times, *shares])} |")
-    return "\n".join(lines)
+        calculated_rows.append([head, str(row["ranks"]), row["network"], *times, *shares])
+    assumptions = dict(result["assumptions"])
+    rates = assumptions.pop("bytes_per_second").items()
+    bandwidths = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in rates)
+    assumed = "; ".join(f"{name}: {text}" for name, text in assumptions.items())
+    columns = "ranks", "ms", "time / floor", "in collectives", "sent per rank: sums, dX", "peak memory per rank"
+    times_of = "three matmuls", "gather of sums", "all-reduce of dX", "waited", "without overlap"
+    return "\n\n".join(
+        [
+            f"Measured: one call with gradients, {first['scored_tokens']:,} scored tokens, H = {first['hidden']}, "
+            f"V = {first['vocab']:,}, {result['dtype']}, gloo on {result['hardware']['cores']} cores, one thread per "
+            "rank. The floor is the three bare matmuls of a rank's words, run on all ranks at the same time.",
+            markdown(columns, measured),
+            f"Calculated, not measured, for {TOKENS:,} scored tokens in bf16. {assumed}; bandwidth of a GPU in one "
+            f"direction: {bandwidths}.",
+            markdown(["head", "ranks", "network", *times_of], calculated_rows),
+        ]
+    )
 
 
 if __name__ == "__main__":

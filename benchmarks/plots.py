@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .contenders import CONTENDERS
+from . import tables
 
-TITLES = {"floor": "bare matmuls, preallocated", **{name: c.title for name, c in CONTENDERS.items()}}
+TITLES = tables.TITLES | {"floor": "bare matmuls, preallocated"}
 
 
 def plot_cells(
@@ -38,20 +38,13 @@ def plot_cells(
                     x, (middle, low, high) = [n for n, _ in points], zip(*(v for _, v in points))
                     handles[name] = axes.plot(x, middle, marker="o", markersize=3, color=f"C{i}")[0]
                     axes.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks([c["tokens"] for c in here], [f"{c['tokens']:,}" for c in here], fontsize=7)
-            _log_y(axes)
+            _log_log(axes, [c["tokens"] for c in here])
         axes_row[0].set_ylabel(label)
     for axes in panels[-1]:
         axes.set_xlabel("scored tokens")
     if handles:
-        figure.legend(
-            handles.values(),
-            [TITLES.get(n, n) for n in handles],
-            loc="outside lower center",
-            ncols=legend_columns,
-            fontsize=8,
-        )
+        titles = [TITLES.get(n, n) for n in handles]
+        figure.legend(handles.values(), titles, loc="outside lower center", ncols=legend_columns, fontsize=8)
     figure.suptitle(f"{result['hardware']['gpu'] or result['hardware']['cpu']}, {result['dtype']}", fontsize=9)
     return figure
 
@@ -91,18 +84,12 @@ def plot_scaling(result: dict[str, Any]) -> Figure:
             axes.set_ylabel(label)
     axes, table = panels[0][-1], sorted(result["workspace"].values(), key=lambda row: row["rows"])
     if table:
-        axes.plot(
-            [r["rows"] for r in table], [r["seconds"]["median"] for r in table], marker="o", markersize=3, color="k"
-        )
-        axes.fill_between(
-            [r["rows"] for r in table],
-            [r["seconds"]["q1"] for r in table],
-            [r["seconds"]["q3"] for r in table],
-            alpha=0.2,
-        )
-        ticks = [r["rows"] for r in table][::2]
+        rows = [row["rows"] for row in table]
+        middle, low, high = ([row["seconds"][key] for row in table] for key in ("median", "q1", "q3"))
+        axes.plot(rows, middle, marker="o", markersize=3, color="k")
+        axes.fill_between(rows, low, high, alpha=0.2)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{rows:,}" for rows in ticks], fontsize=7)
+        axes.set_xticks(rows[::2], [f"{n:,}" for n in rows[::2]], fontsize=7)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("rows of the workspace")
         axes.set_ylabel("seconds, reference shape")
@@ -126,17 +113,10 @@ def plot_step(result: dict[str, Any]) -> Figure:
             points = [(at, row) for at, row in enumerate(rows) if row]
             if points:
                 at, ratios = zip(*points)
+                middle = [ratio["median"] for ratio in ratios]
                 errors = [[r["median"] - r["q1"] for r in ratios], [r["q3"] - r["median"] for r in ratios]]
-                axes.errorbar(
-                    at,
-                    [r["median"] for r in ratios],
-                    errors,
-                    marker="o",
-                    capsize=2,
-                    color=f"C{i}",
-                    linestyle="",
-                    label=title,
-                )
+                style: dict[str, Any] = {"marker": "o", "capsize": 2, "color": f"C{i}", "linestyle": ""}
+                axes.errorbar(at, middle, errors, label=title, **style)
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{model}: time / four forwards", fontsize=9)
@@ -160,10 +140,6 @@ def plot_step(result: dict[str, Any]) -> Figure:
 def _log_log(axes: Any, ticks: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks], fontsize=7)
-    _log_y(axes)
-
-
-def _log_y(axes: Any) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")

@@ -34,7 +34,7 @@ from training.model import load_model
 from training.train import train
 
 from .fitting import fit
-from .result_files import command, positive, provenance, result_file, write_json
+from .result_files import command, make_parser, positive, provenance, result_file, write_json
 
 MODEL = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -76,7 +76,7 @@ def fit_base(
 
 def pairs_parser(module: str, doc: str) -> argparse.ArgumentParser:
     """Return a parser with the options ``--pairs`` and ``--json``."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.split("\n")[0])
+    parser = make_parser(module, doc)
     parser.add_argument("--pairs", required=True, help="JSONL with prompt, chosen, rejected")
     parser.add_argument("--json", required=True, type=result_file, help="result file")
     return parser
@@ -110,7 +110,7 @@ def command_of(module: str, arguments: Sequence[str], options: argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = pairs_parser("benchmarks.real_pairs", __doc__)
+    parser = pairs_parser("real_pairs", __doc__)
     parser.add_argument(
         "--max_length", type=positive, default=512, help="most tokens (bytes) of a pair; longer pairs are dropped"
     )

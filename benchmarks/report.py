@@ -6,7 +6,6 @@ write a function that turns the parsed file into Markdown, and list it in ``SECT
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable
@@ -15,10 +14,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from . import parallel, plots
-from .speed_tables import gpu, gpu_form, gpu_savings, logps, loss, ratio_text, savings, scaling, source, step, trainers
+from . import demo_seeds, parallel, plots
+from .result_files import make_parser
+from .speed_tables import gpu, gpu_form, gpu_savings, logps, loss, savings, scaling, step, trainers
 from .study import axis_report, code_report
 from .study.report import against_plain, finding
+from .tables import markdown, ratio_text, section
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
@@ -29,60 +30,29 @@ PAGES = tuple(page for page in (README, *sorted(DOCS.glob("*.md"))) if BLOCK_STA
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def demo(result: dict[str, Any]) -> str:
-    """Tabulate the accuracy of the demo's four models over its seeds."""
-    summary = result["summary"]
-    lines = [
-        f"Answers to unseen prompts in the demo's world, given the prompt alone and graded exactly; {summary['seeds']} "
-        "seeds, each with its own base, data and initialisation:",
-        "",
-        "| | greedy: right | gain over base | sampled: right | gain over base | seeds with gain > 0 (95%) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, title in (("base", "base"), ("sft", "SFT on the chosen"), ("dpo", "DPO"), ("inspo", "InSPO-DPO")):
-        cells = [title]
-        for how in ("greedy", "sampled"):
-            row = summary[how][name]
-            cells += [f"{row['accuracy']['mean']:.2f}", _gain(row)]
-        above = [summary[how][name].get("seeds_with_gain_interval_above_0") for how in ("greedy", "sampled")]
-        cells.append("" if name == "base" else f"{above[0]} greedy, {above[1]} sampled")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _demo_ranking(summary), "", source(result, "demo_seeds.json")])
-
-
-def _demo_ranking(summary: dict[str, Any]) -> str:
-    """Return a sentence that ranks the methods by the table's numbers."""
-    names = {"base": "the base", "sft": "SFT", "dpo": "DPO", "inspo": "InSPO"}
-    ranked = sorted(names, key=lambda name: -summary["sampled"][name]["accuracy"]["mean"])
-    inspo = summary["sampled"]["inspo"]
-    return (
-        "With sampled answers, the 95% interval of InSPO's gain over the base is above 0 on "
-        f"{inspo['seeds_with_gain_interval_above_0']} of {summary['seeds']} seeds. By mean sampled accuracy, the "
-        f"order is {', '.join(names[name] for name in ranked)}"
-        + ("." if ranked[0] == "inspo" else ": InSPO is not first here.")
-    )
-
-
 def real_pairs(result: dict[str, Any]) -> str:
     """Tabulate held-out reward accuracies of the fine-tunes on real pairs."""
-    data = result["data"]
-    lines = [
+    data, table = result["data"], []
+    for run in result["runs"]:
+        texts = []
+        for layout in ("conditioned", "marginal"):
+            accuracy, ends = (run["after"][f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "accuracies_ci"))
+            texts.append(f"{accuracy:.2f} ({ends[0]:.2f}-{ends[1]:.2f})")
+        table.append([_run_name(run), *texts])
+    return section(
+        result,
+        "real_pairs.json",
         f"We fine-tuned a byte-level model with {result['model']['parameters'] / 1e6:.2f}M parameters on "
         f"{data['train_pairs']:,} real preference pairs and held out {data['held_out_pairs']} pairs of other prompts. "
         "Every objective runs from data to a saved model that generates. The table shows the held-out reward accuracy. "
         "Such a model is far too small to answer anything.",
-        "",
-        "| | conditioned accuracy (95%) | marginal accuracy (95%) |",
-        "|---|---|---|",
-    ]
-    for run in result["runs"]:
-        after = run["after"]
-        cells = [f"{run['objective']}, {'InSPO' if run['conditioned'] else 'plain'}"]
-        for layout in ("conditioned", "marginal"):
-            accuracy, ends = (after[f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "accuracies_ci"))
-            cells.append(f"{accuracy:.2f} ({ends[0]:.2f}-{ends[1]:.2f})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _against_chance(result["runs"]), "", source(result, "real_pairs.json")])
+        markdown(["", "conditioned accuracy (95%)", "marginal accuracy (95%)"], table),
+        _against_chance(result["runs"]),
+    )
+
+
+def _run_name(run: dict[str, Any]) -> str:
+    return f"{run['objective']}, {'InSPO' if run['conditioned'] else 'plain'}"
 
 
 def _against_chance(runs: list[dict[str, Any]]) -> str:
@@ -90,9 +60,8 @@ def _against_chance(runs: list[dict[str, Any]]) -> str:
     above: list[str] = []
     below: list[str] = []
     for run in runs:
-        name = f"{run['objective']}, {'InSPO' if run['conditioned'] else 'plain'}"
         low, high = run["after"]["eval_marginal/rewards/accuracies_ci"]
-        (above if low > 0.5 else below if high < 0.5 else []).append(name)
+        (above if low > 0.5 else below if high < 0.5 else []).append(_run_name(run))
     return (
         "Given the prompt alone (marginal), by the intervals of one seed, not adjusted for their number: better "
         f"than chance: {'; '.join(above) or 'none'}; worse: {'; '.join(below) or 'none'}. This shows that the "
@@ -106,11 +75,13 @@ def no_drafts(result: dict[str, Any]) -> str:
     gap = min(value for seed in gaps for value in seed.values())
     gains = {name: summary["sampled"][name]["gain"] for name in ("inspo", "dpo", "sft")}
     inspo = gains["inspo"]
-    return (
+    return section(
+        result,
+        "demo_no_drafts.json",
         f"In the demo's world, on bases fitted without drafts ({summary['seeds']} seeds), an answer after the other "
         f"answer has a log-prob that is up to {-gap:.1f} nats per token lower. InSPO changes the sampled prompt-only "
         f"accuracy by {inspo['mean']:+.2f} ({inspo['min']:+.2f} to {inspo['max']:+.2f}), plain DPO by "
-        f"{gains['dpo']['mean']:+.2f}, SFT by {gains['sft']['mean']:+.2f}.\n\n" + source(result, "demo_no_drafts.json")
+        f"{gains['dpo']['mean']:+.2f}, SFT by {gains['sft']['mean']:+.2f}.",
     )
 
 
@@ -127,16 +98,18 @@ def helps(result: dict[str, Any]) -> str:
 def loop_overhead(result: dict[str, Any]) -> str:
     """Return a sentence on the loop's overhead over its bare steps."""
     rounds = len(result["seconds"]["loop"])
-    return (
+    return section(
+        result,
+        "loop_overhead.json",
         f"With metrics, logs, finite checks and a checkpoint every {result['save_every']} steps, the loop took "
         f"{ratio_text(result['loop_over_bare'])} times as long as its bare steps (median and quartiles of {rounds} "
-        f"rounds of {result['steps']} steps).\n\n" + source(result, "loop_overhead.json")
+        f"rounds of {result['steps']} steps).",
     )
 
 
 def split_heads(result: dict[str, Any]) -> str:
     """Tabulate a head split over ranks: measured on CPUs, and calculated for GPUs."""
-    return f"{parallel.tables(result)}\n\n{source(result, 'parallel_cpu.json')}"
+    return section(result, "parallel_cpu.json", parallel.tables(result))
 
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -155,7 +128,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "helps": ("study_axis/axis.json", helps),
     "axis": ("study_axis/axis.json", axis_report.finding),
     "code": ("study_code/study_code.json", code_report.finding),
-    "demo": ("demo_seeds.json", demo),
+    "demo": ("demo_seeds.json", demo_seeds.demo),
     "no_drafts": ("demo_no_drafts.json", no_drafts),
     "real_pairs": ("real_pairs.json", real_pairs),
 }
@@ -182,16 +155,8 @@ def render(page: Path) -> str:
     return BLOCK.sub(block, page.read_text())
 
 
-def _gain(row: dict[str, Any]) -> str:
-    if "gain" not in row:
-        return ""
-    gain = row["gain"]
-    ends = f" ({gain['mean_ci'][0]:+.2f} to {gain['mean_ci'][1]:+.2f})" if "mean_ci" in gain else ""
-    return f"{gain['mean']:+.2f}{ends}"
-
-
 def main(arguments: list[str] | None = None) -> None:
-    argparse.ArgumentParser("python -m benchmarks.report", description=__doc__.splitlines()[0]).parse_args(arguments)
+    make_parser("report", __doc__).parse_args(arguments)
     for page in PAGES:
         page.write_text(render(page))
     written = []

@@ -10,8 +10,9 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,21 @@ def provenance(command: str, packages: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def joined_provenance(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return date and package for a file with figures of two runs: the newer values, with the commits of both runs."""
+def continued(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the older of two runs' results with the newer date and package, and the commits and commands of both."""
     before = old.get("package", {}).get("commit") or "unknown"
-    known = before.split(", ")
-    commits = dict.fromkeys([*known, new["package"]["commit"] or "unknown"])
+    commits = dict.fromkeys([*before.split(", "), new["package"]["commit"] or "unknown"])
     commit = None if list(commits) == ["unknown"] else ", ".join(commits)
-    return {"date": new["date"], "package": new["package"] | {"commit": commit}}
+    commands = dict.fromkeys([*old["command"].split("; "), new["command"]])
+    package = new["package"] | {"commit": commit}
+    return {**old, "date": new["date"], "package": package, "command": "; ".join(commands)}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Return the keys in which two results differ, with both values, or "" if there are none."""
+    return "; ".join(
+        f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)
+    )
 
 
 def commit() -> str | None:
@@ -112,6 +121,15 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def make_parser(module: str, doc: str) -> argparse.ArgumentParser:
+    """Return the parser of ``python -m benchmarks.MODULE``, described by the first line of its docstring."""
+    return argparse.ArgumentParser(f"python -m benchmarks.{module}", description=doc.splitlines()[0])
+
+
 def positive(text: str) -> int:
     """Parse a whole number of at least 1, for argparse."""
     try:
@@ -134,6 +152,13 @@ def result_file(text: str) -> Path:
     return path
 
 
+def add_names(parser: argparse.ArgumentParser, option: str, names: Iterable[str], about: str, **more: Any) -> None:
+    """Add an option that takes one or more of ``names``. Its help lists them after ``about``."""
+    choices, one = list(names), option.strip("-").removesuffix("s").upper()
+    text = f"{about}: {', '.join(choices)}"
+    parser.add_argument(option, **{"nargs": "+", "choices": choices, "metavar": one, "help": text} | more)
+
+
 def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     parser.add_argument("--json", type=result_file, help="result file, saved after each figure")
     parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or "cuda:1" [cpu]')
@@ -151,23 +176,56 @@ def add_common_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     )
 
 
-def opened_result(
+@dataclass
+class Run:
+    """A command's options and device, and the result that it fills."""
+
+    options: argparse.Namespace
+    device: torch.device
+    result: dict[str, Any]
+
+    def save(self) -> None:
+        """Write the result to --json, if given."""
+        if self.options.json:
+            write_json(self.options.json, self.result)
+
+    def cell(self, name: str, **fields: Any) -> dict[str, Any]:
+        """Return the result's cell with that name. Add one without contenders if it is missing."""
+        cell = next((cell for cell in self.result["cells"] if cell["name"] == name), None)
+        if cell is None:
+            cell = {"name": name, **fields, "contenders": {}}
+            self.result["cells"].append(cell)
+        return cell
+
+
+@contextmanager
+def measuring(
     parser: argparse.ArgumentParser,
     options: argparse.Namespace,
-    command: str,
+    arguments: Sequence[str],
     packages: Sequence[str],
-    dtype: str,
+    dtype_of: Callable[[torch.device], torch.dtype],
     **fields: Any,
-) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Return a result and the function that saves it to --json, if given. With --resume the result is the file's."""
-    result = provenance(command, packages) | {"dtype": dtype, "finished": False, "cells": []} | fields
-    result = _resumed(parser, options, result) if options.resume else result
+) -> Iterator[Run]:
+    """Enter with a run whose result is new or, with --resume, that of the file.
 
-    def save() -> None:
-        if options.json:
-            write_json(options.json, result)
-
-    return result, save
+    At the end the result is finished and saved. On Ctrl-C the finished figures are saved, and the exit status is 130.
+    """
+    device = checked_device(parser, options.device)
+    module = parser.prog.removeprefix("python -m ")
+    result = provenance(command(module, arguments, options.json), packages)
+    result |= {"dtype": dtype_name(dtype_of(device)), "finished": False, "cells": []} | fields
+    run = Run(options, device, _resumed(parser, options, result) if options.resume else result)
+    try:
+        yield run
+    except KeyboardInterrupt:
+        run.save()
+        print("interrupted; finished figures are kept", file=sys.stderr)
+        sys.exit(130)
+    run.result["finished"] = True
+    run.save()
+    if options.json:
+        print(f"written to {options.json}")
 
 
 def _resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
@@ -185,25 +243,14 @@ def _resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, resul
         parser.error(f"--resume: {error}")
     if (was := benchmark_of(old)) != (now := benchmark_of(result)):
         parser.error(f"--resume: {options.json} is of {was}, not of {now}; start a new file")
-    for key in ("hardware", "versions", "dtype"):
-        if old.get(key) != result[key]:
-            parser.error(f"--resume: {key} of {options.json} are {old.get(key)}, here {result[key]}; start a new file")
-    commands = dict.fromkeys([*old["command"].split("; "), result["command"]])
-    return old | joined_provenance(old, result) | {"command": "; ".join(commands), "finished": False}
+    if other := differences(old, result, ("hardware", "versions", "dtype")):
+        parser.error(f"--resume: {options.json} differs ({other}); start a new file")
+    return continued(old, result) | {"finished": False}
 
 
 def lacks(row: Mapping[str, Any] | None, what: str) -> bool:
     """Return whether a contender's row still lacks ``what``. A contender that cannot run lacks nothing."""
     return not row or (row.get("status", "measured") == "measured" and what not in row)
-
-
-def cell_of(result: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    """Return the result's cell with that name. Add the cell if it is missing."""
-    for known in result["cells"]:
-        if known["name"] == cell["name"]:
-            return known
-    result["cells"].append(cell)
-    return cell
 
 
 def checked_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
@@ -237,14 +284,3 @@ def command(module: str, arguments: Sequence[str], json_file: Path | None) -> st
     """Return the command for a result file, with FILE in place of the file's own path."""
     given = ["FILE" if json_file is not None and a == str(json_file) else a for a in arguments]
     return shlex.join(["python", "-m", module, *given])
-
-
-@contextmanager
-def kept_on_interrupt(save: Callable[[], None]) -> Iterator[None]:
-    """On Ctrl-C, save the finished figures and exit with status 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        save()
-        print("interrupted; finished figures are kept", file=sys.stderr)
-        sys.exit(130)

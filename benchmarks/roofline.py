@@ -13,7 +13,6 @@ its bare matmuls with bfloat16 output. No figure in this file is a measured time
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -26,9 +25,12 @@ from inspo_kernels.kernels import config
 from .batches import MODELS, HeadShape
 from .chips import CHIPS, Chip
 from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN
+from .result_files import add_names, make_parser, positive
+from .tables import markdown
 
 STAGED, CACHED, FUSED = "staged", "cached", "fused"
 FORMS = (STAGED, CACHED, FUSED)
+ORDER = (FORWARD, FROZEN, TRAIN)
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 
 # --- assumptions: change one here and every prediction follows ---
@@ -146,6 +148,7 @@ def with_gradients(passes: list[Line], chip: Chip, head: HeadShape, tokens: int,
         e_bytes = 2 * logits + 2 * v * h
         result.append(Line("dX matmul", matmul_seconds(chip, n, h, v, e_bytes + 4 * n * h), "one call over all rows"))
         result.append(Line("scaling of dX", 6 * n * h / chip.memory, "float32 read, bfloat16 written"))
+        result.append(Line("placing of dX", 6 * n * h / chip.memory, "read and written in bfloat16, zeros before"))
     if mode == TRAIN:
         e_bytes = 2 * logits + 2 * n * h
         result.append(Line("dW matmul", matmul_seconds(chip, v, h, n, e_bytes + 2 * v * h), "one call over all rows"))
@@ -260,14 +263,11 @@ def grid_table(chips: Sequence[str], form: str, result: dict[str, Any] | None = 
 
 def summary() -> str:
     """Format the docs' table: ratio to the floor at Llama-3-8B's head and 8,192 tokens, staged / cached / fused."""
-    text = ["| predicted | forward | frozen head | forward + backward |", "|---|---|---|---|"]
+    table = []
     for chip in CHIPS.values():
-        cells = [
-            " / ".join(f"{predicted(chip, MODELS['llama3-8b'], 8192, mode, form)[1]:.2f}" for form in FORMS)
-            for mode in (FORWARD, FROZEN, TRAIN)
-        ]
-        text.append(f"| {chip.name} | {' | '.join(cells)} |")
-    return "\n".join(text)
+        ratios = ([predicted(chip, MODELS["llama3-8b"], 8192, mode, form)[1] for form in FORMS] for mode in ORDER)
+        table.append([chip.name, *(" / ".join(f"{ratio:.2f}" for ratio in row) for row in ratios)])
+    return markdown(["predicted", "forward", "frozen head", "forward + backward"], table)
 
 
 def assumptions(chips: Sequence[str]) -> str:
@@ -290,16 +290,14 @@ def assumptions(chips: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.roofline", description=__doc__.splitlines()[0])
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, metavar="CHIP", help=f"of {', '.join(CHIPS)} [all]")
+    parser = make_parser("roofline", __doc__)
+    add_names(parser, "--chips", CHIPS, "chips to predict [all]")
     parser.add_argument("--model", choices=MODELS, default="llama3-8b", help="head of the line tables [llama3-8b]")
-    parser.add_argument("--tokens", type=int, default=8192, help="scored tokens of the line tables [8192]")
+    parser.add_argument("--tokens", type=positive, default=8192, help="scored tokens of the line tables [8192]")
     parser.add_argument("--grid", action="store_true", help="ratios of every model, length and mode instead")
     parser.add_argument("--summary", action="store_true", help="the table of docs/benchmarks.md instead")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="gpu.json to print beside")
     options = parser.parse_args(arguments)
-    if options.tokens < 1:
-        parser.error(f"--tokens {options.tokens}: at least 1")
     if options.summary:
         print(summary())
         return 0
@@ -323,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n" + grid_table(chips, form, result))
             continue
         for name in chips:
-            for mode in (FORWARD, FROZEN, TRAIN):
+            for mode in ORDER:
                 print("\n" + line_table(CHIPS[name], options.model, options.tokens, mode, form, result))
     return 0
 

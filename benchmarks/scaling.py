@@ -9,26 +9,23 @@ only costs of the length itself grow. The last sweep limits the workspace of our
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from scipy.stats import linregress
 from tqdm import tqdm
 
-from inspo_kernels import backends
-from inspo_kernels.head import checked_head
-
-from .batches import HeadShape, PairBatch, Shape, equal, shapes
-from .cells import fill
-from .contenders import PEER_PACKAGES, Contender, ours
-from .harness import interleaved_times, own_peak, ratios, spread
-from .measure import LOSS, TRAIN, step
-from .result_files import add_common_options, cell_of, checked_device, command, kept_on_interrupt, opened_result
+from . import speed_tables
+from .batches import HeadShape, PairBatch, Shape, dtype_of, equal, shapes
+from .contenders import PEER_PACKAGES
+from .gpu_tuning import head_and_backend, workspace_runs
+from .harness import compared
+from .loss import fill
+from .measure import LOSS, TRAIN
+from .result_files import add_common_options, add_names, make_parser, measuring
 
 CONTENDERS = ("torch", "full_log_softmax", "trl")
 # Base: 8 pairs of prompt 64 and responses of 64 tokens, H 256, V 16,000. Each sweep has three points, 4x apart.
@@ -63,84 +60,37 @@ def fits(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def workspace_sweep(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def workspace_sweep(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
     """Time our loss with the default workspace and with each number of rows in ``WORKSPACE_ROWS``."""
-    batch = PairBatch(shape, dtype=dtype, device=device, rows=True)
-    head = checked_head(batch.hidden, batch.weight, None, batch.softcap, 1.0)
-    backend = backends.resolve_backend("auto", head, device)
-    assert backend is not None
-    default_rows = backend.capacity(head, device, backend.default_workspace_bytes(head, device))
-    default = f"default ({default_rows})"
-    rows_of = {default: None} | {str(r): r for r in WORKSPACE_ROWS}
-
-    def run(rows: int | None) -> None:
-        limit = None if rows is None else backend.kept_bytes(head, rows)
-        step(batch, TRAIN, Contender("ours", loss=ours("auto", max_workspace_bytes=limit)))
-
-    runs = {name: partial(run, rows) for name, rows in rows_of.items()}
-    times = interleaved_times(runs, rounds, device=str(device))
-    to_default = ratios(times, default)
-    return {
-        name: {
-            "rows": rows or default_rows,
-            "bytes": backend.kept_bytes(head, rows or default_rows),
-            "seconds": spread(times[name]),
-            "times_default": to_default[name],
-            "peak_bytes": own_peak(runs[name], str(device)) if device.type == "cuda" else None,
-        }
-        for name, rows in rows_of.items()
-    }
+    batch = PairBatch(shape, dtype=dtype_of(device), device=device, rows=True)
+    default, runs = workspace_runs(batch, "auto", WORKSPACE_ROWS)
+    head, backend, _ = head_and_backend(batch, "auto")
+    calls = {name: run for name, (_, run) in runs.items()}
+    found = compared(calls, default, str(device), rounds, ratio="times_default")
+    sizes = {name: {"rows": rows, "bytes": backend.kept_bytes(head, rows)} for name, (rows, _) in runs.items()}
+    return {name: sizes[name] | row | {"peak_bytes": row.get("peak_bytes")} for name, row in found.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser("python -m benchmarks.scaling", description=__doc__.splitlines()[0])
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser("scaling", __doc__)
     add_common_options(parser, rounds=5)
     known = [*SWEEPS, "workspace"]
-    parser.add_argument(
-        "--sweeps",
-        nargs="+",
-        choices=known,
-        default=known,
-        metavar="SWEEP",
-        help=f"sweeps to run: {', '.join(map(repr, known))} [all]",
-    )
+    add_names(parser, "--sweeps", known, "sweeps to run [all]", default=known)
     options = parser.parse_args(arguments)
-    device = checked_device(parser, options.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    given = command("benchmarks.scaling", arguments, options.json)
-    precision = str(dtype).removeprefix("torch.")
-    result, save = opened_result(parser, options, given, PEER_PACKAGES, precision, fits={}, workspace={})
     sweeps = {name: s for name, s in (QUICK_SWEEPS if options.quick else SWEEPS).items() if name in options.sweeps}
     todo = [(name, value, shape) for name, sweep in sweeps.items() for value, shape in sweep.items()]
-    with kept_on_interrupt(save):
+    fields: dict[str, Any] = {"fits": {}, "workspace": {}}
+    with measuring(parser, options, arguments, PEER_PACKAGES, dtype_of, **fields) as run:
+        result = run.result
         for name, value, shape in tqdm(todo, desc="shapes", disable=not sys.stderr.isatty()):
-            cell = {"name": f"{name} {value}", "sweep": name, "value": value, "mode": TRAIN, **shape.as_json()}
-            cell["contenders"] = {}
-            cell = cell_of(result, cell)
-            fill(cell, shape, TRAIN, LOSS, CONTENDERS, options.rounds, dtype, device, save, options.only)
+            cell = run.cell(f"{name} {value}", sweep=name, value=value, mode=TRAIN, **shape.as_json())
+            fill(run, cell, shape, TRAIN, LOSS, CONTENDERS)
             result["fits"][name] = fits([c for c in result["cells"] if c["sweep"] == name])
         if "workspace" in options.sweeps and not result["workspace"]:
-            shape = shapes(device)["quick" if options.quick else "reference"]
-            result["workspace"] = workspace_sweep(shape, options.rounds, device, dtype)
-        result["finished"] = True
-        save()
-    print(table(result))
-
-
-def table(result: dict[str, Any]) -> str:
-    lines = []
-    for sweep, contenders in result["fits"].items():
-        for name, fit in contenders.items():
-            figures = [
-                f"{what} ~ n^{fit[key]['exponent']:.2f} (+-{fit[key]['standard_error']:.2f})"
-                for what, key in (("time", "seconds"), ("memory", "peak_bytes"))
-                if fit[key]
-            ]
-            lines.append(f"{sweep:<15}{name:<18}{'  '.join(figures)}")
-    for name, row in result["workspace"].items():
-        lines.append(f"workspace of {name:<15}{row['bytes'] / 2**20:8.1f} MiB{1e3 * row['seconds']['median']:10.1f} ms")
-    return "\n".join(lines)
+            shape = shapes(run.device)["quick" if options.quick else "reference"]
+            result["workspace"] = workspace_sweep(shape, options.rounds, run.device)
+    print(speed_tables.scaling(result))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ lengths of real pairs ("real").
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,26 +31,26 @@ from tqdm import tqdm
 from .batches import real_lengths
 from .harness import (
     guarded,
-    limit_memory,
     own_peak,
     peak_memory_in_fresh_process,
+    peak_row,
     ratios,
     reason,
     release_freed_memory,
     spread,
 )
 from .result_files import (
+    Run,
     add_common_options,
-    cell_of,
-    checked_device,
-    command,
-    kept_on_interrupt,
+    add_names,
     lacks,
-    opened_result,
+    make_parser,
+    measuring,
     positive,
 )
 from .step_contenders import STEP_CONTENDERS, TRAINERS
 from .step_jobs import MODELS, Job, Trained, job_of
+from .tables import table
 
 BASE = "four_forwards"
 # Baselines of the ratios, if they are measured.
@@ -144,74 +144,48 @@ def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], s
         save()
 
 
-def peak(what: dict[str, Any], name: str, device: torch.device) -> dict[str, Any]:
+def peak_of(what: dict[str, Any], name: str, device: str) -> int | str | None:
     """Return the peak memory above the model while preparing and running, including gradients and all copies.
 
-    On a CPU, call this in a fresh process.
+    On a CPU, call this in a fresh process. If the contender cannot run, the reason is returned.
     """
     contender = STEP_CONTENDERS[name]
-    why = contender.unavailable()
-    if why:
-        return {"status": why}
-    if device.type == "cpu":
-        limit_memory()
-    try:
-        contender.prepare(job_of("quick", "0.3", 1, 2, 16, torch.float32, device))()
-        job = job_of(**what, dtype=torch.float32, device=device)
-        release_freed_memory()
-        return {"status": "measured", "peak_bytes": own_peak(lambda: contender.prepare(job)(), str(device))}
-    except Exception as error:
-        return {"status": reason(error)}
+    if why := contender.unavailable():
+        return why
+    given: dict[str, Any] = {"dtype": torch.float32, "device": torch.device(device)}
+    contender.prepare(job_of("quick", "0.3", 1, 2, 16, **given))()
+    job = job_of(**what, **given)
+    release_freed_memory()
+    return own_peak(lambda: contender.prepare(job)(), device)
 
 
-def table(cell: dict[str, Any]) -> str:
-    """Format one cell for a terminal."""
-    lines = [cell["name"]]
-    for name, row in cell["contenders"].items():
-        if "seconds" not in row:
-            lines.append(f"  {name:<15}{row['status']}")
-            continue
-        base = next((base for base in BASES if f"times_{base}" in row), None)
-        beside = row[f"times_{base}"] if base else None
-        memory = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:8,.0f} MiB"
-        lines.append(
-            f"  {name:<15}{row['seconds']['median']:8.3f} s"
-            + (f"{beside['median']:7.2f}x {base} ({beside['q1']:.2f}-{beside['q3']:.2f})" if beside else "")
-            + f"{row['positions_per_step']:8,.0f} positions"
-            + f"{row['scored_tokens_per_second']:8,.0f} scored tokens/s{memory}"
-        )
-    return "\n".join(lines)
+def share(text: str) -> str:
+    """Parse a number between 0 and 1, or "real", for argparse."""
+    with contextlib.suppress(ValueError):
+        if text == "real" or 0 < float(text) < 1:
+            return text
+    raise argparse.ArgumentTypeError(f'{text} is not a number between 0 and 1, or "real"')
 
 
 def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser("python -m benchmarks.step", description=__doc__.splitlines()[0])
+    parser = make_parser("step", __doc__)
     add_common_options(parser, rounds=5)
-    parser.add_argument(
-        "--models", nargs="+", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)} [small trunk]"
-    )
+    add_names(parser, "--models", MODELS, "models to train [small trunk; with --quick quick]")
     parser.add_argument(
         "--shares",
         nargs="+",
+        type=share,
         default=["0.1", "0.5", "0.9", "real"],
         metavar="SHARE",
         help='the prompt\'s share of a pair, or "real" [0.1 0.5 0.9 real]',
     )
+    about = f"contenders to measure [all but {', '.join(TRAINERS)}]"
     default = [name for name in STEP_CONTENDERS if name not in TRAINERS]
-    parser.add_argument(
-        "--contenders",
-        nargs="+",
-        choices=STEP_CONTENDERS,
-        default=default,
-        metavar="NAME",
-        help=f"of {', '.join(STEP_CONTENDERS)} [all but {', '.join(TRAINERS)}]",
-    )
+    add_names(parser, "--contenders", STEP_CONTENDERS, about, default=default)
     parser.add_argument("--pairs", type=positive, default=4, help="pairs a step [4]")
     parser.add_argument("--tokens", type=positive, default=512, help="tokens of a pair, at most [512]")
     parser.add_argument("--updates", type=positive, default=2, help="updates timed together [2]")
     options = parser.parse_args(arguments)
-    for share in options.shares:
-        if share != "real" and not _is_share(share):
-            parser.error(f'--shares {share}: a number between 0 and 1, or "real"')
     options.models = options.models or (["quick"] if options.quick else ["small", "trunk"])
     options.tokens = min(options.tokens, 48) if options.quick else options.tokens
     fitting = sum(sum(lengths) <= options.tokens for lengths in real_lengths())
@@ -224,13 +198,6 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.
     return parser, options
 
 
-def _is_share(text: str) -> bool:
-    try:
-        return 0 < float(text) < 1
-    except ValueError:
-        return False
-
-
 def prove(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Compare the contenders' updates in float64, and print their differences."""
     model, updates, tokens = ("quick", 3, 48) if options.quick else ("small", 6, 160)
@@ -241,65 +208,41 @@ def prove(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {"model": model, "updates": updates, "dtype": "float64", "contenders": rows}
 
 
-def fill(
-    cell: dict[str, Any],
-    what: dict[str, Any],
-    options: argparse.Namespace,
-    device: torch.device,
-    save: Callable[[], None],
-) -> None:
+def fill(run: Run, cell: dict[str, Any], what: dict[str, Any]) -> None:
     """Measure the missing figures of ``cell``: first memory, on a CPU in fresh processes, then times."""
-    rows = cell["contenders"]
+    rows, options, device = cell["contenders"], run.options, run.device
     if options.only != "time":
         for name in [n for n in options.contenders if lacks(rows.get(n), "peak_bytes")]:
+            given = {"what": what, "name": name, "device": str(device)}
             if device.type == "cuda":  # its allocator counts peaks, so no fresh process is needed
-                found = peak(what, name, device)
+                found = peak_row(peak_of, given)
             else:
-                given = json.dumps(what | {"name": name})
-                found = peak_memory_in_fresh_process("benchmarks.step", ["--peak-of", given])
+                found = peak_memory_in_fresh_process("benchmarks.step", "peak_of", given)
             rows[name] = rows.get(name, {}) | found
-            save()
+            run.save()
     if options.only != "memory" and cell.get("rounds", 0) < options.rounds:
-        measure(job_of(**what, dtype=torch.float32, device=device), options.contenders, options.rounds, cell, save)
-        tqdm.write(table(cell))
+        measure(job_of(**what, dtype=torch.float32, device=device), options.contenders, options.rounds, cell, run.save)
+        tqdm.write(table(cell["name"], rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["--peak-of"]:
-        what = json.loads(arguments[1])
-        print(json.dumps(peak(what, what.pop("name"), torch.device("cpu"))))
-        return
     parser, options = parsed(arguments)
-    device = checked_device(parser, options.device)
-    result, save = opened_result(
-        parser,
-        options,
-        command("benchmarks.step", arguments, options.json),
-        ("trl", "datasets"),
-        "float32",
-        models={},
-        titles={},
-        same_work={},
-    )
-    result["models"] |= {name: asdict(MODELS[name]) for name in options.models}
-    result["titles"] |= {name: STEP_CONTENDERS[name].title for name in options.contenders}
-    with kept_on_interrupt(save):
+    fields: dict[str, Any] = {"models": {}, "titles": {}, "same_work": {}}
+    with measuring(parser, options, arguments, ("trl", "datasets"), lambda _: torch.float32, **fields) as run:
+        result = run.result
+        result["models"] |= {name: asdict(MODELS[name]) for name in options.models}
+        result["titles"] |= {name: STEP_CONTENDERS[name].title for name in options.contenders}
         if not result["same_work"]:
-            result["same_work"] = prove(options, device)
-            save()
+            result["same_work"] = prove(options, run.device)
+            run.save()
         todo = [(model, share) for model in options.models for share in options.shares]
         for model, share in tqdm(todo, desc="cells", disable=not sys.stderr.isatty()):
             what = {"model": model, "share": share, "updates": options.updates, "pairs": options.pairs}
             what |= {"tokens": options.tokens}
             most = " at most" if share == "real" else ""
             name = f"{model}, {share}, {options.pairs} pairs of {options.tokens} tokens{most}"
-            cell = cell_of(result, {"name": name, **what, "contenders": {}})
-            fill(cell, what, options, device, save)
-        result["finished"] = True
-        save()
-    if options.json:
-        print(f"written to {options.json}")
+            fill(run, run.cell(name, **what), what)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ never changes.
 from __future__ import annotations
 
 import copy
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,34 +30,45 @@ from training.layouts import choose_layout
 from training.pairs import lengths_of
 from training.scoring import Batch, Batcher, PairModel, score
 
-from .contenders import BETA
+from .contenders import BETA, not_installed
 from .step_jobs import Job, Pair, Trained, counting_positions, now
 from .step_trainers import TrainerStep
 
 LOOP_TOKENS = 4096  # of a forward pass of ``loop``
 
 
-def sgd_loop(
-    job: Job, backward: Callable[[int], Tensor], trained: Trained, counted: Sequence[PreTrainedModel]
-) -> Trained:
-    """Take an SGD step per batch: ``backward(i)`` computes the gradients of batch i and returns its loss."""
-    optimizer = torch.optim.SGD(job.model.parameters(), lr=job.learning_rate)
-    start = now(job.model.device)
-    with counting_positions(counted, trained):
-        for i in range(len(job.batches)):
-            loss = backward(i)
-            optimizer.step()
-            optimizer.zero_grad()
-            trained.losses.append(loss.item())
-    trained.seconds = now(job.model.device) - start
-    return trained
+class Step:
+    """Take an SGD step per batch of a job. ``counted`` are the models whose positions are counted."""
+
+    reference_seconds = 0.0
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.counted = job, [job.model]
+
+    def backward(self, i: int) -> Tensor:
+        """Compute the gradients of batch i and return its loss."""
+        raise NotImplementedError
+
+    def __call__(self) -> Trained:
+        job, trained = self.job, Trained(reference_seconds=self.reference_seconds)
+        optimizer = torch.optim.SGD(job.model.parameters(), lr=job.learning_rate)
+        start = now(job.model.device)
+        with counting_positions(self.counted, trained):
+            for i in range(len(job.batches)):
+                loss = self.backward(i)
+                optimizer.step()
+                optimizer.zero_grad()
+                trained.losses.append(loss.item())
+        trained.seconds = now(job.model.device) - start
+        return trained
 
 
-class Ours:
+class Ours(Step):
     """Our step in one layout."""
 
     def __init__(self, job: Job, layout: str) -> None:
-        self.job, self.layout = job, layout
+        super().__init__(job)
+        self.layout = layout
         start = now(job.model.device)
         with torch.no_grad():
             self.ref_logps = [self._forward(batch, conditioned=False).logps for batch in job.batches]
@@ -83,23 +93,20 @@ class Ours:
         objective = ik.SimPO() if ref_logps is None else ik.DPO(beta=BETA)
         return ik.fused_inspo_loss(hidden, **scored, objective=objective, ref_logps=ref_logps, **head)
 
-    def __call__(self) -> Trained:
-        def backward(i: int) -> Tensor:
-            loss = self._forward(self.job.batches[i], conditioned=True, ref_logps=self.ref_logps[i]).loss
-            loss.backward()
-            return loss
-
-        return sgd_loop(self.job, backward, Trained(reference_seconds=self.reference_seconds), [self.job.model])
+    def backward(self, i: int) -> Tensor:
+        loss = self._forward(self.job.batches[i], conditioned=True, ref_logps=self.ref_logps[i]).loss
+        loss.backward()
+        return loss
 
 
-class Loop:
+class Loop(Step):
     """The step of ``training.train``: micro-batches of pairs of similar length, in the cheaper layout.
 
     It does not score the marginals, like the training loop on steps that are not logged.
     """
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        super().__init__(job)
         self.module = PairModel(job.model, ik.DPO(beta=BETA))
         self.batches = [[TrainingPair(*pair) for pair in batch] for batch in job.batches]
         rows = Batcher(job.model.config.pad_token_id, job.model.device, LOOP_TOKENS)
@@ -111,26 +118,24 @@ class Loop:
         self.ref_logps = [score(self.module, batch, self.batcher, conditioned=False).logps for batch in self.batches]
         self.reference_seconds = now(job.model.device) - start
 
-    def __call__(self) -> Trained:
-        def backward(i: int) -> Tensor:
-            batch, total = self.batches[i], torch.zeros(())
-            for part in self.batcher.plan(batch, conditioned=True):
-                tensors = self.batcher([batch[k] for k in part.pairs], conditioned=True, marginals=False)
-                ref_logps = self.ref_logps[i][:, part.pairs].reshape(-1)
-                loss, _ = self.module(Batch(tensors, ref_logps, scale=1 / len(batch)))
-                loss.backward()
-                total = total + loss.detach().cpu()
-            return total
-
-        return sgd_loop(self.job, backward, Trained(reference_seconds=self.reference_seconds), [self.job.model])
+    def backward(self, i: int) -> Tensor:
+        batch, total = self.batches[i], torch.zeros(())
+        for part in self.batcher.plan(batch, conditioned=True):
+            tensors = self.batcher([batch[k] for k in part.pairs], conditioned=True, marginals=False)
+            ref_logps = self.ref_logps[i][:, part.pairs].reshape(-1)
+            loss, _ = self.module(Batch(tensors, ref_logps, scale=1 / len(batch)))
+            loss.backward()
+            total = total + loss.detach().cpu()
+        return total
 
 
-class FourForwards:
+class FourForwards(Step):
     """A step with four forwards (policy and reference, chosen and rejected) and log_softmax at every position."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        super().__init__(job)
         self.reference = copy.deepcopy(job.model).requires_grad_(False)
+        self.counted.append(self.reference)
 
     def _sums(self, model: PreTrainedModel, pairs: list[Pair], *, conditioned: bool) -> tuple[Tensor, Tensor]:
         """Return log-probs (B,) of chosen and rejected responses, each from its own forward with its own padding."""
@@ -147,17 +152,14 @@ class FourForwards:
             sums.append((logps * (labels >= 0)).sum(1))
         return sums[0], sums[1]
 
-    def __call__(self) -> Trained:
-        def backward(i: int) -> Tensor:
-            pairs = self.job.batches[i]
-            chosen, rejected = self._sums(self.job.model, pairs, conditioned=True)
-            with torch.no_grad():
-                ref_chosen, ref_rejected = self._sums(self.reference, pairs, conditioned=False)
-            loss = -F.logsigmoid(BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
-            loss.backward()
-            return loss
-
-        return sgd_loop(self.job, backward, Trained(), [self.job.model, self.reference])
+    def backward(self, i: int) -> Tensor:
+        pairs = self.job.batches[i]
+        chosen, rejected = self._sums(self.job.model, pairs, conditioned=True)
+        with torch.no_grad():
+            ref_chosen, ref_rejected = self._sums(self.reference, pairs, conditioned=False)
+        loss = -F.logsigmoid(BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+        loss.backward()
+        return loss
 
 
 @dataclass(frozen=True)
@@ -169,18 +171,17 @@ class StepContender:
 
     title: str
     prepare: Callable[[Job], Callable[[], Trained]]
-    module: str = "torch"
     package: str = "torch"
     tolerance: float = 1e-9
 
     def unavailable(self) -> str | None:
-        return None if importlib.util.find_spec(self.module) else f"not installed: pip install {self.package}"
+        return not_installed(self.package)
 
 
 def _trainer(title: str, *, compact: bool = False, layout: str | None = None) -> StepContender:
     """Return a contender that runs in TRL, which keeps sums and the reference's log-probs in float32."""
     prepare = partial(TrainerStep, compact=compact, layout=layout)
-    return StepContender(title, prepare, "trl", "trl", tolerance=1e-4)
+    return StepContender(title, prepare, "trl", tolerance=1e-4)
 
 
 STEP_CONTENDERS = {

@@ -12,6 +12,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from .contenders import BETA
 from .step_jobs import Job, Pair, Trained, counting_positions, now
@@ -44,6 +46,21 @@ class ConditioningCollator:
         return batch
 
 
+class Clock(TrainerCallback):
+    """Measure the time from the first step's start to the last step's end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.start, self.seconds = device, 0.0, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            self.start = now(self.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps:
+            self.seconds = now(self.device) - self.start
+
+
 class TrainerStep:
     """Train with TRL's DPOTrainer, or with InSPOTrainer if ``layout`` is given.
 
@@ -53,10 +70,8 @@ class TrainerStep:
     """
 
     def __init__(self, job: Job, *, compact: bool = False, layout: str | None = None) -> None:
-        from transformers.trainer_callback import PrinterCallback
-
         self.job, self.compact, self.layout = job, compact, layout
-        self.trained, self.start = Trained(), 0.0
+        self.clock = Clock(job.model.device)
         self.losses: list[Tensor] = []
         self.folder = tempfile.TemporaryDirectory()
         collator = ConditioningCollator(job.model.config.pad_token_id) if layout is None else None
@@ -110,7 +125,7 @@ class TrainerStep:
             data_collator=collator,
             train_dataset=Dataset.from_list([_as_text(pair) for pair in job.pairs]),
             processing_class=_id_tokenizer(model.config.vocab_size),
-            callbacks=[self._clock()],
+            callbacks=[self.clock],
         )
 
     def _classes(self) -> tuple[Any, Any, dict[str, str]]:
@@ -122,23 +137,6 @@ class TrainerStep:
 
         return InSPOTrainer, InSPOConfig, {"layout": self.layout}
 
-    def _clock(self) -> Any:
-        """Return a callback that measures the time from the first step's start to the last step's end."""
-        from transformers import TrainerCallback
-
-        contender, device = self, self.job.model.device
-
-        class Clock(TrainerCallback):
-            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step == 0:
-                    contender.start = now(device)
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step == state.max_steps:
-                    contender.trained.seconds = now(device) - contender.start
-
-        return Clock()
-
     @contextlib.contextmanager
     def _around(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
@@ -148,12 +146,13 @@ class TrainerStep:
             yield
 
     def __call__(self) -> Trained:
-        self.trained, self.losses = Trained(reference_seconds=self.reference_seconds), []
-        with self._around(), counting_positions([self.job.model], self.trained):
+        self.losses.clear()
+        trained = Trained(reference_seconds=self.reference_seconds)
+        with self._around(), counting_positions([self.job.model], trained):
             self.trainer.train()
         self.job.model.eval()
-        self.trained.losses = [loss.item() for loss in self.losses]
-        return self.trained
+        trained.losses, trained.seconds = [loss.item() for loss in self.losses], self.clock.seconds
+        return trained
 
 
 def _as_text(pair: Pair) -> dict[str, str]:

@@ -70,8 +70,6 @@ def prepare(tensors: PairTensors, options: PairOptions, split: Split | None = No
         same = common_arguments(hidden, head, backend, o) | {"num_pairs": candidates.num_pairs}
         same |= {"objective": objective, "marginal_weight": o.marginal_weight, "reduction": o.reduction}
         same |= {"ref_logps": terms.ref_logps, "pair_weights": terms.pair_weights}
-    # Before the plan, which may wait for the device: while Python works after that, the device idles.
-    run = head_pass(backend, head, hidden.device, o.max_workspace_bytes, o.statistics, split)
     plan = scored_rows.plan(
         candidates,
         vocab_size=head.vocab_size,
@@ -81,6 +79,7 @@ def prepare(tensors: PairTensors, options: PairOptions, split: Split | None = No
         split=split,
         same=same,
     )
+    run = head_pass(backend, head, hidden.device, o.max_workspace_bytes, o.statistics, split)
     growth = PAIR_GROWTH if o.max_workspace_bytes is None else 1
     return Prepared(head, run, plan, terms, 0 if run is None else run.capacity * growth)
 

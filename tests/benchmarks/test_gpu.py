@@ -139,7 +139,7 @@ def processes_of(folder):
             words = file.read_bytes().decode().split("\0")
         except OSError:
             continue
-        if "benchmarks.gpu_steps" in words and str(folder) in words:
+        if "benchmarks.gpu_steps" in words and any(str(folder) in word for word in words):
             found.append(words)
     return found
 
@@ -192,13 +192,13 @@ def test_cells_cut_short_are_measured_again(tmp_path, fake_step):
         rows = {"floor": row, "cut_cross_entropy": {"status": "needs a GPU", "step": "main"}}
         result["cells"].append({"name": name, "contenders": rows})
     gpu.run_step("main", options, result, 20.0, {})
-    assert '--known ["whole"]' in (tmp_path / "words").read_text()
+    assert '"known": ["whole"]' in (tmp_path / "words").read_text()
 
 
 def test_step_without_time_left_is_not_started(capsys, fake_step):
     _, options, result = fake_step
     options.steps = ["main", "training"]
-    gpu.run(options, result, gpu.Clock(20.0), {})
+    gpu.run(options, result, gpu.Timer(20.0), {})
     assert result["steps"] == {} and capsys.readouterr().out.count("call again to go on") == 2
 
 
@@ -300,25 +300,15 @@ def test_training_without_a_package_names_it(monkeypatch):
         return 1
 
     monkeypatch.setattr(gpu_training, "run_in_group", run)
-    result = gpu_training.training_run(gpu_plan.TINY, (8, 4), 1, CPU, 60.0)
+    result = gpu_training.training_run(gpu_plan.QUICK, CPU, 60.0)
     assert result["status"] == "not available: filelock is not installed"
 
 
 def test_cells_without_time_are_noted(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_steps, "RESERVE_SECONDS", 1e9)
-    context = gpu_steps.Context("shapes", gpu_plan.QUICK, CPU, [], tmp_path, 60.0)
+    context = gpu_steps.Context("shapes", gpu_plan.QUICK, CPU, [], tmp_path, gpu.Timer(60.0))
     gpu_steps.measure_cells(context, gpu_plan.QUICK.main_cells(), ["torch"], rounds=2)
     assert len(context.part["cells"]) == 1 and context.notes == ["2 cells not measured: out of time"]
-
-
-def test_missing_statistics_give_one_line(monkeypatch):
-    def old(*_, statistics=None, **__):
-        if statistics:
-            raise TypeError("linear_logps() got an unexpected keyword argument 'statistics'")
-
-    monkeypatch.setattr(gpu_training.ik, "linear_logps", old)
-    rows = dict(gpu_training.statistics(batch_of(), 2, 1.0))
-    assert rows["log-probs, statistics"] == {"status": "not available: the function takes no statistics"}
 
 
 def test_failing_line_of_the_decomposition_leaves_the_others(monkeypatch):
@@ -328,10 +318,29 @@ def test_failing_line_of_the_decomposition_leaves_the_others(monkeypatch):
     assert rows["dX matmul"]["status"] == "measured" and rows["copy"]["terabytes_per_second"] > 0
 
 
+def truncation_nat(hidden, tokens, words=2048, group=16):
+    """Simulate the error of the summed log-sum-exp of ``tokens`` rows of standard normal logits, in nats.
+
+    Exact sums of ``group`` terms are added to a float32 accumulator that is rounded toward zero, as measured on tensor
+    cores (Fasi et al. 2021). A sample of ``words`` stands for the vocabulary: the mean error does not depend on it.
+    """
+    g = torch.Generator().manual_seed(0)
+    weight = (torch.randn(words, hidden, generator=g) / hidden**0.5).bfloat16().double()
+    x = torch.randn(8, hidden, generator=g).bfloat16().double()
+    total = torch.zeros(len(x), words)
+    for k in range(0, hidden, group):
+        exact = total.double() + x[:, k : k + group] @ weight[:, k : k + group].t()
+        total = exact.float()
+        away = total.double().abs() > exact.abs()
+        total = torch.where(away, torch.nextafter(total, torch.zeros_like(total)), total)
+    errors = total.double().logsumexp(1) - (x @ weight.t()).logsumexp(1)
+    return tokens * errors.mean().abs().item()
+
+
 def test_accuracy_limit_is_twice_the_simulated_error():
-    estimate = gpu_accuracy.truncation_nat(4096, 512)
+    estimate = truncation_nat(4096, 512)
     assert estimate == pytest.approx(gpu_accuracy.SEQUENCE_NAT / 2, rel=0.1)
-    assert gpu_accuracy.truncation_nat(1024, 512) < estimate / 3
+    assert truncation_nat(1024, 512) < estimate / 3
 
 
 @pytest.mark.parametrize("wrong", ["dhidden", "dweight", "sums"])
@@ -348,10 +357,10 @@ def test_a_wrong_backend_is_detected(wrong):
         return loss, sums
 
     found = {"torch": Contender("off", loss=off), "triton": "needs a GPU"}
-    rows = gpu_accuracy.loss_errors(batch, found)
+    rows = gpu_accuracy.errors(batch, found, "loss")
     verdicts = {row["what"]: row.get("ok") for row in rows if row["contender"] == "torch"}
     assert verdicts == {"loss, forward+backward": False, "loss, frozen head": wrong == "dweight"}
-    assert all(row["ok"] for row in gpu_accuracy.loss_errors(batch, {"torch": CONTENDERS["torch"]}))
+    assert all(row["ok"] for row in gpu_accuracy.errors(batch, {"torch": CONTENDERS["torch"]}, "loss"))
     rows = [{**row, "dtype": "float32", "softcap": None} for row in rows]
     problems = gpu_plan.problems({"steps": {}, "tests": None, "accuracy": rows})
     assert problems[0] == "accuracy: torch, loss, forward+backward, float32, soft-cap None"
@@ -366,7 +375,7 @@ def test_accuracy_and_tuning_continue_without_memory(monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate much")
 
     monkeypatch.setattr(gpu_accuracy, "Truth", too_large)
-    for rows in gpu_accuracy.accuracy(SHAPE, 1, 4, [], torch.float32, CPU):
+    for rows in gpu_accuracy.accuracy(SHAPE, 4, [], torch.float32, CPU):
         assert {row["status"] for row in rows} == {"not checked: out of memory"}
         assert "not checked" in gpu_accuracy.accuracy_table(rows)
         assert not gpu_plan.problems({"steps": {}, "tests": None, "accuracy": rows})
@@ -383,18 +392,16 @@ def test_targets_are_judged_by_the_figures():
         return {"model": model, "tokens": tokens, "mode": mode, "contenders": {"triton": row}, **more}
 
     log_probs = {"contender": "triton", "dtype": "bfloat16", "response": 512, "errors": {"sequence_nat": 1e-3}}
-    cells = [cell(gpu_plan.TRAIN, 1.07, workspace_and_gradients_bytes=100), cell(gpu_plan.FORWARD, 1.2)]
-    rows = gpu_plan.targets(
-        {"cells": cells, "accuracy": [log_probs]}, {gpu_plan.TRAIN: 1.08, gpu_plan.FORWARD: 1.1, gpu_plan.FROZEN: 1.1}
-    )
+    cells = [cell(gpu_plan.TRAIN, 1.04, workspace_and_gradients_bytes=100), cell(gpu_plan.FORWARD, 1.2)]
+    rows = gpu_plan.targets({"cells": cells, "accuracy": [log_probs]})
     assert [row["verdict"] for row in rows] == [
         "met",
-        "missed",
         "not measured: llama3-8b at 8192 tokens did not run",
+        "missed",
         "missed",
         "met",
     ]
-    assert [row["measured"] for row in rows] == [1.07, 1.2, None, 1.2, 1e-3]
+    assert [row["measured"] for row in rows] == [1.04, None, 1.2, 1.2, 1e-3]
 
 
 UNDER_THE_INTERPRETER = """
@@ -418,7 +425,7 @@ assert kept["shipped"] == "8192" and tiles["shipped"] == "16 x 64", (kept, tiles
 for swept in (row_pass, kept, tiles):
     assert all(row["status"] == "measured" for row in swept["candidates"].values()), swept
 found = {"triton": CONTENDERS["triton"], "torch": "left out"}
-errors = gpu_accuracy.loss_errors(batch, found) + gpu_accuracy.logps_errors(batch, found)
+errors = gpu_accuracy.errors(batch, found, "loss") + gpu_accuracy.errors(batch, found, "logps")
 assert sum(row.get("ok", False) for row in errors) == 4, errors
 assert gpu_tuning.workspace_and_gradients(batch, "triton") == 16 * (128 * 2 + 64 * 4) + 4 * 16 * (16 + 70)
 print("all ran")

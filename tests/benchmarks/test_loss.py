@@ -27,8 +27,8 @@ ROW = {"status": "measured", "seconds": {"median": 1.0, "q1": 1.0, "q3": 1.0}}
 def no_processes(monkeypatch):
     """Replace memory measurements by fixed figures, which need no processes."""
 
-    def peak(module, arguments):
-        assert module == "benchmarks.measure" and json.loads(arguments[0])["mode"]
+    def peak(module, function, given):
+        assert (module, function) == ("benchmarks.measure", "peak_of") and given["mode"]
         return {"status": "measured", "peak_bytes": 5 << 20}
 
     monkeypatch.setattr(measure, "peak_memory_in_fresh_process", peak)
@@ -150,7 +150,7 @@ def test_scaling_fits_exponents(tmp_path, no_processes, capsys):
     default, *others = result["workspace"].values()
     assert default["times_default"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
     assert all(row["times_default"]["median"] > 0 for row in others)
-    assert result["finished"] and "workspace of" in capsys.readouterr().out
+    assert result["finished"] and "the default workspace of" in capsys.readouterr().out
     assert "| floor: " in speed_tables.scaling(result) and "takes 1.00 times as long" in speed_tables.scaling(
         with_equal_times(result)
     )

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import report, speed_tables
+from benchmarks import report, tables
 
 ROOT = report.README.parent
 
@@ -45,9 +45,9 @@ def test_source_lines_are_short_and_link_the_file(name):
 def test_figures_of_a_gpu_name_it_and_triton():
     hardware, versions = {"cpu": "a CPU", "cores": 2, "gpu": "a GPU"}, {"torch": "2.13", "triton": "3.7"}
     result = {"hardware": hardware, "versions": versions, "date": "2026-11-22"}
-    assert "a CPU, 2 cores, torch 2.13, 2026-11-22;" in speed_tables.source(result, "loss_cpu.json")
+    assert "a CPU, 2 cores, torch 2.13, 2026-11-22;" in tables.source(result, "loss_cpu.json")
     result["device"] = {"type": "cuda", "name": "a GPU"}
-    assert "<sub>a GPU, torch 2.13, triton 3.7, 2026-11-22;" in speed_tables.source(result, "gpu.json")
+    assert "<sub>a GPU, torch 2.13, triton 3.7, 2026-11-22;" in tables.source(result, "gpu.json")
 
 
 # Recorded commands that the Makefile does not repeat, with the commands that replace them.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_plan, roofline
+from benchmarks import roofline
 from benchmarks.batches import MODELS
 from benchmarks.chips import CHIPS
 from benchmarks.measure import FORWARD, FROZEN, MODES, TRAIN
@@ -32,12 +32,6 @@ def test_softcap_makes_the_row_pass_bound_by_issue():
     gemma = MODELS["gemma2-9b"]
     assert roofline.row_pass_seconds(CHIPS["B200"], gemma, 1e9, True, "staged")[1] == "issue"
     assert roofline.row_pass_seconds(CHIPS["A100"], gemma, 1e9, True, "staged")[1] == "memory"
-
-
-def test_targets_follow_from_the_counts():
-    for mode, target in gpu_plan.STAGED_TARGETS.items():
-        ratio = roofline.predicted(H200, LLAMA, 8192, mode, "staged")[1]
-        assert ratio < target < ratio + 0.03
 
 
 @pytest.mark.parametrize("form", roofline.FORMS)

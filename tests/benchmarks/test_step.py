@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import speed_tables, step, step_contenders, step_jobs
+from benchmarks import harness, speed_tables, step, step_contenders, step_jobs
 from benchmarks.step_contenders import STEP_CONTENDERS, StepContender
 
 CPU = torch.device("cpu")
@@ -75,12 +75,12 @@ def test_quick_run_writes_a_complete_file(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setitem(STEP_CONTENDERS, "tree", StepContender("broken", broken))
-    monkeypatch.setitem(STEP_CONTENDERS, "trl", StepContender("absent", broken, "no_such_module", "no-such"))
+    monkeypatch.setitem(STEP_CONTENDERS, "trl", StepContender("absent", broken, "no-such"))
     contenders = ["rows", "tree", "trl", "four_forwards"]
     peaks = []
 
-    def peak(module, arguments):
-        peaks.append(json.loads(arguments[1])["name"])
+    def peak(module, function, given):
+        peaks.append(given["name"])
         return {"status": "measured", "peak_bytes": 1 << 20}
 
     monkeypatch.setattr(step, "peak_memory_in_fresh_process", peak)
@@ -112,10 +112,10 @@ def test_quick_run_writes_a_complete_file(tmp_path, monkeypatch, capsys):
     assert "not installed" in capsys.readouterr().out and "not installed" in speed_tables.step(result)
 
 
-def test_peak_of_a_step_is_above_the_model(capsys):
-    step.main(["--peak-of", json.dumps({**QUICK, "share": "real", "name": "rows"})])
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert printed["status"] == "measured" and 0 < printed["peak_bytes"] < 1 << 28
+def test_peak_of_a_step_is_above_the_model():
+    given = {"what": {**QUICK, "share": "real"}, "name": "rows", "device": "cpu"}
+    row = harness.peak_memory_in_fresh_process("benchmarks.step", "peak_of", given)
+    assert row["status"] == "measured" and 0 < row["peak_bytes"] < 1 << 28
 
 
 def test_seconds_are_of_one_update(monkeypatch):

@@ -82,8 +82,8 @@ FAULTS = {
     "statistics_one_place_too_early": Fault("fused_pass", "(1 + MOMENT) * step", "MOMENT * step", UNWRITTEN),
     "flags_without_a_mask": Fault("fused_pass", "p_raised + rows, mask=m_rows, other=0", "p_raised + rows", OUTSIDE),
     "mask_of_a_scaled_feature_more": Fault("scale_rows", "features < hidden", "features <= hidden", OUTSIDE),
-    "two_programs_one_scaled_row": Fault(
-        "scale_rows", "p_out + rows * stride_out", "p_out + rows // 2 * stride_out", "store one element"
+    "two_lanes_one_scaled_row": Fault(
+        "scale_rows", "p_out + rows * stride_out", "p_out + rows // 2 * stride_out", "two threads"
     ),
     "sum_begins_with_fresh_memory": Fault("bias_gradient", "if ACCUMULATE:", "if True:", UNWRITTEN),
 }

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import MODEL_TYPES, VOCAB, make_model, model_inputs, transformers
+from torch.nn.functional import scaled_dot_product_attention
 
 from inspo_kernels import (
     condition_pairs,
@@ -22,6 +23,7 @@ from inspo_kernels import (
     tree_attention_mask,
     tree_unsupported,
 )
+from inspo_kernels.layouts.path_attention import PathMask
 from inspo_kernels.layouts.tree import MAX_DENSE_TOKENS, block_mask, dense_mask
 
 PAD = 2
@@ -126,6 +128,27 @@ def test_truncation_and_errors_are_those_of_every_layout(layout):
     whole = condition_pairs([([4], [5, 6], [7]), long[1]], layout=layout, **options)
     assert torch.equal(cut["input_ids"], whole["input_ids"])
     assert (cut["dropped"], cut["truncated"]) == ([], 1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(any_pairs, st.booleans(), st.sampled_from(TREES), st.sampled_from([None, 2]))
+def test_attention_over_paths_equals_that_of_the_dense_mask(pairs, conditioned, layout, window):
+    batch = condition_pairs(pairs, pad_token_id=PAD, conditioned=conditioned, layout=layout)
+    rows, length = batch["position_ids"].shape
+    real = torch.zeros(rows * length, dtype=torch.bool).index_fill(0, batch["paths"].flatten(), True)
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(rows, 2, length, 3, generator=generator, dtype=torch.float64) for _ in range(4)]
+    upstream = states.pop() * real.view(rows, 1, length, 1)  # nothing reads what padding attends to
+    results = []
+    for mask in (
+        PathMask.of(batch["paths"], batch["path_of"], batch["position_ids"], window),
+        dense_mask(batch["tree_ends"], batch["position_ids"], window),
+    ):
+        leaves = [state.clone().requires_grad_() for state in states]
+        value = (scaled_dot_product_attention(*leaves, attn_mask=mask) * upstream).sum()
+        results.append((value, *torch.autograd.grad(value, leaves)))
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @settings(deadline=None, max_examples=25)

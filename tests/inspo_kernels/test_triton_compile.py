@@ -212,7 +212,7 @@ print(len(cases), len(rows), sum(bool(row["problems"]) for row in rows), len({ro
 def test_launches_of_tests_are_recorded_and_compiled(tmp_path):
     file = tmp_path / "launches.jsonl"
     tests = ["tests/inspo_kernels/test_triton_kernels.py", "-k", "test_label_logits or test_row_pass", "-x", "-q"]
-    done = python("-m", "pytest", "-p", "benchmarks.record_launches", *tests, TRITON_INTERPRET="1", LAUNCHES=str(file))
+    done = python("-m", "pytest", "-p", "benchmarks.launches", *tests, TRITON_INTERPRET="1", LAUNCHES=str(file))
     assert done.returncode == 0, done.stdout
     done = python("-c", REPLAYED, str(file))
     assert done.returncode == 0, done.stderr
