@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+# Fields of LoraConfig whose adapters merge wrong, or not at all.
+_UNSUPPORTED = {
+    "layer_replication": "copies of a layer share its weights, to which merging would add each copy's adapter",
+    "alora_invocation_tokens": "peft cannot merge an adapter that acts on a part of the text alone",
+}
 
 
 def lora_settings(options: dict[str, Any]) -> LoraConfig:
@@ -36,6 +41,9 @@ def lora_settings(options: dict[str, Any]) -> LoraConfig:
             f"lora.init_lora_weights={given['init_lora_weights']!r}: must be true or gaussian; others begin with "
             "another model than the base, which is the reference"
         )
+    for name, reason in _UNSUPPORTED.items():
+        if given.get(name):
+            raise InputError(f"lora.{name} is not supported: {reason}")
     needs_targets = "target_parameters" not in given and "trainable_token_indices" not in given
     defaults = _DEFAULTS if needs_targets else {k: v for k, v in _DEFAULTS.items() if k != "target_modules"}
     settings = {**defaults, **given}
@@ -63,6 +71,7 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None
         warnings.filterwarnings("error", r"The following \w+ keys did not match")
         torch.manual_seed(seed)
         model.add_adapter(settings)
+    _check_tied(model, settings)
     _in_float32(model)
 
 
@@ -72,10 +81,14 @@ def continue_adapter(model: PreTrainedModel) -> None:
     (settings,) = model.peft_config.values()
     if settings.peft_type != "LORA":
         raise InputError(f"model: its adapter is of peft's type {settings.peft_type}; only LoRA ones are trained here")
+    _check_tied(model, settings)
     settings.inference_mode = False
     saved = [*(settings.modules_to_save or []), "lora_", "trainable_tokens"]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in saved) and "original_module" not in name)
+        of_bias = name.endswith("bias") and (
+            settings.bias == "all" or (settings.bias == "lora_only" and ".base_layer." in name)
+        )
+        parameter.requires_grad_((of_bias or any(part in name for part in saved)) and "original_module" not in name)
     _in_float32(model)
     model._continued_adapter = True  # type: ignore[assignment]
 
@@ -142,6 +155,27 @@ def _check_targets(model: PreTrainedModel, settings: LoraConfig) -> None:
     for layer in [layers] if isinstance(layers, int) else layers or []:
         if not 0 <= layer < count:
             raise InputError(f"lora.layers_to_transform: there is no layer {layer}; the model has {count}, from 0")
+
+
+def _check_tied(model: PreTrainedModel, settings: LoraConfig) -> None:
+    """Raise InputError for a LoRA adapter on a head that shares its matrix with the embeddings.
+
+    Merging it would also change the other use of the matrix. peft cannot save adapters on both uses.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    parts = [model.get_output_embeddings(), model.get_input_embeddings()]
+    bases = [part.get_base_layer() if isinstance(part, BaseTunerLayer) else part for part in parts]
+    if bases[0].weight is not bases[1].weight:
+        return
+    if any(isinstance(part, BaseTunerLayer) for part in parts):
+        raise InputError(
+            "lora: the model's head and its embeddings share one matrix, so an adapter on either would change both "
+            "when merged. Take them out of lora.target_modules and lora.target_parameters, or name them in "
+            "lora.modules_to_save instead"
+        )
+    if settings.ensure_weight_tying:
+        raise InputError("lora.ensure_weight_tying: peft cannot save such an adapter of this model; leave it out")
 
 
 def _in_float32(model: PreTrainedModel) -> None:

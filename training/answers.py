@@ -45,6 +45,12 @@ def generate_batch(
     Each row has its own temperature (0: greedy) and its own seed, so an answer does not depend on the other prompts of
     the batch, except for rounding. Only the end tokens of the model's generation_config are used.
     """
+    words = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    if (largest := max(max(row) for row in prompts)) >= words:
+        raise InputError(
+            f"the prompt has the token {encoder.tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest}, but "
+            f"the model's vocabulary ends at {words - 1}; use the tokenizer that belongs to the model"
+        )
     ends, noise = answer_ends(model, encoder, chat=chat), _Noise(temperatures, seeds, model.device)
     return continue_prompts(model, prompts, ends, max_new_tokens, noise=noise)
 

@@ -98,7 +98,7 @@ class TrainConfig(DataOptions, TrainingArguments):
             self.learning_rate = ADAPTER_LEARNING_RATE if adapter else LEARNING_RATE
         if not torch.cuda.is_available():
             self.use_cpu = True  # Apple's GPUs lack float64, which sums and objectives need
-        if self.resume_from_checkpoint is True or self.resume_from_checkpoint == "true":
+        if self.resume_from_checkpoint is True:
             self.resume_from_checkpoint = "auto"
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"  # type: ignore[assignment]

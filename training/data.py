@@ -22,7 +22,7 @@ from .chat import TextEncoder
 from .data_options import DataOptions
 from .errors import InputError, Log, first_of
 from .pairs import SCHEMA, Pair, Pairs, file_hash, kept_table
-from .records import FAULTS, LEFT_OUT, READ, REMARKS, REPEATS_PROMPT, draft, encode
+from .records import FAULTS, LEFT_OUT, PROMPT_PARTS, READ, REMARKS, REPEATS_PROMPT, draft, encode, missing
 from .sources import Records, Source, files_of, parse_sources
 
 __all__ = ["Pair", "Pairs", "check_pairs", "load_pairs", "select_pairs", "trained_ends"]
@@ -110,7 +110,7 @@ def _key(records: Records, encoder: TextEncoder, options: DataOptions) -> str:
 
 
 def _batches(records: Records, encoder: TextEncoder, options: DataOptions, log: Log) -> Iterator[pa.RecordBatch]:
-    messages_only, unread = options.alternative == "chat", set[str]()
+    messages_only, unread, lost = options.alternative == "chat", set[str](), dict[str, str]()
     with tqdm(
         total=records.total, unit=records.unit, unit_scale=True, desc=f"tokenising {records.name}", disable=None
     ) as bar:
@@ -119,12 +119,19 @@ def _batches(records: Records, encoder: TextEncoder, options: DataOptions, log: 
             drafts = [draft(values, encoder, origin, messages_only) for origin, values, _ in batch]
             encoder.prefetch(text for one in drafts for text in one.texts)
             for one, (_, values, _) in zip(drafts, batch):
-                unread |= values.keys() - READ - (encoder.columns if one.chat else set())
+                new = values.keys() - READ - (encoder.columns if one.chat else set())
+                unread |= new
+                lost = {name: one.origin for name in new & PROMPT_PARTS if missing(values[name], one.prompt)} | lost
             encoded = [(*encode(one, encoder), one.chat) for one in drafts]
             yield pa.RecordBatch.from_pylist([pair.row(problem, chat) for pair, problem, chat in encoded], SCHEMA)
             bar.update(batch[-1][2] - bar.n)
     if unread:
         log(f"note: {records.name}: columns not read: {', '.join(map(repr, sorted(unread)))}")
+    for name, origin in sorted(lost.items()):
+        log(
+            f"WARNING: {records.name}: {name!r} is not read, and its text is not in the prompts (the first: {origin}); "
+            "write it into 'prompt'"
+        )
 
 
 def select_pairs(
@@ -152,7 +159,10 @@ def select_pairs(
         parts, origin = given.arrays(index), given.origin(index)
         ids = np.concatenate(parts)
         if len(wrong := ids[(ids < 0) | (ids >= vocab_size)]):
-            raise InputError(f"{origin}: token id {wrong[0]}, but the model's vocabulary ends at {vocab_size - 1}")
+            raise InputError(
+                f"{origin}: token id {wrong[0]}, but the model's vocabulary ends at {vocab_size - 1}; use the "
+                "tokenizer that belongs to the model, or give the model rows for added tokens (resize_token_embeddings)"
+            )
         excess = sum(sizes) + separator_length - options.max_length
         reason = _fault(parts, problem)
         if not reason and excess > 0:

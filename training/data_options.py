@@ -66,5 +66,5 @@ class DataOptions:
                 parse_sources(given, self.columns)
         if self.max_length < 3:
             raise InputError(f"max_length={self.max_length}: must be at least 3")
-        if self.seed < 0:
-            raise InputError(f"seed={self.seed}: must be at least 0")
+        if not 0 <= self.seed < 2**32:  # numpy takes no others
+            raise InputError(f"seed={self.seed}: must be at least 0 and below 2**32")

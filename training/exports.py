@@ -59,7 +59,8 @@ def read_questions(file: str, form: str, *, chat: bool) -> list[Question]:
     Raises InputError, naming file and line.
     """
     if not Path(file).is_file():
-        raise InputError(f"{file}: no such file (working directory: {Path.cwd()})")
+        problem = "is a folder; give a file" if Path(file).is_dir() else "no such file"
+        raise InputError(f"{file}: {problem} (working directory: {Path.cwd()})")
     questions = [_question(origin, values, form, chat) for origin, values, _ in Records(Source(file))]
     if not questions:
         raise InputError(f"{file}: holds no record")

@@ -28,6 +28,7 @@ from .data_options import DataOptions
 from .errors import InputError, SaveError, as_input_error
 from .exports import Question
 from .model import load_model
+from .output import escape_unprintable
 
 
 def generate(
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--reflect writes JSON lines of its own: leave --format out")
     if not options.reflect and options.alternative != "plain":
         parser.error("--alternative is for --reflect: without it the model sees the prompt alone")
+    escape_unprintable()
     logging.disable_progress_bar()  # a progress bar for loading the weights would precede the answer
     try:
         _run(options)

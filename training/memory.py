@@ -35,8 +35,8 @@ def estimate_memory(
     residual = compute if share > 1 else model.dtype.itemsize  # autocast leaves the residual stream as it is
 
     fields = model.config.get_text_config()
-    hidden, layers, heads = fields.hidden_size, fields.num_hidden_layers, fields.num_attention_heads
-    attention = heads * (getattr(fields, "head_dim", None) or hidden // heads)
+    hidden, layers, heads = fields.hidden_size, fields.num_hidden_layers, getattr(fields, "num_attention_heads", None)
+    attention = heads * (getattr(fields, "head_dim", None) or hidden // heads) if heads else hidden
     inner = getattr(fields, "intermediate_size", None) or 4 * hidden
     # Two norms in float32 (input, normalised), each with the input of a matmul. Queries, keys and values (repeated for
     # all heads), the output of attention and its copy. Gate, its activation, up and their product.

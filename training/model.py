@@ -29,6 +29,8 @@ import inspo_kernels as ik
 from inspo_kernels.models import check_head
 
 from .adapters import continue_adapter, has_adapter, read_adapter
+from .causal import check_causal, check_kind
+from .checkpoint import refuse_run_folder
 from .errors import InputError, Log, as_input_error, check_names, first_of
 from .reading import local_path, reading
 
@@ -138,6 +140,7 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     if isinstance(options.model, dict):
         return _built_settings(dict(options.model))
     name = base = local_path(options.model)
+    refuse_run_folder(Path(name))
     file = Path(name, "adapter_config.json")
     if file.is_file():
         with reading(name, file.name):
@@ -151,6 +154,7 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
         if base == name:
             raise
         raise InputError(f"model {name!r}: the base that {file.name} names cannot be read: {error}") from None
+    check_kind(name, settings)
     read_generation_config(name)
     wanted = options.quantization
     quantized = getattr(settings, "quantization_config", None)
@@ -183,7 +187,9 @@ def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
     tokenizer = byte_tokenizer()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     with as_input_error(f"model: {fields} does not make a {model_type} model: "):
-        return CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **ids, **fields})
+        settings = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **ids, **fields})
+    check_kind(fields, settings)
+    return settings
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -220,20 +226,27 @@ def has_weights(folder: str) -> bool:
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raise InputError if ``hidden_and_head`` cannot split the model; this tries it on a few tokens."""
+    """Raise InputError if ``hidden_and_head`` cannot split the model, or it is not causal; this tries a few tokens."""
     try:
         if model.device.type == "meta":  # nothing can be computed
             check_head(model)
-            return
-        words = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-        ids = torch.arange(4, device=model.device) + words // 2  # no padding, whose states may be 0 and fit any head
-        with torch.no_grad():
-            ik.hidden_and_head(model, input_ids=ids[None] % words)
-    except (TypeError, ValueError) as error:
+        else:
+            words = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+            ids = (
+                torch.arange(4, device=model.device) + words // 2
+            )  # no padding, whose states may be 0 and fit any head
+            with torch.no_grad():
+                ik.hidden_and_head(model, input_ids=ids[None] % words)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        if bad := [n for n, p in model.named_parameters() if p.device.type != "meta" and not p.isfinite().all()]:
+            raise InputError(f"model: its weights hold values that are not finite: {first_of(bad)}") from None
         problem = str(error).split(". ")[0]  # advice to callers of the library follows
         raise InputError(
             f"model: {type(model).__name__} cannot be trained here: {problem}; choose a model of another architecture"
         ) from None
+    check_causal(model, rounds_by_batch=rounds_by_batch(model))
 
 
 def rounds_by_batch(model: PreTrainedModel) -> bool:

@@ -96,11 +96,13 @@ def _put(values: dict[str, Any], name: str, text: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys, in which only true and false are booleans: ``save_strategy: no`` is a word."""
+    """YAML without duplicate keys and dates. Only true and false are booleans: ``save_strategy: no`` is a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # "<<", which the base class handles
+                continue
             name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
             if isinstance(name, list | dict):
                 raise InputError(f"line {key.start_mark.line + 1}: a key must be a word, not {name}")
@@ -110,9 +112,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_BOOLEAN = "tag:yaml.org,2002:bool"
+_BOOLEAN, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 _Loader.yaml_implicit_resolvers = {
-    letter: [entry for entry in entries if entry[0] != _BOOLEAN]
+    letter: [entry for entry in entries if entry[0] not in (_BOOLEAN, _DATE)]
     for letter, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 # YAML 1.1 reads 1e-7, without a dot, as text.
@@ -165,6 +167,8 @@ def _types() -> dict[str, TypeAdapter]:
 
 def _convert(name: str, value: Any) -> Any:
     """Return ``value`` as the option's type. Raises InputError."""
+    if name == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
+        return "auto" if str(value).lower() == "true" else None
     if isinstance(value, str) and name in PLACES:
         value = os.path.expandvars(os.path.expanduser(value))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -20,6 +21,12 @@ from .errors import InputError, Log, SaveError
 
 METRICS, SAMPLES, CURVES = "metrics.jsonl", "samples.jsonl", "curves.png"
 CONFIG, LOG, LOCK = "config.yaml", "log.txt", ".lock"
+
+
+def escape_unprintable() -> None:
+    """Make stdout print characters that its encoding lacks as escapes, instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -93,10 +100,12 @@ class RunLog:
 
     def say(self, text: str) -> None:
         line = f"{time.strftime('%H:%M:%S')} {text}\n"
-        with suppress(OSError):  # a full disk or a closed pipe must not end the run
+        # A full disk or a closed pipe must not end the run, and log.txt gets what the terminal cannot show.
+        with suppress(OSError, ValueError):
             if not self.quiet:
                 sys.stdout.write(line)
                 sys.stdout.flush()  # a redirected warning is also visible at once
+        with suppress(OSError):
             self._waiting.append(f"{time.strftime('%Y-%m-%d')} {line}")
             if self._opened and self.folder is not None:
                 lines, self._waiting = self._waiting, []

@@ -25,6 +25,8 @@ _COLUMNS = ("prompt", "chosen", "rejected")
 READ = {*_COLUMNS, "conversations", "tools", "chat_template_kwargs"}
 # Columns that hold the prompt in many data sets. Without it, words that two answers begin with would be taken for it.
 _PROMPTS = ("question", "instruction", "query", "input", "messages")
+# Columns that hold a part of the prompt in data sets of other trainers.
+PROMPT_PARTS = {"system", "system_prompt", "input", "history"}
 _NO_TEXT = ("images", "image", "videos", "video", "audios", "audio")
 # Text that holds messages. JSON of another kind, such as records with a key "from", is text as it stands.
 _MESSAGES = re.compile(
@@ -132,6 +134,11 @@ def _answer(response: Messages, name: str, origin: str) -> Messages:
         f"{origin}: {name!r} has the roles {', '.join(roles) or 'none'}; it must be one message of the assistant, "
         "because what others say would be scored. Put what precedes the last answer into 'prompt', or end it earlier"
     )
+
+
+def missing(value: Any, prompt: str) -> bool:
+    """Return whether ``value`` has content that the text ``prompt`` lacks."""
+    return not holds_all(prompt, [value.strip()]) if isinstance(value, str) else bool(value)
 
 
 def template_columns(record: dict[str, Any], encoder: TextEncoder, origin: str) -> dict[str, Any]:

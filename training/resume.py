@@ -133,12 +133,13 @@ def _refuse(differences: list[str], path: Path, config: TrainConfig, log: Log) -
         log(f"WARNING: {path} is resumed with other settings: {'; '.join(differences)}")
 
 
-def resume_hint(folder: Path | None) -> str:
-    """Tell the user how to resume an interrupted run."""
+def resume_hint(folder: Path | None, *, changed: bool = False) -> str:
+    """Tell the user how to resume an interrupted run, or with ``changed`` how to resume it with other settings."""
     kept = list(checkpoints(folder).values()) if folder else []
     if not kept:
         return "no checkpoint was kept"
-    return f"{kept[-1]} is kept: --resume_from_checkpoint auto continues from it"
+    other = ", with other settings if --resume_changed true is given" if changed else ""
+    return f"{kept[-1]} is kept: --resume_from_checkpoint auto continues from it{other}"
 
 
 def discard_later_checkpoints(folder: Path, step: int, log: Log) -> None:

@@ -29,7 +29,7 @@ from .layouts import choose_layout
 from .memory import report_disk, report_memory, report_precision
 from .model import byte_tokenizer, check_architecture, has_weights, load_tokenizer, meta_model, size_text
 from .options import help_text, parse_config
-from .output import CURVES, LOCK, RunLog, check_folder, locked
+from .output import CURVES, LOCK, RunLog, check_folder, escape_unprintable, locked
 from .reading import local_path
 from .resumable import check_optimizer
 from .resume import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
@@ -221,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & set(arguments):
         print(help_text())
         return
+    escape_unprintable()
     logging.disable_progress_bar()  # bars for each file read or written hide the run's own lines
     logging.set_verbosity_error()
     try:

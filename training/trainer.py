@@ -162,8 +162,7 @@ class PairTrainer(ReportingTrainer):
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; stopped "
                 f"before the update. Pairs that cause it: {self._culprits(model, indices)}. Look at these pairs, or "
-                f"lower learning_rate; {resume_hint(self.config.folder)}, with other settings if --resume_changed true "
-                "is given"
+                f"lower learning_rate; {resume_hint(self.config.folder, changed=True)}"
             )
         self._record(row, indices)
         return norm

@@ -240,3 +240,25 @@ def test_deepspeed_settings_leave_the_optimizer_to_the_options(tmp_path, text, s
     file.write_text(text)
     with pytest.raises(InputError, match=said):
         TrainConfig(model="m", train_data="d", deepspeed=str(file))
+
+
+def test_a_seed_that_numpy_refuses_is_named():
+    with pytest.raises(InputError, match=r"seed=4294967296: must be at least 0 and below 2\*\*32"):
+        parse_config([*REQUIRED, "--seed", str(2**32)])
+
+
+@pytest.mark.parametrize(("word", "expected"), [("true", "auto"), ("True", "auto"), ("false", None)])
+def test_resume_takes_truth_values(tmp_path, word, expected):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"resume_from_checkpoint: {word}\n")
+    for words in (["--config", str(file)], ["--resume_from_checkpoint", word]):
+        assert parse_config([*REQUIRED, *words]).resume_from_checkpoint == expected
+
+
+def test_yaml_merges_sections_and_keeps_dates(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("lora: &a {r: 8}\nrun_name: 2026-01-31\n")
+    config = parse_config([*REQUIRED, "--config", str(file)])
+    assert (config.run_name, config.lora) == ("2026-01-31", {"r": 8})
+    file.write_text("model: &a {hidden_size: 16}\nlora: {<<: {r: 8, alpha: 4}, alpha: 16}\n")
+    assert parse_config([*REQUIRED[2:], "--config", str(file)]).lora == {"r": 8, "alpha": 16}

@@ -18,7 +18,7 @@ from training.demo.answers import CUT, REFLECTED, compare, reflect_unseen, sampl
 from training.demo.settings import FINE_TUNES, Settings, fine_tune_config, long_config
 from training.demo.stages import fit_base, run_demo
 from training.demo.world import Prompt, World
-from training.errors import InputError
+from training.errors import InputError, SaveError, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -314,3 +314,35 @@ def test_bad_settings_fail_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="seed=-1"):
         run_demo(Settings.quick(seed=-1), tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(["--quick", "--output_dir", str(tmp_path / "file" / "demo")])
+    assert "cannot be written to (not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
+        (SaveError("base/final could not be written"), 1, "error: base/final could not be written"),
+        (Stopped("stopped by SIGTERM after step 3"), 143, "stopped by SIGTERM after step 3"),
+        (KeyboardInterrupt(), 130, "interrupted; the demo begins anew when it is started again"),
+    ],
+)
+def test_an_interrupted_demo_says_so(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+    said: str,
+) -> None:
+    def interrupted(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr("training.demo.__main__.run_demo", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["--quick"])
+    assert stop.value.code == status and capsys.readouterr().err == said + "\n"

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import re
+import sys
 import time
 
 import pytest
@@ -336,6 +338,7 @@ def test_bad_files_and_options_are_named(saved, tmp_path, capsys):
         (["--prompts", prompts, "--out", str(tmp_path / "there.json")], "there.json exists; choose another file"),
         (["--prompts", prompts, "--out", str(tmp_path / "no/o.json")], "there is no folder"),
         (["--prompts", str(tmp_path / "none"), "--out", str(tmp_path / "o")], "none: no such file"),
+        (["--prompts", str(tmp_path), "--out", str(tmp_path / "o")], "is a folder; give a file"),
         (["--prompts", str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "o")], "holds no record"),
         (["--prompts", str(tmp_path / "broken.json"), "--out", str(tmp_path / "o")], "not a JSON list"),
         (["--prompts", prompts], "--prompts and --out belong together"),
@@ -414,3 +417,24 @@ def test_a_model_that_never_ends_is_refused():
     model.generation_config.eos_token_id = tokenizer.eos_token = None
     with pytest.raises(InputError, match=r"neither the tokenizer nor generation_config\.json has an EOS token"):
         generate(model, tokenizer, "Why?")
+
+
+def test_tokens_that_the_model_lacks_are_named(saved, capsys):
+    _, folder = saved
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", folder, "--prompt", "a <tool>", "--max_new_tokens", "4"])
+    assert "'<tool>' with the id 259, but the model's vocabulary ends at 258" in capsys.readouterr().err
+
+
+def test_answers_that_stdout_cannot_encode_are_escaped(saved, monkeypatch):
+    monkeypatch.setattr("training.generate.answer_questions", lambda *given, **more: [["d\u00e9j\u00e0"]])
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding="ascii") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        main(["--model", saved[1], "--prompt", "Why?"])
+        monkeypatch.undo()
+        stream.flush()
+        assert raw.getvalue() == b"d\\xe9j\\xe0\n"

@@ -10,7 +10,16 @@ import pytest
 import torch
 from helpers import PAIRS, metrics, options, tiny_model, token_pairs
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from training import generate
 from training.adapters import adapter_off, add_lora, has_adapter
@@ -554,3 +563,73 @@ def test_unquantised_parameters_have_the_runs_dtype(tmp_path):
         model=load_model(DataOptions(model=str(folder), lora={}))[0],
         quiet=True,
     )
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
+    folder = base(tmp_path / "m")
+    change_weights(folder, lambda w: w | {"lm_head.weight": w["lm_head.weight"] * math.nan})
+    with pytest.raises(SystemExit, match="2"):
+        run(folder, tmp_path / "out")
+    assert "weights hold values that are not finite: lm_head.weight" in capsys.readouterr().err
+
+
+def test_folders_of_runs_name_their_models(tmp_path, capsys):
+    run(base(tmp_path / "m"), tmp_path / "out")
+    for name, kind in (("out", "run"), ("out/checkpoint-1", "checkpoint")):
+        for said in refused(tmp_path / name, tmp_path, capsys):
+            assert f"is the folder of a {kind}; give {tmp_path}/out/final\n" in said
+    shutil.rmtree(tmp_path / "out/final")
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(["--model", str(tmp_path / "out/checkpoint-1"), "--prompt", "Why?"])
+    assert "resume the run, which writes its model to final/" in capsys.readouterr().err
+
+
+ENCODER = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+NOT_CAUSAL = {
+    "bert": (BertLMHeadModel(BertConfig(num_attention_heads=2, **ENCODER)), "a token sees the tokens after it"),
+    "t5": (
+        T5ForConditionalGeneration(T5Config(vocab_size=259, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)),
+        "t5 is an encoder-decoder; choose a causal language model",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_CAUSAL)
+def test_models_that_are_not_causal_are_refused(tmp_path, capsys, kind):
+    model, message = NOT_CAUSAL[kind]
+    model.save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    for said in refused(tmp_path / "m", tmp_path, capsys):
+        assert message in said
+
+
+def test_later_tokens_are_tried_whatever_the_name():
+    model = tiny_model(initializer_range=0.5)
+    check_architecture(model)
+    model.model.layers[0].self_attn.is_causal = False
+    model.config._attn_implementation = "sdpa"
+    forward = model.model.layers[0].self_attn.forward
+    model.model.layers[0].self_attn.forward = lambda *given, **more: forward(*given, **more | {"attention_mask": None})
+    with pytest.raises(InputError, match="a token sees the tokens after it"):
+        check_architecture(model)
+
+
+def test_a_decoder_with_dropout_is_causal():
+    model = BartForCausalLM(
+        BartConfig(vocab_size=259, d_model=16, decoder_layers=1, decoder_attention_heads=2, dropout=0.5)
+    )
+    check_architecture(model.train())
+    assert model.training
+
+
+def test_models_without_attention_heads_train(tmp_path):
+    mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    words = [word for name, value in mamba.items() for word in (f"--model.{name}", str(value))]
+    main([*words, *options(tmp_path / "out", "--max_steps", "1")[8:]])
+    assert math.isfinite(metrics(tmp_path / "out")[-1]["loss"])
+
+
+def test_a_model_that_cannot_compute_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(options(tmp_path / "out", "--model.num_key_value_heads", "8"))
+    assert "LlamaForCausalLM cannot be trained here: The size of tensor" in capsys.readouterr().err

@@ -206,6 +206,11 @@ def test_lora_options_come_from_yaml_and_command_line(tmp_path):
     words = ["--model", "m", "--train_data", "d", "--output_dir", "o"]
     assert parse_config([*words, "--lora", "{}"]).lora == {}
     for bad, message in (
+        (
+            ["--lora.layer_replication", "[[0, 2], [1, 2]]"],
+            "layer_replication is not supported: copies of a layer share",
+        ),
+        (["--lora.alora_invocation_tokens", "[5]"], "alora_invocation_tokens is not supported: peft cannot merge"),
         (["--lora.r", "0"], "lora: r=0"),
         (["--lora.rank", "8"], "lora"),
         (["--lora.lora_dropout", "0.1"], "must be 0"),
@@ -213,3 +218,54 @@ def test_lora_options_come_from_yaml_and_command_line(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             parse_config([*words, *bad])
+
+
+TARGETS = [
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": ["lm_head", "embed_tokens"]},
+    {"target_modules": r".*lm_head"},
+    {"target_parameters": ["embed_tokens.weight"]},
+]
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_adapters_on_a_tied_matrix_are_refused(targets):
+    with pytest.raises(InputError, match=r"share one matrix.*lora\.modules_to_save"):
+        add_lora(tiny_model(tie_word_embeddings=True), LoraOptions(**targets), 0)
+    add_lora(tiny_model(), LoraOptions(**targets), 0)
+
+
+def test_dry_runs_refuse_adapters_on_tied_matrices(tmp_path, capsys):
+    more = ["--lora.target_modules", "[lm_head, embed_tokens]", "--dry_run", "true"]
+    with pytest.raises(SystemExit, match="2"):
+        lora_run(tmp_path / "out", base(tmp_path / "base", tie_word_embeddings=True), *more)
+    assert "share one matrix" in capsys.readouterr().err
+
+
+def test_adapters_that_peft_cannot_save_are_refused():
+    options = LoraOptions(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(InputError, match=r"lora\.ensure_weight_tying: .*leave it out"):
+        add_lora(tiny_model(tie_word_embeddings=True), options, 0)
+
+
+def test_a_saved_copy_of_a_tied_head_merges(tmp_path):
+    more = ["--lora.modules_to_save", "[lm_head]", "--learning_rate", "1e-2"]
+    lora_run(tmp_path / "out", base(tmp_path / "base", tie_word_embeddings=True), *more)
+    ids = torch.tensor([[1, 50, 60, 70]])
+    adapter = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out/final").eval()
+    expected = adapter(ids).logits
+    adapter.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(ids).logits, expected)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_continued_adapter_trains_its_biases(tmp_path, bias):
+    more = ["--lora.bias", bias, "--max_steps", "1"]
+    lora_run(tmp_path / "out", base(tmp_path / "base", attention_bias=True), *more)
+    continued, _ = load_model(TrainConfig(model=str(tmp_path / "out/final")))
+    fresh = tiny_model(attention_bias=True)
+    add_lora(fresh, LoraOptions(r=4, bias=bias), 0)
+    trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (continued, fresh)]
+    assert trained[0] == trained[1] and any(name.endswith("q_proj.base_layer.bias") for name in trained[0])

@@ -264,6 +264,28 @@ def test_lines_are_flushed_and_write_errors_tolerated(monkeypatch):
             full.close()
 
 
+def test_the_log_file_outlives_the_terminal(tmp_path, monkeypatch):
+    log = output.RunLog(tmp_path, quiet=False)
+    log.open("")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        log.say("kept")
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
+    assert (tmp_path / output.LOG).read_text().endswith(" kept\n")
+
+
+def test_characters_that_stdout_lacks_are_escaped(tmp_path, monkeypatch):
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding="ascii") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        main(options(tmp_path / "\u00fcbung", "--max_steps", "1"))
+        monkeypatch.undo()
+        assert b"\\xfcbung/final" in raw.getvalue()
+    assert "\u00fcbung" in (tmp_path / "\u00fcbung/log.txt").read_text()
+
+
 def test_log_lines_have_times_and_a_file(tmp_path, capsys):
     main(options(tmp_path / "out", "--logging_steps", "1"))
     lines = capsys.readouterr().out.splitlines()

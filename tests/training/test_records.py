@@ -55,6 +55,13 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path):
     records = [CHAT | {"system": "You are a pirate."}, CHAT | {"id": 3, "tools": []}]
     load(tmp_path, records, tokenizer_with(CHATML), said)
     assert [line for line in said if "columns not read: 'id', 'system'" in line] == said[:1]
+    assert (
+        sum("WARNING" in line and "'system' is not read, and its text is not in the prompts" in line for line in said)
+        == 1
+    )
+    for record in (CHAT | {"system": ""}, CHAT | {"prompt": [SYSTEM, USER], "system": "Be kind."}):
+        load(tmp_path, [record], tokenizer_with(CHATML), said := [])
+        assert not any("WARNING" in line for line in said)
     load(tmp_path, [CHAT | {"date": "today"}], tokenizer_with("{{ date }}" + CHATML), said := [])
     assert len(said) == 1
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..errors import InputError
+from ..errors import InputError, SaveError, Stopped
+from ..train import STOPPED
 from .report import assumption, examples, over_training, ranking, reflection, table
 from .settings import Settings
 from .stages import PICTURE, RESULTS, run_demo
@@ -18,7 +19,7 @@ from .world import ECHO, RIGHT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 2 on bad input."""
+    """The command line; exits with 2 on bad input, 1 where the disk is full, 130 on Ctrl-C, 143 on SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--seed", type=int, default=0, help="of everything: world, models, sampling [0]")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="replaced if a demo's [runs/demo]")
@@ -32,9 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("A model fitted to them mostly repeats the word; then it learns from its own answers, judged by a program.")
     try:
         results = run_demo(settings, options.output_dir)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, SaveError, Stopped, OSError) as error:
+        print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
+        sys.exit(STOPPED if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted; the demo begins anew when it is started again", file=sys.stderr)
+        sys.exit(130)
     seconds = results["seconds"]["total"]
     print(f"\nOn unseen prompts, from the prompt alone (seed {settings.seed}, {seconds:.0f} s in all):\n")
     print(f"{table(results)}\n\n{ranking(results)}")

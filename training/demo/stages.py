@@ -25,6 +25,7 @@ from ..data import load_pairs
 from ..data_options import DataOptions
 from ..errors import InputError
 from ..evaluation import conditioning_gap
+from ..output import check_folder
 from ..scoring import Batcher, PairModel, score
 from ..train import train
 from .answers import REFLECTED, answer_unseen, compare, reflect_unseen, sample_pairs
@@ -63,6 +64,7 @@ def run_demo(settings: Settings, output_dir: Path, say: Callable[[str], None] = 
 def _prepare(folder: Path, settings: Settings) -> None:
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())):
         raise InputError(f"--output_dir {folder}: holds something that is not the demo's; choose another folder")
+    check_folder(folder)
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
