@@ -85,7 +85,7 @@ UNSUPPORTED = _each(
         "max_batch_tokens bounds the memory of each forward pass, in evaluations, too": "auto_find_batch_size "
         "per_device_eval_batch_size eval_accumulation_steps batch_eval_metrics torch_empty_cache_steps",
         "policy and reference must be the same function at step 1": "neftune_noise_alpha",
-        "the loss is fused already": "use_liger_kernel",
+        "its loss would replace this one; give train(model=...) a model with its other kernels": "use_liger_kernel",
         "float16 needs loss scaling; use bf16": "fp16",
         "use bf16": "fp16_full_eval bf16_full_eval",
         "lengths differ from pass to pass": "torch_compile torch_compile_backend torch_compile_mode",
