@@ -260,5 +260,5 @@ def test_yaml_merges_sections_and_keeps_dates(tmp_path):
     file.write_text("lora: &a {r: 8}\nrun_name: 2026-01-31\n")
     config = parse_config([*REQUIRED, "--config", str(file)])
     assert (config.run_name, config.lora) == ("2026-01-31", {"r": 8})
-    file.write_text("model: &a {hidden_size: 16}\nlora: {<<: {r: 8, alpha: 4}, alpha: 16}\n")
+    file.write_text("model: base\nlora: {<<: {r: 8, alpha: 4}, alpha: 16}\n")
     assert parse_config([*REQUIRED[2:], "--config", str(file)]).lora == {"r": 8, "alpha": 16}
