@@ -146,7 +146,7 @@ def not_installed(package: str) -> str | None:
 class Contender:
     """A contender: its code and its requirements. ``package`` is the distribution's name.
 
-    ``variant_of`` names the contender whose code this one calls in another way. Variants are measured only on GPUs.
+    ``variant_of`` names the contender whose code is called in another way. Variants are measured only on GPUs.
     """
 
     title: str

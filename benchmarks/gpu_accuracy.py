@@ -14,12 +14,12 @@ from .harness import reason
 from .measure import FROZEN, LOGPS, LOSS, TRAIN, Truth, step, too_large
 from .result_files import dtype_name
 
-# What 512 log-probs may be off by: twice an estimate. Tensor cores round their sums toward zero. A
-# simulation in tests/benchmarks/test_gpu.py, with H = 4096 and sums rounded after every 16 terms, gives 2.4e-3 nat, all
-# of one sign, where labels are unlikely.
+# Allowed error of the sum of 512 log-probs: twice what tests/benchmarks/test_gpu.py simulates. Tensor cores round sums
+# toward zero. With H = 4096, sums rounded after every 16 terms and unlikely labels, errors have one sign and add up to
+# 2.4e-3 nat.
 SEQUENCE_NAT = 2 * 2.4e-3
 SMOKE_HEAD = HeadShape(256, 2000)
-# What is checked in which modes.
+# The modes in which each function is checked, with titles.
 TITLES = {
     LOSS: {mode: f"loss, {mode}" for mode in (TRAIN, FROZEN)},
     LOGPS: {TRAIN: "linear_logps", FROZEN: f"linear_logps, {FROZEN}"},
@@ -49,9 +49,9 @@ def accuracy(
 def errors(batch: PairBatch, found: dict[str, Outcome], what: str) -> list[dict[str, Any]]:
     """Return errors of the loss or of ``linear_logps``: gradients relative, loss and log-probs in nats.
 
-    Log-probs of single tokens are those of plain torch and of ours, under an arbitrary upstream gradient. Ours may err
-    in the gradients twice as much as plain torch. The coefficient of a pair's gradient carries the error of its own
-    log-probs besides, which is judged by itself: up to 2 beta times the largest of them, relative.
+    Only plain torch and our backends compute log-probs of single tokens, under an arbitrary upstream gradient. Our
+    gradients may have twice the error of plain torch. In the loss, log-probs have a limit of their own, but their error
+    also reaches a pair's coefficient. So gradients may have a further relative error of 2 beta times that error.
     """
     if what == LOGPS:
         found = {name: found[name] for name in ("log_softmax", "triton", "torch") if name in found}
@@ -80,7 +80,7 @@ def errors(batch: PairBatch, found: dict[str, Outcome], what: str) -> list[dict[
 def limits_of(batch: PairBatch, plain: dict[str, float], found: dict[str, float], what: str) -> dict[str, float]:
     if what == LOSS:
         limits, besides = {"sequence_nat": SEQUENCE_NAT, "loss_nat": 2 * BETA * SEQUENCE_NAT}, found["sequence_nat"]
-    else:  # errors of either sign: 512 of them stay within the limit of a sequence
+    else:  # errors have either sign, so those of 512 tokens add up to a sequence's limit
         limits, besides = {"token_nat": SEQUENCE_NAT / 512**0.5}, 0.0
     rounding = torch.finfo(batch.hidden.dtype).eps / 2
     gradients = (name for name in ("dhidden", "dweight") if name in plain)

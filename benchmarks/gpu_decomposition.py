@@ -43,9 +43,9 @@ Work = tuple[Callable[[], Any], dict[str, Any]]
 
 
 def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Callable[[], Work | None]]]:
-    """Yield name and maker of each line. A maker allocates the operands and returns the call and its work.
+    """Yield each line's name and maker. A maker allocates the operands and returns the call and its work.
 
-    A maker returns None if its kernel needs a GPU, or a different one.
+    A maker returns None if its kernel needs a GPU, or a GPU of another kind.
     """
     x, weight = batch.hidden, batch.weight
     (n, hidden), vocab = x.shape, len(weight)
@@ -173,7 +173,7 @@ def _placing(x: Tensor) -> Work:
 
 
 def timed(run: Callable[[], Any], work: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return seconds of ``run`` from an idle device and behind other work (equal on a CPU), and rates of its work."""
+    """Return the seconds of ``run`` on an idle device and behind other work (equal on a CPU), and its rates."""
     run()
     idle = spread([seconds_of(run, str(device)) for _ in range(ROUNDS)])
     busy = spread([seconds_behind_work(run, str(device)) for _ in range(ROUNDS)]) if device.type == "cuda" else idle

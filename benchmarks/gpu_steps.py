@@ -1,7 +1,7 @@
 """Run one step of the GPU benchmark in its own process.
 
-``benchmarks.gpu`` starts these processes. A step writes what it has to DIR/part.json after each figure, and
-``benchmarks.gpu`` merges that into DIR/gpu.json when the process has ended, however it ended.
+``benchmarks.gpu`` starts these processes. After each figure, a step writes its results so far to DIR/part.json. When
+the process has ended, even by a crash, ``benchmarks.gpu`` merges them into DIR/gpu.json.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Context:
         print(text, flush=True)
 
     def fill(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        """Enter rows of (name, figures) under the step's name as they come."""
+        """Record rows of (name, figures) under the step's name as they arrive."""
         part = self.part[self.name] = dict[str, Any]()
         for name, row in rows:
             part[name] = row
@@ -142,7 +142,7 @@ def trees(context: Context) -> None:
 
 
 def training(context: Context) -> None:
-    """One real training run through the command line: tokens and operations a second."""
+    """Measure the tokens and operations per second of one real training run through the command line."""
     result = context.part["training"] = gpu_training.training_run(context.plan, context.device, context.timer.left)
     context.say(gpu_training.training_line(result))
 

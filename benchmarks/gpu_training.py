@@ -180,7 +180,7 @@ def save_model(folder: Path, fields: dict[str, Any], device: torch.device) -> No
     random_llama(fields, "sdpa", device).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # for the run, which is another process
+        torch.cuda.empty_cache()  # leaves the memory to the run, which is another process
 
 
 def write_training_config(folder: Path, plan: Plan, device: torch.device) -> Path:
@@ -215,7 +215,7 @@ def write_training_config(folder: Path, plan: Plan, device: torch.device) -> Pat
 
 
 def training_figures(run: Path, plan: Plan) -> dict[str, Any]:
-    """Read the speed of a run's later half, when everything is warm, from its log; only here is its format known.
+    """Read from its log the speed of a run's later half, when it is warm. Only this function knows the log's format.
 
     ``tflops``: matmuls with the weights, 6 operations per weight and token, without attention. A step's tokens are
     those of its trees; the head takes the scored tokens alone.

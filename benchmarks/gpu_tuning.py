@@ -37,7 +37,7 @@ def sweep(
 
 
 def patched(run: Callable[[], Any], module: Any, **values: Any) -> Callable[[], None]:
-    """Return ``run`` with other values of the module's names."""
+    """Return ``run`` with some names of the module patched to ``values``."""
 
     def call() -> None:
         with mock.patch.multiple(module, **values):
@@ -179,7 +179,7 @@ def tune_torch(batch: PairBatch, workspace_rows: Sequence[int], seconds: float) 
 def workspace_runs(
     batch: PairBatch, backend: str, workspace_rows: Sequence[int]
 ) -> tuple[str, dict[str, tuple[int, Callable[[], Any]]]]:
-    """Return the default workspace's name, and by name the rows of each workspace and a run of forward + backward."""
+    """Return the default workspace's name, and for each name a workspace's rows and a run of forward + backward."""
     head, resolved, default = head_and_backend(batch, backend)
     rows = resolved.capacity(head, batch.hidden.device, default)
     shipped = f"default ({rows})"

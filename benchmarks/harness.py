@@ -163,9 +163,9 @@ def compared(
     ratio: str | None = None,
     memory: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Time the runs in interleaved rounds, each beside the run named ``to``, with peak memory on a GPU.
+    """Time the runs in interleaved rounds, relative to the run named ``to``; on a GPU, measure peak memory, too.
 
-    The key of a row's ratios is ``ratio``, "times_" and ``to`` by default. A run that fails has only a status.
+    The key of a row's ratios is ``ratio``, by default "times_" followed by ``to``. A run that fails has only a status.
     """
     failed: dict[str, str] = {}
     guards, peaks = guarded(runs, failed), dict[str, Any]()

@@ -273,7 +273,7 @@ def pytest_unconfigure() -> None:
 
 
 def recorded(file: Path) -> Iterator[Case]:
-    """Yield a case for each launch in a file of the plugin, on tensors with the recorded layouts.
+    """Yield a case for each launch that the plugin wrote to ``file``, on tensors with the recorded layouts.
 
     The report checks fewer facts of these launches, because tests use odd strides and widths on purpose.
     """

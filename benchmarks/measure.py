@@ -95,7 +95,8 @@ class Truth:
     def errors(self, got: dict[str, Tensor], relative: bool = False) -> dict[str, float]:
         """Return the gradients' relative errors by norm, and the largest errors of loss, sums and log-probs.
 
-        The latter are in nats, with "_nat" in their names, or ``relative`` to the largest value.
+        Largest errors are in nats and have "_nat" in their names. With ``relative`` they are divided by the largest
+        value.
         """
         result = {}
         for name, value in got.items():

@@ -207,7 +207,7 @@ def measuring(
     dtype_of: Callable[[torch.device], torch.dtype],
     **fields: Any,
 ) -> Iterator[Run]:
-    """Enter with a run whose result is new or, with --resume, that of the file.
+    """Yield a run whose result is new or, with --resume, read from the file.
 
     At the end the result is finished and saved. On Ctrl-C the finished figures are saved, and the exit status is 130.
     """

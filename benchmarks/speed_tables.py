@@ -49,7 +49,7 @@ def loss(result: dict[str, Any]) -> str:
 
 
 def rows_of(name: str, cells: Iterable[Mapping[str, Any]], missing: str) -> list[dict[str, Any]]:
-    """Return a contender's row in each cell; where it has none, one with the status ``missing``."""
+    """Return a contender's row in each cell; a row that is not there has the status ``missing``."""
     return [cell["contenders"].get(name, {"status": missing}) for cell in cells]
 
 
@@ -161,7 +161,7 @@ def step(result: dict[str, Any]) -> str:
 def _step_table(
     result: dict[str, Any], titles: Mapping[str, str], text_of: Callable[[str, dict[str, Any], dict[str, Any]], str]
 ) -> str:
-    """Tabulate whole steps: a row a cell, a column a contender."""
+    """Tabulate whole steps: one row per cell, one column per contender."""
     table = []
     for cell in result["cells"]:
         rows = {name: cell["contenders"].get(name, {"status": "not measured"}) for name in titles}

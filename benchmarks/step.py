@@ -147,7 +147,7 @@ def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], s
 def peak_of(what: dict[str, Any], name: str, device: str) -> int | str | None:
     """Return the peak memory above the model while preparing and running, including gradients and all copies.
 
-    On a CPU, call this in a fresh process. If the contender cannot run, the reason is returned.
+    On a CPU, call this in a fresh process. If the contender cannot run, return the reason.
     """
     contender = STEP_CONTENDERS[name]
     if why := contender.unavailable():

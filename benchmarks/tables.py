@@ -8,7 +8,7 @@ from typing import Any
 from .contenders import CONTENDERS
 
 TITLES = {"floor": "floor: the bare matmuls, outputs preallocated"} | {n: c.title for n, c in CONTENDERS.items()}
-# Times and rates that a row may have, with their units. "idle" and "busy" tell how the device was when the call began.
+# Times and rates that a row may have, with their units. "idle" and "busy" are the device's state when a call begins.
 TIMES = {"seconds": "ms", "idle": "ms idle", "busy": "ms busy"}
 RATES = {
     "tflops": "TFLOP/s",

@@ -188,7 +188,7 @@ def _check(name: str, messages: list[list[int]], vocab_size: int, own: int) -> N
         if len(set(values)) > 1:
             argument = _SAME[column - len(_HEADER)]
             raise ValueError(
-                f"{name}: {_named([value != usual for value in values])} got another {argument} than rank "
+                f"{name}: {_named([value != usual for value in values])} got a different {argument} than rank "
                 f"{values.index(usual)}; all ranks of the group must be given the same {argument}"
             )
     refuse([message[0] == _ELSEWHERE for message in messages], "disagrees with its process_group")

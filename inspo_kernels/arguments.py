@@ -54,7 +54,7 @@ def finite(name: str, value: Any) -> float:
 
 
 def positive(name: str, value: Any, or_else: str = "") -> float:
-    """Return ``value`` as a finite float above 0; ``or_else`` names in the error what else is allowed."""
+    """Return ``value`` as a finite float above 0; ``or_else`` tells in the error what else is allowed."""
     number = finite(name, value)
     if number <= 0:
         raise ValueError(f"{name} must be positive{or_else}, got {value!r}")

@@ -175,7 +175,7 @@ def _no_none(hidden: Tensor, *results: Tensor | None) -> list[Tensor]:
 def _new_gradients(
     needs: list[bool], tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None
 ) -> list[Tensor | None]:
-    """Return a tensor for each gradient that is needed, in ``dtype`` or that of its tensor."""
+    """Return an uninitialised tensor for each gradient that is needed, in ``dtype`` or its tensor's dtype."""
     return [
         t.new_empty(t.shape, dtype=dtype or t.dtype) if needed and t is not None else None
         for needed, t in zip(needs, tensors)

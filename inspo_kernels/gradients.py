@@ -84,8 +84,8 @@ class Gradients:
     ) -> tuple[Tensor | None, ...]:
         """Return (x, weight, bias) times ``scale`` in these dtypes, rounded once; unscaled if ``scale`` is None.
 
-        The results are new tensors. With ``reads_last`` nobody reads ``self`` again, and tensors of the right dtype are
-        scaled in place.
+        If ``scale`` is None, tensors of the right dtype are returned as they are. With ``reads_last`` nobody reads
+        ``self`` again, and such tensors are scaled in place. All other results are new tensors.
         """
 
         def one(g: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -103,7 +103,7 @@ class DeferredGradients:
     """Gradients that are computed from kept rows once the upstream gradient is known.
 
     dX and dW are then written once, in their own dtypes, instead of being written in float32, read, scaled and written
-    again. dW does not occupy memory at the same time as the workspace. The weight is not needed any more, so an engine
+    again. dW does not occupy memory at the same time as the workspace. The weight is no longer needed, so an engine
     may free it after the forward pass.
 
     ``x`` (n, H): gradients of the first n of num_rows log-probs, each with respect to its own row, or None.
@@ -147,7 +147,7 @@ class DeferredGradients:
     ) -> tuple[Tensor | None, ...]:
         """Return (x, weight, bias) times ``scale`` (None: 1) in these dtypes, rounded once.
 
-        The results are new tensors. With ``reads_last`` nobody reads ``self`` again, whose memory may be reused.
+        With ``reads_last`` nobody reads ``self`` again, and its memory may be reused. Otherwise they are new tensors.
         """
         coefficients = self.coefficients if scale is None else self.coefficients * scale
         return self._scaled(coefficients, dtypes, reads_last=reads_last)
@@ -194,7 +194,7 @@ class DeferredGradients:
 
 
 def hooks_see_saved_tensors() -> bool:
-    """Return whether a hook gets what is saved now: it may give the same memory back to several backward passes.
+    """Return whether a saved-tensor hook is active: it may return the same memory to several backward passes.
 
     The torch function is private. Without it, assume that there is a hook.
     """

@@ -201,7 +201,7 @@ def local_shard(name: str, tensor: Any, process_group: Any) -> Any:
         return tensor.to_local()
     raise TypeError(
         f"{name} is a DTensor with placements {tensor.placements} on {tensor.device_mesh}: with process_group it must "
-        "be sharded over dimension 0 by just that group, Shard(0) on a mesh of one dimension whose get_group() is "
-        "process_group. If other dimensions are FSDP2's, call inside the wrapped module's forward, where these are "
+        "be sharded over dimension 0 by that group alone: Shard(0) on a mesh of one dimension whose get_group() is "
+        "process_group. If other dimensions are FSDP2's, call inside the wrapped module's forward, where they are "
         f"gathered; or pass this rank's rows as a plain tensor, {name}.to_local()"
     )

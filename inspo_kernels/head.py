@@ -62,7 +62,7 @@ class LMHead:
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     def without_weight(self, words: int | None = None) -> LMHead:
-        """Return a head of this shape, or of so many words, that holds no memory: only its shape can be used."""
+        """Return a head of this shape, or with ``words`` words, that takes no memory: only its shape may be used."""
         words = self.vocab_size if words is None else words
         return replace(self, weight=self.weight.new_zeros(()).expand(words, self.hidden_size), bias=None)
 

@@ -198,7 +198,7 @@ class _LinearLogps(torch.autograd.Function):
             # Only recomputation reads the weight: an engine may take it away where all rows are kept.
             head: tuple[Tensor | None, ...] = (None, None)
             if ctx.recomputes:
-                # A copy of the bias, which costs little: a frozen one may change, or be an inference tensor.
+                # Copy the bias, which costs little: a frozen bias may change, or be an inference tensor.
                 head = (run.head.weight, None if run.head.bias is None else run.head.bias.clone())
             ctx.save_for_backward(logps, scored.x, scored.targets, *head, state.dx, *sums, *state.kept)
             empty = scored.x.new_empty(0)

@@ -55,7 +55,7 @@ def workspace_bytes(
     try:
         weight = torch.empty((), dtype=dtype, device=device).expand(vocab_size, hidden_size)
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {str(device)!r} is not available here, and its size decides: {error}") from None
+        raise ValueError(f"device {str(device)!r} is not available here, but its size matters: {error}") from None
     head = LMHead(weight, None, None, 1.0, dtype)
     resolved = resolve_backend(backend, head, device)
     if resolved is None:
@@ -76,7 +76,7 @@ def workspace_bytes(
     workspace = max(resolved.kept_bytes(head, kept), 0 if kept == group else run.workspace_bytes)
     workspace += resolved.logits_bytes(head, device, run.workspace_bytes)
     needs = Needs(True, True, False)
-    # The labels' rows of the weight, and x with its coefficients; rows that are not kept need the former alone.
+    # The labels' rows of the weight, and x with its coefficients; rows that are not kept need no such x.
     labels = max(2 * kept, group - kept) * hidden_size * wide
     if group == rows and kept == group and DeferredGradients.worth_deferring(resolved, head, rows, needs):
         kept_x = x + widened if widened else x
@@ -84,6 +84,6 @@ def workspace_bytes(
         backward = kept_x + dx + workspace + x + dweight * dtype.itemsize + labels
         return max(forward, backward)
     forward = x + widened * kept // rows + dx + workspace + dweight * wide + labels
-    # Gradients of the accumulate dtype are scaled in place.
+    # Gradients in the accumulate dtype are scaled in place.
     backward = dx + dweight * wide + (x + dweight * dtype.itemsize if widened else 0)
     return max(forward, backward)

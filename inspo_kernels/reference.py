@@ -110,7 +110,7 @@ def pair_sums(
         return (h[:-1], y[1:]) if shift else (h, y)
 
     def columns(hidden: Tensor, labels: Tensor) -> Tensor:
-        """Return sums over tokens: of log-probs, of scored tokens, of each statistic."""
+        """Return the sum of log-probs, the number of scored tokens, and the sum of each statistic."""
         options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
         options |= {"ignore_index": ignore_index, "statistics": names or ("logsumexp",)}
         logps, found = linear_logps(hidden, weight, labels, **options)

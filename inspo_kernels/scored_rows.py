@@ -93,9 +93,9 @@ class _TakeRows(torch.autograd.Function):
 
 
 def spread_rows(x: Tensor, rows: Tensor, shape: torch.Size, *, distinct: bool) -> Tensor:
-    """Return x (N, H) at ``rows`` of zeros of ``shape`` (..., H), added up where ``rows`` are not ``distinct``."""
+    """Return zeros of ``shape`` (..., H) with x (N, H) added at ``rows``; ``distinct``: no row occurs twice."""
     flat = x.new_zeros(shape[:-1].numel(), shape[-1])
-    # On an H100, additions to 8,192 rows of 4,096 take 0.33 ms, as long as 1% of the matmuls.
+    # Copies are faster: on an H100, additions take 1% as long as the matmuls.
     place = flat.index_copy_ if distinct else flat.index_add_
     return place(0, rows, x).view(shape)
 

@@ -75,7 +75,10 @@ class ScoredTokens:
             return self.run.score(self.x, self.targets), None
 
     def backward(self, upstream: Tensor, kept: KeptTokens, needs: Needs, *, reads_last: bool) -> Gradients:
-        """Return the gradients of sum(upstream * log-probs), upstream (N,); ``kept`` may be reused if read last."""
+        """Return the gradients of sum(upstream * log-probs), upstream (N,).
+
+        ``reads_last``: whether nobody reads ``kept`` again, so that its memory may be reused.
+        """
         assert self.run is not None
         with plain_arithmetic(self.x.device):
             return passes.token_gradients(self.run, self.x, self.targets, kept, upstream, needs, reads_last=reads_last)

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-# Fields of LoraConfig whose adapters merge wrong, or not at all.
+# Fields of LoraConfig whose adapters merge wrongly, or not at all.
 _UNSUPPORTED = {
-    "layer_replication": "copies of a layer share its weights, to which merging would add each copy's adapter",
-    "alora_invocation_tokens": "peft cannot merge an adapter that acts on a part of the text alone",
+    "layer_replication": "copies of a layer share its weights, and merging would add each copy's adapter to them",
+    "alora_invocation_tokens": "peft cannot merge an adapter that acts on only part of the text",
 }
 
 

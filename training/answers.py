@@ -182,10 +182,10 @@ def answer_length(
     separator: Sequence[int] | None,
     wanted: int | None,
 ) -> int:
-    """Return the most tokens of an answer: ``wanted``, or up to 1024 if the model's positions leave so many.
+    """Return the limit of tokens per answer: ``wanted``, or as many as the model's positions allow, at most 1024.
 
-    With a ``separator``, draft and answer have as many each. An end token and the separator follow the draft. Raises
-    InputError for a question that leaves too few positions.
+    With a ``separator``, draft and answer may have that many each. An end token and the separator follow the draft.
+    Raises InputError for a question that leaves too few positions.
     """
     positions, most = getattr(model.config, "max_position_embeddings", None) or math.inf, wanted or 1024
     for question in questions:
@@ -198,8 +198,8 @@ def answer_length(
         if room < (wanted or 1):
             raise InputError(
                 f"{question.origin}: the prompt has {taken} tokens, which leaves fewer than {wanted or 1} of the "
-                f"model's {positions} positions to {'each' if count > 1 else 'the'} answer; lower --max_new_tokens, or "
-                "leave the prompt out"
+                f"model's {positions} positions for {'each' if count > 1 else 'the'} answer; lower --max_new_tokens, "
+                "or leave the prompt out"
             )
         most = int(min(most, room))
     return most

@@ -1,4 +1,4 @@
-"""Whether a model can be trained on pairs at all: it must be a causal language model, which sees no later tokens."""
+"""Check that a model can be trained on pairs: it must be a causal language model, which sees no later tokens."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from .errors import InputError
 
-# Largest change of the logits, relative to the largest logit, by rounding. In bfloat16 kernels round more.
+# Largest change of the logits that rounding causes, relative to the largest logit. In bfloat16 kernels round more.
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def check_kind(given: str | dict[str, Any], settings: PretrainedConfig) -> None:
-    """Raise InputError if transformers has no causal language model of this configuration, made of ``given``."""
+    """Raise InputError if transformers has no causal language model for ``settings``, read from ``given``."""
     if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        kind = "an encoder-decoder" if getattr(settings, "is_encoder_decoder", False) else "no causal language model"
+        kind = "an encoder-decoder" if getattr(settings, "is_encoder_decoder", False) else "not a causal language model"
         raise InputError(
             f"model {given!r}: {settings.model_type} is {kind}; choose a causal language model (decoder only)"
         )
@@ -26,7 +26,7 @@ def check_kind(given: str | dict[str, Any], settings: PretrainedConfig) -> None:
 def check_causal(model: PreTrainedModel, *, rounds_by_batch: bool) -> None:
     """Raise InputError if a token's logits depend on later tokens, as in BERT; this tries it on a few tokens.
 
-    On the meta device only encoders that transformers knows are found. With ``rounds_by_batch``, too.
+    On the meta device and with ``rounds_by_batch``, only encoders that transformers knows are found.
     """
     config = model.config.get_text_config()
     decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
@@ -42,6 +42,6 @@ def check_causal(model: PreTrainedModel, *, rounds_by_batch: bool) -> None:
         sees_later = bool((first - other).abs().max() > _ROUNDING.get(model.dtype, 5e-2) * first.abs().max())
     if sees_later:
         raise InputError(
-            f"model: in {type(model).__name__} a token sees the tokens after it, so log-probs of responses would mean "
-            "nothing; choose a causal language model (decoder only)"
+            f"model: in {type(model).__name__} a token sees the tokens after it, so log-probs of responses would be "
+            "meaningless; choose a causal language model (decoder only)"
         )

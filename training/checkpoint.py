@@ -62,7 +62,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def whole_file(file: Path) -> Iterator[Path]:
     """Yield a temporary file to write to, and rename it to ``file`` at the end. ``file`` is never incomplete.
 
-    The temporary file's name has the process id. Files of processes that were killed meanwhile are removed.
+    The temporary file's name contains the process id. Files that killed processes left behind are removed.
     """
     for left in file.parent.glob(f"{glob.escape(file.name)}.*.tmp"):
         writer = left.suffixes[-2][1:]

@@ -54,7 +54,7 @@ class DataOptions:
         for name in ("lora", "quantization"):
             if isinstance(self.model, dict) and getattr(self, name) is not None:
                 raise InputError(
-                    f"{name}: needs a base in a folder or on the hub: the saved adapter would lack the built model. "
+                    f"{name}: needs a base in a folder or on the hub, because final/ does not contain a built base. "
                     "Run once without lora into another output_dir, and set model to its final/"
                 )
         if self.lora is not None:

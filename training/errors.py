@@ -32,9 +32,9 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def as_input_error(prefix: str, remedy: str = "") -> Iterator[None]:
-    """Raise InputError with ``prefix``, the message and ``remedy`` for any error of the block.
+    """Raise InputError with ``prefix``, the message and ``remedy`` for any error in the block.
 
-    Libraries refuse in many ways, each with its own class of error.
+    Libraries reject input with many classes of errors.
     """
     try:
         yield

@@ -25,9 +25,9 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Estimate the bytes of a process that trains ``model`` with AdamW in forward passes of ``tokens`` tokens, by use.
 
-    The loss is differentiated in all of them, at most ``longest_pair`` of one pair. ``share``: the number of processes
-    among which FSDP2 shards the model. The activations are those of a gated decoder layer (Llama): the inputs that the
-    matmuls of the backward pass need, and the norms.
+    The loss gives gradients for all of them, and one pair has at most ``longest_pair``. ``share``: the number of
+    processes among which FSDP2 shards the model. The activations are those of a gated decoder layer (Llama): the
+    inputs that the matmuls of the backward pass need, and the norms.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     parameters, gradients = (sum(p.nbytes for p in some) for some in (list(model.parameters()), trained))

@@ -226,7 +226,7 @@ def has_weights(folder: str) -> bool:
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raise InputError if ``hidden_and_head`` cannot split the model, or it is not causal; this tries a few tokens."""
+    """Raise InputError if ``hidden_and_head`` cannot split the model or it is not causal; this tries a few tokens."""
     try:
         if model.device.type == "meta":  # nothing can be computed
             check_head(model)

@@ -96,7 +96,7 @@ def _put(values: dict[str, Any], name: str, text: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys and dates. Only true and false are booleans: ``save_strategy: no`` is a word."""
+    """Load YAML without duplicate keys or dates. Only true and false are booleans: ``save_strategy: no`` is a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

@@ -24,7 +24,7 @@ CONFIG, LOG, LOCK = "config.yaml", "log.txt", ".lock"
 
 
 def escape_unprintable() -> None:
-    """Make stdout print characters that its encoding lacks as escapes, instead of failing."""
+    """Make stdout escape characters that its encoding lacks, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

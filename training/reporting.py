@@ -63,7 +63,7 @@ class ReportingTrainer(ResumableTrainer):
         return score(self.model_wrapped, pairs, self.batcher, conditioned=True, stop_requested=stop_requested)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Return the rows of evaluations, the one before step 1 first."""
+        """Return the rows of all evaluations, the evaluation before step 1 first."""
         return [row for row in self.state.log_history if "eval_loss" in row]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

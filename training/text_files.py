@@ -90,7 +90,7 @@ def _json_list(path: Path, content: bytes, first: int) -> Iterator[tuple[int, di
                 raise InputError(f"{path}:{number}: each entry of the list must be a JSON object")
             begin = text.index("{", end)
             number += text.count("\n", end, begin)
-            values, end = _DECODER.raw_decode(text, begin)  # tells where the entry ends, and refuses a key twice
+            values, end = _DECODER.raw_decode(text, begin)  # tells where the entry ends, and refuses duplicate keys
             yield number, values
             number += text.count("\n", begin, end)
     except InputError:

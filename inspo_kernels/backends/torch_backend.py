@@ -120,9 +120,9 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None
 
 
 def _label_places(targets: Tensor, words: list[slice], is_shard: bool) -> list[tuple[Tensor | None, Tensor]]:
-    """Return, for each tile, whether each label is one of its words (None: all are), and its column; (n, 1) each.
+    """Return for each tile whether each label is one of its words (None: all are), and the label's column; (n, 1) each.
 
-    The column of a label outside the tile is some column of it.
+    If a label is outside the tile, its column is an arbitrary column of the tile.
     """
     if len(words) == 1 and not is_shard:
         return [(None, targets.unsqueeze(1))]
@@ -168,7 +168,7 @@ class TorchTile(HeadTile):
         self.buffer: Tensor | None = None
 
     def _equal_words(self) -> list[slice]:
-        """Return the vocabulary in equal tiles."""
+        """Return the vocabulary cut into equal tiles, of which the last may be smaller."""
         vocab = self.head.vocab_size
         count = -(-vocab // self.most_words)
         size = -(-vocab // count)
@@ -204,7 +204,7 @@ class TorchTile(HeadTile):
     def _kept_tile(self, part: slice) -> Tensor:
         """Return E (n, words) of all kept rows and the words ``part``, stored word by word.
 
-        That is the faster layout of logits and dW where rows are fewer than words, and as fast elsewhere.
+        With fewer rows than words, this layout makes the matmuls of logits and dW faster. Otherwise it is no slower.
         """
         n, width = len(self.x), part.stop - part.start
         return self._reserve(n * part.start, n, width).as_strided((n, width), (1, n), n * part.start)
@@ -254,7 +254,7 @@ class TorchTile(HeadTile):
         self.labels: tuple[slice, list[tuple[Tensor | None, Tensor]]] | None = None
 
     def _labels_of(self, rows: slice) -> list[tuple[Tensor | None, Tensor]]:
-        """Return the ``_label_places`` of these rows; those asked for last are at hand."""
+        """Return the ``_label_places`` of these rows, cached for the rows of the last call."""
         if self.labels is None or self.labels[0] != rows:
             self.labels = rows, _label_places(cut(self.targets, rows), self.words, self.head.is_shard)
         return self.labels[1]
@@ -304,7 +304,7 @@ class TorchTile(HeadTile):
         return RowSums(final, rest, label.squeeze(1).double() * LOG2, **more.parts), offsets
 
     def _first_offset(self, top: Tensor, more: _Statistics) -> tuple[Tensor, bool]:
-        """Return offsets (n,) for rows with these maxima in their first tile, and whether any differs from 0."""
+        """Return offsets (n,) for rows with these maxima in their first tile, and whether any may differ from 0."""
         if more.has_moment:
             return top.clamp(min=LOWEST), True
         if self.on_cpu:
@@ -316,9 +316,9 @@ class TorchTile(HeadTile):
     def _raised_offset(
         self, z: Tensor, top: Tensor | None, offset: Tensor, shifted: bool, slack: float
     ) -> Tensor | None:
-        """Return offsets (n,) after a tile z' with these maxima, looked up if None; None if they stay as they are.
+        """Return offsets (n,) after a tile z' with maxima ``top`` (computed if None), or None if they do not change.
 
-        A device is not asked, as that would wait for it.
+        On a GPU they are always returned, because looking for a change would wait for the device.
         """
         if self.on_cpu and not shifted and (z if top is None else top).amax().item() <= slack:
             return None

@@ -42,7 +42,7 @@ class Fits:
         if self.max_length is None:
             return why
         return (
-            f"{why}, or prompt, both responses and separator are more than max_length={self.max_length} tokens (raise "
+            f"{why}, or prompt, both responses and separator take more than max_length={self.max_length} tokens (raise "
             "it to keep these pairs; responses are never cut)"
         )
 

@@ -84,7 +84,7 @@ class PairMetrics:
             "logps/chosen": logps_chosen,
             "logps/rejected": logps_rejected,
         }
-        pairs = torch.full((), len(chosen), dtype=torch.float32, device=logps.device)  # filled there, not copied
+        pairs = torch.full((), len(chosen), dtype=torch.float32, device=logps.device)  # filled there, without a copy
         return {name: (column.sum(), pairs) for name, column in columns.items()}
 
     def _append(self, key: str, ratios: dict[str, _Ratio], device: torch.device) -> None:
@@ -93,13 +93,13 @@ class PairMetrics:
         self._passes.setdefault(key, []).append(torch.stack(values).view(-1, 2))
 
     def _totals(self, key: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return sums and counts over ranks by metric, (passes,) float64 each; empty if there was no pass."""
+        """Return each metric's sums and counts over all ranks, (passes,) float64; empty if there was no pass."""
         if not self._passes.get(key):
             return {}
         sums, counts = self.add_over_ranks(torch.stack(self._passes[key])).cpu().double().unbind(2)
         return dict(zip(self._names[key], zip(sums.unbind(1), counts.unbind(1))))
 
     def _tokens(self, totals: dict[str, tuple[Tensor, Tensor]]) -> int:
-        """Take the number of tokens out of ``totals``: it is a sum over passes, not a mean."""
+        """Remove the number of tokens from ``totals`` and return it: it is summed over passes, not averaged."""
         sums, _ = totals.pop("num_tokens", (torch.zeros(1), None))
         return int(sums.sum()) // self.copies

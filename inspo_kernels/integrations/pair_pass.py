@@ -41,7 +41,10 @@ def accept_pair_pass(model: nn.Module) -> None:
 
 
 def renew_copied_forward(model: Any) -> None:
-    """Give a deep copy of a model that accepts a ``PairPass`` its class's forward: the copied one runs the original."""
+    """Restore the class's ``forward`` on a deep copy of a model that accepts a ``PairPass``.
+
+    The copied ``forward`` would run the original model.
+    """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = getattr(model, _FLAG, None)
     if accepted is not None and accepted() is not model:
@@ -104,7 +107,7 @@ def reference_logps(
 
 
 def _segments(scored: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the compact form besides hidden."""
+    """Return the arguments of the compact form, except hidden."""
     return {name: scored[name] for name in ("labels", "segment_ids", "num_pairs")}
 
 
@@ -162,7 +165,7 @@ def token_loss(
     columns |= dict(zip(("ref_chosen", "ref_rejected"), ref_logps.double().chunk(2)))
     sums = PairSums(**columns, index=torch.arange(scored["num_pairs"], device=x.device))
     columns |= dict(zip(KINDS, whole))
-    of_all_tokens = PairSums(**columns, index=sums.index)  # SFT fits every token alike
+    of_all_tokens = PairSums(**columns, index=sums.index)  # SFT weighs all tokens alike
 
     def mean_loss(kinds: slice, sums: PairSums, of_all_tokens: PairSums) -> Tensor:
         total = torch.zeros_like(sums.chosen)

@@ -145,7 +145,7 @@ class InSPOTrainer(DPOTrainer):
 
     def __init__(self, model: Any = None, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
         self.dropped_pairs: dict[str, int] = {}
-        for given in (model, ref_model):  # perhaps copies of a model that was trained here before
+        for given in (model, ref_model):  # may be copies of a model that this trainer has trained
             renew_copied_forward(given)
         super().__init__(model, ref_model, args, **kwargs)
         args = self.args

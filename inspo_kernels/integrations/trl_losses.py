@@ -56,7 +56,7 @@ def fits_tokens(parts: list[tuple[Objective, float]]) -> bool:
 
 def _objective(loss_type: str, args: Any) -> Objective:
     if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type {loss_type!r} has no fused objective; there are {', '.join(LOSS_TYPES)}")
+        raise ValueError(f"loss_type {loss_type!r} has no fused objective; choose from {', '.join(LOSS_TYPES)}")
     if args.f_divergence_type not in _DIVERGENCES:
         raise ValueError(f"f_divergence_type {args.f_divergence_type!r}: must be one of {', '.join(_DIVERGENCES)}")
     cls: Any = OBJECTIVES[LOSS_TYPES[loss_type]]

@@ -133,7 +133,7 @@ def scale_rows(arch: str, hidden: int) -> ScaleRows:
     """Return the launch sizes of ``kernels.scale_rows``, by hidden size."""
     if arch == "interpreter":
         return ScaleRows(rows=16, block=64, num_warps=1)
-    # 8 elements a thread: 16 bytes at two bytes each, twice 16 at four. Several rows if these are short.
+    # 8 elements per thread: one access of 16 bytes for two-byte dtypes, two for float32. Short rows share a program.
     block = min(1024, _next_power_of_2(hidden))
     return ScaleRows(2048 // block, block, num_warps=4 if arch.startswith("gfx") else 8)
 

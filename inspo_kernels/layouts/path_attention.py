@@ -26,9 +26,9 @@ class PathMask(Tensor):
     torch hands the call to this class, as it does for its own ``torch.nn.attention.bias.CausalBias``.
 
     Attributes, on the device of queries and keys:
-        shape_of_paths: (S, n), paths and their places.
-        to_paths: from rows * T tokens to S * n places.
-        to_tokens: from each place back to the token that takes its output there.
+        shape_of_paths: (S, n), the number of paths and of places on each.
+        to_paths: gathers the S * n places from the rows * T tokens.
+        to_tokens: gathers each token's output from one of its places.
         band: (n, n) bool, what a path's token attends to, or None for all tokens up to itself.
     """
 
@@ -39,10 +39,10 @@ class PathMask(Tensor):
 
     @classmethod
     def of(cls, paths: Tensor, path_of: Tensor, positions: Tensor, window: int | None) -> PathMask:
-        """Return the mask of ``paths`` (S, n) int64: the tokens of each path among all rows * T, filled up with 0.
+        """Return the mask of ``paths`` (S, n) int64: the tokens of each path among all rows * T, padded with 0.
 
-        ``path_of`` and ``positions`` (rows, T): a path that each token is on, and its place on every such path. A token
-        is on one or two paths.
+        ``path_of`` and ``positions`` (rows, T): a path that holds each token, and the token's place on its paths. A
+        token is on one or two paths, always at the same place.
         """
         rows, length = positions.shape
         shape = torch.zeros((), dtype=torch.bool, device=paths.device).expand(rows, 1, length, length)
@@ -70,10 +70,10 @@ class PathMask(Tensor):
 
 @dataclass(frozen=True)
 class Gather:
-    """Rows ``index`` of a matrix, and the same rows in reverse: row i of the matrix is read at ``places[i]``.
+    """Gather rows ``index`` (n,) int64 of a matrix; row i of the matrix goes to rows ``places[i]`` of the result.
 
-    ``index`` (n,) int64; ``places`` (m, k) int64 and ``used`` (m, k) bool, whether such a place exists. With them, the
-    backward pass is a gather, too. On a GPU it takes a fraction of the time of ``index_select``'s atomic additions.
+    ``places`` (m, k) int64; ``used`` (m, k) bool: whether such a place exists. With them, the backward pass is a
+    gather, too. On a GPU it takes a fraction of the time of ``index_select``'s atomic additions.
     """
 
     index: Tensor
@@ -98,11 +98,11 @@ class _Gather(torch.autograd.Function):
 
 
 def _gathers(paths: Tensor, places: Tensor, positions: Tensor) -> tuple[Gather, Gather]:
-    """Return the gathers from tokens to places on ``paths`` (S, n), and back from ``places``, one of each token."""
+    """Return the gathers from tokens to places on ``paths`` (S, n), and back from ``places``, one per token."""
     tokens, number = paths.flatten(), len(places)
     index = torch.arange(len(tokens), device=paths.device)
     own = places[tokens] == index
-    # A token that two paths share has a second place. Beyond a path's end, positions do not fit.
+    # A token that two paths share has a second place. Padding beyond a path's end fails the test of positions.
     second = ~own & (positions[tokens] == index % paths.shape[1])
     at = torch.where(second, tokens, number)
     other = torch.zeros(number + 1, dtype=torch.int64, device=paths.device).scatter_(0, at, index)[:-1]

@@ -89,7 +89,7 @@ def condition_batch(
                 )
             result[name] = position_ids
         elif isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point():
-            # A number per token: image features are floating-point and have other shapes.
+            # One integer per token. Image features are floating-point and have other shapes.
             result[name] = follow(value, torch.zeros_like(separator), 0)
     result["input_ids"] = follow(ids, separator, pad_token_id)
     result["attention_mask"] = attention.to(batch["attention_mask"].dtype)

@@ -44,7 +44,7 @@ def tree_batch(
     """
     trees = [_tree(*pair, separator, given) for pair, given in zip(pairs, conditioned, strict=True)]
     lengths = torch.tensor([len(tree["input_ids"]) for tree in trees], device="cpu")
-    # Of each pair among all tokens.
+    # Where each pair begins among all tokens.
     offsets = lengths.cumsum(0) - lengths if packed else torch.arange(len(trees), device="cpu") * lengths.max()
     columns = [{name: tree[name] for name in ("input_ids", "position_ids", "tree_ends")} for tree in trees]
     for pair, (column, tree, offset) in enumerate(zip(columns, trees, offsets)):
@@ -66,12 +66,12 @@ def tree_batch(
 
 
 def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Return each column of ``parts``, one after another: (N,)."""
+    """Return each column of ``parts``, concatenated: (N,)."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def padded(parts: list[dict[str, Tensor]], fill: Mapping[str, int]) -> dict[str, Any]:
-    """Return each column of ``parts`` as rows (len(parts), T), filled up on the right with ``fill``, by default 0."""
+    """Return each column of ``parts`` as rows (len(parts), T), padded on the right with ``fill``, by default 0."""
     columns = {name: [part[name] for part in parts] for name in parts[0]}
     return {
         name: pad_sequence(column, batch_first=True, padding_value=fill.get(name, 0))

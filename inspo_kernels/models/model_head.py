@@ -167,8 +167,7 @@ def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iter
 
     with ExitStack() as hooks:
         hooks.enter_context(around_head)  # in case the head raises
-        # Before the hooks with which engines gather a head's weight ours would see no weight; after those with which
-        # they release it, neither.
+        # Our hooks need the head's weight, so they run after an engine's hooks gather it and before they release it.
         hooks.enter_context(head.register_forward_pre_hook(own(before), with_kwargs=True))
         hooks.enter_context(head.register_forward_hook(own(after), with_kwargs=True, prepend=True))
         hooks.enter_context(head.register_forward_hook(own(released), with_kwargs=True))

@@ -184,7 +184,7 @@ def _small_pairs(model: Any) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Ten
     parts = iter(ids.split([length for lengths in _PAIRS for length in lengths]))
     pairs = [(next(parts), next(parts), next(parts)) for _ in _PAIRS]
     tree, rows = (condition_pairs(pairs, layout=layout, pad_token_id=int(ids[0])) for layout in ("tree", "rows"))
-    # The marginal of the chosen response is in the rejected one's row, and the other way round.
+    # The marginal of the chosen response is in the rejected response's row, and vice versa.
     row_of_kind = torch.tensor([0, 1, 1, 0], device="cpu")
     kind, pair = tree["segment_ids"] // len(pairs), tree["segment_ids"] % len(pairs)
     depth = tree["position_ids"].flatten()[tree["rows"]]

@@ -112,7 +112,7 @@ class Preset(Objective):
     """Base of the named objectives: frozen dataclasses whose parameters are checked by their names."""
 
     gradient_fields: tuple[str, ...] = ("chosen", "rejected")
-    # The values that a parameter can have, by its name.
+    # Allowed values of parameters, by name.
     _choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class Divergent(Preset):
         return torch.expm1((power * log_ratio).clamp(max=_LARGEST_EXPONENT)) / power
 
     def _difference(self, s: PairSums, *, per_token: bool = False) -> Tensor:
-        """Return f'(pi / pi_ref) of the chosen less that of the rejected response, (pairs,)."""
+        """Return f'(pi / pi_ref) of the chosen response minus that of the rejected response, (pairs,)."""
         chosen, rejected = map(self._f_prime, self._advantages(s))
         return chosen / s.chosen_len - rejected / s.rejected_len if per_token else chosen - rejected
 

@@ -25,14 +25,14 @@ def test_disagreement_is_an_error_on_every_rank(three, kind):
         if kind == "refused":
             wanted = "softcap must be positive" if rank == 1 else "rank 1 of process_group refused its arguments"
         else:
-            wanted = f"process_group: rank 1 got another {argument} than rank 0"
+            wanted = f"process_group: rank 1 got a different {argument} than rank 0"
         assert error.startswith("ValueError") and wanted in error
 
 
 def test_disagreement_within_a_mesh_reaches_every_rank(four):
     errors = four.run(exchange_checks.error_in_mesh, 3)
     assert all(error.startswith("ValueError") for error in errors), errors
-    assert "another objective" in errors[3] and "another objective" in errors[2]
+    assert "a different objective" in errors[3] and "a different objective" in errors[2]
 
 
 def test_missing_rank_is_an_error_within_the_timeout(three):

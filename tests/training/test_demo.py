@@ -329,7 +329,7 @@ def test_a_folder_below_a_file_is_refused(tmp_path: Path, capsys: pytest.Capture
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
         (SaveError("base/final could not be written"), 1, "error: base/final could not be written"),
         (Stopped("stopped by SIGTERM after step 3"), 143, "stopped by SIGTERM after step 3"),
-        (KeyboardInterrupt(), 130, "interrupted; the demo begins anew when it is started again"),
+        (KeyboardInterrupt(), 130, "interrupted; the next run of the demo starts from the beginning"),
     ],
 )
 def test_an_interrupted_demo_says_so(

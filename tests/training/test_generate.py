@@ -369,7 +369,7 @@ def test_all_turns_share_the_models_positions(saved, tmp_path, capsys):
     command = ["--model", folder, "--prompts", prompts, "--out", str(tmp_path / "o"), "--format", "mt_bench"]
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--max_new_tokens", "100"])
-    assert "fewer than 100 of the model's 256 positions to each answer; lower" in capsys.readouterr().err
+    assert "fewer than 100 of the model's 256 positions for each answer; lower" in capsys.readouterr().err
     main(command)
     answers = json.loads((tmp_path / "o").read_text())["choices"][0]["turns"]
     assert len(answers) == 2 and "max_new_tokens=100" not in capsys.readouterr().err

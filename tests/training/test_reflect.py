@@ -139,5 +139,5 @@ def test_draft_and_answer_must_fit_the_models_positions(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--model", str(tmp_path), "--prompt", "four", "--max_new_tokens", "13", "--reflect"])
     error = capsys.readouterr().err
-    assert "fewer than 13 of the model's 30 positions to each answer; lower --max_new" in error
+    assert "fewer than 13 of the model's 30 positions for each answer; lower --max_new" in error
     main(["--model", str(tmp_path), "--prompt", "four", "--max_new_tokens", "12", "--reflect"])

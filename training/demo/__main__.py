@@ -19,7 +19,7 @@ from .world import ECHO, RIGHT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 2 on bad input, 1 where the disk is full, 130 on Ctrl-C, 143 on SIGTERM."""
+    """Run the command line; exit with 2 on bad input, 1 if the disk is full, 130 on Ctrl-C, 143 on SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--seed", type=int, default=0, help="of everything: world, models, sampling [0]")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="replaced if a demo's [runs/demo]")
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
         sys.exit(STOPPED if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        print("interrupted; the demo begins anew when it is started again", file=sys.stderr)
+        print("interrupted; the next run of the demo starts from the beginning", file=sys.stderr)
         sys.exit(130)
     seconds = results["seconds"]["total"]
     print(f"\nOn unseen prompts, from the prompt alone (seed {settings.seed}, {seconds:.0f} s in all):\n")
