@@ -140,7 +140,7 @@ class DeferredGradients:
 
     def computed(self) -> Gradients:
         """Return the gradients in the accumulate dtype. ``self`` must not be read again."""
-        return Gradients(*self._scaled(self.coefficients, (self.head.accumulate_dtype,) * 3, reads_last=True))
+        return Gradients(*self.scaled(None, *(self.head.accumulate_dtype,) * 3, reads_last=True))
 
     def scaled(
         self, scale: Tensor | None, *dtypes: torch.dtype | None, reads_last: bool = False
@@ -150,11 +150,6 @@ class DeferredGradients:
         With ``reads_last`` nobody reads ``self`` again, and its memory may be reused. Otherwise they are new tensors.
         """
         coefficients = self.coefficients if scale is None else self.coefficients * scale
-        return self._scaled(coefficients, dtypes, reads_last=reads_last)
-
-    def _scaled(
-        self, coefficients: Tensor, dtypes: tuple[torch.dtype | None, ...], *, reads_last: bool
-    ) -> tuple[Tensor | None, ...]:
         x, wait = self._start_x(coefficients, dtypes[0], reads_last=reads_last)
         out = Gradients.empty(self.head, 0, replace(self.needs, x=False), None, dtypes[1], None)
         if self.needs.head:

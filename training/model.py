@@ -232,9 +232,8 @@ def check_architecture(model: PreTrainedModel) -> None:
             check_head(model)
         else:
             words = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-            ids = (
-                torch.arange(4, device=model.device) + words // 2
-            )  # no padding, whose states may be 0 and fit any head
+            # No padding, whose states may be 0 and fit any head.
+            ids = torch.arange(4, device=model.device) + words // 2
             with torch.no_grad():
                 ik.hidden_and_head(model, input_ids=ids[None] % words)
     except torch.OutOfMemoryError:
