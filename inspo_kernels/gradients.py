@@ -156,7 +156,7 @@ class DeferredGradients:
             tile = open_tile(self.backend, self.head, len(coefficients), self.workspace_bytes)
             tile.restore(self.kept)
             with plain_arithmetic(coefficients.device):
-                tile.head_gradients(coefficients, dweight=out.weight, dbias=out.bias)
+                tile.head_gradients(coefficients, out)
             if reads_last:
                 tile.release()
         wait()

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,9 +68,8 @@ class HeadPass:
             most = min(most, self.capacity)  # the same on every rank
         blocks = []
         for rows in chunks(0, len(x), most):
-            own = None if dx is None else cut(dx, rows)
-            of_rows = cut(targets, rows)
-            sums = tile.stage(cut(x, rows), of_rows, keep=keep, dx=own, parts=parts_of(self.statistics))
+            of_rows, parts = cut(targets, rows), parts_of(self.statistics)
+            sums = tile.stage(cut(x, rows), of_rows, keep=keep, dx=cut(dx, rows), parts=parts)
             if self.group is not None:
                 sums = self.group.combine(sums, of_rows, self.head.accumulate_dtype)
             tile.finish(sums)
@@ -173,23 +172,16 @@ def token_gradients(
             assert kept.dx is not None
             torch.mul(kept.dx, coefficients[first:].unsqueeze(1), out=gradients.x[first:])
             pending = run.start_sum(gradients.x[first:])
-        tile.head_gradients(coefficients[first:], dweight=gradients.weight, dbias=gradients.bias)
+        tile.head_gradients(coefficients[first:], gradients)
         if reads_last:
             tile.release()
         pending()
         del tile
     if kept.sums is not None:
-        run.open().recompute_gradients(
-            x[:first],
-            targets[:first],
-            kept.sums,
-            coefficients[:first],
-            dx=None if gradients.x is None else gradients.x[:first],
-            dweight=gradients.weight,
-            dbias=gradients.bias,
-            accumulate=first < len(x),
-        )
-        run.start_sum(None if gradients.x is None else gradients.x[:first])()
+        rows = slice(0, first)
+        out = replace(gradients, x=cut(gradients.x, rows))
+        run.open().recompute_gradients(x[rows], targets[rows], kept.sums, coefficients[rows], out, first < len(x))
+        run.start_sum(out.x)()
     return gradients
 
 
@@ -255,7 +247,6 @@ def _one_pass(
         return losses, run.deferred(needs, len(x), dx, by_row, tile.staged())
 
     gradients = Gradients.empty(run.head, len(x), needs)
-    head_gradients = {"dweight": gradients.weight, "dbias": gradients.bias}
     group_losses, accumulate, pending = [], False, _nothing
     for pairs, rows in groups:
         kept = slice(max(rows.start, rows.stop - capacity), rows.stop)
@@ -263,7 +254,7 @@ def _one_pass(
         parts = []
         for part in (early, kept):
             if part.start < part.stop:
-                dx = None if gradients.x is None else cut(gradients.x, part)
+                dx = cut(gradients.x, part)
                 parts.append(run.stage(tile, cut(x, part), cut(targets, part), keep=part is kept, dx=dx))
         losses, by_row = sums.differentiate(terms, pairs, run.scores(RowSums.cat(parts)))
         group_losses.append(losses)
@@ -273,14 +264,11 @@ def _one_pass(
                 pending = run.start_sum(cut(gradients.x, slice(0, rows.stop)))
         num_early = early.stop - early.start
         if kept.start < kept.stop:
-            coefficients = cut(by_row, slice(num_early, len(by_row)))
-            tile.head_gradients(coefficients, accumulate=accumulate, **head_gradients)
+            tile.head_gradients(cut(by_row, slice(num_early, len(by_row))), gradients, accumulate)
             accumulate = True
-        if early.start < early.stop:
-            coefficients = by_row[:num_early]
-            tile.recompute_gradients(
-                x[early], targets[early], parts[0], coefficients, dx=None, accumulate=accumulate, **head_gradients
-            )
+        if num_early:
+            head = replace(gradients, x=None)
+            tile.recompute_gradients(x[early], targets[early], parts[0], by_row[:num_early], head, accumulate)
             accumulate = True
     tile.release()
     graded = sum(plan.pair_rows)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from .arguments import nearest
 
+# Optional fields of RowSums.
+Parts: TypeAlias = frozenset[str]
 # Statistic -> fields of RowSums that it needs besides offset, rest and label.
 STATISTICS: dict[str, tuple[str, ...]] = {
     "entropy": ("moment",),
@@ -47,7 +49,7 @@ def checked_statistics(names: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def parts_of(names: Iterable[str]) -> frozenset[str]:
+def parts_of(names: Iterable[str]) -> Parts:
     """Return the fields of ``RowSums`` that these statistics need."""
     return frozenset(part for name in names for part in STATISTICS[name])
 

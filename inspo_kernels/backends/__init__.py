@@ -6,8 +6,7 @@ import torch
 
 from ..arguments import nearest
 from ..head import LMHead
-from .base import Backend, HeadTile
-from .no_words import TileWithoutWords
+from .base import Backend, HeadTile, open_tile
 from .torch_backend import TorchBackend
 from .triton_backend import TritonBackend
 
@@ -36,12 +35,3 @@ def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | 
     if reason := BACKENDS[name].unsupported(head, device):
         raise ValueError(f"backend {name!r}: {reason}")
     return BACKENDS[name]
-
-
-def open_tile(backend: Backend, head: LMHead, capacity: int, workspace_bytes: int) -> HeadTile:
-    """Return a workspace of ``backend`` that keeps up to ``capacity`` rows, or a dummy if the head has no words."""
-    if head.vocab_size:
-        return backend.open_tile(head, capacity, workspace_bytes)
-    # A head of one word, which is never multiplied, shows how many rows the other ranks' tiles take.
-    dx_rows = backend.open_tile(head.without_weight(words=1), capacity, workspace_bytes).dx_rows
-    return TileWithoutWords(head, capacity, dx_rows)

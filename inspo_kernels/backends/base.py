@@ -10,12 +10,18 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..head import LMHead
-from ..row_sums import RowSums
+from ..row_sums import Parts, RowSums
+
+if TYPE_CHECKING:
+    from ..gradients import Gradients
+
+_Cuttable = TypeVar("_Cuttable", Tensor, Tensor | None)
 
 
 class HeadTile(ABC):
@@ -35,13 +41,7 @@ class HeadTile(ABC):
 
     @abstractmethod
     def stage(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        *,
-        keep: bool = False,
-        dx: Tensor | None = None,
-        parts: frozenset[str] = frozenset(),
+        self, x: Tensor, targets: Tensor, *, keep: bool = False, dx: Tensor | None = None, parts: Parts = frozenset()
     ) -> RowSums:
         """Return the sums of hidden states ``x`` (n, H) and ``targets`` (n,), with optional ``parts`` of ``RowSums``.
 
@@ -66,32 +66,21 @@ class HeadTile(ABC):
         """Free the memory of the kept rows: nothing that ``staged`` returned is read again."""
 
     @abstractmethod
-    def head_gradients(
-        self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
-    ) -> None:
+    def head_gradients(self, coefficients: Tensor, out: Gradients, accumulate: bool = False) -> None:
         """Compute gradients of sum(coefficients * log-probs) of the kept rows with respect to weight and bias.
 
-        ``dweight`` (V, H) and ``dbias`` (V,) have the accumulate dtype. With ``accumulate`` they are added to, else
-        overwritten. An overwritten ``dweight`` may have any dtype; values are rounded to it once.
+        Those that ``out`` holds have the accumulate dtype. With ``accumulate`` they are added to, else overwritten. An
+        overwritten ``out.weight`` may have any dtype; values are rounded to it once. ``out.x`` is not touched.
         """
 
     @abstractmethod
     def recompute_gradients(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        sums: RowSums,
-        coefficients: Tensor,
-        *,
-        dx: Tensor | None,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        accumulate: bool = False,
+        self, x: Tensor, targets: Tensor, sums: RowSums, coefficients: Tensor, out: Gradients, accumulate: bool = False
     ) -> None:
         """Compute gradients of sum(coefficients * log-probs) of rows with known ``sums``, recomputing their logits.
 
-        The number of rows is not limited. ``dx`` (n, H), of the accumulate dtype, is overwritten; ``dweight`` and
-        ``dbias`` are as in ``head_gradients``.
+        The number of rows is not limited. ``out.x`` (n, H), of the accumulate dtype, is overwritten; the others are as
+        in ``head_gradients``.
         """
 
 
@@ -137,6 +126,62 @@ class Backend(ABC):
         """Return a workspace of at most ``workspace_bytes`` that keeps up to ``capacity`` rows."""
 
 
+def open_tile(backend: Backend, head: LMHead, capacity: int, workspace_bytes: int) -> HeadTile:
+    """Return a workspace of ``backend`` that keeps up to ``capacity`` rows, or a dummy if the head has no words."""
+    if head.vocab_size:
+        return backend.open_tile(head, capacity, workspace_bytes)
+    # A head of one word, which is never multiplied, shows how many rows the other ranks' tiles take.
+    dx_rows = backend.open_tile(head.without_weight(words=1), capacity, workspace_bytes).dx_rows
+    return TileWithoutWords(head, capacity, dx_rows)
+
+
+class TileWithoutWords(HeadTile):
+    """The tile of a rank without any word of its own: it adds nothing, and joins every exchange.
+
+    Such ranks exist where the vocabulary is cut into equal blocks, the last of which may be empty: 5 words over 4 ranks
+    are 2, 2, 1 and 0. ``dx_rows`` is that of the other ranks.
+    """
+
+    def __init__(self, head: LMHead, capacity: int, dx_rows: int) -> None:
+        super().__init__(head, capacity)
+        self.dx_rows = dx_rows
+        self.dx: Tensor | None = None
+
+    def stage(
+        self, x: Tensor, targets: Tensor, *, keep: bool = False, dx: Tensor | None = None, parts: Parts = frozenset()
+    ) -> RowSums:
+        self.dx = dx
+
+        def filled(value: float) -> Tensor:
+            return torch.full((len(x),), value, dtype=torch.float64, device=x.device)
+
+        optional = {name: filled(-torch.inf if name in ("before", "after") else 0.0) for name in parts}
+        offset = filled(-1e30)  # below every other rank's
+        return RowSums(offset, filled(0.0), filled(-torch.inf), **optional)
+
+    def finish(self, sums: RowSums) -> None:
+        if self.dx is not None:
+            self.dx.zero_()
+
+    def staged(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def restore(self, staged: tuple[Tensor, ...]) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def head_gradients(self, coefficients: Tensor, out: Gradients, accumulate: bool = False) -> None:
+        pass
+
+    def recompute_gradients(
+        self, x: Tensor, targets: Tensor, sums: RowSums, coefficients: Tensor, out: Gradients, accumulate: bool = False
+    ) -> None:
+        if out.x is not None:
+            out.x.zero_()
+
+
 def chunks(start: int, stop: int, capacity: int) -> Iterator[slice]:
     """Yield the fewest slices of at most ``capacity``, nearly equal: a short last slice would waste a matmul."""
     if start < stop:
@@ -145,6 +190,6 @@ def chunks(start: int, stop: int, capacity: int) -> Iterator[slice]:
         yield from (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
 
-def cut(tensor: Tensor, rows: slice) -> Tensor:
+def cut(tensor: _Cuttable, rows: slice) -> _Cuttable:
     """Return ``tensor[rows]``, or ``tensor`` itself for all its rows: in small calls even slicing takes time."""
-    return tensor if rows.start == 0 and rows.stop >= len(tensor) else tensor[rows]
+    return tensor if tensor is None or (rows.start == 0 and rows.stop >= len(tensor)) else tensor[rows]

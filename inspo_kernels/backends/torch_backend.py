@@ -26,15 +26,18 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import workspace
 from ..head import LMHead
-from ..row_sums import RowSums, above
+from ..row_sums import Parts, RowSums, above
 from .base import Backend, HeadTile, chunks, cut
+
+if TYPE_CHECKING:
+    from ..gradients import Gradients
 
 LOG2 = math.log(2.0)
 # A tile: the slice of the head, the tile and dx share the cache. Where fewer rows are kept it has more words, up to so
@@ -228,13 +231,7 @@ class TorchTile(HeadTile):
         return product if exact == factor else product.add_(product, alpha=factor / exact - 1)
 
     def stage(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        *,
-        keep: bool = False,
-        dx: Tensor | None = None,
-        parts: frozenset[str] = frozenset(),
+        self, x: Tensor, targets: Tensor, *, keep: bool = False, dx: Tensor | None = None, parts: Parts = frozenset()
     ) -> RowSums:
         self._open(x, targets, dx)
         self.is_graded = keep or dx is not None
@@ -259,11 +256,11 @@ class TorchTile(HeadTile):
             self.labels = rows, _label_places(cut(self.targets, rows), self.words, self.head.is_shard)
         return self.labels[1]
 
-    def _stage_block(self, rows: slice, keep: bool, parts: frozenset[str]) -> tuple[RowSums, list[Tensor]]:
+    def _stage_block(self, rows: slice, keep: bool, parts: Parts) -> tuple[RowSums, list[Tensor]]:
         """Return the sums of a block of rows, and the offset of each tile, (rows,) in units of log 2."""
         x, targets = self._multiply(cut(self.x, rows), self.inner), cut(self.targets, rows)
         labels = self._labels_of(rows)
-        dx = None if self.dx is None else cut(self.dx, rows)
+        dx = cut(self.dx, rows)
         n, offsets = len(x), []
         more = _Statistics(parts, targets)
         # Offset and label in units of log 2, sums in float64.
@@ -390,34 +387,26 @@ class TorchTile(HeadTile):
             workspace.give_back(self.buffer)
             self.buffer = None
 
-    def head_gradients(
-        self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
-    ) -> None:
+    def head_gradients(self, coefficients: Tensor, out: Gradients, accumulate: bool = False) -> None:
         scale = (coefficients * self.unit).to(self.dtype)
-        scaled = None if dweight is None else self.x * scale.unsqueeze(1)
+        scaled = None if out.weight is None else self.x * scale.unsqueeze(1)
         for part in self.words:
-            self._add_head_gradients(self._kept_tile(part), scaled, part, scale, dweight, dbias, accumulate)
+            self._add_head_gradients(self._kept_tile(part), scaled, part, scale, out, accumulate)
 
     def recompute_gradients(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        sums: RowSums,
-        coefficients: Tensor,
-        *,
-        dx: Tensor | None,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        accumulate: bool = False,
+        self, x: Tensor, targets: Tensor, sums: RowSums, coefficients: Tensor, out: Gradients, accumulate: bool = False
     ) -> None:
-        self._open(x, targets, dx)
+        self._open(x, targets, out.x)
         self._take(sums)
         self.is_graded = True
         scales = (coefficients * self.unit).to(self.dtype)
         for rows in chunks(0, len(x), self.block):
             own_x, offset = cut(self.x, rows), (cut(self.offset, rows) / LOG2).to(self.dtype).unsqueeze(1)
             labels, scale = self._labels_of(rows), cut(scales, rows)
-            inner_x, scaled = self._multiply(own_x, self.inner), None if dweight is None else own_x * scale.unsqueeze(1)
+            inner_x, scaled = (
+                self._multiply(own_x, self.inner),
+                None if out.weight is None else own_x * scale.unsqueeze(1),
+            )
             for i, part in enumerate(self.words):
                 z = self._passing_tile(len(own_x), part)
                 weight = self._widen(cut(self.head.weight, part))
@@ -429,41 +418,34 @@ class TorchTile(HeadTile):
                 if self.label_slope is not None:  # known from the label's own tile on
                     entry *= self.label_slope[rows]
                 _write(z, *labels[i], entry.unsqueeze(1))
-                self._add_head_gradients(z, scaled, part, scale, dweight, dbias, accumulate)
-                if dx is not None:
-                    _matmul(z, weight, dx[rows], accumulate=i > 0)
+                self._add_head_gradients(z, scaled, part, scale, out, accumulate)
+                if out.x is not None:
+                    _matmul(z, weight, out.x[rows], accumulate=i > 0)
             accumulate = True
-        if dx is not None:
-            dx.mul_(scales.unsqueeze(1))
+        if out.x is not None:
+            out.x.mul_(scales.unsqueeze(1))
 
     def _add_head_gradients(
-        self,
-        e: Tensor,
-        scaled: Tensor | None,
-        part: slice,
-        scale: Tensor,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        accumulate: bool,
+        self, e: Tensor, scaled: Tensor | None, part: slice, scale: Tensor, out: Gradients, accumulate: bool
     ) -> None:
         """Add dW and db of one tile of E to theirs, or write them; ``scaled`` is X times ``scale``."""
-        if dweight is not None:
+        if out.weight is not None:
             assert scaled is not None
-            product = own = cut(dweight, part)
+            product = own = cut(out.weight, part)
             if own.dtype != self.dtype:
                 product = torch.empty_like(own, dtype=self.dtype)
             _matmul(e.t(), scaled, product, accumulate)
             if product is not own:
                 own.copy_(product)
-        if dbias is not None:
-            own = cut(dbias, part)
+        if out.bias is not None:
+            own = cut(out.bias, part)
             torch.addmv(own, e.t(), scale, beta=int(accumulate), out=own)
 
 
 class _Statistics:
     """Sum up the optional fields of ``RowSums`` of a block of rows, tile by tile."""
 
-    def __init__(self, parts: frozenset[str], targets: Tensor) -> None:
+    def __init__(self, parts: Parts, targets: Tensor) -> None:
         self._targets = targets
         self.has_moment, self.has_tops = "moment" in parts, "before" in parts
         self.slack = SLACK_OF_MOMENT if self.has_moment else SLACK

@@ -31,15 +31,18 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..head import LMHead
 from ..kernels import config
-from ..row_sums import RowSums
-from .base import Backend, HeadTile, chunks
+from ..row_sums import Parts, RowSums
+from .base import Backend, HeadTile, chunks, cut
+
+if TYPE_CHECKING:
+    from ..gradients import Gradients
 
 # Rows of E that are kept by default. Most batches then fit one group and write dW once. Each further group reads and
 # writes dW in float32. On an H100 with Llama-3-8B's head, 8,192 rows in groups of 4,096 take 1.08 times as long as in
@@ -166,39 +169,20 @@ class TritonTile(HeadTile):
         return config.LogitsTile(max(1, min(tile.rows, n, elements // words)), words)
 
     def stage(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        *,
-        keep: bool = False,
-        dx: Tensor | None = None,
-        parts: frozenset[str] = frozenset(),
+        self, x: Tensor, targets: Tensor, *, keep: bool = False, dx: Tensor | None = None, parts: Parts = frozenset()
     ) -> RowSums:
-        from ..kernels.row_pass import PARTS
-
         n = len(x)
         self.x, self.targets, self.dx = x.to(self.head.compute_dtype), targets, dx
         self.e = self._rows_of_e(n) if keep or dx is not None else None
         self.raised = self._new(n, dtype=torch.int32)
         with _on(self.device):
             label = self._label_logits(self.x, targets)
-            if (fused := self._fused_pass(parts)) is not None:
-                self.local_offset, sums = self._fuse(fused, label, parts)
-                names = [name for name in PARTS if name in parts]
-                return RowSums(self.local_offset, sums[0], label, **dict(zip(names, sums[1:], strict=True)))
-            offset, rest, sums = self._new(n), self._new(n), self._new(len(PARTS), n)
-            if self.e is not None and _in_place(self.head):
-                self._sum_rows(slice(0, n), self.e, [(0, self.stride)], label, offset, rest, sums, parts)
-            else:
-                tile = self._tile_shape(n, self.e is not None)
-                buffer = self._new(tile.rows * tile.words)
-                words = [(v, min(v + tile.words, self.stride)) for v in range(0, self.stride, tile.words)]
-                for rows in _even(n, tile.rows):
-                    self._sum_rows(rows, buffer, words, label, offset, rest, sums, parts)
-        self.local_offset = offset
-        return RowSums(offset, rest, label, **{name: sums[PARTS.index(name)] for name in parts})
+            fused = self._fused_pass(parts)
+            sums = self._sum_tiles(label, parts) if fused is None else self._fuse(fused, label, parts)
+        self.local_offset = sums["offset"]
+        return RowSums(label=label, **sums)
 
-    def _fused_pass(self, parts: frozenset[str]) -> config.FusedPass | None:
+    def _fused_pass(self, parts: Parts) -> config.FusedPass | None:
         """Return launch sizes of ``kernels.fused_pass``, or None if it cannot be used: see its launch invariants."""
         from ..kernels.fused_pass import fits
 
@@ -208,9 +192,10 @@ class TritonTile(HeadTile):
             return None
         return config.fused_pass(self.arch, self.head.softcap, bool(parts))
 
-    def _fuse(self, chosen: config.FusedPass, label: Tensor, parts: frozenset[str]) -> tuple[Tensor, Tensor]:
-        """Return offset and sums of all rows. The tiles' sums of a launch take no more memory than a tile of logits."""
+    def _fuse(self, chosen: config.FusedPass, label: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return ``RowSums`` by name, except labels. The tiles' sums of a launch take less than a tile of logits."""
         from ..kernels.fused_pass import fused_pass, sums_bytes
+        from ..kernels.row_pass import PARTS
 
         n, head = len(self.x), self.head
         offset, sums = self._new(n), []
@@ -228,13 +213,14 @@ class TritonTile(HeadTile):
                 offset[rows],
                 sums[-1],
                 self.raised[rows],
-                e=None if self.e is None else self.e[rows],
+                e=cut(self.e, rows),
                 bias=self.bias,
                 **self._transform(),
                 wanted=parts,
                 arch=self.arch,
             )
-        return offset, sums[0] if len(sums) == 1 else torch.cat(sums, 1)
+        names = ("rest", *(name for name in PARTS if name in parts))
+        return {"offset": offset} | dict(zip(names, sums[0] if len(sums) == 1 else torch.cat(sums, 1), strict=True))
 
     def _transform(self) -> dict[str, Any]:
         """Return the arguments that turn a raw logit into z': see ``kernels.row_pass``."""
@@ -243,46 +229,45 @@ class TritonTile(HeadTile):
             return {"softcap": None, "outer": 1.0, "scale": head.slope}
         return {"softcap": head.softcap, "outer": head.softcap / head.temperature, "scale": head.logit_scale}
 
-    def _sum_rows(
-        self,
-        rows: slice,
-        buffer: Tensor,
-        words: list[tuple[int, int]],
-        label: Tensor,
-        offset: Tensor,
-        rest: Tensor,
-        sums: Tensor,
-        parts: frozenset[str],
-    ) -> None:
-        """Multiply and sum up some rows, one tile of words after another, in ``buffer`` or where E will be."""
-        from ..kernels.row_pass import row_pass
+    def _sum_tiles(self, label: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """Return ``RowSums`` by name, except labels, from one tile of logits after another, or from E's own memory."""
+        from ..kernels.row_pass import PARTS, row_pass
 
-        head, n = self.head, rows.stop - rows.start
-        some = self._new(len(sums), n)
+        head, n = self.head, len(self.x)
+        offset, rest, sums = self._new(n), self._new(n), self._new(len(PARTS), n)
         assert self.raised is not None
-        for start, stop in words:
-            raw = buffer[rows] if buffer is self.e else buffer[: n * (stop - start)].view(n, stop - start)
-            last = min(stop, head.vocab_size)
-            _matmul(self.x[rows], head.weight[start:last].t(), raw[:, : last - start])
-            row_pass(
-                raw,
-                self.targets[rows],
-                label[rows],
-                offset[rows],
-                rest[rows],
-                some,
-                self.raised[rows],
-                first=start,
-                vocab=head.vocab_size,
-                e=None if self.e is None else self.e[rows],
-                bias=self.bias,
-                **self._transform(),
-                wanted=parts,
-                all_words=head.all_words,
-                arch=self.arch,
-            )
-        if parts:
-            sums[:, rows] = some
+        in_place = self.e if _in_place(head) else None
+        whole = config.LogitsTile(n, self.stride)
+        tile = self._tile_shape(n, self.e is not None) if in_place is None else whole
+        buffer = self._new(tile.rows * tile.words) if in_place is None else in_place
+        for rows in _even(n, tile.rows):
+            count = rows.stop - rows.start
+            some = self._new(len(PARTS), count)
+            for start in range(0, self.stride, tile.words):
+                stop = min(start + tile.words, self.stride)
+                raw = buffer[: count * (stop - start)].view(count, stop - start) if in_place is None else buffer
+                last = min(stop, head.vocab_size)
+                _matmul(self.x[rows], head.weight[start:last].t(), raw[:, : last - start])
+                row_pass(
+                    raw,
+                    self.targets[rows],
+                    label[rows],
+                    offset[rows],
+                    rest[rows],
+                    some,
+                    self.raised[rows],
+                    first=start,
+                    vocab=head.vocab_size,
+                    e=cut(self.e, rows),
+                    bias=self.bias,
+                    **self._transform(),
+                    wanted=parts,
+                    all_words=head.all_words,
+                    arch=self.arch,
+                )
+            if parts:
+                sums[:, rows] = some
+        return {"offset": offset, "rest": rest} | {name: sums[PARTS.index(name)] for name in parts}
 
     def _label_logits(self, x: Tensor, targets: Tensor) -> Tensor:
         """z' of the labels, -inf for those that are words of another rank; their D in ``label_slope``."""
@@ -357,14 +342,12 @@ class TritonTile(HeadTile):
     def release(self) -> None:
         self.e = self.e_rows = None
 
-    def head_gradients(
-        self, coefficients: Tensor, *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool = False
-    ) -> None:
+    def head_gradients(self, coefficients: Tensor, out: Gradients, accumulate: bool = False) -> None:
         head = self.head
         assert self.e is not None
         scale = coefficients * (-head.slope) / self.total
         e = self.e[:, : head.vocab_size]
-        if dweight is not None:
+        if (dweight := out.weight) is not None:
             if head.compute_dtype == torch.float16:
                 self._half_dweight(e, scale, dweight, accumulate)
             else:
@@ -374,31 +357,22 @@ class TritonTile(HeadTile):
                 _matmul(e.t(), scaled, product, accumulate)
                 if product is not dweight:
                     dweight.copy_(product)
-        if dbias is not None:
+        if out.bias is not None:
             from ..kernels.bias_gradient import bias_gradient
 
             with _on(self.device):
-                bias_gradient(self.e, scale, dbias, accumulate=accumulate, arch=self.arch)
+                bias_gradient(self.e, scale, out.bias, accumulate=accumulate, arch=self.arch)
 
     def recompute_gradients(
-        self,
-        x: Tensor,
-        targets: Tensor,
-        sums: RowSums,
-        coefficients: Tensor,
-        *,
-        dx: Tensor | None,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        accumulate: bool = False,
+        self, x: Tensor, targets: Tensor, sums: RowSums, coefficients: Tensor, out: Gradients, accumulate: bool = False
     ) -> None:
         for rows in chunks(0, len(x), self.dx_rows):
-            self.stage(x[rows], targets[rows], keep=True, dx=None if dx is None else dx[rows])
+            self.stage(x[rows], targets[rows], keep=True, dx=cut(out.x, rows))
             self.finish(sums[rows])
-            self.head_gradients(coefficients[rows], dweight=dweight, dbias=dbias, accumulate=accumulate)
+            self.head_gradients(coefficients[rows], out, accumulate)
             accumulate = True
-        if dx is not None:
-            dx.mul_(coefficients.unsqueeze(1))
+        if out.x is not None:
+            out.x.mul_(coefficients.unsqueeze(1))
 
     def _accumulator(self, out: Tensor) -> Tensor:
         """``out``, or a tensor to take its place until it can be rounded."""

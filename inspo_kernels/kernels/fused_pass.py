@@ -1,9 +1,9 @@
 """The logits matmul and the row pass in one launch: E and each row's sum from x W^T, without logits in memory.
 
-The names are those of ``row_pass``: z = SCALE * (x . W[v] + bias), z' = OUTER * tanh(z / SOFTCAP) (z' = z without a
+The names are those of ``row_pass``: z = scale * (x . W[v] + bias), z' = outer * tanh(z / softcap) (z' = z without a
 soft-cap), row offset o, label y:
 
-    E_v = exp(z'_v - o), 0 at y        rest = sum of E_v        stored: D_v E_v, with D = 1 - tanh(z / SOFTCAP)^2
+    E_v = exp(z'_v - o), 0 at y        rest = sum of E_v        stored: D_v E_v, with D = 1 - tanh(z / softcap)^2
 
 A program accumulates a tile of raw logits in float32 registers and turns it into E there. A logit then costs 2 bytes of
 memory traffic (E in the compute dtype), or none for scoring. The row pass over float32 logits in memory would cost 10
@@ -38,7 +38,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config
-from .softcap import transformed
+from .softcap import Transform, Wanted, transformed
 
 HEADROOM = tl.constexpr(30.0)
 # A suitable total is at least exp(-HEADROOM), except for rounding. Down to NEAR, squares of E keep their precision for
@@ -73,16 +73,6 @@ def _product(
 
 
 @triton.jit
-def _logits(
-    z, p_bias, words, vocab, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr
-):
-    """Return z' and D of raw logits ``z``. D is 1 without a soft-cap."""
-    if HAS_BIAS:
-        z += tl.load(p_bias + words, mask=words < vocab, other=0.0).to(tl.float32)[None, :]
-    return transformed(z, SCALE, SOFTCAP, OUTER)
-
-
-@triton.jit
 def _exponentials(
     z,
     d_e,
@@ -92,88 +82,41 @@ def _exponentials(
     first_row,
     first_word,
     vocab,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    OUTER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    STORE: tl.constexpr,
-    MOMENT: tl.constexpr,
-    SQUARES: tl.constexpr,
-    LOGITS: tl.constexpr,
-    TOPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    WANTED: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Return a tile's sums of E and of the statistics, per row, and store D E, one of PARTS parts after another."""
     if PARTS == 1:
-        words = first_word + tl.arange(0, WORDS)
-        z, derivative = _logits(z, p_bias, words, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS)
+        words = first_word + tl.arange(0, z.shape[1])
+        z, derivative = transformed(z, p_bias, words, words < vocab, TRANSFORM)
         in_vocab, word = (words < vocab)[None, :], words[None, :]
         kept = in_vocab & (word != label[:, None])
         e = tl.where(kept, tl.exp2((z - offset[:, None]) * LOG2_E), 0.0)
         rest = tl.sum(e, axis=1)
         moment, squares, logits, before, after = rest, rest, rest, rest, rest  # placeholders unless requested
-        if MOMENT:
+        if WANTED.moment:
             moment = tl.sum(tl.where(e > 0, e * (z - offset[:, None]), 0.0), axis=1)
-        if SQUARES:
+        if WANTED.squares:
             squares = tl.sum(e * e, axis=1)
-        if LOGITS:
+        if WANTED.logits:
             logits = tl.sum(tl.where(in_vocab, z, 0.0), axis=1)
-        if TOPS:
+        if WANTED.tops:
             before = tl.max(tl.where(in_vocab & (word < label[:, None]), z, float("-inf")), axis=1)
             after = tl.max(tl.where(in_vocab & (word > label[:, None]), z, float("-inf")), axis=1)
-        if STORE:
-            if SOFTCAP is not None:
+        if WANTED.store:
+            if TRANSFORM.softcap is not None:
                 e = tl.where(kept, e * derivative, 0.0)
             d_e.store([first_row, first_word], e.to(d_e.dtype))
         return rest, moment, squares, logits, before, after
     else:
-        HALF: tl.constexpr = WORDS // 2
-        left, right = tl.split(tl.permute(tl.reshape(z, (ROWS, 2, HALF)), (0, 2, 1)))
+        HALF: tl.constexpr = z.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, HALF)), (0, 2, 1)))
         first = _exponentials(
-            left,
-            d_e,
-            p_bias,
-            offset,
-            label,
-            first_row,
-            first_word,
-            vocab,
-            SCALE,
-            SOFTCAP,
-            OUTER,
-            HAS_BIAS,
-            STORE,
-            MOMENT,
-            SQUARES,
-            LOGITS,
-            TOPS,
-            ROWS,
-            HALF,
-            PARTS // 2,
+            left, d_e, p_bias, offset, label, first_row, first_word, vocab, TRANSFORM, WANTED, PARTS // 2
         )
         second = _exponentials(
-            right,
-            d_e,
-            p_bias,
-            offset,
-            label,
-            first_row,
-            first_word + HALF,
-            vocab,
-            SCALE,
-            SOFTCAP,
-            OUTER,
-            HAS_BIAS,
-            STORE,
-            MOMENT,
-            SQUARES,
-            LOGITS,
-            TOPS,
-            ROWS,
-            HALF,
-            PARTS // 2,
+            right, d_e, p_bias, offset, label, first_row, first_word + HALF, vocab, TRANSFORM, WANTED, PARTS // 2
         )
         return _joined(first, second)
 
@@ -185,18 +128,18 @@ def _joined(a, b):
 
 
 @triton.jit
-def _store(p, step, sums, mask, MOMENT: tl.constexpr, SQUARES: tl.constexpr, LOGITS: tl.constexpr, TOPS: tl.constexpr):
+def _store(p, step, sums, mask, WANTED: tl.constexpr):
     """Store rest and the requested statistics' sums, ``step`` elements apart."""
     tl.store(p, sums[0], mask=mask)
-    if MOMENT:
+    if WANTED.moment:
         tl.store(p + step, sums[1], mask=mask)
-    if SQUARES:
-        tl.store(p + (1 + MOMENT) * step, sums[2], mask=mask)
-    if LOGITS:
-        tl.store(p + (1 + MOMENT + SQUARES) * step, sums[3], mask=mask)
-    if TOPS:
-        tl.store(p + (1 + MOMENT + SQUARES + LOGITS) * step, sums[4], mask=mask)
-        tl.store(p + (2 + MOMENT + SQUARES + LOGITS) * step, sums[5], mask=mask)
+    if WANTED.squares:
+        tl.store(p + (1 + WANTED.moment) * step, sums[2], mask=mask)
+    if WANTED.logits:
+        tl.store(p + (1 + WANTED.moment + WANTED.squares) * step, sums[3], mask=mask)
+    if WANTED.tops:
+        tl.store(p + (1 + WANTED.moment + WANTED.squares + WANTED.logits) * step, sums[4], mask=mask)
+        tl.store(p + (2 + WANTED.moment + WANTED.squares + WANTED.logits) * step, sums[5], mask=mask)
 
 
 @triton.jit
@@ -218,15 +161,8 @@ def _fused_pass_kernel(
     num_rows,
     vocab,
     hidden,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    OUTER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    STORE: tl.constexpr,
-    MOMENT: tl.constexpr,
-    SQUARES: tl.constexpr,
-    LOGITS: tl.constexpr,
-    TOPS: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    WANTED: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -247,30 +183,9 @@ def _fused_pass_kernel(
         m_rows = rows < num_rows
         offset = _offset_of(tl.load(p_label + rows, mask=m_rows, other=0.0))
         label = tl.load(p_targets + rows, mask=m_rows, other=-1).to(tl.int32)
-        sums = _exponentials(
-            z,
-            d_e,
-            p_bias,
-            offset,
-            label,
-            first_row,
-            i_word * WORDS,
-            vocab,
-            SCALE,
-            SOFTCAP,
-            OUTER,
-            HAS_BIAS,
-            STORE,
-            MOMENT,
-            SQUARES,
-            LOGITS,
-            TOPS,
-            ROWS,
-            WORDS,
-            PARTS,
-        )
+        sums = _exponentials(z, d_e, p_bias, offset, label, first_row, i_word * WORDS, vocab, TRANSFORM, WANTED, PARTS)
         p_own = p_sums + i_word.to(tl.int64) * num_rows + rows
-        _store(p_own, wide.to(tl.int64) * num_rows, sums, m_rows, MOMENT, SQUARES, LOGITS, TOPS)
+        _store(p_own, wide.to(tl.int64) * num_rows, sums, m_rows, WANTED)
 
 
 @triton.jit
@@ -338,15 +253,8 @@ def _repair_kernel(
     num_rows,
     vocab,
     hidden,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    OUTER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    STORE: tl.constexpr,
-    MOMENT: tl.constexpr,
-    SQUARES: tl.constexpr,
-    LOGITS: tl.constexpr,
-    TOPS: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    WANTED: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -364,7 +272,7 @@ def _repair_kernel(
         for first_word in range(0, vocab, WORDS):
             z = _product(d_x, d_weight, first_row, first_word, hidden, ROWS, WORDS, FEATURES, WIDEN)
             words = first_word + tl.arange(0, WORDS)
-            z, _ = _logits(z, p_bias, words, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS)
+            z, _ = transformed(z, p_bias, words, words < vocab, TRANSFORM)
             kept = (words < vocab)[None, :] & (words[None, :] != label[:, None])
             top = tl.maximum(top, tl.max(tl.where(kept, z, float("-inf")), axis=1))
         offset = tl.load(p_offset + rows, mask=m_rows, other=0.0)
@@ -374,32 +282,13 @@ def _repair_kernel(
         for first_word in range(0, vocab, WORDS):
             z = _product(d_x, d_weight, first_row, first_word, hidden, ROWS, WORDS, FEATURES, WIDEN)
             of_tile = _exponentials(
-                z,
-                d_e,
-                p_bias,
-                offset,
-                label,
-                first_row,
-                first_word,
-                vocab,
-                SCALE,
-                SOFTCAP,
-                OUTER,
-                HAS_BIAS,
-                STORE,
-                MOMENT,
-                SQUARES,
-                LOGITS,
-                TOPS,
-                ROWS,
-                WORDS,
-                PARTS,
+                z, d_e, p_bias, offset, label, first_row, first_word, vocab, TRANSFORM, WANTED, PARTS
             )
             sums = _joined(sums, of_tile)
         # Other rows keep their sums bit for bit, because adding in this order rounds differently.
         m_raised = m_rows & (raised > 0)
         tl.store(p_offset + rows, offset, mask=m_raised)
-        _store(p_rows + rows, num_rows, sums, m_raised, MOMENT, SQUARES, LOGITS, TOPS)
+        _store(p_rows + rows, num_rows, sums, m_raised, WANTED)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -450,15 +339,8 @@ def fused_pass(
     of_tiles = torch.empty(len(sums), wide, rows, dtype=torch.float32, device=x.device)
     inputs = (x if bias is None else bias, targets, label)
     constants = {
-        "SCALE": scale,
-        "SOFTCAP": softcap,
-        "OUTER": outer,
-        "HAS_BIAS": bias is not None,
-        "STORE": e is not None,
-        "MOMENT": "moment" in wanted,
-        "SQUARES": "squares" in wanted,
-        "LOGITS": "logits" in wanted,
-        "TOPS": "before" in wanted,
+        "TRANSFORM": Transform(scale, softcap, outer, bias is not None),
+        "WANTED": Wanted.of(e, wanted),
         "WORDS": words,
         "FEATURES": chosen.features,
         "WIDEN": arch == "interpreter",  # which multiplies bfloat16 numbers' bits

@@ -1,8 +1,8 @@
 """One pass over a tile of logits, rows x a range of words: E for the gradient matmuls, and sums carried per row.
 
-With z = SCALE * (raw + bias) and z' = OUTER * tanh(z / SOFTCAP) (z' = z without a soft-cap), row offset o, label y:
+With z = scale * (raw + bias) and z' = outer * tanh(z / softcap) (z' = z without a soft-cap), row offset o, label y:
 
-    E_v = exp(z'_v - o), 0 at y        rest = sum of E_v        stored: D_v E_v, with D = 1 - tanh(z / SOFTCAP)^2
+    E_v = exp(z'_v - o), 0 at y        rest = sum of E_v        stored: D_v E_v, with D = 1 - tanh(z / softcap)^2
 
 (D = 1 without a soft-cap). The tile lies in the cache when this pass reads it, and the next tile takes its place, so
 logits never travel to memory. ``p_offset`` and ``p_rest`` carry each row's o and rest from one tile to the next. Sums
@@ -19,8 +19,8 @@ what a second reading would need: both come as one tile of the whole vocabulary 
 (EXACT_OFFSET). In float16 the label's later entry, -rest, must stay below 65504, too, so o is then raised by SHIFT >=
 log(V) - log(32768).
 
-Statistics, where asked for: MOMENT adds sum of E_v (z'_v - o), SQUARES sum of E_v^2, LOGITS sum of z'_v (y included),
-TOPS the largest z' before and after y.
+Statistics, where WANTED: moment adds sum of E_v (z'_v - o), squares sum of E_v^2, logits sum of z'_v (y included), tops
+the largest z' before and after y.
 
 Launch invariants:
 - one program per row; columns of the tile start at word ``first``; ``stride_raw`` and ``stride_e`` are multiples of 64
@@ -44,7 +44,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .softcap import transformed
+from .softcap import Transform, Wanted, transformed
 
 FAR = tl.constexpr(144115188075855872.0)  # 2^57
 # Offset of a row without any finite logit so far: exp(-inf - offset) must be 0.
@@ -55,29 +55,7 @@ PARTS = ("moment", "squares", "logits", "before", "after")
 
 
 @triton.jit
-def _logits(
-    z, p_bias, words, mask, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr
-):
-    """z' and D of raw logits ``z`` of ``words``."""
-    if HAS_BIAS:
-        z += tl.load(p_bias + words, mask=mask, other=0.0).to(z.dtype)
-    return transformed(z, SCALE, SOFTCAP, OUTER)
-
-
-@triton.jit
-def _tile_max(
-    p_raw,
-    p_bias,
-    label,
-    num_cols,
-    first,
-    vocab,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    OUTER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _tile_max(p_raw, p_bias, label, num_cols, first, vocab, TRANSFORM: tl.constexpr, BLOCK: tl.constexpr):
     """Largest z' of the tile's columns before ``num_cols``, the label left out."""
     b_max = tl.full([BLOCK], float("-inf"), p_raw.dtype.element_ty)
     for start in range(0, num_cols, BLOCK):
@@ -85,7 +63,7 @@ def _tile_max(
         mask = cols < num_cols
         words = first + cols
         b_raw = tl.load(p_raw + cols, mask=mask, other=0.0)
-        b_z, _ = _logits(b_raw, p_bias, words, mask, SCALE, SOFTCAP, OUTER, HAS_BIAS)
+        b_z, _ = transformed(b_raw, p_bias, words, mask, TRANSFORM)
         b_max = tl.maximum(b_max, tl.where(mask & (words < vocab) & (words != label), b_z, float("-inf")))
     return tl.max(b_max, axis=0)
 
@@ -100,15 +78,8 @@ def _sum_exp(
     num_cols,
     first,
     vocab,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    OUTER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    STORE: tl.constexpr,
-    MOMENT: tl.constexpr,
-    SQUARES: tl.constexpr,
-    LOGITS: tl.constexpr,
-    TOPS: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    WANTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """rest and the statistics' sums of the tile; stores D E with 0 at the label."""
@@ -121,21 +92,21 @@ def _sum_exp(
         mask = cols < num_cols
         words = first + cols
         b_raw = tl.load(p_raw + cols, mask=mask, other=0.0)
-        b_z, b_derivative = _logits(b_raw, p_bias, words, mask, SCALE, SOFTCAP, OUTER, HAS_BIAS)
+        b_z, b_derivative = transformed(b_raw, p_bias, words, mask, TRANSFORM)
         m_words = mask & (words < vocab)
         m_kept = m_words & (words != label)
         b_e = tl.where(m_kept, tl.exp(b_z - offset), 0.0)
         b_sum += b_e
-        if MOMENT:
+        if WANTED.moment:
             b_moment += tl.where(b_e > 0, b_e * (b_z - offset), 0.0)
-        if SQUARES:
+        if WANTED.squares:
             b_squares += b_e * b_e
-        if LOGITS:
+        if WANTED.logits:
             b_logits += tl.where(m_words, b_z, 0.0)
-        if TOPS:
+        if WANTED.tops:
             b_before = tl.maximum(b_before, tl.where(m_words & (words < label), b_z, float("-inf")))
             b_after = tl.maximum(b_after, tl.where(m_words & (words > label), b_z, float("-inf")))
-        if STORE:
+        if WANTED.store:
             b_kept = tl.where(m_kept, b_e * b_derivative, 0.0)
             tl.store(p_e + words, b_kept.to(p_e.dtype.element_ty), mask=mask)
     return (
@@ -168,18 +139,11 @@ def _row_pass_kernel(
     vocab,
     stride_raw,
     stride_e,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    OUTER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    STORE: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    WANTED: tl.constexpr,
     IS_FIRST: tl.constexpr,
     EXACT_OFFSET: tl.constexpr,
     SHIFT: tl.constexpr,
-    MOMENT: tl.constexpr,
-    SQUARES: tl.constexpr,
-    LOGITS: tl.constexpr,
-    TOPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
@@ -192,7 +156,7 @@ def _row_pass_kernel(
     if IS_FIRST:
         label_z = tl.load(p_label + i_row)
         looked_at = num_cols if EXACT_OFFSET else tl.minimum(num_cols, BLOCK)
-        offset = _tile_max(p_raw, p_bias, label, looked_at, first, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS, BLOCK)
+        offset = _tile_max(p_raw, p_bias, label, looked_at, first, vocab, TRANSFORM, BLOCK)
         offset = tl.maximum(tl.maximum(offset, label_z), LOWEST) + SHIFT
         before_tile = tl.cast(0.0, element)
         tl.debug_barrier()
@@ -200,24 +164,7 @@ def _row_pass_kernel(
         offset = tl.load(p_offset + i_row)
         before_tile = tl.load(p_rest + i_row)
     rest, moment, squares, logits, top_before, top_after = _sum_exp(
-        p_raw,
-        p_bias,
-        p_e,
-        label,
-        offset,
-        num_cols,
-        first,
-        vocab,
-        SCALE,
-        SOFTCAP,
-        OUTER,
-        HAS_BIAS,
-        STORE,
-        MOMENT,
-        SQUARES,
-        LOGITS,
-        TOPS,
-        BLOCK,
+        p_raw, p_bias, p_e, label, offset, num_cols, first, vocab, TRANSFORM, WANTED, BLOCK
     )
     times = tl.cast(0, tl.int32)
     factor = tl.cast(1.0, element)
@@ -225,7 +172,7 @@ def _row_pass_kernel(
     if not EXACT_OFFSET:
         near = before_tile + rest <= FAR  # false for NaN
         if not near:
-            top = _tile_max(p_raw, p_bias, label, num_cols, first, vocab, SCALE, SOFTCAP, OUTER, HAS_BIAS, BLOCK)
+            top = _tile_max(p_raw, p_bias, label, num_cols, first, vocab, TRANSFORM, BLOCK)
             raised = offset + tl.ceil((top - offset) / LN2) * LN2
             if IS_FIRST:  # the offset may be LOWEST
                 raised = tl.maximum(tl.maximum(top, tl.load(p_label + i_row)), LOWEST)
@@ -235,7 +182,7 @@ def _row_pass_kernel(
                 factor = tl.where(offset <= LOWEST, 0.0, tl.exp2(-powers))
                 shift = tl.where(offset <= LOWEST, 0.0, -powers * LN2)
                 raised = tl.where(offset <= LOWEST, raised, offset + powers * LN2)
-                if STORE:
+                if WANTED.store:
                     for start in range(0, first, BLOCK):
                         cols = start + tl.arange(0, BLOCK)
                         mask = cols < first
@@ -245,24 +192,7 @@ def _row_pass_kernel(
             times += 1
             tl.debug_barrier()
             rest, moment, squares, logits, top_before, top_after = _sum_exp(
-                p_raw,
-                p_bias,
-                p_e,
-                label,
-                offset,
-                num_cols,
-                first,
-                vocab,
-                SCALE,
-                SOFTCAP,
-                OUTER,
-                HAS_BIAS,
-                STORE,
-                MOMENT,
-                SQUARES,
-                LOGITS,
-                TOPS,
-                BLOCK,
+                p_raw, p_bias, p_e, label, offset, num_cols, first, vocab, TRANSFORM, WANTED, BLOCK
             )
     p_parts += i_row
     if not IS_FIRST:
@@ -276,25 +206,24 @@ def _row_pass_kernel(
     else:
         if not EXACT_OFFSET:
             tl.store(p_raised + i_row, times_before + times)
-        if not EXACT_OFFSET:
             tl.store(p_offset + i_row, offset)
         tl.store(p_rest + i_row, before_tile * factor + rest)
-        if MOMENT:
+        if WANTED.moment:
             moment += factor * (tl.load(p_parts) + shift * before_tile)
-        if SQUARES:
+        if WANTED.squares:
             squares += factor * factor * tl.load(p_parts + num_rows)
-        if LOGITS:
+        if WANTED.logits:
             logits += tl.load(p_parts + 2 * num_rows)
-        if TOPS:
+        if WANTED.tops:
             top_before = tl.maximum(top_before, tl.load(p_parts + 3 * num_rows))
             top_after = tl.maximum(top_after, tl.load(p_parts + 4 * num_rows))
-    if MOMENT:
+    if WANTED.moment:
         tl.store(p_parts, moment)
-    if SQUARES:
+    if WANTED.squares:
         tl.store(p_parts + num_rows, squares)
-    if LOGITS:
+    if WANTED.logits:
         tl.store(p_parts + 2 * num_rows, logits)
-    if TOPS:
+    if WANTED.tops:
         tl.store(p_parts + 3 * num_rows, top_before)
         tl.store(p_parts + 4 * num_rows, top_after)
 
@@ -347,18 +276,11 @@ def row_pass(
         vocab,
         raw.stride(0),
         raw.stride(0) if e is None else e.stride(0),
-        SCALE=scale,
-        SOFTCAP=softcap,
-        OUTER=outer,
-        HAS_BIAS=bias is not None,
-        STORE=e is not None,
+        TRANSFORM=Transform(scale, softcap, outer, bias is not None),
+        WANTED=Wanted.of(e, wanted),
         IS_FIRST=first == 0,
         EXACT_OFFSET=in_place or half,
         SHIFT=max(0.0, math.log((all_words or vocab) / 32768)) if half else 0.0,
-        MOMENT="moment" in wanted,
-        SQUARES="squares" in wanted,
-        LOGITS="logits" in wanted,
-        TOPS="before" in wanted,
         BLOCK=chosen.block,
         num_warps=chosen.num_warps,
     )

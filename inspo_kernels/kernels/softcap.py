@@ -15,8 +15,11 @@ of the constant. The rest is positive, never 0, so that an infinite logit stays 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 TWO_LOG2_E = tl.constexpr(2.8853900817779268)
 
@@ -61,12 +64,40 @@ def softcap(z, CAP: tl.constexpr, OUTER: tl.constexpr):
     return OUTER * tanh, 4.0 * a * r * r
 
 
+@dataclass(frozen=True)
+class Transform:
+    """Hold the constants that turn raw logits into z' = outer * tanh(scale * (raw + bias) / softcap)."""
+
+    scale: float
+    softcap: float | None
+    outer: float
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Say whether a pass over logits stores E, and which statistics it sums up: ``tops`` are "before" and "after"."""
+
+    store: bool
+    moment: bool
+    squares: bool
+    logits: bool
+    tops: bool
+
+    @classmethod
+    def of(cls, e: Tensor | None, parts: frozenset[str]) -> Wanted:
+        """Return what is wanted of a pass that writes E to ``e`` and sums up ``parts`` of ``row_pass.PARTS``."""
+        return cls(e is not None, "moment" in parts, "squares" in parts, "logits" in parts, "before" in parts)
+
+
 @triton.jit
-def transformed(z, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, OUTER: tl.constexpr):
-    """Return z' and the soft-cap's derivative D from raw logits with their bias. D is 1 without a soft-cap."""
+def transformed(z, p_bias, words, mask, TRANSFORM: tl.constexpr):
+    """Return z' and the soft-cap's derivative D from raw logits ``z`` of ``words``. D is 1 without a soft-cap."""
+    if TRANSFORM.has_bias:
+        z += tl.load(p_bias + words, mask=mask, other=0.0).to(z.dtype)
     derivative = tl.cast(1.0, z.dtype)
-    if SCALE != 1.0:
-        z = z * SCALE
-    if SOFTCAP is not None:
-        z, derivative = softcap(z, SOFTCAP, OUTER)
+    if TRANSFORM.scale != 1.0:
+        z = z * TRANSFORM.scale
+    if TRANSFORM.softcap is not None:
+        z, derivative = softcap(z, TRANSFORM.softcap, TRANSFORM.outer)
     return z, derivative

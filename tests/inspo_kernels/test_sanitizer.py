@@ -79,7 +79,9 @@ FAULTS = {
     "sum_of_a_tile_that_nobody_computed": Fault(
         "fused_pass", "tl.program_id(0), high * wide,", "tl.program_id(0), high * wide - 1,", UNWRITTEN
     ),
-    "statistics_one_place_too_early": Fault("fused_pass", "(1 + MOMENT) * step", "MOMENT * step", UNWRITTEN),
+    "statistics_one_place_too_early": Fault(
+        "fused_pass", "(1 + WANTED.moment) * step", "WANTED.moment * step", UNWRITTEN
+    ),
     "flags_without_a_mask": Fault("fused_pass", "p_raised + rows, mask=m_rows, other=0", "p_raised + rows", OUTSIDE),
     "mask_of_a_scaled_feature_more": Fault("scale_rows", "features < hidden", "features <= hidden", OUTSIDE),
     "two_lanes_one_scaled_row": Fault(
