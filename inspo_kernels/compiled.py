@@ -133,7 +133,7 @@ def _pair_loss(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *f
             x = p.plan.take(hidden)
             losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, x, Needs(*needs))
             gradients = gradients.computed()
-            loss = p.terms.reduce(losses).to(p.head.accumulate_dtype)
+            loss = p.terms.reduce(losses).to(p.run.head.accumulate_dtype)
             out = InSPOOutput.build(loss, losses, sums.table, p.plan.lengths, p.terms, sums.statistics)
             if out.marginal_logps is None and tensors.segment_ids is not None:
                 nan = torch.full_like(out.chosen_rewards, torch.nan)
@@ -218,7 +218,7 @@ def _scored_tokens(
     compute_dtype: torch.dtype, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
 ) -> ScoredTokens:
     o = _unflatten(TokenOptions, options)
-    head = LMHead(weight, bias, o.softcap, o.logit_scale, compute_dtype, o.temperature).detach()
+    head = LMHead(weight, bias, o.softcap, o.logit_scale, compute_dtype, o.temperature)
     scored = ScoredTokens.find(hidden.detach(), targets, head, o)
     if scored.run is None:
         raise ValueError(_NO_REFERENCE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from . import compiled, passes, reference
 from .agreement import Split, errors_shared, refuse_compiled
 from .first_order import first_order_only, refuse_transforms
-from .gradients import Needs, dtypes_of, graph_is_freed, hooks_see_saved_tensors
+from .gradients import dtypes_of, graph_is_freed, hooks_see_saved_tensors
 from .groups import local_shard
 from .objectives import Objective, make_objective
 from .options import PairOptions, PairTensors, arguments_of, check_options
@@ -131,9 +130,8 @@ def fused_inspo_loss(
     if p.run is None:
         return _reference(tensors, options, p)
     x = p.plan.take(hidden)
-    needs = Needs.of(hidden, p.head)
-    loss, losses, sums, *found = _FusedPairLoss.apply(x, weight, bias, replace(p, head=p.head.detach()), needs)
-    if torch.is_grad_enabled() and not needs.any:
+    loss, losses, sums, *found = _FusedPairLoss.apply(x, weight, bias, p)
+    if torch.is_grad_enabled() and not p.needs.any:
         _differentiate_objective(p, sums)
     return InSPOOutput.build(loss, losses, sums, p.plan.lengths, p.terms, dict(zip(p.run.statistics, found)))
 
@@ -167,12 +165,9 @@ class _FusedPairLoss(torch.autograd.Function):
     """Compute gradients, or what they need, in forward. Backward scales them by the upstream scalar, out of place."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, prepared: Prepared, needs: Needs
-    ) -> tuple[Tensor, ...]:
-        p = prepared
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, p: Prepared) -> tuple[Tensor, ...]:
         assert p.run is not None
-        losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, x, needs)
+        losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, x, p.needs)
         ctx.dtypes, ctx.hooked = dtypes_of(x, weight, bias), hooks_see_saved_tensors()
         # A backward pass that is differentiated reaches this node through ``losses``; see ``first_order_only``.
         ctx.save_for_backward(losses, *gradients.tensors)
@@ -181,7 +176,7 @@ class _FusedPairLoss(torch.autograd.Function):
         ctx.gradients = gradients.replace_tensors(*(None for _ in gradients.tensors))
         outputs = (sums.table, *sums.statistics.values())
         ctx.mark_non_differentiable(*outputs)
-        return p.terms.reduce(losses).to(p.head.accumulate_dtype), losses, *outputs
+        return p.terms.reduce(losses).to(p.run.head.accumulate_dtype), losses, *outputs
 
     @staticmethod
     @first_order_only
@@ -189,10 +184,10 @@ class _FusedPairLoss(torch.autograd.Function):
         ctx: Any, saved: tuple[Tensor | None, ...], upstream: Tensor | None, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 5
+            return (None,) * 4
         gradients = ctx.gradients.replace_tensors(*saved[1:])
         reads_last = graph_is_freed() and not ctx.hooked
-        return (*gradients.scaled(upstream, *ctx.dtypes, reads_last=reads_last), None, None)
+        return (*gradients.scaled(upstream, *ctx.dtypes, reads_last=reads_last), None)
 
 
 def _reference(tensors: PairTensors, options: PairOptions, p: Prepared) -> InSPOOutput:

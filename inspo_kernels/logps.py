@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiled, reference, scored_rows
+from . import compiled, reference
 from .agreement import Split, errors_shared, refuse_compiled, splits_words
-from .backends import resolve_backend
 from .first_order import first_order_only, refuse_transforms
 from .gradients import Needs, dtypes_of, graph_is_freed, hooks_see_saved_tensors
 from .groups import local_shard
 from .head import checked_head
 from .options import PairOptions, PairTensors, TokenOptions, arguments_of
 from .passes import KeptTokens, pair_sums
-from .prepare import check_split, common_arguments, find_candidates, head_pass
+from .prepare import prepare
 from .row_sums import RowSums
 from .scored_tokens import ScoredTokens
 
@@ -93,7 +92,7 @@ def linear_logps(
             logps, found = compiled.linear_logps(hidden, head, targets, options)
             return (logps, found) if names else logps
         needs = Needs.of(hidden, head)
-        scored = ScoredTokens.find(hidden, targets, head.detach(), options, split, needs)
+        scored = ScoredTokens.find(hidden, targets, head, options, split)
     if scored.run is None:
         given = arguments_of(options, without=("max_workspace_bytes", "backend"))
         return reference.linear_logps(hidden, weight, targets.to(hidden.device), bias=bias, **given)
@@ -153,31 +152,13 @@ def pair_logps(
             shift=shift,
             num_pairs=num_pairs,
         )
-        transform = (options.softcap, options.logit_scale)
-        head = checked_head(hidden, weight, bias, *transform, is_shard=splits_words(split))
-        resolved = resolve_backend(options.backend, head, hidden.device)
-        check_split(split, resolved, shift=options.shift and segment_ids is None)
-        candidates = find_candidates(tensors, options)
-        same: dict[str, Any] = {}
-        if split is not None:
-            same = common_arguments(hidden, head, resolved, options) | {"num_pairs": candidates.num_pairs}
-        plan = scored_rows.plan(
-            candidates,
-            vocab_size=head.vocab_size,
-            gradient_kinds=lambda _: (),
-            required_kinds=lambda _: (),
-            device=hidden.device,
-            split=split,
-            same=same,
-        )
-    run = head_pass(resolved, head, hidden.device, options.max_workspace_bytes, split=split)
-    if run is None:
+        p = prepare(tensors, options, split, sums_only=True)
+    if p.run is None:
         left_out = ("temperature", "max_workspace_bytes", "backend", "objective", "marginal_weight", "reduction")
         given = arguments_of(tensors, without=("pair_weights",)) | arguments_of(options, without=left_out)
         sums, lengths, _ = reference.pair_sums(**given | {"labels": labels.to(hidden.device)})
         return sums, lengths
-    x = plan.take(hidden)
-    return pair_sums(run, plan, x).table, plan.lengths
+    return pair_sums(p.run, p.plan, p.plan.take(hidden)).table, p.plan.lengths
 
 
 class _LinearLogps(torch.autograd.Function):

@@ -28,20 +28,25 @@ PAIR_GROWTH = 4
 
 @dataclass(frozen=True)
 class Prepared:
-    """Hold what the passes need to run a checked call of the loss. ``run`` is None for the reference.
+    """Hold what the passes need to run a checked call on pairs. ``run`` is None for the reference.
 
     ``pair_capacity``: the number of rows that may be kept for a pair that is longer than the workspace.
     """
 
-    head: LMHead
     run: HeadPass | None
     plan: scored_rows.ScoredRows
     terms: PairTerms
+    needs: Needs
     pair_capacity: int
 
 
-def prepare(tensors: PairTensors, options: PairOptions, split: Split | None = None) -> Prepared:
-    """Plan a call of the loss with checked ``options``; raise the errors of ``fused_inspo_loss``."""
+def prepare(
+    tensors: PairTensors, options: PairOptions, split: Split | None = None, *, sums_only: bool = False
+) -> Prepared:
+    """Plan a call with checked ``options``; raise the errors of ``fused_inspo_loss``.
+
+    With ``sums_only`` there is no loss: no row needs gradients, and a response may have no scored token.
+    """
     t, o = tensors, options
     hidden, objective = t.hidden, make_objective(o.objective)
     head = checked_head(hidden, t.weight, t.bias, o.softcap, o.logit_scale, is_shard=splits_words(split))
@@ -55,7 +60,7 @@ def prepare(tensors: PairTensors, options: PairOptions, split: Split | None = No
         marginal_weight=o.marginal_weight,
         mean=o.reduction == "mean",
     )
-    if objective.needs_reference and t.ref_logps is None:
+    if objective.needs_reference and t.ref_logps is None and not sums_only:
         raise ValueError(
             f"objective {type(objective).__name__} needs ref_logps: pass the reference model's summed log-probs, "
             "(2B,), choose a reference-free objective (SimPO, ORPO), or set needs_reference = False in your own"
@@ -72,16 +77,15 @@ def prepare(tensors: PairTensors, options: PairOptions, split: Split | None = No
         same |= {"ref_logps": terms.ref_logps, "pair_weights": terms.pair_weights}
     plan = scored_rows.plan(
         candidates,
+        None if sums_only else terms,
         vocab_size=head.vocab_size,
-        gradient_kinds=terms.gradient_kinds,
-        required_kinds=terms.required_kinds,
         device=hidden.device,
         split=split,
         same=same,
     )
     run = head_pass(backend, head, hidden.device, o.max_workspace_bytes, o.statistics, split)
     growth = PAIR_GROWTH if o.max_workspace_bytes is None else 1
-    return Prepared(head, run, plan, terms, 0 if run is None else run.capacity * growth)
+    return Prepared(run, plan, terms, Needs.of(hidden, head), 0 if run is None else run.capacity * growth)
 
 
 def check_split(split: Split | None, backend: Backend | None, *, shift: bool = False) -> None:

@@ -8,7 +8,7 @@ for labels on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .agreement import Split, fingerprint
 from .groups import SequenceGroup
-from .pair_loss import KINDS
+from .pair_loss import KINDS, PairTerms
 
 
 @dataclass(frozen=True)
@@ -189,18 +189,16 @@ def _from_sequences(
 
 def plan(
     candidates: Candidates,
+    terms: PairTerms | None,
     *,
     vocab_size: int,
-    gradient_kinds: Callable[[int], tuple[int, ...]],
-    required_kinds: Callable[[int], tuple[int, ...]],
     device: torch.device,
     split: Split | None = None,
     same: Mapping[str, Any] | None = None,
 ) -> ScoredRows:
     """Count, check and sort the candidates. Ranks of ``split`` must agree on ``same`` and on the labels.
 
-    Both callables take the number of kinds that are scored. ``gradient_kinds`` returns the kinds that the loss is
-    differentiated in. ``required_kinds`` returns the kinds in which every pair must have scored tokens.
+    ``terms`` say which rows need gradients, and where every pair must have scored tokens; None: none and nowhere.
 
     Raises:
         ValueError: for labels outside the vocabulary, malformed cu_seqlens or segment_ids, and pairs with a response
@@ -226,9 +224,10 @@ def plan(
     if split is not None and split.sequence is not None:
         lengths, all_counts = split.total_counts(to_device(counts_device, device))
     num_kinds = 4 if c.marginals or (c.marginals is None and any(all_counts[2 * num_pairs :])) else 2
-    _check_scored(all_counts, num_pairs, required_kinds(num_kinds))
+    if terms is not None:
+        _check_scored(all_counts, num_pairs, terms.required_kinds(num_kinds))
 
-    graded_kinds = gradient_kinds(num_kinds)
+    graded_kinds = () if terms is None else terms.gradient_kinds(num_kinds)
     forward_kinds = tuple(kind for kind in range(num_kinds) if kind not in graded_kinds)
     segments = [
         kind * num_pairs + pair

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,22 +33,14 @@ class ScoredTokens:
 
     @classmethod
     def find(
-        cls,
-        hidden: Tensor,
-        targets: Tensor,
-        head: LMHead,
-        options: TokenOptions,
-        split: Split | None = None,
-        needs: Needs | None = None,
+        cls, hidden: Tensor, targets: Tensor, head: LMHead, options: TokenOptions, split: Split | None = None
     ) -> ScoredTokens:
         """Check ``targets`` and return those that are scored, with their rows of ``hidden``."""
         targets = checked_labels("targets", targets, hidden.shape[:-1], hidden.device)
         backend = resolve_backend(options.backend, head, hidden.device)
         flat = targets.flatten()
         check_split(split, backend)
-        same: dict[str, Any] = {}
-        if split is not None:
-            same = common_arguments(hidden, head, backend, options) | {"requires_grad": needs}
+        same = {} if split is None else common_arguments(hidden, head, backend, options)
         index = scored_positions(flat, options.ignore_index, head.vocab_size, hidden.device, split, same)
         flat, index = to_device(flat[index], hidden.device), to_device(index, hidden.device)
         run = head_pass(backend, head, hidden.device, options.max_workspace_bytes, options.statistics, split)
