@@ -13,10 +13,10 @@ reduced one after another, and ranks that hold different words can combine their
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -94,20 +94,19 @@ class RowSums:
         """Return the sums of consecutive blocks of rows."""
         if len(parts) == 1:
             return parts[0]
-        columns: dict[str, Any] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
-        joined: dict[str, Any] = {k: None if column[0] is None else torch.cat(column) for k, column in columns.items()}
-        return cls(**joined)
+        return parts[0]._mapped(lambda name, _: torch.cat([getattr(part, name) for part in parts]))
 
     def __getitem__(self, rows: slice) -> RowSums:
-        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        cut: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns.items()}
-        return RowSums(**cut)
+        return self._mapped(lambda _, column: column[rows])
 
     def to(self, dtype: torch.dtype) -> RowSums:
         """Return these sums in another dtype."""
-        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        cast: dict[str, Any] = {name: None if column is None else column.to(dtype) for name, column in columns.items()}
-        return RowSums(**cast)
+        return self._mapped(lambda _, column: column.to(dtype))
+
+    def _mapped(self, change: Callable[[str, Tensor], Tensor]) -> RowSums:
+        """Return sums with ``change(name, column)`` in place of each column that is there."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return RowSums(**{name: change(name, column) for name, column in columns.items() if column is not None})
 
     def rebased(self, offset: Tensor) -> RowSums:
         """Return these sums relative to another ``offset``, in float64; a row without finite logits contributes 0."""
