@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import accumulate, islice
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .groups import SequenceGroup, VocabGroup, gather
+from .groups import VocabGroup, gather, sequence_totals
 
 # Arguments that must be equal on all ranks, in the order in which a difference is reported.
 _SAME = (
@@ -68,7 +68,7 @@ class Split:
         self.vocab: VocabGroup | None = None
         self.agreed = False
         self._totals: tuple[Tensor, list[int]] | None = None
-        self.sequence = SequenceGroup(groups["sequence_group"]) if "sequence_group" in groups else None
+        self.sequence = groups.get("sequence_group")
 
     @classmethod
     def of(cls, process_group: Any, sequence_group: Any = None) -> Split | None:
@@ -77,18 +77,12 @@ class Split:
         groups = {name: group for name, group in given.items() if group is not None and _size(name, group) > 1}
         return cls(groups) if groups else None
 
-    @contextmanager
-    def errors_shared(self, hidden: Any) -> Iterator[None]:
-        """Tell the other ranks about an error before the first collective, so that they raise instead of waiting."""
-        try:
-            yield
-        except Exception:
-            if not self.agreed:
-                device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
-                words = torch.zeros(_WIDTH, dtype=torch.int64, device=device)
-                words[0] = _REFUSED
-                self._gather(words, words[:0])
-            raise
+    def refuse(self, device: torch.device) -> None:
+        """Tell the other ranks about an error of this rank, unless the first collective has been made."""
+        if not self.agreed:
+            words = torch.zeros(_WIDTH, dtype=torch.int64, device=device)
+            words[0] = _REFUSED
+            self._gather(words, words[:0])
 
     def agree(self, plan: Tensor, same: Mapping[str, Any], words: int, device: torch.device) -> list[int]:
         """Compare the ranks' arguments, and read ``plan`` on the host with the answer.
@@ -128,8 +122,7 @@ class Split:
     def total_counts(self, counts: Tensor) -> tuple[Tensor, list[int]]:
         """Return ``counts`` (n,) of scored tokens summed over the sequence's ranks, on the device and on the host."""
         if self._totals is None:
-            assert self.sequence is not None
-            (total,) = self.sequence.total(counts)
+            (total,) = sequence_totals(self.sequence, counts)
             self._totals = total, total.tolist()
         return self._totals
 
@@ -154,9 +147,15 @@ class Split:
         return tables
 
 
-def errors_shared(split: Split | None, hidden: Any) -> AbstractContextManager:
-    """Return ``Split.errors_shared``, or a context that does nothing if nothing is split."""
-    return nullcontext() if split is None else split.errors_shared(hidden)
+@contextmanager
+def errors_shared(split: Split | None, hidden: Any) -> Iterator[None]:
+    """Tell the other ranks about an error before the first collective, so that they raise instead of waiting."""
+    try:
+        yield
+    except Exception:
+        if split is not None:
+            split.refuse(hidden.device if isinstance(hidden, Tensor) else torch.device("cpu"))
+        raise
 
 
 def splits_words(split: Split | None) -> bool:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from . import passes
 from .arguments import finite
-from .first_order import first_order_only
-from .gradients import Needs, dtypes_of
+from .gradients import Needs, dtypes_of, first_order_only
 from .head import LMHead, checked_head
 from .objectives import find_objective
 from .options import PairOptions, PairTensors, TokenOptions, arguments_of

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from . import compiled, passes, reference
 from .agreement import Split, errors_shared, refuse_compiled
-from .first_order import first_order_only, refuse_transforms
-from .gradients import dtypes_of, graph_is_freed, hooks_see_saved_tensors
+from .gradients import dtypes_of, first_order_only, graph_is_freed, hooks_see_saved_tensors, refuse_transforms
 from .groups import local_shard
 from .objectives import Objective, make_objective
 from .options import PairOptions, PairTensors, arguments_of, check_options

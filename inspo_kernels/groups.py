@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,17 +70,9 @@ class VocabGroup:
         """Return the number of words of all ranks."""
         return self.starts[-1]
 
-    def shard(self, head: LMHead) -> LMHead:
-        """Mark this rank's head as a part of the whole one."""
-        return replace(head, whole_vocab=self.vocab_size)
-
     def largest(self, head: LMHead) -> LMHead:
         """Return a head with the largest rank's shape and no memory, so that all ranks decide alike by its size."""
         return head.without_weight(max(stop - start for start, stop in zip(self.starts, self.starts[1:])))
-
-    def whole(self, head: LMHead) -> LMHead:
-        """Return a head with all ranks' words and no memory."""
-        return head.without_weight(self.vocab_size)
 
     def combine(self, sums: RowSums, targets: Tensor, dtype: torch.dtype) -> RowSums:
         """Return sums over the whole vocabulary, in float64, from every rank's sums, which are sent in ``dtype``.
@@ -109,17 +101,11 @@ class VocabGroup:
         ranks = RowSums(**columns).rebased(whole_offset)
         parts = {name: getattr(ranks, name).sum(0) for name in optional}
         if top is not None:
-            parts |= self._tops(top, targets)
+            starts = torch.tensor(self.starts[:-1], device="cpu").to(targets.device, non_blocking=True)
+            later = starts.unsqueeze(1) > targets + self.first
+            parts["before"] = top.masked_fill(later, -torch.inf).amax(0)
+            parts["after"] = top.masked_fill(~later, -torch.inf).amax(0)
         return RowSums(whole_offset, ranks.rest.sum(0), ranks.label.amax(0), **parts)
-
-    def _tops(self, top: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return ``before`` and ``after`` from the ranks' largest logits ``top`` (ranks, n)."""
-        starts = torch.tensor(self.starts[:-1], device="cpu").to(targets.device, non_blocking=True)
-        later = starts.unsqueeze(1) > targets + self.first
-        return {
-            "before": top.masked_fill(later, -torch.inf).amax(0),
-            "after": top.masked_fill(~later, -torch.inf).amax(0),
-        }
 
     def start_sum(self, tensor: Tensor) -> Callable[[], Any]:
         """Start to sum ``tensor`` over the ranks, in place; return a function that waits for the sum."""
@@ -136,16 +122,10 @@ class VocabGroup:
         return wait
 
 
-@dataclass(frozen=True)
-class SequenceGroup:
-    """Ranks that hold different tokens of the same pairs."""
-
-    group: Any
-
-    def total(self, *tables: Tensor) -> list[Tensor]:
-        """Return each table summed over the ranks in rank order: the same bits on every rank, in one collective."""
-        what = "the sums over the tokens of the other ranks of sequence_group"
-        return list(gather(torch.stack(tables), self.group, what).sum(0).unbind())
+def sequence_totals(group: Any, *tables: Tensor) -> list[Tensor]:
+    """Return each table summed over the ranks in rank order: the same bits on every rank, in one collective."""
+    what = "the sums over the tokens of the other ranks of sequence_group"
+    return list(gather(torch.stack(tables), group, what).sum(0).unbind())
 
 
 def gathered(*parameters: Tensor | None) -> AbstractContextManager:

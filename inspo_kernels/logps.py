@@ -11,8 +11,7 @@ from torch import Tensor
 
 from . import compiled, reference
 from .agreement import Split, errors_shared, refuse_compiled, splits_words
-from .first_order import first_order_only, refuse_transforms
-from .gradients import Needs, dtypes_of, graph_is_freed, hooks_see_saved_tensors
+from .gradients import Needs, dtypes_of, first_order_only, graph_is_freed, hooks_see_saved_tensors, refuse_transforms
 from .groups import local_shard
 from .head import checked_head
 from .options import PairOptions, PairTensors, TokenOptions, arguments_of

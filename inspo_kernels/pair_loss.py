@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .gradients import graph_leaves
 from .objectives import Objective, PairSums, evaluate, is_vector, kind_of
 
 KINDS = ("chosen", "rejected", "marginal_chosen", "marginal_rejected")
@@ -98,7 +99,12 @@ class PairTerms:
             losses = self.losses(self.sums(leaves, lengths, first))
             if not losses.requires_grad:
                 return losses, logps.new_zeros(logps.shape[1], len(kinds))
-            self._reject_parameters(losses, leaves)
+            others = [each for each in graph_leaves(losses).values() if not any(each is leaf for leaf in leaves)]
+            if others:
+                raise ValueError(
+                    f"objective {type(self.objective).__name__} uses a tensor of shape {tuple(others[0].shape)} that "
+                    "requires grad; it would get no gradient here: detach it, or train it outside the objective"
+                )
             upstream = torch.full_like(losses, 1 / num_pairs if self.mean else 1.0)
             gradients = torch.autograd.grad(losses, leaves, upstream, allow_unused=True)
         for kind, gradient in enumerate(gradients):
@@ -120,21 +126,6 @@ class PairTerms:
                 f"the chosen and the rejected responses; got {got}"
             )
         return rewards
-
-    def _reject_parameters(self, losses: Tensor, leaves: list[Tensor]) -> None:
-        nodes, seen = [losses.grad_fn], set()
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None and not any(variable is leaf for leaf in leaves):
-                raise ValueError(
-                    f"objective {type(self.objective).__name__} uses a tensor of shape {tuple(variable.shape)} that "
-                    "requires grad; it would get no gradient here: detach it, or train it outside the objective"
-                )
-            nodes.extend(parent for parent, _ in node.next_functions)
 
 
 def columns(table: Tensor, pairs: slice) -> Tensor:
@@ -213,17 +204,21 @@ class InSPOOutput:
         "logps/rejected". If marginals were scored, the same names with the prefix "marginal/" are means over the pairs
         that have both marginals.
         """
-        metrics = _report(self.chosen_rewards, self.rejected_rewards, self.logps, marginal=False)
+        own = preferences(self.chosen_rewards, self.rejected_rewards, self.logps)
+        metrics = {name: column.mean() for name, column in own.items()}
         if self.marginal_logps is not None:
             assert self.marginal_chosen_rewards is not None and self.marginal_rejected_rewards is not None
-            chosen, rejected = self.marginal_chosen_rewards, self.marginal_rejected_rewards
-            metrics |= _report(chosen, rejected, self.marginal_logps, marginal=True)
+            unscored = self.marginal_chosen_rewards.isnan()
+            marginal = preferences(self.marginal_chosen_rewards, self.marginal_rejected_rewards, self.marginal_logps)
+            for name, column in marginal.items():
+                metrics[f"marginal/{name}"] = column.masked_fill(unscored, torch.nan).nanmean()
         return metrics
 
 
-def _report(chosen: Tensor, rejected: Tensor, logps: Tensor, *, marginal: bool) -> dict[str, Tensor]:
-    logps_chosen, logps_rejected = logps.view(2, -1)
-    columns = {
+def preferences(chosen: Tensor, rejected: Tensor, logps: Tensor) -> dict[str, Tensor]:
+    """Return per-pair columns (B,) under TRL's names of their means, from rewards (B,) and summed log-probs (2B,)."""
+    logps_chosen, logps_rejected = logps.chunk(2)
+    return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/accuracies": (chosen > rejected).double(),
@@ -231,7 +226,3 @@ def _report(chosen: Tensor, rejected: Tensor, logps: Tensor, *, marginal: bool) 
         "logps/chosen": logps_chosen,
         "logps/rejected": logps_rejected,
     }
-    if not marginal:
-        return {name: column.mean() for name, column in columns.items()}
-    unscored = chosen.isnan()
-    return {f"marginal/{name}": column.masked_fill(unscored, torch.nan).nanmean() for name, column in columns.items()}

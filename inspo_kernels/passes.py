@@ -33,7 +33,7 @@ from torch import Tensor
 from .backends import Backend, HeadTile, open_tile
 from .backends.base import chunks, cut
 from .gradients import DeferredGradients, Gradients, Needs
-from .groups import VocabGroup
+from .groups import VocabGroup, sequence_totals
 from .head import LMHead, plain_arithmetic
 from .pair_loss import PairTerms, columns
 from .row_sums import RowSums, TokenScores, parts_of
@@ -304,7 +304,7 @@ class SegmentSums:
         """Add the sums of the tokens that other ranks hold; this rank must have entered all pairs."""
         if self.plan.sequence is not None:
             names = list(self.statistics)
-            self.table, *others = self.plan.sequence.total(self.table, *self.statistics.values())
+            self.table, *others = sequence_totals(self.plan.sequence, self.table, *self.statistics.values())
             self.statistics = dict(zip(names, others))
 
     def differentiate(self, terms: PairTerms, pairs: slice, scores: TokenScores) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -132,12 +132,12 @@ def head_pass(
     head = backend.prepared(head.detach())
     largest = head
     if vocab is not None:
-        head, largest = vocab.shard(head), vocab.largest(head)
+        head, largest = replace(head, whole_vocab=vocab.vocab_size), vocab.largest(head)
     if max_workspace_bytes is None:
         max_workspace_bytes = backend.default_workspace_bytes(largest, device)
         if vocab is not None:
             # Keep as many rows as the whole head would: this rank's part of that workspace.
-            whole = vocab.whole(head)
+            whole = head.without_weight(vocab.vocab_size)
             rows = backend.capacity(whole, device, backend.default_workspace_bytes(whole, device))
             more = backend.capacity(largest, device, max_workspace_bytes) - rows
             max_workspace_bytes -= backend.kept_bytes(largest, max(0, more))
@@ -185,9 +185,7 @@ def find_candidates(tensors: PairTensors, options: PairOptions) -> scored_rows.C
         raise ValueError(f"there must be at least one pair, got {num_sequences} {what}")
     if num_pairs is not None and 2 * num_pairs != num_sequences:
         raise ValueError(f"num_pairs={num_pairs} does not fit {num_sequences} {what}")
-    if cu_seqlens is not None:
-        return scored_rows.from_packed(labels, marginal_labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
-    return scored_rows.from_rows(labels, marginal_labels, shift=shift, ignore_index=ignore_index)
+    return scored_rows.from_sequences(labels, marginal_labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
 
 
 def _even(what: str, number: int) -> int:

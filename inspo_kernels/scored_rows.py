@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .agreement import Split, fingerprint
-from .groups import SequenceGroup
 from .pair_loss import KINDS, PairTerms
 
 
@@ -50,7 +49,7 @@ class ScoredRows:
       the same numbers on the device.
     - ``kinds_per_pair``: how many segments of each pair need gradients, so that pair p owns the segments
       ``order[p * kinds_per_pair : (p + 1) * kinds_per_pair]``.
-    - ``sequence``: the ranks that hold the pairs' other tokens, if any.
+    - ``sequence``: the process group whose ranks hold the pairs' other tokens, or None.
     - ``distinct``: whether no row of the hidden states is scored twice, as a response and as a marginal.
     """
 
@@ -61,7 +60,7 @@ class ScoredRows:
     counts: list[int]
     device_counts: Tensor
     kinds_per_pair: int
-    sequence: SequenceGroup | None
+    sequence: Any
     distinct: bool
 
     @property
@@ -100,46 +99,39 @@ def spread_rows(x: Tensor, rows: Tensor, shape: torch.Size, *, distinct: bool) -
     return place(0, rows, x).view(shape)
 
 
-def from_rows(labels: Tensor, marginal_labels: Tensor | None, *, shift: bool, ignore_index: int) -> Candidates:
-    """Return the candidates of the rows form, labels (2B, T).
-
-    Sequence b scores y_w of pair b, and y_l as a marginal. Sequence B + b does the reverse.
-    """
-    num_rows, length = labels.shape
-    positions = torch.arange(labels.numel(), device=labels.device)
-    sequence = positions // length
-    marginals = None if marginal_labels is None else marginal_labels.flatten()
-    has_earlier = positions % length != 0 if shift else positions
-    return _from_sequences(
-        labels.flatten(), marginals, positions, sequence, has_earlier, num_rows // 2, shift, ignore_index
-    )
-
-
-def from_packed(
-    labels: Tensor, marginal_labels: Tensor | None, cu_seqlens: Tensor, *, shift: bool, ignore_index: int
+def from_sequences(
+    labels: Tensor, marginal_labels: Tensor | None, cu_seqlens: Tensor | None, *, shift: bool, ignore_index: int
 ) -> Candidates:
-    """Return the candidates of the packed form, labels (N,).
+    """Return the candidates of the rows form, labels (2B, T), or with ``cu_seqlens`` of the packed form, labels (N,).
 
-    Sequence s holds positions cu_seqlens[s] to cu_seqlens[s + 1]; sequences come in the order of the rows form.
+    Sequence b scores y_w of pair b, and y_l as a marginal. Sequence B + b does the reverse. Packed sequence s holds
+    positions cu_seqlens[s] to cu_seqlens[s + 1].
     """
-    positions = torch.arange(len(labels), device=labels.device)
-    cu_seqlens = cu_seqlens.to(labels.device, torch.int64)
-    num_sequences = len(cu_seqlens) - 1
-    # Positions outside a malformed cu_seqlens get the number 2B, which stays in bounds until the host read reports it.
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
-    valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(labels)) & (cu_seqlens.diff() >= 0).all()
-    return _from_sequences(
-        labels,
-        marginal_labels,
-        positions,
-        sequence,
-        positions != cu_seqlens[sequence],
-        num_sequences // 2,
-        shift,
-        ignore_index,
-        valid,
-        f"cu_seqlens must start at 0, never decrease and end at the number of positions, {len(labels)}",
-    )
+    positions = torch.arange(labels.numel(), device=labels.device)
+    valid, message = None, ""
+    if cu_seqlens is None:
+        num_sequences, length = labels.shape
+        sequence, place = positions // length, positions % length
+    else:
+        cu_seqlens = cu_seqlens.to(labels.device, torch.int64)
+        num_sequences = len(cu_seqlens) - 1
+        # Positions outside a malformed cu_seqlens get the number 2B, which is in bounds until the host read reports it.
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+        place = positions - cu_seqlens[sequence]
+        valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(labels)) & (cu_seqlens.diff() >= 0).all()
+        message = f"cu_seqlens must start at 0, never decrease and end at the number of positions, {len(labels)}"
+    rows = positions - 1 if shift else positions
+    targets, segments = labels.flatten(), sequence
+    if marginal_labels is not None:
+        # Sequence b < B holds y_l as its alternative, so its marginal segment is 3B + b; sequence B + b gives 2B + b.
+        segments = torch.cat([sequence, num_sequences + (sequence + num_sequences // 2) % num_sequences])
+        targets = torch.cat([targets, marginal_labels.flatten()])
+        rows, place = rows.repeat(2), place.repeat(2)
+    scored = targets != ignore_index
+    if shift:
+        scored &= place != 0  # nothing predicts the first token of a sequence
+    marginals = marginal_labels is not None
+    return Candidates(rows, targets, segments, scored, num_sequences // 2, marginals, valid, message)
 
 
 def from_compact(labels: Tensor, segment_ids: Tensor, num_pairs: int, *, ignore_index: int) -> Candidates:
@@ -155,36 +147,6 @@ def from_compact(labels: Tensor, segment_ids: Tensor, num_pairs: int, *, ignore_
         valid=((segment_ids >= 0) & (segment_ids < limit) | (labels == ignore_index)).all(),
         invalid_message=f"segment_ids must be in 0..{limit - 1}, four segments for each of {num_pairs} pairs",
     )
-
-
-def _from_sequences(
-    labels: Tensor,
-    marginal_labels: Tensor | None,
-    positions: Tensor,
-    sequence: Tensor,
-    has_earlier: Tensor,
-    num_pairs: int,
-    shift: bool,
-    ignore_index: int,
-    valid: Tensor | None = None,
-    invalid_message: str = "",
-) -> Candidates:
-    """Return the candidates of whole sequences.
-
-    ``has_earlier``: whether a position is not the first of its sequence; read only if labels are shifted.
-    """
-    rows = positions - 1 if shift else positions
-    targets, segments = labels, sequence
-    if marginal_labels is not None:
-        # Sequence b < B holds y_l as its alternative, so its marginal segment is 3B + b; sequence B + b gives 2B + b.
-        marginal_segments = 2 * num_pairs + (sequence + num_pairs) % (2 * num_pairs)
-        rows, has_earlier = rows.repeat(2), has_earlier.repeat(2)
-        targets = torch.cat([labels, marginal_labels])
-        segments = torch.cat([sequence, marginal_segments])
-    scored = targets != ignore_index
-    if shift:
-        scored &= has_earlier
-    return Candidates(rows, targets, segments, scored, num_pairs, marginal_labels is not None, valid, invalid_message)
 
 
 def plan(

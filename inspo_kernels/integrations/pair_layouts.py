@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layouts.conditioning import IGNORE_INDEX, condition_pairs
 from ..layouts.preference_batch import condition_batch, pair_positions
-from ..scored_rows import Candidates, from_packed, from_rows
+from ..scored_rows import from_sequences
 
 LAYOUTS = ("auto", "rows", "packed", "tree", "packed_tree")
 
@@ -38,7 +38,7 @@ def plain(batch: Mapping[str, Any]) -> dict[str, Any]:
     marginal_labels = None if other is None else ids.masked_fill(other == 0, IGNORE_INDEX)
     return {
         "inputs": {name: value for name, value in batch.items() if name not in unread},
-        "scored": _scored(from_rows(labels, marginal_labels, shift=True, ignore_index=IGNORE_INDEX), ids.shape[1]),
+        "scored": _scored(labels, marginal_labels, None, width=ids.shape[1]),
         "tree": None,
         "num_tokens": batch["attention_mask"].sum(),
     }
@@ -69,8 +69,7 @@ def conditioned(
     laid_out = condition_pairs(pairs, layout=layout, **options)
     width = laid_out["input_ids"].shape[1]
     if layout == "packed":
-        labels = (laid_out[name] for name in ("labels", "marginal_labels", "cu_seqlens"))
-        scored = _scored(from_packed(*labels, shift=True, ignore_index=IGNORE_INDEX), width)
+        scored = _scored(*(laid_out[name] for name in ("labels", "marginal_labels", "cu_seqlens")), width=width)
         tree, num_tokens = None, width
     else:
         own = laid_out["segment_ids"] < 2 * len(pairs)
@@ -95,9 +94,9 @@ def pair_ids(batch: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
     return [tuple(ids[part.to(ids.device)] for part in pair) for pair in pair_positions(batch)]
 
 
-def _scored(candidates: Candidates, width: int) -> dict[str, Any]:
+def _scored(labels: Tensor, marginal_labels: Tensor | None, cu_seqlens: Tensor | None, *, width: int) -> dict[str, Any]:
     """Return the scored rows of whole sequences in the compact form."""
-    c = candidates
+    c = from_sequences(labels, marginal_labels, cu_seqlens, shift=True, ignore_index=IGNORE_INDEX)
     at = c.scored.nonzero()[:, 0]
     own = len(at) if not c.marginals else int((at < len(c.scored) // 2).sum())
     scored = {"rows": c.rows[at], "labels": c.targets[at], "segment_ids": c.segments[at]}

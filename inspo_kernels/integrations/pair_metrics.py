@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..pair_loss import preferences
+
 STATISTICS = ("entropy", "mean_logit", "is_top1")
 MARGINAL = "marginal/"
 GAPS = ("conditioning_gap/chosen", "conditioning_gap/rejected")
@@ -75,15 +77,7 @@ class PairMetrics:
 
     def _preferences(self, logps: Tensor, ref_logps: Tensor) -> dict[str, _Ratio]:
         chosen, rejected = (self.beta * (logps - ref_logps)).chunk(2)
-        logps_chosen, logps_rejected = logps.chunk(2)
-        columns = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": chosen > rejected,
-            "rewards/margins": chosen - rejected,
-            "logps/chosen": logps_chosen,
-            "logps/rejected": logps_rejected,
-        }
+        columns = preferences(chosen, rejected, logps)
         pairs = torch.full((), len(chosen), dtype=torch.float32, device=logps.device)  # filled there, without a copy
         return {name: (column.sum(), pairs) for name, column in columns.items()}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import fused_inspo_loss, hidden_and_head, linear_logps, pair_logps, tree_attention_mask
 from ..objectives import SFT, Objective, PairSums
-from ..pair_loss import KINDS
+from ..pair_loss import PairTerms
 from .trl_losses import fits_tokens
 
 Finish = Callable[[Tensor, dict[str, Any], dict[str, Any]], dict[str, Any]]
@@ -161,11 +161,9 @@ def token_loss(
         aligned = logps[:differentiated].detach() - values["log_sum_sq_probs"]
         confidence = (_sums(aligned, scored) / lengths[: 4 if needed else 2].clamp(min=1)).exp()
 
-    columns: dict[str, Any] = dict(zip(KINDS, weighed)) | {f"{kind}_len": row for kind, row in zip(KINDS, lengths)}
-    columns |= dict(zip(("ref_chosen", "ref_rejected"), ref_logps.double().chunk(2)))
-    sums = PairSums(**columns, index=torch.arange(scored["num_pairs"], device=x.device))
-    columns |= dict(zip(KINDS, whole))
-    of_all_tokens = PairSums(**columns, index=sums.index)  # SFT weighs all tokens alike
+    terms = PairTerms(parts[0][0], ref_logps.double(), None, marginal_weight, mean=True)
+    sums = terms.sums(weighed, lengths)
+    of_all_tokens = terms.sums(whole, lengths)  # SFT weighs all tokens alike
 
     def mean_loss(kinds: slice, sums: PairSums, of_all_tokens: PairSums) -> Tensor:
         total = torch.zeros_like(sums.chosen)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..gradients import graph_leaves
 from ..groups import is_dtensor
 from .head_fit import fit_tail, named_numbers, numbers, row_difference, rows_of, tolerance_of
 from .head_parts import HeadError, HeadParts, adapter_state, head_parts, qualified_name
@@ -264,24 +265,10 @@ def _verified(model: Any, call: HeadCall) -> Tail:
 
 def _check_leaves(model: Any, logits: Tensor, expected: Tensor) -> None:
     """Raise HeadError if a parameter outside the head affects the logits: it would get no gradient."""
-    missing = _leaves(logits).keys() - _leaves(expected).keys()
+    missing = graph_leaves(logits).keys() - graph_leaves(expected).keys()
     if missing:
         names = [name for name, parameter in model.named_parameters() if id(parameter) in missing]
         raise HeadError(f"its logits depend on {', '.join(names[:3]) or 'a parameter'} beside its output head's weight")
-
-
-def _leaves(tensor: Tensor) -> dict[int, Tensor]:
-    """Return the tensors that a gradient of ``tensor`` would reach, by id."""
-    found, waiting, seen = {}, [tensor.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        waiting.extend(parent for parent, _ in node.next_functions)
-    return found
 
 
 def _check_adapters(module: nn.Module, rows: Tensor) -> None:

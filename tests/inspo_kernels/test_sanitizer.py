@@ -40,7 +40,7 @@ class Fault:
 
 OUTSIDE = r"(load|store) outside its tensor"
 UNWRITTEN = "a result follows from memory that nobody has written"
-STORE_AT_LABEL = """if STORE:
+STORE_AT_LABEL = """if WANTED.store:
         {barrier}
         tl.store(p_e + label, rest.to(p_e.dtype.element_ty))
     p_parts += i_row"""
