@@ -15,8 +15,7 @@ from .memory import workspace_bytes
 from .models import hidden_and_head
 from .models.tree_models import tree_attention_mask, tree_unsupported
 from .objectives import Mixture, Objective, PairSums
-from .objectives.batchwise import AOT, AOTUnpaired
-from .objectives.margin import DPO, EXO, IPO, RDPO, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
+from .objectives.margin import AOT, DPO, EXO, IPO, RDPO, AOTUnpaired, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
 from .objectives.pointwise import BCO, NCA, SPPO, APODown, APOZero, OneSided
 from .objectives.reference_free import ORPO, SFT, SimPO
 from .pair_loss import InSPOOutput

@@ -25,9 +25,8 @@ from .objectives import find_objective
 from .options import PairOptions, PairTensors, TokenOptions, arguments_of
 from .pair_loss import InSPOOutput
 from .passes import KeptTokens
-from .prepare import prepare
+from .prepare import ScoredTokens, prepare
 from .scored_rows import spread_rows
-from .scored_tokens import ScoredTokens
 
 _T = TypeVar("_T")
 _Options = TypeVar("_Options", bound=TokenOptions)
@@ -241,7 +240,7 @@ def _linear_logps(needs: list[bool], compute_dtype: torch.dtype, *arguments: Any
     return [
         scored.scatter(scores.logps, targets.shape),
         scored.scatter(dx, hidden.shape) if isinstance(dx, Tensor) else hidden.new_empty(0),
-        *scored.scatter_statistics(scores, targets.shape).values(),
+        *(scored.scatter(value, targets.shape) for value in scores.statistics.values()),
     ]
 
 

@@ -16,9 +16,8 @@ from .groups import local_shard
 from .head import checked_head
 from .options import PairOptions, PairTensors, TokenOptions, arguments_of
 from .passes import KeptTokens, pair_sums
-from .prepare import prepare
+from .prepare import ScoredTokens, prepare
 from .row_sums import RowSums
-from .scored_tokens import ScoredTokens
 
 
 def linear_logps(

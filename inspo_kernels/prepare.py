@@ -1,4 +1,7 @@
-"""Do everything that precedes the first matmul: check the arguments together, recognise the input form, plan."""
+"""Do everything that precedes the first matmul: check the arguments together, recognise the input form, plan.
+
+``prepare`` plans a call on pairs, ``ScoredTokens`` a call of ``linear_logps``, eager or compiled.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import scored_rows
+from . import passes, scored_rows
 from .agreement import Split, splits_words
 from .arguments import integer
 from .backends import Backend, resolve_backend
-from .gradients import Needs
+from .gradients import Gradients, Needs
 from .groups import VocabGroup
-from .head import LMHead, checked_head
+from .head import LMHead, checked_head, plain_arithmetic
 from .objectives import make_objective
 from .options import PairOptions, PairTensors, TokenOptions
 from .pair_loss import PairTerms
-from .passes import HeadPass
-from .scored_rows import checked_labels
+from .passes import HeadPass, KeptTokens
+from .row_sums import TokenScores
+from .scored_rows import checked_labels, scored_positions, to_device
 
 # If the user sets no bound, a pair that does not fit the default workspace gets one of up to this many times the rows:
 # computing the logits twice would take up to a third more time.
@@ -209,3 +213,64 @@ def _vector(name: str, tensor: Tensor | None, length: int, device: torch.device)
         raise ValueError(f"{name} is on the meta device, which holds no data")
     # A copy: objectives are the user's code, and might write to it.
     return tensor.detach().to(device, torch.float64, non_blocking=tensor.device.type == "cpu", copy=True)
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """Hold the scored tokens of a call: positions (N,) among all targets, rows x (N, H) of hidden, targets (N,).
+
+    ``run`` is None for the reference.
+    """
+
+    run: HeadPass | None
+    index: Tensor
+    x: Tensor
+    targets: Tensor
+
+    @classmethod
+    def find(
+        cls, hidden: Tensor, targets: Tensor, head: LMHead, options: TokenOptions, split: Split | None = None
+    ) -> ScoredTokens:
+        """Check ``targets`` and return those that are scored, with their rows of ``hidden``."""
+        targets = checked_labels("targets", targets, hidden.shape[:-1], hidden.device)
+        backend = resolve_backend(options.backend, head, hidden.device)
+        flat = targets.flatten()
+        check_split(split, backend)
+        same = {} if split is None else common_arguments(hidden, head, backend, options)
+        index = scored_positions(flat, options.ignore_index, head.vocab_size, hidden.device, split, same)
+        flat, index = to_device(flat[index], hidden.device), to_device(index, hidden.device)
+        run = head_pass(backend, head, hidden.device, options.max_workspace_bytes, options.statistics, split)
+        if run is not None and run.group is not None:
+            flat = flat - run.group.first
+        return cls(run, index, hidden.reshape(-1, head.hidden_size).index_select(0, index), flat)
+
+    def forward(self, needs: Needs, *, may_keep: bool = True) -> tuple[TokenScores, Tensor | KeptTokens | None]:
+        """Return the scores of the tokens, and what their gradients need.
+
+        A frozen head needs the gradient (N, H) of each log-prob with respect to its own row. A trainable head needs
+        kept rows, or None if ``may_keep`` is false. Without gradients it is None.
+        """
+        assert self.run is not None
+        with plain_arithmetic(self.x.device):
+            if needs.x and not needs.head:
+                dx = self.run.empty_rows(self.x)
+                scores = self.run.unit_gradients(self.x, self.targets, dx)
+                self.run.start_sum(dx)()
+                return scores, dx
+            if needs.head and may_keep:
+                return passes.token_logps(self.run, self.x, self.targets, needs)
+            return self.run.score(self.x, self.targets), None
+
+    def backward(self, upstream: Tensor, kept: KeptTokens, needs: Needs, *, reads_last: bool) -> Gradients:
+        """Return the gradients of sum(upstream * log-probs), upstream (N,).
+
+        ``reads_last``: whether nobody reads ``kept`` again, so that its memory may be reused.
+        """
+        assert self.run is not None
+        with plain_arithmetic(self.x.device):
+            return passes.token_gradients(self.run, self.x, self.targets, kept, upstream, needs, reads_last=reads_last)
+
+    def scatter(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """Return a tensor of that shape with ``values`` (N, ...) at the scored positions and 0 elsewhere."""
+        total = shape.numel() if values.dim() == 1 else shape[:-1].numel()
+        return values.new_zeros(total, *values.shape[1:]).index_copy(0, self.index, values).view(shape)

@@ -9,8 +9,7 @@ a = L - R, and the margin m = beta (a_chosen - a_rejected).
 """
 
 from .base import Objective, PairSums
-from .batchwise import AOT, AOTUnpaired
-from .margin import DPO, EXO, IPO, RDPO, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
+from .margin import AOT, DPO, EXO, IPO, RDPO, AOTUnpaired, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
 from .pointwise import BCO, NCA, SPPO, APODown, APOZero, OneSided
 from .reference_free import ORPO, SFT, SimPO
 from .registry import OBJECTIVES, Mixture, evaluate, find_objective, is_vector, kind_of, make_objective

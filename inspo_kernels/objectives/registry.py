@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..arguments import finite, nearest
 from .base import LIVE, Objective, PairSums
-from .batchwise import AOT, AOTUnpaired
-from .margin import DPO, EXO, IPO, RDPO, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
+from .margin import AOT, DPO, EXO, IPO, RDPO, AOTUnpaired, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
 from .pointwise import BCO, NCA, SPPO, APODown, APOZero, OneSided
 from .reference_free import ORPO, SFT, SimPO
 
