@@ -22,6 +22,13 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(choices)})"
 
 
+def choice(name: str, value: Any, known: Iterable[str]) -> str:
+    """Return ``value``; raise unless it is one of the ``known`` names."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"unknown {name} {value!r}{nearest(value, known)}")
+    return value
+
+
 def integer(name: str, value: Any, *, minimum: int | None = None, hint: str = "") -> int:
     """Return ``value`` as an ``int``; raise unless it is an integer (not a bool) of at least ``minimum``.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ from . import passes
 from .arguments import finite
 from .gradients import Needs, dtypes_of, first_order_only
 from .head import LMHead, checked_head
-from .objectives import find_objective
+from .objectives.registry import find_objective
 from .options import PairOptions, PairTensors, TokenOptions, arguments_of
 from .pair_loss import InSPOOutput
 from .passes import KeptTokens
@@ -98,8 +97,8 @@ def _flatten(options: TokenOptions) -> dict[str, Any]:
 
 def _unflatten(kind: type[_Options], values: Sequence[Any]) -> _Options:
     """Undo ``_flatten``."""
-    given = dict(zip((field.name for field in fields(kind)), values))
-    return kind(**given | {"statistics": tuple(filter(None, given["statistics"].split(",")))})
+    options = kind(*values)
+    return replace(options, statistics=tuple(filter(None, str(options.statistics).split(","))))
 
 
 def _pair_arguments(flat: Sequence[Any]) -> tuple[PairTensors, PairOptions]:
@@ -128,22 +127,22 @@ def _pair_loss(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *f
         if p.run is None:
             raise ValueError(_NO_REFERENCE)
         with torch.no_grad():
-            x = p.plan.take(hidden)
-            losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, x, Needs(*needs))
-            gradients = gradients.computed()
+            rows = p.plan.take(hidden)
+            losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, rows, Needs(*needs))
+            x, dweight, dbias = gradients.scaled(None, *(p.run.head.accumulate_dtype,) * 3, reads_last=True)
             loss = p.terms.reduce(losses).to(p.run.head.accumulate_dtype)
             out = InSPOOutput.build(loss, losses, sums.table, p.plan.lengths, p.terms, sums.statistics)
             if out.marginal_logps is None and tensors.segment_ids is not None:
                 nan = torch.full_like(out.chosen_rewards, torch.nan)
                 out = replace(out, marginal_logps=torch.zeros_like(out.logps))
                 out = replace(out, marginal_chosen_rewards=nan, marginal_rejected_rewards=nan)
-            dhidden, plan = None, p.plan
-            if gradients.x is not None:
-                dhidden = spread_rows(gradients.x, plan.rows, hidden.shape, distinct=plan.distinct)
+            dhidden = None
+            if x is not None:
+                dhidden = spread_rows(x, p.plan.rows, hidden.shape, distinct=p.plan.distinct)
         results = [*(getattr(out, name) for name in _RESULTS), *out.statistics.values()]
         # An operator's results must not share memory, and these may be views of one table.
         results = [None if value is None else value.clone() for value in results]
-        return _no_none(hidden, dhidden, gradients.weight, gradients.bias, *results)
+        return _no_none(hidden, dhidden, dweight, dbias, *results)
 
     return _in_worker(run, hidden.device)
 
@@ -310,7 +309,7 @@ def _in_worker(run: Callable[[], _T], device: torch.device) -> _T:
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def on_stream() -> _T:
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+        with torch.cuda.stream(stream):  # None: does nothing
             return run()
 
     with ThreadPoolExecutor(1, thread_name_prefix="inspo_kernels") as worker:

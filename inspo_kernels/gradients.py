@@ -79,10 +79,6 @@ class Gradients:
         """Return a copy with these tensors in place of ``self.tensors``."""
         return Gradients(*tensors)
 
-    def computed(self) -> Gradients:
-        """Return self: already computed."""
-        return self
-
     def scaled(
         self, scale: Tensor | None, *dtypes: torch.dtype | None, reads_last: bool = False
     ) -> tuple[Tensor | None, ...]:
@@ -141,10 +137,6 @@ class DeferredGradients:
         """Return a copy with these tensors in place of ``self.tensors``."""
         x, coefficients, *kept = tensors
         return replace(self, x=x, coefficients=coefficients, kept=tuple(kept))
-
-    def computed(self) -> Gradients:
-        """Return the gradients in the accumulate dtype. ``self`` must not be read again."""
-        return Gradients(*self.scaled(None, *(self.head.accumulate_dtype,) * 3, reads_last=True))
 
     def scaled(
         self, scale: Tensor | None, *dtypes: torch.dtype | None, reads_last: bool = False

@@ -57,6 +57,10 @@ class LMHead:
         """Return dz'/d(hidden @ weight.T + bias), without the derivative of the soft-cap."""
         return self.logit_scale / self.temperature
 
+    def holds(self, targets: Tensor) -> Tensor:
+        """Return whether each target, counted from this rank's first word, is a word of this rank."""
+        return (targets >= 0) & (targets < self.vocab_size)
+
     def detach(self) -> LMHead:
         """Return this head outside any graph."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .gradients import graph_leaves
-from .objectives import Objective, PairSums, evaluate, is_vector, kind_of
+from .objectives import Objective, PairSums
+from .objectives.registry import evaluate, is_vector, kind_of
 
 KINDS = ("chosen", "rejected", "marginal_chosen", "marginal_rejected")
 

@@ -148,14 +148,7 @@ def token_logps(run: HeadPass, x: Tensor, targets: Tensor, needs: Needs) -> tupl
 
 
 def token_gradients(
-    run: HeadPass,
-    x: Tensor,
-    targets: Tensor,
-    kept: KeptTokens,
-    coefficients: Tensor,
-    needs: Needs,
-    *,
-    reads_last: bool,
+    run: HeadPass, x: Tensor, targets: Tensor, kept: KeptTokens, coefficients: Tensor, needs: Needs, *, reads_last: bool
 ) -> Gradients:
     """Return gradients of sum(coefficients * log-probs), from the state ``kept`` that ``token_logps`` returned.
 

@@ -72,9 +72,6 @@ def pair_sums(
     labels: Tensor,
     *,
     ref_logps: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     ignore_index: int = -100,
     shift: bool = True,
     cu_seqlens: Tensor | None = None,
@@ -82,8 +79,12 @@ def pair_sums(
     num_pairs: int | None = None,
     marginal_labels: Tensor | None = None,
     statistics: Iterable[str] = (),
+    **head: Any,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return tables (kinds, B): summed log-probs in float64, scored tokens, and summed statistics by name."""
+    """Return tables (kinds, B): summed log-probs in float64, scored tokens, and summed statistics by name.
+
+    ``head``: bias, softcap and logit_scale, as for ``linear_logps``.
+    """
     names = checked_statistics(statistics)
     if segment_ids is None:
         sequences: list[Any] = list(range(len(hidden)))
@@ -111,9 +112,8 @@ def pair_sums(
 
     def columns(hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of log-probs, the number of scored tokens, and the sum of each statistic."""
-        options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-        options |= {"ignore_index": ignore_index, "statistics": names or ("logsumexp",)}
-        logps, found = linear_logps(hidden, weight, labels, **options)
+        options: dict[str, Any] = {"ignore_index": ignore_index, "statistics": names or ("logsumexp",)}
+        logps, found = linear_logps(hidden, weight, labels, **options, **head)
         return torch.stack([c.double().sum() for c in (logps, labels != ignore_index, *(found[n] for n in names))])
 
     table = [

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import nearest
+from .arguments import choice
 
 # Optional fields of RowSums.
 Parts: TypeAlias = frozenset[str]
@@ -44,8 +44,7 @@ def checked_statistics(names: Iterable[str]) -> tuple[str, ...]:
         raise TypeError(f"statistics must be a tuple of names, got {names!r}")
     names = tuple(dict.fromkeys(names))
     for name in names:
-        if not isinstance(name, str) or name not in STATISTICS:
-            raise ValueError(f"unknown statistic {name!r}{nearest(name, STATISTICS)}")
+        choice("statistic", name, STATISTICS)
     return names
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..arguments import nearest
+from ..arguments import choice
 from ..head import LMHead
 from .base import Backend, HeadTile, open_tile
 from .torch_backend import TorchBackend
@@ -17,9 +17,7 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TorchBacke
 
 def check_backend(name: str) -> None:
     """Raise ``ValueError`` unless ``name`` is "auto", "reference" or the name of a backend."""
-    known = [*BACKENDS, "auto", "reference"]
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(f"unknown backend {name!r}{nearest(name, known)}")
+    choice("backend", name, [*BACKENDS, "auto", "reference"])
 
 
 def resolve_backend(name: str, head: LMHead, device: torch.device) -> Backend | None:

@@ -352,8 +352,7 @@ class TorchTile(HeadTile):
         self.dx.mul_(unit.to(self.dtype).unsqueeze(1))
         share, column = self.unit * self.rest, self.targets
         if self.head.is_shard:
-            is_own = (column >= 0) & (column < self.head.vocab_size)
-            share, column = share * is_own, column.clamp(0, self.head.vocab_size - 1)
+            share, column = share * self.head.holds(column), column.clamp(0, self.head.vocab_size - 1)
         share = share.to(self.dtype)
         if self.label_slope is not None:
             share *= self.label_slope

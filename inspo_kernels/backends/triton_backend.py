@@ -285,18 +285,14 @@ class TritonTile(HeadTile):
             capped = torch.tanh(label * (head.logit_scale / head.softcap))
             self.label_slope = 1 - capped.square()
             label = capped * (head.softcap / head.temperature)
-        return torch.where(self._own(targets), label, -torch.inf) if head.is_shard else label
-
-    def _own(self, targets: Tensor) -> Tensor:
-        """Whether each label is a word of this rank."""
-        return (targets >= 0) & (targets < self.head.vocab_size)
+        return torch.where(head.holds(targets), label, -torch.inf) if head.is_shard else label
 
     def finish(self, sums: RowSums) -> None:
         if self.e is None:
             return
         head, e, sums = self.head, self.e[:, : self.head.vocab_size], sums.to(self.dtype)
         self.total, entry = sums.total, -sums.rest
-        own = self._own(self.targets) if head.is_shard else None
+        own = head.holds(self.targets) if head.is_shard else None
         if sums.offset is not self.local_offset:
             factor = self._factor(sums, own)
             if own is not None and e.dtype == torch.float16:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from ..layouts.alternative_dropout import keeps_alternative
 from ..layouts.preference_batch import pair_positions
-from .pair_layouts import CONDITIONED, REFERENCES, conditioned, is_text, pair_ids
+from .pair_layouts import CONDITIONED, REFERENCES, TEXT, conditioned, pair_ids
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class ConditioningCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self._fitting(examples)
         layout = self.layout
-        if not is_text(batch):
+        if not set(batch) <= TEXT:
             if self.strict and layout != "rows":
                 raise ValueError(f"layout={layout!r} holds only token ids, and this batch has more: use layout='rows'")
             layout = "rows"

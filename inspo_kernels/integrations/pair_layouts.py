@@ -21,13 +21,8 @@ LAYOUTS = ("auto", "rows", "packed", "tree", "packed_tree")
 
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 # The keys of a text batch from TRL's collator. A batch with other keys (images, token types) is laid out in rows.
-_TEXT = {"input_ids", "attention_mask", "completion_mask", *REFERENCES}
+TEXT = {"input_ids", "attention_mask", "completion_mask", *REFERENCES}
 CONDITIONED = "conditioned"
-
-
-def is_text(batch: Mapping[str, Any]) -> bool:
-    """Return whether a batch holds only text, which trees and packed rows can carry."""
-    return set(batch) <= _TEXT
 
 
 def plain(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,18 +25,9 @@ from torch import Tensor
 from .. import tree_unsupported
 from ..layouts.alternative_dropout import checked_dropout
 from ..models.small_runs import mixes_packed_sequences
-from .conditioning_collator import PARTS, ConditioningCollator, CountingFits, Fits, KeepsAll
 from .pair_layouts import CONDITIONED, LAYOUTS, REFERENCES, plain
 from .pair_metrics import GAPS, MARGINAL, STATISTICS, PairMetrics
-from .pair_pass import (
-    Finish,
-    PairPass,
-    accept_pair_pass,
-    pair_loss,
-    reference_logps,
-    renew_copied_forward,
-    token_loss,
-)
+from .pair_pass import Finish, PairPass, accept_pair_pass, pair_loss, reference_logps, renew_copied_forward, token_loss
 from .trl_losses import fits_tokens, objective_of, objective_parts
 
 _NEEDS = "inspo_kernels.integrations.trl needs TRL 1.16: pip install 'trl>=1.16,<1.17'"
@@ -47,7 +38,7 @@ try:
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import use_adapter
 
-    from .conditioning_collator import PARTS, AlternativeCoins, ConditioningCollator, CountingFits, Fits
+    from .conditioning_collator import PARTS, AlternativeCoins, ConditioningCollator, CountingFits, Fits, KeepsAll
 except ImportError as error:
     raise ImportError(f"{_NEEDS} ({error})") from error
 

@@ -25,20 +25,11 @@ class RowBlocks:
 
 
 @dataclass(frozen=True)
-class BiasGradient:
-    """One program per ``block_cols`` columns of E, ``block_rows`` rows at a time."""
+class Blocks:
+    """Blocks of rows x columns of E or features; ``bias_gradient`` runs one program per block of columns."""
 
     block_rows: int
     block_cols: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class ScaleRows:
-    """One program per ``rows`` rows and ``block`` features."""
-
-    rows: int
-    block: int
     num_warps: int
 
 
@@ -112,22 +103,22 @@ def label_logits(arch: str, hidden: int) -> RowBlocks:
     return RowBlocks(block, num_warps=max(1, min(4, block // 8 // (64 if arch.startswith("gfx") else 32))))
 
 
-def bias_gradient(arch: str) -> BiasGradient:
+def bias_gradient(arch: str) -> Blocks:
     """Return the launch sizes of ``kernels.bias_gradient``, the same for every shape."""
     if arch == "interpreter":
-        return BiasGradient(block_rows=4, block_cols=64, num_warps=1)
+        return Blocks(block_rows=4, block_cols=64, num_warps=1)
     # 32 lanes of 8 bfloat16 cover a row of the tile, four rows per thread: V=128256 gives 501 programs, about four per
     # multiprocessor of an H200, with 64 kB in flight each.
-    return BiasGradient(block_rows=32, block_cols=256, num_warps=4 if arch.startswith("gfx") else 8)
+    return Blocks(block_rows=32, block_cols=256, num_warps=4 if arch.startswith("gfx") else 8)
 
 
-def scale_rows(arch: str, hidden: int) -> ScaleRows:
+def scale_rows(arch: str, hidden: int) -> Blocks:
     """Return the launch sizes of ``kernels.scale_rows``, by hidden size."""
     if arch == "interpreter":
-        return ScaleRows(rows=16, block=64, num_warps=1)
+        return Blocks(block_rows=16, block_cols=64, num_warps=1)
     # 8 elements per thread: one access of 16 bytes for two-byte dtypes, two for float32. Short rows share a program.
     block = min(1024, _next_power_of_2(hidden))
-    return ScaleRows(2048 // block, block, num_warps=4 if arch.startswith("gfx") else 8)
+    return Blocks(2048 // block, block, num_warps=4 if arch.startswith("gfx") else 8)
 
 
 def fused_pass(arch: str, softcap: float | None, statistics: bool = False) -> FusedPass | None:

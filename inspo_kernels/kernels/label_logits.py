@@ -26,16 +26,7 @@ from . import config
 
 @triton.jit(do_not_specialize=["vocab"], do_not_specialize_on_alignment=["p_targets", "p_out"])
 def _label_logits_kernel(
-    p_x,
-    p_weight,
-    p_targets,
-    p_out,
-    vocab,
-    hidden,
-    stride_x,
-    stride_weight,
-    stride_features,
-    BLOCK: tl.constexpr,
+    p_x, p_weight, p_targets, p_out, vocab, hidden, stride_x, stride_weight, stride_features, BLOCK: tl.constexpr
 ):
     i_row = tl.program_id(0).to(tl.int64)
     target = tl.load(p_targets + i_row)

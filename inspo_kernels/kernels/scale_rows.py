@@ -38,14 +38,14 @@ def scale_rows(x: Tensor, scale: Tensor, out: Tensor, *, arch: str) -> None:
     if not x.numel():
         return
     chosen = config.scale_rows(arch, x.shape[1])
-    _scale_rows_kernel[(triton.cdiv(len(x), chosen.rows), triton.cdiv(x.shape[1], chosen.block))](
+    _scale_rows_kernel[(triton.cdiv(len(x), chosen.block_rows), triton.cdiv(x.shape[1], chosen.block_cols))](
         x,
         scale,
         out,
         *x.shape,
         x.stride(0),
         out.stride(0),
-        ROWS=chosen.rows,
-        BLOCK=chosen.block,
+        ROWS=chosen.block_rows,
+        BLOCK=chosen.block_cols,
         num_warps=chosen.num_warps,
     )

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..arguments import integer, nearest
+from ..arguments import choice, integer
 from .alternative_dropout import keeps_alternatives
 from .tree import concatenated, padded, tree_batch
 
@@ -119,8 +119,8 @@ def condition_pairs(
     if not isinstance(pairs, Iterable):
         expected = "an iterable of (prompt_ids, chosen_ids, rejected_ids)"
         raise TypeError(f"pairs must be {expected}, got {type(pairs).__name__}")
-    _check_choice("truncation", truncation, _TRUNCATIONS)
-    _check_choice("layout", layout, _LAYOUTS)
+    choice("truncation", truncation, _TRUNCATIONS)
+    choice("layout", layout, _LAYOUTS)
     pad_token_id = integer("pad_token_id", pad_token_id, minimum=0, hint="without one, use eos_token_id")
     separator = _ids(separator_ids, "separator_ids")
     if max_length is not None:
@@ -235,8 +235,3 @@ def _ids(values: Any, where: str) -> Tensor:
     if len(ids) and (lowest := ids.min().item()) < 0:
         raise ValueError(f"{where} holds the negative id {lowest}; remove masking or padding marks before conditioning")
     return ids
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}{nearest(value, choices)}")

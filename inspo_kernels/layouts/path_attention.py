@@ -9,8 +9,7 @@ attention does not look), and the outputs are gathered back. Everything else of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 # Of the mask itself only these are asked: what it looks like, never what it holds.
 _METADATA = {"__get__", "dim", "size", "get_device", "is_floating_point", "is_complex"}
+_Gathers: TypeAlias = tuple[Tensor, Tensor, Tensor]  # index, places and used of ``_Gather``
 
 
 class PathMask(Tensor):
@@ -27,14 +27,14 @@ class PathMask(Tensor):
 
     Attributes, on the device of queries and keys:
         shape_of_paths: (S, n), the number of paths and of places on each.
-        to_paths: gathers the S * n places from the rows * T tokens.
-        to_tokens: gathers each token's output from one of its places.
+        to_paths: how ``_Gather`` gets the S * n places from the rows * T tokens.
+        to_tokens: how it gets each token's output from one of its places.
         band: (n, n) bool, what a path's token attends to, or None for all tokens up to itself.
     """
 
     shape_of_paths: torch.Size
-    to_paths: Gather
-    to_tokens: Gather
+    to_paths: _Gathers
+    to_tokens: _Gathers
     band: Tensor | None
 
     @classmethod
@@ -68,23 +68,13 @@ class PathMask(Tensor):
         raise RuntimeError(f"the mask of a tree holds no numbers: {func.__name__} cannot read it, only attention can")
 
 
-@dataclass(frozen=True)
-class Gather:
+class _Gather(torch.autograd.Function):
     """Gather rows ``index`` (n,) int64 of a matrix; row i of the matrix goes to rows ``places[i]`` of the result.
 
     ``places`` (m, k) int64; ``used`` (m, k) bool: whether such a place exists. With them, the backward pass is a
     gather, too. On a GPU it takes a fraction of the time of ``index_select``'s atomic additions.
     """
 
-    index: Tensor
-    places: Tensor
-    used: Tensor
-
-    def __call__(self, matrix: Tensor) -> Tensor:
-        return _Gather.apply(matrix, self.index, self.places, self.used)
-
-
-class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, index: Tensor, places: Tensor, used: Tensor) -> Tensor:
         ctx.save_for_backward(places, used)
@@ -97,7 +87,7 @@ class _Gather(torch.autograd.Function):
         return embedding_bag(places, gradient, mode="sum", per_sample_weights=weights), None, None, None
 
 
-def _gathers(paths: Tensor, places: Tensor, positions: Tensor) -> tuple[Gather, Gather]:
+def _gathers(paths: Tensor, places: Tensor, positions: Tensor) -> tuple[_Gathers, _Gathers]:
     """Return the gathers from tokens to places on ``paths`` (S, n), and back from ``places``, one per token."""
     tokens, number = paths.flatten(), len(places)
     index = torch.arange(len(tokens), device=paths.device)
@@ -108,8 +98,8 @@ def _gathers(paths: Tensor, places: Tensor, positions: Tensor) -> tuple[Gather, 
     other = torch.zeros(number + 1, dtype=torch.int64, device=paths.device).scatter_(0, at, index)[:-1]
     shared = torch.zeros(number + 1, dtype=torch.bool, device=paths.device).scatter_(0, at, True)[:-1]
     real = tokens[places] == torch.arange(number, device=paths.device)
-    to_paths = Gather(tokens, torch.stack([places, other], 1), torch.stack([real, shared], 1))
-    return to_paths, Gather(places, tokens.unsqueeze(1), own.unsqueeze(1))
+    to_paths = tokens, torch.stack([places, other], 1), torch.stack([real, shared], 1)
+    return to_paths, (places, tokens.unsqueeze(1), own.unsqueeze(1))
 
 
 def _attend(
@@ -127,7 +117,7 @@ def _attend(
     rows, heads, length, _ = query.shape
 
     def by_path(states: Tensor) -> Tensor:
-        on_paths = attn_mask.to_paths(states.transpose(1, 2).flatten(0, 1).flatten(1))
+        on_paths = _Gather.apply(states.transpose(1, 2).flatten(0, 1).flatten(1), *attn_mask.to_paths)
         return on_paths.view(*attn_mask.shape_of_paths, *states.shape[1::2]).transpose(1, 2)
 
     out = scaled_dot_product_attention(
@@ -140,5 +130,5 @@ def _attend(
         scale=scale,
         enable_gqa=enable_gqa,
     )
-    by_token = attn_mask.to_tokens(out.transpose(1, 2).flatten(0, 1).flatten(1))
+    by_token = _Gather.apply(out.transpose(1, 2).flatten(0, 1).flatten(1), *attn_mask.to_tokens)
     return by_token.view(rows, length, heads, -1).transpose(1, 2)

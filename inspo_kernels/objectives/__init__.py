@@ -12,7 +12,7 @@ from .base import Objective, PairSums
 from .margin import AOT, DPO, EXO, IPO, RDPO, AOTUnpaired, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
 from .pointwise import BCO, NCA, SPPO, APODown, APOZero, OneSided
 from .reference_free import ORPO, SFT, SimPO
-from .registry import OBJECTIVES, Mixture, evaluate, find_objective, is_vector, kind_of, make_objective
+from .registry import OBJECTIVES, Mixture, make_objective
 
 __all__ = [
     "AOT",
@@ -39,9 +39,5 @@ __all__ = [
     "Robust",
     "SigmoidNorm",
     "SimPO",
-    "evaluate",
-    "find_objective",
-    "is_vector",
-    "kind_of",
     "make_objective",
 ]

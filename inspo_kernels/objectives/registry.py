@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import finite, nearest
+from ..arguments import choice, finite, nearest
 from .base import LIVE, Objective, PairSums
 from .margin import AOT, DPO, EXO, IPO, RDPO, AOTUnpaired, DiscoPOP, Hinge, IPOMean, Robust, SigmoidNorm
 from .pointwise import BCO, NCA, SPPO, APODown, APOZero, OneSided
@@ -69,9 +69,7 @@ def make_objective(objective: str | Objective, **parameters: Any) -> Objective:
         )
     if objective in _TRL_NAMES:
         raise ValueError(f"unknown objective {objective!r}: TRL's {objective!r} is {_TRL_NAMES[objective]!r} here")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}{nearest(objective, OBJECTIVES)}")
-    cls = OBJECTIVES[objective]
+    cls = OBJECTIVES[choice("objective", objective, OBJECTIVES)]
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]  # every named one is a dataclass
     for name in parameters:
         if name not in known:
