@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .backends import Backend, open_tile
-from .groups import VocabGroup
+from .backends import Backend
 from .head import LMHead, plain_arithmetic
+
+if TYPE_CHECKING:
+    from .passes import HeadPass
 
 
 @dataclass(frozen=True)
@@ -108,19 +110,16 @@ class DeferredGradients:
 
     ``x`` (n, H): gradients of the first n of num_rows log-probs, each with respect to its own row, or None.
     ``coefficients`` (n,): derivatives of the loss with respect to these log-probs. ``kept``: the tensors that their
-    tile returned, none for a frozen head. The other rows get zero gradient. ``group``: the ranks over which dX is
-    summed while each rank computes its dW.
+    tile returned, none for a frozen head. The other rows get zero gradient. dX is summed over the ranks of ``run``
+    while each rank computes its dW.
     """
 
-    backend: Backend
-    head: LMHead
+    run: HeadPass
     needs: Needs
     num_rows: int
-    workspace_bytes: int
     x: Tensor | None
     coefficients: Tensor
-    kept: tuple[Tensor, ...]
-    group: VocabGroup | None = None
+    kept: tuple[Tensor, ...] = ()
 
     @staticmethod
     def worth_deferring(backend: Backend, head: LMHead, rows: int, needs: Needs) -> bool:
@@ -147,9 +146,9 @@ class DeferredGradients:
         """
         coefficients = self.coefficients if scale is None else self.coefficients * scale
         x, wait = self._start_x(coefficients, dtypes[0], reads_last=reads_last)
-        out = Gradients.empty(self.head, 0, replace(self.needs, x=False), None, dtypes[1], None)
+        out = Gradients.empty(self.run.head, 0, replace(self.needs, x=False), None, dtypes[1], None)
         if self.needs.head:
-            tile = open_tile(self.backend, self.head, len(coefficients), self.workspace_bytes)
+            tile = self.run.open(len(coefficients))
             tile.restore(self.kept)
             with plain_arithmetic(coefficients.device):
                 tile.head_gradients(coefficients, out)
@@ -166,15 +165,15 @@ class DeferredGradients:
             return None, lambda: None
         n, dtype = len(coefficients), dtype or self.x.dtype
         in_place = reads_last and dtype == self.x.dtype and n == self.num_rows
-        out = self.x if in_place else self.x.new_empty(self.num_rows, self.head.hidden_size, dtype=dtype)
+        out = self.x if in_place else self.x.new_empty(self.num_rows, self.x.shape[1], dtype=dtype)
         if n < self.num_rows:
             out[n:].zero_()
-        if self.group is None:
-            self.backend.scale_rows(self.x, coefficients, out[:n])
+        if self.run.group is None:
+            self.run.backend.scale_rows(self.x, coefficients, out[:n])
             return out, lambda: None
         dx = self.x if reads_last else torch.empty_like(self.x)
-        self.backend.scale_rows(self.x, coefficients, dx)
-        arrive = self.group.start_sum(dx)
+        self.run.backend.scale_rows(self.x, coefficients, dx)
+        arrive = self.run.group.start_sum(dx)
 
         def wait() -> None:
             arrive()

@@ -181,7 +181,7 @@ class _LinearLogps(torch.autograd.Function):
                 head = (run.head.weight, None if run.head.bias is None else run.head.bias.clone())
             ctx.save_for_backward(logps, scored.x, scored.targets, *head, state.dx, *sums, *state.kept)
             empty = scored.x.new_empty(0)
-            ctx.scored = replace(scored, x=empty, targets=empty, run=replace(run, head=run.head.without_weight()))
+            ctx.scored = replace(scored, x=empty, targets=empty, run=run.without_weight())
         elif state is not None:
             ctx.save_for_backward(logps, state)
         outputs = (logps, *scores.statistics.values())

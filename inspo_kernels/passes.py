@@ -79,18 +79,14 @@ class HeadPass:
     def scores(self, sums: RowSums) -> TokenScores:
         return sums.scores(self.head.accumulate_dtype, self.head.all_words, self.statistics)
 
-    def score(self, x: Tensor, targets: Tensor) -> TokenScores:
-        """Return log-probs and statistics of x (N, H), without gradients."""
+    def score(self, x: Tensor, targets: Tensor, dx: Tensor | None = None) -> TokenScores:
+        """Return log-probs and statistics of x (N, H); write the gradient of each in its row to ``dx``, if given."""
         if not len(x):
             empty = torch.empty(0, dtype=self.head.accumulate_dtype, device=x.device)
             return TokenScores(
                 empty, {name: empty.bool() if name == "is_top1" else empty.clone() for name in self.statistics}
             )
-        return self.scores(self.stage(self.open(), x, targets))
-
-    def unit_gradients(self, x: Tensor, targets: Tensor, dx: Tensor) -> TokenScores:
-        """Return log-probs of x (N, H), and write the gradient of each with respect to its row to ``dx`` (N, H)."""
-        return self.scores(self.stage(self.open(), x, targets, dx=dx)) if len(x) else self.score(x, targets)
+        return self.scores(self.stage(self.open(), x, targets, dx=dx))
 
     def start_sum(self, dx: Tensor | None) -> Callable[[], Any]:
         """Start to sum ``dx`` over the ranks, which hold the parts of their words; return a function that waits."""
@@ -101,12 +97,9 @@ class HeadPass:
         head = self.head if self.group is None else self.group.largest(self.head)
         return DeferredGradients.worth_deferring(self.backend, head, rows, needs)
 
-    def deferred(
-        self, needs: Needs, num_rows: int, dx: Tensor | None, coefficients: Tensor, kept: tuple[Tensor, ...] = ()
-    ) -> DeferredGradients:
-        """Return gradients that wait for the upstream gradient: see ``DeferredGradients``."""
-        head, size = self.head.without_weight(), self.workspace_bytes
-        return DeferredGradients(self.backend, head, needs, num_rows, size, dx, coefficients, kept, self.group)
+    def without_weight(self) -> HeadPass:
+        """Return a pass that can only read kept rows, so that an engine may free the weight."""
+        return replace(self, head=self.head.without_weight())
 
     def empty_rows(self, x: Tensor) -> Tensor:
         """Return an uninitialised tensor for the gradients of x, in the accumulate dtype."""
@@ -216,9 +209,9 @@ def pair_losses(
         else:
             first = slice(0, graded)
             dx = run.empty_rows(cut(x, first))
-            scores = run.unit_gradients(cut(x, first), cut(plan.targets, first), dx)
+            scores = run.score(cut(x, first), cut(plan.targets, first), dx)
             losses, by_row = sums.differentiate(terms, slice(0, plan.num_pairs), scores)
-            gradients = run.deferred(needs, len(x), dx, by_row)
+            gradients = DeferredGradients(run.without_weight(), needs, len(x), dx, by_row)
     return losses, sums, gradients
 
 
@@ -237,7 +230,7 @@ def _one_pass(
         dx = run.empty_rows(cut(x, rows)) if needs.x else None
         scores = run.scores(run.stage(tile, cut(x, rows), cut(targets, rows), keep=True, dx=dx))
         losses, by_row = sums.differentiate(terms, pairs, scores)
-        return losses, run.deferred(needs, len(x), dx, by_row, tile.staged())
+        return losses, DeferredGradients(run.without_weight(), needs, len(x), dx, by_row, tile.staged())
 
     gradients = Gradients.empty(run.head, len(x), needs)
     group_losses, accumulate, pending = [], False, _nothing

@@ -254,7 +254,7 @@ class ScoredTokens:
         with plain_arithmetic(self.x.device):
             if needs.x and not needs.head:
                 dx = self.run.empty_rows(self.x)
-                scores = self.run.unit_gradients(self.x, self.targets, dx)
+                scores = self.run.score(self.x, self.targets, dx)
                 self.run.start_sum(dx)()
                 return scores, dx
             if needs.head and may_keep:

@@ -169,19 +169,9 @@ def plan(
     c, num_pairs = candidates, candidates.num_pairs
     counts_device = torch.zeros(4 * num_pairs, dtype=torch.int64, device=c.targets.device)
     counts_device.scatter_add_(0, c.segments, c.scored.long())
-    lowest_highest = _lowest_highest(c.targets, c.scored)
-    valid = lowest_highest.new_ones(1) if c.valid is None else c.valid.view(1)
-    # The only host read: everything that the plan and the checks need.
-    numbers = torch.cat([valid, lowest_highest, counts_device])
-    if split is None:
-        is_valid, lowest, highest, *counts = numbers.tolist()
-    else:
-        same = {**(same or {}), "labels": _fingerprint(c)}
-        is_valid, lowest, highest, *counts = split.agree(numbers, same, vocab_size, device)
-        vocab_size = split.vocab_size(vocab_size)
-    if not is_valid:
-        raise ValueError(c.invalid_message)
-    _check_range("labels or marginal_labels" if c.marginals else "labels", lowest, highest, vocab_size)
+    name, columns = "labels or marginal_labels" if c.marginals else "labels", (c.targets, c.rows, c.segments)
+    form = (c.valid, c.invalid_message)
+    counts = _read_counts(name, counts_device, c.scored, columns, vocab_size, device, split, same, *form)
     lengths, all_counts = counts_device, counts
     if split is not None and split.sequence is not None:
         lengths, all_counts = split.total_counts(to_device(counts_device, device))
@@ -202,9 +192,10 @@ def plan(
     index = torch.nonzero_static(c.scored, size=sum(counts)).squeeze(1)
     index = index[rank[c.segments[index]].argsort(stable=True)]
     order, counts_device = to_device(order, device), to_device(counts_device, device)
+    targets = to_device(c.targets[index], device)
     return ScoredRows(
         rows=to_device(c.rows[index], device),
-        targets=_own_words(to_device(c.targets[index], device), split),
+        targets=targets if split is None or split.vocab is None else targets - split.vocab.first,
         lengths=to_device(lengths, device).view(4, num_pairs)[:num_kinds],
         order=order,
         counts=[counts[segment] for segment in segments],
@@ -213,17 +204,6 @@ def plan(
         sequence=None if split is None else split.sequence,
         distinct=not c.marginals,
     )
-
-
-def _fingerprint(c: Candidates) -> Tensor:
-    """Return a (1,) int64 hash of which labels are scored, and where."""
-    scored = c.scored.long()
-    return fingerprint(torch.stack([scored * (column + 1) for column in (c.targets, c.rows, c.segments)]))
-
-
-def _own_words(targets: Tensor, split: Split | None) -> Tensor:
-    """Return labels counted from this rank's first word; words of other ranks lie outside 0..V-1."""
-    return targets if split is None or split.vocab is None else targets - split.vocab.first
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -241,15 +221,8 @@ def scored_positions(
 ) -> Tensor:
     """Return the positions (N,) of flat ``targets`` that are scored; check with one host read that they are words."""
     scored = targets != ignore_index
-    lowest_highest = _lowest_highest(targets, scored)
-    if split is None:
-        count, lowest, highest = torch.cat([scored.sum().view(1), lowest_highest]).tolist()
-    else:
-        numbers = torch.cat([lowest_highest.new_ones(1), lowest_highest, scored.sum().view(1)])
-        same = {**(same or {}), "labels": fingerprint(scored * (targets + 1))}
-        _, lowest, highest, count = split.agree(numbers, same, vocab_size, device)
-        vocab_size = split.vocab_size(vocab_size)
-    _check_range("targets", lowest, highest, vocab_size)
+    number = scored.sum().view(1)
+    (count,) = _read_counts("targets", number, scored, (targets,), vocab_size, device, split, same)
     return torch.nonzero_static(scored, size=count).squeeze(1)
 
 
@@ -266,17 +239,40 @@ def checked_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.d
     return labels.to(torch.int64)
 
 
-def _lowest_highest(targets: Tensor, scored: Tensor) -> Tensor:
-    """Return (2,) int64: the range of the scored targets and 0, which stands for the other targets."""
-    return torch.stack((targets * scored).aminmax()) if len(targets) else targets.new_zeros(2)
+def _read_counts(
+    name: str,
+    counts: Tensor,
+    scored: Tensor,
+    columns: tuple[Tensor, ...],
+    vocab_size: int,
+    device: torch.device,
+    split: Split | None,
+    same: Mapping[str, Any] | None,
+    valid: Tensor | None = None,
+    invalid_message: str = "",
+) -> list[int]:
+    """Return ``counts`` on the host, in the only host read: it holds everything that the plan and the checks need.
 
-
-def _check_range(name: str, lowest: int, highest: int, vocab_size: int) -> None:
+    ``columns``: the targets, and where they are; the ranks of ``split`` must have the same where ``scored``.
+    """
+    targets = columns[0]
+    # The range of the scored targets and 0, which stands for the other targets.
+    lowest_highest = torch.stack((targets * scored).aminmax()) if len(targets) else targets.new_zeros(2)
+    numbers = torch.cat([lowest_highest.new_ones(1) if valid is None else valid.view(1), lowest_highest, counts])
+    if split is None:
+        is_valid, lowest, highest, *found = numbers.tolist()
+    else:
+        labels = fingerprint(torch.stack([scored * (column + 1) for column in columns]))
+        is_valid, lowest, highest, *found = split.agree(numbers, {**(same or {}), "labels": labels}, vocab_size, device)
+        vocab_size = split.vocab_size(vocab_size)
+    if not is_valid:
+        raise ValueError(invalid_message)
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(
             f"{name} contain {lowest if lowest < 0 else highest}, outside 0..{vocab_size - 1} (the rows of weight); "
             "positions that are not scored must hold ignore_index"
         )
+    return found
 
 
 def _check_scored(counts: list[int], num_pairs: int, required_kinds: tuple[int, ...]) -> None:

@@ -349,7 +349,7 @@ class TritonTile(HeadTile):
             else:
                 scaled = torch.empty_like(self.x)
                 TritonBackend().scale_rows(self.x, scale, scaled)
-                product = dweight if dweight.dtype == e.dtype else self._accumulator(dweight)
+                product = dweight if dweight.dtype in (e.dtype, self.dtype) else self._new(*dweight.shape)
                 _matmul(e.t(), scaled, product, accumulate)
                 if product is not dweight:
                     dweight.copy_(product)
@@ -370,12 +370,8 @@ class TritonTile(HeadTile):
         if out.x is not None:
             out.x.mul_(coefficients.unsqueeze(1))
 
-    def _accumulator(self, out: Tensor) -> Tensor:
-        """``out``, or a tensor to take its place until it can be rounded."""
-        return out if out.dtype == self.head.accumulate_dtype else self._new(*out.shape)
-
     def _half_dweight(self, e: Tensor, scale: Tensor, dweight: Tensor, accumulate: bool) -> None:
-        product = self._accumulator(dweight)
+        product = dweight if dweight.dtype == self.dtype else self._new(*dweight.shape)
         scaled = self.x * scale.unsqueeze(1)
         _, exponent = torch.frexp(scaled.abs().amax())
         # Not below 2^-100: what other tiles have left would overflow. Beside that, such a tile is nothing.
