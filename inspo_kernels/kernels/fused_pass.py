@@ -50,20 +50,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _product(
-    d_x,
-    d_weight,
-    first_row,
-    first_word,
-    hidden,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Return the raw logits (ROWS, WORDS) of a tile."""
+def _product(d_x, d_weight, first_row, first_word, hidden, WIDEN: tl.constexpr):
+    """Return the raw logits (rows, words) of a tile, whose size is that of the blocks of x and of the weight."""
+    ROWS: tl.constexpr = d_x.block_shape[0]
+    WORDS: tl.constexpr = d_weight.block_shape[0]
     acc = tl.zeros([ROWS, WORDS], tl.float32)
-    for start in range(0, hidden, FEATURES):
+    for start in range(0, hidden, d_x.block_shape[1]):
         b_x = d_x.load([first_row, start])
         b_weight = d_weight.load([first_word, start])
         if WIDEN:
@@ -163,13 +155,12 @@ def _fused_pass_kernel(
     hidden,
     TRANSFORM: tl.constexpr,
     WANTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    FEATURES: tl.constexpr,
     WIDEN: tl.constexpr,
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    ROWS: tl.constexpr = d_x.block_shape[0]
+    WORDS: tl.constexpr = d_weight.block_shape[0]
     high, wide = tl.cdiv(num_rows, ROWS), tl.cdiv(vocab, WORDS)
     for tile in tl.range(tl.program_id(0), high * wide, tl.num_programs(0), flatten=True):
         # Take GROUP rows of tiles at a time, column by column, so that concurrent tiles share operands in the cache.
@@ -178,7 +169,7 @@ def _fused_pass_kernel(
         in_group = tile % (GROUP * wide)
         first_row = (first_of_group + in_group % height) * ROWS
         i_word = in_group // height
-        z = _product(d_x, d_weight, first_row, i_word * WORDS, hidden, ROWS, WORDS, FEATURES, WIDEN)
+        z = _product(d_x, d_weight, first_row, i_word * WORDS, hidden, WIDEN)
         rows = first_row + tl.arange(0, ROWS)
         m_rows = rows < num_rows
         offset = _offset_of(tl.load(p_label + rows, mask=m_rows, other=0.0))
@@ -255,13 +246,12 @@ def _repair_kernel(
     hidden,
     TRANSFORM: tl.constexpr,
     WANTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    FEATURES: tl.constexpr,
     WIDEN: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Repeat a block that has rows with ``p_raised`` 1, with the maximum as these rows' offset. Else do nothing."""
+    ROWS: tl.constexpr = d_x.block_shape[0]
+    WORDS: tl.constexpr = d_weight.block_shape[0]
     first_row = tl.program_id(0) * ROWS
     rows = first_row + tl.arange(0, ROWS)
     m_rows = rows < num_rows
@@ -270,7 +260,7 @@ def _repair_kernel(
         label = tl.load(p_targets + rows, mask=m_rows, other=-1).to(tl.int32)
         top = tl.load(p_label + rows, mask=m_rows, other=0.0)
         for first_word in range(0, vocab, WORDS):
-            z = _product(d_x, d_weight, first_row, first_word, hidden, ROWS, WORDS, FEATURES, WIDEN)
+            z = _product(d_x, d_weight, first_row, first_word, hidden, WIDEN)
             words = first_word + tl.arange(0, WORDS)
             z, _ = transformed(z, p_bias, words, words < vocab, TRANSFORM)
             kept = (words < vocab)[None, :] & (words[None, :] != label[:, None])
@@ -280,7 +270,7 @@ def _repair_kernel(
         none, lowest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
         sums = (none, none, none, none, lowest, lowest)
         for first_word in range(0, vocab, WORDS):
-            z = _product(d_x, d_weight, first_row, first_word, hidden, ROWS, WORDS, FEATURES, WIDEN)
+            z = _product(d_x, d_weight, first_row, first_word, hidden, WIDEN)
             of_tile = _exponentials(
                 z, d_e, p_bias, offset, label, first_row, first_word, vocab, TRANSFORM, WANTED, PARTS
             )
@@ -341,8 +331,6 @@ def fused_pass(
     constants = {
         "TRANSFORM": Transform(scale, softcap, outer, bias is not None),
         "WANTED": Wanted.of(e, wanted),
-        "WORDS": words,
-        "FEATURES": chosen.features,
         "WIDEN": arch == "interpreter",  # which multiplies bfloat16 numbers' bits
         "PARTS": chosen.parts,
     }
@@ -361,7 +349,6 @@ def fused_pass(
         vocab,
         x.shape[1],
         **constants,
-        ROWS=chosen.rows,
         GROUP=chosen.group,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
@@ -391,7 +378,6 @@ def fused_pass(
         vocab,
         x.shape[1],
         **constants,
-        ROWS=chosen.repaired_rows,
         num_warps=chosen.num_warps // 2 or 1,
         num_stages=chosen.num_stages,
     )
