@@ -133,9 +133,8 @@ def _pair_loss(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *f
             loss = p.terms.reduce(losses).to(p.run.head.accumulate_dtype)
             out = InSPOOutput.build(loss, losses, sums.table, p.plan.lengths, p.terms, sums.statistics)
             if out.marginal_logps is None and tensors.segment_ids is not None:
-                nan = torch.full_like(out.chosen_rewards, torch.nan)
-                out = replace(out, marginal_logps=torch.zeros_like(out.logps))
-                out = replace(out, marginal_chosen_rewards=nan, marginal_rejected_rewards=nan)
+                nan, zeros = torch.full_like(out.chosen_rewards, torch.nan), torch.zeros_like(out.logps)
+                out = replace(out, marginal_logps=zeros, marginal_chosen_rewards=nan, marginal_rejected_rewards=nan)
             dhidden = None
             if x is not None:
                 dhidden = spread_rows(x, p.plan.rows, hidden.shape, distinct=p.plan.distinct)
@@ -217,7 +216,7 @@ def _scored_tokens(
     o = _unflatten(TokenOptions, options)
     head = LMHead(weight, bias, o.softcap, o.logit_scale, compute_dtype, o.temperature)
     scored = ScoredTokens.find(hidden.detach(), targets, head, o)
-    if scored.run is None:
+    if scored is None:
         raise ValueError(_NO_REFERENCE)
     return scored
 

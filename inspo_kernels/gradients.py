@@ -53,19 +53,15 @@ class Gradients:
     bias: Tensor | None
 
     @classmethod
-    def empty(cls, head: LMHead, num_rows: int, needs: Needs, *dtypes: torch.dtype | None) -> Gradients:
-        """Return uninitialised gradients of these dtypes; None means the accumulate dtype."""
+    def empty(cls, head: LMHead, num_rows: int, needs: Needs, weight_dtype: torch.dtype | None = None) -> Gradients:
+        """Return uninitialised gradients in the accumulate dtype, or that of the weight in ``weight_dtype``."""
 
-        def new(needed: bool, dtype: torch.dtype | None, *shape: int) -> Tensor | None:
-            dtype = dtype or head.accumulate_dtype
+        def new(needed: bool, *shape: int, dtype: torch.dtype = head.accumulate_dtype) -> Tensor | None:
             return torch.empty(shape, dtype=dtype, device=head.weight.device) if needed else None
 
-        x, weight, bias = dtypes or (None, None, None)
-        return cls(
-            new(needs.x, x, num_rows, head.hidden_size),
-            new(needs.weight, weight, head.vocab_size, head.hidden_size),
-            new(needs.bias, bias, head.vocab_size),
-        )
+        dtype = weight_dtype or head.accumulate_dtype
+        weight = new(needs.weight, head.vocab_size, head.hidden_size, dtype=dtype)
+        return cls(new(needs.x, num_rows, head.hidden_size), weight, new(needs.bias, head.vocab_size))
 
     @classmethod
     def zeros(cls, head: LMHead, num_rows: int, needs: Needs) -> Gradients:
@@ -146,7 +142,7 @@ class DeferredGradients:
         """
         coefficients = self.coefficients if scale is None else self.coefficients * scale
         x, wait = self._start_x(coefficients, dtypes[0], reads_last=reads_last)
-        out = Gradients.empty(self.run.head, 0, replace(self.needs, x=False), None, dtypes[1], None)
+        out = Gradients.empty(self.run.head, 0, replace(self.needs, x=False), dtypes[1])
         if self.needs.head:
             tile = self.run.open(len(coefficients))
             tile.restore(self.kept)

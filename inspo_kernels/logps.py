@@ -91,7 +91,7 @@ def linear_logps(
             return (logps, found) if names else logps
         needs = Needs.of(hidden, head)
         scored = ScoredTokens.find(hidden, targets, head, options, split)
-    if scored.run is None:
+    if scored is None:
         given = arguments_of(options, without=("max_workspace_bytes", "backend"))
         return reference.linear_logps(hidden, weight, targets.to(hidden.device), bias=bias, **given)
     logps, *values = _LinearLogps.apply(scored.x, weight, bias, scored, needs)
@@ -168,7 +168,6 @@ class _LinearLogps(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         scores, state = scored.forward(needs)
         run = scored.run
-        assert run is not None
         ctx.needs, ctx.dtypes, ctx.hooked = needs, dtypes_of(x, weight, bias), hooks_see_saved_tensors()
         logps = scores.logps  # saved first, for ``first_order_only``
         if isinstance(state, KeptTokens):

@@ -62,7 +62,6 @@ def workspace_bytes(
         # Logits, log-softmax and the gradients of both, in the accumulate dtype.
         return 4 * rows * vocab_size * head.accumulate_dtype.itemsize
     run = head_pass(resolved, head, device, max_workspace_bytes)
-    assert run is not None
     wide = head.accumulate_dtype.itemsize
     x, dx = rows * hidden_size * dtype.itemsize, rows * hidden_size * wide
     widened = 0 if dtype == head.accumulate_dtype else dx

@@ -87,8 +87,9 @@ def prepare(
         split=split,
         same=same,
     )
-    run = head_pass(backend, head, hidden.device, o.max_workspace_bytes, o.statistics, split)
-    growth = PAIR_GROWTH if o.max_workspace_bytes is None else 1
+    bound = o.max_workspace_bytes
+    run = None if backend is None else head_pass(backend, head, hidden.device, bound, o.statistics, split)
+    growth = PAIR_GROWTH if bound is None else 1
     return Prepared(run, plan, terms, Needs.of(hidden, head), 0 if run is None else run.capacity * growth)
 
 
@@ -122,16 +123,14 @@ def common_arguments(hidden: Tensor, head: LMHead, backend: Backend | None, opti
 
 
 def head_pass(
-    backend: Backend | None,
+    backend: Backend,
     head: LMHead,
     device: torch.device,
     max_workspace_bytes: int | None,
     statistics: tuple[str, ...] = (),
     split: Split | None = None,
-) -> HeadPass | None:
-    """Return the head with its backend and workspace; None for the reference."""
-    if backend is None:
-        return None
+) -> HeadPass:
+    """Return the head with its backend and workspace."""
     vocab: VocabGroup | None = None if split is None else split.vocab
     head = backend.prepared(head.detach())
     largest = head
@@ -217,12 +216,9 @@ def _vector(name: str, tensor: Tensor | None, length: int, device: torch.device)
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """Hold the scored tokens of a call: positions (N,) among all targets, rows x (N, H) of hidden, targets (N,).
+    """Hold the scored tokens of a call: positions (N,) among all targets, rows x (N, H) of hidden, targets (N,)."""
 
-    ``run`` is None for the reference.
-    """
-
-    run: HeadPass | None
+    run: HeadPass
     index: Tensor
     x: Tensor
     targets: Tensor
@@ -230,17 +226,19 @@ class ScoredTokens:
     @classmethod
     def find(
         cls, hidden: Tensor, targets: Tensor, head: LMHead, options: TokenOptions, split: Split | None = None
-    ) -> ScoredTokens:
-        """Check ``targets`` and return those that are scored, with their rows of ``hidden``."""
+    ) -> ScoredTokens | None:
+        """Check ``targets`` and return those that are scored, with their rows of ``hidden``; None for the reference."""
         targets = checked_labels("targets", targets, hidden.shape[:-1], hidden.device)
         backend = resolve_backend(options.backend, head, hidden.device)
         flat = targets.flatten()
         check_split(split, backend)
         same = {} if split is None else common_arguments(hidden, head, backend, options)
         index = scored_positions(flat, options.ignore_index, head.vocab_size, hidden.device, split, same)
+        if backend is None:
+            return None
         flat, index = to_device(flat[index], hidden.device), to_device(index, hidden.device)
         run = head_pass(backend, head, hidden.device, options.max_workspace_bytes, options.statistics, split)
-        if run is not None and run.group is not None:
+        if run.group is not None:
             flat = flat - run.group.first
         return cls(run, index, hidden.reshape(-1, head.hidden_size).index_select(0, index), flat)
 
@@ -250,7 +248,6 @@ class ScoredTokens:
         A frozen head needs the gradient (N, H) of each log-prob with respect to its own row. A trainable head needs
         kept rows, or None if ``may_keep`` is false. Without gradients it is None.
         """
-        assert self.run is not None
         with plain_arithmetic(self.x.device):
             if needs.x and not needs.head:
                 dx = self.run.empty_rows(self.x)
@@ -266,7 +263,6 @@ class ScoredTokens:
 
         ``reads_last``: whether nobody reads ``kept`` again, so that its memory may be reused.
         """
-        assert self.run is not None
         with plain_arithmetic(self.x.device):
             return passes.token_gradients(self.run, self.x, self.targets, kept, upstream, needs, reads_last=reads_last)
 

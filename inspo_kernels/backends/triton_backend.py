@@ -143,7 +143,7 @@ class TritonTile(HeadTile):
         self.dx_rows = capacity or TritonBackend().capacity(head, self.device, workspace_bytes)
         self.e_rows: Tensor | None = None
         # How often a row's offset had to be raised, for tests and tuning.
-        self.raised: Tensor | None = None
+        self.raised: Tensor
 
     @cached_property
     def bias(self) -> Tensor | None:
@@ -199,7 +199,6 @@ class TritonTile(HeadTile):
 
         n, head = len(self.x), self.head
         offset, sums = self._new(n), []
-        assert self.raised is not None
         room = TritonBackend().logits_bytes(head, self.device, self.workspace_bytes)
         most = max(1, room // sums_bytes(chosen, head.vocab_size, parts))
         most -= most % chosen.rows if most > chosen.rows else 0  # whole tiles
@@ -235,7 +234,6 @@ class TritonTile(HeadTile):
 
         head, n = self.head, len(self.x)
         offset, rest, sums = self._new(n), self._new(n), self._new(len(PARTS), n)
-        assert self.raised is not None
         in_place = self.e if _in_place(head) else None
         whole = config.LogitsTile(n, self.stride)
         tile = self._tile_shape(n, self.e is not None) if in_place is None else whole

@@ -7,24 +7,9 @@ from typing import Any
 
 from ..objectives import OBJECTIVES, SFT, DiscoPOP, Mixture, Objective
 
+_NOT_IN_TRL = {"dpo", "one_sided", "ipo", "ipo_mean", "simpo", "rdpo", "orpo"}
 # TRL's loss_type -> name of the objective.
-LOSS_TYPES = {
-    "sigmoid": "dpo",
-    "hinge": "hinge",
-    "ipo": "ipo_mean",
-    "exo_pair": "exo_pair",
-    "nca_pair": "nca_pair",
-    "robust": "robust",
-    "bco_pair": "bco_pair",
-    "sppo_hard": "sppo_hard",
-    "aot": "aot",
-    "aot_unpaired": "aot_unpaired",
-    "apo_zero": "apo_zero",
-    "apo_down": "apo_down",
-    "discopop": "discopop",
-    "sft": "sft",
-    "sigmoid_norm": "sigmoid_norm",
-}
+LOSS_TYPES = {"sigmoid": "dpo", "ipo": "ipo_mean"} | {name: name for name in OBJECTIVES if name not in _NOT_IN_TRL}
 _DIVERGENCES = {
     "reverse_kl": "reverse_kl",
     "forward_kl": "forward_kl",

@@ -72,10 +72,9 @@ def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
 
 def padded(parts: list[dict[str, Tensor]], fill: Mapping[str, int]) -> dict[str, Any]:
     """Return each column of ``parts`` as rows (len(parts), T), padded on the right with ``fill``, by default 0."""
-    columns = {name: [part[name] for part in parts] for name in parts[0]}
     return {
-        name: pad_sequence(column, batch_first=True, padding_value=fill.get(name, 0))
-        for name, column in columns.items()
+        name: pad_sequence([part[name] for part in parts], batch_first=True, padding_value=fill.get(name, 0))
+        for name in parts[0]
     }
 
 

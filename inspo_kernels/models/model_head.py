@@ -161,7 +161,7 @@ def _intercepted(model: Any, head: nn.Module, call: HeadCall, few: bool) -> Iter
 
     def released(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if call.parts is not None and _in_zero3(module):
-            call.parts = call.parts.mapped(lambda part: _after_output(part, output))
+            call.parts = call.parts.mapped(lambda p: _AfterOutput.apply(output, p) if p.requires_grad else p)
 
     def base_done(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call.base_states = getattr(output, "last_hidden_state", None)
@@ -195,17 +195,14 @@ def _in_zero3(head: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
-def _after_output(part: Tensor, output: Tensor) -> Tensor:
+class _AfterOutput(torch.autograd.Function):
     """Return ``part``, a copy of a parameter, tied to the head's ``output``: its gradient flows after the output's.
 
     ZeRO-3 gathers a layer's parameters again when a gradient reaches the layer's output. Until then they are empty, and
     torch cannot add a gradient to an empty parameter. Autograd visits the output first, because it was created later
     than the copies.
     """
-    return _AfterOutput.apply(output, part) if part.requires_grad else part
 
-
-class _AfterOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, part: Tensor) -> Tensor:
         ctx.like_output = output.new_zeros(()).expand(output.shape)
@@ -259,16 +256,11 @@ def _verified(model: Any, call: HeadCall) -> Tail:
             f"output differs from hidden @ weight.T + bias by {error:.1e} of the largest logit"
         )
     softcap, scale, words = fit_tail(output, logits_, named_numbers(model), tolerance)
-    _check_leaves(model, logits, call.expected)
-    return Tail(softcap, scale, None if words == output.shape[1] else words, from_base)
-
-
-def _check_leaves(model: Any, logits: Tensor, expected: Tensor) -> None:
-    """Raise HeadError if a parameter outside the head affects the logits: it would get no gradient."""
-    missing = graph_leaves(logits).keys() - graph_leaves(expected).keys()
-    if missing:
+    # A parameter outside the head that affects the logits would get no gradient.
+    if missing := graph_leaves(logits).keys() - graph_leaves(call.expected).keys():
         names = [name for name, parameter in model.named_parameters() if id(parameter) in missing]
         raise HeadError(f"its logits depend on {', '.join(names[:3]) or 'a parameter'} beside its output head's weight")
+    return Tail(softcap, scale, None if words == output.shape[1] else words, from_base)
 
 
 def _check_adapters(module: nn.Module, rows: Tensor) -> None:
