@@ -72,9 +72,15 @@ class Split:
 
     @classmethod
     def of(cls, process_group: Any, sequence_group: Any = None) -> Split | None:
-        """Return the split of these groups, or None if no group has more than one rank."""
-        given = {"process_group": process_group, "sequence_group": sequence_group}
-        groups = {name: group for name, group in given.items() if group is not None and _size(name, group) > 1}
+        """Return the split of these groups, or None if no group has more than one rank; raise under torch.compile."""
+        named = {"process_group": process_group, "sequence_group": sequence_group}
+        given = {name: group for name, group in named.items() if group is not None}
+        if given and torch.compiler.is_compiling():
+            raise ValueError(
+                f"{next(iter(given))} is not supported under torch.compile: call the loss outside the compiled "
+                "function, or in one that is decorated with torch.compiler.disable"
+            )
+        groups = {name: group for name, group in given.items() if _size(name, group) > 1}
         return cls(groups) if groups else None
 
     def refuse(self, device: torch.device) -> None:
@@ -161,16 +167,6 @@ def errors_shared(split: Split | None, hidden: Any) -> Iterator[None]:
 def splits_words(split: Split | None) -> bool:
     """Return whether ranks hold different words of the head."""
     return split is not None and "process_group" in split.groups
-
-
-def refuse_compiled(**groups: Any) -> None:
-    """Raise under ``torch.compile`` if a group is given."""
-    for name, group in groups.items():
-        if group is not None and torch.compiler.is_compiling():
-            raise ValueError(
-                f"{name} is not supported under torch.compile: call the loss outside the compiled function, or in one "
-                "that is decorated with torch.compiler.disable"
-            )
 
 
 def _check(name: str, messages: list[list[int]], vocab_size: int, own: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled, passes, reference
-from .agreement import Split, errors_shared, refuse_compiled
+from .agreement import Split, errors_shared
 from .gradients import dtypes_of, first_order_only, graph_is_freed, hooks_see_saved_tensors, refuse_transforms
 from .groups import local_shard
 from .objectives import Objective, make_objective
@@ -102,7 +102,6 @@ def fused_inspo_loss(
         TypeError, ValueError: before any matmul. The message names the argument and what to change.
     """
     refuse_transforms("fused_inspo_loss")
-    refuse_compiled(process_group=process_group, sequence_group=sequence_group)
     split = Split.of(process_group, sequence_group)
     with errors_shared(split, hidden):
         weight, bias = local_shard("weight", weight, process_group), local_shard("bias", bias, process_group)

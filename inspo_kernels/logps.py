@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, reference
-from .agreement import Split, errors_shared, refuse_compiled, splits_words
+from .agreement import Split, errors_shared, splits_words
 from .gradients import Needs, dtypes_of, first_order_only, graph_is_freed, hooks_see_saved_tensors, refuse_transforms
 from .groups import local_shard
 from .head import checked_head
@@ -70,7 +70,6 @@ def linear_logps(
     """
     if backend != "reference":
         refuse_transforms("linear_logps")
-    refuse_compiled(process_group=process_group)
     split = Split.of(process_group)
     with errors_shared(split, hidden):
         weight, bias = local_shard("weight", weight, process_group), local_shard("bias", bias, process_group)

@@ -212,21 +212,23 @@ class TritonTile(HeadTile):
                 offset[rows],
                 sums[-1],
                 self.raised[rows],
-                e=cut(self.e, rows),
-                bias=self.bias,
-                **self._transform(),
-                wanted=parts,
-                arch=self.arch,
+                **self._launch_options(rows, parts),
             )
         names = ("rest", *(name for name in PARTS if name in parts))
         return {"offset": offset} | dict(zip(names, sums[0] if len(sums) == 1 else torch.cat(sums, 1), strict=True))
 
-    def _transform(self) -> dict[str, Any]:
-        """Return the arguments that turn a raw logit into z': see ``kernels.row_pass``."""
+    def _launch_options(self, rows: slice, parts: Parts) -> dict[str, Any]:
+        """Return the keyword arguments that ``kernels.row_pass`` and ``kernels.fused_pass`` share."""
         head = self.head
-        if head.softcap is None:
-            return {"softcap": None, "outer": 1.0, "scale": head.slope}
-        return {"softcap": head.softcap, "outer": head.softcap / head.temperature, "scale": head.logit_scale}
+        return {
+            "e": cut(self.e, rows),
+            "bias": self.bias,
+            "softcap": head.softcap,
+            "outer": head.softcap / head.temperature if head.softcap is not None else 1.0,
+            "scale": head.slope if head.softcap is None else head.logit_scale,
+            "wanted": parts,
+            "arch": self.arch,
+        }
 
     def _sum_tiles(self, label: Tensor, parts: Parts) -> dict[str, Tensor]:
         """Return ``RowSums`` by name, except labels, from one tile of logits after another, or from E's own memory."""
@@ -256,12 +258,8 @@ class TritonTile(HeadTile):
                     self.raised[rows],
                     first=start,
                     vocab=head.vocab_size,
-                    e=cut(self.e, rows),
-                    bias=self.bias,
-                    **self._transform(),
-                    wanted=parts,
                     all_words=head.all_words,
-                    arch=self.arch,
+                    **self._launch_options(rows, parts),
                 )
             if parts:
                 sums[:, rows] = some
