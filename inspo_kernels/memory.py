@@ -8,6 +8,7 @@ from .arguments import integer
 from .backends import resolve_backend
 from .gradients import DeferredGradients, Needs
 from .head import FLOATS, LMHead
+from .options import TokenOptions
 from .prepare import PAIR_GROWTH, head_pass
 
 
@@ -61,7 +62,7 @@ def workspace_bytes(
     if resolved is None:
         # Logits, log-softmax and the gradients of both, in the accumulate dtype.
         return 4 * rows * vocab_size * head.accumulate_dtype.itemsize
-    run = head_pass(resolved, head, device, max_workspace_bytes)
+    run = head_pass(resolved, head, TokenOptions(max_workspace_bytes=max_workspace_bytes))
     wide = head.accumulate_dtype.itemsize
     x, dx = rows * hidden_size * dtype.itemsize, rows * hidden_size * wide
     widened = 0 if dtype == head.accumulate_dtype else dx

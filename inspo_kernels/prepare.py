@@ -23,7 +23,7 @@ from .options import PairOptions, PairTensors, TokenOptions
 from .pair_loss import PairTerms
 from .passes import HeadPass, KeptTokens
 from .row_sums import TokenScores
-from .scored_rows import checked_labels, scored_positions, to_device
+from .scored_rows import checked_labels, read_counts, to_device
 
 # If the user sets no bound, a pair that does not fit the default workspace gets one of up to this many times the rows:
 # computing the logits twice would take up to a third more time.
@@ -55,7 +55,7 @@ def prepare(
     hidden, objective = t.hidden, make_objective(o.objective)
     head = checked_head(hidden, t.weight, t.bias, o.softcap, o.logit_scale, is_shard=splits_words(split))
     backend = resolve_backend(o.backend, head, hidden.device)
-    check_split(split, backend, shift=o.shift and t.segment_ids is None)
+    same = _common_arguments(split, hidden, head, backend, o, shift=o.shift and t.segment_ids is None)
     candidates = find_candidates(t, o)
     terms = PairTerms(
         objective=objective,
@@ -74,29 +74,27 @@ def prepare(
             (f"marginal_weight={o.marginal_weight}" if o.marginal_weight else f"objective {type(objective).__name__}")
             + " needs the marginals: pass marginal_labels (condition_pairs makes them; plain pairs have none)"
         )
-    same: dict[str, Any] = {}
-    if split is not None:
-        same = common_arguments(hidden, head, backend, o) | {"num_pairs": candidates.num_pairs}
-        same |= {"objective": objective, "marginal_weight": o.marginal_weight, "reduction": o.reduction}
-        same |= {"ref_logps": terms.ref_logps, "pair_weights": terms.pair_weights}
-    plan = scored_rows.plan(
-        candidates,
-        None if sums_only else terms,
-        vocab_size=head.vocab_size,
-        device=hidden.device,
-        split=split,
-        same=same,
-    )
-    bound = o.max_workspace_bytes
-    run = None if backend is None else head_pass(backend, head, hidden.device, bound, o.statistics, split)
-    growth = PAIR_GROWTH if bound is None else 1
+    same |= {"num_pairs": candidates.num_pairs, "objective": objective, "reduction": o.reduction}
+    same |= {name: getattr(terms, name) for name in ("ref_logps", "pair_weights", "marginal_weight")}
+    graded = None if sums_only else terms
+    plan = scored_rows.plan(candidates, graded, head.vocab_size, hidden.device, split, same)
+    run = None if backend is None else head_pass(backend, head, o, split)
+    growth = PAIR_GROWTH if o.max_workspace_bytes is None else 1
     return Prepared(run, plan, terms, Needs.of(hidden, head), 0 if run is None else run.capacity * growth)
 
 
-def check_split(split: Split | None, backend: Backend | None, *, shift: bool = False) -> None:
-    """Raise if this call cannot be split over ranks."""
+def _common_arguments(
+    split: Split | None,
+    hidden: Tensor,
+    head: LMHead,
+    backend: Backend | None,
+    options: TokenOptions,
+    *,
+    shift: bool = False,
+) -> dict[str, Any]:
+    """Return each public function's arguments that must be equal on all ranks; raise if they cannot share the call."""
     if split is None:
-        return
+        return {}
     if backend is None:
         raise ValueError('backend="reference" takes no groups, it needs whole logits: use "torch" or "triton"')
     if shift and split.sequence is not None:
@@ -104,10 +102,6 @@ def check_split(split: Split | None, backend: Backend | None, *, shift: bool = F
             "sequence_group needs shift=False: the label of a rank's first position may belong to the hidden state of "
             "another rank. Shift the labels of the whole sequence, then split them"
         )
-
-
-def common_arguments(hidden: Tensor, head: LMHead, backend: Backend | None, options: TokenOptions) -> dict[str, Any]:
-    """Return the arguments that must be equal on all ranks, for every public function."""
     return {
         "hidden": (tuple(hidden.shape), head.compute_dtype),
         "weight": (head.hidden_size, head.weight.dtype, head.bias is None),
@@ -117,20 +111,14 @@ def common_arguments(hidden: Tensor, head: LMHead, backend: Backend | None, opti
         "ignore_index": options.ignore_index,
         "statistics": options.statistics,
         "max_workspace_bytes": options.max_workspace_bytes,
-        "backend": None if backend is None else backend.name,
+        "backend": backend.name,
         "requires_grad": Needs.of(hidden, head),
     }
 
 
-def head_pass(
-    backend: Backend,
-    head: LMHead,
-    device: torch.device,
-    max_workspace_bytes: int | None,
-    statistics: tuple[str, ...] = (),
-    split: Split | None = None,
-) -> HeadPass:
+def head_pass(backend: Backend, head: LMHead, options: TokenOptions, split: Split | None = None) -> HeadPass:
     """Return the head with its backend and workspace."""
+    device, max_workspace_bytes = head.weight.device, options.max_workspace_bytes
     vocab: VocabGroup | None = None if split is None else split.vocab
     head = backend.prepared(head.detach())
     largest = head
@@ -145,7 +133,7 @@ def head_pass(
             more = backend.capacity(largest, device, max_workspace_bytes) - rows
             max_workspace_bytes -= backend.kept_bytes(largest, max(0, more))
     capacity = backend.capacity(largest, device, max_workspace_bytes)
-    return HeadPass(head, backend, capacity, max_workspace_bytes, statistics, vocab)
+    return HeadPass(head, backend, capacity, max_workspace_bytes, options.statistics, vocab)
 
 
 def find_candidates(tensors: PairTensors, options: PairOptions) -> scored_rows.Candidates:
@@ -228,16 +216,17 @@ class ScoredTokens:
         cls, hidden: Tensor, targets: Tensor, head: LMHead, options: TokenOptions, split: Split | None = None
     ) -> ScoredTokens | None:
         """Check ``targets`` and return those that are scored, with their rows of ``hidden``; None for the reference."""
-        targets = checked_labels("targets", targets, hidden.shape[:-1], hidden.device)
-        backend = resolve_backend(options.backend, head, hidden.device)
-        flat = targets.flatten()
-        check_split(split, backend)
-        same = {} if split is None else common_arguments(hidden, head, backend, options)
-        index = scored_positions(flat, options.ignore_index, head.vocab_size, hidden.device, split, same)
+        device, flat = hidden.device, checked_labels("targets", targets, hidden.shape[:-1], hidden.device).flatten()
+        backend = resolve_backend(options.backend, head, device)
+        same = _common_arguments(split, hidden, head, backend, options)
+        scored = flat != options.ignore_index
+        number = scored.sum().view(1)
+        (count,) = read_counts("targets", number, scored, (flat,), head.vocab_size, device, split, same)
         if backend is None:
             return None
-        flat, index = to_device(flat[index], hidden.device), to_device(index, hidden.device)
-        run = head_pass(backend, head, hidden.device, options.max_workspace_bytes, options.statistics, split)
+        index = torch.nonzero_static(scored, size=count).squeeze(1)
+        flat, index = to_device(flat[index], device), to_device(index, device)
+        run = head_pass(backend, head, options, split)
         if run.group is not None:
             flat = flat - run.group.first
         return cls(run, index, hidden.reshape(-1, head.hidden_size).index_select(0, index), flat)

@@ -152,11 +152,10 @@ def from_compact(labels: Tensor, segment_ids: Tensor, num_pairs: int, *, ignore_
 def plan(
     candidates: Candidates,
     terms: PairTerms | None,
-    *,
     vocab_size: int,
     device: torch.device,
-    split: Split | None = None,
-    same: Mapping[str, Any] | None = None,
+    split: Split | None,
+    same: Mapping[str, Any],
 ) -> ScoredRows:
     """Count, check and sort the candidates. Ranks of ``split`` must agree on ``same`` and on the labels.
 
@@ -171,7 +170,7 @@ def plan(
     counts_device.scatter_add_(0, c.segments, c.scored.long())
     name, columns = "labels or marginal_labels" if c.marginals else "labels", (c.targets, c.rows, c.segments)
     form = (c.valid, c.invalid_message)
-    counts = _read_counts(name, counts_device, c.scored, columns, vocab_size, device, split, same, *form)
+    counts = read_counts(name, counts_device, c.scored, columns, vocab_size, device, split, same, *form)
     lengths, all_counts = counts_device, counts
     if split is not None and split.sequence is not None:
         lengths, all_counts = split.total_counts(to_device(counts_device, device))
@@ -211,21 +210,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
-def scored_positions(
-    targets: Tensor,
-    ignore_index: int,
-    vocab_size: int,
-    device: torch.device,
-    split: Split | None = None,
-    same: Mapping[str, Any] | None = None,
-) -> Tensor:
-    """Return the positions (N,) of flat ``targets`` that are scored; check with one host read that they are words."""
-    scored = targets != ignore_index
-    number = scored.sum().view(1)
-    (count,) = _read_counts("targets", number, scored, (targets,), vocab_size, device, split, same)
-    return torch.nonzero_static(scored, size=count).squeeze(1)
-
-
 def checked_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """Return ``labels`` as int64; raise unless it is an integer tensor of that shape on the CPU or on ``device``."""
     if not isinstance(labels, Tensor):
@@ -239,7 +223,7 @@ def checked_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.d
     return labels.to(torch.int64)
 
 
-def _read_counts(
+def read_counts(
     name: str,
     counts: Tensor,
     scored: Tensor,
@@ -247,7 +231,7 @@ def _read_counts(
     vocab_size: int,
     device: torch.device,
     split: Split | None,
-    same: Mapping[str, Any] | None,
+    same: Mapping[str, Any],
     valid: Tensor | None = None,
     invalid_message: str = "",
 ) -> list[int]:
@@ -263,7 +247,7 @@ def _read_counts(
         is_valid, lowest, highest, *found = numbers.tolist()
     else:
         labels = fingerprint(torch.stack([scored * (column + 1) for column in columns]))
-        is_valid, lowest, highest, *found = split.agree(numbers, {**(same or {}), "labels": labels}, vocab_size, device)
+        is_valid, lowest, highest, *found = split.agree(numbers, {**same, "labels": labels}, vocab_size, device)
         vocab_size = split.vocab_size(vocab_size)
     if not is_valid:
         raise ValueError(invalid_message)
