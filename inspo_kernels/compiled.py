@@ -68,7 +68,9 @@ def _has_marginals(tensors: PairTensors) -> bool:
     return tensors.marginal_labels is not None or tensors.segment_ids is not None
 
 
+# By name or type of the field.
 _SCHEMA_TYPES = {
+    "marginal_weight": "Tensor",
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
     "bool": "bool",
@@ -84,10 +86,8 @@ _SCHEMA_TYPES = {
 
 def _schema(*classes: type) -> str:
     """Return the operator arguments that carry the fields of these dataclasses, in order."""
-    types = {field.name: _SCHEMA_TYPES[str(field.type)] for cls in classes for field in fields(cls)}
-    if "marginal_weight" in types:
-        types["marginal_weight"] = "Tensor"
-    return ", ".join(f"{kind} {name}" for name, kind in types.items())
+    all_fields = [field for cls in classes for field in fields(cls)]
+    return ", ".join(f"{_SCHEMA_TYPES.get(f.name) or _SCHEMA_TYPES[str(f.type)]} {f.name}" for f in all_fields)
 
 
 def _flatten(options: TokenOptions) -> dict[str, Any]:

@@ -92,11 +92,6 @@ class HeadPass:
         """Start to sum ``dx`` over the ranks, which hold the parts of their words; return a function that waits."""
         return _nothing if self.group is None or dx is None else self.group.start_sum(dx)
 
-    def worth_deferring(self, rows: int, needs: Needs) -> bool:
-        """Return whether to keep rows until the backward pass; all ranks decide alike."""
-        head = self.head if self.group is None else self.group.largest(self.head)
-        return DeferredGradients.worth_deferring(self.backend, head, rows, needs)
-
     def without_weight(self) -> HeadPass:
         """Return a pass that can only read kept rows, so that an engine may free the weight."""
         return replace(self, head=self.head.without_weight())
@@ -154,8 +149,7 @@ def token_gradients(
         tile = run.open(len(x) - first)
         tile.restore(kept.kept)
         pending = _nothing
-        if gradients.x is not None:
-            assert kept.dx is not None
+        if gradients.x is not None and kept.dx is not None:
             torch.mul(kept.dx, coefficients[first:].unsqueeze(1), out=gradients.x[first:])
             pending = run.start_sum(gradients.x[first:])
         tile.head_gradients(coefficients[first:], gradients)
@@ -225,7 +219,9 @@ def _one_pass(
     largest = max(rows.stop - rows.start for _, rows in groups)
     capacity = min(largest, pair_capacity)
     tile = run.open(capacity)
-    if len(groups) == 1 and largest <= capacity and run.worth_deferring(largest, needs):
+    head = run.head if run.group is None else run.group.largest(run.head)  # all ranks decide alike
+    deferred = DeferredGradients.worth_deferring(run.backend, head, largest, needs)
+    if len(groups) == 1 and largest <= capacity and deferred:
         pairs, rows = groups[0]
         dx = run.empty_rows(cut(x, rows)) if needs.x else None
         scores = run.scores(run.stage(tile, cut(x, rows), cut(targets, rows), keep=True, dx=dx))
@@ -253,8 +249,8 @@ def _one_pass(
             tile.head_gradients(cut(by_row, slice(num_early, len(by_row))), gradients, accumulate)
             accumulate = True
         if num_early:
-            head = replace(gradients, x=None)
-            tile.recompute_gradients(x[early], targets[early], parts[0], by_row[:num_early], head, accumulate)
+            out = replace(gradients, x=None)
+            tile.recompute_gradients(x[early], targets[early], parts[0], by_row[:num_early], out, accumulate)
             accumulate = True
     tile.release()
     graded = sum(plan.pair_rows)

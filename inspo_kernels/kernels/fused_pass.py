@@ -1,9 +1,6 @@
 """The logits matmul and the row pass in one launch: E and each row's sum from x W^T, without logits in memory.
 
-The names are those of ``row_pass``: z = scale * (x . W[v] + bias), z' = outer * tanh(z / softcap) (z' = z without a
-soft-cap), row offset o, label y:
-
-    E_v = exp(z'_v - o), 0 at y        rest = sum of E_v        stored: D_v E_v, with D = 1 - tanh(z / softcap)^2
+The names (z', row offset o, label y, E, D, rest), and what is summed and stored, are those of ``row_pass``.
 
 A program accumulates a tile of raw logits in float32 registers and turns it into E there. A logit then costs 2 bytes of
 memory traffic (E in the compute dtype), or none for scoring. The row pass over float32 logits in memory would cost 10
