@@ -402,10 +402,8 @@ class TorchTile(HeadTile):
         for rows in chunks(0, len(x), self.block):
             own_x, offset = cut(self.x, rows), (cut(self.offset, rows) / LOG2).to(self.dtype).unsqueeze(1)
             labels, scale = self._labels_of(rows), cut(scales, rows)
-            inner_x, scaled = (
-                self._multiply(own_x, self.inner),
-                None if out.weight is None else own_x * scale.unsqueeze(1),
-            )
+            inner_x = self._multiply(own_x, self.inner)
+            scaled = None if out.weight is None else own_x * scale.unsqueeze(1)
             for i, part in enumerate(self.words):
                 z = self._passing_tile(len(own_x), part)
                 weight = self._widen(cut(self.head.weight, part))

@@ -193,7 +193,7 @@ class TritonTile(HeadTile):
         return config.fused_pass(self.arch, self.head.softcap, bool(parts))
 
     def _fuse(self, chosen: config.FusedPass, label: Tensor, parts: Parts) -> dict[str, Tensor]:
-        """Return ``RowSums`` by name, except labels. The tiles' sums of a launch take less than a tile of logits."""
+        """Return ``RowSums`` by name, except labels. A launch's sums of tiles take no more than a tile of logits."""
         from ..kernels.fused_pass import fused_pass, sums_bytes
         from ..kernels.row_pass import PARTS
 
