@@ -123,7 +123,7 @@ def tune_row_pass(batch: PairBatch, seconds: float, rows: int = 1024) -> dict[st
     moved = raw.nbytes * 3 // 2  # E takes half as much
     shipped = config.row_pass(config.architecture(batch.hidden.device), raw.shape[1], torch.float32, batch.softcap)
     pairs = [(2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (16384, 16)]
-    candidates = dict.fromkeys([shipped, *(config.RowBlocks(*pair) for pair in pairs)])
+    candidates = dict.fromkeys([shipped, *(config.RowPass(*pair) for pair in pairs)])
     repeats = 10  # one launch is no longer than its own latency
 
     def run() -> None:

@@ -17,7 +17,7 @@ ROW_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class RowBlocks:
+class RowPass:
     """One program per row, ``block`` columns of logits or features at a time."""
 
     block: int
@@ -80,10 +80,10 @@ def padded_vocab(vocab: int) -> int:
 
 def row_pass(
     arch: str, vocab: int, accumulate_dtype: torch.dtype, softcap: float | None, statistics: bool = False
-) -> RowBlocks:
+) -> RowPass:
     """Return the launch sizes of ``kernels.row_pass``, by width and dtype of the tile and registers a thread."""
     if arch == "interpreter":
-        return RowBlocks(block=256, num_warps=1)
+        return RowPass(block=256, num_warps=1)
     # 256 threads (AMD's warps have 64 lanes) handle 8 float32 columns each per step: two 16-byte loads and one 16-byte
     # store of E. On sm_90 that takes at most 32 registers, so eight programs are resident, and the 1,024 rows of a tile
     # run in one wave of an H200's 132 multiprocessors. 4 columns each where registers would run out.
@@ -91,16 +91,16 @@ def row_pass(
     # A short vocabulary: fewer threads, still as many columns each.
     block = min(256 * columns, max(256, _next_power_of_2(padded_vocab(vocab))))
     threads = min(256, block // columns)
-    return RowBlocks(block, num_warps=max(1, threads // (64 if arch.startswith("gfx") else 32)))
+    return RowPass(block, num_warps=max(1, threads // (64 if arch.startswith("gfx") else 32)))
 
 
-def label_logits(arch: str, hidden: int) -> RowBlocks:
+def label_logits(arch: str, hidden: int) -> RowPass:
     """Return the launch sizes of ``kernels.label_logits``, by hidden size."""
     if arch == "interpreter":
-        return RowBlocks(block=64, num_warps=1)
+        return RowPass(block=64, num_warps=1)
     # 8 features a thread are 16 bytes at two bytes each. Few threads: there is one program per row, and little in each.
     block = min(2048, max(256, _next_power_of_2(hidden)))
-    return RowBlocks(block, num_warps=max(1, min(4, block // 8 // (64 if arch.startswith("gfx") else 32))))
+    return RowPass(block, num_warps=max(1, min(4, block // 8 // (64 if arch.startswith("gfx") else 32))))
 
 
 def bias_gradient(arch: str) -> Blocks:

@@ -115,9 +115,9 @@ def problems(target, only):
 
 found = []
 row_pass_config = config.row_pass
-config.row_pass = lambda *_: config.RowBlocks(1024, 8)
+config.row_pass = lambda *_: config.RowPass(1024, 8)
 found += [problems("sm_90", "bf16 E, plain, V=1000")]
-config.row_pass = lambda *_: config.RowBlocks(4096, 1)
+config.row_pass = lambda *_: config.RowPass(4096, 1)
 found += [problems("sm_90", "bf16 E, bias.*V=128256, word 0")]
 config.row_pass = row_pass_config
 compile_report.BUDGETS["row_pass"] = {"bf16 E, plain": compile_report.Budget(14, 0.5, 20, 17)}
