@@ -72,9 +72,6 @@ def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Ca
         if rows <= n:
             yield f"row pass with E, stages of {rows}", on_gpu(_row_pass, rows, True)
     yield "row pass, statistics alone", on_gpu(_row_pass, min(stage_rows[1], n), False)
-    yield "cached tiles, matmul", on_gpu(_cache_tiles, None)
-    yield "cached tiles, matmul and sums", on_gpu(_cache_tiles, False)
-    yield "cached tiles, matmul and E", on_gpu(_cache_tiles, True)
     yield "fused pass, sums alone", on_gpu(_fused_pass, False)
     yield "fused pass with E", on_gpu(_fused_pass, True)
     yield "dX matmul", lambda: matmul(e(), weight, wide)
@@ -121,26 +118,6 @@ def _row_pass(batch: PairBatch, rows: int, store: bool) -> Work:
     launch, raw = launch_row_pass(batch, rows, store=store)
     calls = -(-batch.shape.scored // rows)
     return repeated(partial(launch, first=0), calls), {"bytes": calls * raw.nbytes * (3 if store else 2) // 2}
-
-
-def _cache_tiles(batch: PairBatch, store: bool | None) -> Work:
-    """Multiply one row of tiles, each read back from the cache at once unless ``store`` is None."""
-    from inspo_kernels.kernels import config
-
-    device = batch.hidden.device
-    tile = config.logits_tile(config.architecture(device), device, 4)
-    x = batch.hidden[: tile.rows]
-    launch, raw = launch_row_pass(batch, len(x), tile.words, store=bool(store))
-    parts = [part for part in batch.weight.split(tile.words) if len(part) == tile.words]
-
-    def run() -> None:
-        for i, part in enumerate(parts):
-            torch.mm(x, part.t(), out_dtype=raw.dtype, out=raw)
-            if store is not None:
-                launch(first=i * tile.words)
-
-    work = {"operations": 2 * raw.numel() * x.shape[1] * len(parts), "rows": len(x), "words": tile.words}
-    return run, work | {"cache_bytes": raw.nbytes * len(parts)}
 
 
 def _fused_pass(batch: PairBatch, store: bool) -> Work | None:

@@ -23,7 +23,7 @@ from .contenders import BETA, ours
 from .gpu_plan import Plan
 from .gpu_processes import run_in_group
 from .harness import compared, reason, seconds_behind_work, spread
-from .measure import PRODUCTS, TRAIN, products
+from .measure import TRAIN, products_of
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 STATISTICS = ("entropy", "mean_logit", "is_top1", "logsumexp")
@@ -64,7 +64,7 @@ def autocast(batch: PairBatch, rounds: int, seconds: float) -> Rows:
                 )
             out.loss.backward()
 
-    runs: dict[str, Callable[[], Any]] = {"floor": products(batch, PRODUCTS[TRAIN])}
+    runs: dict[str, Callable[[], Any]] = {"floor": products_of(batch, TRAIN)}
     runs |= {name: partial(step, *form) for name, form in forms.items()}
     runs["autocast, 4 micro-batches: 12 matmuls"] = partial(step, *forms["autocast"], accumulated=4)
     yield from compared(runs, "floor", str(device), rounds, seconds=seconds / 2, clock=seconds_behind_work).items()
@@ -237,13 +237,3 @@ def training_figures(run: Path, plan: Plan) -> dict[str, Any]:
         operations = 6 * (body + scored * hidden * fields["vocab_size"])
         found["tflops"] = operations * found["tokens_per_second"]["median"] / 1e12
     return found
-
-
-def training_line(result: dict[str, Any]) -> str:
-    """Format one line for a terminal."""
-    text = f"  training, {result['steps']} steps: {result['status']}, {result['seconds']:.0f} s"
-    if "tokens_per_second" in result:
-        text += f", {result['tokens_per_second']['median']:,.0f} tokens/s"
-    if "tflops" in result:
-        text += f", {result['tflops']:.0f} TFLOP/s"
-    return "\n".join([text, *("    " + line for line in result.get("end_of_log", []))])

@@ -30,6 +30,7 @@ from inspo_kernels.groups import GATHER
 
 from .batches import HeadShape, Shape, equal
 from .harness import own_peak, release_freed_memory, spread
+from .measure import products
 from .result_files import command, make_parser, positive, provenance, result_file, write_json
 from .tables import markdown, ratio_text
 
@@ -200,18 +201,7 @@ def _runs(shape: Shape, rank: int, ranks: int) -> tuple[Callable[[], None], Call
         out = ik.fused_inspo_loss(hidden, weight, labels, objective="simpo", process_group=dist.group.WORLD)
         out.loss.backward()
 
-    x = hidden.detach().flatten(0, 1)[: shape.scored]
-    buffers: dict[str, Tensor] = {}
-
-    def floor() -> None:
-        if not buffers:
-            buffers["logits"] = torch.empty(shape.scored, words)
-            buffers["dx"], buffers["dw"] = torch.empty_like(x), torch.empty_like(weight)
-        torch.mm(x, weight.detach().t(), out=buffers["logits"])
-        torch.mm(buffers["logits"], weight.detach(), out=buffers["dx"])
-        torch.mm(buffers["logits"].t(), x, out=buffers["dw"])
-
-    return ours, floor
+    return ours, products(hidden.detach().flatten(0, 1)[: shape.scored], weight.detach(), 3)
 
 
 def tables(result: dict[str, Any]) -> str:

@@ -341,7 +341,9 @@ def _training(result: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str:
     found = result.get("training") or {}
     if found.get("status") != "measured":
         return ""
-    floor = cells[TRAIN]["contenders"]["floor"]["tflops_of_products"]
+    cell = cells[TRAIN]
+    operations = 2 * PRODUCTS[TRAIN] * cell["scored_tokens"] * cell["hidden"] * cell["vocab"]
+    floor = operations / cell["contenders"]["floor"]["seconds"]["median"] / 1e12
     return (
         f"A training run of a 1B model (8 pairs a step, prompts of 512 and responses of 256 tokens, trees, mixed "
         f"precision) trains on {found['tokens_per_second']['median']:,.0f} tokens per second. Its matmuls with weights "

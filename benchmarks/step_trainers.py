@@ -11,9 +11,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+
+import inspo_kernels as ik
+from inspo_kernels.layouts.conditioning import IGNORE_INDEX
 
 from .contenders import BETA
 from .step_jobs import Job, Pair, Trained, counting_positions, now
@@ -29,21 +31,12 @@ class ConditioningCollator:
         self.pad_token_id, self.conditioned = pad_token_id, False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids, completion = [], []
-        for scored, other in (("chosen_ids", "rejected_ids"), ("rejected_ids", "chosen_ids")):
-            for example in examples:
-                context = example["prompt_ids"] + (example[other] if self.conditioned else [])
-                ids.append(torch.tensor(context + example[scored]))
-                completion.append(torch.tensor([0] * len(context) + [1] * len(example[scored])))
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "completion_mask": pad_sequence(completion, batch_first=True),
-        }
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if name in examples[0]:
-                batch[name] = torch.tensor([example[name] for example in examples])
-        return batch
+        pairs = [tuple(one[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")) for one in examples]
+        rows = ik.condition_pairs(pairs, pad_token_id=self.pad_token_id, conditioned=self.conditioned)
+        batch = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        batch["completion_mask"] = (rows["labels"] != IGNORE_INDEX).long()
+        known = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in examples[0]]
+        return batch | {name: torch.tensor([one[name] for one in examples]) for name in known}
 
 
 class Clock(TrainerCallback):
@@ -139,10 +132,9 @@ class TrainerStep:
 
     @contextlib.contextmanager
     def _around(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_quiet())
-            if self.compact:  # the trainer selects scored positions first if this reports a GPU
-                stack.enter_context(mock.patch("trl.trainer.utils._use_triton", lambda device: True))
+        # The trainer selects scored positions first if this reports a GPU.
+        on_gpu = mock.patch("trl.trainer.utils._use_triton", lambda device: True)
+        with _quiet(), on_gpu if self.compact else contextlib.nullcontext():
             yield
 
     def __call__(self) -> Trained:

@@ -55,8 +55,8 @@ def test_a_missing_baseline_is_reported(monkeypatch):
 
 
 def test_positions_are_those_of_the_layouts():
-    found = step.prepared(["rows", "tree", "four_forwards"], job("0.5", torch.float32), {})
-    counted = {name: run().positions / QUICK["updates"] for name, (_, run) in found.items()}
+    found = step.prepared(["rows", "tree", "four_forwards"], job("0.5", torch.float32))
+    counted = {name: run().positions / QUICK["updates"] for name, run in found.items()}
     prompt, response = 24, 12
     assert counted == {
         "rows": 2 * 2 * (prompt + 2 * response),

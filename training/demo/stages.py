@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 import inspo_kernels as ik
 
@@ -28,13 +28,13 @@ from ..evaluation import conditioning_gap
 from ..output import check_folder
 from ..scoring import Batcher, PairModel, score
 from ..train import train
-from .answers import REFLECTED, answer_unseen, compare, reflect_unseen, sample_pairs
-from .overtraining import LONG, over_train
+from .answers import REFLECTED, answer_unseen, compare, reflect_unseen, sample_answers, sample_pairs
 from .report import NAMES, draw_picture
-from .settings import FINE_TUNES, PAIRS, UNSEEN_PAIRS, Settings, fine_tune_config, long_config
+from .settings import FEW_PAIRS, FINE_TUNES, PAIRS, UNSEEN_PAIRS, Settings, fine_tune_config, long_config
 from .world import World
 
 PICTURE, RESULTS = "picture.png", "results.json"
+LONG = ("dpo", "inspo")  # the arms that also pass many times over few pairs
 MARKER = "demo.json"  # says that a folder is the demo's own, and may be written anew
 
 
@@ -183,6 +183,37 @@ def fit_base(world: World, tokenizer: PreTrainedTokenizerBase, settings: Setting
         schedule.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+class GreedyAccuracy(TrainerCallback):
+    """Answers the unseen prompts after each of ``long_steps``; ``found`` holds step, accuracy and its 95% interval."""
+
+    def __init__(self, world: World, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        self.world, self.tokenizer, self.settings = world, tokenizer, settings
+        self.found: list[dict[str, Any]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step not in self.settings.long_steps:
+            return
+        model, unseen = kwargs["model"].model, self.world.unseen
+        answers = sample_answers(model, self.tokenizer, unseen, count=1, greedy=True, seed=self.settings.seed)
+        judged = compare(self.world, answers, None)
+        entry = {name: judged[name] for name in ("accuracy", "accuracy_ci")}
+        self.found.append({"step": state.global_step, **entry})
+
+
+def over_train(
+    world: World, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Train both arms on the first pairs of ``folder``; return what ``GreedyAccuracy`` finds in each run."""
+    lines = (folder / PAIRS).read_text().splitlines(keepends=True)[: settings.long_pairs]
+    (folder / FEW_PAIRS).write_text("".join(lines))
+    found = {}
+    for name in LONG:
+        callback = GreedyAccuracy(world, tokenizer, settings)
+        train(long_config(name, settings, folder), quiet=True, callbacks=[callback])
+        found[name] = callback.found
+    return found
 
 
 def measure_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> dict[str, float]:
