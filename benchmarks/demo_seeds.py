@@ -25,7 +25,7 @@ from training.demo.report import NAMES, table
 from training.demo.settings import Settings
 from training.demo.stages import run_demo
 
-from .result_files import command, continued, differences, make_parser, provenance, result_file, write_json
+from .result_files import command, make_parser, provenance, result_file, resumed, write_json
 from .tables import markdown, section
 
 
@@ -109,11 +109,7 @@ def main() -> None:
     settings = json.loads(json.dumps({k: v for k, v in asdict(make()).items() if k != "seed"}))
     given = command("benchmarks.demo_seeds", sys.argv[1:], options.json)
     result = {**provenance(given), "settings": settings, "summary": {}, "seeds": {}}
-    if options.json.exists():
-        earlier = json.loads(options.json.read_text())
-        if other := differences(earlier, result, ("settings", "versions", "hardware")):
-            sys.exit(f"error: --json {options.json} differs ({other}); move the file or choose another one")
-        result = continued(earlier, result)
+    result = resumed(parser, "--json", options.json, result, ("settings", "versions", "hardware"), table="seeds")
 
     for seed in tqdm(options.seeds, desc="seeds", unit="seed"):
         if str(seed) in result["seeds"]:

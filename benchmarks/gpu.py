@@ -37,7 +37,7 @@ from .gpu_plan import hardware, problems, targets
 from .gpu_processes import run_in_group
 from .gpu_steps import PART, STEPS
 from .harness import FEWEST_ROUNDS, Timer
-from .result_files import add_names, checked_device, commit, continued, differences, dtype_name, provenance, write_json
+from .result_files import add_names, checked_device, commit, dtype_name, provenance, resumed, write_json
 
 LOG, LOG_BYTES = "steps.log", 8 << 20
 # Left at the end of a call for the last result.
@@ -96,20 +96,6 @@ def enter(out: Path, result: dict[str, Any], why: str, name: str | None = None, 
         merge(result, row)
         found = {"status": row["status"] or why, "notes": row["notes"], "seconds": seconds, "commit": commit()}
         result["steps"][row["step"]] = found | {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
-
-
-def result_of_folder(parser: argparse.ArgumentParser, out: Path, command: str, device: torch.device) -> dict[str, Any]:
-    """Return the result of earlier calls with this folder, or a new one."""
-    file, result = out / "gpu.json", fresh_result(command, device)
-    if not file.exists():
-        return result
-    try:
-        old = json.loads(file.read_text())
-    except ValueError as error:
-        parser.error(f"--out: {file} is not JSON ({error}); remove it or name another folder")
-    if other := differences(old, result, ("device", "versions")):
-        parser.error(f"--out: {file} differs ({other}); name another folder")
-    return result | continued(old, result)
 
 
 # --- steps ---
@@ -215,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     given = ["DIR" if a == str(options.out) else "--out=DIR" if a.startswith("--out=") else a for a in given]
     command = shlex.join(["python", "-m", "benchmarks.gpu", *given])
-    result, clock = result_of_folder(parser, options.out, command, device), Timer(60 * options.minutes)
+    result, clock = fresh_result(command, device), Timer(60 * options.minutes)
+    result = resumed(parser, "--out", options.out / "gpu.json", result, ("device", "versions"))
     stopped = "stopped with its call; its figures so far are kept"
     enter(options.out, result, stopped)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from .batches import MODELS, HeadShape
+from .batches import MODELS, HeadShape, ModelShape
 from .gpu_accuracy import SEQUENCE_NAT
 from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN
 
@@ -15,24 +15,9 @@ from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN
 TARGETS = {TRAIN: 1.05, FROZEN: 1.08, FORWARD: 1.10}
 MEMORY_TARGET = 1.05
 
-ONE_BILLION = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128_256,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
-TINY = ONE_BILLION | {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-}
+ONE_BILLION = ModelShape(2048, 8192, 16, 32, 128_256, kv_heads=8, tied=True)
+FOUR_LAYERS = replace(ONE_BILLION, layers=4)
+TINY = ModelShape(32, 64, 2, 2, 300, tied=True)
 
 
 @dataclass(frozen=True)
@@ -48,10 +33,10 @@ class Plan:
     )
     rounds: int = 15
     stage_rows: tuple[int, ...] = (512, 1024, 2048, 4096)
-    tree_model: dict[str, Any] = field(default_factory=lambda: ONE_BILLION | {"num_hidden_layers": 4})
+    tree_model: ModelShape = FOUR_LAYERS
     tree_pairs: int = 8
     tree_lengths: tuple[int, int] = (1024, 256)
-    trained_model: dict[str, Any] = field(default_factory=lambda: ONE_BILLION)
+    trained_model: ModelShape = ONE_BILLION
     trained_lengths: tuple[int, int] = (512, 256)
     training_steps: int = 100
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import inspo_kernels as ik
 
-from .batches import PairBatch
+from .batches import ModelShape, PairBatch, dtype_of
 from .contenders import BETA, ours
 from .gpu_plan import Plan
 from .gpu_processes import run_in_group
@@ -101,7 +101,7 @@ def trees(plan: Plan, device: torch.device, seconds: float) -> Rows:
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
-        return torch.randint(3, plan.tree_model["vocab_size"], (count,), generator=generator).tolist()
+        return torch.randint(3, plan.tree_model.vocab, (count,), generator=generator).tolist()
 
     examples = [tuple(map(ids, (prompt, response, response))) for _ in range(plan.tree_pairs)]
     runs: dict[str, Callable[[], Any]] = {}
@@ -117,33 +117,18 @@ def trees(plan: Plan, device: torch.device, seconds: float) -> Rows:
     yield from compared(runs, "rows, sdpa", str(device), 5, seconds=seconds / 3, clock=seconds_behind_work).items()
 
 
-def random_llama(fields: dict[str, Any], attention: str, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, **fields)
-    with device:  # a billion random numbers take a CPU long
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    return model.to(dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
 def tree_run(
-    fields: dict[str, Any], examples: list[tuple[list[int], ...]], layout: str, attention: str, device: torch.device
+    shape: ModelShape, examples: list[tuple[list[int], ...]], layout: str, attention: str, device: torch.device
 ) -> Callable[[], None]:
     """Return one step, forward and backward, of a random llama over the pairs in a layout."""
-    model = random_llama(fields, attention, device)
-    batch = ik.condition_pairs(examples, pad_token_id=0, layout=layout)
-    scored = {name: batch[name] for name in ("labels", "marginal_labels", "segment_ids", "num_pairs") if name in batch}
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    from .step_jobs import layout_loss, moved
+
+    model = shape.build(dtype_of(device), device, attention)
+    batch = moved(ik.condition_pairs(examples, pad_token_id=0, layout=layout), device)
     ref_logps = torch.zeros(2 * len(examples), device=device)
 
     def run() -> None:
-        mask = batch["attention_mask"] if layout == "rows" else ik.tree_attention_mask(batch, model)
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        hidden, head = ik.hidden_and_head(model, attention_mask=mask, **inputs)
-        if layout != "rows":
-            hidden = hidden.flatten(0, 1).index_select(0, batch["rows"])
-        ik.fused_inspo_loss(hidden, **scored, ref_logps=ref_logps, **head).loss.backward()
+        layout_loss(model, batch, ref_logps=ref_logps).loss.backward()
         model.zero_grad()
 
     return run
@@ -173,11 +158,11 @@ def training_run(plan: Plan, device: torch.device, seconds: float) -> dict[str, 
         return result
 
 
-def save_model(folder: Path, fields: dict[str, Any], device: torch.device) -> None:
+def save_model(folder: Path, shape: ModelShape, device: torch.device) -> None:
     """Save a random llama, made on the device, with a byte-level tokenizer."""
     from training.model import byte_tokenizer
 
-    random_llama(fields, "sdpa", device).save_pretrained(folder)
+    shape.build(dtype_of(device), device).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # leaves the memory to the run, which is another process
@@ -198,7 +183,7 @@ def write_training_config(folder: Path, plan: Plan, device: torch.device) -> Pat
         "model": str(folder / "model"),
         "train_data": str(folder / "pairs.jsonl"),
         "output_dir": str(folder / "run"),
-        "max_length": plan.trained_model["max_position_embeddings"],
+        "max_length": 4096,
         "max_steps": plan.training_steps,
         "per_device_train_batch_size": 8 if on_gpu else 2,
         "max_batch_tokens": 16384,
@@ -229,11 +214,10 @@ def training_figures(run: Path, plan: Plan) -> dict[str, Any]:
         if values := [row[name] for row in later if name in row]:
             found[name] = spread(values)
     if "tokens_per_second" in found:
-        fields, (prompt, response) = plan.trained_model, plan.trained_lengths
-        hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
-        projections = 2 * hidden**2 * (1 + fields["num_key_value_heads"] / heads)
-        body = fields["num_hidden_layers"] * (projections + 3 * hidden * fields["intermediate_size"])
+        shape, (prompt, response) = plan.trained_model, plan.trained_lengths
+        projections = 2 * shape.hidden**2 * (1 + (shape.kv_heads or shape.heads) / shape.heads)
+        body = shape.layers * (projections + 3 * shape.hidden * shape.intermediate)
         scored = 2 * response / (prompt + 4 * response)
-        operations = 6 * (body + scored * hidden * fields["vocab_size"])
+        operations = 6 * (body + scored * shape.hidden * shape.vocab)
         found["tflops"] = operations * found["tokens_per_second"]["median"] / 1e12
     return found

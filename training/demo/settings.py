@@ -115,5 +115,5 @@ def long_config(name: str, settings: Settings, folder: Path) -> TrainConfig:
 
 
 def _config(objective: dict[str, Any], folder: Path, **options: Any) -> TrainConfig:
-    base = {"model": str(folder / "base" / "final"), "reference_cache": str(folder), "max_length": 64}
+    base: dict[str, Any] = {"model": str(folder / "base" / "final"), "reference_cache": str(folder), "max_length": 64}
     return TrainConfig(**base, **objective, **options, save_strategy="no", keep_best=False, sample_prompts=0)
