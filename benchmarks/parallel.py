@@ -28,7 +28,7 @@ from torch import Tensor
 import inspo_kernels as ik
 from inspo_kernels.groups import GATHER
 
-from .batches import HeadShape, Shape, equal
+from .batches import HeadShape, PairBatch, Shape, equal
 from .harness import own_peak, release_freed_memory, spread
 from .measure import products
 from .result_files import command, make_parser, positive, provenance, result_file, write_json
@@ -188,20 +188,17 @@ def _rank(rank: int, ranks: int, folder: str, shape: Shape, rounds: int) -> None
 
 def _runs(shape: Shape, rank: int, ranks: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return two calls: the loss with gradients on this rank's words, and the bare matmuls."""
-    g = torch.Generator().manual_seed(0)
-    pairs = [[torch.randint(shape.head.vocab, (n,), generator=g).tolist() for n in pair] for pair in shape.lengths]
-    labels = ik.condition_pairs(pairs, pad_token_id=0)["labels"]
-    hidden = torch.randn(*labels.shape, shape.head.hidden, generator=g).requires_grad_()
-    ends = [shape.head.vocab * i // ranks for i in range(ranks + 1)]
-    words = ends[rank + 1] - ends[rank]
-    weight = (torch.randn(words, shape.head.hidden, generator=g) / shape.head.hidden**0.5).requires_grad_()
+    batch = PairBatch(shape, dtype=torch.float32, device=torch.device("cpu"), rows=True)
+    assert batch.labels is not None
+    labels, (first, last) = batch.labels, (shape.head.vocab * i // ranks for i in (rank, rank + 1))
+    hidden, weight = batch.hidden.requires_grad_(), batch.weight[first:last].clone().requires_grad_()
 
     def ours() -> None:
         hidden.grad = weight.grad = None
         out = ik.fused_inspo_loss(hidden, weight, labels, objective="simpo", process_group=dist.group.WORLD)
         out.loss.backward()
 
-    return ours, products(hidden.detach().flatten(0, 1)[: shape.scored], weight.detach(), 3)
+    return ours, products(batch.scored_rows(hidden.detach()), weight.detach(), 3)
 
 
 def tables(result: dict[str, Any]) -> str:

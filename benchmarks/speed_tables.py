@@ -30,13 +30,9 @@ def loss(result: dict[str, Any]) -> str:
     titles = [f"{cell['shape']}: {what}" for cell in cells for what in ("time / floor (quartiles)", "peak memory")]
     table = []
     for name in cells[0]["contenders"]:
-        texts, errors = [], []
-        for row in rows_of(name, cells, "not yet measured"):
-            if row["status"] == "measured":
-                texts += [_times_floor(row, name), mebibytes(row)]
-                errors += row.get("relative_error", {}).values()
-            else:
-                texts += [row["status"], ""]
+        rows = rows_of(name, cells)
+        texts = [text for row in rows for text in _time_and_memory(row, name)]
+        errors = [error for row in rows for error in row.get("relative_error", {}).values()]
         table.append([TITLES[name], *texts, f"{max(errors):.0e}" if errors else ""])
     return section(
         result,
@@ -48,13 +44,16 @@ def loss(result: dict[str, Any]) -> str:
     )
 
 
-def rows_of(name: str, cells: Iterable[Mapping[str, Any]], missing: str) -> list[dict[str, Any]]:
-    """Return a contender's row in each cell; a row that is not there has the status ``missing``."""
-    return [cell["contenders"].get(name, {"status": missing}) for cell in cells]
+def rows_of(name: str, cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a contender's row in each cell."""
+    return [cell["contenders"].get(name, {"status": "not yet measured"}) for cell in cells]
 
 
-def _times_floor(row: dict[str, Any], name: str) -> str:
-    return ratio_text(row["times_floor"], name == "floor") if row.get("times_floor") else "not yet timed"
+def _time_and_memory(row: dict[str, Any], name: str) -> tuple[str, str]:
+    if row["status"] != "measured":
+        return row["status"], ""
+    ratio = row.get("times_floor")
+    return ratio_text(ratio, name == "floor") if ratio else "not yet timed", mebibytes(row)
 
 
 def savings(result: dict[str, Any]) -> str:
@@ -80,11 +79,8 @@ def logps(result: dict[str, Any]) -> str:
     table = []
     for name in first["contenders"]:
         if name != "floor":
-            texts = (
-                f"{_times_floor(row, name)}, {mebibytes(row)}" if row["status"] == "measured" else row["status"]
-                for row in rows_of(name, cells, "not yet measured")
-            )
-            table.append([TITLES[name], *texts])
+            texts = (_time_and_memory(row, name) for row in rows_of(name, cells))
+            table.append([TITLES[name], *(", ".join(filter(None, pair)) for pair in texts)])
     return section(
         result,
         "logps_cpu.json",
@@ -99,11 +95,9 @@ def scaling(result: dict[str, Any]) -> str:
     sweeps = result["fits"]
     table = []
     for name in dict.fromkeys(name for fit in sweeps.values() for name in fit):
-        cells = []
-        for fit in sweeps.values():
-            exponents = [fit.get(name, {}).get(key) for key in ("seconds", "peak_bytes")]
-            cells.append(", ".join("-" if f is None else f"{f['exponent']:.2f}" for f in exponents))
-        table.append([TITLES[name], *cells])
+        found = [[fit.get(name, {}).get(key) for key in ("seconds", "peak_bytes")] for fit in sweeps.values()]
+        texts = (", ".join("-" if one is None else f"{one['exponent']:.2f}" for one in pair) for pair in found)
+        table.append([TITLES[name], *texts])
     return section(
         result,
         "scaling_cpu.json",
@@ -186,16 +180,14 @@ def _same_work(result: dict[str, Any]) -> str:
     work = result["same_work"]
     parts = []
     for name, row in work["contenders"].items():
-        if name == "four_forwards":
-            continue
-        if "errors" not in row:
-            parts.append(f"{result['titles'][name]}: {row['status']}")
-            continue
-        verdict = "" if row["same"] else ", NOT THE SAME"
-        parts.append(
-            f"{result['titles'].get(name, name)}: losses differ by at most {row['errors']['loss']:.0e}, weights by "
-            f"{row['errors']['weights']:.0e} of the distance they moved{verdict}"
-        )
+        found = row["status"]
+        if "errors" in row:
+            found = (
+                f"losses differ by at most {row['errors']['loss']:.0e}, weights by {row['errors']['weights']:.0e} of "
+                f"the distance they moved{'' if row['same'] else ', NOT THE SAME'}"
+            )
+        if name != "four_forwards":
+            parts.append(f"{result['titles'].get(name, name)}: {found}")
     return f"After {work['updates']} updates in {work['dtype']}, relative to four forwards: {'; '.join(parts)}."
 
 
@@ -241,9 +233,8 @@ MAIN_SHAPE = ("llama3-8b", 8192)
 
 
 def _main_cells(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the cells of the main shape by mode, or the first cell if the main shape was not measured."""
-    cells = [cell for cell in result["cells"] if (cell["model"], cell["tokens"]) == MAIN_SHAPE]
-    return {cell["mode"]: cell for cell in cells or result["cells"][:1]}
+    """Return the cells of the main shape by mode."""
+    return {c["mode"]: c for c in result["cells"] if (c["model"], c["tokens"]) == MAIN_SHAPE}
 
 
 def _sequence_error(result: dict[str, Any], name: str) -> str:
@@ -260,9 +251,8 @@ def _sequence_error(result: dict[str, Any], name: str) -> str:
 def _gpu_cell(row: dict[str, Any], name: str) -> str:
     if row.get("status") != "measured":
         return "not measured"
-    ratio = ratio_text(row["times_floor"], name == "floor")
-    memory = "" if name == "floor" else f", {mebibytes(row)}"
-    return f"{ratio}, {1e3 * row['seconds']['median']:.1f} ms{memory}"
+    ratio, memory = _time_and_memory(row, name)
+    return f"{ratio}, {1e3 * row['seconds']['median']:.1f} ms" + ("" if name == "floor" else f", {memory}")
 
 
 def _gpu_about(result: dict[str, Any]) -> str:
@@ -277,11 +267,9 @@ def gpu_savings(result: dict[str, Any]) -> str:
     table = []
     for name, title in GPU_ROWS.items():
         if name != "trl_trainer" and train.get(name, {}).get("status") == "measured":
-            plain = name == "floor"
-            ratio = ratio_text(train[name]["times_floor"], plain)
+            ratio, memory = _time_and_memory(train[name], name)
             forward = ratio_text(score[name]["times_floor"], is_base=True)
-            memory = "" if plain else mebibytes(train[name])
-            table.append([title, ratio, memory, forward, _sequence_error(result, name)])
+            table.append([title, ratio, "" if name == "floor" else memory, forward, _sequence_error(result, name)])
     titles = ("forward + backward (quartiles)", "its peak memory, gradients included", "forward only", "error, nats")
     return section(
         result,
