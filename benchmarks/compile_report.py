@@ -232,22 +232,15 @@ def launches_of_tests(folder: Path) -> Path:
     return file
 
 
-HEADER = (
-    f"{'target':7} {'kernel':14} {'regs':>4} {'stack':>5} {'shared':>7} {'load':>4} {'store':>5} {'progs':>5} "
-    f"{'instr':>5} {'mufu':>4}  configuration"
-)
+COLUMNS = ("registers", "stack_bytes", "shared_bytes", "widest_load", "widest_store", "residents")
+HEADER = f"{'target':7} {'kernel':14} {' '.join(COLUMNS)} instructions special  configuration"
 
 
 def _line(row: dict[str, Any]) -> str:
-    line = f"{row['target']:7} {row['kernel']:14} "
-    if "registers" in row:
-        per_element = row.get("per_element")
-        loop = f"{per_element['instructions']:>5.1f} {per_element['special']:>4g}" if per_element else " " * 10
-        line += (
-            f"{row['registers']:>4} {row['stack_bytes']:>5} {row['shared_bytes']:>7} {row['widest_load']:>4} "
-            f"{row['widest_store']:>5} {row.get('residents', ''):>5} {loop}  "
-        )
-    line += row["configuration"]
+    counts = {name: round(value, 1) for name, value in row.get("per_element", {}).items()}
+    figures = (f"{row.get(name, ''):>{len(name)}}" for name in COLUMNS)
+    loop = (f"{counts.get(name, ''):>{width}}" for name, width in (("instructions", 12), ("special", 7)))
+    line = f"{row['target']:7} {row['kernel']:14} {' '.join([*figures, *loop])}  {row['configuration']}"
     for chip, limit in row.get("bound", {}).items():
         line += f" [{chip}: {limit['bound']}, issue / moving bytes {limit['issue_of_moving']:.2f}]"
     if row.get("spills") and any(row["spills"].values()):

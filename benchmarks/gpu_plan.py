@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .batches import MODELS, HeadShape, ModelShape
-from .gpu_accuracy import SEQUENCE_NAT
+from .gpu_accuracy import SEQUENCE_NAT, sequence_errors
 from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN
 
 # What the bytes allow on an H200 if tiles of logits stay in the cache.
@@ -87,12 +87,8 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     peak = triton_row(cells.get(TRAIN)).get("peak_bytes")
     share = peak / expected if peak and expected else None
     found.append((f"{TRAIN}: peak memory / (workspace + dX + dW)", MEMORY_TARGET, share))
-    errors = [
-        r["errors"]["sequence_nat"]
-        for r in result["accuracy"]
-        if (r["contender"], r["dtype"], r["response"]) == ("triton", "bfloat16", FULL.response)
-        and "sequence_nat" in r.get("errors", {})
-    ]
+    whole = [row for row in result["accuracy"] if row["response"] == FULL.response]
+    errors = sequence_errors(whole, "triton", "bfloat16")
     what = f"bfloat16: log-probs of {FULL.response} tokens, nat from float64"
     found.append((what, SEQUENCE_NAT, max(errors, default=None)))
     return [

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import inspo_kernels as ik
 
 from .batches import ModelShape, PairBatch, dtype_of
-from .contenders import BETA, ours
+from .contenders import ours
 from .gpu_plan import Plan
-from .gpu_processes import run_in_group
 from .harness import compared, reason, seconds_behind_work, spread
 from .measure import TRAIN, products_of
 
@@ -37,32 +29,24 @@ def autocast(batch: PairBatch, rounds: int, seconds: float) -> Rows:
 
     Marginals are the same rows once more, scored given the prompt alone: monitored (weight 0) or part of the loss.
     """
-    device = batch.hidden.device
-    hidden, weight = batch.hidden.float(), batch.weight.float()
-    pairs = len(batch.ref_logps) // 2
-    twice = torch.cat([batch.segment_ids, batch.segment_ids + 2 * pairs])
-    forms: dict[str, tuple[Tensor, Tensor, Tensor, float]] = {
-        "autocast": (hidden, batch.targets, batch.segment_ids, 0.0),
-        "autocast, marginals monitored": (torch.cat([hidden] * 2), batch.targets.repeat(2), twice, 0.0),
-        "autocast, marginals in the loss": (torch.cat([hidden] * 2), batch.targets.repeat(2), twice, 0.5),
+    device, weight, pairs = batch.hidden.device, batch.weight.float(), len(batch.ref_logps) // 2
+    single, double = copy.copy(batch), copy.copy(batch)
+    single.hidden, double.hidden = batch.hidden.float(), torch.cat([batch.hidden.float()] * 2)
+    double.targets = batch.targets.repeat(2)
+    double.segment_ids = torch.cat([batch.segment_ids, batch.segment_ids + 2 * pairs])
+    forms = {
+        "autocast": (single, 0.0),
+        "autocast, marginals monitored": (double, 0.0),
+        "autocast, marginals in the loss": (double, 0.5),
     }
 
-    def step(x: Tensor, labels: Tensor, segment_ids: Tensor, marginal_weight: float, accumulated: int = 1) -> None:
-        leaf, head = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    def step(form: PairBatch, marginal_weight: float, accumulated: int = 1) -> None:
+        loss_of = ours("auto", num_pairs=pairs, marginal_weight=marginal_weight)
+        leaf, head = form.hidden.detach().requires_grad_(), weight.detach().requires_grad_()
         for _ in range(accumulated):
             with torch.autocast(device.type, torch.bfloat16):
-                out = ik.fused_inspo_loss(
-                    leaf,
-                    head,
-                    labels,
-                    segment_ids=segment_ids,
-                    num_pairs=pairs,
-                    ref_logps=batch.ref_logps,
-                    objective=ik.DPO(beta=BETA),
-                    marginal_weight=marginal_weight,
-                    softcap=batch.softcap,
-                )
-            out.loss.backward()
+                loss, _ = loss_of(leaf, head, form)
+            loss.backward()
 
     runs: dict[str, Callable[[], Any]] = {"floor": products_of(batch, TRAIN)}
     runs |= {name: partial(step, *form) for name, form in forms.items()}
@@ -97,13 +81,10 @@ def statistics(batch: PairBatch, rounds: int, seconds: float) -> Rows:
 
 def trees(plan: Plan, device: torch.device, seconds: float) -> Rows:
     """Forward and backward of a llama over conditioned pairs: rows, and trees with either attention."""
+    from .step_jobs import random_pairs
+
     prompt, response = plan.tree_lengths
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(count: int) -> list[int]:
-        return torch.randint(3, plan.tree_model.vocab, (count,), generator=generator).tolist()
-
-    examples = [tuple(map(ids, (prompt, response, response))) for _ in range(plan.tree_pairs)]
+    examples = random_pairs([(prompt, response, response)] * plan.tree_pairs, plan.tree_model.vocab)
     runs: dict[str, Callable[[], Any]] = {}
     for layout, attention in (("rows", "sdpa"), ("tree", "sdpa"), ("packed_tree", "flex_attention")):
         name = f"{layout}, {attention}".replace("packed_tree", "packed tree")
@@ -118,7 +99,7 @@ def trees(plan: Plan, device: torch.device, seconds: float) -> Rows:
 
 
 def tree_run(
-    shape: ModelShape, examples: list[tuple[list[int], ...]], layout: str, attention: str, device: torch.device
+    shape: ModelShape, examples: Sequence[tuple[list[int], ...]], layout: str, attention: str, device: torch.device
 ) -> Callable[[], None]:
     """Return one step, forward and backward, of a random llama over the pairs in a layout."""
     from .step_jobs import layout_loss, moved
@@ -138,86 +119,42 @@ def tree_run(
 
 
 def training_run(plan: Plan, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Train a random model on random pairs through the command line, and return the speed that its log shows."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_model(folder / "model", plan.trained_model, device)
-        config = write_training_config(folder, plan, device)
-        command = [sys.executable, "-m", "training.train", "--config", str(config)]
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
-        start, limit = time.perf_counter(), seconds - 5
-        code = run_in_group(command, folder / "log", limit, environment)
-        end_of_log = (folder / "log").read_text().strip().splitlines()[-5:]
-        status = f"stopped after {limit:.0f} s" if code is None else "measured"
-        if code:
-            missing = re.fullmatch(r"ModuleNotFoundError: No module named '(\w+).*", "".join(end_of_log[-1:]))
-            status = f"not available: {missing[1]} is not installed" if missing else f"failed: exit status {code}"
-        result = {"status": status, "seconds": time.perf_counter() - start, **training_figures(folder / "run", plan)}
-        if status != "measured":
-            result["end_of_log"] = end_of_log
-        return result
-
-
-def save_model(folder: Path, shape: ModelShape, device: torch.device) -> None:
-    """Save a random llama, made on the device, with a byte-level tokenizer."""
-    from training.model import byte_tokenizer
-
-    shape.build(dtype_of(device), device).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # leaves the memory to the run, which is another process
-
-
-def write_training_config(folder: Path, plan: Plan, device: torch.device) -> Path:
-    """Write pairs of random letters and the run's options; only here are the trainer's option names known."""
-    generator = torch.Generator().manual_seed(0)
-    prompt, response = plan.trained_lengths
-
-    def text(count: int) -> str:
-        return "".join(chr(97 + i) for i in torch.randint(26, (count,), generator=generator).tolist())
-
-    pairs = [{"prompt": text(prompt), "chosen": text(response), "rejected": text(response)} for _ in range(128)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    on_gpu = device.type == "cuda"
-    options = {
-        "model": str(folder / "model"),
-        "train_data": str(folder / "pairs.jsonl"),
-        "output_dir": str(folder / "run"),
-        "max_length": 4096,
-        "max_steps": plan.training_steps,
-        "per_device_train_batch_size": 8 if on_gpu else 2,
-        "max_batch_tokens": 16384,
-        "dtype": "float32",
-        "bf16": on_gpu,
-        "learning_rate": 1e-6,
-        "logging_steps": max(1, plan.training_steps // 10),
-        "keep_best": False,
-        "save_strategy": "no",  # only the steps are measured
-    }
-    path = folder / "config.yaml"
-    path.write_text(json.dumps(options))  # JSON is YAML
-    return path
-
-
-def training_figures(run: Path, plan: Plan) -> dict[str, Any]:
-    """Read from its log the speed of a run's later half, when it is warm. Only this function knows the log's format.
+    """Train a random model on random pairs with the training loop, and return the speed of the later half of its logs.
 
     ``tflops``: matmuls with the weights, 6 operations per weight and token, without attention. A step's tokens are
-    those of its trees; the head takes the scored tokens alone.
+    those of its trees; the head takes the scored tokens alone. A run ends early rather than exceed ``seconds``.
     """
-    file = run / "metrics.jsonl"
-    rows = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
-    rows = [row for row in rows if "tokens_per_second" in row]
-    later = rows[len(rows) // 2 :]
-    found: dict[str, Any] = {"steps": rows[-1]["step"] if rows else 0}
+    from training.config import TrainConfig
+    from training.train import train
+
+    from .step_jobs import random_pairs
+    from .step_trainers import StopAfter
+
+    on_gpu, shape, (prompt, response) = device.type == "cuda", plan.trained_model, plan.trained_lengths
+    config = TrainConfig(
+        max_length=4096,
+        max_steps=plan.training_steps,
+        per_device_train_batch_size=8 if on_gpu else 2,
+        max_batch_tokens=16384,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        learning_rate=1e-6,
+        logging_steps=max(1, plan.training_steps // 10),
+        keep_best=False,
+        save_strategy="no",  # only the steps are measured
+    )
+    pairs, model = random_pairs([(prompt, response, response)] * 128, shape.vocab), shape.build(torch.float32, device)
+    ending = [StopAfter(seconds - 10)]
+    trained = train(config, pairs, model=model, pad_token_id=model.config.pad_token_id, callbacks=ending)
+    rows = [row for row in trained.metrics if "tokens_per_second" in row]
+    if not rows:
+        return {"status": "not measured: out of time before the first log"}
+    found: dict[str, Any] = {"status": "measured", "steps": rows[-1]["step"]}
     for name in ("tokens_per_second", "peak_memory_gib"):
-        if values := [row[name] for row in later if name in row]:
+        if values := [row[name] for row in rows[len(rows) // 2 :] if name in row]:
             found[name] = spread(values)
-    if "tokens_per_second" in found:
-        shape, (prompt, response) = plan.trained_model, plan.trained_lengths
-        projections = 2 * shape.hidden**2 * (1 + (shape.kv_heads or shape.heads) / shape.heads)
-        body = shape.layers * (projections + 3 * shape.hidden * shape.intermediate)
-        scored = 2 * response / (prompt + 4 * response)
-        operations = 6 * (body + scored * shape.hidden * shape.vocab)
-        found["tflops"] = operations * found["tokens_per_second"]["median"] / 1e12
-    return found
+    projections = 2 * shape.hidden**2 * (1 + (shape.kv_heads or shape.heads) / shape.heads)
+    body = shape.layers * (projections + 3 * shape.hidden * shape.intermediate)
+    scored = 2 * response / (prompt + 4 * response)
+    operations = 6 * (body + scored * shape.hidden * shape.vocab)
+    return found | {"tflops": operations * found["tokens_per_second"]["median"] / 1e12}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .contenders import CONTENDERS
+from .gpu_accuracy import sequence_errors
 from .measure import FORWARD, PRODUCTS, TRAIN
 from .tables import TITLES, markdown, mebibytes, ratio_text, section
 
@@ -239,12 +240,7 @@ def _main_cells(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _sequence_error(result: dict[str, Any], name: str) -> str:
     """Return the largest error of a contender's summed log-probs, without a soft-cap, in the dtype that is timed."""
-    found = [
-        row["errors"]["sequence_nat"]
-        for row in result["accuracy"]
-        if (row["contender"], row["dtype"], row["softcap"]) == (name, result["dtype"], None)
-        and "sequence_nat" in row.get("errors", {})
-    ]
+    found = sequence_errors([row for row in result["accuracy"] if row["softcap"] is None], name, result["dtype"])
     return f"{max(found):.1g}" if found else ""
 
 

@@ -18,6 +18,7 @@ import inspo_kernels as ik
 from inspo_kernels.layouts.conditioning import IGNORE_INDEX
 
 from .contenders import BETA
+from .harness import Timer
 from .step_jobs import Job, Pair, Trained, counting_positions, now
 
 
@@ -54,6 +55,16 @@ class Clock(TrainerCallback):
             self.seconds = now(self.device) - self.start
 
 
+class StopAfter(TrainerCallback):
+    """End training after the first step that ends later than ``seconds`` from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self.timer = Timer(seconds)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= self.timer.left < 0
+
+
 class TrainerStep:
     """Train with TRL's DPOTrainer, or with InSPOTrainer if ``layout`` is given.
 
@@ -87,10 +98,16 @@ class TrainerStep:
     def _build(self, collator: ConditioningCollator | None) -> Any:
         """Return the trainer. It computes the reference's log-probs in its constructor."""
         from datasets import Dataset, disable_progress_bars
+        from trl import DPOConfig, DPOTrainer
 
         disable_progress_bars()
         job, model = self.job, self.job.model
-        trainer_class, config_class, options = self._classes()
+        classes: tuple[Any, Any, dict[str, str]] = (DPOTrainer, DPOConfig, {})
+        if self.layout is not None:
+            from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
+
+            classes = (InSPOTrainer, InSPOConfig, {"layout": self.layout})
+        trainer_class, config_class, options = classes
         assert all(w[-1] == l[-1] == model.config.eos_token_id for _, w, l in job.pairs)  # the trainer appends it
         return trainer_class(
             model,
@@ -120,15 +137,6 @@ class TrainerStep:
             processing_class=_id_tokenizer(model.config.vocab_size),
             callbacks=[self.clock],
         )
-
-    def _classes(self) -> tuple[Any, Any, dict[str, str]]:
-        if self.layout is None:
-            from trl import DPOConfig, DPOTrainer
-
-            return DPOTrainer, DPOConfig, {}
-        from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
-
-        return InSPOTrainer, InSPOConfig, {"layout": self.layout}
 
     @contextlib.contextmanager
     def _around(self) -> Iterator[None]:

@@ -282,14 +282,17 @@ def test_main_shape_comes_before_the_other_shapes():
     assert len(others) == len(set(others)) == 4 * 5 * 3 - 3
 
 
-def test_training_without_a_package_names_it(monkeypatch):
-    def run(command, log, *_):
-        log.write_text("Traceback\nModuleNotFoundError: No module named 'filelock'\n")
-        return 1
+@pytest.mark.parametrize("seconds, steps", [(60.0, 3), (10.0, 1)])
+def test_training_is_measured_until_time_is_over(seconds, steps):
+    result = gpu_training.training_run(gpu_plan.QUICK, CPU, seconds)
+    assert result["status"] == "measured" and result["steps"] == steps
+    assert result["tokens_per_second"]["median"] > 0 and result["tflops"] > 0
 
-    monkeypatch.setattr(gpu_training, "run_in_group", run)
-    result = gpu_training.training_run(gpu_plan.QUICK, CPU, 60.0)
-    assert result["status"] == "not available: filelock is not installed"
+
+def test_autocast_and_trees_are_measured():
+    rows = dict(gpu_training.autocast(batch_of(), 1, 1.0)) | dict(gpu_training.trees(gpu_plan.QUICK, CPU, 1.0))
+    assert rows.pop("packed tree, flex_attention") == {"status": "needs a GPU"}
+    assert {row["status"] for row in rows.values()} == {"measured"} and len(rows) == 7
 
 
 def test_cells_without_time_are_noted(tmp_path, monkeypatch):
