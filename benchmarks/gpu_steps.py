@@ -20,7 +20,7 @@ from . import gpu_accuracy, gpu_decomposition, gpu_training, gpu_tuning
 from .batches import PairBatch, dtype_of, equal, random_head, scored_tokens
 from .contenders import CONTENDERS, OURS, Contender, chosen
 from .gpu_plan import FULL, QUICK, Plan
-from .gpu_processes import end_with_parent, exit_when_asked, run_tests
+from .gpu_processes import end_with_parent, run_tests
 from .harness import Timer, reason
 from .measure import LOSS, TRAIN, measure
 from .result_files import checked_device, dtype_name, make_parser, write_json
@@ -263,7 +263,6 @@ def device_notes(device: torch.device) -> list[str]:
 
 
 def main(given: dict[str, Any]) -> int:
-    exit_when_asked()
     end_with_parent()
     name, plan, out = given["name"], QUICK if given["quick"] else FULL, Path(given["out"])
     device = checked_device(make_parser("gpu_steps", __doc__), given["device"])
