@@ -26,7 +26,7 @@ from training.demo.settings import Settings
 from training.demo.stages import run_demo
 
 from .result_files import command, make_parser, provenance, result_file, resumed, write_json
-from .tables import markdown, section
+from .tables import markdown, paragraphs
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
@@ -61,9 +61,7 @@ def demo(result: dict[str, Any]) -> str:
         texts = [text for row in rows for text in (f"{row['accuracy']['mean']:.2f}", _gain(row))]
         table.append([title, *texts, "" if name == "base" else f"{above[0]} greedy, {above[1]} sampled"])
     titles = ["greedy: right", "gain over base", "sampled: right", "gain over base", "seeds with gain > 0 (95%)"]
-    return section(
-        result,
-        "demo_seeds.json",
+    return paragraphs(
         f"Answers to unseen prompts in the demo's world, given the prompt alone and graded exactly; {summary['seeds']} "
         "seeds, each with its own base, data and initialisation:",
         markdown(["", *titles], table),

@@ -8,7 +8,7 @@ from typing import Any
 from .contenders import CONTENDERS
 from .gpu_accuracy import sequence_errors
 from .measure import FORWARD, PRODUCTS, TRAIN
-from .tables import TITLES, markdown, mebibytes, ratio_text, section
+from .tables import TITLES, markdown, mebibytes, paragraphs, ratio_text
 
 SAVINGS = {
     "torch": "inspo_kernels",
@@ -35,9 +35,7 @@ def loss(result: dict[str, Any]) -> str:
         texts = [text for row in rows for text in _time_and_memory(row, name)]
         errors = [error for row in rows for error in row.get("relative_error", {}).values()]
         table.append([TITLES[name], *texts, f"{max(errors):.0e}" if errors else ""])
-    return section(
-        result,
-        "loss_cpu.json",
+    return paragraphs(
         f"The pairwise loss, {result['dtype']}, forward + backward:",
         "\n".join(shapes),
         markdown(["", *titles, "worst error against float64"], table),
@@ -82,9 +80,7 @@ def logps(result: dict[str, Any]) -> str:
         if name != "floor":
             texts = (_time_and_memory(row, name) for row in rows_of(name, cells))
             table.append([TITLES[name], *(", ".join(filter(None, pair)) for pair in texts)])
-    return section(
-        result,
-        "logps_cpu.json",
+    return paragraphs(
         f"Time relative to the bare matmuls of each mode (their number in parentheses), and peak memory, for "
         f"{first['scored_tokens']:,} tokens, H = {first['hidden']}, V = {first['vocab']:,}, {result['dtype']}:",
         markdown(["", *(f"{cell['mode']} ({PRODUCTS[cell['mode']]})" for cell in cells)], table),
@@ -99,9 +95,7 @@ def scaling(result: dict[str, Any]) -> str:
         found = [[fit.get(name, {}).get(key) for key in ("seconds", "peak_bytes")] for fit in sweeps.values()]
         texts = (", ".join("-" if one is None else f"{one['exponent']:.2f}" for one in pair) for pair in found)
         table.append([TITLES[name], *texts])
-    return section(
-        result,
-        "scaling_cpu.json",
+    return paragraphs(
         "Exponents of power laws fitted to time and to peak memory (1 is linear growth, 0 is constant). Each column "
         "changes one quantity:",
         markdown(["", *sweeps], table),
@@ -138,9 +132,7 @@ def step(result: dict[str, Any]) -> str:
         f"The training loop groups pairs of similar length ({'; '.join(padding)}). All other contenders process a "
         "step's pairs as one batch. TRL would also pad less with smaller batches."
     )
-    return section(
-        result,
-        "step_cpu.json",
+    return paragraphs(
         f"Time of a whole training step relative to four forwards (quartiles), and peak memory, in {result['dtype']}. "
         "Rows differ in the prompt's share of prompt + chosen + rejected, or use the lengths of real pairs. The "
         "baseline runs four forwards in every step: policy and reference, chosen and rejected. All others compute the "
@@ -200,9 +192,7 @@ def trainers(result: dict[str, Any]) -> str:
         ratio = row.get("times_trl_compact")
         return f"{ratio_text(ratio, name == 'trl_compact') if ratio else 'not yet timed'}, {mebibytes(row)}"
 
-    return section(
-        result,
-        "trl_step_cpu.json",
+    return paragraphs(
         f"Time of a step relative to DPOTrainer (quartiles), and peak memory, in {result['dtype']}. Both trainers make "
         f"the same updates. The last of {result['cells'][0]['updates']} steps is logged. On this step InSPOTrainer "
         "also scores the marginals.",
@@ -267,9 +257,7 @@ def gpu_savings(result: dict[str, Any]) -> str:
             forward = ratio_text(score[name]["times_floor"], is_base=True)
             table.append([title, ratio, "" if name == "floor" else memory, forward, _sequence_error(result, name)])
     titles = ("forward + backward (quartiles)", "its peak memory, gradients included", "forward only", "error, nats")
-    return section(
-        result,
-        "gpu.json",
+    return paragraphs(
         f"The pairwise loss on an {result['device']['name']}, for {_gpu_about(result)} (Llama-3-8B's head). Times are "
         f"relative to the floor: the LM head's matmuls alone, {PRODUCTS[TRAIN]} for forward + backward and "
         f"{PRODUCTS[FORWARD]} for a forward without gradients. Each call is queued behind other GPU work, as "
@@ -305,9 +293,7 @@ def gpu(result: dict[str, Any]) -> str:
         + row["verdict"]
         for row in result["targets"]
     )
-    return section(
-        result,
-        "gpu.json",
+    return paragraphs(
         f"The pairwise loss, for {_gpu_about(result)}. A cell gives the time relative to the bare matmuls of its mode "
         "(their number is in the title; quartiles follow), the time, and the peak memory above the inputs. Each call "
         "is queued behind other GPU work, as in training. The last column is the largest error of a response's "
@@ -378,9 +364,7 @@ def gpu_form(result: dict[str, Any]) -> str:
     """Give the times of the library's matmuls with the row pass on the same GPU."""
     cells = _main_cells(result)
     texts = [f"{mode} {cell['contenders']['triton']['times_floor']['median']:.2f}" for mode, cell in cells.items()]
-    return section(
-        result,
-        "gpu_library_form.json",
+    return paragraphs(
         "Other GPUs and dtypes use the library's matmuls, with a kernel that reads the logits between them. With an "
         f"idle {result['device']['name']} and labels on the GPU, this form of the loss took, relative to the bare "
         f"matmuls: {', '.join(texts)}.",

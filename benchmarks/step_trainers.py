@@ -41,18 +41,16 @@ class ConditioningCollator:
 
 
 class Clock(TrainerCallback):
-    """Measure the time from the first step's start to the last step's end."""
+    """Record the times at which steps begin, and at which the last one ended."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.start, self.seconds = device, 0.0, 0.0
+        self.device, self.begins, self.end = device, list[float](), 0.0
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 0:
-            self.start = now(self.device)
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.begins.append(now(self.device))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == state.max_steps:
-            self.seconds = now(self.device) - self.start
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.end = now(self.device)
 
 
 class StopAfter(TrainerCallback):
@@ -147,11 +145,13 @@ class TrainerStep:
 
     def __call__(self) -> Trained:
         self.losses.clear()
+        self.clock.begins.clear()
         trained = Trained(reference_seconds=self.reference_seconds)
         with self._around(), counting_positions([self.job.model], trained):
             self.trainer.train()
         self.job.model.eval()
-        trained.losses, trained.seconds = [loss.item() for loss in self.losses], self.clock.seconds
+        trained.seconds = self.clock.end - self.clock.begins[0]
+        trained.losses = [loss.item() for loss in self.losses]
         return trained
 
 
