@@ -248,8 +248,9 @@ def recording(launcher: Callable[..., Any]) -> Callable[..., Any]:
             addresses.append(address)
             return Layout(value.dtype, tuple(value.shape), value.stride(), address % 16, same_as)
 
+        given = [written(value) for value in args]  # before the options: ``same_as`` counts in this order
         options = {name: written(value) for name, value in kwargs.items() if name != "arch"}
-        one = (launcher.__module__, launcher.__name__, [written(value) for value in args], options)
+        one = (launcher.__module__, launcher.__name__, given, options)
         _calls[pickle.dumps(one)] = None
         return launcher(*args, **kwargs)
 
