@@ -12,10 +12,10 @@ import torch
 import inspo_kernels as ik
 
 from .batches import ModelShape, PairBatch, dtype_of
-from .contenders import ours
+from .contenders import Contender, ours
 from .gpu_plan import Plan
 from .harness import compared, reason, seconds_behind_work, spread
-from .measure import TRAIN, products_of
+from .measure import TRAIN, products_of, step
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 STATISTICS = ("entropy", "mean_logit", "is_top1", "logsumexp")
@@ -40,7 +40,7 @@ def autocast(batch: PairBatch, rounds: int, seconds: float) -> Rows:
         "autocast, marginals in the loss": (double, 0.5),
     }
 
-    def step(form: PairBatch, marginal_weight: float, accumulated: int = 1) -> None:
+    def train(form: PairBatch, marginal_weight: float, accumulated: int = 1) -> None:
         loss_of = ours("auto", num_pairs=pairs, marginal_weight=marginal_weight)
         leaf, head = form.hidden.detach().requires_grad_(), weight.detach().requires_grad_()
         for _ in range(accumulated):
@@ -49,8 +49,8 @@ def autocast(batch: PairBatch, rounds: int, seconds: float) -> Rows:
             loss.backward()
 
     runs: dict[str, Callable[[], Any]] = {"floor": products_of(batch, TRAIN)}
-    runs |= {name: partial(step, *form) for name, form in forms.items()}
-    runs["autocast, 4 micro-batches: 12 matmuls"] = partial(step, *forms["autocast"], accumulated=4)
+    runs |= {name: partial(train, *form) for name, form in forms.items()}
+    runs["autocast, 4 micro-batches: 12 matmuls"] = partial(train, *forms["autocast"], accumulated=4)
     yield from compared(runs, "floor", str(device), rounds, seconds=seconds / 2, clock=seconds_behind_work).items()
 
 
@@ -65,9 +65,7 @@ def statistics(batch: PairBatch, rounds: int, seconds: float) -> Rows:
             ik.linear_logps(batch.hidden, batch.weight, batch.targets, softcap=batch.softcap, **options)
 
     def loss(**options: Any) -> None:
-        hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()
-        value, _ = ours("auto", **options)(hidden, weight, batch)
-        value.backward()
+        step(batch, TRAIN, Contender("ours", loss=ours("auto", **options)))
 
     device = str(batch.hidden.device)
     for what, run in (("log-probs", log_probs), ("loss", loss)):

@@ -17,7 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,27 +59,18 @@ CALCULATED_TIMES = {"matmuls": 1, "gather": 3, "dx_all_reduce": 1}  # digits of 
 def calculated() -> list[dict[str, Any]]:
     """Calculate the ms of one call's matmuls and collectives on GPUs for each head, network and number of ranks."""
     rows = []
-    for head_name, head in HEADS.items():
-        for ranks in GPUS:
-            matmul = 2 * TOKENS * head.hidden * head.vocab / ranks / FLOPS
-            for network, bandwidth in NETWORKS.items():
-                reduced = 2 * (ranks - 1) / ranks * TOKENS * head.hidden * 4 / bandwidth
-                gathered = (ranks - 1) * TOKENS * 12 / bandwidth
-                waited = gathered + max(0.0, reduced - matmul)
-                rows.append(
-                    {
-                        "head": head_name,
-                        "hidden": head.hidden,
-                        "vocab": head.vocab,
-                        "ranks": ranks,
-                        "network": network,
-                        "matmuls_ms": 3e3 * matmul,
-                        "gather_ms": 1e3 * gathered,
-                        "dx_all_reduce_ms": 1e3 * reduced,
-                        "share_waited": waited / (3 * matmul + waited),
-                        "share_without_overlap": (gathered + reduced) / (3 * matmul + gathered + reduced),
-                    }
-                )
+    for (head_name, head), ranks, (network, bandwidth) in product(HEADS.items(), GPUS, NETWORKS.items()):
+        matmul = 2 * TOKENS * head.hidden * head.vocab / ranks / FLOPS
+        reduced = 2 * (ranks - 1) / ranks * TOKENS * head.hidden * 4 / bandwidth
+        gathered = (ranks - 1) * TOKENS * 12 / bandwidth
+        waited = gathered + max(0.0, reduced - matmul)
+        about = {"head": head_name, "hidden": head.hidden, "vocab": head.vocab, "ranks": ranks, "network": network}
+        times = {"matmuls_ms": 3e3 * matmul, "gather_ms": 1e3 * gathered, "dx_all_reduce_ms": 1e3 * reduced}
+        shares = {
+            "share_waited": waited / (3 * matmul + waited),
+            "share_without_overlap": (gathered + reduced) / (3 * matmul + gathered + reduced),
+        }
+        rows.append(about | times | shares)
     return rows
 
 
@@ -90,29 +84,19 @@ class Traffic:
     def watch(self) -> None:
         """Count from now on."""
         for name in (GATHER, "all_reduce"):
-            setattr(dist, name, self._timed(name, getattr(dist, name)))
+            setattr(dist, name, partial(self.run, name, getattr(dist, name)))
 
-    def _timed(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*tensors: Tensor, async_op: bool = False, **options: Any) -> Any:
-            given = tensors[-1]
-            kind = "all_reduce" if name == "all_reduce" else "gather"
-            self.sent[kind] = self.sent.get(kind, 0) + given.numel() * given.element_size()
-            start = time.perf_counter()
-            work = collective(*tensors, async_op=async_op, **options)
-            self.seconds += time.perf_counter() - start
-            return None if work is None else _TimedWork(work, self)
+    def run(self, name: str, collective: Callable[..., Any], *tensors: Tensor, **options: Any) -> Any:
+        kind = "all_reduce" if name == "all_reduce" else "gather"
+        self.sent[kind] = self.sent.get(kind, 0) + tensors[-1].nbytes
+        work = self.timed(collective, *tensors, **options)
+        return work and SimpleNamespace(wait=partial(self.timed, work.wait))
 
-        return call
-
-
-class _TimedWork:
-    def __init__(self, work: Any, traffic: Traffic) -> None:
-        self.work, self.traffic = work, traffic
-
-    def wait(self) -> None:
+    def timed(self, call: Callable[..., Any], *tensors: Tensor, **options: Any) -> Any:
         start = time.perf_counter()
-        self.work.wait()
-        self.traffic.seconds += time.perf_counter() - start
+        result = call(*tensors, **options)
+        self.seconds += time.perf_counter() - start
+        return result
 
 
 def main(arguments: list[str] | None = None) -> None:
