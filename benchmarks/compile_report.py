@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from .launches import Case, cases, recorded
@@ -100,22 +101,6 @@ LATER_TRITON = (3, 8)
 LATER_REGISTERS, LATER_RESIDENTS = 10, 2
 
 
-class CompileOnlyDriver:
-    """Replace the GPU driver. The device is the target, so each target has its own cache of compiled kernels."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return str(self.target)
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 @contextmanager
 def compiling_for(target: Target) -> Iterator[list[Any]]:
     """Let every launch inside the context compile for ``target``, run nothing, and append its kernel to the list."""
@@ -129,7 +114,10 @@ def compiling_for(target: Target) -> Iterator[list[Any]]:
     def compile_alone(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
-    driver.set_active(CompileOnlyDriver(GPUTarget(target.backend, target.arch, target.warp_size)))
+    # The device is the target, so each target has its own cache of compiled kernels.
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    answers = {"target": lambda: gpu, "device": lambda: str(gpu), "stream": lambda device: 0}
+    driver.set_active(SimpleNamespace(**{f"get_current_{what}": answer for what, answer in answers.items()}))
     JITFunction.run = compile_alone
     try:
         yield compiled

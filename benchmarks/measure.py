@@ -87,7 +87,9 @@ class Truth:
         dx = torch.zeros_like(x)
         for block, of_block in zip(batch.weight.split(BLOCK), self.dz.split(BLOCK, 1)):
             dx.addmm_(of_block, block.double())
-        self.values["dhidden"] = dx if batch.scored_mask is None else _spread(dx, batch.scored_mask)
+        if batch.scored_mask is not None:
+            dx = torch.zeros_like(batch.hidden, dtype=dx.dtype).masked_scatter_(batch.scored_mask[..., None], dx)
+        self.values["dhidden"] = dx
 
     def errors(self, got: dict[str, Tensor], relative: bool = False) -> dict[str, float]:
         """Return the gradients' relative errors by norm, and the largest errors of loss, sums and log-probs.
@@ -117,12 +119,6 @@ class Truth:
             wrong += (of_got.double() - want).square().sum().item()
             right += want.square().sum().item()
         return (wrong / right) ** 0.5
-
-
-def _spread(rows: Tensor, mask: Tensor) -> Tensor:
-    result = rows.new_zeros(*mask.shape, rows.shape[1])
-    result[mask] = rows
-    return result
 
 
 def check(
