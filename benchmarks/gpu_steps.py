@@ -142,7 +142,7 @@ def trees(context: Context) -> None:
 
 
 def training(context: Context) -> None:
-    """Measure the tokens and operations per second of one real training run through the command line."""
+    """Measure the tokens and operations per second of one real training run."""
     result = context.part["training"] = gpu_training.training_run(context.plan, context.device, context.timer.left)
     context.say(f"  training: {result}")
 
