@@ -154,7 +154,7 @@ def shapes(context: Context) -> None:
 
 
 def tuning(context: Context) -> None:
-    """Block sizes, stages and workspaces beside the shipped ones. Reported, never applied."""
+    """Block sizes and stages beside the shipped ones. Reported, never applied."""
     context.part["tuning"] = dict[str, Any]()
     for name, swept in gpu_tuning.tune(context.main_batch(), context.timer.left / 5):
         context.part["tuning"][name] = swept
