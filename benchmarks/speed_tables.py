@@ -160,7 +160,7 @@ def _step_table(
 def step_time(name: str, row: dict[str, Any], cell: dict[str, Any]) -> str:
     """Format a step's time / four forwards, its share of the one reference pass, and memory."""
     memory = "" if row.get("peak_bytes") is None else f", {mebibytes(row)}"
-    if "times_four_forwards" not in row:
+    if not row.get("times_four_forwards"):
         return f"not yet timed{memory}"
     text = ratio_text(row["times_four_forwards"], name == "four_forwards")
     if name not in ("four_forwards", "trl", "trl_compact") and row["reference_seconds_per_step"]:

@@ -43,10 +43,12 @@ def prepared(names: Sequence[str], job: Job) -> dict[str, Callable[[], Trained] 
     found: dict[str, Callable[[], Trained] | str] = {}
     start = copy.deepcopy(job.model.state_dict())
     for name in names:
+        if why := STEP_CONTENDERS[name].unavailable():
+            found[name] = why
+            continue
         own = Job(copy.deepcopy(job.model), job.batches, job.learning_rate)
         try:
-            why = STEP_CONTENDERS[name].unavailable()
-            found[name] = why or partial(from_start, own, start, STEP_CONTENDERS[name].prepare(own))
+            found[name] = partial(from_start, own, start, STEP_CONTENDERS[name].prepare(own))
         except Exception as error:
             found[name] = reason(error)
     return found
@@ -72,7 +74,7 @@ def same_work(names: Sequence[str], job: Job) -> dict[str, Any]:
                 continue
             trained = run()
             rows[name] = {"status": "measured", "losses": trained.losses}
-            weights[name] = {k: v.detach().clone() for k, v in trained.weights.items()}
+            weights[name] = trained.weights  # of its own copy of the model
         except Exception as error:
             rows[name] = {"status": reason(error)}
     if BASE not in weights:
@@ -118,8 +120,8 @@ def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], s
     runs = {n: run if isinstance(run, str) else partial(run_of, n, run) for n, run in prepared(able, job).items()}
     base, device = BASE if BASE in names else "trl_compact", str(job.model.device)
     # Runs measure themselves: building a trainer is not part of its steps.
-    clock: Callable[[Any, str], float] = lambda run, _: run()  # noqa: E731
-    compared(runs, base, device, rounds, clock=clock, memory=False, warmup=0, rows=rows, save=save_round)
+    options: dict[str, Any] = {"clock": lambda run, _: run(), "memory": False, "warmup": 0}
+    compared(runs, base, device, rounds, **options, rows=rows, save=save_round)
 
 
 def peak_of(what: dict[str, Any], name: str, device: str) -> int | str | None:
