@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .errors import InputError
 
 # Largest change of the logits that rounding causes, relative to the largest logit. In bfloat16 kernels round more.
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-
-
-def check_kind(given: str | dict[str, Any], settings: PretrainedConfig) -> None:
-    """Raise InputError if transformers has no causal language model for ``settings``, read from ``given``."""
-    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        kind = "an encoder-decoder" if getattr(settings, "is_encoder_decoder", False) else "not a causal language model"
-        raise InputError(
-            f"model {given!r}: {settings.model_type} is {kind}; choose a causal language model (decoder only)"
-        )
 
 
 def check_causal(model: PreTrainedModel, *, rounds_by_batch: bool) -> None:

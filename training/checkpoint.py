@@ -21,7 +21,7 @@ import psutil
 from safetensors import SafetensorError
 
 from .engine import gathered, process_count, process_index, raise_on_all_ranks
-from .errors import InputError, SaveError
+from .errors import SaveError
 
 FORMAT = 3
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -165,14 +165,3 @@ def rotate(folder: Path, keep: int | None) -> None:
     """Delete the oldest checkpoints until ``keep`` are left (None: keep all). Ignore copies under other names."""
     for old in list(checkpoints(folder).values())[:-keep] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def refuse_run_folder(model: Path) -> None:
-    """Raise InputError if ``model`` is the folder of a run or of its checkpoint, from which no model can be loaded."""
-    is_checkpoint = all((model / name).is_file() for name in (MANIFEST, STATE))
-    if (model / "config.json").is_file() or not (is_checkpoint or checkpoints(model) or (model / "final").is_dir()):
-        return
-    run = model.parent if is_checkpoint else model
-    found = " or ".join(str(run / name) for name in ("final", "best") if (run / name).is_dir())
-    remedy = f"give {found}" if found else "resume the run, which writes its model to final/ at the end"
-    raise InputError(f"model {str(model)!r} is the folder of a {'checkpoint' if is_checkpoint else 'run'}; {remedy}")

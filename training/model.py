@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,10 +30,9 @@ import inspo_kernels as ik
 from inspo_kernels.models import check_head
 
 from .adapters import continue_adapter, has_adapter, read_adapter
-from .causal import check_causal, check_kind
-from .checkpoint import refuse_run_folder
-from .errors import InputError, Log, as_input_error, check_names, first_of
-from .reading import local_path, reading
+from .causal import check_causal
+from .errors import InputError, Log, as_input_error, check_names, first_of, reading
+from .sources import local_path
 
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
@@ -41,22 +41,28 @@ _CHAT_TEMPLATE = (
 )
 
 
-def load_model(options: Any, *, training: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    options: Any, *, training: bool = True, meta: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return ``options.model`` in ``options.dtype`` with its tokenizer.
 
     A section of config fields builds a small random model of a ``model_type`` (default llama) with a byte-level
-    tokenizer. A folder with an adapter gives its base with the adapter active and, with ``training``, trainable. Raises
-    InputError for a model that cannot be trained as ``options`` say, and for weights that lack a tensor.
+    tokenizer. A folder with an adapter gives its base with the adapter active and, with ``training``, trainable. With
+    ``meta``, the model is on the meta device: names and shapes without memory; a local folder's weights are compared
+    with its configuration. Raises InputError for a model that cannot be trained as ``options`` say, and for weights
+    that lack a tensor.
     """
     settings = load_settings(options, training=training)
     if isinstance(options.model, dict):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            return build_model(options, settings), byte_tokenizer()
+            return build_model(options, settings, meta), byte_tokenizer()
     name = local_path(options.model)
     generation = read_generation_config(name)
     tokenizer = load_tokenizer(name)
-    model = _from_pretrained(options, name, **_quantization(options))
+    if meta and (not has_weights(name) or getattr(settings, "quantization_config", None) is not None):
+        return build_model(options, settings, meta), tokenizer
+    model = _from_pretrained(options, name, **({"device_map": "meta"} if meta else _quantization(options)))
     if not has_adapter(model):
         for parameter in model.parameters():  # a quantised folder keeps some in its own dtype
             if parameter.is_floating_point():
@@ -74,7 +80,7 @@ def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the errors below replace its report of the tensors
     try:
-        with reading(name, "weights (model.safetensors, or its parts)"):
+        with reading(name, f"model {name!r}: its weights (model.safetensors, or its parts)"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=dtype_of(options),
@@ -112,9 +118,10 @@ def dtype_of(options: Any) -> torch.dtype:
     return getattr(torch, options.dtype)
 
 
-def build_model(options: Any, settings: PretrainedConfig) -> PreTrainedModel:
-    """Return a model with random weights."""
-    with as_input_error(f"model: {options.model} does not make a causal language model: "):
+def build_model(options: Any, settings: PretrainedConfig, meta: bool) -> PreTrainedModel:
+    """Return a model with random weights, or on the meta device."""
+    prefix = f"model: {options.model} does not make a causal language model: "
+    with as_input_error(prefix), torch.device("meta") if meta else nullcontext():
         return AutoModelForCausalLM.from_config(
             settings, dtype=dtype_of(options), attn_implementation=options.attn_implementation
         )
@@ -140,21 +147,15 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     if isinstance(options.model, dict):
         return _built_settings(dict(options.model))
     name = base = local_path(options.model)
-    refuse_run_folder(Path(name))
     file = Path(name, "adapter_config.json")
     if file.is_file():
-        with reading(name, file.name):
+        with reading(name, f"model {name!r}: its {file.name}"):
             base = json.loads(file.read_text()).get("base_model_name_or_path")
         if not base:
             raise InputError(f"model {name!r}: {file.name} names no base_model_name_or_path; write the base there")
-    try:
-        with reading(base, "config.json"):
-            settings = AutoConfig.from_pretrained(base)
-    except InputError as error:
-        if base == name:
-            raise
-        raise InputError(f"model {name!r}: the base that {file.name} names cannot be read: {error}") from None
-    check_kind(name, settings)
+    _refuse_missing(base, f"model {name!r}: {file.name} names the base {base!r}" if base != name else f"model {name!r}")
+    with reading(base, f"model {base!r}: its config.json"):
+        settings = AutoConfig.from_pretrained(base)
     read_generation_config(name)
     wanted = options.quantization
     quantized = getattr(settings, "quantization_config", None)
@@ -171,12 +172,21 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     return settings
 
 
+def _refuse_missing(name: str, what: str) -> None:
+    """Raise InputError for a path that is not there: the hub would search for it for half a minute."""
+    first, _, rest = name.partition("/")
+    if Path(name).is_dir():
+        return
+    if name.startswith((".", "/", "~")) or "/" in rest or (rest and Path(first).is_dir()):
+        raise InputError(f"{what}: no such folder (working directory: {Path.cwd()})")
+
+
 def read_generation_config(name: str) -> dict[str, Any]:
     """Return what ``generation_config.json`` of a folder holds, {} if there is none. Raises InputError if damaged."""
     file = Path(name, "generation_config.json")
     if not file.is_file():
         return {}
-    with reading(name, file.name):  # transformers ignores a damaged file
+    with reading(name, f"model {name!r}: its {file.name}"):  # transformers ignores a damaged file
         return json.loads(file.read_text())
 
 
@@ -187,15 +197,13 @@ def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
     tokenizer = byte_tokenizer()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     with as_input_error(f"model: {fields} does not make a {model_type} model: "):
-        settings = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **ids, **fields})
-    check_kind(fields, settings)
-    return settings
+        return CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **ids, **fields})
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or hub id. Raises InputError if it has no vocabulary."""
     name = local_path(name)
-    with reading(name, "tokenizer (tokenizer.json, tokenizer_config.json)"):
+    with reading(name, f"model {name!r}: its tokenizer (tokenizer.json, tokenizer_config.json)"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         # From a folder with only config.json, transformers makes a tokenizer without vocabulary.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -203,25 +211,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return tokenizer
 
 
-def meta_model(options: Any) -> PreTrainedModel:
-    """Return the model on the meta device: names and shapes without memory.
-
-    If a local folder has weights, their names and shapes are compared with its configuration. Raises InputError as
-    ``load_model`` does.
-    """
-    settings = load_settings(options)
-    if not isinstance(options.model, dict) and Path(name := local_path(options.model)).is_dir():
-        if has_weights(name) and getattr(settings, "quantization_config", None) is None:
-            model = _from_pretrained(options, name, device_map="meta")
-            if has_adapter(model):
-                continue_adapter(model)
-            return model
-    with torch.device("meta"):
-        return build_model(options, settings)
-
-
 def has_weights(folder: str) -> bool:
-    """Return whether the folder of a model or an adapter should have weights: an adapter's always should."""
+    """Return whether a local folder of a model or an adapter should have weights: an adapter's always should."""
     return any(any(Path(folder).glob(kind)) for kind in ("*.safetensors", "*.bin", "adapter_config.json"))
 
 

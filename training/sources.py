@@ -6,16 +6,19 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, check_names, one_line
-from .reading import damaged_file, local_path
+from .errors import InputError, check_names, reading
 from .text_files import COMPRESSIONS, read_records
 
 _TABLES, _TEXTS = {".parquet", ".arrow"}, {".jsonl", ".json", ".ndjson", ".csv", ".tsv"}
+
+
+def local_path(name: str) -> str:
+    """Return ``name`` with ``~`` and variables replaced, as a shell does."""
+    return os.path.expandvars(os.path.expanduser(name))
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def files_of(source: Source) -> list[Source]:
     folder = Path(source.path)
     if not folder.is_dir() or _is_saved(folder):
         return [source]
-    with _loading(source):
+    with reading(source.path, source.path):
         import datasets
 
         builder = datasets.load_dataset_builder(source.path, source.subset)
@@ -159,30 +162,9 @@ class Records:
         return others | {ours: values[theirs] for ours, theirs in columns.items()}
 
     def _table_rows(self) -> Iterator[tuple[int, dict[str, Any], int]]:
-        with _loading(self.source):
+        with reading(self.source.path, self.source.path):
             for at, values in enumerate(self.rows):
                 yield at, {name: _without_nulls(value) for name, value in values.items()}, at + 1
-
-
-@contextmanager
-def _loading(source: Source) -> Iterator[None]:
-    """What goes wrong while ``datasets`` reads ``source`` becomes an InputError that says how to mend it."""
-    path = Path(source.path)
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # each way to fail has a class of its own: network, missing, gated, split, format
-        problem = f"{type(error).__name__}: {one_line(error.__cause__ or error)[:400]}"
-        if path.exists():
-            more = f"; its split {source.split!r} was asked for" if source.split else ""
-            if damaged := damaged_file(path, "**/*.parquet", "**/*.arrow"):
-                more = f"; {damaged} is damaged"
-            raise InputError(f"{path}: could not be read as data ({problem}){more}") from None
-        raise InputError(
-            f"{path}: neither a local file nor a dataset that could be loaded ({problem}); offline, give a local file "
-            "(.jsonl, .json, .csv, .parquet) or folder"
-        ) from None
 
 
 def _rows(source: Source) -> Any:
@@ -190,7 +172,7 @@ def _rows(source: Source) -> Any:
     import datasets  # slow to import, and text files do without
 
     path = Path(source.path)
-    with _loading(source):
+    with reading(source.path, source.path):
         if path.is_file():
             return datasets.load_dataset(source.kind[1:], data_files=str(path), split="train")
         if not _is_saved(path):

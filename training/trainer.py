@@ -37,7 +37,6 @@ from .references import References
 from .reporting import Progress, ReportingTrainer, RunFlow
 from .resume import Resumed, resume_hint, settings_to_keep
 from .scoring import Batch, Batcher, Conditioned, PairModel
-from .watch import Watch
 
 STARTING_SAMPLE = 32  # pairs scored for the report before step 1
 
@@ -63,7 +62,7 @@ class PairTrainer(ReportingTrainer):
         self.config, self.inputs, self.batcher, self.run_log = config, inputs, batcher, log
         self.resumed, self.stop_requested, self.stopping = resumed, stop_requested, False
         self.objective: Objective = config.make_objective()
-        self.progress, self.watch = Progress(), Watch(log.say)
+        self.progress, self.warned = Progress(), set()
         self.step_pairs: list[int] = []  # indices of the step's pairs so far
         self.step_sums: dict[str, Tensor] = {}  # their metrics, summed over the pairs of this rank
         # Model and loss are one module, always in eval mode: dropout would make policy and reference differ.
@@ -171,8 +170,6 @@ class PairTrainer(ReportingTrainer):
         """Add the metrics ``row`` of a step on the pairs ``indices`` to the window that is logged next."""
         if self.config.reference_sees_alternative:  # rewards from the prompt alone would need another reference
             row = {name: value for name, value in row.items() if not name.startswith("marginal/rewards")}
-        elif (references := self.references.of_batch(indices, False)) is not None:
-            row["ref_logps/chosen"], row["ref_logps/rejected"] = references.view(2, -1).mean(1).tolist()
         lengths = self.inputs.train_pairs.lengths[indices]
         row["tokens/chosen"], row["tokens/rejected"] = lengths[:, 1:].mean(0).tolist()
         tokens = int(self.batcher.tokens(lengths, conditioned=self.conditioned(indices)).sum())

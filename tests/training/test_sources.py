@@ -174,8 +174,8 @@ def test_a_null_prompt_is_not_replaced(tmp_path, form):
         ("d.jsonl", gzip.compress(b"{}", mtime=0), r"d\.jsonl: is not UTF-8 text; .* end names in their format: \.gz"),
         ("d.zip", b"PK\3\4\x14", r"d\.zip: is not UTF-8 text; .*unpack archives"),
         ("d.pq", b"PAR1\x15\4", r"d\.pq: is not UTF-8 text; .*\.parquet"),
-        ("d.parquet", b"no parquet", r"d\.parquet: could not be read"),
-        ("d.arrow", b"no arrow", r"d\.arrow: could not be read"),
+        ("d.parquet", b"no parquet", r"d\.parquet could not be loaded"),
+        ("d.arrow", b"no arrow", r"d\.arrow could not be loaded"),
     ],
 )
 def test_a_corrupted_file_is_named(tmp_path, name, content, message):
@@ -264,7 +264,7 @@ def test_a_corrupted_file_of_a_folder_is_named(tmp_path):
     for folder, name in (("shards", "train-00001.parquet"), ("saved", "data-00000-of-00001.arrow")):
         file = tmp_path / folder / name
         file.write_bytes(file.read_bytes()[:-200])
-        with pytest.raises(InputError, match=rf"{folder}: could not be read as data .*{name} is damaged"):
+        with pytest.raises(InputError, match=rf"{folder} could not be loaded .*{name} is damaged"):
             load_pairs(str(tmp_path / folder), TOKENIZER)
 
 
