@@ -225,12 +225,10 @@ def test_separators_count_towards_the_length():
         check_pairs([pair], [], tiny_model(max_position_embeddings=9), said.append, separator_length=3)
 
 
-def test_held_out_prompts_are_found_behind_their_cuts():
+def test_held_out_prompts_that_are_trained_on_are_counted():
     train, held_out = Pair([BOS, 5, 8, 9], [6, 6, EOS], [7, EOS]), Pair([BOS, 5, 8, 9], [6, EOS], [7, EOS])
-    cut = [select([pair], max_length=7, truncation="prompt_left") for pair in (train, held_out)]
     said = []
-    assert cut[0][0].prompt != cut[1][0].prompt
-    check_pairs(*cut, tiny_model(), said.append)
+    check_pairs([train], [held_out], tiny_model(), said.append)
     assert said == ["note: 1 of 1 eval_data pairs have a prompt of train_data; they are not held out"]
 
 

@@ -299,12 +299,6 @@ def test_a_weight_that_leaves_nothing_is_refused(tmp_path):
         load_pairs([{"path": one, "weight": 0.05}, other], TOKENIZER)
 
 
-def test_a_source_that_is_named_twice_is_noted(tmp_path):
-    file, said = write_jsonl(tmp_path / "d.jsonl", RECORDS), []
-    assert len(load_pairs([file, file], TOKENIZER, log=said.append)) == 10
-    assert "d.jsonl is listed more than once" in said[0]
-
-
 @pytest.mark.parametrize(
     "name", ["no.jsonl", "no.json", "no.csv", "no.parquet", "no.jsonl.gz", "./no", "/no/such", "~/no"]
 )
