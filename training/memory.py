@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 import inspo_kernels as ik
 
+from .batching import Batcher, Lengths
 from .config import TrainConfig
 from .errors import Log
-from .scoring import Batcher, Lengths
 
 GIB = 2**30
 LOST_UPDATES_WARNING = 0.5  # share of weights that updates of the learning rate's size leave unchanged

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .adapters import adapter_off
+from .batching import Batcher, Conditioned
 from .checkpoint import whole_file
 from .config import TrainConfig
 from .engine import from_first_process, process_index
 from .errors import InputError, Log, Stopped
 from .inputs import Inputs
-from .scoring import Batcher, Conditioned, score, unwrap
+from .scoring import score, unwrap
 
 CHUNK = 256  # pairs scored together, always the same ones: a resumed pass gives the same bits
 KEEP_SECONDS = 60.0  # between two times that the scored pairs are written and reported

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .batching import Batcher
 from .checkpoint import whole_folder
 from .data import trained_ends
 from .engine import process_index, raise_on_all_ranks
@@ -22,7 +23,7 @@ from .pairs import Pair
 from .references import References
 from .resumable import ResumableTrainer
 from .save_model import model_card, save_final
-from .scoring import Batcher, Scores, score, unwrap
+from .scoring import Scores, score, unwrap
 
 
 @dataclass

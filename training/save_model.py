@@ -19,12 +19,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 import inspo_kernels as ik
 
 from .adapters import has_adapter
+from .checkpoint import may_change
 from .config import TrainConfig
 from .engine import process_count
 from .errors import Log, SaveError, as_input_error, one_line
 from .inputs import Inputs
 from .model import size_text
-from .resume import may_change
 
 
 def save_final(

@@ -20,19 +20,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
+from .batching import Batcher, choose_layout
+from .checkpoint import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
 from .config import TrainConfig
 from .engine import end_processes, from_first_process, process_count, process_index, raise_on_all_ranks
 from .errors import InputError, Log, NonFiniteError, SaveError, Stopped
 from .inputs import Given, Inputs, TokenPairs, load_inputs
-from .layouts import choose_layout
 from .memory import report_disk, report_memory, report_precision
 from .model import has_weights, size_text
 from .options import help_text, parse_config
 from .output import CURVES, LOCK, RunLog, check_folder, escape_unprintable, locked
 from .resumable import check_optimizer
-from .resume import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
 from .save_model import check_saving
-from .scoring import Batcher
 from .sources import local_path
 from .trainer import PairTrainer
 

@@ -24,19 +24,18 @@ from transformers import PrinterCallback, TrainerCallback
 from inspo_kernels.layouts.alternative_dropout import keeps_alternative
 from inspo_kernels.objectives import Objective
 
-from .batching import EpochLoader, used_indices
+from .batching import Batcher, Conditioned, EpochLoader, used_indices
+from .checkpoint import Resumed, resume_hint, settings_to_keep
 from .config import TrainConfig
 from .engine import process_count, sum_over_processes, whole
 from .errors import NonFiniteError
 from .evaluation import starting_report
 from .inputs import Inputs
-from .layouts import check_layout
 from .model import rounds_by_batch
 from .output import RunLog, Window
 from .references import References
 from .reporting import Progress, ReportingTrainer, RunFlow
-from .resume import Resumed, resume_hint, settings_to_keep
-from .scoring import Batch, Batcher, Conditioned, PairModel
+from .scoring import Batch, PairModel, check_layout
 
 STARTING_SAMPLE = 32  # pairs scored for the report before step 1
 

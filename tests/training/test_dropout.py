@@ -11,10 +11,10 @@ from helpers import metrics, options, tiny_model, token_pairs, without_timings
 from transformers import AutoModelForCausalLM
 
 from inspo_kernels.layouts.alternative_dropout import keeps_alternative
+from training.batching import Batcher
 from training.config import TrainConfig
 from training.errors import InputError
 from training.options import parse_config
-from training.scoring import Batcher
 from training.train import main, train
 
 COUNT = 10

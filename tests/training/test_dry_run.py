@@ -160,7 +160,7 @@ def test_a_dry_run_checks_folders_and_trackers(tmp_path, capsys):
     one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     auto = ["--resume_from_checkpoint", "auto"]
     for out, more, message in (
-        (done, [], "holds a finished run; choose another one"),
+        (done, [], "holds a finished run; continue it"),
         (unfinished, [], "unfinished run with checkpoint-3; continue it with --resume_from_checkpoint auto"),
         (unfinished, [*auto, "--seed", "7"], "seed was 42, is 7"),
         (unfinished, [*auto, "--eval_data", one], "eval_data holds something else"),

@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from test_scoring import reference
 
 import inspo_kernels as ik
-import training.layouts
+import training.batching
 import training.scoring
 import training.train
 from inspo_kernels.layouts.tree import MAX_DENSE_TOKENS
-from training.batching import micro_batches
+from training.batching import Batcher, choose_layout, micro_batches
 from training.config import TrainConfig
 from training.data import Pair
 from training.errors import InputError
-from training.layouts import check_layout, choose_layout
 from training.pairs import lengths_of
-from training.scoring import Batch, Batcher, PairModel, score
+from training.scoring import Batch, PairModel, check_layout, score
 from training.train import train
 
 PAIRS = [Pair(*ids, f"pair {i}") for i, ids in enumerate(token_pairs(7))]
@@ -217,7 +216,7 @@ def test_a_resumed_run_keeps_its_layout(tmp_path, monkeypatch, capsys):
         return train(config, token_pairs(9), model=tiny_model())
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.layouts.ik, "tree_unsupported", lambda model: "of a reason")
+        patch.setattr(training.batching.ik, "tree_unsupported", lambda model: "of a reason")
         start()
     assert "layout: rows, because of a reason" in capsys.readouterr().out
     state = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())

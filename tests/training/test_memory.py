@@ -17,9 +17,9 @@ import torch
 from helpers import tiny_model, token_pairs
 
 from benchmarks.harness import own_peak
+from training.batching import Batcher
 from training.config import TrainConfig
 from training.memory import GIB, estimate_memory, in_use, report_disk, report_memory, report_precision
-from training.scoring import Batcher
 from training.train import train
 
 CPU = torch.device("cpu")
