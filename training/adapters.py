@@ -136,15 +136,9 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
 
 def _check_targets(model: PreTrainedModel, settings: LoraConfig) -> None:
     """Raise InputError for a name that matches nothing; peft ignores it as long as another name matches."""
-    modules, parameters = ([name for name, _ in found] for found in (model.named_modules(), model.named_parameters()))
-    options = {
-        "target_modules": modules,
-        "modules_to_save": modules,
-        "exclude_modules": modules,
-        "target_parameters": parameters,
-    }
-    for option, known in options.items():
-        given = getattr(settings, option) or []
+    for option in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
+        parts = model.named_parameters() if option == "target_parameters" else model.named_modules()
+        known, given = [name for name, _ in parts], getattr(settings, option) or []
         for name in [] if isinstance(given, str) else given:
             if not any(one == name or one.endswith(f".{name}") for one in known):
                 close = nearest(name, {one.rpartition(".")[2] for one in known})

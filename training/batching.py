@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +78,7 @@ def micro_batches(
 
     Each pair is in exactly one pass of weight 1. A pass costs its count times its largest size, or the sum of its sizes
     if pairs are ``packed``; that is at most ``max_tokens``, and a larger pair goes alone. Pairs of similar size share a
-    pass; packed passes have nearly equal cost.
+    pass.
 
     Engines that communicate within a pass need the same number of passes on every rank. Passes are split until they
     can be dealt evenly. A rank that is still short repeats the smallest pair with weight 0. Passes of similar cost run
@@ -90,7 +89,12 @@ def micro_batches(
     def cost(some: list[int]) -> int:
         return sum(sizes[i] for i in some) if packed else len(some) * sizes[some[0]]
 
-    passes = _packed(order, sizes, max_tokens, processes) if packed else _padded(order, sizes, max_tokens)
+    passes: list[list[int]] = []
+    for i in order:
+        if passes and cost([*passes[-1], i]) <= max_tokens:
+            passes[-1].append(i)
+        else:
+            passes.append([i])
     while len(passes) % processes and (divisible := [some for some in passes if len(some) > 1]):
         costliest = max(divisible, key=cost)
         passes.remove(costliest)
@@ -107,34 +111,6 @@ def micro_batches(
         for process, item in zip(dealt, reversed(some) if turn % 2 else some):
             process.append(item)
     return dealt
-
-
-def _padded(order: Sequence[int], sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Return passes of neighbours in ``order``, which is by descending size."""
-    passes: list[list[int]] = []
-    for i in order:
-        if passes and (len(passes[-1]) + 1) * sizes[passes[-1][0]] <= max_tokens:
-            passes[-1].append(i)
-        else:
-            passes.append([i])
-    return passes
-
-
-def _packed(order: Sequence[int], sizes: Sequence[int], max_tokens: int, processes: int) -> list[list[int]]:
-    """Return few passes, as many for each process: the largest pairs first, each into the emptiest pass."""
-    count = processes * max(1, math.ceil(sum(sizes) / (max_tokens * processes)))
-    while True:
-        passes: list[list[int]] = [[] for _ in range(count)]
-        filled = [(0, number) for number in range(count)]  # a heap
-        for i in order:
-            tokens, number = heapq.heappop(filled)
-            if tokens and tokens + sizes[i] > max_tokens:
-                break
-            passes[number].append(i)
-            heapq.heappush(filled, (tokens + sizes[i], number))
-        else:
-            return [some for some in passes if some]
-        count += processes
 
 
 @dataclass(frozen=True)

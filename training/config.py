@@ -32,17 +32,10 @@ AT_LEAST = {
 }
 
 # Options of TrainingArguments that follow from other options.
-_FOLLOWING = {
-    "output_dir",
-    "do_eval",
-    "use_cpu",
-    "gradient_checkpointing",
-    "gradient_checkpointing_kwargs",
-    "accelerator_config",
-    "dataloader_pin_memory",
-    "greater_is_better",
-    "hub_token",
-}
+_FOLLOWING = (
+    "output_dir do_eval use_cpu gradient_checkpointing gradient_checkpointing_kwargs accelerator_config "
+    "dataloader_pin_memory greater_is_better hub_token"
+).split()
 
 
 @dataclass
@@ -158,11 +151,9 @@ class TrainConfig(DataOptions, TrainingArguments):
         if dropout and not self.conditioned:
             raise InputError("alternative_dropout needs conditioned=true: the plain baseline has nothing to drop")
         if dropout and (self.marginal_weight or objective.needs_marginals):
-            cause = "marginal_weight" if self.marginal_weight else f"objective {objective}"
-            remedy = "marginal_weight=0" if self.marginal_weight else "sft=chosen or another objective"
             raise InputError(
-                f"alternative_dropout: {cause} needs the log-probs given the prompt alone beside the conditioned ones, "
-                f"and a dropped pair has no conditioned ones; set {remedy}, or alternative_dropout=0"
+                "alternative_dropout needs marginal_weight=0, and sft=chosen for orpo and sft: the loss would need "
+                "conditioned log-probs beside those given the prompt alone, and a dropped pair has none"
             )
 
     def _check_deepspeed(self) -> None:

@@ -14,6 +14,7 @@ import inspo_kernels as ik
 from .batching import Batcher, Lengths
 from .config import TrainConfig
 from .errors import Log
+from .output import existing
 
 GIB = 2**30
 LOST_UPDATES_WARNING = 0.5  # share of weights that updates of the learning rate's size leave unchanged
@@ -104,13 +105,11 @@ def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Lo
     saved = 0 if config.save_strategy == "no" else math.ceil(steps / every)
     kept = min(saved, (config.save_total_limit or saved) + 1)  # the oldest one is deleted after the newest is written
     finals = sum(p.nbytes for p in trained) * (2 if config.keep_best and config.eval_data else 1)
-    total, place = kept * one + finals, config.folder
+    total, place = kept * one + finals, existing(config.folder)
     log(
         f"disk space, estimated: checkpoints {kept} x {one / GIB:.2f} GiB + models {finals / GIB:.2f} = "
         f"{total / GIB:.2f} GiB"
     )
-    while not place.exists():
-        place = place.parent
     free = shutil.disk_usage(place).free
     if total > free:
         log(f"WARNING: that is more than {place} has ({free / GIB:.2f} GiB). What helps: a smaller save_total_limit")

