@@ -36,12 +36,11 @@ def evaluate(
     ref_logps: Tensor | None,
     pairs: Sequence[Pair],
     config: TrainConfig,
-    marginal_ref_logps: Tensor | None = None,
 ) -> dict[str, Any]:
     """Compute the metrics of conditioned ``scores``: those of training, and those of inference (``marginal``).
 
-    ``ref_logps`` (2, n) are the reference log-probs of the run. If they are conditioned, ``marginal_ref_logps`` (2, n)
-    are the reference's given the prompt alone.
+    ``ref_logps`` (2, n) are the reference log-probs of the run. If they are conditioned, two more rows hold those given
+    the prompt alone.
 
     Keys: ``eval_loss`` (the run's own loss), and for layout in ``conditioned``, ``marginal``:
     ``eval_LAYOUT/rewards/{chosen,rejected,accuracies,margins}``, ``eval_LAYOUT/logps/{chosen,rejected}`` and, in nats
@@ -53,8 +52,8 @@ def evaluate(
     ``eval_longer_chosen``: the share whose longer response is the chosen one. Both are absent if all lengths are equal.
     """
     assert scores.marginal_logps is not None
-    alone_ref = ref_logps if marginal_ref_logps is None else marginal_ref_logps
-    both, alone = _sums(scores, scores.logps, ref_logps), _sums(scores, scores.marginal_logps, alone_ref)
+    refs = (None, None) if ref_logps is None else (ref_logps[:2], ref_logps[-2:])
+    both, alone = _sums(scores, scores.logps, refs[0]), _sums(scores, scores.marginal_logps, refs[1])
     objective = config.make_objective()
     losses = objective(both if config.sees_alternative else alone)
     if config.marginal_weight:

@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--alternative is for --reflect: without it the model sees the prompt alone")
     escape_unprintable()
     logging.disable_progress_bar()  # a progress bar for loading the weights would precede the answer
+    logging.set_verbosity_error()
     try:
         _run(options)
     except (InputError, SaveError) as error:

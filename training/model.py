@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.quantizers import AutoHfQuantizer
-from transformers.utils import logging
 
 import inspo_kernels as ik
 from inspo_kernels.models import check_head
@@ -77,20 +76,15 @@ def load_model(
 
 def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
     """Call ``from_pretrained``. Raises InputError for tensors that it would initialise randomly."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # the errors below replace its report of the tensors
-    try:
-        with reading(name, f"model {name!r}: its weights (model.safetensors, or its parts)"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype_of(options),
-                attn_implementation=options.attn_implementation,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **more,
-            )
-    finally:
-        logging.set_verbosity(level)
+    with reading(name, f"model {name!r}: its weights (model.safetensors, or its parts)"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype_of(options),
+            attn_implementation=options.attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **more,
+        )
     model, info = loaded
     sizes = sorted(
         f"{key} ({tuple(found)} in the weights, {tuple(asked)} by config.json)"

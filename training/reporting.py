@@ -79,9 +79,7 @@ class ReportingTrainer(ResumableTrainer):
             self.stopping = self.control.should_training_stop = True
             self.control.should_save = step > 0
             return {}
-        references = self.references
-        metrics = evaluate(scores, references.held_out, held_out, config, references.held_out_marginal)
-        metrics |= self._sample()
+        metrics = evaluate(scores, self.references.held_out, held_out, config) | self._sample()
         self.log(metrics)
         row = self.state.log_history[-1]
         found = warnings(row, self.evaluations()[0])

@@ -174,10 +174,8 @@ def run(trainer: PairTrainer, found: Resumed | None) -> None:
     trainer.train(resume_from_checkpoint=str(found.path) if found else None)
     step, folder = trainer.state.global_step, config.folder
     if trainer.stopping:
-        saved = folder is not None and (folder / f"checkpoint-{step}").is_dir()
-        lost = "" if saved or not step else "its state could not be kept, "
         when = f"after step {step}" if step else "before step 1"
-        raise Stopped(f"stopped by SIGTERM {when}: {lost}{resume_hint(folder)}")
+        raise Stopped(f"stopped by SIGTERM {when}: {resume_hint(folder)}")
     if folder is None:
         return
     try:

@@ -228,8 +228,6 @@ class PairTrainer(ReportingTrainer):
             self.progress.best = None
         if self.config.folder is None or not (self.config.folder / "best").is_dir():
             self.progress.best = None  # its model is in another folder, or lost
-        if state["processes"] != process_count():
-            self.run_log.say(f"note: {path} was written by {state['processes']} processes; random states may differ")
         self.run_log.say(f"resumed from {path} after step {state['step']}")
 
     def _run_epoch(self, *args: Any, **arguments: Any) -> None:
@@ -243,7 +241,6 @@ class PairTrainer(ReportingTrainer):
         return {
             **asdict(self.progress),
             "step": self.state.global_step,
-            "processes": process_count(),
             "inputs": self.inputs.digests,
             "settings": settings_to_keep(self.config),
             "layout": "rows" if self.batcher.layout == "rows" else "tree",
