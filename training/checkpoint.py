@@ -195,9 +195,7 @@ def newest_valid(folder: Path, log: Log) -> Resumed | None:
         except DamagedError as error:
             log(f"WARNING: {path} is damaged: {error}; trying the one before it")
     if paths:
-        raise InputError(
-            f"every checkpoint in {folder} is damaged; to begin anew, delete them or choose another folder"
-        )
+        raise InputError(f"every checkpoint in {folder} is damaged; to begin anew, delete them or use another folder")
     return None
 
 
@@ -214,8 +212,7 @@ def find_checkpoint(folder: Path, config: TrainConfig, log: Log) -> Resumed | No
             found = Resumed(Path(wanted), check_checkpoint(Path(wanted)))
         except DamagedError as error:
             raise InputError(
-                f"--resume_from_checkpoint {wanted} is damaged, or no checkpoint: {error}; give another checkpoint-* "
-                "folder, or 'auto'"
+                f"--resume_from_checkpoint {wanted} is damaged, or no checkpoint: {error}; give another, or 'auto'"
             ) from None
     kept, finished = list(checkpoints(folder).values()), (folder / "final").exists()
     if (kept or finished) and (found is None or (wanted != "auto" and found.path.resolve().parent != folder.resolve())):

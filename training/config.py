@@ -141,9 +141,7 @@ class TrainConfig(DataOptions, TrainingArguments):
         if not self.output_dir and (self.resume_from_checkpoint or self.push_to_hub or set(trackers) - {"none"}):
             raise InputError("resume_from_checkpoint, report_to and push_to_hub need an output_dir")
         for tracker in set(trackers) - {"none", "all"} - set(get_available_reporting_integrations()):
-            raise InputError(
-                f"report_to={tracker}: the package is not installed, or the name is unknown; try pip install {tracker}"
-            )
+            raise InputError(f"report_to={tracker}: unknown, or the package is missing; try pip install {tracker}")
 
     def _check_dropout(self, objective: Objective) -> None:
         with as_input_error(""):
@@ -168,13 +166,11 @@ class TrainConfig(DataOptions, TrainingArguments):
     def _check_engine(self) -> None:
         if self.couples_pairs and (self.world_size > 1 or self.gradient_accumulation_steps > 1):
             raise InputError(
-                f"objective {self.objective!r} looks at all pairs of a step together, so it needs one process and "
-                "gradient_accumulation_steps=1"
+                f"objective {self.objective!r} couples a step's pairs: use one process, gradient_accumulation_steps=1"
             )
         if self.mixed_precision not in ("no", "bf16") or (self.mixed_precision == "bf16") != self.bf16:
             raise InputError(
-                f"the launcher's configuration has mixed_precision={self.mixed_precision}, but bf16={self.bf16}; set "
-                "it to 'no' there, and choose bf16 and dtype in the training configuration"
+                f"the launcher has mixed_precision={self.mixed_precision}, but bf16={self.bf16}; set 'no' there"
             )
         if self.sharded and self.use_cpu:
             raise InputError("FSDP needs GPUs: accelerate ignores it on a CPU; use ddp_8gpu.yaml on CPUs")

@@ -189,7 +189,7 @@ def starting_report(
         drift = ((expected - ref_logps) / scores.lengths).abs().max().item()
         if not drift < (0.05 if coarse or config.bf16 else 1e-3):
             raise InputError(
-                f"the reference log-probs differ from the model's by {drift:.2g} a token; delete the file reference-*"
+                f"the reference differs from the model by {drift:.2g} nats a token; delete the file reference-*"
             )
     if not config.sees_alternative:
         return

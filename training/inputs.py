@@ -81,9 +81,7 @@ def _read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log:
             pad_token_id = tokenizer.eos_token_id
     separator = separator_ids(tokenizer, config)
     if any(token >= vocab_size for token in separator):
-        raise InputError(
-            f"alternative=chat: the chat template uses tokens that the model's vocabulary lacks: {separator}"
-        )
+        raise InputError(f"alternative=chat: the chat template uses tokens that the model has no rows for: {separator}")
     bos, between, found = getattr(tokenizer, "bos_token_id", None), len(separator), [Pairs.of_lists([], "")] * 2
     sources = (("train_data", config.train_data, given.pairs), ("eval_data", config.eval_data, given.eval_pairs))
     for i, (name, source, held) in enumerate(sources):

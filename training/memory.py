@@ -106,10 +106,8 @@ def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Lo
     kept = min(saved, (config.save_total_limit or saved) + 1)  # the oldest one is deleted after the newest is written
     finals = sum(p.nbytes for p in trained) * (2 if config.keep_best and config.eval_data else 1)
     total, place = kept * one + finals, existing(config.folder)
-    log(
-        f"disk space, estimated: checkpoints {kept} x {one / GIB:.2f} GiB + models {finals / GIB:.2f} = "
-        f"{total / GIB:.2f} GiB"
-    )
+    listed = f"checkpoints {kept} x {one / GIB:.2f} GiB + models {finals / GIB:.2f}"
+    log(f"disk space, estimated: {listed} = {total / GIB:.2f} GiB")
     free = shutil.disk_usage(place).free
     if total > free:
         log(f"WARNING: that is more than {place} has ({free / GIB:.2f} GiB). What helps: a smaller save_total_limit")

@@ -57,18 +57,15 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
     ``columns`` are those of a source without its own. Raises InputError for anything else.
     """
     if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):  # a well-formed value would be parsed already
-        raise InputError(
-            f"data source {given[:80]!r}: not a well-formed list or section (in YAML, write it without quotes)"
-        )
+        raise InputError(f"data source {given[:80]!r}: not a well-formed list or section (in YAML, without quotes)")
     if isinstance(given, list | tuple):
         if not given:
             raise InputError("a list of data sources must name at least one")
         return [source for one in given for source in parse_sources(one, columns)]
     if isinstance(given, str):
         head, _, split = given.partition(":")
-        given = (
-            {"path": given} if "://" in given or Path(local_path(given)).exists() else {"path": head, "split": split}
-        )
+        is_path = "://" in given or Path(local_path(given)).exists()
+        given = {"path": given} if is_path else {"path": head, "split": split}
     if not isinstance(given, dict) or not given.get("path") or not isinstance(given["path"], str):
         raise InputError(f"data source {given!r}: must be a string, or a section with path, or a list of these")
     path = local_path(given["path"])

@@ -143,10 +143,8 @@ def plan(config: TrainConfig, inputs: Inputs, found: Resumed | None, say: Log) -
     """Describe the run, and return what makes its batches, with the layout of the run."""
     model, lengths = inputs.model, inputs.train_pairs.lengths
     head, tied = model.get_output_embeddings().weight, " (tied)" if model.config.tie_word_embeddings else ""
-    say(
-        f"{type(model).__name__}, {size_text(model)}, in {config.dtype}, on {config.device}; output head of "
-        f"{head.shape[0]} x {head.shape[1]}{tied}"
-    )
+    size = f"{type(model).__name__}, {size_text(model)}, in {config.dtype}, on {config.device}"
+    say(f"{size}; output head of {head.shape[0]} x {head.shape[1]}{tied}")
     say(config.title)
     steps, totals = config.total_steps(len(lengths)), lengths.sum(1)
     check_optimizer(config, model, steps)

@@ -121,7 +121,7 @@ def test_implicit_prompt_of_strings_ends_at_a_word(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a", "chosen": "b", ', "d.jsonl:2: not a line of JSON"),
+        ('{"prompt": "a", "chosen": "b", ', "d.jsonl:2: not JSON"),
         ('["a", "b", "c"]', "d.jsonl:2: must be a JSON object"),
         ('{"prompt": "a", "chosen": "b"}', r"d.jsonl:2: 'rejected' is missing \(keys found: 'prompt', 'chosen'\)"),
         ('{"prompt": "a", "chosen": "b", "rejected": null}', "d.jsonl:2: 'rejected' is null"),
@@ -131,7 +131,7 @@ def test_implicit_prompt_of_strings_ends_at_a_word(tmp_path):
         ('{"prompt": "a", "chosen": [], "rejected": []}', "d.jsonl:2: 'chosen' must be"),
         ('{"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}', "d.jsonl:2: 'prompt' is a "),
         ('{"chosen": "yes", "rejected": "no"}', "d.jsonl:2: no 'prompt'"),
-        ('{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "d.jsonl:2: not a line of JSON"),
+        ('{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "d.jsonl:2: not JSON"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path, line, message):

@@ -215,7 +215,7 @@ def test_accelerate_takes_the_ready_configurations(name: str, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision=bf16, but bf16=False; set it to 'no' there"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision=bf16, but bf16=False; set 'no' there"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP needs GPUs"),
     ],
 )

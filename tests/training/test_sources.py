@@ -159,7 +159,7 @@ def test_a_null_prompt_is_not_replaced(tmp_path, form):
         ("d.json", b'[{"prompt": "a"}, 3]', r"d\.json:1: each entry of the list must be a JSON object"),
         ("d.json", b'[{"prompt": "a"},\n {"prompt": ]', r"d\.json:2: not a JSON list"),
         ("d.json", b'[{"prompt": "a", "chosen": "b", "rejected": "c"}\n', r"d\.json:2: not a JSON list"),
-        ("d.json", b'{\n "prompt": "a"\n}', r"d\.json:1: not a line of JSON"),
+        ("d.json", b'{\n "prompt": "a"\n}', r"d\.json:1: not JSON"),
         ("d.jsonl", b"[" * 100_000, r"d\.jsonl:1: not a JSON list|must be a JSON object"),
         ("d.csv", b"prompt,chosen,rejected\na,b\n", r"d\.csv:2: has not as many cells"),
         ("d.csv", b"prompt,chosen,rejected\na,b,c,d\n", r"d\.csv:2: has not as many cells"),
