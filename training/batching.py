@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 import inspo_kernels as ik
@@ -45,16 +44,6 @@ class EpochBatches:
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-
-
-class EpochLoader(DataLoader):
-    """Yields the lists of indices of ``EpochBatches`` to ``Trainer``."""
-
-    def __init__(self, num_pairs: int, size: int, seed: int) -> None:
-        super().__init__(range(num_pairs), batch_sampler=EpochBatches(num_pairs, size, seed), collate_fn=list)  # type: ignore[arg-type]
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 def used_indices(num_pairs: int, wanted: int, seed: int) -> Sequence[int]:

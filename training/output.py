@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .checkpoint import whole_file
-from .errors import InputError, Log, SaveError
+from .errors import InputError, Log
 
 METRICS, SAMPLES, CURVES = "metrics.jsonl", "samples.jsonl", "curves.png"
 CONFIG, LOG, LOCK = "config.yaml", "log.txt", ".lock"
@@ -116,15 +116,9 @@ class RunLog:
                     file.writelines(lines)
 
     def open(self, settings: str) -> None:
-        """Write ``settings`` to config.yaml, and from now on all lines to log.txt: a refused run writes nothing.
-
-        Raises SaveError if config.yaml cannot be written.
-        """
+        """Write ``settings`` to config.yaml, and from now on all lines to log.txt: a refused run writes nothing."""
         assert self.folder is not None
-        try:
-            (self.folder / CONFIG).write_text(settings, encoding="utf-8")
-        except OSError as error:
-            raise SaveError(f"{self.folder / CONFIG} could not be written: {error}") from error
+        (self.folder / CONFIG).write_text(settings, encoding="utf-8")
         self._opened = True
 
     def draw(self, rows: list[dict[str, Any]], title: str) -> None:

