@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 import inspo_kernels as ik
 
-from .batching import Batcher, Lengths
+from .batching import Batcher
 from .config import TrainConfig
 from .errors import Log
+from .inputs import Inputs
 from .output import existing
 
 GIB = 2**30
@@ -71,10 +72,9 @@ def estimate_memory(
     }
 
 
-def report_memory(
-    model: PreTrainedModel, config: TrainConfig, batcher: Batcher, lengths: Lengths, log: Log, share: int
-) -> None:
-    """Log the memory a process needs for pairs of ``lengths`` (n, 3), and a warning if its GPU has less."""
+def report_memory(config: TrainConfig, inputs: Inputs, batcher: Batcher, log: Log, share: int) -> None:
+    """Log the memory a process needs for the training pairs, and a warning if its GPU has less."""
+    model, lengths = inputs.model, inputs.train_pairs.lengths
     longest, device = int(batcher.padded(lengths, conditioned=config.sees_alternative).max()), batcher.device
     tokens = min(max(config.max_batch_tokens, longest), longest * config.per_device_train_batch_size)
     longest_pair = int(lengths[:, 1:].sum(1).max()) * (2 if config.marginal_weight else 1)

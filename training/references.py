@@ -22,7 +22,7 @@ from .config import TrainConfig
 from .engine import from_first_process, process_index
 from .errors import InputError, Log, Stopped
 from .inputs import Inputs
-from .scoring import score, unwrap
+from .scoring import score
 
 CHUNK = 256  # pairs scored together, always the same ones: a resumed pass gives the same bits
 KEEP_SECONDS = 60.0  # between two times that the scored pairs are written and reported
@@ -59,7 +59,7 @@ class References:
         if not config.make_objective().needs_reference:
             return cls(None, None)
         cache = Path(config.reference_cache) if config.reference_cache else config.folder
-        attention = unwrap(module).model.config.get_text_config()._attn_implementation
+        attention = inputs.model.config.get_text_config()._attn_implementation
         common = f"{batcher.layout} {'bf16' if config.bf16 else 'no'} {attention} {inputs.digests['model']}"
         logps_of = partial(reference_logps, module, batcher=batcher, log=log, stop_requested=stop_requested)
         conditioned, tables = config.reference_sees_alternative, []

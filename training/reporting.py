@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -23,7 +23,7 @@ from .pairs import Pair
 from .references import References
 from .resumable import ResumableTrainer
 from .save_model import model_card, save_final
-from .scoring import Scores, score, unwrap
+from .scoring import PairModel, Scores, score
 
 
 @dataclass
@@ -106,7 +106,7 @@ class ReportingTrainer(ResumableTrainer):
         ends = {tokenizer.eos_token_id, *(pair.chosen[-1] for pair in self.inputs.held_out)}
         with self.accelerator.autocast():
             samples = sample_answers(
-                unwrap(self.model), prompts, tokenizer, ends=ends, max_new_tokens=self.config.sample_tokens
+                cast(PairModel, self.model), prompts, tokenizer, ends=ends, max_new_tokens=self.config.sample_tokens
             )
         self.progress.samples += [{"step": self.state.global_step, **sample} for sample in samples]
         self.run_log.samples.write(self.progress.samples)

@@ -103,13 +103,6 @@ class PairModel(nn.Module):
         return cast(Any, self.model.generate)(*given, **settings)
 
 
-def unwrap(module: nn.Module) -> PairModel:
-    """Return the PairModel in ``module``, which may be wrapped by an engine."""
-    inner = getattr(module, "module", module)
-    assert isinstance(inner, PairModel)
-    return inner
-
-
 def summed_metrics(out: ik.InSPOOutput, marginals: bool = False) -> dict[str, Tensor]:
     """Return float64 sums over the pairs under TRL's names, and under "marginal/" those given the prompt alone.
 

@@ -117,7 +117,7 @@ def dry_run(config: TrainConfig, say: Log) -> None:
         say(f"note: {folder} has no weights; a run needs them")
     if found is not None:
         say(f"continues from {found.path} after step {found.state['step']}")
-    report_memory(inputs.model, config, batcher, inputs.train_pairs.lengths, say, SHARED_BY)
+    report_memory(config, inputs, batcher, say, SHARED_BY)
 
 
 def prepare(
@@ -134,8 +134,7 @@ def prepare(
     if found is not None:
         check_resumed(found, inputs.digests, config.total_steps(len(inputs.train_pairs)), config, say)
     batcher = plan(config, inputs, found, say)
-    share = process_count() if config.sharded else 1
-    report_memory(inputs.model, config, batcher, inputs.train_pairs.lengths, say, share)
+    report_memory(config, inputs, batcher, say, process_count() if config.sharded else 1)
     return inputs, batcher, found
 
 

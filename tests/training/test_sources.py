@@ -386,7 +386,6 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
         ({"path": "d", "weight": "2"}, "must be a number"),
         ({"path": "d", "columns": {"promt": "q"}}, "columns.promt; did you mean 'prompt'"),
         ({"path": "d", "columns": {"chosen": "q", "rejected": "q"}}, "reads 'q' for two columns of a pair"),
-        ('[{"path": ', "not a well-formed list or section"),
         (3, "must be a string"),
         ("https://huggingface.co/datasets/org/name", "URLs are not read; give the hub name ORG/NAME"),
         ({"path": "hf://datasets/org/name"}, "URLs are not read"),
