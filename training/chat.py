@@ -59,6 +59,13 @@ class TextEncoder(ChatTemplate):
         return ids if ids[-1] in (self.all_ends if chat else self.ends) else [*ids, self.tokenizer.eos_token_id]
 
     @cached_property
+    def lacks_bos(self) -> bool:
+        """Whether the tokenizer begins text with a BOS, but the chat template writes none."""
+        with suppress(InputError):  # no template, or one that reads other conversations
+            return self._bos is not None and self._encode(self._render([*self.start, *ASKED], True))[:1] != [self._bos]
+        return False
+
+    @cached_property
     def ends(self) -> set[int]:
         """Ids that end a response: EOS, and the chat template's end of turn, which text may hold without it."""
         return {i for i in (self.tokenizer.eos_token_id, self._end_of_turn) if i is not None}
@@ -124,8 +131,17 @@ def separator_ids(tokenizer: PreTrainedTokenizerBase | None, options: Any) -> li
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, options: Any, log: Log) -> PreTrainedTokenizerBase:
-    """Return a copy of ``tokenizer`` with ``options.chat_template_kwargs`` and a generation prompt in its template."""
+    """Return a copy of ``tokenizer`` with ``options.chat_template_kwargs``, BOS and generation prompt in its template.
+
+    A BOS is added only if the tokenizer begins other text with one. Servers add none to what a template writes.
+    """
     tokenizer = copy.deepcopy(tokenizer)
+    if TextEncoder(tokenizer).lacks_bos:
+        log(
+            f"the chat template writes no {tokenizer.bos_token!r}, with which the tokenizer begins other text: it is "
+            "added to the template, so that the saved model is served as it was trained"
+        )
+        _edit_template(tokenizer, lambda text: "{{ bos_token }}" + text)
     set_template_kwargs(tokenizer, options.chat_template_kwargs or {})
     encoder = TextEncoder(tokenizer)
     if header := encoder.header:

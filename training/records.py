@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .chat import TextEncoder
 from .errors import InputError
-from .messages import Messages, check_calls, check_text, given_texts, holds_all, kept_texts, read_messages
+from .messages import COMPARED, Messages, check_calls, check_text, given_texts, holds_all, kept_texts, read_messages
 from .pairs import Pair
 
 # Pairs with one of these faults are not used; of the others, they are counted.
@@ -43,6 +43,7 @@ class Draft(NamedTuple):
     chat: bool
     origin: str
     problem: str
+    unread: frozenset[str] = frozenset()  # keys of messages that the chat template does not read
 
     @property
     def texts(self) -> list[str]:
@@ -122,7 +123,8 @@ def _draft_chat(
         problem = RENDERED
     elif any(encoder.special_text.search(text) for given in said for text in given):
         problem = problem or SPECIAL
-    return Draft(opening, texts, True, origin, problem)
+    keys = {key for message in [*prompt, *answers[0], *answers[1]] for key in message}
+    return Draft(opening, texts, True, origin, problem, frozenset(keys - COMPARED - encoder.words))
 
 
 def _answer(response: Messages, name: str, origin: str) -> Messages:
@@ -131,8 +133,8 @@ def _answer(response: Messages, name: str, origin: str) -> Messages:
     if roles[:1] == ["assistant"] and "assistant" not in roles[1:]:
         return response[:1]
     raise InputError(
-        f"{origin}: {name!r} has the roles {', '.join(roles) or 'none'}; it must be one message of the assistant, "
-        "because what others say would be scored. Put what precedes the last answer into 'prompt', or end it earlier"
+        f"{origin}: {name!r} has the roles {', '.join(roles) or 'none'}; it must be one message with the role "
+        "'assistant', because what others say would be scored. Put what precedes the last answer into 'prompt', or end it earlier"
     )
 
 

@@ -66,6 +66,32 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path):
     assert len(said) == 1
 
 
+def test_keys_of_messages_that_nothing_reads_are_named(tmp_path):
+    said = []
+    records = [CHAT, CHAT | {"chosen": says("A", thought="It is hot.", thinking="A"), "prompt": [USER | {"weight": 0}]}]
+    load(tmp_path, records, tokenizer_with(CHATML), said)
+    assert "columns not read: 'thought (in messages)', 'weight (in messages)'" in said[0]
+    load(
+        tmp_path,
+        records,
+        tokenizer_with(CHATML.replace("m['content']", "m.thought ~ m.weight ~ m['content']")),
+        said := [],
+    )
+    assert not any("not read" in line for line in said)
+
+
+@pytest.mark.parametrize("text", ["Let me see.", None])
+def test_a_function_call_left_out_is_found(tmp_path, text):
+    legacy = says(text, function_call={"name": "f", "arguments": '{"city": "Bonn"}'})
+    assert remark(tmp_path, CHAT | {"chosen": legacy}, kept=False).startswith("text left out")
+    assert remark(tmp_path, CHAT | {"prompt": [USER, *legacy, USER]}, kept=False).startswith("text left out")
+    reads = CHATML.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{{ m.function_call.name ~ m.function_call.arguments if m.function_call }}",
+    )
+    assert len(load(tmp_path, [CHAT | {"chosen": legacy}], tokenizer_with(reads))) == 1
+
+
 @pytest.mark.parametrize("role", ["human", "User", "gpt", ""])
 def test_a_role_that_no_template_knows_is_refused(tmp_path, role):
     prompt = [{"role": role, "content": "Why?"}]
@@ -167,9 +193,9 @@ def test_a_message_left_out_is_found(tmp_path):
     assert len(load(tmp_path, [twice, CHAT | {"prompt": [USER, *says("sky"), USER]}], tokenizer_with(CHATML))) == 2
 
 
-def test_nulls_in_messages_are_as_if_left_out(tmp_path):
+def test_nulls_and_empty_lists_are_as_if_left_out(tmp_path):
     template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls[0] if 'tool_calls' in m }}")
-    nulls = CHAT | {"prompt": [USER | {"tool_calls": None}], "chosen": says("A", tool_calls=None, name=None)}
+    nulls = CHAT | {"prompt": [USER | {"tool_calls": None}], "chosen": says("A", tool_calls=[], name=None)}
     pairs = load(tmp_path, [CHAT, nulls], tokenizer_with(template))
     assert pairs[0][:3] == pairs[1][:3]
 
