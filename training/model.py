@@ -102,10 +102,25 @@ def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
             + first_of(sorted(missing))
             + (f"; they hold {first_of(found)} instead. Rename these, or save the model again" if found else "")
         )
-    shape = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
-    if extra := sorted(key for key in info["unexpected_keys"] if re.sub(r"\d+", "#", key) in shape):
-        raise InputError(f"model {name!r}: by its config.json the model has no {first_of(extra)}, but its weights do")
+    if extra := sorted(key for key in info["unexpected_keys"] if _belongs(key, model)):
+        raise InputError(
+            f"model {name!r}: by its config.json the model has no {first_of(extra)}, but its weights do. Correct "
+            "config.json, or save the model again (adapters merged)"
+        )
     return model
+
+
+def _belongs(key: str, model: PreTrainedModel) -> bool:
+    """Return whether a tensor that ``model`` ignores is of one more layer, or of a layer that has a weight.
+
+    Such are biases, scales and unmerged adapters. Others, such as old buffers or a value head, change no log-prob.
+    """
+    if re.sub(r"\d+", "#", key) in {re.sub(r"\d+", "#", known) for known in model.state_dict()}:
+        return True
+    modules, parent = dict(model.named_modules()), key
+    while parent and parent not in modules:
+        parent = parent.rpartition(".")[0]
+    return not getattr(model, "is_quantized", False) and hasattr(modules[parent], "weight")
 
 
 def dtype_of(options: Any) -> torch.dtype:
@@ -227,6 +242,7 @@ def has_weights(folder: str) -> bool:
 
 def check_architecture(model: PreTrainedModel) -> None:
     """Raise InputError if ``hidden_and_head`` cannot split the model or it is not causal; this tries a few tokens."""
+    check_finite(model)
     try:
         if model.device.type == "meta":  # nothing can be computed
             check_head(model)
@@ -239,13 +255,18 @@ def check_architecture(model: PreTrainedModel) -> None:
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
-        if bad := [n for n, p in model.named_parameters() if p.device.type != "meta" and not p.isfinite().all()]:
-            raise InputError(f"model: its weights hold values that are not finite: {first_of(bad)}") from None
         problem = str(error).split(". ")[0]  # advice to callers of the library follows
         raise InputError(
             f"model: {type(model).__name__} cannot be trained here: {problem}; choose a model of another architecture"
         ) from None
     check_causal(model, rounds_by_batch=rounds_by_batch(model))
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise InputError for weights that are not finite; those on the meta device have no values."""
+    weights = {n: p for n, p in model.named_parameters() if p.device.type != "meta" and p.is_floating_point()}
+    if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise InputError(f"model: its weights hold values that are not finite: {first_of(bad)}; copy or save it again")
 
 
 def rounds_by_batch(model: PreTrainedModel) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import textwrap
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from transformers import TrainingArguments
 from .config import TrainConfig
 from .errors import InputError, nearest, one_line
 from .other_options import OTHER_NAMES, WITHOUT_OPTION
+from .reading import local_path
 
 DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 # Options whose value is a path: ~ and $VARIABLES mean the same in YAML as in a shell.
@@ -170,7 +170,7 @@ def _convert(name: str, value: Any) -> Any:
     if name == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
         return "auto" if str(value).lower() == "true" else None
     if isinstance(value, str) and name in PLACES:
-        value = os.path.expandvars(os.path.expanduser(value))
+        value = local_path(value)
     try:
         return _types()[name].validate_python(value)
     except ValidationError as error:

@@ -56,7 +56,7 @@ def locked(folder: Path | None) -> Iterator[None]:
 def check_folder(folder: Path) -> None:
     """Raise InputError for an ``output_dir`` that is a file, or lies in a folder that cannot be written to."""
     place = folder
-    while not place.exists() and place != place.parent:
+    while not (place.exists() or place.is_symlink()) and place != place.parent:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problem = "no permission in" if place.is_dir() else "not a folder:"

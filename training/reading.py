@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,11 @@ from .errors import InputError, one_line
 
 
 def local_path(name: str) -> str:
-    """``name`` with ``~`` and variables replaced, as a shell does."""
-    return os.path.expandvars(os.path.expanduser(name))
+    """``name`` with ``~`` and variables replaced, as a shell does. Raises InputError for a variable that is not set."""
+    path = os.path.expandvars(os.path.expanduser(name))
+    if (unset := re.search(r"\$(?:\w+|\{\w+\})", path)) and not Path(path).exists():
+        raise InputError(f"{name}: the environment has no variable {unset[0]}; set it, or write the path out")
+    return path
 
 
 @contextmanager

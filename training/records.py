@@ -134,7 +134,8 @@ def _answer(response: Messages, name: str, origin: str) -> Messages:
         return response[:1]
     raise InputError(
         f"{origin}: {name!r} has the roles {', '.join(roles) or 'none'}; it must be one message with the role "
-        "'assistant', because what others say would be scored. Put what precedes the last answer into 'prompt', or end it earlier"
+        "'assistant', because what others say would be scored. Put what precedes the last answer into 'prompt', or end "
+        "it earlier"
     )
 
 

@@ -177,6 +177,8 @@ def test_yaml_means_what_it_says(tmp_path, monkeypatch):
     assert (config.output_dir, config.reference_cache) == ("/home/me/runs/x", "/runs/cache")
     assert config.train_data == "/home/me/d.jsonl"
     assert (config.save_strategy, config.learning_rate, config.model) == ("no", 1e-4, "7")
+    with pytest.raises(InputError, match=r"\$RUMS/x: the environment has no variable \$RUMS"):
+        parse_config(["--config", str(file), "--output_dir", "$RUMS/x"])
 
 
 def test_the_learning_rate_follows_what_is_trained():

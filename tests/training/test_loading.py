@@ -118,6 +118,22 @@ def test_layers_that_the_configuration_lacks_are_refused(tmp_path, capsys):
         assert "by its config.json the model has no model.layers.2." in said
 
 
+@pytest.mark.parametrize("name", ["bias", "lora_A.weight", "weight_scale"])
+def test_tensors_that_a_layer_ignores_are_refused(tmp_path, capsys, name):
+    """A trained bias without ``attention_bias``, an unmerged adapter or a scale changes each log-prob."""
+    folder, key = base(tmp_path / "m"), f"model.layers.0.self_attn.q_proj.{name}"
+    change_weights(folder, lambda w: w | {key: torch.ones(16)})
+    for said in refused(folder, tmp_path, capsys):
+        assert f"by its config.json the model has no {key}, but its weights do" in said
+
+
+def test_tensors_of_no_layer_are_ignored(tmp_path):
+    folder = base(tmp_path / "m")
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "v_head.weight": torch.ones(16)}
+    change_weights(folder, lambda w: w | old)
+    run(folder, tmp_path / "out")
+
+
 def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path, capsys):
     run(base(tmp_path / "m"), tmp_path / "out", "--lora.r", "2")
     adapter = tmp_path / "out/final"
@@ -565,12 +581,17 @@ def test_unquantised_parameters_have_the_runs_dtype(tmp_path):
     )
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite_are_named(tmp_path, capsys, name):
     folder = base(tmp_path / "m")
-    change_weights(folder, lambda w: w | {"lm_head.weight": w["lm_head.weight"] * math.nan})
-    with pytest.raises(SystemExit, match="2"):
-        run(folder, tmp_path / "out")
-    assert "weights hold values that are not finite: lm_head.weight" in capsys.readouterr().err
+    change_weights(folder, lambda w: w | {name: w[name] * math.nan})
+    for command in (
+        lambda: run(folder, tmp_path / "out", "--objective", "simpo"),
+        lambda: generate.main(["--model", str(folder), "--prompt", "Why?"]),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command()
+        assert f"weights hold values that are not finite: {name}" in capsys.readouterr().err
 
 
 def test_folders_of_runs_name_their_models(tmp_path, capsys):
@@ -601,6 +622,9 @@ def test_models_that_are_not_causal_are_refused(tmp_path, capsys, kind):
     byte_tokenizer().save_pretrained(tmp_path / "m")
     for said in refused(tmp_path / "m", tmp_path, capsys):
         assert message in said
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(["--model", str(tmp_path / "m"), "--prompt", "Why?"])
+    assert message in capsys.readouterr().err
 
 
 def test_later_tokens_are_tried_whatever_the_name():
