@@ -117,10 +117,12 @@ def _belongs(key: str, model: PreTrainedModel) -> bool:
     """
     if re.sub(r"\d+", "#", key) in {re.sub(r"\d+", "#", known) for known in model.state_dict()}:
         return True
+    if getattr(model, "is_quantized", False) or (has_adapter(model) and "lora_" in key):  # peft has read the adapter
+        return False
     modules, parent = dict(model.named_modules()), key
     while parent and parent not in modules:
         parent = parent.rpartition(".")[0]
-    return not getattr(model, "is_quantized", False) and hasattr(modules[parent], "weight")
+    return hasattr(modules[parent], "weight")
 
 
 def dtype_of(options: Any) -> torch.dtype:
