@@ -65,7 +65,7 @@ def load_model(options: Any, *, training: bool = True) -> tuple[PreTrainedModel,
     if generation:  # the adapter's own; transformers has read the base's
         model.generation_config = GenerationConfig(**generation)
     if training:
-        continue_adapter(model)
+        continue_adapter(model, Path(name))
     return model, tokenizer
 
 
@@ -156,14 +156,9 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
         raise InputError("attn_implementation=flex_attention has no backward pass on a CPU; use sdpa or eager")
     if isinstance(options.model, dict):
         return _built_settings(dict(options.model))
-    name = base = local_path(options.model)
+    name = local_path(options.model)
     refuse_run_folder(Path(name))
-    file = Path(name, "adapter_config.json")
-    if file.is_file():
-        with reading(name, file.name):
-            base = json.loads(file.read_text()).get("base_model_name_or_path")
-        if not base:
-            raise InputError(f"model {name!r}: {file.name} names no base_model_name_or_path; write the base there")
+    base, file = _base_of(name), Path(name, "adapter_config.json")
     try:
         with reading(base, "config.json"):
             settings = AutoConfig.from_pretrained(base)
@@ -188,6 +183,18 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     return settings
 
 
+def _base_of(name: str) -> str:
+    """Return the base of an adapter's folder, and ``name`` itself for any other model."""
+    file = Path(name, "adapter_config.json")
+    if not file.is_file():
+        return name
+    with reading(name, file.name):
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"model {name!r}: {file.name} names no base_model_name_or_path; write the base there")
+    return str(base)
+
+
 def read_generation_config(name: str) -> dict[str, Any]:
     """Return what ``generation_config.json`` of a folder holds, {} if there is none. Raises InputError if damaged."""
     file = Path(name, "generation_config.json")
@@ -210,8 +217,13 @@ def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder or hub id. Raises InputError if it has no vocabulary."""
+    """Return the tokenizer of a folder or hub id; that of the base for an adapter without one.
+
+    Raises InputError if it has no vocabulary.
+    """
     name = local_path(name)
+    if not any(Path(name).glob("tokenizer*")):
+        name = _base_of(name)
     with reading(name, "tokenizer (tokenizer.json, tokenizer_config.json)"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         # From a folder with only config.json, transformers makes a tokenizer without vocabulary.
@@ -231,7 +243,7 @@ def meta_model(options: Any) -> PreTrainedModel:
         if has_weights(name) and getattr(settings, "quantization_config", None) is None:
             model = _from_pretrained(options, name, device_map="meta")
             if has_adapter(model):
-                continue_adapter(model)
+                continue_adapter(model, Path(name))
             return model
     with torch.device("meta"):
         return build_model(options, settings)

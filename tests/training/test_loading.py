@@ -374,6 +374,25 @@ def test_an_adapter_is_trained_further(tmp_path, capsys):
     assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
+def test_an_adapter_with_tensors_of_its_base_is_refused(tmp_path, capsys):
+    """peft saves a whole head beside an adapter if asked to; training would neither train nor save it."""
+    run(base(tmp_path / "m"), tmp_path / "one", "--lora.r", "2")
+    folder = tmp_path / "one/final"
+    change_weights(
+        folder, lambda w: w | {"base_model.model.lm_head.weight": torch.ones(259, 16)}, "adapter_model.safetensors"
+    )
+    for said in refused(folder, tmp_path, capsys):
+        assert "also holds lm_head.weight, which modules_to_save does not name" in said and "merge_and_unload" in said
+
+
+def test_an_adapter_may_leave_the_tokenizer_to_its_base(tmp_path):
+    run(base(tmp_path / "m"), tmp_path / "one", "--lora.r", "2")
+    for file in (folder := tmp_path / "one/final").glob("*token*"):
+        file.unlink()
+    run(folder, tmp_path / "two")
+    assert (tmp_path / "two/final/tokenizer.json").is_file()
+
+
 def test_a_continued_adapters_reference_keeps_the_adapter(tmp_path):
     run(base(tmp_path / "m"), tmp_path / "out", "--lora.r", "2", "--learning_rate", "0.1")
     model, _ = load_model(DataOptions(model=str(tmp_path / "out/final")))
