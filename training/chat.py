@@ -81,6 +81,11 @@ class TextEncoder(ChatTemplate):
         """Ids that end what a template writes: where it ends turns with a special token, any of these."""
         return {*self.ends, *self.special_ids} if self._end_of_turn is not None else self.ends
 
+    def without_blank_end(self, text: str) -> str:
+        """``text`` without white space behind the token that ends it, which templates write before the next turn."""
+        cut = text.rstrip()
+        return cut if cut.endswith(tuple(self.tokenizer.convert_ids_to_tokens([*self.ends]))) else text
+
     def continuation(self, text: str, before: str) -> list[int]:
         """Ids of ``text`` where it follows the text ``before``, whose own ids stay as they are."""
         # If not together, then by itself, but not at the very beginning, where some tokenizers put a space in front.

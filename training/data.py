@@ -59,7 +59,9 @@ def load_pairs(
             log(f"note: {name} is listed more than once, so each of its pairs is repeated; weight does the same")
     table = pa.concat_tables(tables)
     chat = pc.any(table.column("chat")).as_py()
-    if chat and (opening := encoder.written_first):
+    opening = encoder.written_first if chat else ""
+    first = table.column("chosen")[:100].to_pylist() if opening else []
+    if any(str(encoder.tokenizer.decode(ids)).lstrip().startswith(opening) for ids in first):
         switch = "enable_thinking" in encoder.columns
         remedy = "; chat_template_kwargs: {enable_thinking: false} makes it part of the prompt" if switch else ""
         log(f"note: the chat template begins plain answers with {opening!r}, which is scored like the rest{remedy}")

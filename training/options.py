@@ -112,15 +112,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_BOOLEAN, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
+_BOOLEAN, _DATE, _INTEGER = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "timestamp", "int"))
 _Loader.yaml_implicit_resolvers = {
-    letter: [entry for entry in entries if entry[0] not in (_BOOLEAN, _DATE)]
+    letter: [entry for entry in entries if entry[0] not in (_BOOLEAN, _DATE, _INTEGER)]
     for letter, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 # YAML 1.1 reads 1e-7, without a dot, as text.
 _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+# It reads 012 as 10 and 20:48 as 1248; here numbers are decimal, and the rest is text.
+_Loader.add_implicit_resolver(_INTEGER, re.compile(r"^[-+]?\d[\d_]*$"), list("-+0123456789"))  # type: ignore[no-untyped-call]
+_Loader.add_constructor(_INTEGER, lambda loader, node: int(node.value))  # type: ignore[no-untyped-call]
 _Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|false)$", re.I), list("tTfF"))  # type: ignore[no-untyped-call]
 
 

@@ -75,9 +75,13 @@ def draft(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_on
         raise InputError(f"{origin}: 'tools' are read by a chat template, which needs messages instead of strings")
     for name in _COLUMNS:
         check_text(record.get(name) or "", f"{origin}: {name!r}")
+    chosen, rejected = encoder.without_blank_end(chosen), encoder.without_blank_end(rejected)
     if prompt is None:
-        return _split_strings(record, chosen, rejected, origin)
-    return Draft(prompt, [chosen, rejected], False, origin, _repeats(prompt, chosen, rejected, origin))
+        return _split_strings(record, chosen, rejected, encoder, origin)
+    problem = _repeats(prompt, chosen, rejected, origin)
+    if _ASSISTANT in prompt and _HUMAN in chosen + rejected:
+        problem = OTHERS
+    return Draft(prompt, [chosen, rejected], False, origin, problem)
 
 
 def _draft_chat(
@@ -229,10 +233,10 @@ def _repeats(prompt: str, chosen: str, rejected: str, origin: str) -> str:
     return REPEATS_PROMPT if all(begin) else ONE_REPEATS if any(begin) else ""
 
 
-def _split_strings(record: dict[str, Any], chosen: str, rejected: str, origin: str) -> Draft:
+def _split_strings(record: dict[str, Any], chosen: str, rejected: str, encoder: TextEncoder, origin: str) -> Draft:
     """The pair of two strings that begin alike: up to the last turn of a conversation, else up to a whole word."""
     shared = chosen[: _shared(chosen, rejected)]
-    head, turn, _ = shared.rpartition(_ASSISTANT)
+    head, turn, _ = shared.rpartition(encoder.answer_opening if encoder.cue and encoder.cue in shared else _ASSISTANT)
     if not turn and (names := [name for name in _PROMPTS if record.get(name)]):
         raise InputError(f"{origin}: no 'prompt'; set columns.prompt={names[0]}, or take that column out")
     # Neither all of a response nor half a word.

@@ -287,6 +287,8 @@ def test_text_the_template_begins_answers_with_is_named(tmp_path):
     load(tmp_path, [record], tokenizer_with(template), said := [])
     assert "begins plain answers with '<think>\\n\\n</think>', which is scored" in said[0]
     assert "chat_template_kwargs: {enable_thinking: false} makes it part of the prompt" in said[0]
+    load(tmp_path, [record | {"enable_thinking": False}], tokenizer_with(template), said := [])
+    assert len(said) == 1
     tokenizer = tokenizer_with(template)
     set_template_kwargs(tokenizer, {"enable_thinking": False})
     pairs = load(tmp_path, [record], tokenizer, said := [])

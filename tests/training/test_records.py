@@ -236,6 +236,8 @@ def test_conversations_in_strings_end_at_their_last_turn(tmp_path):
     ]
     record["chosen"] += "\n\nHuman: And?\n\nAssistant: No."
     assert remark(tmp_path, record, kept=False) == "turns of others in an answer"
+    record = {"prompt": start, "chosen": " So.\n\nHuman: And?", "rejected": " No."}
+    assert remark(tmp_path, record, kept=False) == "turns of others in an answer"
 
 
 def test_strings_that_are_rendered_end_once(tmp_path):
@@ -243,6 +245,12 @@ def test_strings_that_are_rendered_end_once(tmp_path):
     opening, texts_of = TextEncoder(tokenizer).render_pair([USER], [says("A"), says("B")], "d:1")
     record = dict(zip(("prompt", "chosen", "rejected"), [opening, *texts_of]))
     assert load(tmp_path, [record], tokenizer)[0][:3] == load(tmp_path, [CHAT], tokenizer)[0][:3]
+    joined = {name: opening + text + "\n" for name, text in zip(("chosen", "rejected"), texts_of)}
+    blank = {"prompt": opening, **{name: record[name] + "\n" for name in joined}}
+    shared = {"chosen": f"{opening}The sky is<|im_end|>\n", "rejected": f"{opening}The sea is<|im_end|>\n"}
+    pairs = load(tmp_path, [joined, blank, shared], tokenizer)
+    assert pairs[0][:3] == pairs[1][:3] == load(tmp_path, [CHAT], tokenizer)[0][:3]
+    assert texts(pairs[2], tokenizer)[1:] == ["The sky is<|im_end|>", "The sea is<|im_end|>"]
     record["chosen"] += "\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>"
     assert remark(tmp_path, record, kept=False) == "text behind the end of an answer"
 
