@@ -54,7 +54,14 @@ def load_pairs(
         tables += found
         indices.append(start + chosen)
     table = pa.concat_tables(tables)
-    if pc.any(table.column("chat")).as_py() and encoder.reads_clock:
+    chat = pc.any(table.column("chat")).as_py()
+    opening = encoder.written_first if chat else ""
+    first = table.column("chosen")[:100].to_pylist() if opening else []
+    if any(str(encoder.tokenizer.decode(ids)).lstrip().startswith(opening) for ids in first):
+        switch = "enable_thinking" in encoder.columns
+        remedy = "; chat_template_kwargs: {enable_thinking: false} makes it part of the prompt" if switch else ""
+        log(f"note: the chat template begins plain answers with {opening!r}, which is scored like the rest{remedy}")
+    if chat and encoder.reads_clock:
         log(
             "note: the chat template writes today's date, so on another day the data differ, and a run cannot be "
             "resumed. Fix it: chat_template_kwargs: {strftime_now: 26 Jul 2024}"
@@ -116,7 +123,7 @@ def _batches(records: Records, encoder: TextEncoder, options: DataOptions, log: 
             encoder.prefetch(text for one in drafts for text in one.texts)
             for one, (_, values, _) in zip(drafts, batch):
                 new = values.keys() - READ - (encoder.columns if one.chat else set())
-                unread |= new
+                unread |= new | {f"{key} (in messages)" for key in one.unread}
                 lost = {name: one.origin for name in new & PROMPT_PARTS if missing(values[name], one.prompt)} | lost
             encoded = [(*encode(one, encoder), one.chat) for one in drafts]
             yield pa.RecordBatch.from_pylist([pair.row(problem, chat) for pair, problem, chat in encoded], SCHEMA)
@@ -204,7 +211,7 @@ def _report(
     also = named(["truncated", *REMARKS])
     log(f"{name}: {read} pairs read, {kept} kept; dropped: {dropped or 'none'}" + (f"; noted: {also}" if also else ""))
     if LEFT_OUT in reasons:
-        log(f"note: {name}: to keep those, use a chat template that writes thoughts and tool calls, too")
+        log(f"note: {name}: to keep those, use a chat template that writes each role, thoughts and tool calls")
     if not kept:
         raise InputError(f"{name}: no pair is left to use" + (f"; dropped: {dropped}" if dropped else ""))
     if len(reasons.get(REPEATS_PROMPT, [])) == read:

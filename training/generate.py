@@ -23,6 +23,8 @@ from transformers.utils import logging
 
 from . import exports
 from .answers import answer_length, answer_questions, answer_text, generate_batch, prompt_ids
+from .architecture import check_finite, rounds_by_batch
+from .causal import check_causal
 from .chat import TextEncoder, separator_ids
 from .data_options import DataOptions
 from .errors import InputError, SaveError, as_input_error
@@ -121,6 +123,8 @@ def _run(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype: Literal["float32", "bfloat16"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model, tokenizer = load_model(DataOptions(model=options.model, dtype=dtype), training=False)
+    check_finite(model)
+    check_causal(model, rounds_by_batch=rounds_by_batch(model))
     model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the signature
     encoder, temperature = TextEncoder(tokenizer), options.temperature or 0.0
     separator = separator_ids(tokenizer, options) if options.reflect else None

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import add_lora
+from .architecture import check_architecture
 from .chat import prepare_tokenizer, separator_ids
 from .config import TrainConfig
 from .data import Pair, Pairs, check_pairs, load_pairs, select_pairs
 from .engine import check_same, raise_on_all_ranks
 from .errors import InputError, Log
-from .model import check_architecture, load_model, padding_id
+from .model import load_model, padding_id
 from .scoring import weights_digest
 from .sources import check_source, parse_sources
 

@@ -6,11 +6,10 @@ import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -23,20 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.quantizers import AutoHfQuantizer
-
-import inspo_kernels as ik
-from inspo_kernels.models import check_head
 
 from .adapters import continue_adapter, has_adapter, read_adapter
 from .errors import InputError, Log, as_input_error, check_names, first_of, reading
 from .sources import local_path
 
-# Largest change of the logits that rounding causes, relative to the largest logit. In bfloat16 kernels round more.
-_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
@@ -72,7 +65,7 @@ def load_model(
     if generation:  # the adapter's own; transformers has read the base's
         model.generation_config = GenerationConfig(**generation)
     if training:
-        continue_adapter(model)
+        continue_adapter(model, Path(name))
     return model, tokenizer
 
 
@@ -104,10 +97,27 @@ def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
             + first_of(sorted(missing))
             + (f"; they hold {first_of(found)} instead. Rename these, or save the model again" if found else "")
         )
-    shape = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
-    if extra := sorted(key for key in info["unexpected_keys"] if re.sub(r"\d+", "#", key) in shape):
-        raise InputError(f"model {name!r}: by its config.json the model has no {first_of(extra)}, but its weights do")
+    if extra := sorted(key for key in info["unexpected_keys"] if _belongs(key, model)):
+        raise InputError(
+            f"model {name!r}: by its config.json the model has no {first_of(extra)}, but its weights do. Correct "
+            "config.json, or save the model again (adapters merged)"
+        )
     return model
+
+
+def _belongs(key: str, model: PreTrainedModel) -> bool:
+    """Return whether a tensor that ``model`` ignores is of one more layer, or of a layer that has a weight.
+
+    Such are biases, scales and unmerged adapters. Others, such as old buffers or a value head, change no log-prob.
+    """
+    if re.sub(r"\d+", "#", key) in {re.sub(r"\d+", "#", known) for known in model.state_dict()}:
+        return True
+    if getattr(model, "is_quantized", False) or (has_adapter(model) and "lora_" in key):  # peft has read the adapter
+        return False
+    modules, parent = dict(model.named_modules()), key
+    while parent and parent not in modules:
+        parent = parent.rpartition(".")[0]
+    return hasattr(modules[parent], "weight")
 
 
 def dtype_of(options: Any) -> torch.dtype:
@@ -142,13 +152,8 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
         raise InputError("attn_implementation=flex_attention has no backward pass on a CPU; use sdpa or eager")
     if isinstance(options.model, dict):
         return _built_settings(dict(options.model))
-    name = base = local_path(options.model)
-    file = Path(name, "adapter_config.json")
-    if file.is_file():
-        with reading(name, f"model {name!r}: its {file.name}"):
-            base = json.loads(file.read_text()).get("base_model_name_or_path")
-        if not base:
-            raise InputError(f"model {name!r}: {file.name} names no base_model_name_or_path; write the base there")
+    name = local_path(options.model)
+    base, file = _base_of(name), Path(name, "adapter_config.json")
     _refuse_missing(base, f"model {name!r}: {file.name} names the base {base!r}" if base != name else f"model {name!r}")
     with reading(base, f"model {base!r}: its config.json"):
         settings = AutoConfig.from_pretrained(base)
@@ -177,6 +182,18 @@ def _refuse_missing(name: str, what: str) -> None:
         raise InputError(f"{what}: no such folder (working directory: {Path.cwd()})")
 
 
+def _base_of(name: str) -> str:
+    """Return the base of an adapter's folder, and ``name`` itself for any other model."""
+    file = Path(name, "adapter_config.json")
+    if not file.is_file():
+        return name
+    with reading(name, f"model {name!r}: its {file.name}"):
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"model {name!r}: {file.name} names no base_model_name_or_path; write the base there")
+    return str(base)
+
+
 def read_generation_config(name: str) -> dict[str, Any]:
     """Return what ``generation_config.json`` of a folder holds, {} if there is none. Raises InputError if damaged."""
     file = Path(name, "generation_config.json")
@@ -197,8 +214,13 @@ def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder or hub id. Raises InputError if it has no vocabulary."""
+    """Return the tokenizer of a folder or hub id; that of the base for an adapter without one.
+
+    Raises InputError if it has no vocabulary.
+    """
     name = local_path(name)
+    if not any(Path(name).glob("tokenizer*")):
+        name = _base_of(name)
     with reading(name, f"model {name!r}: its tokenizer (tokenizer.json, tokenizer_config.json)"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         # From a folder with only config.json, transformers makes a tokenizer without vocabulary.
@@ -210,58 +232,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def has_weights(folder: str) -> bool:
     """Return whether a local folder of a model or an adapter should have weights: an adapter's always should."""
     return any(any(Path(folder).glob(kind)) for kind in ("*.safetensors", "*.bin", "adapter_config.json"))
-
-
-def check_architecture(model: PreTrainedModel) -> None:
-    """Raise InputError if ``hidden_and_head`` cannot split the model or it is not causal; this tries a few tokens."""
-    try:
-        if model.device.type == "meta":  # nothing can be computed
-            check_head(model)
-        else:
-            words = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-            # No padding, whose states may be 0 and fit any head.
-            ids = torch.arange(4, device=model.device) + words // 2
-            with torch.no_grad():
-                ik.hidden_and_head(model, input_ids=ids[None] % words)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        if bad := [n for n, p in model.named_parameters() if p.device.type != "meta" and not p.isfinite().all()]:
-            raise InputError(f"model: its weights hold values that are not finite: {first_of(bad)}") from None
-        problem = str(error).split(". ")[0]  # advice to callers of the library follows
-        raise InputError(
-            f"model: {type(model).__name__} cannot be trained here: {problem}; choose a model of another architecture"
-        ) from None
-    check_causal(model, rounds_by_batch=rounds_by_batch(model))
-
-
-def check_causal(model: PreTrainedModel, *, rounds_by_batch: bool) -> None:
-    """Raise InputError if a token's logits depend on later tokens, as in BERT; this tries it on a few tokens.
-
-    On the meta device and with ``rounds_by_batch``, only encoders that transformers knows are found.
-    """
-    config = model.config.get_text_config()
-    decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    sees_later = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder
-    if not sees_later and model.device.type != "meta" and not rounds_by_batch:
-        words = model.get_output_embeddings().weight.shape[0]
-        ids = torch.arange(6, device=model.device)[None].repeat(2, 1) + words // 2
-        ids[1, -1] += 1
-        training = model.training
-        with torch.no_grad():
-            first, other = model.eval()(input_ids=ids % words, use_cache=False).logits[:, :-1].float()
-        model.train(training)
-        sees_later = bool((first - other).abs().max() > _ROUNDING.get(model.dtype, 5e-2) * first.abs().max())
-    if sees_later:
-        raise InputError(
-            f"model: in {type(model).__name__} a token sees the tokens after it, so log-probs of responses would be "
-            "meaningless; choose a causal language model (decoder only)"
-        )
-
-
-def rounds_by_batch(model: PreTrainedModel) -> bool:
-    """Return whether a row's log-probs depend on its batch: 8-bit layers treat a batch's outliers separately."""
-    return any(getattr(getattr(module, "state", None), "threshold", 0) > 0 for module in model.modules())
 
 
 def size_text(model: PreTrainedModel) -> str:

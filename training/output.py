@@ -62,8 +62,8 @@ def check_folder(folder: Path) -> None:
 
 
 def existing(folder: Path) -> Path:
-    """Return the nearest folder above ``folder``, or itself, that is there."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    """Return the nearest folder above ``folder``, or itself, that is there; a link that leads nowhere is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
 
 
 class JsonLines:

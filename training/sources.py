@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from .errors import InputError, check_names, reading
 from .text_files import COMPRESSIONS, read_records
 
 _TABLES, _TEXTS = {".parquet", ".arrow"}, {".jsonl", ".json", ".ndjson", ".csv", ".tsv"}
 
+_MOST_WEIGHT = 1000  # each pair so often: more is a mistake, and its indices would fill the memory
+
 
 def local_path(name: str) -> str:
-    """Return ``name`` with ``~`` and variables replaced, as a shell does."""
-    return os.path.expandvars(os.path.expanduser(name))
+    """Return ``name`` with ``~`` and variables replaced, as a shell does. Raises InputError for a variable not set."""
+    path = os.path.expandvars(os.path.expanduser(name))
+    if (unset := re.search(r"\$(?:\w+|\{\w+\})", path)) and not Path(path).exists():
+        raise InputError(f"{name}: the environment has no variable {unset[0]}; set it, or write the path out")
+    return path
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,8 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
     source = Source(**values)
     if not isinstance(source.columns, dict):
         raise InputError(f"{path}: columns={source.columns!r} must be a section: {{prompt: q, chosen: good}}")
-    if not isinstance(source.weight, int | float) or source.weight is True or not 0 < source.weight < math.inf:
-        raise InputError(f"{path}: weight={source.weight!r} must be a number above 0")
+    if not isinstance(source.weight, int | float) or source.weight is True or not 0 < source.weight <= _MOST_WEIGHT:
+        raise InputError(f"{path}: weight={source.weight!r} must be a number above 0, at most {_MOST_WEIGHT}")
     check_names(source.columns, ["prompt", "chosen", "rejected", "tools"], "columns.")
     if twice := [name for name, count in Counter(source.columns.values()).items() if count > 1]:
         raise InputError(f"{path}: columns reads {twice[0]!r} for two columns of a pair; name another for one of them")
@@ -169,6 +176,8 @@ def _rows(source: Source) -> Any:
     path = Path(source.path)
     with reading(source.path, source.path):
         if path.is_file():
+            if source.kind == ".parquet" and not pq.read_metadata(path).num_rows:  # datasets fails on such a file
+                raise InputError(f"{source.path}: holds no record")
             return datasets.load_dataset(source.kind[1:], data_files=str(path), split="train")
         if not _is_saved(path):
             return datasets.load_dataset(

@@ -25,6 +25,7 @@ from transformers import PrinterCallback, TrainerCallback
 from inspo_kernels.layouts.alternative_dropout import keeps_alternative
 from inspo_kernels.objectives import Objective
 
+from .architecture import rounds_by_batch
 from .batching import Batcher, Conditioned, EpochBatches, used_indices
 from .checkpoint import Resumed, resume_hint, settings_to_keep
 from .config import TrainConfig
@@ -32,7 +33,6 @@ from .engine import process_count, sum_over_processes, whole
 from .errors import NonFiniteError
 from .evaluation import starting_report
 from .inputs import Inputs
-from .model import rounds_by_batch
 from .output import RunLog, Window
 from .references import References
 from .reporting import Progress, ReportingTrainer, RunFlow

@@ -177,6 +177,14 @@ def test_yaml_means_what_it_says(tmp_path, monkeypatch):
     assert (config.output_dir, config.reference_cache) == ("/home/me/runs/x", "/runs/cache")
     assert config.train_data == "/home/me/d.jsonl"
     assert (config.save_strategy, config.learning_rate, config.model) == ("no", 1e-4, "7")
+    with pytest.raises(InputError, match=r"\$RUMS/x: the environment has no variable \$RUMS"):
+        parse_config(["--config", str(file), "--output_dir", "$RUMS/x"])
+    file.write_text(f"model: m\ntrain_data: d\noutput_dir: {tmp_path}\nseed: 042\nsave_steps: 1_000\nlora: {{r: 08}}\n")
+    config = parse_config(["--config", str(file)])
+    assert (config.seed, config.save_steps, config.lora) == (42, 1000, {"r": 8})
+    file.write_text("max_length: 20:48\n")
+    with pytest.raises(InputError, match="max_length='20:48': must be a valid integer"):
+        parse_config(["--config", str(file)])
 
 
 def test_the_learning_rate_follows_what_is_trained():

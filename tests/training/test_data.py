@@ -81,7 +81,7 @@ def test_text_outside_ascii_survives():
 def test_messages_continue_the_templates_prompt(tmp_path):
     pair = load_one(tmp_path, {"prompt": [USER], "chosen": says("Because."), "rejected": says("No idea.")})
     whole = TOKENIZER.apply_chat_template([USER, *says("Because.")], tokenize=False)
-    assert TOKENIZER.decode(pair.prompt[1:]) + TOKENIZER.decode(pair.chosen) == whole.rstrip("\n")
+    assert TOKENIZER.decode(pair.prompt) + TOKENIZER.decode(pair.chosen) == whole.rstrip("\n")
     assert pair.chosen[-1] == EOS and pair.chosen.count(EOS) == 1
 
 

@@ -242,3 +242,7 @@ def test_unusable_output_folders_are_refused(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(options(PAIRS / "out", "--dry_run", dry))
         assert f"cannot be written to (not a folder: {PAIRS})" in capsys.readouterr().err
+        (link := tmp_path / f"link_{dry}").symlink_to(tmp_path / "gone/out")
+        with pytest.raises(SystemExit, match="2"):
+            main(options(link, "--dry_run", dry))
+        assert f"cannot be written to (not a folder: {link})" in capsys.readouterr().err

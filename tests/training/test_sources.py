@@ -10,6 +10,7 @@ import lzma
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import options, tiny_model, write_jsonl
 
@@ -293,6 +294,12 @@ def test_a_dry_run_refuses_weights_without_a_tokenizer(tmp_path, capsys):
     assert "its tokenizer (tokenizer.json, tokenizer_config.json) could not be loaded" in capsys.readouterr().err
 
 
+def test_a_table_without_rows_is_named(tmp_path):
+    pq.write_table(pa.table({name: pa.array([], pa.string()) for name in RECORDS[0]}), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=r"d\.parquet: holds no record"):
+        load_pairs(str(tmp_path / "d.parquet"), TOKENIZER)
+
+
 def test_a_weight_that_leaves_nothing_is_refused(tmp_path):
     one, other = (write_jsonl(tmp_path / f"{name}.jsonl", RECORDS) for name in "ab")
     with pytest.raises(InputError, match=r"a\.jsonl: weight=0.05 leaves none of its 5 pairs"):
@@ -384,6 +391,9 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
         ({"path": "d", "columns": ["chosen"]}, "columns=.* must be a section"),
         ({"path": "d", "weight": 0}, "weight=0 must be a number above 0"),
         ({"path": "d", "weight": "2"}, "must be a number"),
+        ({"path": "d", "weight": 1e12}, "must be a number above 0, at most 1000"),
+        ("$NO_SUCH_PLACE/d", r"the environment has no variable \$NO_SUCH_PLACE; set it"),
+        ({"path": "${NO_SUCH_PLACE}/d"}, r"the environment has no variable \$\{NO_SUCH_PLACE\}; set it"),
         ({"path": "d", "columns": {"promt": "q"}}, "columns.promt; did you mean 'prompt'"),
         ({"path": "d", "columns": {"chosen": "q", "rejected": "q"}}, "reads 'q' for two columns of a pair"),
         (3, "must be a string"),
