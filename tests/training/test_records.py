@@ -194,7 +194,7 @@ def test_a_message_left_out_is_found(tmp_path):
 
 
 def test_nulls_and_empty_lists_are_as_if_left_out(tmp_path):
-    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls[0] if 'tool_calls' in m }}")
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ 'calls' if 'tool_calls' in m }}")
     nulls = CHAT | {"prompt": [USER | {"tool_calls": None}], "chosen": says("A", tool_calls=[], name=None)}
     pairs = load(tmp_path, [CHAT, nulls], tokenizer_with(template))
     assert pairs[0][:3] == pairs[1][:3]
