@@ -23,8 +23,7 @@ from transformers.utils import logging
 
 from . import exports
 from .answers import answer_length, answer_questions, answer_text, generate_batch, prompt_ids
-from .architecture import check_finite, rounds_by_batch
-from .causal import check_causal
+from .architecture import check_causal, check_finite, rounds_by_batch
 from .chat import TextEncoder, separator_ids
 from .data_options import DataOptions
 from .errors import InputError, SaveError, as_input_error
