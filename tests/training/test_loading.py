@@ -300,7 +300,7 @@ def test_library_errors_give_advice_for_the_command_line(tmp_path, capsys, monke
     def refuse(*arguments, **more):
         raise ValueError("its head is bent. Call fused_inspo_loss with its parts instead")
 
-    monkeypatch.setattr("training.model.ik.hidden_and_head", refuse)
+    monkeypatch.setattr("training.architecture.ik.hidden_and_head", refuse)
     with pytest.raises(SystemExit, match="2"):
         run(base(tmp_path / "m"), tmp_path / "out")
     said = capsys.readouterr().err
