@@ -200,7 +200,11 @@ def read_generation_config(name: str) -> dict[str, Any]:
     if not file.is_file():
         return {}
     with reading(name, f"model {name!r}: its {file.name}"):  # transformers ignores a damaged file
-        return json.loads(file.read_text())
+        held: dict[str, Any] = json.loads(file.read_text())
+        ends = held.get("eos_token_id")
+        if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
+            raise ValueError(f"eos_token_id={ends!r} must be a whole number or a list of them")
+        return held
 
 
 def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:

@@ -125,7 +125,7 @@ class RunLog:
         if self.folder is not None:
             try:
                 plot_curves(rows, title, self.folder / CURVES)
-            except OSError as error:
+            except Exception as error:  # a broken installation or font must not end a run, either
                 self.say(f"WARNING: {CURVES} could not be written: {error}")
 
 

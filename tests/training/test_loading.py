@@ -349,6 +349,14 @@ def test_a_dry_run_refuses_a_corrupted_generation_config(tmp_path, capsys):
         assert "generation_config.json is damaged" in said
 
 
+@pytest.mark.parametrize("text", ['{"eos_token_id": "2"}', '{"eos_token_id": [2, "5"]}', "[1]"])
+def test_a_wrong_generation_config_is_refused(tmp_path, capsys, text):
+    folder = base(tmp_path / "m")
+    (folder / "generation_config.json").write_text(text)
+    for said in refused(folder, tmp_path, capsys):
+        assert "its generation_config.json could not be loaded" in said
+
+
 def test_a_dry_run_says_that_weights_are_missing(tmp_path, capsys):
     folder = base(tmp_path / "m")
     (folder / "model.safetensors").unlink()

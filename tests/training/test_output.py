@@ -78,10 +78,11 @@ def test_a_missing_tracker_is_an_early_error(tmp_path, monkeypatch):
             TrainConfig(model="nowhere", train_data="none.jsonl", output_dir=str(tmp_path / "out"), report_to=name)
 
 
-def test_curves_are_drawn_and_failures_are_not_fatal(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [OSError, ImportError])
+def test_curves_are_drawn_and_failures_are_not_fatal(tmp_path, monkeypatch, capsys, kind):
     def draw(rows, title, file):
         drawn.append(rows[-1]["step"])
-        raise OSError("no space")
+        raise kind("no space")
 
     drawn = []
     monkeypatch.setattr(output, "plot_curves", draw)
