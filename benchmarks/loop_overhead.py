@@ -24,11 +24,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from training.batching import EpochBatches
+from training.batching import Batcher, EpochBatches
 from training.config import TrainConfig
 from training.data import Pair
 from training.model import load_model
-from training.scoring import Batch, Batcher, PairModel, score
+from training.scoring import Batch, PairModel, score
 from training.train import train
 
 from .harness import interleaved_times, ratios, spread

@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import inspo_kernels as ik
+from training.batching import Batcher, choose_layout
 from training.data import Pair as TrainingPair
-from training.layouts import choose_layout
 from training.pairs import lengths_of
-from training.scoring import Batch, Batcher, PairModel, score
+from training.scoring import Batch, PairModel, score
 
 from .contenders import BETA, not_installed
 from .step_jobs import Job, Pair, Trained, counting_positions, layout_loss, moved, now

@@ -20,13 +20,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 import inspo_kernels as ik
 
+from ..batching import Batcher
 from ..config import TrainConfig
 from ..data import load_pairs
 from ..data_options import DataOptions
 from ..errors import InputError
 from ..evaluation import conditioning_gap
 from ..output import check_folder
-from ..scoring import Batcher, PairModel, score
+from ..scoring import PairModel, score
 from ..train import train
 from .answers import REFLECTED, answer_unseen, compare, reflect_unseen, sample_answers, sample_pairs
 from .report import NAMES, draw_picture
