@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from .errors import InputError, as_input_error, check_names, nearest
+from .errors import InputError, as_input_error, check_names, first_of, nearest
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 _DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+_MERGE = "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER)"
 # Fields of LoraConfig whose adapters merge wrongly, or not at all.
 _UNSUPPORTED = {
     "layer_replication": "copies of a layer share its weights, and merging would add each copy's adapter to them",
@@ -63,7 +65,7 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None
     if has_adapter(model):
         raise InputError(
             "lora: the model holds an adapter already. Leave out lora to train it further, or merge it first, with "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER)"
+            + _MERGE
         )
     settings = lora_settings(options)
     _check_targets(model, settings)
@@ -75,8 +77,11 @@ def add_lora(model: PreTrainedModel, options: dict[str, Any], seed: int) -> None
     _in_float32(model)
 
 
-def continue_adapter(model: PreTrainedModel) -> None:
-    """Make the adapter that ``model`` was loaded with trainable. The reference is the model with this adapter."""
+def continue_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Make the adapter that ``model`` was loaded with trainable. The reference is the model with this adapter.
+
+    Raises InputError if ``folder`` also holds tensors of the base, which final/ would lack.
+    """
     settings: Any
     (settings,) = model.peft_config.values()
     if settings.peft_type != "LORA":
@@ -89,6 +94,16 @@ def continue_adapter(model: PreTrainedModel) -> None:
             settings.bias == "all" or (settings.bias == "lora_only" and ".base_layer." in name)
         )
         parameter.requires_grad_((of_bias or any(part in name for part in saved)) and "original_module" not in name)
+    file, frozen = folder / "adapter_model.safetensors", {n for n, p in model.named_parameters() if not p.requires_grad}
+    if file.is_file():  # a hub id has none
+        with safe_open(file, framework="pt") as held:
+            names = [key.removeprefix("base_model.model.") for key in held.keys()]
+        # Beside an adapter on the head, peft saves the head each time, as its base_layer.
+        if whole := sorted(name for name in frozen.intersection(names) if ".base_layer." not in name):
+            raise InputError(
+                f"model: {file} also holds {first_of(whole)}, which modules_to_save does not name; the trained adapter "
+                f"would lack it. Merge it first, with {_MERGE}"
+            )
     _in_float32(model)
     model._continued_adapter = True  # type: ignore[assignment]
 
@@ -136,15 +151,9 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
 
 def _check_targets(model: PreTrainedModel, settings: LoraConfig) -> None:
     """Raise InputError for a name that matches nothing; peft ignores it as long as another name matches."""
-    modules, parameters = ([name for name, _ in found] for found in (model.named_modules(), model.named_parameters()))
-    options = {
-        "target_modules": modules,
-        "modules_to_save": modules,
-        "exclude_modules": modules,
-        "target_parameters": parameters,
-    }
-    for option, known in options.items():
-        given = getattr(settings, option) or []
+    for option in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
+        parts = model.named_parameters() if option == "target_parameters" else model.named_modules()
+        known, given = [name for name, _ in parts], getattr(settings, option) or []
         for name in [] if isinstance(given, str) else given:
             if not any(one == name or one.endswith(f".{name}") for one in known):
                 close = nearest(name, {one.rpartition(".")[2] for one in known})

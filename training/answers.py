@@ -230,14 +230,9 @@ def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def answer_ends(model: PreTrainedModel, encoder: TextEncoder, *, chat: bool) -> set[int]:
     """Return the ids that end an answer: EOS, the model's end ids, and with ``chat`` the template's end of turn."""
-    turn = encoder.turn.end_id if chat else None
-    ends = {*_ints(encoder.tokenizer.eos_token_id), *_ints(model.generation_config.eos_token_id), *_ints(turn)}
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), encoder.tokenizer.eos_token_id} - {None}
+    ends |= {encoder.turn.end_id} - {None} if chat else set()
     if not ends:
-        raise InputError(
-            "neither the tokenizer nor generation_config.json has an EOS token; set it, and save the model"
-        )
+        raise InputError("neither the tokenizer nor generation_config.json has an EOS token; set it and save the model")
     return ends
-
-
-def _ints(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]

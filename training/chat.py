@@ -59,6 +59,13 @@ class TextEncoder(ChatTemplate):
         return ids if ids[-1] in (self.all_ends if chat else self.ends) else [*ids, self.tokenizer.eos_token_id]
 
     @cached_property
+    def lacks_bos(self) -> bool:
+        """Whether the tokenizer begins text with a BOS, but the chat template writes none."""
+        with suppress(InputError):  # no template, or one that reads other conversations
+            return self._bos is not None and self._encode(self._render([*self.start, *ASKED], True))[:1] != [self._bos]
+        return False
+
+    @cached_property
     def ends(self) -> set[int]:
         """Ids that end a response: EOS, and the chat template's end of turn, which text may hold without it."""
         return {i for i in (self.tokenizer.eos_token_id, self._end_of_turn) if i is not None}
@@ -73,6 +80,11 @@ class TextEncoder(ChatTemplate):
     def all_ends(self) -> set[int]:
         """Ids that end what a template writes: where it ends turns with a special token, any of these."""
         return {*self.ends, *self.special_ids} if self._end_of_turn is not None else self.ends
+
+    def without_blank_end(self, text: str) -> str:
+        """``text`` without white space behind the token that ends it, which templates write before the next turn."""
+        cut = text.rstrip()
+        return cut if cut.endswith(tuple(self.tokenizer.convert_ids_to_tokens([*self.ends]))) else text
 
     def continuation(self, text: str, before: str) -> list[int]:
         """Ids of ``text`` where it follows the text ``before``, whose own ids stay as they are."""
@@ -124,8 +136,17 @@ def separator_ids(tokenizer: PreTrainedTokenizerBase | None, options: Any) -> li
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, options: Any, log: Log) -> PreTrainedTokenizerBase:
-    """Return a copy of ``tokenizer`` with ``options.chat_template_kwargs`` and a generation prompt in its template."""
+    """Return a copy of ``tokenizer`` with ``options.chat_template_kwargs``, BOS and generation prompt in its template.
+
+    A BOS is added only if the tokenizer begins other text with one. Servers add none to what a template writes.
+    """
     tokenizer = copy.deepcopy(tokenizer)
+    if TextEncoder(tokenizer).lacks_bos:
+        log(
+            f"the chat template writes no {tokenizer.bos_token!r}, with which the tokenizer begins other text: it is "
+            "added to the template, so that the saved model is served as it was trained"
+        )
+        _edit_template(tokenizer, lambda text: "{{ bos_token }}" + text)
     set_template_kwargs(tokenizer, options.chat_template_kwargs or {})
     encoder = TextEncoder(tokenizer)
     if header := encoder.header:

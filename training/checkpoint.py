@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent.
+"""Checkpoints that are complete or absent, and the check that one belongs to the run that resumes from it.
 
 ``Trainer`` writes model, optimizer, schedule and random states into a temporary folder. ``manifest.json`` is added with
 size and SHA-256 of every file, and the folder is renamed to ``checkpoint-STEP``. A checkpoint that was cut off, or
@@ -7,24 +7,32 @@ corrupted later, is recognised and named.
 
 from __future__ import annotations
 
-import glob
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import filterfalse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import psutil
 from safetensors import SafetensorError
 
+from .config import TrainConfig
 from .engine import gathered, process_count, process_index, raise_on_all_ranks
-from .errors import InputError, SaveError
+from .errors import InputError, Log, SaveError
 
 FORMAT = 3
 MANIFEST, STATE = "manifest.json", "state.json"
+# Prefixes of the options that a resumed run may change. They affect logs, files, the run's length, or only rounding.
+# The paths of data and model may change, too, because their contents are compared.
+_MAY_CHANGE = (
+    "logging_ log_level eval_ sample_ report_to run_name project trackio_space_id output_dir save_ keep_best resume_ "
+    "reference_cache push_to_hub hub_ dry_run train_data max_steps num_train_epochs per_device_ use_cpu ddp_ layout "
+    "gradient_accumulation_steps max_batch_tokens attn_implementation activation_checkpointing disable_tqdm"
+).split()
 
 
 class DamagedError(ValueError):
@@ -60,14 +68,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """Yield a temporary file to write to, and rename it to ``file`` at the end. ``file`` is never incomplete.
-
-    The temporary file's name contains the process id. Files that killed processes left behind are removed.
-    """
-    for left in file.parent.glob(f"{glob.escape(file.name)}.*.tmp"):
-        writer = left.suffixes[-2][1:]
-        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
-            left.unlink(missing_ok=True)
+    """Yield a temporary file to write to, and rename it to ``file`` at the end. ``file`` is never incomplete."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         yield partial
@@ -167,12 +168,126 @@ def rotate(folder: Path, keep: int | None) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def refuse_run_folder(model: Path) -> None:
-    """Raise InputError if ``model`` is the folder of a run or of its checkpoint, from which no model can be loaded."""
-    is_checkpoint = all((model / name).is_file() for name in (MANIFEST, STATE))
-    if (model / "config.json").is_file() or not (is_checkpoint or checkpoints(model) or (model / "final").is_dir()):
-        return
-    run = model.parent if is_checkpoint else model
-    found = " or ".join(str(run / name) for name in ("final", "best") if (run / name).is_dir())
-    remedy = f"give {found}" if found else "resume the run, which writes its model to final/ at the end"
-    raise InputError(f"model {str(model)!r} is the folder of a {'checkpoint' if is_checkpoint else 'run'}; {remedy}")
+# ---- resuming ----
+
+
+def may_change(option: str) -> bool:
+    """Return whether a resumed run may change ``option``."""
+    return option.startswith(tuple(_MAY_CHANGE))
+
+
+class Resumed(NamedTuple):
+    """The checkpoint from which a run resumes, with the state of that run."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+def newest_valid(folder: Path, log: Log) -> Resumed | None:
+    """Return the newest complete checkpoint and log newer ones that are damaged; None if there is no checkpoint.
+
+    Raises InputError if all are damaged: only the user can decide to start again.
+    """
+    paths = checkpoints(folder)
+    for path in reversed(paths.values()):
+        try:
+            return Resumed(path, check_checkpoint(path))
+        except DamagedError as error:
+            log(f"WARNING: {path} is damaged: {error}; trying the one before it")
+    if paths:
+        raise InputError(f"every checkpoint in {folder} is damaged; to begin anew, delete them or use another folder")
+    return None
+
+
+def find_checkpoint(folder: Path, config: TrainConfig, log: Log) -> Resumed | None:
+    """Return the checkpoint from which to resume; None if the run starts at step 1.
+
+    Raises InputError if another run in ``folder`` would be lost, the checkpoint is damaged, or its settings differ.
+    """
+    wanted, found = config.resume_from_checkpoint, None
+    if wanted == "auto":
+        found = newest_valid(folder, log)
+    elif wanted:
+        try:
+            found = Resumed(Path(wanted), check_checkpoint(Path(wanted)))
+        except DamagedError as error:
+            raise InputError(
+                f"--resume_from_checkpoint {wanted} is damaged, or no checkpoint: {error}; give another, or 'auto'"
+            ) from None
+    kept, finished = list(checkpoints(folder).values()), (folder / "final").exists()
+    if (kept or finished) and (found is None or (wanted != "auto" and found.path.resolve().parent != folder.resolve())):
+        raise InputError(
+            f"output_dir {folder} holds {'a finished run' if finished else f'an unfinished run with {kept[-1].name}'}; "
+            "continue it with --resume_from_checkpoint auto (and more max_steps or num_train_epochs if it is "
+            "finished), or choose another output_dir"
+        )
+    if found is not None:
+        changed = _changed_settings(found.state["settings"], config)
+        _refuse(changed, found.path, config, log)
+        if other := [text for text in changed if text.startswith("optim was ")]:
+            raise InputError(
+                f"{found.path} holds the state of another optimizer ({other[0]}), which is of no use here; resume with "
+                "the old one, or start a new run in another output_dir"
+            )
+    return found
+
+
+def settings_to_keep(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings with which a resumed run is compared."""
+    return json.loads(json.dumps({**config.settings(), "pairs in a step": config.pairs_per_step}))
+
+
+def _changed_settings(then: dict[str, Any], config: TrainConfig) -> list[str]:
+    now, defaults = settings_to_keep(config), {field.name: field.default for field in dataclasses.fields(config)}
+    changed = []
+    for name in filterfalse(may_change, {**now, **then}):
+        old, new = (settings.get(name, defaults.get(name)) for settings in (then, now))
+        moved = name == "model" and isinstance(old, str) and isinstance(new, str)  # compared by what it holds
+        if old != new and not moved:
+            changed.append(f"{name} was {old!r}, is {new!r}")
+    return sorted(changed)
+
+
+def check_resumed(found: Resumed, inputs: dict[str, str], total_steps: int, config: TrainConfig, log: Log) -> None:
+    """Raise InputError if the digests ``inputs`` of model or data have changed, or no step is left to train."""
+    path, state = found
+    changed = [f"{name} holds something else" for name in inputs if inputs[name] != state["inputs"][name]]
+    _refuse(changed, path, config, log)
+    if state["step"] > total_steps:
+        raise InputError(f"{path} is of step {state['step']}, but the run has {total_steps} steps")
+    if state["step"] == total_steps and config.folder and (config.folder / "final").exists():
+        raise InputError(
+            f"output_dir {config.folder} holds a finished run of {total_steps} steps; raise max_steps or "
+            "num_train_epochs to go on, or choose another output_dir"
+        )
+
+
+def _refuse(differences: list[str], path: Path, config: TrainConfig, log: Log) -> None:
+    if differences and not config.resume_changed:
+        raise InputError(
+            f"{path} belongs to a run with other settings ({'; '.join(differences)}); resume with the old ones, start "
+            "a new run in another output_dir, or mix them knowingly with --resume_changed true"
+        )
+    if differences:
+        log(f"WARNING: {path} is resumed with other settings: {'; '.join(differences)}")
+
+
+def resume_hint(folder: Path | None, *, changed: bool = False) -> str:
+    """Tell the user how to resume an interrupted run, or with ``changed`` how to resume it with other settings."""
+    kept = list(checkpoints(folder).values()) if folder else []
+    if not kept:
+        return "no checkpoint was kept"
+    other = ", with other settings if --resume_changed true is given" if changed else ""
+    return f"{kept[-1]} is kept: --resume_from_checkpoint auto continues from it{other}"
+
+
+def discard_later_checkpoints(folder: Path, step: int, log: Log) -> None:
+    """Delete incomplete saves, and rename checkpoints after ``step`` so that the new run cannot mistake them."""
+    for partial in folder.glob("*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    for number, path in checkpoints(folder).items():
+        if number > step:
+            aside = path.with_name(f"set-aside-{path.name}")  # this name no longer counts as a checkpoint
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+            log(f"the run goes on after step {step}: {path.name} is renamed to {aside.name}, and may be deleted")

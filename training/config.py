@@ -32,17 +32,10 @@ AT_LEAST = {
 }
 
 # Options of TrainingArguments that follow from other options.
-_FOLLOWING = {
-    "output_dir",
-    "do_eval",
-    "use_cpu",
-    "gradient_checkpointing",
-    "gradient_checkpointing_kwargs",
-    "accelerator_config",
-    "dataloader_pin_memory",
-    "greater_is_better",
-    "hub_token",
-}
+_FOLLOWING = (
+    "output_dir do_eval use_cpu gradient_checkpointing gradient_checkpointing_kwargs accelerator_config "
+    "dataloader_pin_memory greater_is_better hub_token"
+).split()
 
 
 @dataclass
@@ -148,9 +141,7 @@ class TrainConfig(DataOptions, TrainingArguments):
         if not self.output_dir and (self.resume_from_checkpoint or self.push_to_hub or set(trackers) - {"none"}):
             raise InputError("resume_from_checkpoint, report_to and push_to_hub need an output_dir")
         for tracker in set(trackers) - {"none", "all"} - set(get_available_reporting_integrations()):
-            raise InputError(
-                f"report_to={tracker}: the package is not installed, or the name is unknown; try pip install {tracker}"
-            )
+            raise InputError(f"report_to={tracker}: unknown, or the package is missing; try pip install {tracker}")
 
     def _check_dropout(self, objective: Objective) -> None:
         with as_input_error(""):
@@ -158,11 +149,9 @@ class TrainConfig(DataOptions, TrainingArguments):
         if dropout and not self.conditioned:
             raise InputError("alternative_dropout needs conditioned=true: the plain baseline has nothing to drop")
         if dropout and (self.marginal_weight or objective.needs_marginals):
-            cause = "marginal_weight" if self.marginal_weight else f"objective {objective}"
-            remedy = "marginal_weight=0" if self.marginal_weight else "sft=chosen or another objective"
             raise InputError(
-                f"alternative_dropout: {cause} needs the log-probs given the prompt alone beside the conditioned ones, "
-                f"and a dropped pair has no conditioned ones; set {remedy}, or alternative_dropout=0"
+                "alternative_dropout needs marginal_weight=0, and sft=chosen for orpo and sft: the loss would need "
+                "conditioned log-probs beside those given the prompt alone, and a dropped pair has none"
             )
 
     def _check_deepspeed(self) -> None:
@@ -177,13 +166,11 @@ class TrainConfig(DataOptions, TrainingArguments):
     def _check_engine(self) -> None:
         if self.couples_pairs and (self.world_size > 1 or self.gradient_accumulation_steps > 1):
             raise InputError(
-                f"objective {self.objective!r} looks at all pairs of a step together, so it needs one process and "
-                "gradient_accumulation_steps=1"
+                f"objective {self.objective!r} couples a step's pairs: use one process, gradient_accumulation_steps=1"
             )
         if self.mixed_precision not in ("no", "bf16") or (self.mixed_precision == "bf16") != self.bf16:
             raise InputError(
-                f"the launcher's configuration has mixed_precision={self.mixed_precision}, but bf16={self.bf16}; set "
-                "it to 'no' there, and choose bf16 and dtype in the training configuration"
+                f"the launcher has mixed_precision={self.mixed_precision}, but bf16={self.bf16}; set 'no' there"
             )
         if self.sharded and self.use_cpu:
             raise InputError("FSDP needs GPUs: accelerate ignores it on a CPU; use ddp_8gpu.yaml on CPUs")

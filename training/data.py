@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -43,8 +43,7 @@ def load_pairs(
     encoder, options = TextEncoder(tokenizer), options or DataOptions()
     tables: list[pa.Table] = []
     indices: list[np.ndarray] = []
-    sources = parse_sources(source, options.columns)
-    for one in sources:
+    for one in parse_sources(source, options.columns):
         found = [_tokenised(file, encoder, options, log) for file in files_of(one)]
         start, size = sum(map(len, tables)), sum(map(len, found))
         if not size:
@@ -54,11 +53,15 @@ def load_pairs(
             raise InputError(f"{one.name}: weight={one.weight} leaves none of its {size} pairs; raise it")
         tables += found
         indices.append(start + chosen)
-    for name, count in Counter(one.name for one in sources).items():
-        if count > 1:
-            log(f"note: {name} is listed more than once, so each of its pairs is repeated; weight does the same")
     table = pa.concat_tables(tables)
-    if pc.any(table.column("chat")).as_py() and encoder.reads_clock:
+    chat = pc.any(table.column("chat")).as_py()
+    opening = encoder.written_first if chat else ""
+    first = table.column("chosen")[:100].to_pylist() if opening else []
+    if any(str(encoder.tokenizer.decode(ids)).lstrip().startswith(opening) for ids in first):
+        switch = "enable_thinking" in encoder.columns
+        remedy = "; chat_template_kwargs: {enable_thinking: false} makes it part of the prompt" if switch else ""
+        log(f"note: the chat template begins plain answers with {opening!r}, which is scored like the rest{remedy}")
+    if chat and encoder.reads_clock:
         log(
             "note: the chat template writes today's date, so on another day the data differ, and a run cannot be "
             "resumed. Fix it: chat_template_kwargs: {strftime_now: 26 Jul 2024}"
@@ -120,7 +123,7 @@ def _batches(records: Records, encoder: TextEncoder, options: DataOptions, log: 
             encoder.prefetch(text for one in drafts for text in one.texts)
             for one, (_, values, _) in zip(drafts, batch):
                 new = values.keys() - READ - (encoder.columns if one.chat else set())
-                unread |= new
+                unread |= new | {f"{key} (in messages)" for key in one.unread}
                 lost = {name: one.origin for name in new & PROMPT_PARTS if missing(values[name], one.prompt)} | lost
             encoded = [(*encode(one, encoder), one.chat) for one in drafts]
             yield pa.RecordBatch.from_pylist([pair.row(problem, chat) for pair, problem, chat in encoded], SCHEMA)
@@ -153,8 +156,7 @@ def select_pairs(
     """
     given = Pairs.of_lists(pairs, name)
     reasons: dict[str, list[str]] = defaultdict(list)
-    kept: list[int] = []
-    cuts: list[int] = []
+    cuts: dict[int, int] = {}  # tokens that the prompt of each pair loses
     for index, (problem, sizes) in enumerate(zip(given.problems, given.lengths.tolist())):
         parts, origin = given.arrays(index), given.origin(index)
         ids = np.concatenate(parts)
@@ -170,12 +172,11 @@ def select_pairs(
             fits = options.truncation == "prompt_left" and excess < sizes[0] - head
             reason = "truncated" if fits else "too long"
         if reason in ("", "truncated"):
-            kept.append(index)
-            cuts.append(max(0, excess))
+            cuts[index] = max(0, excess)
         for one in {reason, problem} - {""}:
             reasons[one].append(origin)
-    _report(reasons, name, len(given), len(kept), options, separator_length, log)
-    return given.cut(kept, cuts, bos_token_id)
+    _report(reasons, name, len(given), len(cuts), options, separator_length, log)
+    return given.cut(cuts, bos_token_id)
 
 
 def _fault(parts: list[np.ndarray], problem: str) -> str:
@@ -210,7 +211,7 @@ def _report(
     also = named(["truncated", *REMARKS])
     log(f"{name}: {read} pairs read, {kept} kept; dropped: {dropped or 'none'}" + (f"; noted: {also}" if also else ""))
     if LEFT_OUT in reasons:
-        log(f"note: {name}: to keep those, use a chat template that writes thoughts and tool calls, too")
+        log(f"note: {name}: to keep those, use a chat template that writes each role, thoughts and tool calls")
     if not kept:
         raise InputError(f"{name}: no pair is left to use" + (f"; dropped: {dropped}" if dropped else ""))
     if len(reasons.get(REPEATS_PROMPT, [])) == read:
@@ -234,8 +235,8 @@ def check_pairs(
                 f"model {positions} positions; set max_length={positions} and truncation to prompt_left or drop, or "
                 "use another model"
             )
-    known = {hash(prompt) for prompt in given.prompts} if len(unseen) else set()
-    if shared := sum(hash(prompt) in known for prompt in unseen.prompts):
+    asked, known = ([hash(some.arrays(i)[0].tobytes()) for i in range(len(some))] for some in (unseen, given))
+    if shared := sum(prompt in known for prompt in asked):
         log(f"note: {shared} of {len(unseen)} eval_data pairs have a prompt of train_data; they are not held out")
 
 

@@ -16,35 +16,21 @@ LoraOptions = dict[str, Any]  # fields of peft.LoraConfig; ``alpha`` is ``lora_a
 class DataOptions:
     """Model, adapter and pairs. Relative paths are relative to the working directory."""
 
-    model: Annotated[
-        str | dict[str, Any], "hub id, local folder (an adapter is trained further), or LlamaConfig fields"
-    ] = ""
+    model: Annotated[str | dict[str, Any], "hub id, folder (an adapter is trained further), or LlamaConfig fields"] = ""
     attn_implementation: Annotated[str | None, "transformers' option: sdpa, eager, flash_attention_2, ..."] = None
     dtype: Annotated[Literal["float32", "bfloat16"], "float32|bfloat16: parameters, gradients, optimizer"] = "float32"
     quantization: Annotated[Literal["4bit", "8bit"] | None, "4bit|8bit: load a quantised base; needs lora"] = None
-    save_dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, "float32|bfloat16: dtype of the weights in final/; default: dtype"
-    ] = None
-    lora: Annotated[
-        LoraOptions | None, "fields of peft.LoraConfig (r, lora_alpha, target_modules, ...); {}: r 16, alpha 32"
-    ] = None
+    save_dtype: Annotated[Literal["float32", "bfloat16"] | None, "float32|bfloat16: weights in final/ [dtype]"] = None
+    lora: Annotated[LoraOptions | None, "fields of peft.LoraConfig (r, lora_alpha, ...); {}: r 16, alpha 32"] = None
     train_data: Annotated[
         DataSources | None, "file, folder, hub NAME[:SPLIT], or fields path, subset, split, revision, weight"
     ] = None
-    eval_data: Annotated[
-        DataSources | None, "held-out pairs, in the same forms; keep their prompts out of train_data"
-    ] = None
+    eval_data: Annotated[DataSources | None, "held-out pairs, likewise; keep their prompts out of train_data"] = None
     columns: Annotated[dict[str, str] | None, "fields prompt, chosen, rejected: their column names in the data"] = None
     max_length: Annotated[int, "most tokens of prompt + chosen + rejected together"] = 2048
-    truncation: Annotated[
-        Literal["error", "prompt_left", "drop"], "error|prompt_left|drop: how to treat a longer pair"
-    ] = "error"
-    invalid_pairs: Annotated[
-        Literal["drop", "error"], "drop|error: how to treat a pair with empty or identical responses"
-    ] = "drop"
-    alternative: Annotated[
-        Literal["plain", "chat"], "plain|chat: put nothing, or a user turn, after the other response"
-    ] = "plain"
+    truncation: Annotated[Literal["error", "prompt_left", "drop"], "longer pairs: error|prompt_left|drop"] = "error"
+    invalid_pairs: Annotated[Literal["drop", "error"], "pairs with an empty or equal response: drop|error"] = "drop"
+    alternative: Annotated[Literal["plain", "chat"], "plain|chat: nothing or a user turn between responses"] = "plain"
     alternative_instruction: Annotated[str, "alternative=chat: text of that user turn"] = "Please give a better answer."
     chat_template_kwargs: Annotated[dict[str, Any] | None, "arguments of the chat template"] = None
     seed: Annotated[int, "seed of the order of the pairs and of a model built from LlamaConfig fields"] = 42

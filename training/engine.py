@@ -121,15 +121,15 @@ def all_finite(module: nn.Module) -> bool:
 def raise_on_all_ranks() -> Iterator[None]:
     """Raise an exception of the block on all ranks, so that none waits for a rank that has failed.
 
-    All ranks enter the block, which must not communicate. A rank that did not fail raises InputError or SaveError for
-    an exception of that class, and RuntimeError for any other.
+    All ranks enter the block, which must not communicate. A rank that did not fail raises InputError, SaveError or
+    OSError for an exception of that class, and RuntimeError for any other.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    kind = next((kind for kind in (InputError, SaveError) if isinstance(error, kind)), RuntimeError)
+    kind = next((kind for kind in (InputError, SaveError, OSError) if isinstance(error, kind)), RuntimeError)
     text = str(error) if kind is not RuntimeError else f"{type(error).__name__}: {error}"
     failures = gathered(error and (kind, text))
     if error is not None:

@@ -1,10 +1,20 @@
-"""Errors of a run, and the type of its log; the command line prints each as one line and exits with its status."""
+"""Errors of a run, and the type of its log; the command line prints each as one line and exits with its status.
+
+``as_input_error`` and ``reading`` turn what libraries raise into these errors.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
 
 Log = Callable[[str], None]  # takes a line for the terminal and log.txt
 
@@ -42,6 +52,45 @@ def as_input_error(prefix: str, remedy: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{prefix}{one_line(error)}{remedy}") from None
+
+
+@contextmanager
+def reading(path: str, what: str) -> Iterator[None]:
+    """Raise InputError with a remedy for any error while ``what`` of ``path``, local or on the hub, is read."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # network, missing, gated or damaged files: each reader fails in ways of its own
+        problem = f"{type(error).__name__}: {one_line(error.__cause__ or error)[:500]}"
+        remedy = ""
+        if damaged := damaged_file(Path(path)):
+            remedy = f". {damaged} is damaged: copy it again"
+        elif not Path(path).exists():
+            remedy = (
+                f". Without the hub: give a local path instead (elsewhere, `hf download {path} --local-dir DIR` fills "
+                "a folder), or set HF_HUB_OFFLINE=1 where HF_HOME holds a cache that has it"
+            )
+        raise InputError(f"{what} could not be loaded ({problem}){remedy}") from None
+
+
+def damaged_file(folder: Path) -> Path | None:
+    """Return the first file of a model or a data set in ``folder`` that is not what its name says."""
+    kinds = ("*.json", "*.safetensors", "**/*.parquet", "**/*.arrow")
+    for file in sorted(file for kind in kinds for file in folder.glob(kind)):
+        try:
+            if file.suffix == ".json" and not json.loads(file.read_text(encoding="utf-8")):
+                return file
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+            if file.suffix == ".parquet":
+                pq.read_metadata(file)
+            if file.suffix == ".arrow":
+                pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        except (OSError, ValueError, SafetensorError):  # pyarrow's errors are of these classes, too
+            return file
+    return None
 
 
 def first_of(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Metrics of held-out pairs with 95% intervals, conditioned and from the prompt alone; sample answers.
+"""Metrics of held-out pairs with 95% intervals, conditioned and from the prompt alone; warnings; sample answers.
 
 Every run, plain ones included, is scored in the conditioned layout. Its two sequences give both kinds of log-probs, so
 runs with and without conditioning are compared on the same numbers.
@@ -20,11 +20,15 @@ from .answers import answer_text, continue_prompts
 from .config import TrainConfig
 from .errors import InputError, Log
 from .pairs import Pair
-from .scoring import PairModel, Scores, correct, pair_metrics
+from .scoring import TIE, PairModel, Scores, correct, pair_metrics
 
 Z95 = 1.959964
 # Nats per token: below it, the model takes responses noticeably worse after the other one than right after the prompt.
 CONDITIONING_GAP_WARNING = -0.25
+FALL = -0.1  # nats per token that both responses lose
+TOGETHER = 0.5  # share of the rejected responses' fall by which the chosen ones fall, too
+PREFERENCE = 0.15  # share of pairs by which longer responses win more often than they are the chosen ones
+REMEDY = "Lower learning_rate, or set marginal_weight (0.1 to 1)."
 
 
 def evaluate(
@@ -32,12 +36,11 @@ def evaluate(
     ref_logps: Tensor | None,
     pairs: Sequence[Pair],
     config: TrainConfig,
-    marginal_ref_logps: Tensor | None = None,
 ) -> dict[str, Any]:
     """Compute the metrics of conditioned ``scores``: those of training, and those of inference (``marginal``).
 
-    ``ref_logps`` (2, n) are the reference log-probs of the run. If they are conditioned, ``marginal_ref_logps`` (2, n)
-    are the reference's given the prompt alone.
+    ``ref_logps`` (2, n) are the reference log-probs of the run. If they are conditioned, two more rows hold those given
+    the prompt alone.
 
     Keys: ``eval_loss`` (the run's own loss), and for layout in ``conditioned``, ``marginal``:
     ``eval_LAYOUT/rewards/{chosen,rejected,accuracies,margins}``, ``eval_LAYOUT/logps/{chosen,rejected}`` and, in nats
@@ -49,8 +52,8 @@ def evaluate(
     ``eval_longer_chosen``: the share whose longer response is the chosen one. Both are absent if all lengths are equal.
     """
     assert scores.marginal_logps is not None
-    alone_ref = ref_logps if marginal_ref_logps is None else marginal_ref_logps
-    both, alone = _sums(scores, scores.logps, ref_logps), _sums(scores, scores.marginal_logps, alone_ref)
+    refs = (None, None) if ref_logps is None else (ref_logps[:2], ref_logps[-2:])
+    both, alone = _sums(scores, scores.logps, refs[0]), _sums(scores, scores.marginal_logps, refs[1])
     objective = config.make_objective()
     losses = objective(both if config.sees_alternative else alone)
     if config.marginal_weight:
@@ -186,7 +189,7 @@ def starting_report(
         drift = ((expected - ref_logps) / scores.lengths).abs().max().item()
         if not drift < (0.05 if coarse or config.bf16 else 1e-3):
             raise InputError(
-                f"the reference log-probs differ from the model's by {drift:.2g} a token; delete the file reference-*"
+                f"the reference differs from the model by {drift:.2g} nats a token; delete the file reference-*"
             )
     if not config.sees_alternative:
         return
@@ -200,3 +203,57 @@ def starting_report(
             "learns there may not carry over to answering from the prompt alone, or hurt it: watch the prompt-alone\n"
             "metrics, fit the model to sequences of the form prompt + draft + answer first, or set marginal_weight."
         )
+
+
+def warnings(row: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
+    """Return signs that answers from the prompt alone get worse, by kind, each beyond the noise of its interval.
+
+    ``row`` is an evaluation, ``first`` the evaluation before step 1.
+    """
+    found = {"opposite": _opposite_margins(row), "falling": _falling(row, first)}
+    found["longer preferred"] = _longer_preferred(row, first)
+    return {kind: text for kind, text in found.items() if text}
+
+
+def _opposite_margins(row: dict[str, Any]) -> str | None:
+    """Warn if the conditioned margin is positive and the margin from the prompt alone negative."""
+    conditioned, alone = (f"eval_{layout}/rewards/margins" for layout in ("conditioned", "marginal"))
+    around, around_alone = row.get(f"{conditioned}_ci"), row.get(f"{alone}_ci")
+    if not around or not around_alone or not (around[0] > TIE and around_alone[1] < -TIE):
+        return None
+    return (
+        f"given the other response the margin is {row[conditioned]:+.3f}, but from the prompt alone, which\n"
+        f"inference uses, it is {row[alone]:+.3f}: there the model prefers the rejected responses. {REMEDY}\n"
+        "Or fit the base to prompt + draft + answer sequences first."
+    )
+
+
+def _falling(row: dict[str, Any], first: dict[str, Any]) -> str | None:
+    """Warn if both responses' log-probs from the prompt alone have fallen since the start."""
+    name = "eval_marginal/logps_per_token/"
+    now, then = row.get(f"{name}chosen_ci"), first.get(f"{name}chosen_ci")
+    if not now or not then or now[1] >= then[0]:
+        return None
+    chosen, rejected = (row[name + kind] - first[name + kind] for kind in ("chosen", "rejected"))
+    if max(chosen, rejected) >= FALL or chosen > TOGETHER * rejected:
+        return None
+    return (
+        "from the prompt alone, the log-probs of both responses fall together (held-out pairs, nats per token\n"
+        f"since the start: chosen {chosen:+.3f}, rejected {rejected:+.3f}): probability goes to answers that are\n"
+        f"neither. {REMEDY}"
+    )
+
+
+def _longer_preferred(row: dict[str, Any], first: dict[str, Any]) -> str | None:
+    """Warn if longer responses win clearly more often than they are chosen, and than before training."""
+    name = "eval_marginal/longer_preferred"
+    if name not in row or row["step"] == first["step"]:
+        return None
+    expected = max(row["eval_longer_chosen"], first[name])
+    if row[name] < expected + PREFERENCE or row[f"{name}_ci"][0] < expected:
+        return None
+    return (
+        f"from the prompt alone, the model prefers the longer response in {row[name]:.0%} of the held-out\n"
+        f"pairs, but it is the chosen one in {row['eval_longer_chosen']:.0%} (before training preferred in "
+        f"{first[name]:.0%}): it may be\nlearning length. Objectives that account for it are simpo and rdpo."
+    )

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from .checkpoint import whole_file
 from .errors import InputError
 from .messages import Messages, check_text, read_messages
+from .records import PROMPT_PARTS
 from .sources import Records, Source
 
 FORMATS = ("alpaca_eval", "arena_hard", "mt_bench")
@@ -72,8 +73,9 @@ def _question(origin: str, record: dict[str, Any], form: str, chat: bool) -> Que
     needed = {"arena_hard": ("prompt", "uid"), "mt_bench": ("turns", "question_id")}.get(form, ())
     if missing := [name for name in needed if name not in record]:
         raise InputError(f"{origin}: {missing[0]!r} is missing, which {form} needs ({found})")
-    if record.get("input"):
-        raise InputError(f"{origin}: 'input' is not read; write it into 'instruction'")
+    for part in sorted(PROMPT_PARTS):
+        if record.get(part):
+            raise InputError(f"{origin}: {part!r} is not read; write it into what is to be answered")
     names = needed[:1] or ("messages", "conversations", "turns", "instruction", "prompt")
     name = next((name for name in names if name in record), None)
     if name is None:

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from . import exports
 from .answers import answer_length, answer_questions, answer_text, generate_batch, prompt_ids
+from .architecture import check_causal, check_finite, rounds_by_batch
 from .chat import TextEncoder, separator_ids
 from .data_options import DataOptions
 from .errors import InputError, SaveError, as_input_error
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--alternative is for --reflect: without it the model sees the prompt alone")
     escape_unprintable()
     logging.disable_progress_bar()  # a progress bar for loading the weights would precede the answer
+    logging.set_verbosity_error()
     try:
         _run(options)
     except (InputError, SaveError) as error:
@@ -120,6 +122,8 @@ def _run(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype: Literal["float32", "bfloat16"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model, tokenizer = load_model(DataOptions(model=options.model, dtype=dtype), training=False)
+    check_finite(model)
+    check_causal(model, rounds_by_batch=rounds_by_batch(model))
     model.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the signature
     encoder, temperature = TextEncoder(tokenizer), options.temperature or 0.0
     separator = separator_ids(tokenizer, options) if options.reflect else None

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import add_lora
+from .architecture import check_architecture
 from .chat import prepare_tokenizer, separator_ids
 from .config import TrainConfig
 from .data import Pair, Pairs, check_pairs, load_pairs, select_pairs
-from .data_options import DataOptions
 from .engine import check_same, raise_on_all_ranks
 from .errors import InputError, Log
-from .model import check_architecture, load_model, padding_id
+from .model import load_model, padding_id
 from .scoring import weights_digest
 from .sources import check_source, parse_sources
 
@@ -48,38 +48,30 @@ class Given:
     pad_token_id: int = 0
 
 
-def load_inputs(config: TrainConfig, given: Given, log: Log) -> Inputs:
-    """Read what is not given, and add the adapter.
+def load_inputs(config: TrainConfig, given: Given, log: Log, *, meta: bool = False) -> Inputs:
+    """Read what is not given, and add the adapter. With ``meta``, a model that is read has shapes, but no weights.
 
     Raises InputError, in all processes, for what does not fit together, or is not the same in all of them.
     """
     model, tokenizer = given.model, given.tokenizer
     with raise_on_all_ranks():
-        check_sources(config, given)
+        for source, held in ((config.train_data, given.pairs), (config.eval_data, given.eval_pairs)):
+            for one in parse_sources(source) if source is not None and not held else []:
+                check_source(one)  # a missing file is refused before anything is loaded
         if model is None:
-            model, tokenizer = load_model(config)
+            model, tokenizer = load_model(config, meta=meta)
         check_architecture(model)
-        inputs = read_inputs(config, model, replace(given, tokenizer=tokenizer), log)
-        weights = weights_digest(model)
+        inputs = _read_inputs(config, model, replace(given, tokenizer=tokenizer), log)
+        weights = {} if meta else {"model": weights_digest(model)}
         if config.lora is not None:
             add_lora(model, config.lora, config.seed)
-    digests = {"model": weights, **inputs.digests}
+    digests = {**weights, **inputs.digests}
     check_same(digests, "model or data")
     return replace(inputs, digests=digests)
 
 
-def check_sources(config: DataOptions, given: Given) -> None:
-    """Raise InputError for a local file that is missing, before anything is loaded."""
-    for source, held in ((config.train_data, given.pairs), (config.eval_data, given.eval_pairs)):
-        for one in parse_sources(source) if source is not None and not held else []:
-            check_source(one)
-
-
-def read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log: Log) -> Inputs:
-    """Read the pairs, and what follows from the tokenizer.
-
-    Of ``model`` shapes alone are read. Raises InputError for what does not fit together.
-    """
+def _read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log: Log) -> Inputs:
+    """Read the pairs, and what follows from the tokenizer. Of ``model`` shapes alone are read."""
     tokenizer, pad_token_id = given.tokenizer, given.pad_token_id
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if tokenizer is not None:
@@ -90,9 +82,7 @@ def read_inputs(config: TrainConfig, model: PreTrainedModel, given: Given, log: 
             pad_token_id = tokenizer.eos_token_id
     separator = separator_ids(tokenizer, config)
     if any(token >= vocab_size for token in separator):
-        raise InputError(
-            f"alternative=chat: the chat template uses tokens that the model's vocabulary lacks: {separator}"
-        )
+        raise InputError(f"alternative=chat: the chat template uses tokens that the model has no rows for: {separator}")
     bos, between, found = getattr(tokenizer, "bos_token_id", None), len(separator), [Pairs.of_lists([], "")] * 2
     sources = (("train_data", config.train_data, given.pairs), ("eval_data", config.eval_data, given.eval_pairs))
     for i, (name, source, held) in enumerate(sources):

@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 import inspo_kernels as ik
 
+from .batching import Batcher
 from .config import TrainConfig
 from .errors import Log
-from .scoring import Batcher, Lengths
+from .inputs import Inputs
+from .output import existing
 
 GIB = 2**30
 LOST_UPDATES_WARNING = 0.5  # share of weights that updates of the learning rate's size leave unchanged
@@ -70,10 +72,9 @@ def estimate_memory(
     }
 
 
-def report_memory(
-    model: PreTrainedModel, config: TrainConfig, batcher: Batcher, lengths: Lengths, log: Log, share: int
-) -> None:
-    """Log the memory a process needs for pairs of ``lengths`` (n, 3), and a warning if its GPU has less."""
+def report_memory(config: TrainConfig, inputs: Inputs, batcher: Batcher, log: Log, share: int) -> None:
+    """Log the memory a process needs for the training pairs, and a warning if its GPU has less."""
+    model, lengths = inputs.model, inputs.train_pairs.lengths
     longest, device = int(batcher.padded(lengths, conditioned=config.sees_alternative).max()), batcher.device
     tokens = min(max(config.max_batch_tokens, longest), longest * config.per_device_train_batch_size)
     longest_pair = int(lengths[:, 1:].sum(1).max()) * (2 if config.marginal_weight else 1)
@@ -104,13 +105,9 @@ def report_disk(model: PreTrainedModel, config: TrainConfig, steps: int, log: Lo
     saved = 0 if config.save_strategy == "no" else math.ceil(steps / every)
     kept = min(saved, (config.save_total_limit or saved) + 1)  # the oldest one is deleted after the newest is written
     finals = sum(p.nbytes for p in trained) * (2 if config.keep_best and config.eval_data else 1)
-    total, place = kept * one + finals, config.folder
-    log(
-        f"disk space, estimated: checkpoints {kept} x {one / GIB:.2f} GiB + models {finals / GIB:.2f} = "
-        f"{total / GIB:.2f} GiB"
-    )
-    while not place.exists():
-        place = place.parent
+    total, place = kept * one + finals, existing(config.folder)
+    listed = f"checkpoints {kept} x {one / GIB:.2f} GiB + models {finals / GIB:.2f}"
+    log(f"disk space, estimated: {listed} = {total / GIB:.2f} GiB")
     free = shutil.disk_usage(place).free
     if total > free:
         log(f"WARNING: that is more than {place} has ({free / GIB:.2f} GiB). What helps: a smaller save_total_limit")

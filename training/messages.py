@@ -11,11 +11,13 @@ from .errors import InputError
 
 Messages = list[dict[str, Any]]
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# Keys whose text is compared with what a template writes.
+COMPARED = {"role", "content", "tool_calls", "function_call", *_THOUGHTS}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 def read_messages(value: Any, name: str, origin: str) -> Messages | None:
-    """Return the chat messages that ``value`` is, without nulls; None if it is anything else.
+    """Return the chat messages that ``value`` is, without nulls and empty lists; None if it is anything else.
 
     Reads one message or several, ShareGPT's ``from`` and ``value``, and contents that are a list of text parts. A
     message that calls tools or holds thoughts needs no content. Raises InputError for parts that are no text.
@@ -27,7 +29,7 @@ def read_messages(value: Any, name: str, origin: str) -> Messages | None:
 def _message(given: Any, name: str, origin: str) -> dict[str, Any] | None:
     if not isinstance(given, dict):
         return None
-    message = {key: value for key, value in given.items() if value is not None}
+    message = {key: value for key, value in given.items() if value is not None and (value != [] or key == "content")}
     if "role" not in message and isinstance(role := message.pop("from", None), str):
         message = {"role": _SHAREGPT_ROLES.get(role, role), "content": message.pop("value", None), **message}
     if isinstance(parts := message.get("content"), list):
@@ -59,12 +61,12 @@ def kept_texts(message: dict[str, Any]) -> Iterator[str]:
     """What a template must write of an earlier message: all, but an assistant's thoughts, which many take out."""
     if message["role"] == "assistant":
         said = message["content"].rpartition("</think>")[2]
-        message = {"content": said, "tool_calls": message.get("tool_calls")}
+        message = {"content": said, **{key: message.get(key) for key in ("tool_calls", "function_call")}}
     return given_texts(message)
 
 
 def _calls(message: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for call in message.get("tool_calls") or []:
+    for call in [*(message.get("tool_calls") or []), message.get("function_call")]:
         function = call.get("function", call) if isinstance(call, dict) else {}
         yield function.get("name", ""), function.get("arguments", "")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -23,40 +23,40 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.quantizers import AutoHfQuantizer
-from transformers.utils import logging
-
-import inspo_kernels as ik
-from inspo_kernels.models import check_head
 
 from .adapters import continue_adapter, has_adapter, read_adapter
-from .causal import check_causal, check_kind
-from .checkpoint import refuse_run_folder
-from .errors import InputError, Log, as_input_error, check_names, first_of
-from .reading import local_path, reading
+from .errors import InputError, Log, as_input_error, check_names, first_of, reading
+from .sources import local_path
 
 _CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
 
-def load_model(options: Any, *, training: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    options: Any, *, training: bool = True, meta: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return ``options.model`` in ``options.dtype`` with its tokenizer.
 
     A section of config fields builds a small random model of a ``model_type`` (default llama) with a byte-level
-    tokenizer. A folder with an adapter gives its base with the adapter active and, with ``training``, trainable. Raises
-    InputError for a model that cannot be trained as ``options`` say, and for weights that lack a tensor.
+    tokenizer. A folder with an adapter gives its base with the adapter active and, with ``training``, trainable. With
+    ``meta``, the model is on the meta device: names and shapes without memory; a local folder's weights are compared
+    with its configuration. Raises InputError for a model that cannot be trained as ``options`` say, and for weights
+    that lack a tensor.
     """
     settings = load_settings(options, training=training)
     if isinstance(options.model, dict):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            return build_model(options, settings), byte_tokenizer()
+            return build_model(options, settings, meta), byte_tokenizer()
     name = local_path(options.model)
     generation = read_generation_config(name)
     tokenizer = load_tokenizer(name)
-    model = _from_pretrained(options, name, **_quantization(options))
+    if meta and (not has_weights(name) or getattr(settings, "quantization_config", None) is not None):
+        return build_model(options, settings, meta), tokenizer
+    model = _from_pretrained(options, name, **({"device_map": "meta"} if meta else _quantization(options)))
     if not has_adapter(model):
         for parameter in model.parameters():  # a quantised folder keeps some in its own dtype
             if parameter.is_floating_point():
@@ -65,26 +65,21 @@ def load_model(options: Any, *, training: bool = True) -> tuple[PreTrainedModel,
     if generation:  # the adapter's own; transformers has read the base's
         model.generation_config = GenerationConfig(**generation)
     if training:
-        continue_adapter(model)
+        continue_adapter(model, Path(name))
     return model, tokenizer
 
 
 def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
     """Call ``from_pretrained``. Raises InputError for tensors that it would initialise randomly."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # the errors below replace its report of the tensors
-    try:
-        with reading(name, "weights (model.safetensors, or its parts)"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype_of(options),
-                attn_implementation=options.attn_implementation,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **more,
-            )
-    finally:
-        logging.set_verbosity(level)
+    with reading(name, f"model {name!r}: its weights (model.safetensors, or its parts)"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype_of(options),
+            attn_implementation=options.attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **more,
+        )
     model, info = loaded
     sizes = sorted(
         f"{key} ({tuple(found)} in the weights, {tuple(asked)} by config.json)"
@@ -102,19 +97,37 @@ def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
             + first_of(sorted(missing))
             + (f"; they hold {first_of(found)} instead. Rename these, or save the model again" if found else "")
         )
-    shape = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
-    if extra := sorted(key for key in info["unexpected_keys"] if re.sub(r"\d+", "#", key) in shape):
-        raise InputError(f"model {name!r}: by its config.json the model has no {first_of(extra)}, but its weights do")
+    if extra := sorted(key for key in info["unexpected_keys"] if _belongs(key, model)):
+        raise InputError(
+            f"model {name!r}: by its config.json the model has no {first_of(extra)}, but its weights do. Correct "
+            "config.json, or save the model again (adapters merged)"
+        )
     return model
+
+
+def _belongs(key: str, model: PreTrainedModel) -> bool:
+    """Return whether a tensor that ``model`` ignores is of one more layer, or of a layer that has a weight.
+
+    Such are biases, scales and unmerged adapters. Others, such as old buffers or a value head, change no log-prob.
+    """
+    if re.sub(r"\d+", "#", key) in {re.sub(r"\d+", "#", known) for known in model.state_dict()}:
+        return True
+    if getattr(model, "is_quantized", False) or (has_adapter(model) and "lora_" in key):  # peft has read the adapter
+        return False
+    modules, parent = dict(model.named_modules()), key
+    while parent and parent not in modules:
+        parent = parent.rpartition(".")[0]
+    return hasattr(modules[parent], "weight")
 
 
 def dtype_of(options: Any) -> torch.dtype:
     return getattr(torch, options.dtype)
 
 
-def build_model(options: Any, settings: PretrainedConfig) -> PreTrainedModel:
-    """Return a model with random weights."""
-    with as_input_error(f"model: {options.model} does not make a causal language model: "):
+def build_model(options: Any, settings: PretrainedConfig, meta: bool) -> PreTrainedModel:
+    """Return a model with random weights, or on the meta device."""
+    prefix = f"model: {options.model} does not make a causal language model: "
+    with as_input_error(prefix), torch.device("meta") if meta else nullcontext():
         return AutoModelForCausalLM.from_config(
             settings, dtype=dtype_of(options), attn_implementation=options.attn_implementation
         )
@@ -139,22 +152,11 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
         raise InputError("attn_implementation=flex_attention has no backward pass on a CPU; use sdpa or eager")
     if isinstance(options.model, dict):
         return _built_settings(dict(options.model))
-    name = base = local_path(options.model)
-    refuse_run_folder(Path(name))
-    file = Path(name, "adapter_config.json")
-    if file.is_file():
-        with reading(name, file.name):
-            base = json.loads(file.read_text()).get("base_model_name_or_path")
-        if not base:
-            raise InputError(f"model {name!r}: {file.name} names no base_model_name_or_path; write the base there")
-    try:
-        with reading(base, "config.json"):
-            settings = AutoConfig.from_pretrained(base)
-    except InputError as error:
-        if base == name:
-            raise
-        raise InputError(f"model {name!r}: the base that {file.name} names cannot be read: {error}") from None
-    check_kind(name, settings)
+    name = local_path(options.model)
+    base, file = _base_of(name), Path(name, "adapter_config.json")
+    _refuse_missing(base, f"model {name!r}: {file.name} names the base {base!r}" if base != name else f"model {name!r}")
+    with reading(base, f"model {base!r}: its config.json"):
+        settings = AutoConfig.from_pretrained(base)
     read_generation_config(name)
     wanted = options.quantization
     quantized = getattr(settings, "quantization_config", None)
@@ -171,13 +173,38 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     return settings
 
 
+def _refuse_missing(name: str, what: str) -> None:
+    """Raise InputError for a path that is not there: the hub would search for it for half a minute."""
+    first, _, rest = name.partition("/")
+    if Path(name).is_dir():
+        return
+    if name.startswith((".", "/", "~")) or "/" in rest or (rest and Path(first).is_dir()):
+        raise InputError(f"{what}: no such folder (working directory: {Path.cwd()})")
+
+
+def _base_of(name: str) -> str:
+    """Return the base of an adapter's folder, and ``name`` itself for any other model."""
+    file = Path(name, "adapter_config.json")
+    if not file.is_file():
+        return name
+    with reading(name, f"model {name!r}: its {file.name}"):
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"model {name!r}: {file.name} names no base_model_name_or_path; write the base there")
+    return str(base)
+
+
 def read_generation_config(name: str) -> dict[str, Any]:
     """Return what ``generation_config.json`` of a folder holds, {} if there is none. Raises InputError if damaged."""
     file = Path(name, "generation_config.json")
     if not file.is_file():
         return {}
-    with reading(name, file.name):  # transformers ignores a damaged file
-        return json.loads(file.read_text())
+    with reading(name, f"model {name!r}: its {file.name}"):  # transformers ignores a damaged file
+        held: dict[str, Any] = json.loads(file.read_text())
+        ends = held.get("eos_token_id")
+        if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
+            raise ValueError(f"eos_token_id={ends!r} must be a whole number or a list of them")
+        return held
 
 
 def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
@@ -187,15 +214,18 @@ def _built_settings(fields: dict[str, Any]) -> PretrainedConfig:
     tokenizer = byte_tokenizer()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     with as_input_error(f"model: {fields} does not make a {model_type} model: "):
-        settings = CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **ids, **fields})
-    check_kind(fields, settings)
-    return settings
+        return CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **ids, **fields})
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder or hub id. Raises InputError if it has no vocabulary."""
+    """Return the tokenizer of a folder or hub id; that of the base for an adapter without one.
+
+    Raises InputError if it has no vocabulary.
+    """
     name = local_path(name)
-    with reading(name, "tokenizer (tokenizer.json, tokenizer_config.json)"):
+    if not any(Path(name).glob("tokenizer*")):
+        name = _base_of(name)
+    with reading(name, f"model {name!r}: its tokenizer (tokenizer.json, tokenizer_config.json)"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         # From a folder with only config.json, transformers makes a tokenizer without vocabulary.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -203,54 +233,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return tokenizer
 
 
-def meta_model(options: Any) -> PreTrainedModel:
-    """Return the model on the meta device: names and shapes without memory.
-
-    If a local folder has weights, their names and shapes are compared with its configuration. Raises InputError as
-    ``load_model`` does.
-    """
-    settings = load_settings(options)
-    if not isinstance(options.model, dict) and Path(name := local_path(options.model)).is_dir():
-        if has_weights(name) and getattr(settings, "quantization_config", None) is None:
-            model = _from_pretrained(options, name, device_map="meta")
-            if has_adapter(model):
-                continue_adapter(model)
-            return model
-    with torch.device("meta"):
-        return build_model(options, settings)
-
-
 def has_weights(folder: str) -> bool:
-    """Return whether the folder of a model or an adapter should have weights: an adapter's always should."""
+    """Return whether a local folder of a model or an adapter should have weights: an adapter's always should."""
     return any(any(Path(folder).glob(kind)) for kind in ("*.safetensors", "*.bin", "adapter_config.json"))
-
-
-def check_architecture(model: PreTrainedModel) -> None:
-    """Raise InputError if ``hidden_and_head`` cannot split the model or it is not causal; this tries a few tokens."""
-    try:
-        if model.device.type == "meta":  # nothing can be computed
-            check_head(model)
-        else:
-            words = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-            # No padding, whose states may be 0 and fit any head.
-            ids = torch.arange(4, device=model.device) + words // 2
-            with torch.no_grad():
-                ik.hidden_and_head(model, input_ids=ids[None] % words)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        if bad := [n for n, p in model.named_parameters() if p.device.type != "meta" and not p.isfinite().all()]:
-            raise InputError(f"model: its weights hold values that are not finite: {first_of(bad)}") from None
-        problem = str(error).split(". ")[0]  # advice to callers of the library follows
-        raise InputError(
-            f"model: {type(model).__name__} cannot be trained here: {problem}; choose a model of another architecture"
-        ) from None
-    check_causal(model, rounds_by_batch=rounds_by_batch(model))
-
-
-def rounds_by_batch(model: PreTrainedModel) -> bool:
-    """Return whether a row's log-probs depend on its batch: 8-bit layers treat a batch's outliers separately."""
-    return any(getattr(getattr(module, "state", None), "threshold", 0) > 0 for module in model.modules())
 
 
 def size_text(model: PreTrainedModel) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import textwrap
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from transformers import TrainingArguments
 from .config import TrainConfig
 from .errors import InputError, nearest, one_line
 from .other_options import OTHER_NAMES, WITHOUT_OPTION
+from .sources import local_path
 
 DOCS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 # Options whose value is a path: ~ and $VARIABLES mean the same in YAML as in a shell.
@@ -112,15 +112,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_BOOLEAN, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
+_BOOLEAN, _DATE, _INTEGER = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "timestamp", "int"))
 _Loader.yaml_implicit_resolvers = {
-    letter: [entry for entry in entries if entry[0] not in (_BOOLEAN, _DATE)]
+    letter: [entry for entry in entries if entry[0] not in (_BOOLEAN, _DATE, _INTEGER)]
     for letter, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 # YAML 1.1 reads 1e-7, without a dot, as text.
 _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+# It reads 012 as 10 and 20:48 as 1248; here numbers are decimal, and the rest is text.
+_Loader.add_implicit_resolver(_INTEGER, re.compile(r"^[-+]?\d[\d_]*$"), list("-+0123456789"))  # type: ignore[no-untyped-call]
+_Loader.add_constructor(_INTEGER, lambda loader, node: int(node.value))  # type: ignore[no-untyped-call]
 _Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|false)$", re.I), list("tTfF"))  # type: ignore[no-untyped-call]
 
 
@@ -170,7 +173,7 @@ def _convert(name: str, value: Any) -> Any:
     if name == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
         return "auto" if str(value).lower() == "true" else None
     if isinstance(value, str) and name in PLACES:
-        value = os.path.expandvars(os.path.expanduser(value))
+        value = local_path(value)
     try:
         return _types()[name].validate_python(value)
     except ValidationError as error:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .checkpoint import whole_file
-from .errors import InputError, Log, SaveError
+from .errors import InputError, Log
 
 METRICS, SAMPLES, CURVES = "metrics.jsonl", "samples.jsonl", "curves.png"
 CONFIG, LOG, LOCK = "config.yaml", "log.txt", ".lock"
@@ -55,12 +55,15 @@ def locked(folder: Path | None) -> Iterator[None]:
 
 def check_folder(folder: Path) -> None:
     """Raise InputError for an ``output_dir`` that is a file, or lies in a folder that cannot be written to."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problem = "no permission in" if place.is_dir() else "not a folder:"
         raise InputError(f"output_dir {folder}: cannot be written to ({problem} {place}); choose another one")
+
+
+def existing(folder: Path) -> Path:
+    """Return the nearest folder above ``folder``, or itself, that is there; a link that leads nowhere is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
 
 
 class JsonLines:
@@ -113,22 +116,16 @@ class RunLog:
                     file.writelines(lines)
 
     def open(self, settings: str) -> None:
-        """Write ``settings`` to config.yaml, and from now on all lines to log.txt: a refused run writes nothing.
-
-        Raises SaveError if config.yaml cannot be written.
-        """
+        """Write ``settings`` to config.yaml, and from now on all lines to log.txt: a refused run writes nothing."""
         assert self.folder is not None
-        try:
-            (self.folder / CONFIG).write_text(settings, encoding="utf-8")
-        except OSError as error:
-            raise SaveError(f"{self.folder / CONFIG} could not be written: {error}") from error
+        (self.folder / CONFIG).write_text(settings, encoding="utf-8")
         self._opened = True
 
     def draw(self, rows: list[dict[str, Any]], title: str) -> None:
         if self.folder is not None:
             try:
                 plot_curves(rows, title, self.folder / CURVES)
-            except OSError as error:
+            except Exception as error:  # a broken installation or font must not end a run, either
                 self.say(f"WARNING: {CURVES} could not be written: {error}")
 
 

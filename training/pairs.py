@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -36,21 +36,11 @@ class Pair(NamedTuple):
 
 
 class Pairs(Sequence[Pair]):
-    """A sequence of pairs that takes 4 bytes a token. An index makes a ``Pair``, a slice another such sequence.
+    """The rows ``where`` of ``table``, 4 bytes a token. An index makes a ``Pair``, a slice another such sequence."""
 
-    It has the rows ``where`` of ``table``. Of their prompts, ``cuts`` tokens behind the BOS ``bos`` are left out.
-    """
-
-    def __init__(
-        self,
-        table: pa.Table,
-        where: NDArray[np.int64] | None = None,
-        cuts: NDArray[np.int64] | None = None,
-        bos: int | None = None,
-    ) -> None:
-        self._table, self._ids, self._bos = table, [table.column(name) for name in _IDS], bos
+    def __init__(self, table: pa.Table, where: NDArray[np.int64] | None = None) -> None:
+        self._table, self._ids = table, [table.column(name) for name in _IDS]
         self._where = np.arange(len(table)) if where is None else where
-        self._cuts = np.zeros(len(self._where), np.int64) if cuts is None else cuts
 
     @classmethod
     def of_lists(cls, pairs: Iterable[Pair | Sequence[Sequence[int]]], name: str) -> Pairs:
@@ -72,7 +62,7 @@ class Pairs(Sequence[Pair]):
     def __getitem__(self, index: slice | NDArray[np.int64]) -> Pairs: ...
     def __getitem__(self, index: int | slice | NDArray[np.int64]) -> Pair | Pairs:
         if isinstance(index, slice | np.ndarray):
-            return Pairs(self._table, self._where[index], self._cuts[index], self._bos)
+            return Pairs(self._table, self._where[index])
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         prompt, chosen, rejected = (part.tolist() for part in self.arrays(index))
@@ -88,26 +78,13 @@ class Pairs(Sequence[Pair]):
         return str(self._table.column("origin")[int(self._where[index])])
 
     def arrays(self, index: int) -> list[NDArray[np.int32]]:
-        """Token ids of prompt, chosen and rejected, without copies where the prompt is not cut."""
-        prompt, *responses = self._whole(index)
-        if cut := int(self._cuts[index]):
-            head = 1 if prompt[0] == self._bos else 0
-            prompt = np.delete(prompt, slice(head, head + cut))
-        return [prompt, *responses]
-
-    def _whole(self, index: int) -> list[NDArray[np.int32]]:
+        """Return the token ids of prompt, chosen and rejected, without copies."""
         return [ids[int(self._where[index])].values.to_numpy() for ids in self._ids]
-
-    @property
-    def prompts(self) -> Iterator[bytes]:
-        """The prompts, with what is cut."""
-        return (self._whole(index)[0].tobytes() for index in range(len(self)))
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """(n, 3) numbers of tokens of prompt, chosen and rejected."""
-        sizes = [pc.list_value_length(ids).to_numpy()[self._where].astype(np.int64) for ids in self._ids]
-        return np.stack([sizes[0] - self._cuts, *sizes[1:]], 1)
+        return np.stack([pc.list_value_length(ids).to_numpy()[self._where].astype(np.int64) for ids in self._ids], 1)
 
     @cached_property
     def digest(self) -> str:
@@ -128,9 +105,17 @@ class Pairs(Sequence[Pair]):
         """What is wrong with each pair."""
         return self._table.column("problem").take(pa.array(self._where)).to_pylist()  # type: ignore[no-any-return]
 
-    def cut(self, kept: Sequence[int], cuts: Sequence[int], bos: int | None) -> Pairs:
-        """The pairs ``kept``; of their prompts, ``cuts`` tokens behind the BOS are left out."""
-        return Pairs(self._table, self._where[np.asarray(kept, np.int64)], np.asarray(cuts, np.int64), bos)
+    def cut(self, cuts: dict[int, int], bos: int | None) -> Pairs:
+        """Return the pairs ``cuts``, each without that number of tokens of its prompt, behind the BOS."""
+        rows: list[dict[str, Any]] = []
+        where = self._where[[*cuts]]
+        for at, (index, count) in enumerate(cuts.items()):
+            if count:  # a row of its own, behind those of the table
+                pair = self[index]
+                head = 1 if pair.prompt[0] == bos else 0
+                where[at] = len(self._table) + len(rows)
+                rows.append(pair._replace(prompt=pair.prompt[:head] + pair.prompt[head + count :]).row())
+        return Pairs(pa.concat_tables([self._table, pa.Table.from_pylist(rows, SCHEMA)]), where)
 
 
 def lengths_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .chat import TextEncoder
 from .errors import InputError
-from .messages import Messages, check_calls, check_text, given_texts, holds_all, kept_texts, read_messages
+from .messages import COMPARED, Messages, check_calls, check_text, given_texts, holds_all, kept_texts, read_messages
 from .pairs import Pair
 
 # Pairs with one of these faults are not used; of the others, they are counted.
@@ -43,6 +43,7 @@ class Draft(NamedTuple):
     chat: bool
     origin: str
     problem: str
+    unread: frozenset[str] = frozenset()  # keys of messages that the chat template does not read
 
     @property
     def texts(self) -> list[str]:
@@ -74,9 +75,13 @@ def draft(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_on
         raise InputError(f"{origin}: 'tools' are read by a chat template, which needs messages instead of strings")
     for name in _COLUMNS:
         check_text(record.get(name) or "", f"{origin}: {name!r}")
+    chosen, rejected = encoder.without_blank_end(chosen), encoder.without_blank_end(rejected)
     if prompt is None:
-        return _split_strings(record, chosen, rejected, origin)
-    return Draft(prompt, [chosen, rejected], False, origin, _repeats(prompt, chosen, rejected, origin))
+        return _split_strings(record, chosen, rejected, encoder, origin)
+    problem = _repeats(prompt, chosen, rejected, origin)
+    if _ASSISTANT in prompt and _HUMAN in chosen + rejected:
+        problem = OTHERS
+    return Draft(prompt, [chosen, rejected], False, origin, problem)
 
 
 def _draft_chat(
@@ -122,7 +127,8 @@ def _draft_chat(
         problem = RENDERED
     elif any(encoder.special_text.search(text) for given in said for text in given):
         problem = problem or SPECIAL
-    return Draft(opening, texts, True, origin, problem)
+    keys = {key for message in [*prompt, *answers[0], *answers[1]] for key in message}
+    return Draft(opening, texts, True, origin, problem, frozenset(keys - COMPARED - encoder.words))
 
 
 def _answer(response: Messages, name: str, origin: str) -> Messages:
@@ -131,8 +137,9 @@ def _answer(response: Messages, name: str, origin: str) -> Messages:
     if roles[:1] == ["assistant"] and "assistant" not in roles[1:]:
         return response[:1]
     raise InputError(
-        f"{origin}: {name!r} has the roles {', '.join(roles) or 'none'}; it must be one message of the assistant, "
-        "because what others say would be scored. Put what precedes the last answer into 'prompt', or end it earlier"
+        f"{origin}: {name!r} has the roles {', '.join(roles) or 'none'}; it must be one message with the role "
+        "'assistant', because what others say would be scored. Put what precedes the last answer into 'prompt', or end "
+        "it earlier"
     )
 
 
@@ -226,10 +233,10 @@ def _repeats(prompt: str, chosen: str, rejected: str, origin: str) -> str:
     return REPEATS_PROMPT if all(begin) else ONE_REPEATS if any(begin) else ""
 
 
-def _split_strings(record: dict[str, Any], chosen: str, rejected: str, origin: str) -> Draft:
+def _split_strings(record: dict[str, Any], chosen: str, rejected: str, encoder: TextEncoder, origin: str) -> Draft:
     """The pair of two strings that begin alike: up to the last turn of a conversation, else up to a whole word."""
     shared = chosen[: _shared(chosen, rejected)]
-    head, turn, _ = shared.rpartition(_ASSISTANT)
+    head, turn, _ = shared.rpartition(encoder.answer_opening if encoder.cue and encoder.cue in shared else _ASSISTANT)
     if not turn and (names := [name for name in _PROMPTS if record.get(name)]):
         raise InputError(f"{origin}: no 'prompt'; set columns.prompt={names[0]}, or take that column out")
     # Neither all of a response nor half a word.

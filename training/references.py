@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .adapters import adapter_off
+from .batching import Batcher, Conditioned
 from .checkpoint import whole_file
 from .config import TrainConfig
 from .engine import from_first_process, process_index
 from .errors import InputError, Log, Stopped
 from .inputs import Inputs
-from .scoring import Batcher, Conditioned, score, unwrap
+from .scoring import score
 
 CHUNK = 256  # pairs scored together, always the same ones: a resumed pass gives the same bits
 KEEP_SECONDS = 60.0  # between two times that the scored pairs are written and reported
@@ -32,14 +33,12 @@ class References:
     """Summed log-probs of a run's reference, float64; None if the objective needs none or there are no such pairs.
 
     ``train`` (2, n): the training pairs, NaN for pairs that the run does not use. ``held_out`` (2, m): the held-out
-    pairs. If the reference is conditioned, ``held_out_marginal`` (2, m) and ``train_plain`` (2, n) are the same given
-    the prompt alone, the latter for pairs whose alternative is dropped.
+    pairs. If the reference is conditioned, two more rows hold the same given the prompt alone, for evaluations and
+    for pairs whose alternative is dropped.
     """
 
     train: Tensor | None
     held_out: Tensor | None
-    held_out_marginal: Tensor | None
-    train_plain: Tensor | None = None
 
     @classmethod
     def compute(
@@ -58,17 +57,15 @@ class References:
         ``used``: indices of the training pairs that the run takes. Raises Stopped after SIGTERM; scored pairs are kept.
         """
         if not config.make_objective().needs_reference:
-            return cls(None, None, None)
+            return cls(None, None)
         cache = Path(config.reference_cache) if config.reference_cache else config.folder
-        attention = unwrap(module).model.config.get_text_config()._attn_implementation
+        attention = inputs.model.config.get_text_config()._attn_implementation
         common = f"{batcher.layout} {'bf16' if config.bf16 else 'no'} {attention} {inputs.digests['model']}"
         logps_of = partial(reference_logps, module, batcher=batcher, log=log, stop_requested=stop_requested)
-        seen, held_out, tables = config.reference_sees_alternative, range(len(inputs.held_out)), []
-        for pairs, data, indices, conditioned in (
-            (inputs.train_pairs, "train_data", used, seen),
-            (inputs.held_out, "eval_data", held_out, seen),
-            (inputs.held_out, "eval_data", held_out if seen else (), False),
-            (inputs.train_pairs, "train_data", used if seen and config.alternative_dropout else (), False),
+        conditioned, tables = config.reference_sees_alternative, []
+        for pairs, data, indices in (
+            (inputs.train_pairs, "train_data", used),
+            (inputs.held_out, "eval_data", range(len(inputs.held_out))),
         ):
             key = f"{conditioned} {batcher.separator_ids if conditioned else ()} {common} {inputs.digests[data]}"
             name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
@@ -81,10 +78,8 @@ class References:
         """Return (2B,): the log-probs of the training pairs ``batch``, each in its own layout."""
         if self.train is None:
             return None
-        rows = list(batch)
-        if self.train_plain is None:
-            return self.train[:, rows].reshape(-1)
-        return torch.where(torch.tensor(conditioned), self.train[:, rows], self.train_plain[:, rows]).reshape(-1)
+        table = self.train[:, list(batch)]  # its last two rows are those given the prompt alone, or its only ones
+        return torch.where(torch.tensor(conditioned), table[:2], table[-2:]).reshape(-1)
 
 
 def reference_logps(
@@ -100,12 +95,14 @@ def reference_logps(
 ) -> Tensor:
     """Return (2, len(pairs)) float64 log-probs of the pairs ``indices``, and of other pairs that ``file`` holds.
 
-    Pairs that are not scored have NaN. Only the first rank reads and writes the file. If the file cannot be written,
-    the run warns and uses the values in memory.
+    With ``conditioned``, two more rows hold the log-probs given the prompt alone. Pairs that are not scored have NaN.
+    Only the first rank reads and writes the file. If the file cannot be written, the run warns and uses the values in
+    memory.
     """
-    table = from_first_process(_read(file, len(pairs), log) if process_index() == 0 else None)
+    shape = 4 if conditioned else 2, len(pairs)
+    table = from_first_process(_read(file, shape, log) if process_index() == 0 else None)
     if table is None:
-        table = torch.full((2, len(pairs)), torch.nan, dtype=torch.float64)
+        table = torch.full(shape, torch.nan, dtype=torch.float64)
     empty = table.isnan().any(0).tolist()
     missing = [i for i in indices if empty[i]]
     if not missing:
@@ -116,12 +113,13 @@ def reference_logps(
         chunk = missing[start : start + CHUNK]
         some, done = [pairs[i] for i in chunk], start + len(chunk)
         try:
-            logps = score(module, some, batcher, conditioned=conditioned, stop_requested=stop_requested).logps
+            scores = score(module, some, batcher, conditioned=conditioned, stop_requested=stop_requested)
         except Stopped:
             scored = int(table.isfinite().all(0).sum())
             kept = _write(table, file, log) if start else bool(file and file.exists())
             where = f"kept in {file}; the same command continues from there" if kept else "and not kept"
             raise Stopped(f"stopped by SIGTERM: reference log-probs of {scored} pairs are scored, {where}") from None
+        logps = torch.cat([scores.logps, *([] if scores.marginal_logps is None else [scores.marginal_logps])])
         if not logps.isfinite().all():
             bad = [some[i].origin for i in (~logps.isfinite()).any(0).nonzero().flatten().tolist()]
             raise InputError(f"the model's own log-probs are not finite on {len(bad)} pairs ({', '.join(bad[:8])})")
@@ -137,7 +135,7 @@ def reference_logps(
     return table
 
 
-def _read(file: Path | None, num_pairs: int, log: Log) -> Tensor | None:
+def _read(file: Path | None, shape: tuple[int, int], log: Log) -> Tensor | None:
     if file is None or not file.exists():
         return None
     try:
@@ -145,7 +143,7 @@ def _read(file: Path | None, num_pairs: int, log: Log) -> Tensor | None:
             logps = tensors.get_tensor("logps")
     except (SafetensorError, OSError):
         logps = torch.empty(0)
-    if logps.shape == (2, num_pairs) and not logps.isinf().any():
+    if logps.shape == shape and not logps.isinf().any():
         return logps
     log(f"reference log-probs: {file} is damaged or lacks rows; computing them again")
     return None

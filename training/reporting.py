@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .batching import Batcher
 from .checkpoint import whole_folder
 from .data import trained_ends
 from .engine import process_index, raise_on_all_ranks
 from .errors import SaveError, Stopped
-from .evaluation import evaluate, is_better, sample_answers
+from .evaluation import evaluate, is_better, sample_answers, warnings
 from .inputs import Inputs
 from .memory import in_use
 from .output import Window, evaluation_line, training_line
@@ -22,8 +23,7 @@ from .pairs import Pair
 from .references import References
 from .resumable import ResumableTrainer
 from .save_model import model_card, save_final
-from .scoring import Batcher, Scores, score, unwrap
-from .watch import Watch, evaluation_warnings, training_warnings
+from .scoring import PairModel, Scores, score
 
 
 @dataclass
@@ -47,9 +47,9 @@ class ReportingTrainer(ResumableTrainer):
     batcher: Batcher
     references: References
     progress: Progress
-    watch: Watch
     stop_requested: Callable[[], bool]
     stopping: bool  # whether the run ends because of SIGTERM
+    warned: set[str]  # kinds of warnings of the last evaluation
     began: float
 
     def is_logged(self, step: int) -> bool:
@@ -79,12 +79,14 @@ class ReportingTrainer(ResumableTrainer):
             self.stopping = self.control.should_training_stop = True
             self.control.should_save = step > 0
             return {}
-        references = self.references
-        metrics = evaluate(scores, references.held_out, held_out, config, references.held_out_marginal)
-        metrics |= self._sample()
+        metrics = evaluate(scores, self.references.held_out, held_out, config) | self._sample()
         self.log(metrics)
         row = self.state.log_history[-1]
-        self.watch(evaluation_warnings(row, self.evaluations()[0]), last=step == self.state.max_steps)
+        found = warnings(row, self.evaluations()[0])
+        for kind, text in found.items():  # each once, again after it has cleared, and at the end
+            if kind not in self.warned or step == self.state.max_steps:
+                self.run_log.say(f"WARNING: {text}")
+        self.warned = set(found)
         if config.folder and config.keep_best and is_better(row, self.progress.best):
             try:
                 self.write("best")
@@ -104,7 +106,7 @@ class ReportingTrainer(ResumableTrainer):
         ends = {tokenizer.eos_token_id, *(pair.chosen[-1] for pair in self.inputs.held_out)}
         with self.accelerator.autocast():
             samples = sample_answers(
-                unwrap(self.model), prompts, tokenizer, ends=ends, max_new_tokens=self.config.sample_tokens
+                cast(PairModel, self.model), prompts, tokenizer, ends=ends, max_new_tokens=self.config.sample_tokens
             )
         self.progress.samples += [{"step": self.state.global_step, **sample} for sample in samples]
         self.run_log.samples.write(self.progress.samples)
@@ -131,7 +133,6 @@ class ReportingTrainer(ResumableTrainer):
         if training:
             elapsed, made = time.monotonic() - self.began, step - self._initial_global_step
             self.run_log.say(training_line(row, total, elapsed, elapsed / made * (total - step)))
-            self.watch(training_warnings(row), last=step == total)
         else:
             self.run_log.say(evaluation_line(row))
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}

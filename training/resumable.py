@@ -17,12 +17,11 @@ from transformers import PreTrainedModel, SchedulerType, Trainer, get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.training_args import OptimizerNames
 
-from .checkpoint import rotate, save_checkpoint
+from .checkpoint import resume_hint, rotate, save_checkpoint
 from .config import TrainConfig
 from .engine import all_finite, raise_on_all_ranks
-from .errors import InputError, NonFiniteError, SaveError, as_input_error
+from .errors import InputError, NonFiniteError, SaveError, as_input_error, first_of
 from .output import RunLog
-from .resume import resume_hint
 
 
 class ResumableTrainer(Trainer):
@@ -173,14 +172,11 @@ def trained_tensors(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, 
 
 def load_trained(module: nn.Module, path: Path) -> None:
     """Load the model of checkpoint ``path`` into ``module``. Raises InputError if it does not fit."""
-    tensors = load_file(path / "model.safetensors")
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: tuple(value.shape) for name, value in trained_tensors(module, module.state_dict()).items()}
-    if found != expected:
-        names = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
-        details = [f"{n}: {found.get(n, 'nothing')} there, {expected.get(n, 'nothing')} here" for n in names[:3]]
-        raise InputError(
-            f"{path} does not fit the model, or what is trained of it: {len(names)} tensors differ "
-            f"({'; '.join(details)})"
-        )
-    module.load_state_dict(tensors, strict=False)
+    tensors, misfit = (
+        load_file(path / "model.safetensors"),
+        f"{path} does not fit the model, or what is trained of it: ",
+    )
+    if differing := sorted(tensors.keys() ^ trained_tensors(module, module.state_dict()).keys()):
+        raise InputError(misfit + f"only one of them has {first_of(differing)}")
+    with as_input_error(misfit):
+        module.load_state_dict(tensors, strict=False)

@@ -19,12 +19,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 import inspo_kernels as ik
 
 from .adapters import has_adapter
+from .checkpoint import may_change
 from .config import TrainConfig
 from .engine import process_count
 from .errors import Log, SaveError, as_input_error, one_line
 from .inputs import Inputs
 from .model import size_text
-from .resume import may_change
 
 
 def save_final(
@@ -80,9 +80,7 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
     if has_adapter(model):  # peft looks up each tensor of the adapter
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name in trained}
-    with as_input_error("no temporary folder can be written to: ", "; make space, or set TMPDIR"):
-        place = tempfile.TemporaryDirectory()
-    with place as folder, as_input_error("model: it could not be saved after training: "):
+    with tempfile.TemporaryDirectory() as folder, as_input_error("model: it could not be saved after training: "):
         save_final(Path(folder), model, tokenizer, state, options)
 
 

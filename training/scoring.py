@@ -5,26 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import inspo_kernels as ik
 
-from .batching import MicroBatch, micro_batches
-from .engine import checkpointed, decoder_layers, in_any_process, process_count, process_index, sum_over_processes
-from .errors import Stopped
-from .pairs import Pair, lengths_of
+from .batching import Batcher
+from .engine import checkpointed, decoder_layers, in_any_process, sum_over_processes
+from .errors import InputError, Log, Stopped
+from .pairs import Pair
 
-Lengths = NDArray[np.int64]
-Conditioned = bool | Sequence[bool]  # of all pairs, or of each
 _SCORED_OF_ROWS, _SCORED_OF_TREES = ("labels", "marginal_labels"), ("labels", "segment_ids", "num_pairs")
-_READ_BY_MODEL = ("input_ids", "attention_mask", "position_ids", "tree_ends", "paths", "path_of", "rows")
+# Largest difference of trees and rows in nats per token, in bfloat16 or not. Rounding stays far below.
+_TOLERANCE = {True: 5e-2, False: 2e-4}
 TIE = 1e-4  # smaller margins are rounding: before training, all margins from a reference are 0
 
 
@@ -106,13 +103,6 @@ class PairModel(nn.Module):
         return cast(Any, self.model.generate)(*given, **settings)
 
 
-def unwrap(module: nn.Module) -> PairModel:
-    """Return the PairModel in ``module``, which may be wrapped by an engine."""
-    inner = getattr(module, "module", module)
-    assert isinstance(inner, PairModel)
-    return inner
-
-
 def summed_metrics(out: ik.InSPOOutput, marginals: bool = False) -> dict[str, Tensor]:
     """Return float64 sums over the pairs under TRL's names, and under "marginal/" those given the prompt alone.
 
@@ -156,57 +146,6 @@ def correct(margins: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Batcher:
-    """Turns pairs into the tensors of ``PairModel``, and knows how many tokens they take.
-
-    Labels stay on the CPU, where planning needs no synchronisation. ``max_tokens`` bounds a forward pass.
-    ``separator_ids`` separate the other response from the scored one. ``layout`` is a layout of ``condition_pairs``:
-    rows, tree or packed_tree.
-    """
-
-    pad_token_id: int
-    device: torch.device
-    max_tokens: int
-    separator_ids: tuple[int, ...] = ()
-    layout: str = "rows"
-
-    def __call__(self, pairs: Sequence[Pair], *, conditioned: Conditioned, marginals: bool = True) -> dict[str, Any]:
-        """Return the batch; without ``marginals``, the log-probs given the prompt alone are not computed."""
-        batch = ik.condition_pairs(
-            [p[:3] for p in pairs],
-            pad_token_id=self.pad_token_id,
-            conditioned=conditioned,
-            separator_ids=self.separator_ids,
-            layout=self.layout,
-        )
-        if not marginals and "rows" in batch:
-            scored = batch["segment_ids"] < 2 * batch["num_pairs"]
-            batch |= {name: batch[name][scored] for name in ("rows", "labels", "segment_ids")}
-        elif not marginals:
-            batch["marginal_labels"] = None
-        return batch | {name: batch[name].to(self.device) for name in _READ_BY_MODEL if name in batch}
-
-    def tokens(self, lengths: Lengths, *, conditioned: Conditioned) -> Lengths:
-        """Return (n,): the tokens that the model reads for pairs of ``lengths`` (n, 3), without padding."""
-        prompt, both = lengths[:, 0], lengths[:, 1] + lengths[:, 2]
-        in_rows = np.where(conditioned, 2 * (prompt + both + len(self.separator_ids)), 2 * prompt + both)
-        return in_rows if self.layout == "rows" else in_rows - prompt
-
-    def padded(self, lengths: Lengths, *, conditioned: Conditioned) -> Lengths:
-        """Return (n,): the tokens that each pair takes in a forward pass in which it is the largest."""
-        tokens = self.tokens(lengths, conditioned=conditioned)
-        if self.layout != "rows":
-            return tokens
-        return np.where(conditioned, tokens, 2 * (lengths[:, 0] + lengths[:, 1:].max(1)))
-
-    def plan(self, pairs: Sequence[Pair], *, conditioned: Conditioned) -> list[MicroBatch]:
-        """Return the forward passes of this rank; each rank has the same number."""
-        sizes = self.padded(lengths_of(pairs), conditioned=conditioned).tolist()
-        packed = self.layout == "packed_tree"
-        return micro_batches(sizes, self.max_tokens, process_count(), packed=packed)[process_index()]
-
-
-@dataclass(frozen=True)
 class Scores:
     """Summed log-probs of n pairs, float64 on the CPU, (2, n) each: row 0 the chosen, row 1 the rejected responses."""
 
@@ -240,6 +179,37 @@ def score(
             table[:, part.pairs] = report.table.double()
     table = sum_over_processes(table).cpu()
     return Scores(table[:2], table[2:4], table[4:] if conditioned else None)
+
+
+def check_layout(
+    batcher: Batcher, module: nn.Module, pairs: Sequence[Pair], *, bf16: bool, required: bool, log: Log
+) -> Batcher:
+    """Return ``batcher`` if ``module`` scores two small pairs as in rows; otherwise a batcher of rows.
+
+    Raises InputError instead if the tree is ``required``. All ranks call this and get the same result.
+    """
+    if batcher.layout == "rows":
+        return batcher
+    # Ragged on purpose: masks must hide padding or another pair.
+    small = [
+        Pair(pairs[0].prompt[-24:], pairs[0].chosen[-12:], pairs[0].rejected[-9:]),
+        Pair(pairs[-1].prompt[-5:], pairs[-1].chosen[-3:], pairs[-1].rejected[-7:]),
+    ]
+    rows = replace(batcher, layout="rows")
+    differences = []
+    for conditioned in (True, False):
+        expected, found = (score(module, small, b, conditioned=conditioned) for b in (rows, batcher))
+        for one, other in ((found.logps, expected.logps), (found.marginal_logps, expected.marginal_logps)):
+            if one is not None and other is not None:
+                differences.append((one - other) / expected.lengths)
+    worst = torch.cat(differences).abs().max().item()  # NaN stays NaN and fails the comparison
+    if worst <= _TOLERANCE[bf16]:
+        return batcher
+    message = f"this model scores a small pair differently as a tree and in rows: {worst:.1e} nats per token"
+    if required:
+        raise InputError(f"layout=tree: {message}; set layout=rows")
+    log(f"WARNING: {message}. layout: rows")
+    return rows
 
 
 def weights_digest(model: PreTrainedModel) -> str:

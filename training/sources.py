@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, check_names, one_line
-from .reading import damaged_file, local_path
+import pyarrow.parquet as pq
+
+from .errors import InputError, check_names, reading
 from .text_files import COMPRESSIONS, read_records
 
 _TABLES, _TEXTS = {".parquet", ".arrow"}, {".jsonl", ".json", ".ndjson", ".csv", ".tsv"}
+
+_MOST_WEIGHT = 1000  # each pair so often: more is a mistake, and its indices would fill the memory
+
+
+def local_path(name: str) -> str:
+    """Return ``name`` with ``~`` and variables replaced, as a shell does. Raises InputError for a variable not set."""
+    path = os.path.expandvars(os.path.expanduser(name))
+    if (unset := re.search(r"\$(?:\w+|\{\w+\})", path)) and not Path(path).exists():
+        raise InputError(f"{name}: the environment has no variable {unset[0]}; set it, or write the path out")
+    return path
 
 
 @dataclass(frozen=True)
@@ -53,19 +63,14 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
 
     ``columns`` are those of a source without its own. Raises InputError for anything else.
     """
-    if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):  # a well-formed value would be parsed already
-        raise InputError(
-            f"data source {given[:80]!r}: not a well-formed list or section (in YAML, write it without quotes)"
-        )
     if isinstance(given, list | tuple):
         if not given:
             raise InputError("a list of data sources must name at least one")
         return [source for one in given for source in parse_sources(one, columns)]
     if isinstance(given, str):
         head, _, split = given.partition(":")
-        given = (
-            {"path": given} if "://" in given or Path(local_path(given)).exists() else {"path": head, "split": split}
-        )
+        is_path = "://" in given or Path(local_path(given)).exists()
+        given = {"path": given} if is_path else {"path": head, "split": split}
     if not isinstance(given, dict) or not given.get("path") or not isinstance(given["path"], str):
         raise InputError(f"data source {given!r}: must be a string, or a section with path, or a list of these")
     path = local_path(given["path"])
@@ -76,8 +81,8 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
     source = Source(**values)
     if not isinstance(source.columns, dict):
         raise InputError(f"{path}: columns={source.columns!r} must be a section: {{prompt: q, chosen: good}}")
-    if not isinstance(source.weight, int | float) or source.weight is True or not 0 < source.weight < math.inf:
-        raise InputError(f"{path}: weight={source.weight!r} must be a number above 0")
+    if not isinstance(source.weight, int | float) or source.weight is True or not 0 < source.weight <= _MOST_WEIGHT:
+        raise InputError(f"{path}: weight={source.weight!r} must be a number above 0, at most {_MOST_WEIGHT}")
     check_names(source.columns, ["prompt", "chosen", "rejected", "tools"], "columns.")
     if twice := [name for name, count in Counter(source.columns.values()).items() if count > 1]:
         raise InputError(f"{path}: columns reads {twice[0]!r} for two columns of a pair; name another for one of them")
@@ -110,7 +115,7 @@ def files_of(source: Source) -> list[Source]:
     folder = Path(source.path)
     if not folder.is_dir() or _is_saved(folder):
         return [source]
-    with _loading(source):
+    with reading(source.path, source.path):
         import datasets
 
         builder = datasets.load_dataset_builder(source.path, source.subset)
@@ -159,30 +164,9 @@ class Records:
         return others | {ours: values[theirs] for ours, theirs in columns.items()}
 
     def _table_rows(self) -> Iterator[tuple[int, dict[str, Any], int]]:
-        with _loading(self.source):
+        with reading(self.source.path, self.source.path):
             for at, values in enumerate(self.rows):
                 yield at, {name: _without_nulls(value) for name, value in values.items()}, at + 1
-
-
-@contextmanager
-def _loading(source: Source) -> Iterator[None]:
-    """What goes wrong while ``datasets`` reads ``source`` becomes an InputError that says how to mend it."""
-    path = Path(source.path)
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # each way to fail has a class of its own: network, missing, gated, split, format
-        problem = f"{type(error).__name__}: {one_line(error.__cause__ or error)[:400]}"
-        if path.exists():
-            more = f"; its split {source.split!r} was asked for" if source.split else ""
-            if damaged := damaged_file(path, "**/*.parquet", "**/*.arrow"):
-                more = f"; {damaged} is damaged"
-            raise InputError(f"{path}: could not be read as data ({problem}){more}") from None
-        raise InputError(
-            f"{path}: neither a local file nor a dataset that could be loaded ({problem}); offline, give a local file "
-            "(.jsonl, .json, .csv, .parquet) or folder"
-        ) from None
 
 
 def _rows(source: Source) -> Any:
@@ -190,8 +174,10 @@ def _rows(source: Source) -> Any:
     import datasets  # slow to import, and text files do without
 
     path = Path(source.path)
-    with _loading(source):
+    with reading(source.path, source.path):
         if path.is_file():
+            if source.kind == ".parquet" and not pq.read_metadata(path).num_rows:  # datasets fails on such a file
+                raise InputError(f"{source.path}: holds no record")
             return datasets.load_dataset(source.kind[1:], data_files=str(path), split="train")
         if not _is_saved(path):
             return datasets.load_dataset(

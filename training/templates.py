@@ -100,6 +100,11 @@ class ChatTemplate:
         return names - _OWN - set(self.tokenizer.special_tokens_map)
 
     @cached_property
+    def words(self) -> set[str]:
+        """The words of the template's source, among which are the keys of messages that it reads."""
+        return {word for text in self.texts for word in re.findall(r"\w+", text)}
+
+    @cached_property
     def special(self) -> dict[str, int]:
         """The special tokens and their ids."""
         added = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
@@ -137,6 +142,16 @@ class ChatTemplate:
             return prompted.removeprefix(asked), ""
         header = whole[len(asked) : whole.index(_ANSWER)]
         return "", header if header.strip() else ""
+
+    @cached_property
+    def written_first(self) -> str:
+        """What the template writes between its generation prompt and an answer, such as an empty thought."""
+        with suppress(InputError):
+            prompted = self.render([*self.start, *ASKED], answer_next=True, origin="")
+            whole = self._render([*self.start, *ANSWERED], False)
+            if whole.startswith(prompted):
+                return whole[len(prompted) :].partition(_ANSWER)[0].strip()
+        return ""
 
     @property
     def header(self) -> str:

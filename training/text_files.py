@@ -73,9 +73,7 @@ def _json(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
             values = _DECODER.decode(line.decode())
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             where = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise InputError(
-                f"{path}:{number}: not a line of JSON ({where}); one JSON object per line, or one JSON list"
-            ) from None
+            raise InputError(f"{path}:{number}: not JSON ({where}); write an object per line, or one list") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}:{number}: must be a JSON object, one per line")
         yield number, values

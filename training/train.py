@@ -20,21 +20,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
-from .adapters import add_lora
+from .batching import Batcher, choose_layout
+from .checkpoint import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
 from .config import TrainConfig
 from .engine import end_processes, from_first_process, process_count, process_index, raise_on_all_ranks
 from .errors import InputError, Log, NonFiniteError, SaveError, Stopped
-from .inputs import Given, TokenPairs, check_sources, load_inputs, read_inputs
-from .layouts import choose_layout
+from .inputs import Given, Inputs, TokenPairs, load_inputs
 from .memory import report_disk, report_memory, report_precision
-from .model import byte_tokenizer, check_architecture, has_weights, load_tokenizer, meta_model, size_text
+from .model import has_weights, size_text
 from .options import help_text, parse_config
 from .output import CURVES, LOCK, RunLog, check_folder, escape_unprintable, locked
-from .reading import local_path
 from .resumable import check_optimizer
-from .resume import Resumed, check_resumed, discard_later_checkpoints, find_checkpoint, resume_hint
 from .save_model import check_saving
-from .scoring import Batcher, Lengths
+from .sources import local_path
 from .trainer import PairTrainer
 
 STOPPED = 128 + signal.SIGTERM  # 143, as a shell reports a process that SIGTERM ended
@@ -86,21 +84,11 @@ def train(
             stack.enter_context(locked(folder if main else None))
         stop_requested = stack.enter_context(stop_requests())
         log.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in config.settings().items() if v is not None), 118))
-        with raise_on_all_ranks():
-            found = find_checkpoint(folder, config, log.say) if main and folder else None
-        found = from_first_process(found)
-        inputs = load_inputs(config, given, log.say)
-        lengths = inputs.train_pairs.lengths
-        if found is not None:
-            check_resumed(found, inputs.digests, config.total_steps(len(lengths)), config, log.say)
-        if folder is not None:
-            with raise_on_all_ranks():
-                check_saving(inputs.model, inputs.tokenizer, config)
-        batcher = Batcher(inputs.pad_token_id, config.device, config.max_batch_tokens, inputs.separator)
-        batcher = plan(config, inputs.model, lengths, batcher, found, log.say)
-        report_memory(inputs.model, config, batcher, lengths, log.say, process_count() if config.sharded else 1)
+        inputs, batcher, found = prepare(config, given, log.say)
         report_precision(inputs.model, config.learning_rate or 0.0, log.say)
         with raise_on_all_ranks():
+            if folder:
+                check_saving(inputs.model, inputs.tokenizer, config)
             if folder and main:
                 discard_later_checkpoints(folder, found.state["step"] if found else 0, log.say)
                 log.open(config.to_yaml())
@@ -115,44 +103,47 @@ def train(
 def dry_run(config: TrainConfig, say: Log) -> None:
     """Check what can be checked without weights, and describe the run. The model takes no memory.
 
-    Raises InputError as the run would.
+    All ranks call this. Raises InputError as the run would.
     """
     say("dry run: no weights are loaded, and nothing is written")
-    found = None
-    if config.folder is not None:
-        check_folder(config.folder)
-        if (config.folder / LOCK).exists():
-            with locked(config.folder):
-                pass
-        found = find_checkpoint(config.folder, config, say)
-    check_sources(config, Given())
-    model = meta_model(config)
-    check_architecture(model)
+    with raise_on_all_ranks():
+        if config.folder is not None and process_index() == 0:
+            check_folder(config.folder)
+            if (config.folder / LOCK).exists():
+                with locked(config.folder):
+                    pass
+    inputs, batcher, found = prepare(config, Given(), say, meta=True)
     if isinstance(config.model, str) and Path(folder := local_path(config.model)).is_dir() and not has_weights(folder):
         say(f"note: {folder} has no weights; a run needs them")
-    if config.lora is not None:
-        add_lora(model, config.lora, config.seed)
-    tokenizer = byte_tokenizer() if isinstance(config.model, dict) else load_tokenizer(config.model)
-    inputs = read_inputs(config, model, Given(tokenizer=tokenizer), say)
-    lengths = inputs.train_pairs.lengths
     if found is not None:
-        check_resumed(found, inputs.digests, config.total_steps(len(lengths)), config, say)
         say(f"continues from {found.path} after step {found.state['step']}")
-    batcher = Batcher(inputs.pad_token_id, config.device, config.max_batch_tokens, inputs.separator)
-    batcher = plan(config, model, lengths, batcher, found, say)
-    for share in (1, SHARED_BY):
-        report_memory(model, config, batcher, lengths, say, share)
+    report_memory(config, inputs, batcher, say, SHARED_BY)
 
 
-def plan(
-    config: TrainConfig, model: PreTrainedModel, lengths: Lengths, batcher: Batcher, found: Resumed | None, say: Log
-) -> Batcher:
-    """Describe a run on pairs of ``lengths`` (n, 3), and return ``batcher`` with the layout of the run."""
+def prepare(
+    config: TrainConfig, given: Given, say: Log, *, meta: bool = False
+) -> tuple[Inputs, Batcher, Resumed | None]:
+    """Find the checkpoint to resume from, read model and pairs (``meta``: no weights), and describe the run.
+
+    The Batcher has the layout of the run. Raises InputError, in all processes, for what the run cannot use.
+    """
+    with raise_on_all_ranks():
+        found = find_checkpoint(config.folder, config, say) if config.folder and process_index() == 0 else None
+    found = from_first_process(found)
+    inputs = load_inputs(config, given, say, meta=meta)
+    if found is not None:
+        check_resumed(found, inputs.digests, config.total_steps(len(inputs.train_pairs)), config, say)
+    batcher = plan(config, inputs, found, say)
+    report_memory(config, inputs, batcher, say, process_count() if config.sharded else 1)
+    return inputs, batcher, found
+
+
+def plan(config: TrainConfig, inputs: Inputs, found: Resumed | None, say: Log) -> Batcher:
+    """Describe the run, and return what makes its batches, with the layout of the run."""
+    model, lengths = inputs.model, inputs.train_pairs.lengths
     head, tied = model.get_output_embeddings().weight, " (tied)" if model.config.tie_word_embeddings else ""
-    say(
-        f"{type(model).__name__}, {size_text(model)}, in {config.dtype}, on {config.device}; output head of "
-        f"{head.shape[0]} x {head.shape[1]}{tied}"
-    )
+    size = f"{type(model).__name__}, {size_text(model)}, in {config.dtype}, on {config.device}"
+    say(f"{size}; output head of {head.shape[0]} x {head.shape[1]}{tied}")
     say(config.title)
     steps, totals = config.total_steps(len(lengths)), lengths.sum(1)
     check_optimizer(config, model, steps)
@@ -166,6 +157,7 @@ def plan(
         say(f"note: {torch.cuda.device_count()} GPUs, one is used; `accelerate launch` starts a process for each")
     # A resumed run keeps its layout.
     layout = found.state["layout"] if found is not None and config.layout == "auto" else config.layout
+    batcher = Batcher(inputs.pad_token_id, config.device, config.max_batch_tokens, inputs.separator)
     batcher = choose_layout(layout, model, batcher, lengths, conditioned=config.sees_alternative, log=say)
     sizes = batcher.padded(lengths, conditioned=config.sees_alternative)
     if large := int((sizes > config.max_batch_tokens).sum()):
@@ -179,10 +171,8 @@ def run(trainer: PairTrainer, found: Resumed | None) -> None:
     trainer.train(resume_from_checkpoint=str(found.path) if found else None)
     step, folder = trainer.state.global_step, config.folder
     if trainer.stopping:
-        saved = folder is not None and (folder / f"checkpoint-{step}").is_dir()
-        lost = "" if saved or not step else "its state could not be kept, "
         when = f"after step {step}" if step else "before step 1"
-        raise Stopped(f"stopped by SIGTERM {when}: {lost}{resume_hint(folder)}")
+        raise Stopped(f"stopped by SIGTERM {when}: {resume_hint(folder)}")
     if folder is None:
         return
     try:
@@ -226,11 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     try:
         config = parse_config(arguments)
-        if not config.dry_run:
+        if config.dry_run:
+            dry_run(config, print if process_index() == 0 else lambda line: None)
+        else:
             train(config)
-            end_processes(0)
-        elif process_index() == 0:
-            dry_run(config, print)
+        end_processes(0)
     except (InputError, NonFiniteError, SaveError, Stopped, OSError) as error:  # raised in all processes alike
         if os.environ.get("RANK", "0") == "0":
             print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)

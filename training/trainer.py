@@ -19,25 +19,24 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
 from inspo_kernels.layouts.alternative_dropout import keeps_alternative
 from inspo_kernels.objectives import Objective
 
-from .batching import EpochLoader, used_indices
+from .architecture import rounds_by_batch
+from .batching import Batcher, Conditioned, EpochBatches, used_indices
+from .checkpoint import Resumed, resume_hint, settings_to_keep
 from .config import TrainConfig
 from .engine import process_count, sum_over_processes, whole
 from .errors import NonFiniteError
 from .evaluation import starting_report
 from .inputs import Inputs
-from .layouts import check_layout
-from .model import rounds_by_batch
 from .output import RunLog, Window
 from .references import References
 from .reporting import Progress, ReportingTrainer, RunFlow
-from .resume import Resumed, resume_hint, settings_to_keep
-from .scoring import Batch, Batcher, Conditioned, PairModel
-from .watch import Watch
+from .scoring import Batch, PairModel, check_layout
 
 STARTING_SAMPLE = 32  # pairs scored for the report before step 1
 
@@ -63,7 +62,7 @@ class PairTrainer(ReportingTrainer):
         self.config, self.inputs, self.batcher, self.run_log = config, inputs, batcher, log
         self.resumed, self.stop_requested, self.stopping = resumed, stop_requested, False
         self.objective: Objective = config.make_objective()
-        self.progress, self.watch = Progress(), Watch(log.say)
+        self.progress, self.warned = Progress(), set()
         self.step_pairs: list[int] = []  # indices of the step's pairs so far
         self.step_sums: dict[str, Tensor] = {}  # their metrics, summed over the pairs of this rank
         # Model and loss are one module, always in eval mode: dropout would make policy and reference differ.
@@ -85,9 +84,13 @@ class PairTrainer(ReportingTrainer):
 
     # ---- a step ----
 
-    def get_train_dataloader(self) -> EpochLoader:  # type: ignore[override]
+    def get_train_dataloader(self) -> DataLoader:
         """Return batches of indices: on each rank, the pairs of a micro-step on all ranks."""
-        return EpochLoader(len(self.inputs.train_pairs), self.config.pairs_per_micro_step, self.config.seed)
+        indices = range(len(self.inputs.train_pairs))
+        batches = EpochBatches(len(indices), self.config.pairs_per_micro_step, self.config.seed)
+        loader: DataLoader = DataLoader(indices, batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]
+        loader.set_epoch = batches.set_epoch  # type: ignore[attr-defined]  # Trainer calls it
+        return loader
 
     def _get_num_items_in_batch(self, batch_samples: list[list[int]], device: torch.device) -> int:
         return sum(map(len, batch_samples))
@@ -171,8 +174,6 @@ class PairTrainer(ReportingTrainer):
         """Add the metrics ``row`` of a step on the pairs ``indices`` to the window that is logged next."""
         if self.config.reference_sees_alternative:  # rewards from the prompt alone would need another reference
             row = {name: value for name, value in row.items() if not name.startswith("marginal/rewards")}
-        elif (references := self.references.of_batch(indices, False)) is not None:
-            row["ref_logps/chosen"], row["ref_logps/rejected"] = references.view(2, -1).mean(1).tolist()
         lengths = self.inputs.train_pairs.lengths[indices]
         row["tokens/chosen"], row["tokens/rejected"] = lengths[:, 1:].mean(0).tolist()
         tokens = int(self.batcher.tokens(lengths, conditioned=self.conditioned(indices)).sum())
@@ -232,8 +233,6 @@ class PairTrainer(ReportingTrainer):
             self.progress.best = None
         if self.config.folder is None or not (self.config.folder / "best").is_dir():
             self.progress.best = None  # its model is in another folder, or lost
-        if state["processes"] != process_count():
-            self.run_log.say(f"note: {path} was written by {state['processes']} processes; random states may differ")
         self.run_log.say(f"resumed from {path} after step {state['step']}")
 
     def _run_epoch(self, *args: Any, **arguments: Any) -> None:
@@ -247,7 +246,6 @@ class PairTrainer(ReportingTrainer):
         return {
             **asdict(self.progress),
             "step": self.state.global_step,
-            "processes": process_count(),
             "inputs": self.inputs.digests,
             "settings": settings_to_keep(self.config),
             "layout": "rows" if self.batcher.layout == "rows" else "tree",

@@ -68,7 +68,7 @@ def test_loop_overhead_times_both(tmp_path):
     "arguments, says",
     [
         (["--pairs", "none.jsonl"], "--pairs: none.jsonl: no such file"),
-        (["--pairs", __file__], "not a line of JSON"),
+        (["--pairs", __file__], "not JSON"),
         (["--pairs", str(PAIRS), "--steps", "0"], "--steps: 0 is not a whole number of at least 1"),
         (["--pairs", str(PAIRS), "--json", "."], "--json: . is a folder"),
     ],

@@ -22,10 +22,11 @@ from transformers.utils import logging
 import training.output
 import training.train
 from training.adapters import add_lora
+from training.batching import Batcher
 from training.config import TrainConfig
 from training.data import Pair
 from training.engine import decoder_layers, process_count, process_index, raise_on_all_ranks
-from training.scoring import Batch, Batcher, PairModel, score
+from training.scoring import Batch, PairModel, score
 from training.trainer import PairTrainer
 
 # Steps of 6, 2, 6 and 2 pairs (8 and 8), with 60 tokens a forward pass: several passes in each process, ragged steps.

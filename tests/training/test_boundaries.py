@@ -11,7 +11,7 @@ from helpers import metrics, tiny_model, write_jsonl
 from transformers import AutoTokenizer, GenerationConfig
 
 from training import generate
-from training.chat import TextEncoder, prepare_tokenizer
+from training.chat import TextEncoder, prepare_tokenizer, set_template_kwargs
 from training.data import load_pairs, select_pairs, trained_ends
 from training.data_options import DataOptions
 from training.errors import InputError
@@ -232,7 +232,7 @@ def test_turns_behind_the_answer_are_not_scored(tmp_path):
 @pytest.mark.parametrize(
     ("response", "message"),
     [
-        ([USER], "has the roles none; it must be one message of the assistant"),
+        ([USER], "has the roles none; it must be one message with the role 'assistant'"),
         ([{"role": "tool", "content": "42"}, *says("A")], "has the roles tool, assistant"),
         ([USER | {"content": "Else?"}, *says("A")], "has the roles user, assistant"),
         ([*says("A"), *says("B")], "has the roles assistant, assistant"),
@@ -266,14 +266,48 @@ def test_a_template_without_generation_prompt_scores_no_header(tmp_path):
     assert pairs[0] == pairs[1] and texts(pairs[1], without)[1] == "A<|im_end|>"
     said = []
     mended = prepare_tokenizer(without, DataOptions(), said.append)
-    assert "has no generation prompt: '<|im_start|>assistant\\n'" in said[0]
+    assert "has no generation prompt: '<|im_start|>assistant\\n'" in said[1]
     for prompt in (True, False):
         rendered = [
             t.apply_chat_template([USER], tokenize=False, add_generation_prompt=prompt) for t in (mended, with_prompt)
         ]
-        assert rendered[0] == rendered[1]
+        assert rendered[0] == "<bos>" + rendered[1]
     assert load(tmp_path, [record], mended)[0] == pairs[0]
     assert without.chat_template == NO_GENERATION_PROMPT  # the caller's own
+
+
+def test_text_the_template_begins_answers_with_is_named(tmp_path):
+    empty = "<think>\n\n</think>\n\n"
+    switch = "{% if enable_thinking is false %}" + empty + "{% endif %}"
+    always = CHATML.replace(
+        "{{ m['content'] }}", "{% if m.role == 'assistant' %}" + empty + "{% endif %}{{ m['content'] }}"
+    )
+    template = always.replace("assistant\n{% endif %}", "assistant\n" + switch + "{% endif %}")
+    record = {"prompt": [USER], "chosen": says("A"), "rejected": says("B")}
+    load(tmp_path, [record], tokenizer_with(template), said := [])
+    assert "begins plain answers with '<think>\\n\\n</think>', which is scored" in said[0]
+    assert "chat_template_kwargs: {enable_thinking: false} makes it part of the prompt" in said[0]
+    load(tmp_path, [record | {"enable_thinking": False}], tokenizer_with(template), said := [])
+    assert len(said) == 1
+    tokenizer = tokenizer_with(template)
+    set_template_kwargs(tokenizer, {"enable_thinking": False})
+    pairs = load(tmp_path, [record], tokenizer, said := [])
+    assert len(said) == 1 and texts(pairs[0], tokenizer)[1] == "A<|im_end|>"
+
+
+def test_a_server_writes_the_bos_of_training(tmp_path):
+    """Servers add nothing to what a chat template writes."""
+    said, file = [], write_jsonl(tmp_path / "d.jsonl", [{"prompt": [USER], "chosen": says("A"), "rejected": says("B")}])
+    options = ["--max_steps", "1", "--output_dir", str(tmp_path / "o"), "--model", str(tmp_path / "base")]
+    base = tokenizer_with(CHATML)
+    tiny_model(vocab_size=len(base)).save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    main([*options, "--train_data", file, "--chat_template_kwargs", "{}"])
+    saved = AutoTokenizer.from_pretrained(tmp_path / "o/final")
+    served = saved.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    assert served == load_pairs(file, saved)[0].prompt == load_pairs(file, base)[0].prompt
+    assert saved.decode(served).count("<bos>") == 1
+    assert prepare_tokenizer(saved, DataOptions(), said.append).chat_template == saved.chat_template and not said
 
 
 def test_the_separator_ends_with_the_templates_header():
@@ -325,7 +359,7 @@ def test_a_template_with_a_clock_is_noted(tmp_path, template):
     assert prompt.startswith("<bos>26 Jul 2024<|im_start|>") and not any("today" in line for line in said)
     fixed.save_pretrained(tmp_path / "t")
     again = AutoTokenizer.from_pretrained(tmp_path / "t")
-    assert again.apply_chat_template([USER], tokenize=False).startswith("26 Jul 2024")
+    assert again.apply_chat_template([USER], tokenize=False).startswith("<bos>26 Jul 2024")
 
 
 def test_strings_need_no_note_of_the_clock(tmp_path):

@@ -12,13 +12,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import inspo_kernels as ik
+from training.batching import Batcher
 from training.chat import TextEncoder, separator_ids, set_template_kwargs
 from training.config import TrainConfig
 from training.data import Pair, load_pairs
 from training.errors import InputError
 from training.model import byte_tokenizer
 from training.references import reference_logps
-from training.scoring import Batcher, PairModel
+from training.scoring import PairModel
 from training.train import main, train
 
 CORPUS = [

@@ -2,11 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,14 +15,14 @@ from training.checkpoint import (
     SaveError,
     check_checkpoint,
     checkpoints,
+    discard_later_checkpoints,
+    newest_valid,
     rotate,
     save_checkpoint,
-    whole_file,
     whole_folder,
 )
 from training.config import TrainConfig
 from training.errors import InputError
-from training.resume import discard_later_checkpoints, newest_valid
 from training.train import train
 
 
@@ -71,11 +67,9 @@ def test_trained_state_is_saved_and_restored(tmp_path, tied, frozen):
 def test_another_models_checkpoint_names_differing_tensors(tmp_path):
     run(tmp_path / "one")
     resume = {"resume_from_checkpoint": str(tmp_path / "one/checkpoint-1"), "resume_changed": True}
-    with pytest.raises(
-        InputError, match=r"2 tensors differ \(model.model.embed_tokens.weight: \(259, 16\) there, \(26"
-    ):
+    with pytest.raises(InputError, match=r"does not fit .*size mismatch for model.model.embed_tokens.weight"):
         run(tmp_path / "two", vocab_size=260, **resume)
-    with pytest.raises(InputError, match=r"lm_head.weight: .* there, nothing here"):
+    with pytest.raises(InputError, match=r"does not fit .*only one of them has model.lm_head.weight"):
         run(tmp_path / "three", ("lm_head",), **resume)
 
 
@@ -219,21 +213,3 @@ def test_manifest_is_readable_and_complete(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["format"] == 3
     assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {"manifest.json"}
-
-
-def test_writing_a_file_removes_what_killed_writers_left(tmp_path):
-    file = tmp_path / "curves[1].png"
-    program = f"""
-import os, signal, pathlib
-from training.checkpoint import whole_file
-with whole_file(pathlib.Path({str(file)!r})) as to:
-    to.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    living = file.with_name(f"{file.name}.{os.getppid()}.tmp")  # another run that shares the folder
-    living.write_text("is being written")
-    with whole_file(file) as to:
-        to.write_text("whole")
-    assert file.read_text() == "whole" and not left.exists() and living.exists()

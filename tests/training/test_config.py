@@ -110,12 +110,12 @@ def test_tiny_yaml_is_valid_and_needs_only_data():
         (["--conditioned", "false", "--objective", "orpo", "--sft", "marginal"], "needs conditioned=true"),
         (["--reference_conditioned", "true", "--marginal_weight", "1"], "reference_conditioned needs"),
         (["--reference_conditioned", "true", "--objective", "simpo"], "'simpo' has no reference"),
-        (["--objective", "aot", "--gradient_accumulation_steps", "2"], "looks at all pairs of a step together"),
+        (["--objective", "aot", "--gradient_accumulation_steps", "2"], "couples a step's pairs"),
         (["--fp16", "true"], "fp16 is not supported: .*bf16"),
         (["--load_best_model_at_end", "true"], "keep_best leaves the best model"),
         (["--save_only_model", "true"], "a run cannot resume without"),
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type='cosin': must be .*cosine"),
-        (["--report_to", "nobody"], "report_to=nobody: the package is not installed"),
+        (["--report_to", "nobody"], "report_to=nobody: unknown, or the package is missing"),
         (["--num_train_epochs", "0"], "num_train_epochs=0: must be above 0"),
         (["--num_train_epochs", "inf"], "num_train_epochs=inf: must be finite"),
         (["--learning_rate", "inf"], "learning_rate=inf: must be finite"),
@@ -177,6 +177,14 @@ def test_yaml_means_what_it_says(tmp_path, monkeypatch):
     assert (config.output_dir, config.reference_cache) == ("/home/me/runs/x", "/runs/cache")
     assert config.train_data == "/home/me/d.jsonl"
     assert (config.save_strategy, config.learning_rate, config.model) == ("no", 1e-4, "7")
+    with pytest.raises(InputError, match=r"\$RUMS/x: the environment has no variable \$RUMS"):
+        parse_config(["--config", str(file), "--output_dir", "$RUMS/x"])
+    file.write_text(f"model: m\ntrain_data: d\noutput_dir: {tmp_path}\nseed: 042\nsave_steps: 1_000\nlora: {{r: 08}}\n")
+    config = parse_config(["--config", str(file)])
+    assert (config.seed, config.save_steps, config.lora) == (42, 1000, {"r": 8})
+    file.write_text("max_length: 20:48\n")
+    with pytest.raises(InputError, match="max_length='20:48': must be a valid integer"):
+        parse_config(["--config", str(file)])
 
 
 def test_the_learning_rate_follows_what_is_trained():

@@ -81,7 +81,7 @@ def test_text_outside_ascii_survives():
 def test_messages_continue_the_templates_prompt(tmp_path):
     pair = load_one(tmp_path, {"prompt": [USER], "chosen": says("Because."), "rejected": says("No idea.")})
     whole = TOKENIZER.apply_chat_template([USER, *says("Because.")], tokenize=False)
-    assert TOKENIZER.decode(pair.prompt[1:]) + TOKENIZER.decode(pair.chosen) == whole.rstrip("\n")
+    assert TOKENIZER.decode(pair.prompt) + TOKENIZER.decode(pair.chosen) == whole.rstrip("\n")
     assert pair.chosen[-1] == EOS and pair.chosen.count(EOS) == 1
 
 
@@ -121,7 +121,7 @@ def test_implicit_prompt_of_strings_ends_at_a_word(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a", "chosen": "b", ', "d.jsonl:2: not a line of JSON"),
+        ('{"prompt": "a", "chosen": "b", ', "d.jsonl:2: not JSON"),
         ('["a", "b", "c"]', "d.jsonl:2: must be a JSON object"),
         ('{"prompt": "a", "chosen": "b"}', r"d.jsonl:2: 'rejected' is missing \(keys found: 'prompt', 'chosen'\)"),
         ('{"prompt": "a", "chosen": "b", "rejected": null}', "d.jsonl:2: 'rejected' is null"),
@@ -131,7 +131,7 @@ def test_implicit_prompt_of_strings_ends_at_a_word(tmp_path):
         ('{"prompt": "a", "chosen": [], "rejected": []}', "d.jsonl:2: 'chosen' must be"),
         ('{"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}', "d.jsonl:2: 'prompt' is a "),
         ('{"chosen": "yes", "rejected": "no"}', "d.jsonl:2: no 'prompt'"),
-        ('{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "d.jsonl:2: not a line of JSON"),
+        ('{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "d.jsonl:2: not JSON"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path, line, message):
@@ -154,14 +154,14 @@ def test_a_missing_file_is_named():
 def test_other_sources_go_through_datasets(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     assert load_pairs(str(tmp_path), TOKENIZER)[0].origin == f"{tmp_path}/train.jsonl:1"
-    with pytest.raises(InputError, match=r"could not be read as data .*; its split 'missing' was asked for"):
+    with pytest.raises(InputError, match=r"could not be loaded .*missing"):
         load_pairs(f"{tmp_path}:missing", TOKENIZER)
 
     def offline(*args, **kwargs):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(InputError, match=r"neither a local file nor .* no network.*; offline, give"):
+    with pytest.raises(InputError, match=r"no_such/dataset could not be loaded .*no network.*give a local path"):
         load_pairs("no_such/dataset", TOKENIZER)
 
 
@@ -225,12 +225,10 @@ def test_separators_count_towards_the_length():
         check_pairs([pair], [], tiny_model(max_position_embeddings=9), said.append, separator_length=3)
 
 
-def test_held_out_prompts_are_found_behind_their_cuts():
+def test_held_out_prompts_that_are_trained_on_are_counted():
     train, held_out = Pair([BOS, 5, 8, 9], [6, 6, EOS], [7, EOS]), Pair([BOS, 5, 8, 9], [6, EOS], [7, EOS])
-    cut = [select([pair], max_length=7, truncation="prompt_left") for pair in (train, held_out)]
     said = []
-    assert cut[0][0].prompt != cut[1][0].prompt
-    check_pairs(*cut, tiny_model(), said.append)
+    check_pairs([train], [held_out], tiny_model(), said.append)
     assert said == ["note: 1 of 1 eval_data pairs have a prompt of train_data; they are not held out"]
 
 

@@ -160,7 +160,7 @@ def test_a_dry_run_checks_folders_and_trackers(tmp_path, capsys):
     one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     auto = ["--resume_from_checkpoint", "auto"]
     for out, more, message in (
-        (done, [], "holds a finished run; choose another one"),
+        (done, [], "holds a finished run; continue it"),
         (unfinished, [], "unfinished run with checkpoint-3; continue it with --resume_from_checkpoint auto"),
         (unfinished, [*auto, "--seed", "7"], "seed was 42, is 7"),
         (unfinished, [*auto, "--eval_data", one], "eval_data holds something else"),
@@ -242,3 +242,7 @@ def test_unusable_output_folders_are_refused(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(options(PAIRS / "out", "--dry_run", dry))
         assert f"cannot be written to (not a folder: {PAIRS})" in capsys.readouterr().err
+        (link := tmp_path / f"link_{dry}").symlink_to(tmp_path / "gone/out")
+        with pytest.raises(SystemExit, match="2"):
+            main(options(link, "--dry_run", dry))
+        assert f"cannot be written to (not a folder: {link})" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_a_reference_of_another_model_is_refused():
     starting_report(scores, scores.marginal_logps + 1e-5, TrainConfig(), [].append)
     starting_report(scores, scores.logps, TrainConfig(reference_conditioned=True), [].append)
     for config in (TrainConfig(), TrainConfig(conditioned=False)):
-        with pytest.raises(InputError, match="differ from the model's"):
+        with pytest.raises(InputError, match="differs from the model"):
             starting_report(scores, scores.marginal_logps + 0.1, config, [].append)
 
 

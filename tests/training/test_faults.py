@@ -237,7 +237,7 @@ def test_sigterm_saves_without_regular_checkpoints(tmp_path, monkeypatch, capsys
     assert check_checkpoint(tmp_path / "out" / "checkpoint-2")["step"] == 2
     with monkeypatch.context() as patch:
         terminate_after(patch, 1)
-        with pytest.raises(Stopped, match="could not be kept, no checkpoint was kept"):
+        with pytest.raises(Stopped, match=r"after step \d: no checkpoint was kept"):
             training.train.train(TrainConfig(max_steps=3), token_pairs(), model=tiny_model(), quiet=True)
 
 
@@ -246,7 +246,7 @@ def test_a_full_disk_after_sigterm_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training.resumable, "save_file", full)
     with pytest.raises(SystemExit, match="143"):
         main(options(tmp_path / "out"))
-    assert "its state could not be kept, no checkpoint was kept" in capsys.readouterr().err
+    assert ": no checkpoint was kept" in capsys.readouterr().err
 
 
 def test_the_newest_checkpoint_that_is_whole_is_used(uninterrupted, tmp_path, capsys):
@@ -256,7 +256,7 @@ def test_the_newest_checkpoint_that_is_whole_is_used(uninterrupted, tmp_path, ca
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(SystemExit, match="2"):
         main(options(out, *RUN, "--resume_from_checkpoint", str(out / "checkpoint-6")))
-    assert "checkpoint-6: damaged: optimizer.pt has" in capsys.readouterr().err
+    assert "checkpoint-6 is damaged, or no checkpoint: optimizer.pt has" in capsys.readouterr().err
     main(options(out, *RUN, "--resume_from_checkpoint", "auto"))
     printed = capsys.readouterr().out
     assert "checkpoint-6 is damaged: optimizer.pt has" in printed and "checkpoint-4 after step 4" in printed

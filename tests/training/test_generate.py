@@ -284,6 +284,7 @@ def test_conversations_of_every_form_are_answered(saved, tmp_path, record):
             r"p.jsonl:1: neither messages, turns, instruction nor prompt \(keys found: 'text'",
         ),
         ({"instruction": "a", "input": "b"}, "alpaca_eval", "p.jsonl:1: 'input' is not read"),
+        ({"prompt": "a", "system": "b"}, "alpaca_eval", "p.jsonl:1: 'system' is not read"),
         ({"turns": ["a", "b"]}, "alpaca_eval", "2 turns, but alpaca_eval has one"),
         ({"turns": ["a"]}, "mt_bench", "'question_id' is missing, which mt_bench needs"),
         ({"question_id": 1, "turns": []}, "mt_bench", "'turns' must be a list with at least one"),

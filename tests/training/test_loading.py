@@ -23,12 +23,13 @@ from transformers import (
 
 from training import generate
 from training.adapters import adapter_off, add_lora, has_adapter
+from training.architecture import check_architecture
 from training.chat import prepare_tokenizer
 from training.checkpoint import whole_folder
 from training.config import TrainConfig
 from training.data_options import DataOptions
 from training.errors import InputError, SaveError
-from training.model import byte_tokenizer, check_architecture, load_model, meta_model, padding_id
+from training.model import byte_tokenizer, load_model, padding_id
 from training.save_model import check_saving, save_final
 from training.train import main, train
 
@@ -108,7 +109,7 @@ def test_a_tied_head_is_no_missing_tensor(tmp_path):
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     model, _ = load_model(DataOptions(model=str(folder)))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    meta_model(DataOptions(model=str(folder)))
+    load_model(DataOptions(model=str(folder)), meta=True)
 
 
 def test_layers_that_the_configuration_lacks_are_refused(tmp_path, capsys):
@@ -116,6 +117,22 @@ def test_layers_that_the_configuration_lacks_are_refused(tmp_path, capsys):
     edit(folder / "config.json", num_hidden_layers=2)
     for said in refused(folder, tmp_path, capsys):
         assert "by its config.json the model has no model.layers.2." in said
+
+
+@pytest.mark.parametrize("name", ["bias", "lora_A.weight", "weight_scale"])
+def test_tensors_that_a_layer_ignores_are_refused(tmp_path, capsys, name):
+    """A trained bias without ``attention_bias``, an unmerged adapter or a scale changes each log-prob."""
+    folder, key = base(tmp_path / "m"), f"model.layers.0.self_attn.q_proj.{name}"
+    change_weights(folder, lambda w: w | {key: torch.ones(16)})
+    for said in refused(folder, tmp_path, capsys):
+        assert f"by its config.json the model has no {key}, but its weights do" in said
+
+
+def test_tensors_of_no_layer_are_ignored(tmp_path):
+    folder = base(tmp_path / "m")
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "v_head.weight": torch.ones(16)}
+    change_weights(folder, lambda w: w | old)
+    run(folder, tmp_path / "out")
 
 
 def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path, capsys):
@@ -283,7 +300,7 @@ def test_library_errors_give_advice_for_the_command_line(tmp_path, capsys, monke
     def refuse(*arguments, **more):
         raise ValueError("its head is bent. Call fused_inspo_loss with its parts instead")
 
-    monkeypatch.setattr("training.model.ik.hidden_and_head", refuse)
+    monkeypatch.setattr("training.architecture.ik.hidden_and_head", refuse)
     with pytest.raises(SystemExit, match="2"):
         run(base(tmp_path / "m"), tmp_path / "out")
     said = capsys.readouterr().err
@@ -303,8 +320,7 @@ def test_an_adapter_that_is_not_whole_is_refused(tmp_path, capsys):
     (tmp_path / "kept").rename(adapter / "adapter_model.safetensors")
     edit(settings, base_model_name_or_path="/nowhere/base")
     for said in refused(adapter, tmp_path, capsys):
-        assert f"model '{adapter}': the base that adapter_config.json names cannot be read" in said
-        assert "'/nowhere/base': no such folder" in said
+        assert f"model '{adapter}': adapter_config.json names the base '/nowhere/base': no such folder" in said
     edit(settings, base_model_name_or_path=None)
     for said in refused(adapter, tmp_path, capsys):
         assert "adapter_config.json names no base_model_name_or_path" in said
@@ -333,6 +349,14 @@ def test_a_dry_run_refuses_a_corrupted_generation_config(tmp_path, capsys):
         assert "generation_config.json is damaged" in said
 
 
+@pytest.mark.parametrize("text", ['{"eos_token_id": "2"}', '{"eos_token_id": [2, "5"]}', "[1]"])
+def test_a_wrong_generation_config_is_refused(tmp_path, capsys, text):
+    folder = base(tmp_path / "m")
+    (folder / "generation_config.json").write_text(text)
+    for said in refused(folder, tmp_path, capsys):
+        assert "its generation_config.json could not be loaded" in said
+
+
 def test_a_dry_run_says_that_weights_are_missing(tmp_path, capsys):
     folder = base(tmp_path / "m")
     (folder / "model.safetensors").unlink()
@@ -356,6 +380,25 @@ def test_an_adapter_is_trained_further(tmp_path, capsys):
     tensors = [load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("one", "two")]
     assert tensors[0].keys() == tensors[1].keys()
     assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_an_adapter_with_tensors_of_its_base_is_refused(tmp_path, capsys):
+    """peft saves a whole head beside an adapter if asked to; training would neither train nor save it."""
+    run(base(tmp_path / "m"), tmp_path / "one", "--lora.r", "2")
+    folder = tmp_path / "one/final"
+    change_weights(
+        folder, lambda w: w | {"base_model.model.lm_head.weight": torch.ones(259, 16)}, "adapter_model.safetensors"
+    )
+    for said in refused(folder, tmp_path, capsys):
+        assert "also holds lm_head.weight, which modules_to_save does not name" in said and "merge_and_unload" in said
+
+
+def test_an_adapter_may_leave_the_tokenizer_to_its_base(tmp_path):
+    run(base(tmp_path / "m"), tmp_path / "one", "--lora.r", "2")
+    for file in (folder := tmp_path / "one/final").glob("*token*"):
+        file.unlink()
+    run(folder, tmp_path / "two")
+    assert (tmp_path / "two/final/tokenizer.json").is_file()
 
 
 def test_a_continued_adapters_reference_keeps_the_adapter(tmp_path):
@@ -565,23 +608,17 @@ def test_unquantised_parameters_have_the_runs_dtype(tmp_path):
     )
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite_are_named(tmp_path, capsys, name):
     folder = base(tmp_path / "m")
-    change_weights(folder, lambda w: w | {"lm_head.weight": w["lm_head.weight"] * math.nan})
-    with pytest.raises(SystemExit, match="2"):
-        run(folder, tmp_path / "out")
-    assert "weights hold values that are not finite: lm_head.weight" in capsys.readouterr().err
-
-
-def test_folders_of_runs_name_their_models(tmp_path, capsys):
-    run(base(tmp_path / "m"), tmp_path / "out")
-    for name, kind in (("out", "run"), ("out/checkpoint-1", "checkpoint")):
-        for said in refused(tmp_path / name, tmp_path, capsys):
-            assert f"is the folder of a {kind}; give {tmp_path}/out/final\n" in said
-    shutil.rmtree(tmp_path / "out/final")
-    with pytest.raises(SystemExit, match="2"):
-        generate.main(["--model", str(tmp_path / "out/checkpoint-1"), "--prompt", "Why?"])
-    assert "resume the run, which writes its model to final/" in capsys.readouterr().err
+    change_weights(folder, lambda w: w | {name: w[name] * math.nan})
+    for command in (
+        lambda: run(folder, tmp_path / "out", "--objective", "simpo"),
+        lambda: generate.main(["--model", str(folder), "--prompt", "Why?"]),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command()
+        assert f"weights hold values that are not finite: {name}" in capsys.readouterr().err
 
 
 ENCODER = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -589,7 +626,7 @@ NOT_CAUSAL = {
     "bert": (BertLMHeadModel(BertConfig(num_attention_heads=2, **ENCODER)), "a token sees the tokens after it"),
     "t5": (
         T5ForConditionalGeneration(T5Config(vocab_size=259, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)),
-        "t5 is an encoder-decoder; choose a causal language model",
+        "T5Config'> for this kind of AutoModel: AutoModelForCausalLM",
     ),
 }
 
@@ -601,6 +638,9 @@ def test_models_that_are_not_causal_are_refused(tmp_path, capsys, kind):
     byte_tokenizer().save_pretrained(tmp_path / "m")
     for said in refused(tmp_path / "m", tmp_path, capsys):
         assert message in said
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(["--model", str(tmp_path / "m"), "--prompt", "Why?"])
+    assert message in capsys.readouterr().err
 
 
 def test_later_tokens_are_tried_whatever_the_name():

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from inspo_kernels import gradients
 from training import generate
 from training.adapters import adapter_off, add_lora
+from training.architecture import check_architecture
 from training.config import TrainConfig
 from training.data_options import LoraOptions
 from training.errors import InputError
-from training.model import byte_tokenizer, check_architecture, load_model, size_text
+from training.model import byte_tokenizer, load_model, size_text
 from training.options import parse_config
 from training.train import dry_run, main, train
 

@@ -17,9 +17,9 @@ import torch
 from helpers import tiny_model, token_pairs
 
 from benchmarks.harness import own_peak
+from training.batching import Batcher
 from training.config import TrainConfig
 from training.memory import GIB, estimate_memory, in_use, report_disk, report_memory, report_precision
-from training.scoring import Batcher
 from training.train import train
 
 CPU = torch.device("cpu")
@@ -118,7 +118,10 @@ def test_a_device_that_is_too_small_is_reported(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("inspo_kernels.workspace_bytes", lambda *sizes, **more: 0)  # it asks the device, too
     said: list[str] = []
     batcher = Batcher(0, torch.device("cuda"), 100_000)
-    report_memory(tiny_model(**FIELDS), TrainConfig(), batcher, np.array([[1000, 500, 500]]), said.append, 1)
+    pairs = SimpleNamespace(lengths=np.array([[1000, 500, 500]]))
+    report_memory(
+        TrainConfig(), SimpleNamespace(model=tiny_model(**FIELDS), train_pairs=pairs), batcher, said.append, 1
+    )
     warning = "WARNING: that is more than the device has (1.00 GiB). What helps: a smaller max_batch_tokens"
     assert any(warning in line for line in said) is warned
 
@@ -127,7 +130,9 @@ def test_a_run_says_what_it_will_need(capsys: pytest.CaptureFixture[str], monkey
     train(TrainConfig(max_steps=1), token_pairs(), model=tiny_model())
     assert "a process needs, estimated: parameters" in capsys.readouterr().out
     asked: list = []
-    monkeypatch.setattr("training.train.report_memory", lambda *given, **more: asked.append(given[3]))
+    monkeypatch.setattr(
+        "training.train.report_memory", lambda *given, **more: asked.append(given[1].train_pairs.lengths)
+    )
     train(TrainConfig(max_steps=1), token_pairs(), model=tiny_model(), quiet=True)
     assert asked[0].tolist() == [[len(ids) for ids in pair] for pair in token_pairs()]
 

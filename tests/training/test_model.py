@@ -7,9 +7,10 @@ from helpers import TINY, tiny_model
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import inspo_kernels as ik
+from training.architecture import check_architecture
 from training.config import TrainConfig
 from training.errors import InputError
-from training.model import byte_tokenizer, check_architecture, load_model, padding_id
+from training.model import byte_tokenizer, load_model, padding_id
 
 
 def test_the_same_seed_builds_the_same_model():

@@ -78,10 +78,11 @@ def test_a_missing_tracker_is_an_early_error(tmp_path, monkeypatch):
             TrainConfig(model="nowhere", train_data="none.jsonl", output_dir=str(tmp_path / "out"), report_to=name)
 
 
-def test_curves_are_drawn_and_failures_are_not_fatal(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [OSError, ImportError])
+def test_curves_are_drawn_and_failures_are_not_fatal(tmp_path, monkeypatch, capsys, kind):
     def draw(rows, title, file):
         drawn.append(rows[-1]["step"])
-        raise OSError("no space")
+        raise kind("no space")
 
     drawn = []
     monkeypatch.setattr(output, "plot_curves", draw)
@@ -214,16 +215,17 @@ def test_a_card_without_evaluation_claims_nothing(tmp_path):
     assert "InSPO" not in ModelCard(text).text and "reward accuracy" not in text
 
 
-def test_a_run_warns_if_prompt_only_answers_worsen(tmp_path, capsys):
+def test_a_run_warns_once_and_at_the_end(tmp_path, capsys):
     """The learning rate is so large that a random model forgets both responses."""
     main(
         options(
             tmp_path / "out", *RUN, "--learning_rate", "1.0", "--lr_scheduler_type", "constant", "--warmup_steps", "0"
         )
     )
-    printed = capsys.readouterr().out
-    assert "the log-probs of both responses fall together (training pairs" in printed
-    assert "the log-probs of both responses fall together (held-out pairs" in printed
+    lines = capsys.readouterr().out.splitlines()
+    said = [i for i, line in enumerate(lines) if "the log-probs of both responses fall together" in line]
+    first, last = (next(i for i, line in enumerate(lines) if f"eval at step {step}:" in line) for step in (1, 4))
+    assert len(said) == 2 and first < said[0] < last < said[1]
     main(options(tmp_path / "calm", *RUN, "--learning_rate", "1e-4"))
     assert "fall together" not in capsys.readouterr().out
 
@@ -325,18 +327,8 @@ def test_a_failing_hub_repository_is_refused_early(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
-def test_a_missing_temporary_folder_names_the_variable(tmp_path, monkeypatch, capsys):
-    def full(*given, **more):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(training.save_model.tempfile, "TemporaryDirectory", full)
-    with pytest.raises(SystemExit, match="2"):
-        main(options(tmp_path / "out"))
-    assert "make space, or set TMPDIR" in capsys.readouterr().err
-
-
 def test_a_full_disk_at_the_start_names_the_file(tmp_path, capsys):
     (tmp_path / "out/config.yaml").mkdir(parents=True)
     with pytest.raises(SystemExit, match="1"):
         main(options(tmp_path / "out"))
-    assert f"{tmp_path / 'out/config.yaml'} could not be written" in capsys.readouterr().err
+    assert str(tmp_path / "out/config.yaml") in capsys.readouterr().err

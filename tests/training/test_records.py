@@ -66,6 +66,32 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path):
     assert len(said) == 1
 
 
+def test_keys_of_messages_that_nothing_reads_are_named(tmp_path):
+    said = []
+    records = [CHAT, CHAT | {"chosen": says("A", thought="It is hot.", thinking="A"), "prompt": [USER | {"weight": 0}]}]
+    load(tmp_path, records, tokenizer_with(CHATML), said)
+    assert "columns not read: 'thought (in messages)', 'weight (in messages)'" in said[0]
+    load(
+        tmp_path,
+        records,
+        tokenizer_with(CHATML.replace("m['content']", "m.thought ~ m.weight ~ m['content']")),
+        said := [],
+    )
+    assert not any("not read" in line for line in said)
+
+
+@pytest.mark.parametrize("text", ["Let me see.", None])
+def test_a_function_call_left_out_is_found(tmp_path, text):
+    legacy = says(text, function_call={"name": "f", "arguments": '{"city": "Bonn"}'})
+    assert remark(tmp_path, CHAT | {"chosen": legacy}, kept=False).startswith("text left out")
+    assert remark(tmp_path, CHAT | {"prompt": [USER, *legacy, USER]}, kept=False).startswith("text left out")
+    reads = CHATML.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{{ m.function_call.name ~ m.function_call.arguments if m.function_call }}",
+    )
+    assert len(load(tmp_path, [CHAT | {"chosen": legacy}], tokenizer_with(reads))) == 1
+
+
 @pytest.mark.parametrize("role", ["human", "User", "gpt", ""])
 def test_a_role_that_no_template_knows_is_refused(tmp_path, role):
     prompt = [{"role": role, "content": "Why?"}]
@@ -167,9 +193,9 @@ def test_a_message_left_out_is_found(tmp_path):
     assert len(load(tmp_path, [twice, CHAT | {"prompt": [USER, *says("sky"), USER]}], tokenizer_with(CHATML))) == 2
 
 
-def test_nulls_in_messages_are_as_if_left_out(tmp_path):
-    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls[0] if 'tool_calls' in m }}")
-    nulls = CHAT | {"prompt": [USER | {"tool_calls": None}], "chosen": says("A", tool_calls=None, name=None)}
+def test_nulls_and_empty_lists_are_as_if_left_out(tmp_path):
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ 'calls' if 'tool_calls' in m }}")
+    nulls = CHAT | {"prompt": [USER | {"tool_calls": None}], "chosen": says("A", tool_calls=[], name=None)}
     pairs = load(tmp_path, [CHAT, nulls], tokenizer_with(template))
     assert pairs[0][:3] == pairs[1][:3]
 
@@ -210,6 +236,8 @@ def test_conversations_in_strings_end_at_their_last_turn(tmp_path):
     ]
     record["chosen"] += "\n\nHuman: And?\n\nAssistant: No."
     assert remark(tmp_path, record, kept=False) == "turns of others in an answer"
+    record = {"prompt": start, "chosen": " So.\n\nHuman: And?", "rejected": " No."}
+    assert remark(tmp_path, record, kept=False) == "turns of others in an answer"
 
 
 def test_strings_that_are_rendered_end_once(tmp_path):
@@ -217,6 +245,12 @@ def test_strings_that_are_rendered_end_once(tmp_path):
     opening, texts_of = TextEncoder(tokenizer).render_pair([USER], [says("A"), says("B")], "d:1")
     record = dict(zip(("prompt", "chosen", "rejected"), [opening, *texts_of]))
     assert load(tmp_path, [record], tokenizer)[0][:3] == load(tmp_path, [CHAT], tokenizer)[0][:3]
+    joined = {name: opening + text + "\n" for name, text in zip(("chosen", "rejected"), texts_of)}
+    blank = {"prompt": opening, **{name: record[name] + "\n" for name in joined}}
+    shared = {"chosen": f"{opening}The sky is<|im_end|>\n", "rejected": f"{opening}The sea is<|im_end|>\n"}
+    pairs = load(tmp_path, [joined, blank, shared], tokenizer)
+    assert pairs[0][:3] == pairs[1][:3] == load(tmp_path, [CHAT], tokenizer)[0][:3]
+    assert texts(pairs[2], tokenizer)[1:] == ["The sky is<|im_end|>", "The sea is<|im_end|>"]
     record["chosen"] += "\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>"
     assert remark(tmp_path, record, kept=False) == "text behind the end of an answer"
 

@@ -7,12 +7,13 @@ from safetensors.torch import load_file, save_file
 
 import inspo_kernels as ik
 from training import references
+from training.batching import Batcher
 from training.config import TrainConfig
 from training.data import Pair, Pairs
 from training.errors import InputError, Stopped
 from training.inputs import Inputs
 from training.references import References
-from training.scoring import Batcher, PairModel, score, weights_digest
+from training.scoring import PairModel, score, weights_digest
 
 BATCHER = Batcher(pad_token_id=0, device=torch.device("cpu"), max_tokens=60)
 PAIRS = [Pair(*ids, f"pair {i}") for i, ids in enumerate(token_pairs(5))]

@@ -261,10 +261,14 @@ def test_output_folders_of_other_runs_are_refused(tmp_path, capsys):
     shutil.copytree(done, unfinished, ignore=shutil.ignore_patterns("final"))
     kept = (done / "metrics.jsonl").read_bytes()
     for out, more, message in (
-        (done, [], "holds a finished run; choose another one"),
+        (done, [], "holds a finished run; continue it"),
         (done, ["--resume_from_checkpoint", "auto"], "holds a finished run of 3 steps; raise max_steps"),
         (unfinished, [], "unfinished run with checkpoint-3; continue it with --resume_from_checkpoint auto"),
-        (unfinished, ["--resume_from_checkpoint", str(tmp_path / "checkpoint-9")], "no checkpoint there"),
+        (
+            unfinished,
+            ["--resume_from_checkpoint", str(tmp_path / "checkpoint-9")],
+            "or no checkpoint: it has no manifest.json",
+        ),
     ):
         with pytest.raises(SystemExit):
             main(options(out, *more))

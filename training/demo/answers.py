@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import inspo_kernels as ik
 
 from ..answers import answer_text, generate_batch, reflect_batch
+from ..batching import Batcher
 from ..chat import TextEncoder
 from ..config import TrainConfig
 from ..evaluation import mean_interval, proportion_interval
 from ..pairs import Pair
-from ..scoring import Batcher, PairModel, score
+from ..scoring import PairModel, score
 from .settings import Settings
 from .world import Prompt, World
 
