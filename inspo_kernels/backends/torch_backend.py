@@ -456,8 +456,7 @@ class TorchTile(HeadTile):
             if product is not own:
                 own.copy_(product)
         if dbias is not None:
-            own = cut(dbias, part)
-            torch.addmv(own, e.t(), scale, beta=int(accumulate), out=own)
+            _matmul(scale.unsqueeze(0), e, cut(dbias, part).unsqueeze(0), accumulate)
 
 
 class _Statistics:

@@ -180,6 +180,19 @@ def test_error_at_most_twice_that_of_plain_torch(dtype, frozen):
         assert relative_error(got, true) <= 2 * max(relative_error(plain_torch, true), floor)
 
 
+def test_bias_gradient_of_many_tokens_is_exact():
+    hidden, weight, bias, targets = inputs((3000,), hidden_size=8, vocab=200, dtype=torch.float32)
+    errors = []
+    exact = None
+    for compute, dtype in ((plain, torch.float64), (plain, torch.float32), (ik.linear_logps, torch.float32)):
+        leaf = bias.detach().to(dtype).requires_grad_()
+        logps = compute(hidden.to(dtype), weight.to(dtype), targets, bias=leaf)
+        (gradient,) = gradients_of(logps.mean(), leaf)
+        exact = gradient if exact is None else exact
+        errors.append(relative_error(gradient, exact))
+    assert errors[2] <= 2 * errors[1]
+
+
 def test_autocast():
     hidden, weight, _, targets = inputs((9,), dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
