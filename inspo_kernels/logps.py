@@ -96,7 +96,7 @@ def linear_logps(
         scored = ScoredTokens.find(hidden, targets, head.detach(), options, split, needs)
     if scored.run is None:
         given = arguments_of(options, without=("max_workspace_bytes", "backend"))
-        return reference.linear_logps(hidden, weight, targets.to(hidden.device), bias=bias, **given)
+        return reference.linear_logps(hidden, weight, targets.to(hidden.device, torch.int64), bias=bias, **given)
     logps, *values = _LinearLogps.apply(scored.x, weight, bias, scored, needs)
     logps = scored.scatter(logps, targets.shape)
     return (logps, {name: scored.scatter(v, targets.shape) for name, v in zip(names, values)}) if names else logps
@@ -173,8 +173,8 @@ def pair_logps(
     run = head_pass(resolved, head, hidden.device, options.max_workspace_bytes, split=split)
     if run is None:
         left_out = ("temperature", "max_workspace_bytes", "backend", "objective", "marginal_weight", "reduction")
-        given = arguments_of(tensors, without=("pair_weights",)) | arguments_of(options, without=left_out)
-        sums, lengths, _ = reference.pair_sums(**given | {"labels": labels.to(hidden.device)})
+        given = arguments_of(tensors.for_reference(), without=("pair_weights",))
+        sums, lengths, _ = reference.pair_sums(**given, **arguments_of(options, without=left_out))
         return sums, lengths
     x = plan.take(hidden)
     return pair_sums(run, plan, x).table, plan.lengths

@@ -210,6 +210,17 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_labels_may_have_any_integer_dtype(backend):
+    hidden, weight, _, targets = inputs((4, 5))
+    marginals = targets.roll(1, 0)
+    expected = ik.pair_logps(hidden, weight, targets, marginal_labels=marginals, backend=backend)
+    got = ik.pair_logps(hidden, weight, targets.short(), marginal_labels=marginals.short(), backend=backend)
+    assert all(map(torch.equal, got, expected))
+    tokens = [ik.linear_logps(hidden, weight, t, backend=backend) for t in (targets, targets.short())]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize(
     "change, error, message",
     [
