@@ -193,6 +193,17 @@ def test_bias_gradient_of_many_tokens_is_exact():
     assert errors[2] <= 2 * errors[1]
 
 
+def test_recomputed_gradients_of_large_logits_are_exact():
+    hidden, weight, _, targets = inputs((64,), hidden_size=64, vocab=100, dtype=torch.float32, ignored=0.0)
+    results = []
+    for compute, dtype in ((plain, torch.float64), (ik.linear_logps, torch.float32)):
+        leaves = [t.to(dtype).requires_grad_() for t in (100 * hidden, weight)]
+        options = {} if compute is plain else {"max_workspace_bytes": 4 * 100 * 21}
+        results.append(gradients_of(compute(*leaves, targets, **options).mean(), *leaves))
+    for exact, got in zip(*results):
+        assert relative_error(got, exact) < 5e-6
+
+
 def test_autocast():
     hidden, weight, _, targets = inputs((9,), dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
