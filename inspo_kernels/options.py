@@ -78,9 +78,10 @@ class PairTensors:
     def for_reference(self) -> PairTensors:
         """Return the same tensors, with labels and segments as int64 on the device of hidden."""
         given = {name: getattr(self, name) for name in ("labels", "segment_ids", "marginal_labels")}
-        return replace(
-            self, **{name: None if t is None else t.to(self.hidden.device, torch.int64) for name, t in given.items()}
-        )
+        moved: dict[str, Any] = {
+            name: None if t is None else t.to(self.hidden.device, torch.int64) for name, t in given.items()
+        }
+        return replace(self, **moved)
 
 
 def arguments_of(value: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
