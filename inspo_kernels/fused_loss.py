@@ -189,9 +189,8 @@ class _FusedPairLoss(torch.autograd.Function):
 
 
 def _reference(tensors: PairTensors, options: PairOptions, p: Prepared) -> InSPOOutput:
-    given = arguments_of(tensors) | arguments_of(options, without=("backend", "max_workspace_bytes", "temperature"))
-    for name in ("labels", "segment_ids", "marginal_labels"):
-        given[name] = None if given[name] is None else given[name].to(tensors.hidden.device, torch.int64)
+    left_out = ("backend", "max_workspace_bytes", "temperature")
+    given = arguments_of(tensors.for_reference()) | arguments_of(options, without=left_out)
     out = reference.fused_inspo_loss(**given)
     if torch.is_grad_enabled():
         # Objectives that the fused path refuses are refused here, too.

@@ -92,7 +92,7 @@ def linear_logps(
         scored = ScoredTokens.find(hidden, targets, head, options, split)
     if scored is None:
         given = arguments_of(options, without=("max_workspace_bytes", "backend"))
-        return reference.linear_logps(hidden, weight, targets.to(hidden.device), bias=bias, **given)
+        return reference.linear_logps(hidden, weight, targets.to(hidden.device, torch.int64), bias=bias, **given)
     logps, *values = _LinearLogps.apply(scored.x, weight, bias, scored, needs)
     logps = scored.scatter(logps, targets.shape)
     return (logps, {name: scored.scatter(v, targets.shape) for name, v in zip(names, values)}) if names else logps
@@ -152,8 +152,8 @@ def pair_logps(
         p = prepare(tensors, options, split, sums_only=True)
     if p.run is None:
         left_out = ("temperature", "max_workspace_bytes", "backend", "objective", "marginal_weight", "reduction")
-        given = arguments_of(tensors, without=("pair_weights",)) | arguments_of(options, without=left_out)
-        sums, lengths, _ = reference.pair_sums(**given | {"labels": labels.to(hidden.device)})
+        given = arguments_of(tensors.for_reference(), without=("pair_weights",))
+        sums, lengths, _ = reference.pair_sums(**given, **arguments_of(options, without=left_out))
         return sums, lengths
     return pair_sums(p.run, p.plan, p.plan.take(hidden)).table, p.plan.lengths
 

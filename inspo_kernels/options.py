@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -74,6 +74,14 @@ class PairTensors:
             value = getattr(self, name)
             if not isinstance(value, Tensor) and (value is not None or name == "labels"):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+    def for_reference(self) -> PairTensors:
+        """Return the same tensors, with labels and segments as int64 on the device of hidden."""
+        given = {name: getattr(self, name) for name in ("labels", "segment_ids", "marginal_labels")}
+        moved: dict[str, Any] = {
+            name: None if t is None else t.to(self.hidden.device, torch.int64) for name, t in given.items()
+        }
+        return replace(self, **moved)
 
 
 def arguments_of(value: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:

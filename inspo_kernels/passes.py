@@ -120,11 +120,12 @@ class KeptTokens:
 def token_logps(run: HeadPass, x: Tensor, targets: Tensor, needs: Needs) -> tuple[TokenScores, KeptTokens]:
     """Return log-probs of x (N, H) with a trainable head, and the state that their gradients need."""
     first = max(0, len(x) - run.capacity)
-    tile = run.open(len(x) - first)
     parts, early = [], None
     if first:
-        early = run.stage(tile, x[:first], targets[:first])
+        # In the tile that recomputes them: another shape would round their logits differently, and E would not fit S.
+        early = run.stage(run.open(), x[:first], targets[:first])
         parts.append(early)
+    tile = run.open(len(x) - first)
     dx: Tensor | None = None
     kept: tuple[Tensor, ...] = ()
     if first < len(x):

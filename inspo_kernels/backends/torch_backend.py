@@ -435,8 +435,7 @@ class TorchTile(HeadTile):
             if product is not own:
                 own.copy_(product)
         if out.bias is not None:
-            own = cut(out.bias, part)
-            torch.addmv(own, e.t(), scale, beta=int(accumulate), out=own)
+            _matmul(scale.unsqueeze(0), e, cut(out.bias, part).unsqueeze(0), accumulate)
 
 
 class _Statistics:

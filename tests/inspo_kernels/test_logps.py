@@ -180,6 +180,30 @@ def test_error_at_most_twice_that_of_plain_torch(dtype, frozen):
         assert relative_error(got, true) <= 2 * max(relative_error(plain_torch, true), floor)
 
 
+def test_bias_gradient_of_many_tokens_is_exact():
+    hidden, weight, bias, targets = inputs((3000,), hidden_size=8, vocab=200, dtype=torch.float32)
+    errors = []
+    exact = None
+    for compute, dtype in ((plain, torch.float64), (plain, torch.float32), (ik.linear_logps, torch.float32)):
+        leaf = bias.detach().to(dtype).requires_grad_()
+        logps = compute(hidden.to(dtype), weight.to(dtype), targets, bias=leaf)
+        (gradient,) = gradients_of(logps.mean(), leaf)
+        exact = gradient if exact is None else exact
+        errors.append(relative_error(gradient, exact))
+    assert errors[2] <= 2 * errors[1]
+
+
+def test_recomputed_gradients_of_large_logits_are_exact():
+    hidden, weight, _, targets = inputs((64,), hidden_size=64, vocab=100, dtype=torch.float32, ignored=0.0)
+    results = []
+    for compute, dtype in ((plain, torch.float64), (ik.linear_logps, torch.float32)):
+        leaves = [t.to(dtype).requires_grad_() for t in (100 * hidden, weight)]
+        options = {} if compute is plain else {"max_workspace_bytes": 4 * 100 * 21}
+        results.append(gradients_of(compute(*leaves, targets, **options).mean(), *leaves))
+    for exact, got in zip(*results):
+        assert relative_error(got, exact) < 5e-6
+
+
 def test_autocast():
     hidden, weight, _, targets = inputs((9,), dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -194,6 +218,17 @@ def test_autocast():
     assert relative_error(logps.detach(), truth.detach()) < 1e-6
     for got, true in zip((d_hidden, d_weight), gradients_of(truth.sum(), h64, w64)):
         assert relative_error(got, true) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_labels_may_have_any_integer_dtype(backend):
+    hidden, weight, _, targets = inputs((4, 5))
+    marginals = targets.roll(1, 0)
+    expected = ik.pair_logps(hidden, weight, targets, marginal_labels=marginals, backend=backend)
+    got = ik.pair_logps(hidden, weight, targets.short(), marginal_labels=marginals.short(), backend=backend)
+    assert all(map(torch.equal, got, expected))
+    tokens = [ik.linear_logps(hidden, weight, t, backend=backend) for t in (targets, targets.short())]
+    assert torch.equal(*tokens)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
