@@ -132,6 +132,10 @@ def _known_reason(model: Any) -> str | None:
         return f"{model_type!r} carries a state from token to token, which no mask can branch: use layout='rows'"
     if unknown := set(getattr(config, "layer_types", None) or ()) - {_FULL, _SLIDING}:
         return f"no mask is known for layers of type {', '.join(sorted(unknown))}: use layout='rows'"
+    if window := getattr(config, "window_size", None):  # longer than a trial, and built into the layers
+        return (
+            f"{model_type!r} counts its window of {window} tokens along the row, not along branches: use layout='rows'"
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{model_type!r} takes no position_ids, so it cannot count along branches: use layout='rows'"
     rope = getattr(config, "rope_parameters", None) or {}  # one dict, or a dict for each layer type

@@ -396,6 +396,10 @@ DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     ("make", "reason"),
     [
         (lambda: tiny("mamba"), "'mamba' carries a state from token to token.*use layout='rows'"),
+        (
+            lambda: tiny("gpt_neo", attention_types=[[["local"], 1]]),
+            "'gpt_neo' counts its window of 256 tokens along the row",
+        ),
         (lambda: tiny("bloom"), "'bloom' takes no position_ids.*layout='rows'"),
         (
             lambda: tiny("phi3", rope_parameters=LONG_ROPE),
