@@ -94,8 +94,8 @@ def hidden_and_head(
         if attention_mask is None and not torch.compiler.is_compiling() and mixes_packed_sequences(model):
             if (torch.diff(position_ids, dim=-1) != 1).any():
                 raise ValueError(
-                    f"{model.config.model_type!r} lets packed sequences attend to each other; use padded rows and "
-                    "their attention_mask"
+                    f"{model.config.model_type!r} lets packed sequences attend to each other, or counts positions in "
+                    "its own way; use padded rows and their attention_mask"
                 )
     _drop_router_loss(model, inputs, accepted, return_outputs)
 

@@ -116,14 +116,14 @@ def _mixes(model: Any) -> bool:
     ids = small_ids(model, 2 * _LENGTH).to(device_of(model))
     counted = torch.arange(_LENGTH, device=device_of(model))
     with undisturbed(model):
-        apart = states(model, ids.view(2, -1), counted.expand(2, -1))[1]
+        apart = states(model, ids.view(2, -1))[1]  # with the model's own position ids, which may not start at 0
         packed = states(model, ids[None], torch.cat([counted, counted])[None])[0, _LENGTH:]
         joined = states(model, ids[None], torch.arange(2 * _LENGTH, device=device_of(model))[None])[0, _LENGTH:]
     error, control = relative_difference(packed, apart), relative_difference(joined, apart)
     return not is_rounding(error, apart.dtype, control)
 
 
-def states(model: Any, input_ids: Tensor, position_ids: Tensor, attention_mask: Any = None) -> Tensor:
+def states(model: Any, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Any = None) -> Tensor:
     """Return the states (B, T, H) that the model gives its head."""
     inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
     inputs = {name: value for name, value in inputs.items() if value is not None} | {"use_cache": False}
