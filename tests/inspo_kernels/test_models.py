@@ -394,6 +394,15 @@ def test_other_objects_are_refused(rows):
         hidden_and_head(nn.Linear(2, 2), **model_inputs(rows))
 
 
+def test_an_encoder_decoder_is_refused(rows):
+    """Without ids for its decoder, BART shows the encoder all ids and lets the decoder repeat them."""
+    sizes = {"vocab_size": VOCAB, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    sizes |= {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in ("attention_heads", "ffn_dim")}
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
+    with pytest.raises(TypeError, match=r"got the encoder-decoder transformers\.models\.bart"):
+        hidden_and_head(model, input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
+
+
 @pytest.mark.parametrize("argument", ["use_cache", "return_dict"])
 def test_arguments_that_the_call_sets_itself_are_refused(argument):
     with pytest.raises(TypeError, match=f"{argument}.*remove it"):
