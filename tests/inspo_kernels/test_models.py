@@ -251,9 +251,28 @@ class ScaledLinear(nn.Linear):
         return 2 * super().forward(hidden)
 
 
+class FrozenLinear(nn.Module):
+    """A head without parameters, as quantized layers are."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(VOCAB, 32).mul(50).to(dtype))
+
+    def forward(self, hidden):
+        return nn.functional.linear(hidden, self.weight.to(hidden.dtype))
+
+
+def test_a_head_without_parameters_gives_its_logits(rows):
+    model = make_model("llama")
+    model.lm_head = FrozenLinear(torch.float32)
+    own, composed = model(**model_inputs(rows)).logits, compose(*hidden_and_head(model, **model_inputs(rows)))
+    torch.testing.assert_close(composed, own)
+
+
 @pytest.mark.parametrize(
     ("head", "message"),
     [
+        (FrozenLinear(torch.int8), r"FrozenLinear, which has a weight of torch.int8 \(83, 32\) instead of a float"),
         (nn.Sequential(nn.Linear(32, VOCAB)), r"output head is .*Sequential, which has no weight"),
         (ScaledLinear(32, VOCAB), r"ScaledLinear, is no linear map .* differs from .* by \d\.\de"),
         (None, "has no single output head"),
