@@ -147,7 +147,7 @@ benchmark-study: install
 benchmark-compile: install
 	$(BIN)/python -m benchmarks.compile_report --json $(RESULTS)/compile_report.json
 
-# Section "gpu". The log and plots stay in runs/gpu.
+# Section "gpu". The logs stay in runs/gpu.
 benchmark-gpu: install
 	$(BIN)/python -m benchmarks.gpu --out runs/gpu
 	cp runs/gpu/gpu.json $(RESULTS)/gpu.json

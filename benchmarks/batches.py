@@ -30,6 +30,58 @@ class HeadShape:
     softcap: float | None = None
 
 
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama-shaped model."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocab: int
+    kv_heads: int | None = None
+    tied: bool = False
+
+    def build(self, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:
+        """Build the model, always with the same random weights. The last two ids are padding and end of sequence."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=32_768,
+            pad_token_id=self.vocab - 2,
+            eos_token_id=self.vocab - 1,
+            bos_token_id=None,
+            initializer_range=0.05,
+            attn_implementation=attention,  # type: ignore[call-arg]  # transformers hides it
+        )
+        with device:  # a billion random numbers take a CPU long
+            model = LlamaForCausalLM(config).eval()
+        model.to(device, dtype)  # type: ignore[arg-type]  # transformers' wrapper of it hides self
+        if dtype == torch.float64:
+            _keep_float64(model)
+        return model
+
+
+def _keep_float64(model: torch.nn.Module) -> None:
+    """Replace the library's norms, which round to float32, with torch's, which compute in the model's dtype."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, LlamaRMSNorm):
+                norm = torch.nn.RMSNorm(child.weight.shape, child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
+
+
 MODELS = {
     "llama3-8b": HeadShape(4096, 128_256),
     "qwen3-4b": HeadShape(2560, 151_936),

@@ -29,10 +29,17 @@ class Chip:
         """Return how many lane instructions the chip issues per second: 4 warps of 32 per clock and multiprocessor."""
         return 128 * self.multiprocessors * self.clock
 
-    @property
-    def special(self) -> float:
-        """Return special functions (MUFU: exp2, reciprocal, logarithm) per second: 16 per clock and multiprocessor."""
-        return 16 * self.multiprocessors * self.clock
+    def limits(self, memory: float, cache: float, instructions: float, special: float) -> dict[str, float]:
+        """Return the seconds that an element's bytes (memory, cache), instructions and special functions take.
+
+        A multiprocessor runs 16 special functions (MUFU: exp2, reciprocal, logarithm) per clock.
+        """
+        return {
+            "memory": memory / self.memory,
+            "cache": cache / self.cache,
+            "issue": instructions / self.lanes,
+            "special": 8 * special / self.lanes,
+        }
 
 
 def _chip(name: str, target: str, multiprocessors: int, cache_bytes: int, **rates: tuple[float, str]) -> Chip:

@@ -42,11 +42,9 @@ def _differences(name: str, was: dict[str, Any], row: dict[str, Any], least: flo
     if was["status"] != row["status"]:
         yield was["status"] == "measured", f"{was['status']} -> {row['status']}"
         return
-    kinds = [
-        k for k in ("times_floor", "times_four_forwards", "times_trl_compact", "seconds") if was.get(k) and row.get(k)
-    ]
     # A baseline's ratio to itself is 1 in both files, so only its seconds can differ.
-    kinds = [k for k in kinds if k != f"times_{name}"]
+    ratios = [key for key in was if key.startswith("times_") and key != f"times_{name}"]
+    kinds = [key for key in (*ratios, "seconds") if was.get(key) and row.get(key)]
     if kinds:
         a, b = was[kinds[0]], row[kinds[0]]
         ratio, unit = b["median"] / a["median"], "s" if kinds[0] == "seconds" else kinds[0].replace("_", " ")

@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from .launches import Case, cases, recorded
@@ -100,22 +101,6 @@ LATER_TRITON = (3, 8)
 LATER_REGISTERS, LATER_RESIDENTS = 10, 2
 
 
-class CompileOnlyDriver:
-    """Replace the GPU driver. The device is the target, so each target has its own cache of compiled kernels."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return str(self.target)
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 @contextmanager
 def compiling_for(target: Target) -> Iterator[list[Any]]:
     """Let every launch inside the context compile for ``target``, run nothing, and append its kernel to the list."""
@@ -129,7 +114,10 @@ def compiling_for(target: Target) -> Iterator[list[Any]]:
     def compile_alone(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
-    driver.set_active(CompileOnlyDriver(GPUTarget(target.backend, target.arch, target.warp_size)))
+    # The device is the target, so each target has its own cache of compiled kernels.
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    answers = {"target": lambda: gpu, "device": lambda: str(gpu), "stream": lambda device: 0}
+    driver.set_active(SimpleNamespace(**{f"get_current_{what}": answer for what, answer in answers.items()}))
     JITFunction.run = compile_alone
     try:
         yield compiled
@@ -232,22 +220,15 @@ def launches_of_tests(folder: Path) -> Path:
     return file
 
 
-HEADER = (
-    f"{'target':7} {'kernel':14} {'regs':>4} {'stack':>5} {'shared':>7} {'load':>4} {'store':>5} {'progs':>5} "
-    f"{'instr':>5} {'mufu':>4}  configuration"
-)
+COLUMNS = ("registers", "stack_bytes", "shared_bytes", "widest_load", "widest_store", "residents")
+HEADER = f"{'target':7} {'kernel':14} {' '.join(COLUMNS)} instructions special  configuration"
 
 
 def _line(row: dict[str, Any]) -> str:
-    line = f"{row['target']:7} {row['kernel']:14} "
-    if "registers" in row:
-        per_element = row.get("per_element")
-        loop = f"{per_element['instructions']:>5.1f} {per_element['special']:>4g}" if per_element else " " * 10
-        line += (
-            f"{row['registers']:>4} {row['stack_bytes']:>5} {row['shared_bytes']:>7} {row['widest_load']:>4} "
-            f"{row['widest_store']:>5} {row.get('residents', ''):>5} {loop}  "
-        )
-    line += row["configuration"]
+    counts = {name: round(value, 1) for name, value in row.get("per_element", {}).items()}
+    figures = (f"{row.get(name, ''):>{len(name)}}" for name in COLUMNS)
+    loop = (f"{counts.get(name, ''):>{width}}" for name, width in (("instructions", 12), ("special", 7)))
+    line = f"{row['target']:7} {row['kernel']:14} {' '.join([*figures, *loop])}  {row['configuration']}"
     for chip, limit in row.get("bound", {}).items():
         line += f" [{chip}: {limit['bound']}, issue / moving bytes {limit['issue_of_moving']:.2f}]"
     if row.get("spills") and any(row["spills"].values()):

@@ -25,8 +25,8 @@ from training.demo.report import NAMES, table
 from training.demo.settings import Settings
 from training.demo.stages import run_demo
 
-from .result_files import command, continued, differences, make_parser, provenance, result_file, write_json
-from .tables import markdown, section
+from .result_files import command, make_parser, provenance, result_file, resumed, write_json
+from .tables import markdown, paragraphs
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
@@ -61,9 +61,7 @@ def demo(result: dict[str, Any]) -> str:
         texts = [text for row in rows for text in (f"{row['accuracy']['mean']:.2f}", _gain(row))]
         table.append([title, *texts, "" if name == "base" else f"{above[0]} greedy, {above[1]} sampled"])
     titles = ["greedy: right", "gain over base", "sampled: right", "gain over base", "seeds with gain > 0 (95%)"]
-    return section(
-        result,
-        "demo_seeds.json",
+    return paragraphs(
         f"Answers to unseen prompts in the demo's world, given the prompt alone and graded exactly; {summary['seeds']} "
         "seeds, each with its own base, data and initialisation:",
         markdown(["", *titles], table),
@@ -109,11 +107,7 @@ def main() -> None:
     settings = json.loads(json.dumps({k: v for k, v in asdict(make()).items() if k != "seed"}))
     given = command("benchmarks.demo_seeds", sys.argv[1:], options.json)
     result = {**provenance(given), "settings": settings, "summary": {}, "seeds": {}}
-    if options.json.exists():
-        earlier = json.loads(options.json.read_text())
-        if other := differences(earlier, result, ("settings", "versions", "hardware")):
-            sys.exit(f"error: --json {options.json} differs ({other}); move the file or choose another one")
-        result = continued(earlier, result)
+    result = resumed(parser, "--json", options.json, result, ("settings", "versions", "hardware"), table="seeds")
 
     for seed in tqdm(options.seeds, desc="seeds", unit="seed"):
         if str(seed) in result["seeds"]:

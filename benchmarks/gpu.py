@@ -6,7 +6,7 @@
 Each step runs in its own process with its own time limit, and DIR/gpu.json is written when it ends. So a CUDA error
 that outlives its cause, a crash or a lack of time costs one step. Another call with the same DIR continues with the
 missing steps and shapes; steps that are named are repeated. DIR holds gpu.json, part.json (while a step runs),
-steps.log, tests.log, time.png and memory.png.
+steps.log and tests.log.
 
 ``forward`` is without gradients (1 matmul), ``frozen head`` computes dX alone (2), ``forward+backward`` dX and dW (3).
 Times are between CUDA events around one call that is queued behind a few large matmuls, as a loss is queued behind the
@@ -20,12 +20,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -40,19 +37,20 @@ from .gpu_plan import hardware, problems, targets
 from .gpu_processes import run_in_group
 from .gpu_steps import PART, STEPS
 from .harness import FEWEST_ROUNDS, Timer
-from .result_files import add_names, checked_device, commit, continued, differences, dtype_name, provenance, write_json
+from .result_files import add_names, checked_device, commit, dtype_name, provenance, resumed, write_json
 
 LOG, LOG_BYTES = "steps.log", 8 << 20
-# Left at the end of a call for plots and the last result.
-CLOSING_SECONDS = 8.0
+# Left at the end of a call for the last result.
+CLOSING_SECONDS = 3.0
 LEAST_MINUTES = 0.5
 WHEELS = """
-peers on a machine without a network: fetch their wheels elsewhere,
+peers on a machine without a network: fetch their wheels elsewhere, unpack them there and let Python find them,
   pip download --no-deps --only-binary=:all: --python-version 3.12 -d .whl \\
     trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
-and name the folder: --wheels .whl. All are pure Python, 2 MiB together, so they fit into 64 MiB with this repository.
-The timed part of trl loads without trl's own requirements. The row of a missing peer says so. Only plots need
-matplotlib.
+  pip install --no-index --no-deps --target .peers .whl/*.whl
+  PYTHONPATH=.peers python -m benchmarks.gpu --out DIR
+All are pure Python, 2 MiB together, so they fit into 64 MiB with this repository. The timed part of trl loads without
+trl's own requirements. The row of a missing peer says so.
 """
 
 
@@ -60,21 +58,10 @@ matplotlib.
 
 
 def fresh_result(command: str, device: torch.device) -> dict[str, Any]:
-    return {
-        **provenance(command, PEER_PACKAGES),
-        "device": hardware(device),
-        "dtype": dtype_name(dtype_of(device)),
-        "method": " ".join(__doc__.split("\n\n")[-1].split()),
-        "finished": False,
-        "seconds": 0.0,
-        "steps": {},
-        "smoke": [],
-        "tests": None,
-        "accuracy": [],
-        "cells": [],
-        "tuning": {},
-        "targets": [],
-    }
+    about = {"device": hardware(device), "dtype": dtype_name(dtype_of(device))}
+    method = " ".join(__doc__.split("\n\n")[-1].split())
+    figures: dict[str, Any] = {"seconds": 0.0, "steps": {}, "accuracy": [], "cells": []}
+    return {**provenance(command, PEER_PACKAGES), **about, "method": method, **figures}
 
 
 def merge(result: dict[str, Any], row: dict[str, Any]) -> None:
@@ -82,101 +69,68 @@ def merge(result: dict[str, Any], row: dict[str, Any]) -> None:
 
     A contender measured by two steps keeps the figures of the earlier step, unless that step is done again.
     """
-    for key, value in row["part"].items():
-        if key != "cells":
-            result[key] = value
+    result |= {key: value for key, value in row["part"].items() if key != "cells"}
+    for cell in row["part"].get("cells", []):
+        rows = cell.pop("contenders", {})
+        if not rows:
             continue
-        for cell in value:
-            known = next((c for c in result["cells"] if c["name"] == cell["name"]), None)
-            if known is None:
-                known = {**cell, "contenders": {}}
-                result["cells"].append(known)
-            for name, figures in cell.get("contenders", {}).items():
-                old = known["contenders"].get(name)
-                if old is None or old["status"] != "measured" or old["step"] == row["step"]:
-                    known["contenders"][name] = figures | {"step": row["step"]}
-            known |= {key: value for key, value in cell.items() if key != "contenders"}
-    result["cells"] = [cell for cell in result["cells"] if cell["contenders"]]
+        known = next((c for c in result["cells"] if c["name"] == cell["name"]), None)
+        if known is None:
+            result["cells"].append(known := {**cell, "contenders": {}})
+        for name, figures in rows.items():
+            old = known["contenders"].get(name)
+            if old is None or old["status"] != "measured" or old["step"] == row["step"]:
+                known["contenders"][name] = figures | {"step": row["step"]}
+        known |= cell
 
 
-def collect(out: Path, result: dict[str, Any]) -> dict[str, Any] | None:
-    """Merge and remove the part that a step has left, and return its row for the table of steps, or None."""
+def enter(out: Path, result: dict[str, Any], why: str, name: str | None = None, seconds: float | None = None) -> None:
+    """Enter what step ``name``, or the step of an interrupted call, has left.
+
+    ``why`` it ended is its status if it has not written one itself.
+    """
     file = out / PART
-    if not file.exists():
-        return None
-    row = json.loads(file.read_text())
-    merge(result, row)
-    file.unlink()
-    return {"step": row["step"], "status": row["status"], "notes": row["notes"]}
-
-
-def enter_interrupted(out: Path, result: dict[str, Any]) -> None:
-    """Enter what a step had when its call was interrupted or killed."""
-    if row := collect(out, result):
-        result["steps"][row["step"]] = step_row(
-            row["status"] or "stopped with its call; its figures so far are kept", row
-        )
-
-
-def step_row(status: str, row: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
-    today = datetime.now(UTC).strftime("%Y-%m-%d")
-    return {"status": status, "notes": row["notes"], "seconds": seconds, "commit": commit(), "date": today}
-
-
-def result_of_folder(parser: argparse.ArgumentParser, out: Path, command: str, device: torch.device) -> dict[str, Any]:
-    """Return the result of earlier calls with this folder, or a new one."""
-    file = out / "gpu.json"
-    result = fresh_result(command, device)
-    if not file.exists():
-        return result
-    try:
-        old = json.loads(file.read_text())
-    except ValueError as error:
-        parser.error(f"--out: {file} is not JSON ({error}); remove it or name another folder")
-    if "steps" not in old:
-        parser.error(f"--out: {file} is of an older version of this command; remove it or name another folder")
-    if other := differences(old, result, ("device", "versions")):
-        parser.error(f"--out: {file} differs ({other}); name another folder")
-    return continued(old, result)
+    row = json.loads(file.read_text()) if file.exists() else {"step": name, "status": "", "notes": [], "part": {}}
+    file.unlink(missing_ok=True)
+    if row["step"] is not None:
+        merge(result, row)
+        found = {"status": row["status"] or why, "notes": row["notes"], "seconds": seconds, "commit": commit()}
+        result["steps"][row["step"]] = found | {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
 # --- steps ---
+
+
+def unfinished(result: dict[str, Any]) -> list[str]:
+    return [name for name in STEPS if result["steps"].get(name, {}).get("status") != "done"]
 
 
 def pending(result: dict[str, Any], named: Sequence[str] | None) -> list[str]:
     """Return the steps of this call in order: the named ones, or untried and then unfinished ones."""
     if named is not None:
         return [name for name in STEPS if name in named]
-    tried = [name for name in STEPS if name in result["steps"]]
-    unfinished = [name for name in tried if result["steps"][name]["status"] != "done"]
-    return [*(name for name in STEPS if name not in tried), *unfinished]
+    return sorted(unfinished(result), key=lambda name: name in result["steps"])
 
 
-def run_step(
-    name: str, options: argparse.Namespace, result: dict[str, Any], seconds: float, environment: dict[str, str]
-) -> None:
+def run_step(name: str, options: argparse.Namespace, result: dict[str, Any], seconds: float) -> None:
     """Run a step in its own process and enter what it leaves, however it ends."""
-    before = result["steps"].get(name, {"status": "done"})
     # An unfinished step continues; a finished one that is named is repeated.
-    known = [] if before["status"] == "done" else [cell["name"] for cell in result["cells"] if _has(cell, name)]
+    again = result["steps"].get(name, {"status": "done"})["status"] == "done"
+    known = [] if again else [cell["name"] for cell in result["cells"] if _has(cell, name)]
     given = {"name": name, "known": known, "seconds": max(5.0, seconds - 5), "out": str(options.out.absolute())}
     given |= {key: getattr(options, key) for key in ("device", "quick", "peers")}
     command = [sys.executable, "-m", "benchmarks.gpu_steps", json.dumps(given)]
     log, start = options.out / LOG, time.perf_counter()
     shown = log.stat().st_size if log.exists() else 0
-    code = run_in_group(command, log, seconds, environment)
-    row = collect(options.out, result) or {"status": "", "notes": []}
-    status = row["status"]
+    code = run_in_group(command, log, seconds)
+    ended = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+    why = f"failed: the process ended with {ended}; see {LOG}"
     if code is None:
-        status = f"stopped after {seconds:.0f} s; what it had is kept"
-    elif not status:
-        why = f"signal {-code}" if code < 0 else f"exit status {code}"
-        status = f"failed: the process ended with {why}; see {LOG}"
-    result["steps"][name] = step_row(status, row, time.perf_counter() - start)
-    with log.open(errors="replace") as file:
-        file.seek(shown)
-        print(file.read(20_000).rstrip(), flush=True)
-    shorten(log)
+        why = f"stopped after {seconds:.0f} s; what it had is kept"
+    enter(options.out, result, why, name, time.perf_counter() - start)
+    text = log.read_bytes()
+    print(text[shown:][:20_000].decode(errors="replace").rstrip(), flush=True)
+    log.write_bytes(text[-LOG_BYTES:])
 
 
 def _has(cell: dict[str, Any], step: str) -> bool:
@@ -185,31 +139,7 @@ def _has(cell: dict[str, Any], step: str) -> bool:
     return bool(rows) and all(row.get("rounds", FEWEST_ROUNDS) >= FEWEST_ROUNDS for row in rows)
 
 
-def shorten(log: Path) -> None:
-    """Keep only the end of a log that has grown too large to bring back."""
-    if log.stat().st_size > LOG_BYTES:
-        log.write_bytes(log.read_bytes()[-LOG_BYTES // 2 :])
-
-
-def installed_wheels(parser: argparse.ArgumentParser, folder: Path | None, target: str) -> dict[str, str]:
-    """Return the environment of the steps: with --wheels, the wheels unpacked for them alone."""
-    environment = dict(os.environ)
-    if folder is None:
-        return environment
-    wheels = sorted(folder.glob("*.whl"))
-    if not wheels:
-        parser.error(f"--wheels: there is no wheel in {folder}")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", target]
-    done = subprocess.run([*pip, *map(str, wheels)], capture_output=True, text=True)
-    if done.returncode:
-        why = (done.stderr.strip() or "pip failed").splitlines()[-1]
-        print(f"--wheels: not installed, their peers are left out: {why}")
-        return environment
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [target, environment.get("PYTHONPATH")]))
-    return environment
-
-
-def run(options: argparse.Namespace, result: dict[str, Any], clock: Timer, environment: dict[str, str]) -> None:
+def run(options: argparse.Namespace, result: dict[str, Any], clock: Timer) -> None:
     """Run the steps of this call until its time is spent."""
     earlier = result["seconds"]
     todo = pending(result, options.steps)
@@ -219,31 +149,15 @@ def run(options: argparse.Namespace, result: dict[str, Any], clock: Timer, envir
             print(f"[{i + 1}/{len(todo)}] {name}: not started, {max(0.0, left):.0f} s are left; call again to go on")
             continue
         print(f"[{i + 1}/{len(todo)}] {name} ({step.about}), at most {min(step.seconds, left):.0f} s", flush=True)
-        run_step(name, options, result, min(step.seconds, left), environment)
+        run_step(name, options, result, min(step.seconds, left))
         print(f"    {name}: {result['steps'][name]['status']}, {result['steps'][name]['seconds']:.0f} s", flush=True)
         result["seconds"] = earlier + clock.elapsed
         save(options.out, result)
 
 
 def save(out: Path, result: dict[str, Any]) -> None:
-    result["finished"] = all(result["steps"].get(name, {}).get("status") == "done" for name in STEPS)
-    result["targets"] = targets(result)
+    result |= {"finished": not unfinished(result), "targets": targets(result)}
     write_json(out / "gpu.json", result)
-
-
-def draw(out: Path, result: dict[str, Any]) -> None:
-    """Draw time and memory if there are figures and matplotlib is installed."""
-    try:
-        from .plots import peak_gib, plot_cells, times_floor
-    except ImportError as error:  # every figure is in gpu.json, and can be drawn elsewhere
-        print(f"no plots: {error}")
-        return
-    for name, value, label in (
-        ("time", times_floor, "time / bare matmuls"),
-        ("memory", peak_gib, "peak memory above inputs, GiB"),
-    ):
-        if any(value(row) for cell in result["cells"] for row in cell["contenders"].values()):
-            plot_cells(result, value, label).savefig(out / f"{name}.png", dpi=100)
 
 
 # --- the command ---
@@ -273,7 +187,6 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, ar
     parser.add_argument("--steps", type=step_names, metavar="A,B", help="steps to run [all that are missing]")
     parser.add_argument("--minutes", type=float, default=9.5, help="time limit of this call [9.5]")
     add_names(parser, "--peers", PEERS, "other libraries to time [all]", nargs="*", default=PEERS)
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of wheels of peers that are not installed")
     return parser, parser.parse_args(arguments)
 
 
@@ -288,19 +201,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     given = ["DIR" if a == str(options.out) else "--out=DIR" if a.startswith("--out=") else a for a in given]
     command = shlex.join(["python", "-m", "benchmarks.gpu", *given])
-    result, clock = result_of_folder(parser, options.out, command, device), Timer(60 * options.minutes)
-    enter_interrupted(options.out, result)
+    result, clock = fresh_result(command, device), Timer(60 * options.minutes)
+    result = resumed(parser, "--out", options.out / "gpu.json", result, ("device", "versions"))
+    stopped = "stopped with its call; its figures so far are kept"
+    enter(options.out, result, stopped)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     interrupted = False
-    with tempfile.TemporaryDirectory() as site:
-        try:
-            run(options, result, clock, installed_wheels(parser, options.wheels, site))
-        except KeyboardInterrupt:
-            interrupted = True
-            enter_interrupted(options.out, result)
-            print("interrupted; finished steps are kept, and another call continues", file=sys.stderr)
+    try:
+        run(options, result, clock)
+    except KeyboardInterrupt:
+        interrupted = True
+        enter(options.out, result, stopped)
+        print("interrupted; finished steps are kept, and another call continues", file=sys.stderr)
     save(options.out, result)
-    draw(options.out, result)
     for row in result["targets"]:
         figure = "" if row["measured"] is None else f": {row['measured']:.4g}"
         print(f"target {row['target']} <= {row['limit']:g}{figure}: {row['verdict']}")
@@ -310,8 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures = problems(result)
     for failure in failures:
         print(f"FAILED {failure}")
-    missing = [name for name in STEPS if result["steps"].get(name, {}).get("status") != "done"]
-    print(f"{clock.elapsed:.0f} s; still to do: {', '.join(missing) or 'nothing'}; results in {options.out}")
+    missing = ", ".join(unfinished(result))
+    print(f"{clock.elapsed:.0f} s; still to do: {missing or 'nothing'}; results in {options.out}")
     return 130 if interrupted else int(bool(failures))
 
 

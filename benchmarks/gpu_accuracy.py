@@ -92,6 +92,12 @@ def judged(errors: dict[str, float], limits: dict[str, float]) -> dict[str, Any]
     return {"limits": limits, "ok": all(errors[name] <= limit for name, limit in limits.items())}
 
 
+def sequence_errors(rows: list[dict[str, Any]], contender: str, dtype: str) -> list[float]:
+    """Return the errors of a contender's summed log-probs, in nats."""
+    mine = [row.get("errors", {}) for row in rows if (row["contender"], row["dtype"]) == (contender, dtype)]
+    return [errors["sequence_nat"] for errors in mine if "sequence_nat" in errors]
+
+
 def accuracy_table(rows: list[dict[str, Any]]) -> str:
     dtype, softcap, response = (rows[0][key] for key in ("dtype", "softcap", "response"))
     lines = [f"errors against float64: {dtype}, soft-cap {softcap}, responses of {response} tokens"]

@@ -48,33 +48,24 @@ def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Ca
     A maker returns None if its kernel needs a GPU, or a GPU of another kind.
     """
     x, weight = batch.hidden, batch.weight
-    (n, hidden), vocab = x.shape, len(weight)
     narrow, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    operations = {"operations": 2 * n * hidden * vocab}
-
-    def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Work:
-        return matmul_run(a, b, dtype), operations
+    stages = [rows for rows in stage_rows if rows <= len(x)]
 
     def e() -> Tensor:
         """Return random values in place of E, because matmuls of zeros run faster."""
-        return torch.rand(n, vocab, dtype=narrow, device=x.device)
+        return torch.rand(len(x), len(weight), dtype=narrow, device=x.device)
 
     def on_gpu(make: Callable[..., Work | None], *more: Any) -> Callable[[], Work | None]:
         return partial(make, batch, *more) if x.is_cuda else lambda: None
 
-    yield "copy", lambda: copy_run(x.device)
+    yield "copy", partial(copy, x.device)
     yield "logits matmul, narrow output", lambda: matmul(x, weight.t(), narrow)
     yield "logits matmul, float32 output", lambda: matmul(x, weight.t(), wide)
-    for rows in stage_rows:
-        if rows <= n:
-            yield f"logits matmul in stages of {rows}", partial(_staged_matmul, x, weight, rows, wide)
-    for rows in stage_rows:
-        if rows <= n:
-            yield f"row pass with E, stages of {rows}", on_gpu(_row_pass, rows, True)
-    yield "row pass, statistics alone", on_gpu(_row_pass, min(stage_rows[1], n), False)
-    yield "cached tiles, matmul", on_gpu(_cache_tiles, None)
-    yield "cached tiles, matmul and sums", on_gpu(_cache_tiles, False)
-    yield "cached tiles, matmul and E", on_gpu(_cache_tiles, True)
+    for rows in stages:
+        yield f"logits matmul in stages of {rows}", partial(matmul, x[:rows], weight.t(), wide, -(-len(x) // rows))
+    for rows in stages:
+        yield f"row pass with E, stages of {rows}", on_gpu(_row_pass, rows, True)
+    yield "row pass, statistics alone", on_gpu(_row_pass, min(stage_rows[1], len(x)), False)
     yield "fused pass, sums alone", on_gpu(_fused_pass, False)
     yield "fused pass with E", on_gpu(_fused_pass, True)
     yield "dX matmul", lambda: matmul(e(), weight, wide)
@@ -86,14 +77,6 @@ def lines(batch: PairBatch, stage_rows: Sequence[int]) -> Iterator[tuple[str, Ca
     yield "placing of dX", lambda: _placing(x)
 
 
-def matmul_run(a: Tensor, b: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
-    """Return a call that computes a @ b into a preallocated tensor of ``dtype``."""
-    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
-    if dtype == a.dtype:
-        return lambda: torch.mm(a, b, out=out)
-    return lambda: torch.mm(a, b, out_dtype=dtype, out=out)  # CUDA and ROCm alone: on a CPU both dtypes are float32
-
-
 def repeated(run: Callable[[], Any], times: int) -> Callable[[], None]:
     def runs() -> None:
         for _ in range(times):
@@ -102,18 +85,18 @@ def repeated(run: Callable[[], Any], times: int) -> Callable[[], None]:
     return runs
 
 
-def copy_run(device: torch.device) -> Work:
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, times: int = 1) -> Work:
+    """Return a call that computes a @ b into a preallocated tensor of ``dtype``, ``times`` times."""
+    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
+    # Another output dtype is for CUDA and ROCm alone: on a CPU both dtypes are float32.
+    run = partial(torch.mm, a, b, out=out, **({} if dtype == a.dtype else {"out_dtype": dtype}))
+    return repeated(run, times), {"operations": 2 * times * a.numel() * b.shape[1]}
+
+
+def copy(device: torch.device) -> Work:
     """Return a large device-to-device copy: the memory rate that the other lines are compared with."""
     source = torch.rand((1 << 28) if device.type == "cuda" else (1 << 20), device=device)
-    out = torch.empty_like(source)
-    return lambda: out.copy_(source), {"bytes": 2 * source.nbytes}
-
-
-def _staged_matmul(x: Tensor, weight: Tensor, rows: int, dtype: torch.dtype) -> Work:
-    calls = -(-len(x) // rows)
-    return repeated(matmul_run(x[:rows], weight.t(), dtype), calls), {
-        "operations": 2 * calls * min(rows, len(x)) * weight.numel()
-    }
+    return partial(torch.empty_like(source).copy_, source), {"bytes": 2 * source.nbytes}
 
 
 def _row_pass(batch: PairBatch, rows: int, store: bool) -> Work:
@@ -121,26 +104,6 @@ def _row_pass(batch: PairBatch, rows: int, store: bool) -> Work:
     launch, raw = launch_row_pass(batch, rows, store=store)
     calls = -(-batch.shape.scored // rows)
     return repeated(partial(launch, first=0), calls), {"bytes": calls * raw.nbytes * (3 if store else 2) // 2}
-
-
-def _cache_tiles(batch: PairBatch, store: bool | None) -> Work:
-    """Multiply one row of tiles, each read back from the cache at once unless ``store`` is None."""
-    from inspo_kernels.kernels import config
-
-    device = batch.hidden.device
-    tile = config.logits_tile(config.architecture(device), device, 4)
-    x = batch.hidden[: tile.rows]
-    launch, raw = launch_row_pass(batch, len(x), tile.words, store=bool(store))
-    parts = [part for part in batch.weight.split(tile.words) if len(part) == tile.words]
-
-    def run() -> None:
-        for i, part in enumerate(parts):
-            torch.mm(x, part.t(), out_dtype=raw.dtype, out=raw)
-            if store is not None:
-                launch(first=i * tile.words)
-
-    work = {"operations": 2 * raw.numel() * x.shape[1] * len(parts), "rows": len(x), "words": tile.words}
-    return run, work | {"cache_bytes": raw.nbytes * len(parts)}
 
 
 def _fused_pass(batch: PairBatch, store: bool) -> Work | None:

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from .batches import MODELS, HeadShape
-from .gpu_accuracy import SEQUENCE_NAT
+from .batches import MODELS, HeadShape, ModelShape
+from .gpu_accuracy import SEQUENCE_NAT, sequence_errors
 from .measure import FORWARD, FROZEN, MODES, PRODUCTS, TRAIN
 
 # What the bytes allow on an H200 if tiles of logits stay in the cache.
 TARGETS = {TRAIN: 1.05, FROZEN: 1.08, FORWARD: 1.10}
 MEMORY_TARGET = 1.05
 
-
-ONE_BILLION = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128_256,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
-TINY = ONE_BILLION | {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-}
+ONE_BILLION = ModelShape(2048, 8192, 16, 32, 128_256, kv_heads=8, tied=True)
+FOUR_LAYERS = replace(ONE_BILLION, layers=4)
+TINY = ModelShape(32, 64, 2, 2, 300, tied=True)
 
 
 @dataclass(frozen=True)
@@ -49,11 +33,10 @@ class Plan:
     )
     rounds: int = 15
     stage_rows: tuple[int, ...] = (512, 1024, 2048, 4096)
-    workspace_rows: tuple[int, ...] = (1024, 2048, 4096, 8192)
-    tree_model: dict[str, Any] = field(default_factory=lambda: ONE_BILLION | {"num_hidden_layers": 4})
+    tree_model: ModelShape = FOUR_LAYERS
     tree_pairs: int = 8
     tree_lengths: tuple[int, int] = (1024, 256)
-    trained_model: dict[str, Any] = field(default_factory=lambda: ONE_BILLION)
+    trained_model: ModelShape = ONE_BILLION
     trained_lengths: tuple[int, int] = (512, 256)
     training_steps: int = 100
 
@@ -84,7 +67,6 @@ QUICK = Plan(
     tests=("tests/inspo_kernels/test_logps.py::test_values_and_gradients",),
     rounds=3,
     stage_rows=(32, 64),
-    workspace_rows=(32, 128),
     tree_model=TINY,
     tree_pairs=2,
     tree_lengths=(24, 8),
@@ -96,43 +78,34 @@ QUICK = Plan(
 
 def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the targets of the Triton backend at Llama-3-8B's head and 8,192 tokens, stated for an H200."""
-    model, tokens = FULL.main
-    cells = {c["mode"]: c for c in result["cells"] if (c["model"], c["tokens"]) == (model, tokens)}
-    rows = []
-
-    def judge(what: str, limit: float, measured: float | None, why: str) -> None:
-        verdict = f"not measured: {why}" if measured is None else "met" if measured <= limit else "missed"
-        rows.append({"target": what, "limit": limit, "measured": measured, "verdict": verdict})
-
+    cells = {c["mode"]: c for c in result["cells"] if (c["model"], c["tokens"]) == FULL.main}
+    found: list[tuple[str, float, float | None]] = []
     for mode, limit in TARGETS.items():
-        row, why = triton_row(cells.get(mode))
-        ratio = row["times_floor"]["median"] if row and row.get("times_floor") else None
-        judge(f"{mode}: time / bare matmuls ({PRODUCTS[mode]})", limit, ratio, why or "the matmuls failed")
-    row, why = triton_row(cells.get(TRAIN))
+        ratio = (triton_row(cells.get(mode)).get("times_floor") or {}).get("median")
+        found.append((f"{mode}: time / bare matmuls ({PRODUCTS[mode]})", limit, ratio))
     expected = cells.get(TRAIN, {}).get("workspace_and_gradients_bytes")
-    peak = row["peak_bytes"] / expected if row and row.get("peak_bytes") and expected else None
-    judge(f"{TRAIN}: peak memory / (workspace + dX + dW)", MEMORY_TARGET, peak, why)
-    errors = [
-        r["errors"]["sequence_nat"]
-        for r in result["accuracy"]
-        if (r["contender"], r["dtype"], r["response"]) == ("triton", "bfloat16", FULL.response)
-        and "sequence_nat" in r.get("errors", {})
-    ]
-    why = f"no bfloat16 log-probs of {FULL.response} tokens by triton"
+    peak = triton_row(cells.get(TRAIN)).get("peak_bytes")
+    share = peak / expected if peak and expected else None
+    found.append((f"{TRAIN}: peak memory / (workspace + dX + dW)", MEMORY_TARGET, share))
+    whole = [row for row in result["accuracy"] if row["response"] == FULL.response]
+    errors = sequence_errors(whole, "triton", "bfloat16")
     what = f"bfloat16: log-probs of {FULL.response} tokens, nat from float64"
-    judge(what, SEQUENCE_NAT, max(errors, default=None), why)
-    return rows
+    found.append((what, SEQUENCE_NAT, max(errors, default=None)))
+    return [
+        {"target": what, "limit": limit, "measured": measured, "verdict": verdict(limit, measured)}
+        for what, limit, measured in found
+    ]
 
 
-def triton_row(cell: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
-    """Return the Triton backend's row of a cell, with labels on the CPU if that was measured, or why there is none."""
-    if cell is None:
-        return None, f"{FULL.main[0]} at {FULL.main[1]} tokens did not run"
-    found = cell["contenders"]
-    for name in ("triton, labels on the CPU", "triton"):  # labels on the GPU cost a synchronisation
-        if found.get(name, {}).get("status") == "measured":
-            return found[name], ""
-    return None, found.get("triton", {"status": "triton did not run"})["status"]
+def verdict(limit: float, measured: float | None) -> str:
+    return "not measured" if measured is None else "met" if measured <= limit else "missed"
+
+
+def triton_row(cell: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the Triton backend's measured row, with labels on the CPU if possible: on the GPU they synchronise."""
+    found = cell["contenders"] if cell else {}
+    rows = (found.get(name, {}) for name in ("triton, labels on the CPU", "triton"))
+    return next((row for row in rows if row.get("status") == "measured"), {})
 
 
 def problems(result: dict[str, Any]) -> list[str]:

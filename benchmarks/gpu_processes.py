@@ -1,4 +1,4 @@
-"""Run processes of the GPU benchmark (a step, the tests, a training run) and end all that they start."""
+"""Run the processes of the GPU benchmark's steps, and end all that they start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,46 +17,30 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 
 
-def run_in_group(
-    command: Sequence[str], log: Path, seconds: float, environment: Mapping[str, str] | None = None
-) -> int | None:
+def run_in_group(command: Sequence[str], log: Path, seconds: float) -> int | None:
     """Run a command from the repository's root, output appended to ``log``; None if it took longer than ``seconds``.
 
-    Whatever of its process group is left is killed: it would go on using the GPU beside what is timed next. The process
-    is asked to end first, so that it can end groups that it started itself.
+    Whatever of its process group is left is killed: it would go on using the GPU beside what is timed next.
     """
     with log.open("a") as file:
-        running = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, process_group=0
-        )
+        running = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, process_group=0)
         try:
             return running.wait(max(1.0, seconds))
         except subprocess.TimeoutExpired:
             return None
         finally:
-            if running.poll() is None:
-                running.terminate()
-                with suppress(subprocess.TimeoutExpired):
-                    running.wait(3.0)
             with suppress(ProcessLookupError):
                 os.killpg(running.pid, signal.SIGKILL)
             running.wait()
 
 
-def exit_when_asked() -> None:
-    """Turn SIGTERM into an exception, so that ``run_in_group`` ends what this process has started."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
 def end_with_parent() -> None:
-    """End this process when its parent is gone, however the parent ended."""
+    """End this process and its group when its parent is gone, however the parent ended."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(3.0)
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -69,18 +53,13 @@ def run_tests(tests: Sequence[str], log: Path, seconds: float) -> dict[str, Any]
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     # An interpreter asked for elsewhere would keep the Triton tests off the device.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    start = time.perf_counter()
-    log.write_text("")
-    code = run_in_group(command, log, seconds, environment)
-    if code is None:
-        status = f"failed: not done after {seconds:.0f} s"
-    else:
-        status = "passed" if code == 0 else f"failed: pytest's exit status was {code}"
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
+            ).returncode
+            status = "passed" if code == 0 else f"failed: pytest's exit status was {code}"
+        except subprocess.TimeoutExpired:
+            status = f"failed: not done after {seconds:.0f} s"
     lines = log.read_text(errors="replace").strip().splitlines()
-    return {
-        "status": status,
-        "summary": lines[-1] if lines else "",
-        "arguments": list(tests),
-        "seconds": time.perf_counter() - start,
-        "log": log.name,
-    }
+    return {"status": status, "summary": lines[-1] if lines else "", "arguments": list(tests), "log": log.name}

@@ -18,12 +18,12 @@ import torch
 
 from . import gpu_accuracy, gpu_decomposition, gpu_training, gpu_tuning
 from .batches import PairBatch, dtype_of, equal, random_head, scored_tokens
-from .contenders import CONTENDERS, OURS, PEER_PACKAGES, Contender, chosen
-from .gpu_plan import FULL, QUICK, Plan, hardware
-from .gpu_processes import end_with_parent, exit_when_asked, run_tests
+from .contenders import CONTENDERS, OURS, Contender, chosen
+from .gpu_plan import FULL, QUICK, Plan
+from .gpu_processes import end_with_parent, run_tests
 from .harness import Timer, reason
 from .measure import LOSS, TRAIN, measure
-from .result_files import checked_device, dtype_name, make_parser, provenance, write_json
+from .result_files import checked_device, dtype_name, make_parser, write_json
 from .speed_tables import SHAPE_ROWS
 from .tables import line, shape_title, table
 
@@ -142,9 +142,9 @@ def trees(context: Context) -> None:
 
 
 def training(context: Context) -> None:
-    """Measure the tokens and operations per second of one real training run through the command line."""
+    """Measure the tokens and operations per second of one real training run."""
     result = context.part["training"] = gpu_training.training_run(context.plan, context.device, context.timer.left)
-    context.say(gpu_training.training_line(result))
+    context.say(f"  training: {result}")
 
 
 def shapes(context: Context) -> None:
@@ -154,10 +154,12 @@ def shapes(context: Context) -> None:
 
 
 def tuning(context: Context) -> None:
-    """Block sizes, stages and workspaces beside the shipped ones. Reported, never applied."""
-    result = gpu_tuning.tune(context.main_batch(), context.plan.workspace_rows, context.timer.left / 5)
-    context.part["tuning"] = result
-    context.say(gpu_tuning.tuning_table(result))
+    """Block sizes and stages beside the shipped ones. Reported, never applied."""
+    context.part["tuning"] = dict[str, Any]()
+    for name, swept in gpu_tuning.tune(context.main_batch(), context.timer.left / 5):
+        context.part["tuning"][name] = swept
+        title = f"{name}: {swept.get('status') or 'shipped ' + swept['shipped'] + ', best ' + str(swept['best'])}"
+        context.say(table(title, swept.get("candidates", {})))
 
 
 def compiled(context: Context) -> None:
@@ -261,7 +263,6 @@ def device_notes(device: torch.device) -> list[str]:
 
 
 def main(given: dict[str, Any]) -> int:
-    exit_when_asked()
     end_with_parent()
     name, plan, out = given["name"], QUICK if given["quick"] else FULL, Path(given["out"])
     device = checked_device(make_parser("gpu_steps", __doc__), given["device"])
@@ -269,7 +270,6 @@ def main(given: dict[str, Any]) -> int:
     context.part["settings"] = pin_matmul_settings()
     try:
         context.notes += device_notes(device)
-        context.part |= {"device": hardware(device), "peers": provenance("", PEER_PACKAGES)["versions"]}
         for note in context.notes:
             print(f"note: {note}")
         STEPS[name].run(context)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import inspo_kernels as ik
 
-from .batches import PairBatch
-from .contenders import BETA, ours
+from .batches import ModelShape, PairBatch, dtype_of
+from .contenders import Contender, ours
 from .gpu_plan import Plan
-from .gpu_processes import run_in_group
 from .harness import compared, reason, seconds_behind_work, spread
-from .measure import PRODUCTS, TRAIN, products
+from .measure import TRAIN, products_of, step
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 STATISTICS = ("entropy", "mean_logit", "is_top1", "logsumexp")
@@ -37,36 +29,28 @@ def autocast(batch: PairBatch, rounds: int, seconds: float) -> Rows:
 
     Marginals are the same rows once more, scored given the prompt alone: monitored (weight 0) or part of the loss.
     """
-    device = batch.hidden.device
-    hidden, weight = batch.hidden.float(), batch.weight.float()
-    pairs = len(batch.ref_logps) // 2
-    twice = torch.cat([batch.segment_ids, batch.segment_ids + 2 * pairs])
-    forms: dict[str, tuple[Tensor, Tensor, Tensor, float]] = {
-        "autocast": (hidden, batch.targets, batch.segment_ids, 0.0),
-        "autocast, marginals monitored": (torch.cat([hidden] * 2), batch.targets.repeat(2), twice, 0.0),
-        "autocast, marginals in the loss": (torch.cat([hidden] * 2), batch.targets.repeat(2), twice, 0.5),
+    device, weight, pairs = batch.hidden.device, batch.weight.float(), len(batch.ref_logps) // 2
+    single, double = copy.copy(batch), copy.copy(batch)
+    single.hidden, double.hidden = batch.hidden.float(), torch.cat([batch.hidden.float()] * 2)
+    double.targets = batch.targets.repeat(2)
+    double.segment_ids = torch.cat([batch.segment_ids, batch.segment_ids + 2 * pairs])
+    forms = {
+        "autocast": (single, 0.0),
+        "autocast, marginals monitored": (double, 0.0),
+        "autocast, marginals in the loss": (double, 0.5),
     }
 
-    def step(x: Tensor, labels: Tensor, segment_ids: Tensor, marginal_weight: float, accumulated: int = 1) -> None:
-        leaf, head = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    def train(form: PairBatch, marginal_weight: float, accumulated: int = 1) -> None:
+        loss_of = ours("auto", num_pairs=pairs, marginal_weight=marginal_weight)
+        leaf, head = form.hidden.detach().requires_grad_(), weight.detach().requires_grad_()
         for _ in range(accumulated):
             with torch.autocast(device.type, torch.bfloat16):
-                out = ik.fused_inspo_loss(
-                    leaf,
-                    head,
-                    labels,
-                    segment_ids=segment_ids,
-                    num_pairs=pairs,
-                    ref_logps=batch.ref_logps,
-                    objective=ik.DPO(beta=BETA),
-                    marginal_weight=marginal_weight,
-                    softcap=batch.softcap,
-                )
-            out.loss.backward()
+                loss, _ = loss_of(leaf, head, form)
+            loss.backward()
 
-    runs: dict[str, Callable[[], Any]] = {"floor": products(batch, PRODUCTS[TRAIN])}
-    runs |= {name: partial(step, *form) for name, form in forms.items()}
-    runs["autocast, 4 micro-batches: 12 matmuls"] = partial(step, *forms["autocast"], accumulated=4)
+    runs: dict[str, Callable[[], Any]] = {"floor": products_of(batch, TRAIN)}
+    runs |= {name: partial(train, *form) for name, form in forms.items()}
+    runs["autocast, 4 micro-batches: 12 matmuls"] = partial(train, *forms["autocast"], accumulated=4)
     yield from compared(runs, "floor", str(device), rounds, seconds=seconds / 2, clock=seconds_behind_work).items()
 
 
@@ -81,9 +65,7 @@ def statistics(batch: PairBatch, rounds: int, seconds: float) -> Rows:
             ik.linear_logps(batch.hidden, batch.weight, batch.targets, softcap=batch.softcap, **options)
 
     def loss(**options: Any) -> None:
-        hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()
-        value, _ = ours("auto", **options)(hidden, weight, batch)
-        value.backward()
+        step(batch, TRAIN, Contender("ours", loss=ours("auto", **options)))
 
     device = str(batch.hidden.device)
     for what, run in (("log-probs", log_probs), ("loss", loss)):
@@ -97,13 +79,10 @@ def statistics(batch: PairBatch, rounds: int, seconds: float) -> Rows:
 
 def trees(plan: Plan, device: torch.device, seconds: float) -> Rows:
     """Forward and backward of a llama over conditioned pairs: rows, and trees with either attention."""
+    from .step_jobs import random_pairs
+
     prompt, response = plan.tree_lengths
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(count: int) -> list[int]:
-        return torch.randint(3, plan.tree_model["vocab_size"], (count,), generator=generator).tolist()
-
-    examples = [tuple(map(ids, (prompt, response, response))) for _ in range(plan.tree_pairs)]
+    examples = random_pairs([(prompt, response, response)] * plan.tree_pairs, plan.tree_model.vocab)
     runs: dict[str, Callable[[], Any]] = {}
     for layout, attention in (("rows", "sdpa"), ("tree", "sdpa"), ("packed_tree", "flex_attention")):
         name = f"{layout}, {attention}".replace("packed_tree", "packed tree")
@@ -117,33 +96,18 @@ def trees(plan: Plan, device: torch.device, seconds: float) -> Rows:
     yield from compared(runs, "rows, sdpa", str(device), 5, seconds=seconds / 3, clock=seconds_behind_work).items()
 
 
-def random_llama(fields: dict[str, Any], attention: str, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, **fields)
-    with device:  # a billion random numbers take a CPU long
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    return model.to(dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
 def tree_run(
-    fields: dict[str, Any], examples: list[tuple[list[int], ...]], layout: str, attention: str, device: torch.device
+    shape: ModelShape, examples: Sequence[tuple[list[int], ...]], layout: str, attention: str, device: torch.device
 ) -> Callable[[], None]:
     """Return one step, forward and backward, of a random llama over the pairs in a layout."""
-    model = random_llama(fields, attention, device)
-    batch = ik.condition_pairs(examples, pad_token_id=0, layout=layout)
-    scored = {name: batch[name] for name in ("labels", "marginal_labels", "segment_ids", "num_pairs") if name in batch}
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    from .step_jobs import layout_loss, moved
+
+    model = shape.build(dtype_of(device), device, attention)
+    batch = moved(ik.condition_pairs(examples, pad_token_id=0, layout=layout), device)
     ref_logps = torch.zeros(2 * len(examples), device=device)
 
     def run() -> None:
-        mask = batch["attention_mask"] if layout == "rows" else ik.tree_attention_mask(batch, model)
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        hidden, head = ik.hidden_and_head(model, attention_mask=mask, **inputs)
-        if layout != "rows":
-            hidden = hidden.flatten(0, 1).index_select(0, batch["rows"])
-        ik.fused_inspo_loss(hidden, **scored, ref_logps=ref_logps, **head).loss.backward()
+        layout_loss(model, batch, ref_logps=ref_logps).loss.backward()
         model.zero_grad()
 
     return run
@@ -153,97 +117,42 @@ def tree_run(
 
 
 def training_run(plan: Plan, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Train a random model on random pairs through the command line, and return the speed that its log shows."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_model(folder / "model", plan.trained_model, device)
-        config = write_training_config(folder, plan, device)
-        command = [sys.executable, "-m", "training.train", "--config", str(config)]
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
-        start, limit = time.perf_counter(), seconds - 5
-        code = run_in_group(command, folder / "log", limit, environment)
-        end_of_log = (folder / "log").read_text().strip().splitlines()[-5:]
-        status = f"stopped after {limit:.0f} s" if code is None else "measured"
-        if code:
-            missing = re.fullmatch(r"ModuleNotFoundError: No module named '(\w+).*", "".join(end_of_log[-1:]))
-            status = f"not available: {missing[1]} is not installed" if missing else f"failed: exit status {code}"
-        result = {"status": status, "seconds": time.perf_counter() - start, **training_figures(folder / "run", plan)}
-        if status != "measured":
-            result["end_of_log"] = end_of_log
-        return result
-
-
-def save_model(folder: Path, fields: dict[str, Any], device: torch.device) -> None:
-    """Save a random llama, made on the device, with a byte-level tokenizer."""
-    from training.model import byte_tokenizer
-
-    random_llama(fields, "sdpa", device).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # leaves the memory to the run, which is another process
-
-
-def write_training_config(folder: Path, plan: Plan, device: torch.device) -> Path:
-    """Write pairs of random letters and the run's options; only here are the trainer's option names known."""
-    generator = torch.Generator().manual_seed(0)
-    prompt, response = plan.trained_lengths
-
-    def text(count: int) -> str:
-        return "".join(chr(97 + i) for i in torch.randint(26, (count,), generator=generator).tolist())
-
-    pairs = [{"prompt": text(prompt), "chosen": text(response), "rejected": text(response)} for _ in range(128)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    on_gpu = device.type == "cuda"
-    options = {
-        "model": str(folder / "model"),
-        "train_data": str(folder / "pairs.jsonl"),
-        "output_dir": str(folder / "run"),
-        "max_length": plan.trained_model["max_position_embeddings"],
-        "max_steps": plan.training_steps,
-        "per_device_train_batch_size": 8 if on_gpu else 2,
-        "max_batch_tokens": 16384,
-        "dtype": "float32",
-        "bf16": on_gpu,
-        "learning_rate": 1e-6,
-        "logging_steps": max(1, plan.training_steps // 10),
-        "keep_best": False,
-        "save_strategy": "no",  # only the steps are measured
-    }
-    path = folder / "config.yaml"
-    path.write_text(json.dumps(options))  # JSON is YAML
-    return path
-
-
-def training_figures(run: Path, plan: Plan) -> dict[str, Any]:
-    """Read from its log the speed of a run's later half, when it is warm. Only this function knows the log's format.
+    """Train a random model on random pairs with the training loop, and return the speed of the later half of its logs.
 
     ``tflops``: matmuls with the weights, 6 operations per weight and token, without attention. A step's tokens are
-    those of its trees; the head takes the scored tokens alone.
+    those of its trees; the head takes the scored tokens alone. A run ends early rather than exceed ``seconds``.
     """
-    file = run / "metrics.jsonl"
-    rows = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
-    rows = [row for row in rows if "tokens_per_second" in row]
-    later = rows[len(rows) // 2 :]
-    found: dict[str, Any] = {"steps": rows[-1]["step"] if rows else 0}
+    from training.config import TrainConfig
+    from training.train import train
+
+    from .step_jobs import random_pairs
+    from .step_trainers import StopAfter
+
+    on_gpu, shape, (prompt, response) = device.type == "cuda", plan.trained_model, plan.trained_lengths
+    config = TrainConfig(
+        max_length=4096,
+        max_steps=plan.training_steps,
+        per_device_train_batch_size=8 if on_gpu else 2,
+        max_batch_tokens=16384,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        learning_rate=1e-6,
+        logging_steps=max(1, plan.training_steps // 10),
+        keep_best=False,
+        save_strategy="no",  # only the steps are measured
+    )
+    pairs, model = random_pairs([(prompt, response, response)] * 128, shape.vocab), shape.build(torch.float32, device)
+    ending = [StopAfter(seconds - 10)]
+    trained = train(config, pairs, model=model, pad_token_id=model.config.pad_token_id, callbacks=ending)
+    rows = [row for row in trained.metrics if "tokens_per_second" in row]
+    if not rows:
+        return {"status": "not measured: out of time before the first log"}
+    found: dict[str, Any] = {"status": "measured", "steps": rows[-1]["step"]}
     for name in ("tokens_per_second", "peak_memory_gib"):
-        if values := [row[name] for row in later if name in row]:
+        if values := [row[name] for row in rows[len(rows) // 2 :] if name in row]:
             found[name] = spread(values)
-    if "tokens_per_second" in found:
-        fields, (prompt, response) = plan.trained_model, plan.trained_lengths
-        hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
-        projections = 2 * hidden**2 * (1 + fields["num_key_value_heads"] / heads)
-        body = fields["num_hidden_layers"] * (projections + 3 * hidden * fields["intermediate_size"])
-        scored = 2 * response / (prompt + 4 * response)
-        operations = 6 * (body + scored * hidden * fields["vocab_size"])
-        found["tflops"] = operations * found["tokens_per_second"]["median"] / 1e12
-    return found
-
-
-def training_line(result: dict[str, Any]) -> str:
-    """Format one line for a terminal."""
-    text = f"  training, {result['steps']} steps: {result['status']}, {result['seconds']:.0f} s"
-    if "tokens_per_second" in result:
-        text += f", {result['tokens_per_second']['median']:,.0f} tokens/s"
-    if "tflops" in result:
-        text += f", {result['tflops']:.0f} TFLOP/s"
-    return "\n".join([text, *("    " + line for line in result.get("end_of_log", []))])
+    projections = 2 * shape.hidden**2 * (1 + (shape.kv_heads or shape.heads) / shape.heads)
+    body = shape.layers * (projections + 3 * shape.hidden * shape.intermediate)
+    scored = 2 * response / (prompt + 4 * response)
+    operations = 6 * (body + scored * shape.hidden * shape.vocab)
+    return found | {"tflops": operations * found["tokens_per_second"]["median"] / 1e12}

@@ -153,7 +153,7 @@ def guarded(runs: Mapping[str, Callable[[], Any]], failed: dict[str, str]) -> di
 
 
 def compared(
-    runs: Mapping[str, Callable[[], Any]],
+    runs: Mapping[str, Callable[[], Any] | str],
     to: str,
     device: str,
     rounds: int,
@@ -162,26 +162,44 @@ def compared(
     clock: Callable[[Callable[[], Any], str], float] | None = None,
     ratio: str | None = None,
     memory: bool = True,
+    warmup: int = 1,
+    rows: dict[str, dict[str, Any]] | None = None,
+    first: Callable[[str, dict[str, Any], Any], None] = lambda name, row, got: None,
+    save: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """Time the runs in interleaved rounds, relative to the run named ``to``; on a GPU, measure peak memory, too.
 
-    The key of a row's ratios is ``ratio``, by default "times_" followed by ``to``. A run that fails has only a status.
+    The key of a row's ratios is ``ratio``, by default "times_" followed by ``to``. A text in place of a run says why it
+    cannot run. A run that fails has only a status and is not called again. ``rows`` are extended after each round, and
+    then ``save`` is called, so that an interrupted run leaves no row without figures. A row whose status is not
+    "measured" stays as it is. ``first`` receives a run's name, its row and the result of its first call.
     """
-    failed: dict[str, str] = {}
-    guards, peaks = guarded(runs, failed), dict[str, Any]()
-    for name, run in guards.items():
-        run()
-        if memory and torch.device(device).type == "cuda" and name not in failed:
-            peaks[name] = {"peak_bytes": own_peak(run, device)}
-    alive = {name: run for name, run in guards.items() if name not in failed}
-    times = interleaved_times(alive, rounds, device=device, seconds=seconds, clock=clock)
-    beside = ratios(times, to) if to in times else {}
-    rows: dict[str, dict[str, Any]] = {}
-    for name in runs:
-        rows[name] = {"status": failed.get(name, "measured")}
-        if name not in failed:
-            rows[name] |= {"seconds": spread(times[name]), ratio or f"times_{to}": beside.get(name)}
-            rows[name] |= peaks.get(name, {})
+    rows, on_gpu = {} if rows is None else rows, torch.device(device).type == "cuda"
+    failed = {name: run for name, run in runs.items() if isinstance(run, str)}
+    failed |= {name: row["status"] for name, row in rows.items() if row.get("status", "measured") != "measured"}
+    alive = guarded({n: run for n, run in runs.items() if not isinstance(run, str) and n not in failed}, failed)
+    fresh: dict[str, dict[str, Any]] = {name: {"status": "measured"} | rows.get(name, {}) for name in runs}
+    for name, run in alive.items():
+        got = run()
+        if got is not None:
+            first(name, fresh[name], got)
+        del got
+        if memory and on_gpu and name not in failed:
+            fresh[name]["peak_bytes"] = own_peak(run, device)
+
+    def after_round(times: dict[str, list[float]]) -> None:
+        times = {name: values for name, values in times.items() if name not in failed}
+        beside = ratios(times, to) if to in times else {}
+        for name, row in fresh.items():
+            if name in failed:
+                rows[name] = {"status": failed[name]}
+            elif name in times:
+                row |= {"rounds": len(times[name]), "seconds": spread(times[name])}
+                rows[name] = row | {ratio or f"times_{to}": beside.get(name)}
+        save()
+
+    alive = {name: run for name, run in alive.items() if name not in failed}
+    interleaved_times(alive, rounds, warmup, device=device, seconds=seconds, clock=clock, after_round=after_round)
     return rows
 
 

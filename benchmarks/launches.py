@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import os
+import pickle
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,36 +221,37 @@ def scale_rows_cases() -> Iterator[Case]:
 
 # --- launches of the tests ---
 
-_calls: dict[str, None] = {}
+
+class Layout(NamedTuple):
+    """The facts of a tensor that affect compilation. ``same_as`` counts to an earlier tensor at the same address."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    same_as: int | None
 
 
-def written(value: Any, addresses: list[int]) -> Any:
-    """Return a JSON value from which ``recorded`` rebuilds an argument that compiles to the same kernel."""
-    if isinstance(value, Tensor):
-        address = value.data_ptr()
-        same_as = addresses.index(address) if address and address in addresses else None  # 0: it is empty
-        addresses.append(address)
-        dtype = str(value.dtype).removeprefix("torch.")
-        layout = {"shape": list(value.shape), "stride": list(value.stride()), "offset": address % 16}
-        return {"dtype": dtype, **layout, "same_as": same_as}
-    if isinstance(value, frozenset):
-        return {"set": sorted(value)}
-    if isinstance(value, float):
-        return {"float": repr(value)}
-    return value
+_calls: dict[bytes, None] = {}
 
 
 def recording(launcher: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(launcher)
     def call(*args: Any, **kwargs: Any) -> Any:
         addresses: list[int] = []
-        one = {
-            "module": launcher.__module__,
-            "name": launcher.__name__,
-            "args": [written(value, addresses) for value in args],
-            "kwargs": {name: written(value, addresses) for name, value in kwargs.items() if name != "arch"},
-        }
-        _calls[json.dumps(one)] = None
+
+        def written(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            address = value.data_ptr()
+            same_as = addresses.index(address) if address and address in addresses else None  # 0: it is empty
+            addresses.append(address)
+            return Layout(value.dtype, tuple(value.shape), value.stride(), address % 16, same_as)
+
+        given = [written(value) for value in args]  # before the options: ``same_as`` counts in this order
+        options = {name: written(value) for name, value in kwargs.items() if name != "arch"}
+        one = (launcher.__module__, launcher.__name__, given, options)
+        _calls[pickle.dumps(one)] = None
         return launcher(*args, **kwargs)
 
     return call
@@ -269,7 +270,7 @@ def pytest_configure() -> None:
 
 
 def pytest_unconfigure() -> None:
-    Path(os.environ["LAUNCHES"]).write_text("".join(f"{call}\n" for call in _calls))
+    Path(os.environ["LAUNCHES"]).write_bytes(pickle.dumps(list(_calls)))
 
 
 def recorded(file: Path) -> Iterator[Case]:
@@ -277,47 +278,33 @@ def recorded(file: Path) -> Iterator[Case]:
 
     The report checks fewer facts of these launches, because tests use odd strides and widths on purpose.
     """
-    for i, line in enumerate(file.read_text().splitlines()):
-        call = json.loads(line)
-        launcher = getattr(importlib.import_module(call["module"]), call["name"])
+    for i, call in enumerate(pickle.loads(file.read_bytes())):
+        module, name, args, kwargs = pickle.loads(call)
         tensors: list[Tensor] = []
-        arguments = [_made(value, tensors) for value in call["args"]]
-        keywords = {name: _made(value, tensors) for name, value in call["kwargs"].items()}
+        arguments = [_made(value, tensors) for value in args]
+        keywords = {key: _made(value, tensors) for key, value in kwargs.items()}
+        dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+        options = (f"{key}={value}" for key, value in kwargs.items() if not isinstance(value, Layout))
         yield Case(
-            call["name"],
-            f"test launch {i}: {_shown(call)}",
-            partial(launcher, *arguments, **keywords),
+            name,
+            f"test launch {i}: {', '.join([*dtypes, *options])}",
+            partial(getattr(importlib.import_module(module), name), *arguments, **keywords),
             wide_loads=False,
             shipped=False,
-            stack_bytes=160 if call["name"] == "fused_pass" else 0,
-            runs_on=uses_fused_pass if call["name"] == "fused_pass" else Case.runs_on,
+            stack_bytes=160 if name == "fused_pass" else 0,
+            runs_on=uses_fused_pass if name == "fused_pass" else Case.runs_on,
         )
 
 
 def _made(value: Any, tensors: list[Tensor]) -> Any:
-    """Rebuild an argument that ``written`` recorded. Tensors that shared an address share one again."""
-    if not isinstance(value, dict):
+    """Rebuild a recorded argument. Tensors that shared an address share one again."""
+    if not isinstance(value, Layout):
         return value
-    if "set" in value:
-        return frozenset(value["set"])
-    if "float" in value:
-        return float(value["float"])
-    if "dtype" not in value:
-        return value
-    shape, stride, dtype = value["shape"], value["stride"], getattr(torch, value["dtype"])
-    if value["same_as"] is not None:
-        tensor = torch.as_strided(tensors[value["same_as"]].view(dtype), shape, stride)
+    if value.same_as is not None:
+        tensor = torch.as_strided(tensors[value.same_as].view(value.dtype), value.shape, value.stride)
     else:
-        reach = sum((n - 1) * s for n, s in zip(shape, stride)) + 1 if all(shape) else 0
-        start = value["offset"] // dtype.itemsize
-        tensor = torch.empty(reach + start, dtype=dtype).as_strided(shape, stride, start)
+        reach = sum((n - 1) * s for n, s in zip(value.shape, value.stride)) + 1 if all(value.shape) else 0
+        start = value.offset // value.dtype.itemsize
+        tensor = torch.empty(reach + start, dtype=value.dtype).as_strided(value.shape, value.stride, start)
     tensors.append(tensor)
     return tensor
-
-
-def _shown(call: dict[str, Any]) -> str:
-    """Format the dtypes of a call's tensors and its options for a table."""
-    values = [*call["args"], *call["kwargs"].values()]
-    dtypes = [v["dtype"] for v in values if isinstance(v, dict) and "dtype" in v]
-    options = {name: v for name, v in call["kwargs"].items() if not isinstance(v, dict)}
-    return ", ".join([*dict.fromkeys(dtypes), *(f"{name}={v}" for name, v in options.items())])

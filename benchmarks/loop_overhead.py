@@ -20,11 +20,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from training.batching import EpochBatches
 from training.config import TrainConfig
@@ -36,27 +34,18 @@ from training.train import train
 from .harness import interleaved_times, ratios, spread
 from .real_pairs import command_of, pairs_of, pairs_parser
 from .result_files import positive, provenance, write_json
+from .step_trainers import Clock
 
 MODEL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
-class Marks(TrainerCallback):
-    """Record the times at which steps begin."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter())
-
-
 def loop_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:
     """Return the seconds of ``train``'s steps 2 to ``steps`` and of the checkpoint after them."""
-    marks, (model, tokenizer) = Marks(), load_model(config)
+    clock, (model, tokenizer) = Clock(torch.device("cpu")), load_model(config)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = dataclasses.replace(config, output_dir=f"{folder}/run", max_steps=steps + 1, save_steps=steps)
-        train(run, pairs, model=model, tokenizer=tokenizer, callbacks=[marks])
-    return marks.seconds[steps] - marks.seconds[1]
+        train(run, pairs, model=model, tokenizer=tokenizer, callbacks=[clock])
+    return clock.begins[steps] - clock.begins[1]
 
 
 def bare_seconds(config: TrainConfig, pairs: list[Pair], steps: int) -> float:

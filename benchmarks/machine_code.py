@@ -103,22 +103,14 @@ def hot_loop(listing: Instructions) -> dict[str, Any] | None:
 def bound(
     target: str, loop: dict[str, Any], elements: int, memory_bytes: float, cache_bytes: float
 ) -> dict[str, dict[str, Any]]:
-    """Return the bottleneck of the loop on each NVIDIA chip of a target, with the seconds per element of each limit.
-
-    ``memory`` is traffic at the chip's copy rate, ``cache`` traffic at its cache's rate, ``issue`` the instructions at
-    four warps per clock, ``special`` the special functions at 16 per clock.
-    """
+    """Return the bottleneck of the loop on each NVIDIA chip of a target, and its time for issue over that for bytes."""
     result = {}
     for name, chip in CHIPS.items():
         if chip.target == target:
-            times = {
-                "memory": memory_bytes / chip.memory,
-                "cache": cache_bytes / chip.cache,
-                "issue": loop["instructions"] / elements / chip.lanes,
-                "special": loop["special"] / elements / chip.special,
-            }
-            worst = max(times, key=lambda limit: times[limit])
+            counts = (loop[what] / elements for what in ("instructions", "special"))
+            times = chip.limits(memory_bytes, cache_bytes, *counts)
             moving = max(times["memory"], times["cache"])
+            worst = max(times, key=lambda limit: times[limit])
             result[name] = {"bound": worst, "issue_of_moving": times["issue"] / moving}
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -16,15 +15,13 @@ from torch import Tensor
 from .batches import HeadShape, PairBatch, Shape, equal
 from .contenders import BETA, CONTENDERS, Contender, Outcome
 from .harness import (
-    guarded,
+    compared,
     interleaved_times,
     own_peak,
     peak_memory_in_fresh_process,
-    ratios,
     reason,
     release_freed_memory,
     seconds_behind_work,
-    spread,
 )
 
 # The modes (without gradients, dX only, dX and dW) and the number of matmuls with the head that each needs.
@@ -90,7 +87,9 @@ class Truth:
         dx = torch.zeros_like(x)
         for block, of_block in zip(batch.weight.split(BLOCK), self.dz.split(BLOCK, 1)):
             dx.addmm_(of_block, block.double())
-        self.values["dhidden"] = dx if batch.scored_mask is None else _spread(dx, batch.scored_mask)
+        if batch.scored_mask is not None:
+            dx = torch.zeros_like(batch.hidden, dtype=dx.dtype).masked_scatter_(batch.scored_mask[..., None], dx)
+        self.values["dhidden"] = dx
 
     def errors(self, got: dict[str, Tensor], relative: bool = False) -> dict[str, float]:
         """Return the gradients' relative errors by norm, and the largest errors of loss, sums and log-probs.
@@ -122,28 +121,24 @@ class Truth:
         return (wrong / right) ** 0.5
 
 
-def _spread(rows: Tensor, mask: Tensor) -> Tensor:
-    result = rows.new_zeros(*mask.shape, rows.shape[1])
-    result[mask] = rows
-    return result
-
-
-def checked(
-    got: dict[str, Tensor], batch: PairBatch, what: str, knows: bool, truths: dict[bool, Truth | str]
-) -> dict[str, Any]:
-    """Return a contender's errors against float64, or say that memory ran out: float64 needs far more of it.
+def check(
+    row: dict[str, Any], got: dict[str, Tensor], batch: PairBatch, what: str, knows: bool, truths: dict[bool, Any]
+) -> None:
+    """Enter a contender's errors against float64, or that memory ran out: float64 needs far more of it.
 
     ``truths`` caches the truths with and without a reference for the next contender.
     """
+    for stale in ("relative_error", "errors_not_checked"):
+        row.pop(stale, None)
     try:
         if knows not in truths:
             truths[knows] = Truth(batch, what, knows_reference=knows)
-        truth = truths[knows]
-        if not isinstance(truth, str):
-            return {"relative_error": truth.errors(got, relative=True)}
+        if not isinstance(truths[knows], str):
+            row["relative_error"] = truths[knows].errors(got, relative=True)
+            return
     except Exception as error:  # too_large re-raises every error except a lack of memory
-        truth = truths[knows] = too_large(error)
-    return {"errors_not_checked": truth}
+        truths[knows] = too_large(error)
+    row["errors_not_checked"] = truths[knows]
 
 
 def too_large(error: Exception) -> str:
@@ -155,12 +150,13 @@ def too_large(error: Exception) -> str:
     return "out of memory"
 
 
-def products(batch: PairBatch, count: int, rows: int | None = None, words: int | None = None) -> Callable[[], None]:
+def products(
+    x: Tensor, weight: Tensor, count: int, rows: int | None = None, words: int | None = None
+) -> Callable[[], None]:
     """Return a call that computes X W^T, E W and E^T X into preallocated outputs, with the logits in place of E.
 
     It works in groups of ``rows`` rows and ``words`` words; the default is one group.
     """
-    x, weight = batch.scored_rows(batch.hidden).contiguous(), batch.weight
     rows, words = min(rows or len(x), len(x)), min(words or len(weight), len(weight))
     workspace = x.new_empty(rows * words)
     dx = torch.empty_like(x) if count > 1 else None
@@ -183,12 +179,17 @@ def products(batch: PairBatch, count: int, rows: int | None = None, words: int |
     return run
 
 
-def fastest_products(batch: PairBatch, count: int) -> Callable[[], None]:
+def products_of(batch: PairBatch, mode: str, *group: int | None) -> Callable[[], None]:
+    """Return the bare matmuls of a batch and mode."""
+    return products(batch.scored_rows(batch.hidden).contiguous(), batch.weight, PRODUCTS[mode], *group)
+
+
+def fastest_products(batch: PairBatch, mode: str) -> Callable[[], None]:
     """Return the floor: on a CPU the fastest of several groupings of rows and words, elsewhere whole matmuls."""
-    candidates = [products(batch, count)]
+    candidates = [products_of(batch, mode)]
     if batch.hidden.device.type == "cpu":
-        candidates += [products(batch, count, rows, words) for rows in (512, 1024, 2048) for words in (1000, None)]
-        times = interleaved_times({str(i): run for i, run in enumerate(candidates)}, 3, device="cpu")
+        candidates += [products_of(batch, mode, rows, words) for rows in (512, 1024, 2048) for words in (1000, None)]
+        times = interleaved_times({str(i): run for i, run in enumerate(candidates)}, 3)
         return candidates[min(range(len(candidates)), key=lambda i: median(times[str(i)]))]
     return candidates[0]
 
@@ -207,64 +208,32 @@ def measure(
 ) -> dict[str, Any]:
     """Return ``cell`` with a row under ``contenders`` for the floor and for each name in ``found``.
 
-    If a contender fails, its row gives the reason and it is not called again. ``cell`` has its rows from the first
-    round on, and ``save`` is called after each round. Existing rows, such as rows with memory figures, are extended.
-    A row whose status is not "measured" stays as it is.
+    ``cell`` has its rows from the first round on, and ``save`` is called after each round. Existing rows, such as rows
+    with memory figures, are extended. On a GPU, times from an idle device follow those behind other work.
     """
     cell = {} if cell is None else cell
     if any(isinstance(c, Contender) and c.compiles_per_shape for c in found.values()):
         torch.compiler.reset()  # otherwise shapes of earlier cells would count towards the compiler's limit
-    rows = cell.setdefault("contenders", {})
-    device = str(batch.hidden.device)
-    failed = {name: outcome for name, outcome in found.items() if isinstance(outcome, str)}
-    failed |= {name: row["status"] for name, row in rows.items() if row.get("status", "measured") != "measured"}
-    contenders = {name: c for name, c in found.items() if isinstance(c, Contender) and name not in failed}
-    steps: dict[str, Callable[[], Any]] = {n: partial(step, batch, mode, c, what) for n, c in contenders.items()}
-    runs = guarded({"floor": fastest_products(batch, PRODUCTS[mode]), **steps}, failed)
-    # Rows are entered after the first round, so that an interrupted run writes no row without figures.
-    fresh: dict[str, dict[str, Any]] = {n: {"status": "measured"} | rows.get(n, {}) for n in ("floor", *found)}
-    truths: dict[bool, Truth | str] = {}
-    for name, contender in contenders.items():
-        start = time.perf_counter()
-        got = runs[name]()
-        if batch.hidden.is_cuda:
-            torch.cuda.synchronize()
-        fresh[name]["first_call_seconds"] = time.perf_counter() - start
-        if with_errors and got is not None:
-            for stale in ("relative_error", "errors_not_checked"):
-                fresh[name].pop(stale, None)
-            fresh[name] |= checked(got, batch, what, contender.knows_reference, truths)
-        del got
-        if batch.hidden.is_cuda:
-            fresh[name]["peak_bytes"] = own_peak(runs[name], device)
-    truths.clear()
-    alive = {name: run for name, run in runs.items() if name not in failed}
-    operations = PRODUCTS[mode] * 2 * batch.shape.scored * batch.head.hidden * batch.head.vocab
+    rows, device, on_gpu = cell.setdefault("contenders", {}), str(batch.hidden.device), batch.hidden.is_cuda
+    runs: dict[str, Callable[[], Any] | str] = {"floor": fastest_products(batch, mode)}
+    runs |= {n: c if isinstance(c, str) else partial(step, batch, mode, c, what) for n, c in found.items()}
+    truths: dict[bool, Any] = {}
 
-    def after_round(times: dict[str, list[float]]) -> None:
-        times = {name: values for name, values in times.items() if name not in failed}
-        to_floor = ratios(times, "floor") if "floor" in times else {}
-        for name, row in fresh.items():
-            if name in failed:
-                rows[name] = {"status": failed[name]}
-            elif name in times:
-                row |= {"rounds": len(times[name]), "seconds": spread(times[name])}
-                row["times_floor"] = to_floor.get(name)
-                row["tflops_of_products"] = operations / row["seconds"]["median"] / 1e12
+    def first(name: str, row: dict[str, Any], got: dict[str, Tensor]) -> None:
+        contender = found[name]
+        if with_errors and isinstance(contender, Contender):
+            check(row, got, batch, what, contender.knows_reference, truths)
+
+    options: dict[str, Any] = {"clock": seconds_behind_work, "seconds": 0.75 * seconds} if on_gpu else {}
+    compared(runs, "floor", device, rounds, first=first, rows=rows, save=save, **{"seconds": seconds} | options)
+    if on_gpu:
+        alive = {name: run for name, run in runs.items() if rows[name]["status"] == "measured"}
+        idle = compared(alive, "floor", device, min(rounds, 5), seconds=0.25 * seconds, memory=False)
+        for name, row in idle.items():
+            if row["status"] == "measured":
+                rows[name]["from_idle"] = {key: row[key] for key in ("seconds", "times_floor")}
+            else:
                 rows[name] = row
-        save()
-
-    if not batch.hidden.is_cuda:
-        interleaved_times(alive, rounds, device=device, seconds=seconds, after_round=after_round)
-    else:
-        clock, share = seconds_behind_work, 0.75 * seconds
-        interleaved_times(alive, rounds, device=device, seconds=share, clock=clock, after_round=after_round)
-        alive = {name: run for name, run in alive.items() if name not in failed}
-        idle = interleaved_times(alive, min(rounds, 5), device=device, seconds=seconds - share)
-        to_floor = ratios(idle, "floor") if "floor" in idle else {}
-        for name, times in idle.items():
-            if name not in failed:
-                rows[name]["from_idle"] = {"seconds": spread(times), "times_floor": to_floor.get(name)}
         save()
     return cell
 
@@ -292,7 +261,7 @@ def measure_peaks(
 
 
 def run_of(name: str, batch: PairBatch, mode: str, what: str) -> Callable[[], Any]:
-    return products(batch, PRODUCTS[mode]) if name == "floor" else partial(step, batch, mode, CONTENDERS[name], what)
+    return products_of(batch, mode) if name == "floor" else partial(step, batch, mode, CONTENDERS[name], what)
 
 
 def peak_of(

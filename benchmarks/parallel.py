@@ -17,7 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,8 +31,9 @@ from torch import Tensor
 import inspo_kernels as ik
 from inspo_kernels.groups import GATHER
 
-from .batches import HeadShape, Shape, equal
+from .batches import HeadShape, PairBatch, Shape, equal
 from .harness import own_peak, release_freed_memory, spread
+from .measure import products
 from .result_files import command, make_parser, positive, provenance, result_file, write_json
 from .tables import markdown, ratio_text
 
@@ -55,27 +59,18 @@ CALCULATED_TIMES = {"matmuls": 1, "gather": 3, "dx_all_reduce": 1}  # digits of 
 def calculated() -> list[dict[str, Any]]:
     """Calculate the ms of one call's matmuls and collectives on GPUs for each head, network and number of ranks."""
     rows = []
-    for head_name, head in HEADS.items():
-        for ranks in GPUS:
-            matmul = 2 * TOKENS * head.hidden * head.vocab / ranks / FLOPS
-            for network, bandwidth in NETWORKS.items():
-                reduced = 2 * (ranks - 1) / ranks * TOKENS * head.hidden * 4 / bandwidth
-                gathered = (ranks - 1) * TOKENS * 12 / bandwidth
-                waited = gathered + max(0.0, reduced - matmul)
-                rows.append(
-                    {
-                        "head": head_name,
-                        "hidden": head.hidden,
-                        "vocab": head.vocab,
-                        "ranks": ranks,
-                        "network": network,
-                        "matmuls_ms": 3e3 * matmul,
-                        "gather_ms": 1e3 * gathered,
-                        "dx_all_reduce_ms": 1e3 * reduced,
-                        "share_waited": waited / (3 * matmul + waited),
-                        "share_without_overlap": (gathered + reduced) / (3 * matmul + gathered + reduced),
-                    }
-                )
+    for (head_name, head), ranks, (network, bandwidth) in product(HEADS.items(), GPUS, NETWORKS.items()):
+        matmul = 2 * TOKENS * head.hidden * head.vocab / ranks / FLOPS
+        reduced = 2 * (ranks - 1) / ranks * TOKENS * head.hidden * 4 / bandwidth
+        gathered = (ranks - 1) * TOKENS * 12 / bandwidth
+        waited = gathered + max(0.0, reduced - matmul)
+        about = {"head": head_name, "hidden": head.hidden, "vocab": head.vocab, "ranks": ranks, "network": network}
+        times = {"matmuls_ms": 3e3 * matmul, "gather_ms": 1e3 * gathered, "dx_all_reduce_ms": 1e3 * reduced}
+        shares = {
+            "share_waited": waited / (3 * matmul + waited),
+            "share_without_overlap": (gathered + reduced) / (3 * matmul + gathered + reduced),
+        }
+        rows.append(about | times | shares)
     return rows
 
 
@@ -89,29 +84,19 @@ class Traffic:
     def watch(self) -> None:
         """Count from now on."""
         for name in (GATHER, "all_reduce"):
-            setattr(dist, name, self._timed(name, getattr(dist, name)))
+            setattr(dist, name, partial(self.run, name, getattr(dist, name)))
 
-    def _timed(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*tensors: Tensor, async_op: bool = False, **options: Any) -> Any:
-            given = tensors[-1]
-            kind = "all_reduce" if name == "all_reduce" else "gather"
-            self.sent[kind] = self.sent.get(kind, 0) + given.numel() * given.element_size()
-            start = time.perf_counter()
-            work = collective(*tensors, async_op=async_op, **options)
-            self.seconds += time.perf_counter() - start
-            return None if work is None else _TimedWork(work, self)
+    def run(self, name: str, collective: Callable[..., Any], *tensors: Tensor, **options: Any) -> Any:
+        kind = "all_reduce" if name == "all_reduce" else "gather"
+        self.sent[kind] = self.sent.get(kind, 0) + tensors[-1].nbytes
+        work = self.timed(collective, *tensors, **options)
+        return work and SimpleNamespace(wait=partial(self.timed, work.wait))
 
-        return call
-
-
-class _TimedWork:
-    def __init__(self, work: Any, traffic: Traffic) -> None:
-        self.work, self.traffic = work, traffic
-
-    def wait(self) -> None:
+    def timed(self, call: Callable[..., Any], *tensors: Tensor, **options: Any) -> Any:
         start = time.perf_counter()
-        self.work.wait()
-        self.traffic.seconds += time.perf_counter() - start
+        result = call(*tensors, **options)
+        self.seconds += time.perf_counter() - start
+        return result
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -187,31 +172,17 @@ def _rank(rank: int, ranks: int, folder: str, shape: Shape, rounds: int) -> None
 
 def _runs(shape: Shape, rank: int, ranks: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return two calls: the loss with gradients on this rank's words, and the bare matmuls."""
-    g = torch.Generator().manual_seed(0)
-    pairs = [[torch.randint(shape.head.vocab, (n,), generator=g).tolist() for n in pair] for pair in shape.lengths]
-    labels = ik.condition_pairs(pairs, pad_token_id=0)["labels"]
-    hidden = torch.randn(*labels.shape, shape.head.hidden, generator=g).requires_grad_()
-    ends = [shape.head.vocab * i // ranks for i in range(ranks + 1)]
-    words = ends[rank + 1] - ends[rank]
-    weight = (torch.randn(words, shape.head.hidden, generator=g) / shape.head.hidden**0.5).requires_grad_()
+    batch = PairBatch(shape, dtype=torch.float32, device=torch.device("cpu"), rows=True)
+    assert batch.labels is not None
+    labels, (first, last) = batch.labels, (shape.head.vocab * i // ranks for i in (rank, rank + 1))
+    hidden, weight = batch.hidden.requires_grad_(), batch.weight[first:last].clone().requires_grad_()
 
     def ours() -> None:
         hidden.grad = weight.grad = None
         out = ik.fused_inspo_loss(hidden, weight, labels, objective="simpo", process_group=dist.group.WORLD)
         out.loss.backward()
 
-    x = hidden.detach().flatten(0, 1)[: shape.scored]
-    buffers: dict[str, Tensor] = {}
-
-    def floor() -> None:
-        if not buffers:
-            buffers["logits"] = torch.empty(shape.scored, words)
-            buffers["dx"], buffers["dw"] = torch.empty_like(x), torch.empty_like(weight)
-        torch.mm(x, weight.detach().t(), out=buffers["logits"])
-        torch.mm(buffers["logits"], weight.detach(), out=buffers["dx"])
-        torch.mm(buffers["logits"].t(), x, out=buffers["dw"])
-
-    return ours, floor
+    return ours, products(batch.scored_rows(hidden.detach()), weight.detach(), 3)
 
 
 def tables(result: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,52 +10,6 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from . import tables
 
 TITLES = tables.TITLES | {"floor": "bare matmuls, preallocated"}
-
-
-def plot_cells(
-    result: dict[str, Any], value: Callable[[dict[str, Any]], tuple[float, float, float] | None], label: str
-) -> Figure:
-    """Plot every contender's ``value`` (median, q1, q3) over scored tokens, one panel per mode and model."""
-    cells = result["cells"]
-    models, modes = (list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "mode"))
-    names = list(dict.fromkeys(name for c in cells for name in c["contenders"]))
-    width = 3.6 * len(models)
-    legend_columns = max(1, int(width // 4.5))  # the longest titles take four and a half inches
-    height = 2.9 * len(modes) + 0.4 + 0.17 * len(names) / legend_columns
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(len(modes), len(models), squeeze=False, sharex=True)
-    handles = {}
-    for axes_row, mode in zip(panels, modes):
-        for axes, model in zip(axes_row, models):
-            here = sorted((c for c in cells if (c["model"], c["mode"]) == (model, mode)), key=lambda c: c["tokens"])
-            shape = here[0]
-            axes.set_title(f"{model} ({shape['hidden']} x {shape['vocab']:,}), {mode}", fontsize=8)
-            for i, name in enumerate(names):
-                points = [(c["tokens"], value(c["contenders"].get(name, {}))) for c in here]
-                points = [(n, v) for n, v in points if v is not None]
-                if points:
-                    x, (middle, low, high) = [n for n, _ in points], zip(*(v for _, v in points))
-                    handles[name] = axes.plot(x, middle, marker="o", markersize=3, color=f"C{i}")[0]
-                    axes.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
-            _log_log(axes, [c["tokens"] for c in here])
-        axes_row[0].set_ylabel(label)
-    for axes in panels[-1]:
-        axes.set_xlabel("scored tokens")
-    if handles:
-        titles = [TITLES.get(n, n) for n in handles]
-        figure.legend(handles.values(), titles, loc="outside lower center", ncols=legend_columns, fontsize=8)
-    figure.suptitle(f"{result['hardware']['gpu'] or result['hardware']['cpu']}, {result['dtype']}", fontsize=9)
-    return figure
-
-
-def times_floor(row: dict[str, Any]) -> tuple[float, float, float] | None:
-    ratio = row.get("times_floor")
-    return ratio and (ratio["median"], ratio["q1"], ratio["q3"])
-
-
-def peak_gib(row: dict[str, Any]) -> tuple[float, float, float] | None:
-    peak = row.get("peak_bytes")
-    return None if peak is None else (peak / 2**30,) * 3
 
 
 def plot_scaling(result: dict[str, Any]) -> Figure:

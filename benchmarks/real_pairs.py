@@ -145,11 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = []
     for objective, parameters in OBJECTIVES.items():
         for conditioned in (True, False):
-            with tempfile.TemporaryDirectory() as folder:
-                config = dataclasses.replace(
-                    common, objective=objective, conditioned=conditioned, output_dir=f"{folder}/run", **parameters
-                )
-                runs.append(one_run(config, base, tokenizer, training, held_out) | {"parameters": parameters})
+            config = dataclasses.replace(common, objective=objective, conditioned=conditioned, **parameters)
+            runs.append(one_run(config, base, tokenizer, training, held_out) | {"parameters": parameters})
             print(line(runs[-1]), flush=True)
 
     result = {
@@ -165,12 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "held_out_share_of_longer_chosen": sum(len(p.chosen) > len(p.rejected) for p in held_out) / len(held_out),
         },
         "base": {"steps": options.base_steps, "nats_per_byte": base_loss},
-        "fine_tuning": {
-            "steps": options.steps,
-            "pairs_per_step": 8,
-            "learning_rate": options.learning_rate,
-            "seed": options.seed,
-        },
+        "fine_tuning": {"pairs_per_step": 8} | {n: getattr(options, n) for n in ("steps", "learning_rate", "seed")},
         "runs": runs,
     }
     write_json(options.json, result)
@@ -181,32 +173,33 @@ def one_run(
     config: TrainConfig, base: PreTrainedModel, tokenizer: Any, training: list[Pair], held_out: list[Pair]
 ) -> dict[str, Any]:
     """Train a copy of ``base``, reload the saved model and answer a held-out prompt with it."""
-    began = time.perf_counter()
-    result = train(config, training, eval_pairs=held_out, model=copy.deepcopy(base), tokenizer=tokenizer, quiet=True)
-    seconds = time.perf_counter() - began
-    assert result.final is not None  # there is an output folder
-    reloaded = AutoModelForCausalLM.from_pretrained(result.final).eval()
+    began, given = time.perf_counter(), {"model": copy.deepcopy(base), "tokenizer": tokenizer}
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, output_dir=f"{folder}/run")
+        result = train(config, training, eval_pairs=held_out, quiet=True, **given)
+        seconds = time.perf_counter() - began
+        assert result.final is not None  # there is an output folder
+        reloaded = AutoModelForCausalLM.from_pretrained(result.final).eval()
+        saved_tokenizer = AutoTokenizer.from_pretrained(result.final)
     assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), result.model.parameters(), strict=True))
     prompt = tokenizer.decode(held_out[0].prompt, skip_special_tokens=True)
-    answer = generate(reloaded, AutoTokenizer.from_pretrained(result.final), prompt, max_new_tokens=100)
-    before, after = (row for row in result.metrics if "eval_loss" in row)
+    answer = generate(reloaded, saved_tokenizer, prompt, max_new_tokens=100)
+    before, after = (
+        {name: row[name] for name in ("eval_loss", *REPORTED)} for row in result.metrics if "eval_loss" in row
+    )
     return {
         "objective": config.objective,
         "conditioned": config.conditioned,
         "seconds": round(seconds, 1),
         "reloaded_and_generated_bytes": len(answer.encode()),
-        "before": {name: before[name] for name in ("eval_loss", *REPORTED)},
-        "after": {name: after[name] for name in ("eval_loss", *REPORTED)},
+        "before": before,
+        "after": after,
     }
 
 
 def line(run: dict[str, Any]) -> str:
-    parts = [f"{run['objective']:6}{'conditioned' if run['conditioned'] else 'plain':12}{run['seconds']:6.1f} s"]
-    parts.append(f"loss {run['before']['eval_loss']:.3f} -> {run['after']['eval_loss']:.3f}")
-    for layout in ("conditioned", "marginal"):
-        shown = [run["after"][f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "accuracies_ci", "margins")]
-        parts.append(f"{layout}: acc {shown[0]:.3f} [{shown[1][0]:.3f}, {shown[1][1]:.3f}] margin {shown[2]:+.3f}")
-    return " | ".join(parts)
+    text = f"{run['objective']:6}{'conditioned' if run['conditioned'] else 'plain':12}{run['seconds']:6.1f} s"
+    return text + "".join(f", {name.removeprefix('eval_')} {run['after'][name]}" for name in REPORTED)
 
 
 if __name__ == "__main__":

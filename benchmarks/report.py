@@ -19,7 +19,7 @@ from .result_files import make_parser
 from .speed_tables import gpu, gpu_form, gpu_savings, logps, loss, savings, scaling, step, trainers
 from .study import axis_report, code_report
 from .study.report import against_plain, finding
-from .tables import markdown, ratio_text, section
+from .tables import markdown, paragraphs, ratio_text, source
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
@@ -39,9 +39,7 @@ def real_pairs(result: dict[str, Any]) -> str:
             accuracy, ends = (run["after"][f"eval_{layout}/rewards/{what}"] for what in ("accuracies", "accuracies_ci"))
             texts.append(f"{accuracy:.2f} ({ends[0]:.2f}-{ends[1]:.2f})")
         table.append([_run_name(run), *texts])
-    return section(
-        result,
-        "real_pairs.json",
+    return paragraphs(
         f"We fine-tuned a byte-level model with {result['model']['parameters'] / 1e6:.2f}M parameters on "
         f"{data['train_pairs']:,} real preference pairs and held out {data['held_out_pairs']} pairs of other prompts. "
         "Every objective runs from data to a saved model that generates. The table shows the held-out reward accuracy. "
@@ -75,9 +73,7 @@ def no_drafts(result: dict[str, Any]) -> str:
     gap = min(value for seed in gaps for value in seed.values())
     gains = {name: summary["sampled"][name]["gain"] for name in ("inspo", "dpo", "sft")}
     inspo = gains["inspo"]
-    return section(
-        result,
-        "demo_no_drafts.json",
+    return paragraphs(
         f"In the demo's world, on bases fitted without drafts ({summary['seeds']} seeds), an answer after the other "
         f"answer has a log-prob that is up to {-gap:.1f} nats per token lower. InSPO changes the sampled prompt-only "
         f"accuracy by {inspo['mean']:+.2f} ({inspo['min']:+.2f} to {inspo['max']:+.2f}), plain DPO by "
@@ -98,18 +94,11 @@ def helps(result: dict[str, Any]) -> str:
 def loop_overhead(result: dict[str, Any]) -> str:
     """Return a sentence on the loop's overhead over its bare steps."""
     rounds = len(result["seconds"]["loop"])
-    return section(
-        result,
-        "loop_overhead.json",
+    return paragraphs(
         f"With metrics, logs, finite checks and a checkpoint every {result['save_every']} steps, the loop took "
         f"{ratio_text(result['loop_over_bare'])} times as long as its bare steps (median and quartiles of {rounds} "
         f"rounds of {result['steps']} steps).",
     )
-
-
-def split_heads(result: dict[str, Any]) -> str:
-    """Tabulate a head split over ranks: measured on CPUs, and calculated for GPUs."""
-    return section(result, "parallel_cpu.json", parallel.tables(result))
 
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -122,7 +111,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gpu": ("gpu.json", gpu),
     "gpu_savings": ("gpu.json", gpu_savings),
     "gpu_form": ("gpu_library_form.json", gpu_form),
-    "split_heads": ("parallel_cpu.json", split_heads),
+    "split_heads": ("parallel_cpu.json", parallel.tables),
     "loop_overhead": ("loop_overhead.json", loop_overhead),
     "study": ("study/study.json", finding),
     "helps": ("study_axis/axis.json", helps),
@@ -132,6 +121,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "no_drafts": ("demo_no_drafts.json", no_drafts),
     "real_pairs": ("real_pairs.json", real_pairs),
 }
+# Their own text or page names the source of their figures.
+UNSOURCED = ("savings", "study", "helps", "axis", "code")
 
 
 PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
@@ -140,17 +131,24 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
 }
 
 
+def body(name: str) -> str:
+    """Return a section's text and the source of its figures."""
+    file, text_of = SECTIONS[name]
+    if not (RESULTS / file).exists():
+        return "Not yet measured."
+    result = json.loads((RESULTS / file).read_text())
+    return text_of(result) if name in UNSOURCED else paragraphs(text_of(result), source(result, file))
+
+
 def render(page: Path) -> str:
     """Return the page's text with every generated block updated and links relative to the page's folder."""
     in_docs = page.parent == DOCS
 
     def block(match: re.Match[str]) -> str:
-        file, section = SECTIONS[match[2]]
-        path = RESULTS / file
-        body = section(json.loads(path.read_text())) if path.exists() else "Not yet measured."
+        text = body(match[2])
         if in_docs:
-            body = body.replace("](benchmarks/", "](../benchmarks/").replace("](docs/", "](")
-        return f"{match[1]}{body}\n{match[3]}"
+            text = text.replace("](benchmarks/", "](../benchmarks/").replace("](docs/", "](")
+        return f"{match[1]}{text}\n{match[3]}"
 
     return BLOCK.sub(block, page.read_text())
 

@@ -86,18 +86,35 @@ def commit() -> str | None:
         return None
 
 
-def read_result(path: str | Path) -> dict[str, Any]:
-    """Return a parsed result file. Raises ``OSError`` or ``ValueError`` with the reason if it is not usable."""
+def read_result(path: str | Path, table: str = "cells") -> dict[str, Any]:
+    """Return a parsed result file with this table. Raises ``OSError`` or ``ValueError`` if it is not usable."""
     try:
         result = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    what = "it is not a result file of loss, logps, scaling, step or gpu"
-    if not isinstance(result, dict) or "cells" not in result:
-        raise ValueError(f"{path} has no cells: {what}")
-    if benchmark_of(result) is None:
-        raise ValueError(f"{path} names no command: {what}")
+    if not isinstance(result, dict) or table not in result or benchmark_of(result) is None:
+        raise ValueError(f"{path} has no {table} or names no command, so it is not a result file of this kind")
     return result
+
+
+def resumed(
+    parser: argparse.ArgumentParser, option: str, path: Path, result: dict[str, Any], keys: Sequence[str], **kind: str
+) -> dict[str, Any]:
+    """Return the file's result with this run added to its provenance, or ``result`` if there is no file.
+
+    A file from another benchmark, or one that differs in one of ``keys``, is an error.
+    """
+    if not path.exists():
+        return result
+    try:
+        old = read_result(path, **kind)
+    except (OSError, ValueError) as error:
+        parser.error(f"{option}: {error}")
+    if (was := benchmark_of(old)) != (now := benchmark_of(result)):
+        parser.error(f"{option}: {path} is of {was}, not of {now}; move it or name another place")
+    if other := differences(old, result, keys):
+        parser.error(f"{option}: {path} differs ({other}); move it or name another place")
+    return result | continued(old, result)
 
 
 def benchmark_of(result: Mapping[str, Any]) -> str | None:
@@ -214,8 +231,12 @@ def measuring(
     device = checked_device(parser, options.device)
     module = parser.prog.removeprefix("python -m ")
     result = provenance(command(module, arguments, options.json), packages)
-    result |= {"dtype": dtype_name(dtype_of(device)), "finished": False, "cells": []} | fields
-    run = Run(options, device, _resumed(parser, options, result) if options.resume else result)
+    result |= {"dtype": dtype_name(dtype_of(device)), "cells": []} | fields
+    if options.resume and options.json is None:
+        parser.error("--resume: give --json with the file of an earlier run")
+    if options.resume:
+        result = resumed(parser, "--resume", options.json, result, ("hardware", "versions", "dtype"))
+    run = Run(options, device, result | {"finished": False})
     try:
         yield run
     except KeyboardInterrupt:
@@ -228,26 +249,6 @@ def measuring(
         print(f"written to {options.json}")
 
 
-def _resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the file's result with this run added to its provenance, or ``result`` if there is no file.
-
-    A file from another benchmark, machine, precision or package version is an error.
-    """
-    if options.json is None:
-        parser.error("--resume: give --json with the file of an earlier run")
-    if not options.json.exists():
-        return result
-    try:
-        old = read_result(options.json)
-    except (OSError, ValueError) as error:
-        parser.error(f"--resume: {error}")
-    if (was := benchmark_of(old)) != (now := benchmark_of(result)):
-        parser.error(f"--resume: {options.json} is of {was}, not of {now}; start a new file")
-    if other := differences(old, result, ("hardware", "versions", "dtype")):
-        parser.error(f"--resume: {options.json} differs ({other}); start a new file")
-    return continued(old, result) | {"finished": False}
-
-
 def lacks(row: Mapping[str, Any] | None, what: str) -> bool:
     """Return whether a contender's row still lacks ``what``. A contender that cannot run lacks nothing."""
     return not row or (row.get("status", "measured") == "measured" and what not in row)
@@ -257,27 +258,15 @@ def checked_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
     """Return the device and make it current, because events and memory counts refer to the current device."""
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        parser.error(f"--device {name}: {str(error).splitlines()[0]}")
-    if device.type not in ("cpu", "cuda"):
-        parser.error(f"--device {name}: only cpu and cuda devices are supported")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device cuda: torch sees no GPU ({_why_no_gpu()}); use --device cpu")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.index is not None and device.index >= count:
-        parser.error(f"--device {name}: there is no such device, only {count} of type {device.type}")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device
-
-
-def _why_no_gpu() -> str:
-    """Return torch's own reason: no driver, an outdated driver, or a build without CUDA."""
-    try:
-        torch.cuda.init()
+        if device.type == "cuda" and not torch.cuda.is_available():
+            torch.cuda.init()  # raises with torch's own reason, such as a missing or outdated driver
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except Exception as error:
-        return str(error).splitlines()[0]
-    return "there is none"
+        parser.error(f"--device {name}: {str(error).splitlines()[0]}")
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        parser.error(f"--device {name}: only cpu and cuda devices are supported, and one cpu")
+    return device
 
 
 def command(module: str, arguments: Sequence[str], json_file: Path | None) -> str:

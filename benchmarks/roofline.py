@@ -35,8 +35,7 @@ TOKENS = (1024, 2048, 4096, 8192, 16384)
 
 # --- assumptions: change one here and every prediction follows ---
 
-STAGE_ROWS = 1024
-# Rows of a tile of the cached form.
+# Rows of logits at a time in the staged and the cached form.
 TILE_ROWS = 1024
 # Rows of E that one workspace holds. Further rows read and write dW in float32 once more.
 WORKSPACE_ROWS = 8192
@@ -56,15 +55,6 @@ START_SECONDS = 0.4e-3
 GAP_SECONDS = 1.5e-6
 # What the host takes to queue a kernel. Where the device is faster than that, the host decides.
 HOST_SECONDS = 20e-6
-
-
-# Why a line of the cached form is there at all, and what it would take to be rid of it.
-REASONS = {
-    "row pass": "logits leave the multiprocessors and come back: sums in the matmul's epilogue would save that",
-    "start": "hidden where the device is still busy, as in training; a benchmark's idle device waits for it",
-    "gaps between kernels": "two launches a tile, and a larger tile would not stay in the cache",
-    "waiting for the host": "tiles are done before the next is queued: too few rows",
-}
 
 
 @dataclass(frozen=True)
@@ -99,16 +89,12 @@ def floor(chip: Chip, head: HeadShape, tokens: int, mode: str) -> float:
 def row_pass_seconds(chip: Chip, head: HeadShape, elements: float, store: bool, form: str) -> tuple[float, str]:
     """Predict the pass over the logits and its bound: memory, cache, instruction issue or special functions."""
     cap = head.softcap is not None
-    times = {
-        "memory": elements * ((0 if form == CACHED else 4) + (2 if store else 0)) / chip.memory,
-        "cache": elements * (4 if form == CACHED else 0) / chip.cache,
-        "issue": elements * INSTRUCTIONS[store, cap] / chip.lanes,
-        "special": elements * SPECIAL[cap] / chip.special,
-    }
-    if form == CACHED:  # reads of the cache and stores to memory share the way out of a multiprocessor
-        times["cache"] += elements * (2 if store else 0) / chip.cache
+    stored = 2 if store else 0
+    # Reads of the cache and stores to memory share the way out of a multiprocessor.
+    memory, cache = (stored, 4 + stored) if form == CACHED else (4 + stored, 0)
+    times = chip.limits(memory, cache, INSTRUCTIONS[store, cap], SPECIAL[cap])
     worst = max(times, key=lambda limit: times[limit])
-    return times[worst], worst
+    return elements * times[worst], worst
 
 
 def lines(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) -> list[Line]:
@@ -122,7 +108,7 @@ def lines(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) -> lis
         name = "fused pass with E" if store else "fused pass, sums alone"
         fused = Line(name, product + registers, "the matmul, then E in registers, bound by issue", 3)
         return with_gradients([start, fused], chip, head, tokens, mode)
-    rows = min(n, STAGE_ROWS if form == STAGED else TILE_ROWS)
+    rows = min(n, TILE_ROWS)
     words = v if form == STAGED else min(v, tile_words(chip))
     calls = -(-n // rows) * -(-v // words)
     moved = 2 * (rows * h + words * h) + (4 * rows * words if form == STAGED else 0)
@@ -171,17 +157,6 @@ def predicted(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) ->
     return seconds, seconds / floor(chip, head, tokens, mode)
 
 
-def above_floor(chip: Chip, head: HeadShape, tokens: int, mode: str, form: str) -> list[str]:
-    """Say what a pass takes above its floor from an idle device and behind other work, and why, largest first."""
-    below, total = floor(chip, head, tokens, mode), predicted(chip, head, tokens, mode, form)[1]
-    shares = {line.name: line.seconds / below for line in lines(chip, head, tokens, mode, form)}
-    text = [
-        f"above the floor: {total - 1:.1%} from an idle device, {total - 1 - shares['start']:.1%} behind other work"
-    ]
-    ordered = sorted(REASONS, key=lambda name: -shares[name])
-    return text + [f"  {shares[name]:.1%} {name}: {REASONS[name]}" for name in ordered if shares[name] > 5e-4]
-
-
 # --- measured beside predicted ---
 
 
@@ -192,7 +167,7 @@ def measured_lines(result: dict[str, Any]) -> dict[str, float]:
         for name, row in result.get("decomposition", {}).items()
         if row.get("status") == "measured"
     }
-    for name in (f"row pass with E, stages of {STAGE_ROWS}", f"logits matmul in stages of {STAGE_ROWS}"):
+    for name in (f"row pass with E, stages of {TILE_ROWS}", f"logits matmul in stages of {TILE_ROWS}"):
         if name in found:
             found["row pass" if "pass" in name else "logits matmul, float32 output"] = found[name]
     return found
@@ -233,8 +208,6 @@ def line_table(chip: Chip, model: str, tokens: int, mode: str, form: str, result
         text.append(
             f"  {line.name:<32}{1e3 * line.seconds:9.3f} ms {line.seconds / below:7.1%} of floor {seen:<22} {line.why}"
         )
-    if form == CACHED:
-        text += [f"  {line}" for line in above_floor(chip, head, tokens, mode, form)]
     cell = measured_cell(result, model, tokens, mode) if result else None
     if cell:
         text.append(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,11 @@ from tqdm import tqdm
 
 from . import speed_tables
 from .batches import HeadShape, PairBatch, Shape, dtype_of, equal, shapes
-from .contenders import PEER_PACKAGES
-from .gpu_tuning import head_and_backend, workspace_runs
+from .contenders import PEER_PACKAGES, Contender, ours
+from .gpu_tuning import head_and_backend
 from .harness import compared
 from .loss import fill
-from .measure import LOSS, TRAIN
+from .measure import LOSS, TRAIN, step
 from .result_files import add_common_options, add_names, make_parser, measuring
 
 CONTENDERS = ("torch", "full_log_softmax", "trl")
@@ -63,12 +64,15 @@ def fits(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def workspace_sweep(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
     """Time our loss with the default workspace and with each number of rows in ``WORKSPACE_ROWS``."""
     batch = PairBatch(shape, dtype=dtype_of(device), device=device, rows=True)
-    default, runs = workspace_runs(batch, "auto", WORKSPACE_ROWS)
-    head, backend, _ = head_and_backend(batch, "auto")
-    calls = {name: run for name, (_, run) in runs.items()}
-    found = compared(calls, default, str(device), rounds, ratio="times_default")
-    sizes = {name: {"rows": rows, "bytes": backend.kept_bytes(head, rows)} for name, (rows, _) in runs.items()}
-    return {name: sizes[name] | row | {"peak_bytes": row.get("peak_bytes")} for name, row in found.items()}
+    head, backend, default_bytes = head_and_backend(batch, "auto")
+    shipped = backend.capacity(head, device, default_bytes)
+    sizes = {f"default ({shipped})": shipped, **{str(rows): rows for rows in WORKSPACE_ROWS}}
+    first, runs = next(iter(sizes)), {}
+    for name, size in sizes.items():
+        limit = None if name == first else backend.kept_bytes(head, size)
+        runs[name] = partial(step, batch, TRAIN, Contender("ours", loss=ours("auto", max_workspace_bytes=limit)))
+    found = compared(runs, first, str(device), rounds, ratio="times_default")
+    return {n: {"rows": sizes[n], "bytes": backend.kept_bytes(head, sizes[n])} | row for n, row in found.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

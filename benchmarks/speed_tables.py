@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .contenders import CONTENDERS
+from .gpu_accuracy import sequence_errors
 from .measure import FORWARD, PRODUCTS, TRAIN
-from .tables import TITLES, markdown, mebibytes, ratio_text, section
+from .tables import TITLES, markdown, mebibytes, paragraphs, ratio_text
 
 SAVINGS = {
     "torch": "inspo_kernels",
@@ -30,17 +31,11 @@ def loss(result: dict[str, Any]) -> str:
     titles = [f"{cell['shape']}: {what}" for cell in cells for what in ("time / floor (quartiles)", "peak memory")]
     table = []
     for name in cells[0]["contenders"]:
-        texts, errors = [], []
-        for row in rows_of(name, cells, "not yet measured"):
-            if row["status"] == "measured":
-                texts += [_times_floor(row, name), mebibytes(row)]
-                errors += row.get("relative_error", {}).values()
-            else:
-                texts += [row["status"], ""]
+        rows = rows_of(name, cells)
+        texts = [text for row in rows for text in _time_and_memory(row, name)]
+        errors = [error for row in rows for error in row.get("relative_error", {}).values()]
         table.append([TITLES[name], *texts, f"{max(errors):.0e}" if errors else ""])
-    return section(
-        result,
-        "loss_cpu.json",
+    return paragraphs(
         f"The pairwise loss, {result['dtype']}, forward + backward:",
         "\n".join(shapes),
         markdown(["", *titles, "worst error against float64"], table),
@@ -48,13 +43,16 @@ def loss(result: dict[str, Any]) -> str:
     )
 
 
-def rows_of(name: str, cells: Iterable[Mapping[str, Any]], missing: str) -> list[dict[str, Any]]:
-    """Return a contender's row in each cell; a row that is not there has the status ``missing``."""
-    return [cell["contenders"].get(name, {"status": missing}) for cell in cells]
+def rows_of(name: str, cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a contender's row in each cell."""
+    return [cell["contenders"].get(name, {"status": "not yet measured"}) for cell in cells]
 
 
-def _times_floor(row: dict[str, Any], name: str) -> str:
-    return ratio_text(row["times_floor"], name == "floor") if row.get("times_floor") else "not yet timed"
+def _time_and_memory(row: dict[str, Any], name: str) -> tuple[str, str]:
+    if row["status"] != "measured":
+        return row["status"], ""
+    ratio = row.get("times_floor")
+    return ratio_text(ratio, name == "floor") if ratio else "not yet timed", mebibytes(row)
 
 
 def savings(result: dict[str, Any]) -> str:
@@ -80,14 +78,9 @@ def logps(result: dict[str, Any]) -> str:
     table = []
     for name in first["contenders"]:
         if name != "floor":
-            texts = (
-                f"{_times_floor(row, name)}, {mebibytes(row)}" if row["status"] == "measured" else row["status"]
-                for row in rows_of(name, cells, "not yet measured")
-            )
-            table.append([TITLES[name], *texts])
-    return section(
-        result,
-        "logps_cpu.json",
+            texts = (_time_and_memory(row, name) for row in rows_of(name, cells))
+            table.append([TITLES[name], *(", ".join(filter(None, pair)) for pair in texts)])
+    return paragraphs(
         f"Time relative to the bare matmuls of each mode (their number in parentheses), and peak memory, for "
         f"{first['scored_tokens']:,} tokens, H = {first['hidden']}, V = {first['vocab']:,}, {result['dtype']}:",
         markdown(["", *(f"{cell['mode']} ({PRODUCTS[cell['mode']]})" for cell in cells)], table),
@@ -99,14 +92,10 @@ def scaling(result: dict[str, Any]) -> str:
     sweeps = result["fits"]
     table = []
     for name in dict.fromkeys(name for fit in sweeps.values() for name in fit):
-        cells = []
-        for fit in sweeps.values():
-            exponents = [fit.get(name, {}).get(key) for key in ("seconds", "peak_bytes")]
-            cells.append(", ".join("-" if f is None else f"{f['exponent']:.2f}" for f in exponents))
-        table.append([TITLES[name], *cells])
-    return section(
-        result,
-        "scaling_cpu.json",
+        found = [[fit.get(name, {}).get(key) for key in ("seconds", "peak_bytes")] for fit in sweeps.values()]
+        texts = (", ".join("-" if one is None else f"{one['exponent']:.2f}" for one in pair) for pair in found)
+        table.append([TITLES[name], *texts])
+    return paragraphs(
         "Exponents of power laws fitted to time and to peak memory (1 is linear growth, 0 is constant). Each column "
         "changes one quantity:",
         markdown(["", *sweeps], table),
@@ -143,9 +132,7 @@ def step(result: dict[str, Any]) -> str:
         f"The training loop groups pairs of similar length ({'; '.join(padding)}). All other contenders process a "
         "step's pairs as one batch. TRL would also pad less with smaller batches."
     )
-    return section(
-        result,
-        "step_cpu.json",
+    return paragraphs(
         f"Time of a whole training step relative to four forwards (quartiles), and peak memory, in {result['dtype']}. "
         "Rows differ in the prompt's share of prompt + chosen + rejected, or use the lengths of real pairs. The "
         "baseline runs four forwards in every step: policy and reference, chosen and rejected. All others compute the "
@@ -173,7 +160,7 @@ def _step_table(
 def step_time(name: str, row: dict[str, Any], cell: dict[str, Any]) -> str:
     """Format a step's time / four forwards, its share of the one reference pass, and memory."""
     memory = "" if row.get("peak_bytes") is None else f", {mebibytes(row)}"
-    if "times_four_forwards" not in row:
+    if not row.get("times_four_forwards"):
         return f"not yet timed{memory}"
     text = ratio_text(row["times_four_forwards"], name == "four_forwards")
     if name not in ("four_forwards", "trl", "trl_compact") and row["reference_seconds_per_step"]:
@@ -186,16 +173,14 @@ def _same_work(result: dict[str, Any]) -> str:
     work = result["same_work"]
     parts = []
     for name, row in work["contenders"].items():
-        if name == "four_forwards":
-            continue
-        if "errors" not in row:
-            parts.append(f"{result['titles'][name]}: {row['status']}")
-            continue
-        verdict = "" if row["same"] else ", NOT THE SAME"
-        parts.append(
-            f"{result['titles'].get(name, name)}: losses differ by at most {row['errors']['loss']:.0e}, weights by "
-            f"{row['errors']['weights']:.0e} of the distance they moved{verdict}"
-        )
+        found = row["status"]
+        if "errors" in row:
+            found = (
+                f"losses differ by at most {row['errors']['loss']:.0e}, weights by {row['errors']['weights']:.0e} of "
+                f"the distance they moved{'' if row['same'] else ', NOT THE SAME'}"
+            )
+        if name != "four_forwards":
+            parts.append(f"{result['titles'].get(name, name)}: {found}")
     return f"After {work['updates']} updates in {work['dtype']}, relative to four forwards: {'; '.join(parts)}."
 
 
@@ -207,9 +192,7 @@ def trainers(result: dict[str, Any]) -> str:
         ratio = row.get("times_trl_compact")
         return f"{ratio_text(ratio, name == 'trl_compact') if ratio else 'not yet timed'}, {mebibytes(row)}"
 
-    return section(
-        result,
-        "trl_step_cpu.json",
+    return paragraphs(
         f"Time of a step relative to DPOTrainer (quartiles), and peak memory, in {result['dtype']}. Both trainers make "
         f"the same updates. The last of {result['cells'][0]['updates']} steps is logged. On this step InSPOTrainer "
         "also scores the marginals.",
@@ -241,28 +224,21 @@ MAIN_SHAPE = ("llama3-8b", 8192)
 
 
 def _main_cells(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the cells of the main shape by mode, or the first cell if the main shape was not measured."""
-    cells = [cell for cell in result["cells"] if (cell["model"], cell["tokens"]) == MAIN_SHAPE]
-    return {cell["mode"]: cell for cell in cells or result["cells"][:1]}
+    """Return the cells of the main shape by mode."""
+    return {c["mode"]: c for c in result["cells"] if (c["model"], c["tokens"]) == MAIN_SHAPE}
 
 
 def _sequence_error(result: dict[str, Any], name: str) -> str:
     """Return the largest error of a contender's summed log-probs, without a soft-cap, in the dtype that is timed."""
-    found = [
-        row["errors"]["sequence_nat"]
-        for row in result["accuracy"]
-        if (row["contender"], row["dtype"], row["softcap"]) == (name, result["dtype"], None)
-        and "sequence_nat" in row.get("errors", {})
-    ]
+    found = sequence_errors([row for row in result["accuracy"] if row["softcap"] is None], name, result["dtype"])
     return f"{max(found):.1g}" if found else ""
 
 
 def _gpu_cell(row: dict[str, Any], name: str) -> str:
     if row.get("status") != "measured":
         return "not measured"
-    ratio = ratio_text(row["times_floor"], name == "floor")
-    memory = "" if name == "floor" else f", {mebibytes(row)}"
-    return f"{ratio}, {1e3 * row['seconds']['median']:.1f} ms{memory}"
+    ratio, memory = _time_and_memory(row, name)
+    return f"{ratio}, {1e3 * row['seconds']['median']:.1f} ms" + ("" if name == "floor" else f", {memory}")
 
 
 def _gpu_about(result: dict[str, Any]) -> str:
@@ -277,15 +253,11 @@ def gpu_savings(result: dict[str, Any]) -> str:
     table = []
     for name, title in GPU_ROWS.items():
         if name != "trl_trainer" and train.get(name, {}).get("status") == "measured":
-            plain = name == "floor"
-            ratio = ratio_text(train[name]["times_floor"], plain)
+            ratio, memory = _time_and_memory(train[name], name)
             forward = ratio_text(score[name]["times_floor"], is_base=True)
-            memory = "" if plain else mebibytes(train[name])
-            table.append([title, ratio, memory, forward, _sequence_error(result, name)])
+            table.append([title, ratio, "" if name == "floor" else memory, forward, _sequence_error(result, name)])
     titles = ("forward + backward (quartiles)", "its peak memory, gradients included", "forward only", "error, nats")
-    return section(
-        result,
-        "gpu.json",
+    return paragraphs(
         f"The pairwise loss on an {result['device']['name']}, for {_gpu_about(result)} (Llama-3-8B's head). Times are "
         f"relative to the floor: the LM head's matmuls alone, {PRODUCTS[TRAIN]} for forward + backward and "
         f"{PRODUCTS[FORWARD]} for a forward without gradients. Each call is queued behind other GPU work, as "
@@ -321,9 +293,7 @@ def gpu(result: dict[str, Any]) -> str:
         + row["verdict"]
         for row in result["targets"]
     )
-    return section(
-        result,
-        "gpu.json",
+    return paragraphs(
         f"The pairwise loss, for {_gpu_about(result)}. A cell gives the time relative to the bare matmuls of its mode "
         "(their number is in the title; quartiles follow), the time, and the peak memory above the inputs. Each call "
         "is queued behind other GPU work, as in training. The last column is the largest error of a response's "
@@ -341,7 +311,9 @@ def _training(result: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str:
     found = result.get("training") or {}
     if found.get("status") != "measured":
         return ""
-    floor = cells[TRAIN]["contenders"]["floor"]["tflops_of_products"]
+    cell = cells[TRAIN]
+    operations = 2 * PRODUCTS[TRAIN] * cell["scored_tokens"] * cell["hidden"] * cell["vocab"]
+    floor = operations / cell["contenders"]["floor"]["seconds"]["median"] / 1e12
     return (
         f"A training run of a 1B model (8 pairs a step, prompts of 512 and responses of 256 tokens, trees, mixed "
         f"precision) trains on {found['tokens_per_second']['median']:,.0f} tokens per second. Its matmuls with weights "
@@ -392,9 +364,7 @@ def gpu_form(result: dict[str, Any]) -> str:
     """Give the times of the library's matmuls with the row pass on the same GPU."""
     cells = _main_cells(result)
     texts = [f"{mode} {cell['contenders']['triton']['times_floor']['median']:.2f}" for mode, cell in cells.items()]
-    return section(
-        result,
-        "gpu_library_form.json",
+    return paragraphs(
         "Other GPUs and dtypes use the library's matmuls, with a kernel that reads the logits between them. With an "
         f"idle {result['device']['name']} and labels on the GPU, this form of the loss took, relative to the bare "
         f"matmuls: {', '.join(texts)}.",

@@ -29,72 +29,57 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batches import real_lengths
-from .harness import (
-    guarded,
-    own_peak,
-    peak_memory_in_fresh_process,
-    peak_row,
-    ratios,
-    reason,
-    release_freed_memory,
-    spread,
-)
-from .result_files import (
-    Run,
-    add_common_options,
-    add_names,
-    lacks,
-    make_parser,
-    measuring,
-    positive,
-)
+from .harness import compared, own_peak, peak_memory_in_fresh_process, peak_row, reason, release_freed_memory
+from .result_files import Run, add_common_options, add_names, lacks, make_parser, measuring, positive
 from .step_contenders import STEP_CONTENDERS, TRAINERS
 from .step_jobs import MODELS, Job, Trained, job_of
 from .tables import table
 
 BASE = "four_forwards"
-# Baselines of the ratios, if they are measured.
-BASES = (BASE, "trl_compact")
 
 
-def prepared(names: Sequence[str], job: Job, failed: dict[str, str]) -> dict[str, tuple[Job, Callable[[], Trained]]]:
-    """Prepare each contender with its own copy of the model. ``failed`` collects those that fail or are missing."""
-    found = {}
+def prepared(names: Sequence[str], job: Job) -> dict[str, Callable[[], Trained] | str]:
+    """Prepare a run from the job's weights for each contender, with its own copy of the model, or say why it cannot."""
+    found: dict[str, Callable[[], Trained] | str] = {}
+    start = copy.deepcopy(job.model.state_dict())
     for name in names:
-        why = STEP_CONTENDERS[name].unavailable()
-        if why:
-            failed[name] = why
+        if why := STEP_CONTENDERS[name].unavailable():
+            found[name] = why
             continue
         own = Job(copy.deepcopy(job.model), job.batches, job.learning_rate)
         try:
-            found[name] = (own, STEP_CONTENDERS[name].prepare(own))
+            found[name] = partial(from_start, own, start, STEP_CONTENDERS[name].prepare(own))
         except Exception as error:
-            failed[name] = reason(error)
+            found[name] = reason(error)
     return found
 
 
 def from_start(own: Job, start: dict[str, Any], run: Callable[[], Trained]) -> Trained:
+    """Run from the weights ``start`` and return what was trained, with the final weights."""
     own.model.load_state_dict(start)
     own.model.zero_grad()
-    return run()
+    trained = run()
+    trained.weights = dict(own.model.named_parameters())
+    return trained
 
 
 def same_work(names: Sequence[str], job: Job) -> dict[str, Any]:
     """Return each contender's float64 losses, and the distance of its final weights from ``four_forwards``."""
-    failed: dict[str, str] = {}
-    start = copy.deepcopy(job.model.state_dict())
     rows: dict[str, Any] = {}
-    weights = {}
-    for name, (own, run) in prepared([BASE, *(n for n in names if n != BASE)], job, failed).items():
-        runs = guarded({name: partial(from_start, own, start, run)}, failed)
-        trained = runs[name]()
-        if trained is not None:
-            weights[name] = {k: v.detach().clone() for k, v in own.model.named_parameters()}
+    weights: dict[str, dict[str, Tensor]] = {}
+    for name, run in prepared([BASE, *(n for n in names if n != BASE)], job).items():
+        try:
+            if isinstance(run, str):
+                rows[name] = {"status": run}
+                continue
+            trained = run()
             rows[name] = {"status": "measured", "losses": trained.losses}
-    rows |= {name: {"status": why} for name, why in failed.items()}
-    if BASE in failed:
-        return rows | {name: {"status": f"not compared: {BASE} {failed[BASE]}"} for name in weights}
-    moved = distance(weights[BASE], start)
+            weights[name] = trained.weights  # of its own copy of the model
+        except Exception as error:
+            rows[name] = {"status": reason(error)}
+    if BASE not in weights:
+        return rows | {name: {"status": f"not compared: {BASE} {rows[BASE]['status']}"} for name in weights}
+    moved = distance(weights[BASE], job.model.state_dict())
     for name, final in weights.items():
         errors = {
             "loss": max(abs(a / b - 1) for a, b in zip(rows[name]["losses"], rows[BASE]["losses"], strict=True)),
@@ -113,35 +98,30 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 def measure(job: Job, names: Sequence[str], rounds: int, cell: dict[str, Any], save: Callable[[], None]) -> None:
     """Time interleaved runs of every contender from the same weights, and record them in ``cell``."""
     rows = cell.setdefault("contenders", {})
-    failed = {name: row["status"] for name, row in rows.items() if row["status"] != "measured"}
-    start = copy.deepcopy(job.model.state_dict())
-    found = prepared([n for n in names if n not in failed], job, failed)
-    runs = guarded({n: partial(from_start, own, start, run) for n, (own, run) in found.items()}, failed)
     updates, scored = len(job.batches), sum(len(w) + len(l) for _, w, l in job.pairs)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=not sys.stderr.isatty()):
-        for name, run in runs.items():
-            trained = run()
-            if trained is None or i == 0:
-                continue
-            times[name].append(trained.seconds / updates)
-            rows[name] = rows.get(name, {}) | {
-                "status": "measured",
-                "seconds": spread(times[name]),
-                "positions_per_step": trained.positions / updates,
-                "scored_tokens_per_second": scored / updates / spread(times[name])["median"],
-                "reference_seconds_per_step": trained.reference_seconds / updates,
-                "losses": trained.losses,
-            }
-        rows |= {name: {"status": why} for name, why in failed.items()}
-        if i:
-            cell["rounds"] = i
-            done = {name: t for name, t in times.items() if name not in failed}
-            for base in BASES:
-                if base in done:
-                    for name, ratio in ratios(done, base).items():
-                        rows[name][f"times_{base}"] = ratio
+    last: dict[str, Trained] = {}
+
+    def run_of(name: str, run: Callable[[], Trained]) -> float:
+        last[name] = run()
+        return last[name].seconds / updates
+
+    def save_round() -> None:
+        for name in last:
+            if rows[name]["status"] == "measured":
+                cell["rounds"], seconds = rows[name]["rounds"], rows[name]["seconds"]["median"]
+                rows[name] |= {
+                    "positions_per_step": last[name].positions / updates,
+                    "scored_tokens_per_second": scored / updates / seconds,
+                    "reference_seconds_per_step": last[name].reference_seconds / updates,
+                }
         save()
+
+    able = [name for name in names if rows.get(name, {}).get("status", "measured") == "measured"]
+    runs = {n: run if isinstance(run, str) else partial(run_of, n, run) for n, run in prepared(able, job).items()}
+    base, device = BASE if BASE in names else "trl_compact", str(job.model.device)
+    # Runs measure themselves: building a trainer is not part of its steps.
+    options: dict[str, Any] = {"clock": lambda run, _: run(), "memory": False, "warmup": 0}
+    compared(runs, base, device, rounds, **options, rows=rows, save=save_round)
 
 
 def peak_of(what: dict[str, Any], name: str, device: str) -> int | str | None:

@@ -31,7 +31,7 @@ from training.pairs import lengths_of
 from training.scoring import Batch, Batcher, PairModel, score
 
 from .contenders import BETA, not_installed
-from .step_jobs import Job, Pair, Trained, counting_positions, now
+from .step_jobs import Job, Pair, Trained, counting_positions, layout_loss, moved, now
 from .step_trainers import TrainerStep
 
 LOOP_TOKENS = 4096  # of a forward pass of ``loop``
@@ -77,21 +77,9 @@ class Ours(Step):
     def _forward(self, pairs: list[Pair], *, conditioned: bool, ref_logps: Tensor | None = None) -> ik.InSPOOutput:
         model, pad = self.job.model, self.job.model.config.pad_token_id
         batch = ik.condition_pairs(pairs, pad_token_id=pad, conditioned=conditioned, layout=self.layout)
-        if self.layout == "tree":  # it also scores the marginals, which no other contender does
-            same = batch["segment_ids"] < 2 * batch["num_pairs"]
-            batch |= {name: batch[name][same] for name in ("rows", "labels", "segment_ids")}
-        # Labels and segment ids stay on the CPU, so that planning needs no synchronisation.
-        names = ("input_ids", "attention_mask", "position_ids", "tree_ends", "rows")
-        batch |= {name: batch[name].to(model.device) for name in names if name in batch}
-        mask = ik.tree_attention_mask(batch, model) if self.layout == "tree" else batch["attention_mask"]
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        hidden, head = ik.hidden_and_head(model, **inputs, attention_mask=mask)
-        scored = {name: batch[name] for name in ("labels", "segment_ids", "num_pairs") if name in batch}
-        if self.layout == "tree":
-            hidden = hidden.flatten(0, 1).index_select(0, batch["rows"])
         # Only the sums of the reference are needed, so an objective without a reference suffices.
         objective = ik.SimPO() if ref_logps is None else ik.DPO(beta=BETA)
-        return ik.fused_inspo_loss(hidden, **scored, objective=objective, ref_logps=ref_logps, **head)
+        return layout_loss(model, moved(batch, model.device), objective=objective, ref_logps=ref_logps)
 
     def backward(self, i: int) -> Tensor:
         loss = self._forward(self.job.batches[i], conditioned=True, ref_logps=self.ref_logps[i]).loss

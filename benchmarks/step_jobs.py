@@ -9,55 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from .batches import Lengths, sample_lengths
+import inspo_kernels as ik
+
+from .batches import Lengths, ModelShape, sample_lengths
 
 Pair = tuple[list[int], list[int], list[int]]
 LEARNING_RATE = 0.05
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A Llama-shaped model."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    vocab: int
-
-    def build(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """Build the model, always with the same random weights. The last two ids are padding and end of sequence."""
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            max_position_embeddings=32_768,
-            pad_token_id=self.vocab - 2,
-            eos_token_id=self.vocab - 1,
-            bos_token_id=None,
-            initializer_range=0.05,
-        )
-        model = LlamaForCausalLM(config).eval()
-        model.to(device, dtype)  # type: ignore[arg-type]  # transformers' wrapper of it hides self
-        if dtype == torch.float64:
-            _keep_float64(model)
-        return model
-
-
-def _keep_float64(model: PreTrainedModel) -> None:
-    """Replace the library's norms, which round to float32, with torch's, which compute in the model's dtype."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, LlamaRMSNorm):
-                norm = torch.nn.RMSNorm(child.weight.shape, child.variance_epsilon)
-                norm.weight = child.weight
-                setattr(parent, name, norm)
 
 
 def random_pairs(lengths: Sequence[Lengths], vocab: int) -> list[Pair]:
@@ -78,6 +38,7 @@ class Trained:
     seconds: float = 0.0
     positions: int = 0
     reference_seconds: float = 0.0
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,6 +75,30 @@ def counting_positions(models: Sequence[PreTrainedModel], trained: Trained) -> I
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch of ``condition_pairs`` on the device, without marginals in any layout.
+
+    Labels and segment ids stay on the CPU, so that planning needs no synchronisation.
+    """
+    if "rows" in batch:  # a tree also scores the marginals
+        same = batch["segment_ids"] < 2 * batch["num_pairs"]
+        batch = batch | {name: batch[name][same] for name in ("rows", "labels", "segment_ids")}
+    names = ("input_ids", "attention_mask", "position_ids", "tree_ends", "rows")
+    return batch | {name: batch[name].to(device) for name in names if isinstance(batch.get(name), Tensor)}
+
+
+def layout_loss(model: PreTrainedModel, batch: dict[str, Any], **options: Any) -> ik.InSPOOutput:
+    """Return the loss of a ``moved`` batch."""
+    is_tree = "rows" in batch
+    mask = ik.tree_attention_mask(batch, model) if is_tree else batch["attention_mask"]
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    hidden, head = ik.hidden_and_head(model, **inputs, attention_mask=mask)
+    if is_tree:
+        hidden = hidden.flatten(0, 1).index_select(0, batch["rows"])
+    scored = {name: batch[name] for name in ("labels", "segment_ids", "num_pairs") if name in batch}
+    return ik.fused_inspo_loss(hidden, **scored, **options, **head)
 
 
 # "small": the head dominates the step. "trunk": the layers dominate, as in models with billions of parameters.

@@ -11,11 +11,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+import inspo_kernels as ik
+from inspo_kernels.layouts.conditioning import IGNORE_INDEX
+
 from .contenders import BETA
+from .harness import Timer
 from .step_jobs import Job, Pair, Trained, counting_positions, now
 
 
@@ -29,36 +32,35 @@ class ConditioningCollator:
         self.pad_token_id, self.conditioned = pad_token_id, False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids, completion = [], []
-        for scored, other in (("chosen_ids", "rejected_ids"), ("rejected_ids", "chosen_ids")):
-            for example in examples:
-                context = example["prompt_ids"] + (example[other] if self.conditioned else [])
-                ids.append(torch.tensor(context + example[scored]))
-                completion.append(torch.tensor([0] * len(context) + [1] * len(example[scored])))
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "completion_mask": pad_sequence(completion, batch_first=True),
-        }
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if name in examples[0]:
-                batch[name] = torch.tensor([example[name] for example in examples])
-        return batch
+        pairs = [tuple(one[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")) for one in examples]
+        rows = ik.condition_pairs(pairs, pad_token_id=self.pad_token_id, conditioned=self.conditioned)
+        batch = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        batch["completion_mask"] = (rows["labels"] != IGNORE_INDEX).long()
+        known = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in examples[0]]
+        return batch | {name: torch.tensor([one[name] for one in examples]) for name in known}
 
 
 class Clock(TrainerCallback):
-    """Measure the time from the first step's start to the last step's end."""
+    """Record the times at which steps begin, and at which the last one ended."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.start, self.seconds = device, 0.0, 0.0
+        self.device, self.begins, self.end = device, list[float](), 0.0
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 0:
-            self.start = now(self.device)
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.begins.append(now(self.device))
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.end = now(self.device)
+
+
+class StopAfter(TrainerCallback):
+    """End training after the first step that ends later than ``seconds`` from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self.timer = Timer(seconds)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == state.max_steps:
-            self.seconds = now(self.device) - self.start
+        control.should_training_stop |= self.timer.left < 0
 
 
 class TrainerStep:
@@ -94,10 +96,16 @@ class TrainerStep:
     def _build(self, collator: ConditioningCollator | None) -> Any:
         """Return the trainer. It computes the reference's log-probs in its constructor."""
         from datasets import Dataset, disable_progress_bars
+        from trl import DPOConfig, DPOTrainer
 
         disable_progress_bars()
         job, model = self.job, self.job.model
-        trainer_class, config_class, options = self._classes()
+        classes: tuple[Any, Any, dict[str, str]] = (DPOTrainer, DPOConfig, {})
+        if self.layout is not None:
+            from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
+
+            classes = (InSPOTrainer, InSPOConfig, {"layout": self.layout})
+        trainer_class, config_class, options = classes
         assert all(w[-1] == l[-1] == model.config.eos_token_id for _, w, l in job.pairs)  # the trainer appends it
         return trainer_class(
             model,
@@ -128,30 +136,22 @@ class TrainerStep:
             callbacks=[self.clock],
         )
 
-    def _classes(self) -> tuple[Any, Any, dict[str, str]]:
-        if self.layout is None:
-            from trl import DPOConfig, DPOTrainer
-
-            return DPOTrainer, DPOConfig, {}
-        from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
-
-        return InSPOTrainer, InSPOConfig, {"layout": self.layout}
-
     @contextlib.contextmanager
     def _around(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_quiet())
-            if self.compact:  # the trainer selects scored positions first if this reports a GPU
-                stack.enter_context(mock.patch("trl.trainer.utils._use_triton", lambda device: True))
+        # The trainer selects scored positions first if this reports a GPU.
+        on_gpu = mock.patch("trl.trainer.utils._use_triton", lambda device: True)
+        with _quiet(), on_gpu if self.compact else contextlib.nullcontext():
             yield
 
     def __call__(self) -> Trained:
         self.losses.clear()
+        self.clock.begins.clear()
         trained = Trained(reference_seconds=self.reference_seconds)
         with self._around(), counting_positions([self.job.model], trained):
             self.trainer.train()
         self.job.model.eval()
-        trained.losses, trained.seconds = [loss.item() for loss in self.losses], self.clock.seconds
+        trained.seconds = self.clock.end - self.clock.begins[0]
+        trained.losses = [loss.item() for loss in self.losses]
         return trained
 
 

@@ -21,9 +21,9 @@ RATES = {
 # --- Markdown ---
 
 
-def section(result: Mapping[str, Any], file: str, *parts: str) -> str:
-    """Join the parts of a generated section that are not empty, and name the source of its figures."""
-    return "\n\n".join(part for part in (*parts, source(result, file)) if part)
+def paragraphs(*parts: str) -> str:
+    """Join the parts of a generated section that are not empty."""
+    return "\n\n".join(filter(None, parts))
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from .batches import PairBatch, shapes
 from .contenders import CONTENDERS, Contender, chosen
-from .measure import FORWARD, FROZEN, LOGPS, LOSS, PRODUCTS, TRAIN, products, step
+from .measure import FORWARD, FROZEN, LOGPS, LOSS, TRAIN, products_of, step
 
 pytest.importorskip("pytest_benchmark")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +35,7 @@ def test_speed(benchmark, what, mode, name):
     benchmark.group = f"{what}, {SHAPE}, {mode}"
     batch = batch_of(what == LOSS)
     if name == "floor":
-        run = products(batch, PRODUCTS[mode])
+        run = products_of(batch, mode)
     else:
         contender = chosen([name], batch, per_token=what == LOGPS)[name]
         if not isinstance(contender, Contender):

@@ -103,8 +103,8 @@ def test_resume_adds_what_is_missing(tmp_path, no_processes, capsys):
     "held, why",
     [
         ('{"command": "python -m benchmarks.logps --json FILE", "cells": []}', "is of benchmarks.logps, not of"),
-        ('{"cells": []}', "names no command"),
-        ("[]", "has no cells"),
+        ('{"cells": []}', "has no cells or names no command"),
+        ("[]", "has no cells or names no command"),
         ("half a fi", "is not JSON"),
     ],
 )
@@ -278,7 +278,7 @@ def test_own_peak_counts_allocated_and_freed_memory():
         (["--contenders", "quack"], "'full_log_softmax', 'log_softmax'"),
         (["--device", "tpu0"], "--device tpu0"),
         (["--device", "meta"], "--device meta: only cpu and cuda devices"),
-        (["--device", "cpu:1"], "--device cpu:1: there is no such device"),
+        (["--device", "cpu:1"], "--device cpu:1: only cpu and cuda devices are supported, and one cpu"),
         (["--rounds", "0"], "--rounds: 0 is not a whole number of at least 1"),
         (["--rounds", "-3"], "--rounds: -3 is no"),
         (["--json", str(ROOT)], "is a folder; name a file in it"),
@@ -294,14 +294,19 @@ def test_bad_arguments_list_the_known(arguments, known, capsys):
 def test_the_chosen_device_becomes_current(monkeypatch, capsys):
     """Events and memory counts of torch.cuda refer to the current device."""
     current = []
+
+    def set_device(device):
+        if device.index > 1:
+            raise RuntimeError("CUDA error: invalid device ordinal\nand more")
+        current.append(device)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
     parser = argparse.ArgumentParser()
-    assert result_files.checked_device(parser, "cuda:1") == torch.device("cuda:1") == current[0]
+    assert result_files.checked_device(parser, "cuda:1") == torch.device("cuda:1")
     with pytest.raises(SystemExit):
         result_files.checked_device(parser, "cuda:2")
-    assert "there is no such device, only 2 of type cuda" in capsys.readouterr().err and len(current) == 1
+    assert "--device cuda:2: CUDA error: invalid device ordinal\n" in capsys.readouterr().err and len(current) == 1
 
 
 def test_interrupted_writing_leaves_the_old_file(tmp_path):

@@ -201,5 +201,5 @@ def test_modes_match_their_floors(mode, gradients):
     result = measure.step(batch, mode, Contender("plain", logps_of))
     assert seen == [(gradients > 0, gradients > 0, gradients > 1)] and len(result) == 2 + gradients
     with FlopCounterMode(display=False) as counter:
-        measure.products(batch, measure.PRODUCTS[mode])()
+        measure.products_of(batch, mode)()
     assert counter.get_total_flops() == (1 + gradients) * 2 * RAGGED.scored * HEAD.hidden * HEAD.vocab

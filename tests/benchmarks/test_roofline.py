@@ -59,17 +59,6 @@ def test_tiles_of_the_cache_fill_whole_waves():
         assert tiles / (-(-tiles // chip.multiprocessors) * chip.multiprocessors) > 0.96
 
 
-def test_time_above_the_floor_is_explained(capsys):
-    assert roofline.main(["--chips", "H200"]) == 0
-    table = next(t for t in capsys.readouterr().out.split("\n\n") if " forward, cached" in t.splitlines()[0])
-    ratio = float(table.splitlines()[0].split()[-3])
-    (above,) = (line for line in table.splitlines() if "above the floor" in line)
-    idle, busy = (float(word.removesuffix("%")) / 100 for word in above.split() if word.endswith("%"))
-    assert idle == pytest.approx(ratio - 1, abs=1e-3) and busy == pytest.approx(idle - 0.4 / 10.895, abs=1e-3)
-    reasons = table.split("behind other work\n")[1].splitlines()
-    assert [line.split("% ")[1].split(":")[0] for line in reasons] == ["row pass", "start", "gaps between kernels"]
-
-
 def test_no_other_cache_tile_is_predicted_faster(monkeypatch):
     """Compare with the tiles that leave 0.3 of the cache to the operands."""
     for name in ("A100", "H100", "H200"):

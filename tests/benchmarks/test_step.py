@@ -55,8 +55,8 @@ def test_a_missing_baseline_is_reported(monkeypatch):
 
 
 def test_positions_are_those_of_the_layouts():
-    found = step.prepared(["rows", "tree", "four_forwards"], job("0.5", torch.float32), {})
-    counted = {name: run().positions / QUICK["updates"] for name, (_, run) in found.items()}
+    found = step.prepared(["rows", "tree", "four_forwards"], job("0.5", torch.float32))
+    counted = {name: run().positions / QUICK["updates"] for name, run in found.items()}
     prompt, response = 24, 12
     assert counted == {
         "rows": 2 * 2 * (prompt + 2 * response),
@@ -164,3 +164,15 @@ def test_tables_show_separately_timed_reference_passes():
     assert speed_tables.step_time("tree", row, cell) == "0.25 (0.20-0.30) + 0.10, 1 MiB"
     assert speed_tables.step_time("trl", row, cell) == "0.25 (0.20-0.30), 1 MiB"
     assert speed_tables.step_time("loop", {"status": "measured", "peak_bytes": 2**21}, cell) == "not yet timed, 2 MiB"
+
+
+def test_a_failing_baseline_leaves_times_without_ratios(monkeypatch):
+    def broken(own):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(STEP_CONTENDERS, "four_forwards", StepContender("broken", broken))
+    cell: dict = {}
+    step.measure(job("0.5", torch.float32), ["rows", "four_forwards"], 1, cell, lambda: None)
+    row = cell["contenders"]["rows"]
+    assert row["seconds"]["median"] > 0 and speed_tables.step_time("rows", row, cell) == "not yet timed"
+    assert cell["contenders"]["four_forwards"] == {"status": "failed: RuntimeError: no such kernel"}

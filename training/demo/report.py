@@ -12,20 +12,23 @@ COLORS = {"base": "tab:gray", "sft": "tab:green", "dpo": "tab:orange", "inspo": 
 
 
 def table(results: dict[str, Any]) -> str:
-    """The four models side by side: accuracy and gain over the base with 95% intervals, mean answer length."""
+    """Return the four models side by side: accuracy and gain over the base with 95% intervals, mean answer length."""
     lines = []
     for how, title in (("greedy", "greedy"), ("sampled", f"sampled, {results['settings']['samples']} a prompt")):
-        ends = "95% interval"
-        lines.append(f"{title:<22}{'right':>6}  {ends:<16}{'gain over base':>15}  {ends:<18}{'tokens':>8}")
-        for name, row in ((name, models[how]) for name, models in results["models"].items()):
-            gain = f"{row['gain']:>+15.3f}  {_interval(row['gain_ci'], '+'):<18}" if "gain" in row else " " * 35
-            accuracy = f"{row['accuracy']:>6.3f}  {_interval(row['accuracy_ci']):<16}"
-            lines.append(f"  {NAMES[name]:<20}{accuracy}{gain}{row['mean_length']:>8.2f}")
+        lines.append(
+            f"{title:<22}{'right':>6}  {'95% interval':<16}{'gain over base':>15}  {'95% interval':<18}{'tokens':>8}"
+        )
+        for name, models in results["models"].items():
+            lines.append(f"{_row(NAMES[name], models[how]):<81}{models[how]['mean_length']:>8.2f}")
     return "\n".join(lines)
 
 
-def _interval(ends: list[float], sign: str = "") -> str:
-    return f"[{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]"
+def _row(title: str, row: dict[str, Any]) -> str:
+    (low, high), gain = row["accuracy_ci"], ""
+    if "gain" in row:
+        ends = row["gain_ci"]
+        gain = f"{row['gain']:>+15.3f}  [{ends[0]:+.3f}, {ends[1]:+.3f}]"
+    return f"  {title:<20}{row['accuracy']:>6.3f}  {f'[{low:.3f}, {high:.3f}]':<16}{gain}"
 
 
 def examples(results: dict[str, Any]) -> str:
@@ -74,9 +77,7 @@ def reflection(results: dict[str, Any]) -> str:
     rows = results["reflection"]
     titles = {"draft": "one draft", "reflected": "given the draft", "best_of_two": "likelier of two"}
     lines = [f"{'InSPO, sampled':<22}{'right':>6}  {'95% interval':<16}{'gain over draft':>15}  95% interval"]
-    for way, row in rows.items():
-        gain = f"{row['gain']:>+15.3f}  {_interval(row['gain_ci'], '+')}" if "gain" in row else ""
-        lines.append(f"  {titles[way]:<20}{row['accuracy']:>6.3f}  {_interval(row['accuracy_ci']):<16}{gain}".rstrip())
+    lines += [_row(titles[way], row).rstrip() for way, row in rows.items()]
     return "\n".join([*lines, "Experimental: two generations an answer (training.generate --reflect)."])
 
 

@@ -77,17 +77,13 @@ class Settings:
 
 
 def fine_tune_config(name: str, settings: Settings, folder: Path) -> TrainConfig:
-    """One arm of ``FINE_TUNES``; all have the same base, pairs, order of the pairs, steps and learning rate."""
-    options = FINE_TUNES[name]
-    return TrainConfig(
-        model=str(folder / "base" / "final"),
+    """Return one arm of ``FINE_TUNES``; all have the same base, pairs, order of the pairs, steps and learning rate."""
+    return _config(
+        FINE_TUNES[name] | {"beta": settings.beta if name != "sft" else None},
+        folder,
         train_data=str(folder / PAIRS),
         eval_data=str(folder / UNSEEN_PAIRS),
         output_dir=str(folder / name),
-        reference_cache=str(folder),
-        max_length=64,
-        beta=settings.beta if options["objective"] == "dpo" else None,
-        **options,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.step_pairs,
         seed=settings.seed,
@@ -95,9 +91,6 @@ def fine_tune_config(name: str, settings: Settings, folder: Path) -> TrainConfig
         lr_scheduler_type="linear",
         logging_steps=max(1, settings.steps // 10),
         eval_steps=max(1, settings.steps // 10),
-        save_strategy="no",
-        keep_best=False,
-        sample_prompts=0,
     )
 
 
@@ -106,15 +99,11 @@ def long_config(name: str, settings: Settings, folder: Path) -> TrainConfig:
 
     The rate is constant so that the model after some steps is what a shorter run would have ended with.
     """
-    options = FINE_TUNES[name]
-    return TrainConfig(
-        model=str(folder / "base" / "final"),
+    return _config(
+        FINE_TUNES[name] | {"beta": settings.long_beta},
+        folder,
         train_data=str(folder / FEW_PAIRS),
         output_dir=str(folder / f"{name}_long"),
-        reference_cache=str(folder),
-        max_length=64,
-        beta=settings.long_beta,
-        **options,
         max_steps=settings.long_steps[-1],
         per_device_train_batch_size=settings.long_step_pairs,
         seed=settings.seed,
@@ -122,7 +111,9 @@ def long_config(name: str, settings: Settings, folder: Path) -> TrainConfig:
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=8,
         logging_steps=settings.long_steps[-1],
-        save_strategy="no",
-        keep_best=False,
-        sample_prompts=0,
     )
+
+
+def _config(objective: dict[str, Any], folder: Path, **options: Any) -> TrainConfig:
+    base: dict[str, Any] = {"model": str(folder / "base" / "final"), "reference_cache": str(folder), "max_length": 64}
+    return TrainConfig(**base, **objective, **options, save_strategy="no", keep_best=False, sample_prompts=0)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 import inspo_kernels as ik
 
@@ -28,35 +28,33 @@ from ..evaluation import conditioning_gap
 from ..output import check_folder
 from ..scoring import Batcher, PairModel, score
 from ..train import train
-from .answers import REFLECTED, answer_unseen, compare, reflect_unseen, sample_pairs
-from .overtraining import LONG, over_train
+from .answers import REFLECTED, answer_unseen, compare, reflect_unseen, sample_answers, sample_pairs
 from .report import NAMES, draw_picture
-from .settings import FINE_TUNES, PAIRS, UNSEEN_PAIRS, Settings, fine_tune_config, long_config
+from .settings import FEW_PAIRS, FINE_TUNES, PAIRS, UNSEEN_PAIRS, Settings, fine_tune_config, long_config
 from .world import World
 
 PICTURE, RESULTS = "picture.png", "results.json"
+LONG = ("dpo", "inspo")  # the arms that also pass many times over few pairs
 MARKER = "demo.json"  # says that a folder is the demo's own, and may be written anew
 
 
 def run_demo(settings: Settings, output_dir: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs the demo and returns its results (JSON types), which ``output_dir`` keeps with models, pairs and a picture.
+    """Run the demo and return its results (JSON types), which ``output_dir`` keeps with models, pairs and a picture.
 
     The same settings give the same results on the same machine, ``seconds`` aside. An earlier demo in ``output_dir`` is
     replaced; raises InputError for any other folder with something in it.
     """
-    started = time.perf_counter()
-    for name in FINE_TUNES:
-        fine_tune_config(name, settings, output_dir)  # bad settings fail here, not after the base is fitted
-    for name in LONG:
-        long_config(name, settings, output_dir)
+    # Bad settings fail here, not after the base is fitted.
+    configs = {name: fine_tune_config(name, settings, output_dir) for name in FINE_TUNES}
+    long_configs = {name: long_config(name, settings, output_dir) for name in LONG}
     _prepare(output_dir, settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        results = _run(settings, output_dir, say)
+        results = _run(settings, configs, long_configs, output_dir, Clock(say))
     finally:
         torch.set_num_threads(threads)
-    results["seconds"]["total"] = time.perf_counter() - started
+    results["seconds"]["total"] = sum(results["seconds"].values())
     (output_dir / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     return results
 
@@ -71,61 +69,81 @@ def _prepare(folder: Path, settings: Settings) -> None:
     (folder / MARKER).write_text(json.dumps(asdict(settings), indent=1) + "\n")
 
 
-def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
+class Clock:
+    """Measure the seconds of each stage, and say what it did."""
 
-    def done(stage: str, text: str) -> None:
-        nonlocal clock
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.seconds, self.start = say, dict[str, float](), time.perf_counter()
+
+    def done(self, stage: str, text: str) -> None:
         now = time.perf_counter()
-        seconds[stage] = now - clock
-        clock = now
-        say(f"{text} ({seconds[stage]:.0f} s)")
+        self.seconds[stage], self.start = now - self.start, now
+        self.say(f"{text} ({self.seconds[stage]:.0f} s)")
 
+
+def _run(
+    settings: Settings,
+    configs: dict[str, TrainConfig],
+    long_configs: dict[str, TrainConfig],
+    folder: Path,
+    clock: Clock,
+) -> dict[str, Any]:
     world = World(settings.letters, settings.lengths, settings.unseen_per_kind, settings.seed)
     tokenizer = world.tokenizer()
     base = fit_base(world, tokenizer, settings)
-    base.save_pretrained(folder / "base" / "final")
-    tokenizer.save_pretrained(folder / "base" / "final")
+    for part in (base, tokenizer):
+        part.save_pretrained(folder / "base" / "final")
     size = sum(p.numel() for p in base.parameters())
-    done("fit", f"1. fitted a model of {size / 1e6:.2f}M parameters to imperfect demonstrations")
+    clock.done("fit", f"1. fitted a model of {size / 1e6:.2f}M parameters to imperfect demonstrations")
 
     training = [prompt for prompts in world.training.values() for prompt in prompts]
     random.Random(f"pairs {settings.seed}").shuffle(training)
     pairs = sample_pairs(base, tokenizer, world, training, settings.pairs, settings)
     unseen_pairs = sample_pairs(base, tokenizer, world, world.unseen, len(world.unseen), settings)
-    for name, records in ((PAIRS, pairs), (UNSEEN_PAIRS, unseen_pairs)):
+    for name, records in ((PAIRS, pairs), (UNSEEN_PAIRS, unseen_pairs), (FEW_PAIRS, pairs[: settings.long_pairs])):
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    gap = measure_gap(base, tokenizer, folder / PAIRS)
-    done("pairs", f"2. sampled its answers, judged them: {len(pairs)} pairs, and {len(unseen_pairs)} of unseen prompts")
-
-    models: dict[str, PreTrainedModel] = {"base": base}
-    metrics: dict[str, list[dict[str, Any]]] = {}
-    for name in FINE_TUNES:
-        result = train(fine_tune_config(name, settings, folder), quiet=True)
-        models[name], metrics[name] = result.model, result.metrics
-        done(name, f"3. fine-tuned: {NAMES[name]}, {settings.steps} steps of {settings.step_pairs} pairs")
-
-    over_trained = over_train(world, tokenizer, settings, folder)
-    passes = settings.long_steps[-1] * settings.long_step_pairs / settings.long_pairs
-    done("over_training", f"4. trained DPO and InSPO too long: {passes:g} passes over {settings.long_pairs} pairs")
-
-    answers = {name: answer_unseen(model, tokenizer, world.unseen, settings) for name, model in models.items()}
-    ways = reflect_unseen(models["inspo"], tokenizer, world.unseen, count=REFLECTED, seed=settings.seed)
-    results = {
+    results: dict[str, Any] = {
         "settings": json.loads(json.dumps(asdict(settings))),
         "parameters": size,
         "pairs": len(pairs),
         "unseen_pairs": len(unseen_pairs),
-        "conditioning_gap": gap,
+        "conditioning_gap": measure_gap(base, tokenizer, folder / PAIRS),
+        "seconds": clock.seconds,
+    }
+    said = f"{len(pairs)} pairs, and {len(unseen_pairs)} of unseen prompts"
+    clock.done("pairs", f"2. sampled its answers, judged them: {said}")
+
+    models: dict[str, PreTrainedModel] = {"base": base}
+    for name, config in configs.items():
+        result = train(config, quiet=True)
+        models[name], metrics = result.model, result.metrics  # those of the last one, InSPO, are drawn
+        clock.done(name, f"3. fine-tuned: {NAMES[name]}, {settings.steps} steps of {settings.step_pairs} pairs")
+    results["over_trained"] = {}
+    for name, config in long_configs.items():
+        callback = GreedyAccuracy(world, tokenizer, settings)
+        train(config, quiet=True, callbacks=[callback])
+        results["over_trained"][name] = callback.found
+    passes = settings.long_steps[-1] * settings.long_step_pairs / settings.long_pairs
+    text = f"4. trained DPO and InSPO too long: {passes:g} passes over {settings.long_pairs} pairs"
+    clock.done("over_training", text)
+
+    results |= evaluated(world, tokenizer, models, settings)
+    draw_picture(results, metrics, folder / PICTURE)
+    clock.done("evaluation", f"5. answered {len(world.unseen)} unseen prompts with each model")
+    return results
+
+
+def evaluated(
+    world: World, tokenizer: PreTrainedTokenizerBase, models: dict[str, PreTrainedModel], settings: Settings
+) -> dict[str, Any]:
+    """Let every model answer the unseen prompts, and compare the answers with the base's."""
+    answers = {name: answer_unseen(model, tokenizer, world.unseen, settings) for name, model in models.items()}
+    ways = reflect_unseen(models["inspo"], tokenizer, world.unseen, count=REFLECTED, seed=settings.seed)
+    return {
         "models": {
-            name: {
-                how: compare(world, texts[how], answers["base"][how] if name != "base" else None)
-                for how in ("greedy", "sampled")
-            }
+            name: {how: compare(world, texts[how], answers["base"][how] if name != "base" else None) for how in texts}
             for name, texts in answers.items()
         },
-        "over_trained": over_trained,
         "examples": [
             {"prompt": str(prompt), "right": world.right_answer(prompt)}
             | {name: texts["greedy"][i][0] for name, texts in answers.items()}
@@ -135,11 +153,7 @@ def _run(settings: Settings, folder: Path, say: Callable[[str], None]) -> dict[s
         "reflection": {
             way: compare(world, texts, None if way == "draft" else ways["draft"]) for way, texts in ways.items()
         },
-        "seconds": seconds,
     }
-    draw_picture(results, metrics["inspo"], folder / PICTURE)
-    done("evaluation", f"5. answered {len(world.unseen)} unseen prompts with each model")
-    return results
 
 
 def fit_base(world: World, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> LlamaForCausalLM:
@@ -183,6 +197,23 @@ def fit_base(world: World, tokenizer: PreTrainedTokenizerBase, settings: Setting
         schedule.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+class GreedyAccuracy(TrainerCallback):
+    """Answers the unseen prompts after each of ``long_steps``; ``found`` holds step, accuracy and its 95% interval."""
+
+    def __init__(self, world: World, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        self.world, self.tokenizer, self.settings = world, tokenizer, settings
+        self.found: list[dict[str, Any]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step not in self.settings.long_steps:
+            return
+        model, unseen = kwargs["model"].model, self.world.unseen
+        answers = sample_answers(model, self.tokenizer, unseen, count=1, greedy=True, seed=self.settings.seed)
+        judged = compare(self.world, answers, None)
+        entry = {name: judged[name] for name in ("accuracy", "accuracy_ci")}
+        self.found.append({"step": state.global_step, **entry})
 
 
 def measure_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> dict[str, float]:
