@@ -129,6 +129,18 @@ class InSPOTrainer(DPOTrainer):
 
     _tag_names = ["trl", "dpo", "inspo"]  # noqa: RUF012  # as in TRL
     _name = "InSPO"
+    _paper = {  # noqa: RUF012  # as in TRL; the model card of each checkpoint cites it
+        "title": "InSPO: Unlocking Intrinsic Self-Reflection for LLM Preference Optimization",
+        "id": "2512.23126",
+        "citation": (
+            "@article{li2025inspo,\n"
+            "    title   = {{InSPO: Unlocking Intrinsic Self-Reflection for LLM Preference Optimization}},\n"
+            "    author  = {Yu Li and Tian Lan and Zhengling Qi},\n"
+            "    year    = 2025,\n"
+            "    journal = {arXiv:2512.23126},\n"
+            "}"
+        ),
+    }
     # The type hints of Trainer are wider than the types that DPOTrainer sets.
     args: Any
     model: Any
@@ -138,6 +150,8 @@ class InSPOTrainer(DPOTrainer):
         self.dropped_pairs: dict[str, int] = {}
         for given in (model, ref_model):  # may be copies of a model that this trainer has trained
             renew_copied_forward(given)
+        if args is not None and not _option(args, "conditioned"):
+            self._tag_names, self._name, self._paper = DPOTrainer._tag_names, DPOTrainer._name, DPOTrainer._paper
         super().__init__(model, ref_model, args, **kwargs)
         args = self.args
         self._parts = objective_parts(args)

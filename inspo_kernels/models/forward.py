@@ -69,8 +69,8 @@ def hidden_and_head(
         are this rank's rows, and ``head`` also holds ``"process_group"``, the group whose ranks share the vocabulary.
 
     Raises:
-        TypeError: ``model`` is a wrapper (DDP, FSDP, DeepSpeed, torch.compile) or not a transformers model, or an
-            argument concerns the logits.
+        TypeError: ``model`` is a wrapper (DDP, FSDP, DeepSpeed, torch.compile), an encoder-decoder or not a
+            transformers model, or an argument concerns the logits.
         ValueError: the logits do not follow from the head's input; the message says by how much they differ. Also
             raised if the model does not take the position ids, or lets packed sequences attend to each other.
     """
@@ -94,8 +94,8 @@ def hidden_and_head(
         if attention_mask is None and not torch.compiler.is_compiling() and mixes_packed_sequences(model):
             if (torch.diff(position_ids, dim=-1) != 1).any():
                 raise ValueError(
-                    f"{model.config.model_type!r} lets packed sequences attend to each other; use padded rows and "
-                    "their attention_mask"
+                    f"{model.config.model_type!r} lets packed sequences attend to each other, or counts positions in "
+                    "its own way; use padded rows and their attention_mask"
                 )
     _drop_router_loss(model, inputs, accepted, return_outputs)
 
@@ -176,6 +176,8 @@ def _inner_model(model: Any) -> Any:
         )
     if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "model_type"):
         raise TypeError(f"expected a transformers causal LM, got {qualified_name(model)}")
+    if getattr(model.config, "is_encoder_decoder", False):  # its encoder would show the decoder what it is to predict
+        raise TypeError(f"expected a transformers causal LM, got the encoder-decoder {qualified_name(model)}")
     return model
 
 

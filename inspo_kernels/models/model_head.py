@@ -53,7 +53,7 @@ def known_in_any_mode(model: Any, head: nn.Module) -> Tail | None:
 
 def _state(model: Any, head: nn.Module) -> tuple[Any, ...]:
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}
-    kinds = sorted({"cpu", "cuda", next(head.parameters()).device.type} - {"meta"})
+    kinds = sorted({"cpu", "cuda", *(parameter.device.type for parameter in head.parameters())} - {"meta"})
     return (
         torch.is_grad_enabled(),
         model.training,

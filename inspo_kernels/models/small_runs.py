@@ -20,6 +20,9 @@ _ROUNDING_16_BIT = (5e-3, 0.1)
 
 _LENGTH = 8  # tokens in each of two sequences
 
+# Options that count tokens of a row, whatever sequence they are in, but act only beyond more tokens than a trial has.
+_BY_ROW = ("index_topk", "keep_window_size", "floor_scale")
+
 _MIXES: weakref.WeakKeyDictionary[nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
 
 
@@ -94,9 +97,13 @@ def is_rounding(error: float, dtype: torch.dtype, control: float) -> bool:
 def mixes_packed_sequences(model: Any) -> bool:
     """Tell whether sequences in one row, whose position ids restart, see each other; found once per attention kind.
 
-    A model that ignores position ids does, and so does any that carries a state from token to token.
+    A model that ignores position ids does, and so does any that carries a state from token to token, or that picks or
+    counts the tokens of long rows.
     """
-    attention = str(getattr(model.config.get_text_config(), "_attn_implementation", None))
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) is not None for name in _BY_ROW):
+        return True
+    attention = str(getattr(config, "_attn_implementation", None))
     known = _MIXES.setdefault(model, {})
     if attention not in known:
         if device_of(model).type == "meta":
@@ -109,14 +116,14 @@ def _mixes(model: Any) -> bool:
     ids = small_ids(model, 2 * _LENGTH).to(device_of(model))
     counted = torch.arange(_LENGTH, device=device_of(model))
     with undisturbed(model):
-        apart = states(model, ids.view(2, -1), counted.expand(2, -1))[1]
+        apart = states(model, ids.view(2, -1))[1]  # with the model's own position ids, which may not start at 0
         packed = states(model, ids[None], torch.cat([counted, counted])[None])[0, _LENGTH:]
         joined = states(model, ids[None], torch.arange(2 * _LENGTH, device=device_of(model))[None])[0, _LENGTH:]
     error, control = relative_difference(packed, apart), relative_difference(joined, apart)
     return not is_rounding(error, apart.dtype, control)
 
 
-def states(model: Any, input_ids: Tensor, position_ids: Tensor, attention_mask: Any = None) -> Tensor:
+def states(model: Any, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Any = None) -> Tensor:
     """Return the states (B, T, H) that the model gives its head."""
     inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
     inputs = {name: value for name, value in inputs.items() if value is not None} | {"use_cache": False}

@@ -132,6 +132,10 @@ def _known_reason(model: Any) -> str | None:
         return f"{model_type!r} carries a state from token to token, which no mask can branch: use layout='rows'"
     if unknown := set(getattr(config, "layer_types", None) or ()) - {_FULL, _SLIDING}:
         return f"no mask is known for layers of type {', '.join(sorted(unknown))}: use layout='rows'"
+    if window := getattr(config, "window_size", None):  # longer than a trial, and built into the layers
+        return (
+            f"{model_type!r} counts its window of {window} tokens along the row, not along branches: use layout='rows'"
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{model_type!r} takes no position_ids, so it cannot count along branches: use layout='rows'"
     rope = getattr(config, "rope_parameters", None) or {}  # one dict, or a dict for each layer type
@@ -155,7 +159,7 @@ def _tried(model: Any, forms: list[str]) -> tuple[str | None, str | None]:
     problems = []
     with undisturbed(model), _short_window(model.config.get_text_config()):
         try:
-            expected = states(model, *rows).flatten(0, 1)[places]
+            expected = states(model, rows).flatten(0, 1)[places]  # the model's own position ids may not start at 0
             blind = {"attention_mask": torch.ones_like(tree["input_ids"])}
             unmasked = states(model, tree["input_ids"], tree["position_ids"], **blind)
         except Exception as error:  # a model may raise anything when it reads ids and positions
@@ -178,8 +182,8 @@ def _tried(model: Any, forms: list[str]) -> tuple[str | None, str | None]:
     )
 
 
-def _small_pairs(model: Any) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Tensor]:
-    """Return a tree batch, the ids and positions of the same pairs in rows, and each scored row's place in the rows."""
+def _small_pairs(model: Any) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Return a tree batch, the ids of the same pairs in rows, and each scored row's place in the rows."""
     ids = small_ids(model, sum(map(sum, _PAIRS)))
     parts = iter(ids.split([length for lengths in _PAIRS for length in lengths]))
     pairs = [(next(parts), next(parts), next(parts)) for _ in _PAIRS]
@@ -191,7 +195,7 @@ def _small_pairs(model: Any) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Ten
     places = (pair + len(pairs) * row_of_kind[kind]) * rows["input_ids"].shape[1] + depth
     device = device_of(model)
     tree = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tree.items()}
-    return tree, (rows["input_ids"].to(device), rows["position_ids"].to(device)), places.to(device)
+    return tree, rows["input_ids"].to(device), places.to(device)
 
 
 @contextmanager

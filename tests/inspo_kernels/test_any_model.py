@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import any_model
 import pytest
 import torch
 from any_model import MODEL_TYPES, build
@@ -114,3 +115,15 @@ def test_a_first_call_on_padding_finds_the_scale():
         expected = model(input_ids=ids).logits
     logits = head["logit_scale"] * hidden @ head["weight"].T
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "option"),
+    [("glm_moe_dsa", "index_topk"), ("doge", "keep_window_size"), ("llama4_text", "floor_scale")],
+)
+def test_options_that_act_on_long_rows_forbid_packing(monkeypatch, model_type, option):
+    """A trial of a few tokens is shorter than 40, but a packed row is longer than its sequences."""
+    monkeypatch.setitem(any_model.OPTIONS, model_type, {option: 40})
+    ids, position_ids = torch.randint(3, 79, (1, 100)), torch.arange(20).repeat(5)[None]
+    with pytest.raises(ValueError, match="lets packed sequences attend to each other"):
+        hidden_and_head(build(model_type), ids, position_ids=position_ids)

@@ -251,9 +251,28 @@ class ScaledLinear(nn.Linear):
         return 2 * super().forward(hidden)
 
 
+class FrozenLinear(nn.Module):
+    """A head without parameters, as quantized layers are."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(VOCAB, 32).mul(50).to(dtype))
+
+    def forward(self, hidden):
+        return nn.functional.linear(hidden, self.weight.to(hidden.dtype))
+
+
+def test_a_head_without_parameters_gives_its_logits(rows):
+    model = make_model("llama")
+    model.lm_head = FrozenLinear(torch.float32)
+    own, composed = model(**model_inputs(rows)).logits, compose(*hidden_and_head(model, **model_inputs(rows)))
+    torch.testing.assert_close(composed, own)
+
+
 @pytest.mark.parametrize(
     ("head", "message"),
     [
+        (FrozenLinear(torch.int8), r"FrozenLinear, which has a weight of torch.int8 \(83, 32\) instead of a float"),
         (nn.Sequential(nn.Linear(32, VOCAB)), r"output head is .*Sequential, which has no weight"),
         (ScaledLinear(32, VOCAB), r"ScaledLinear, is no linear map .* differs from .* by \d\.\de"),
         (None, "has no single output head"),
@@ -392,6 +411,15 @@ def test_a_sharded_model_is_refused(rows, tmp_path):
 def test_other_objects_are_refused(rows):
     with pytest.raises(TypeError, match="expected a transformers causal LM, got torch"):
         hidden_and_head(nn.Linear(2, 2), **model_inputs(rows))
+
+
+def test_an_encoder_decoder_is_refused(rows):
+    """Without ids for its decoder, BART shows the encoder all ids and lets the decoder repeat them."""
+    sizes = {"vocab_size": VOCAB, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    sizes |= {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in ("attention_heads", "ffn_dim")}
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
+    with pytest.raises(TypeError, match=r"got the encoder-decoder transformers\.models\.bart"):
+        hidden_and_head(model, input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
 
 
 @pytest.mark.parametrize("argument", ["use_cache", "return_dict"])

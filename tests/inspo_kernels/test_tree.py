@@ -387,6 +387,14 @@ class Bidirectional(transformers.LlamaModel):
         return super().forward(input_ids, attention_mask=everything, **inputs)
 
 
+class CountsFromOne(transformers.GPT2Model):
+    """Gives positions 1, 2, ... where it is given none, as Kosmos-2.5 and RoBERTa do."""
+
+    def forward(self, input_ids, position_ids=None, **inputs):
+        own = torch.arange(1, input_ids.shape[1] + 1).expand_as(input_ids)
+        return super().forward(input_ids, position_ids=own if position_ids is None else position_ids, **inputs)
+
+
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 LONG_ROPE |= {"original_max_position_embeddings": 32}
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -396,6 +404,10 @@ DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     ("make", "reason"),
     [
         (lambda: tiny("mamba"), "'mamba' carries a state from token to token.*use layout='rows'"),
+        (
+            lambda: tiny("gpt_neo", attention_types=[[["local"], 1]]),
+            "'gpt_neo' counts its window of 256 tokens along the row",
+        ),
         (lambda: tiny("bloom"), "'bloom' takes no position_ids.*layout='rows'"),
         (
             lambda: tiny("phi3", rope_parameters=LONG_ROPE),
@@ -424,6 +436,15 @@ def test_a_changed_model_is_refused_with_the_reason():
     model = make_model("olmo3")
     model.config.layer_types = ["full_attention", "chunked_attention"]
     assert re.search("no mask is known for layers of type chunked_attention", tree_unsupported(model))
+
+
+def test_positions_that_do_not_start_at_zero_are_refused():
+    model = make_model("gpt2")
+    model.transformer = CountsFromOne(model.config).eval()
+    assert re.search(r"'gpt2' does not read a small pair .* differ by \d", tree_unsupported(model))
+    packed = condition_pairs(PAIRS, pad_token_id=PAD, layout="packed")
+    with pytest.raises(ValueError, match="lets packed sequences attend to each other, or counts positions"):
+        hidden_and_head(model, **model_inputs(packed))
 
 
 def test_dense_masks_have_a_longest_row():

@@ -373,3 +373,11 @@ def test_plain_config_conditions_by_default(tmp_path):
     made = make(InSPOTrainer, DPOConfig, tmp_path, policy=model(), reference=model(seed=5))
     made.train()
     assert any("marginal/logps/chosen" in log for log in made.state.log_history)
+
+
+@pytest.mark.parametrize(("conditioned", "paper", "tag"), [(True, "2512.23126", True), (False, "2305.18290", False)])
+def test_the_model_card_cites_the_method(tmp_path, conditioned, paper, tag):
+    trainer(tmp_path, conditioned=conditioned).create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert [name for name in ("2512.23126", "2305.18290") if f"papers/{name}" in card] == [paper]
+    assert ("Li and Tian Lan" in card) == tag == ("- inspo" in card) and ("Rafailov" in card) != tag
