@@ -162,7 +162,16 @@ def test_named_configurations_exist(page, path):
 
 
 NAMED = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|yaml|md|png)|(?:[\w-]+/)+)`")
-WRITTEN = {"curves.png", "config.yaml", "final/", "best/", "runs/demo/", "results.json", "picture.png"}
+WRITTEN = {
+    "checkpoint-STEP/",
+    "curves.png",
+    "config.yaml",
+    "final/",
+    "best/",
+    "runs/demo/",
+    "results.json",
+    "picture.png",
+}
 WRITTEN |= {"mine.yaml"}  # written by the reader
 
 
