@@ -204,7 +204,8 @@ def tables(result: dict[str, Any]) -> str:
     assumptions = dict(result["assumptions"])
     rates = assumptions.pop("bytes_per_second").items()
     bandwidths = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in rates)
-    assumed = "; ".join(f"{name}: {text}" for name, text in assumptions.items())
+    assumptions["bandwidth of a GPU in one direction"] = bandwidths
+    assumed = "\n".join(f"- {name}: {text}" for name, text in assumptions.items())
     columns = "ranks", "ms", "time / floor", "in collectives", "sent per rank: sums, dX", "peak memory per rank"
     times_of = "three matmuls", "gather of sums", "all-reduce of dX", "waited", "without overlap"
     return "\n\n".join(
@@ -213,8 +214,8 @@ def tables(result: dict[str, Any]) -> str:
             f"V = {first['vocab']:,}, {result['dtype']}, gloo on {result['hardware']['cores']} cores, one thread per "
             "rank. The floor is the three bare matmuls of a rank's words, run on all ranks at the same time.",
             markdown(columns, measured),
-            f"Calculated, not measured, for {TOKENS:,} scored tokens in bf16. {assumed}; bandwidth of a GPU in one "
-            f"direction: {bandwidths}.",
+            f"Calculated, not measured, for {TOKENS:,} scored tokens in bf16, under these assumptions:",
+            assumed,
             markdown(["head", "ranks", "network", *times_of], calculated_rows),
         ]
     )

@@ -29,10 +29,10 @@ def plot_scaling(result: dict[str, Any]) -> Figure:
                 points = [(n, v) for n, v in points if v]
                 fit = result["fits"][sweep].get(name, {}).get(key)
                 if points:
-                    (handles[name],) = axes.plot(*zip(*points), marker="o", markersize=3, color=f"C{i}")
-                    if fit:
-                        axes.annotate(f"{fit['exponent']:.2f}", points[-1], fontsize=7, color=f"C{i}")
+                    exponent = f"{fit['exponent']:.2f}" if fit else None
+                    (handles[name],) = axes.plot(*zip(*points), marker="o", markersize=3, color=f"C{i}", label=exponent)
             _log_log(axes, [cell["value"] for cell in cells])
+            axes.legend(fontsize=7, handlelength=1, labelspacing=0.2)
             axes.set_xlabel(sweep)
             axes.set_ylabel(label)
     axes, table = panels[0][-1], sorted(result["workspace"].values(), key=lambda row: row["rows"])
@@ -48,7 +48,11 @@ def plot_scaling(result: dict[str, Any]) -> Figure:
         axes.set_ylabel("seconds, reference shape")
     panels[1][-1].axis("off")
     panels[1][-1].legend(
-        handles.values(), [TITLES[n] for n in handles], fontsize=7, loc="center", title="beside a line: its exponent"
+        handles.values(),
+        [TITLES[n] for n in handles],
+        fontsize=7,
+        loc="center",
+        title="numbers in the panels: exponents",
     )
     return figure
 

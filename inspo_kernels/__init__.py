@@ -1,8 +1,8 @@
-"""inspo_kernels: fused log-probs and pairwise preference losses, each response conditioned on the other one.
+"""Compute fused log-probs and pairwise preference losses, with each response conditioned on the other response.
 
-``fused_inspo_loss`` turns hidden states and an LM head into a loss, ``linear_logps`` into per-token log-probs,
-``condition_pairs`` lays out the sequences, ``hidden_and_head`` takes a transformers model apart. ``reference`` holds
-the same mathematics in plain torch.
+``fused_inspo_loss`` turns hidden states and an LM head into a loss, ``linear_logps`` into per-token log-probs.
+``condition_pairs`` lays out the sequences. ``hidden_and_head`` returns a transformers model's hidden states and LM
+head. ``reference`` holds the same mathematics in plain torch.
 """
 
 from . import reference

@@ -45,10 +45,10 @@ def fused_inspo_loss(
 ) -> InSPOOutput:
     """Compute a pairwise preference loss of B pairs from hidden states and the LM head, without full logits.
 
-    Conditioning is in the sequences: ``condition_pairs`` lays them out so that each response is scored behind the other
-    one (InSPO, arXiv 2512.23126). On plain sequences the same call is DPO, SimPO and so on. Only scored positions meet
-    the head. Loss and gradients come out of one pass, 6NHV operations for N scored tokens. Sums and objectives are
-    float64.
+    Conditioning is in the sequences: ``condition_pairs`` lays them out so that each response is scored after the other
+    response (InSPO, arXiv 2512.23126). On plain sequences the same call is DPO, SimPO and so on. Only scored positions
+    go through the head. One pass gives loss and gradients, in 6NHV operations for N scored tokens. Sums and objectives
+    are float64.
 
     Three input forms, with H the hidden size:
 
@@ -61,8 +61,8 @@ def fused_inspo_loss(
 
     Args:
         hidden: hidden states after the model's final norm: float16, bfloat16, float32 or float64.
-        weight: (V, H) LM head on hidden's device, with hidden's dtype (any under autocast, whose dtype matmuls use).
-        labels: int64 token ids, ``ignore_index`` where not scored. On the CPU they spare a synchronisation.
+        weight: (V, H) LM head, on hidden's device and in its dtype. Under autocast, any dtype but float64 may be mixed.
+        labels: int64 token ids, ``ignore_index`` where not scored. Labels on the CPU avoid a synchronisation.
         objective: a name ("dpo", "simpo", "orpo", ...: the keys of ``objectives.OBJECTIVES``) or an ``Objective``.
         ref_logps: (2B,) summed reference log-probs in nats: log pi_ref(y_w | x) of each pair, then log pi_ref(y_l | x).
         bias: (V,) of the head, or None.
@@ -73,30 +73,30 @@ def fused_inspo_loss(
         cu_seqlens: boundaries of the packed form.
         segment_ids: segments of the compact form.
         num_pairs: B, needed by the compact form without ref_logps.
-        marginal_labels: like labels, scoring the *other* response of each sequence. Gives log pi(y | x), at the cost of
-            its head rows.
-        marginal_weight: adds this much of the same objective on the marginals, against the same ref_logps.
+        marginal_labels: like labels, but they score the *other* response of each sequence. They give log pi(y | x), at
+            the cost of more rows in the head.
+        marginal_weight: weight of the same objective on the marginals, with the same ref_logps, in the loss.
         pair_weights: (B,) factors of the pairs' losses.
         reduction: "mean" or "sum" over pairs.
         statistics: names of statistics to sum over the scored tokens of each response, from the same pass: "entropy",
             "mean_logit", "is_top1", "logsumexp", "log_sum_sq_probs". See ``linear_logps``.
         process_group: vocabulary-parallel head. Each rank passes its own consecutive rows of weight and bias, in rank
             order and of any number, or a DTensor that the group shards over dimension 0. All else is the same on every
-            rank, with labels as ids of the whole vocabulary. Results are the same bits on every rank. dX is summed over
+            rank, with labels as ids of the whole vocabulary. Results are bit-identical on all ranks. dX is summed over
             the group; dW and db are those of the rank's rows. Every rank must run the backward pass.
         sequence_group: context parallelism. Each rank passes its own tokens of the same pairs, perhaps none of some
-            pairs. Labels must have been shifted before they were split (shift=False), or use the compact form. Losses
-            and sums are those of all tokens. Gradients are local: dX of the rank's rows, dW its part of the group's
-            sum. If the engine averages gradients over the group, multiply the loss by the group's size.
-        max_workspace_bytes: bound on the logits workspace, down to one row. Results depend on it by rounding only. The
-            default follows from shapes and device, and grows up to fourfold for a pair that is longer. If the batch
-            fits it, it lasts until the backward pass, in place of the weight's gradient.
+            pairs. Shift the labels before you split them (shift=False), or use the compact form. Losses and sums cover
+            all tokens. Gradients are local: dX of the rank's rows, and the rank's part of the sum dW. If the engine
+            averages gradients over the group, multiply the loss by the group's size.
+        max_workspace_bytes: limit of the logits workspace, which holds at least one row. It changes results only by
+            rounding. The default depends on shapes and device, and grows up to fourfold for a longer pair. If the batch
+            fits, the workspace lives until the backward pass, in place of the weight's gradient.
         backend: "triton" (CUDA and ROCm), "torch" (any device), "reference" (plain torch, everything materialised), or
             "auto": "triton" where it runs, else "torch".
 
     Returns:
-        ``InSPOOutput``. Its ``loss`` is differentiable in hidden, weight and bias, once. Only the gradients that
-        autograd will ask for are computed; none under ``torch.no_grad()``.
+        ``InSPOOutput``. Its ``loss`` is differentiable in hidden, weight and bias; a second derivative raises. Only the
+        gradients that autograd will ask for are computed, and none under ``torch.no_grad()``.
 
     Raises:
         TypeError, ValueError: before any matmul. The message names the argument and what to change.
@@ -137,7 +137,7 @@ def fused_inspo_loss(
 class InSPOLoss(nn.Module):
     """Hold the options of ``fused_inspo_loss``: ``InSPOLoss("simpo", backend="torch")(hidden, weight, labels)``.
 
-    Pass what varies from batch to batch (ref_logps, bias, cu_seqlens, ...) to the call. The call's options win.
+    Pass what varies from batch to batch (ref_logps, bias, cu_seqlens, ...) to the call, whose options take precedence.
     """
 
     def __init__(self, objective: str | Objective = "dpo", **options: Any) -> None:

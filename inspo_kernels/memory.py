@@ -56,7 +56,9 @@ def workspace_bytes(
     try:
         weight = torch.empty((), dtype=dtype, device=device).expand(vocab_size, hidden_size)
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {str(device)!r} is not available here, but its size matters: {error}") from None
+        raise ValueError(
+            f"device {str(device)!r} is not available here, and the result depends on it: {error}"
+        ) from None
     head = LMHead(weight, None, None, 1.0, dtype)
     resolved = resolve_backend(backend, head, device)
     if resolved is None:

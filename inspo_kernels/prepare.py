@@ -183,7 +183,7 @@ def _even(what: str, number: int) -> int:
     if number % 2:
         raise ValueError(
             f"{what}: got {number}, an odd number; the first half belongs to the chosen responses, the second to the "
-            "rejected ones"
+            "rejected responses"
         )
     return number
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ def run(name, as_main=True):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_example_runs(name, capsys):
-    if name not in ("custom_loop", "own_objective", "verl_loss"):
+    if name not in ("custom_loop", "own_objective", "verl_loss", "walk_through"):
         pytest.importorskip("trl")
     run(name)
     assert "loss" in capsys.readouterr().out
@@ -48,6 +49,14 @@ def test_custom_loop_learns_its_pairs(capsys):
     run("custom_loop")
     losses = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines()]
     assert losses[-1] < losses[0]
+
+
+def test_walk_through_shows_what_it_explains(capsys):
+    run("walk_through")
+    said = capsys.readouterr().out
+    assert "row 0 scores the chosen response '4<eos>' in '2+2=5<eos>4<eos>" in said
+    assert float(re.search(r"difference .*: (\S+) nats", said)[1]) < 1e-4
+    assert all(float(margin) > 0 for margin in re.findall(r"margin from the prompt alone (\S+)", said))
 
 
 def test_trl_example_differs_from_trl_in_its_import(monkeypatch, capsys):

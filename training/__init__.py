@@ -1,1 +1,1 @@
-"""A thin loop that fine-tunes a causal language model on preference pairs with :mod:`inspo_kernels`."""
+"""Fine-tune a causal language model on preference pairs with ``inspo_kernels``."""

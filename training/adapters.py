@@ -1,4 +1,4 @@
-"""LoRA adapters: new adapters, and adapters of a folder that are trained further."""
+"""Add a LoRA adapter, or train the adapter of a folder further."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-l
 _MERGE = "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER)"
 # Fields of LoraConfig whose adapters merge wrongly, or not at all.
 _UNSUPPORTED = {
-    "layer_replication": "copies of a layer share its weights, and merging would add each copy's adapter to them",
+    "layer_replication": "copies of a layer share its weights, and merging would add every copy's adapter to them",
     "alora_invocation_tokens": "peft cannot merge an adapter that acts on only part of the text",
 }
 
@@ -37,7 +37,7 @@ def lora_settings(options: dict[str, Any]) -> LoraConfig:
     check_names(options, [*known, "alpha"], "lora.")
     given = {"lora_alpha" if name == "alpha" else name: value for name, value in options.items() if value is not None}
     if given.get("lora_dropout"):
-        raise InputError("lora.lora_dropout: must be 0; policy and reference must be alike at step 1")
+        raise InputError("lora.lora_dropout: must be 0; policy and reference must be the same function at step 1")
     if given.get("init_lora_weights", True) not in (True, "gaussian"):
         raise InputError(
             f"lora.init_lora_weights={given['init_lora_weights']!r}: must be true or gaussian; others begin with "
@@ -85,7 +85,7 @@ def continue_adapter(model: PreTrainedModel, folder: Path) -> None:
     settings: Any
     (settings,) = model.peft_config.values()
     if settings.peft_type != "LORA":
-        raise InputError(f"model: its adapter is of peft's type {settings.peft_type}; only LoRA ones are trained here")
+        raise InputError(f"model: its adapter is of peft's type {settings.peft_type}; only LoRA can be trained here")
     _check_tied(model, settings)
     settings.inference_mode = False
     saved = [*(settings.modules_to_save or []), "lora_", "trainable_tokens"]

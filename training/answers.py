@@ -192,14 +192,14 @@ def answer_length(
         count, taken = question.answers, len(prompt_ids(encoder, question, [""] * (question.answers - 1)))
         if separator is not None:
             if count > 1:
-                raise InputError(f"{question.origin}: {count} turns, but --reflect answers one")
+                raise InputError(f"{question.origin}: {count} turns, but --reflect answers a single turn")
             count, taken = 2, taken + 1 + len(separator)
         room = (positions - taken) // count
         if room < (wanted or 1):
             raise InputError(
                 f"{question.origin}: the prompt has {taken} tokens, which leaves fewer than {wanted or 1} of the "
                 f"model's {positions} positions for {'each' if count > 1 else 'the'} answer; lower --max_new_tokens, "
-                "or leave the prompt out"
+                "or remove the prompt"
             )
         most = int(min(most, room))
     return most

@@ -1,4 +1,4 @@
-"""Text and chat messages to token ids: where a prompt ends, how a response ends, what stands between two responses."""
+"""Turn text and chat messages into token ids, with the ends of prompts and responses and the text between responses."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class TextEncoder(ChatTemplate):
 
 
 def separator_ids(tokenizer: PreTrainedTokenizerBase | None, options: Any) -> list[int]:
-    """What stands between the other response and the one that is scored given it, by ``options.alternative``."""
+    """Return the ids between the other response and the scored response, by ``options.alternative``."""
     if options.alternative == "plain":
         return []
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""Sources of preference pairs to token ids, with every pair that is left out or cut counted and named."""
+"""Turn sources of preference pairs into token ids. Every pair that is left out or cut is counted and named."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def _report(
     if len(reasons.get(REPEATS_PROMPT, [])) == read:
         raise InputError(
             f"{name}: 'chosen' begins with the prompt, and so does 'rejected', in each pair "
-            f"({first_of(reasons[REPEATS_PROMPT])}): it would be read twice, and scored. Take it out of both"
+            f"({first_of(reasons[REPEATS_PROMPT])}): it would be read twice, and scored. Remove it from both"
         )
 
 

@@ -1,4 +1,4 @@
-"""Communication between the ranks of a run, and activation checkpointing that works under each engine."""
+"""Communicate between the ranks of a run, and checkpoint activations under every engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt files, and the answer files that AlpacaEval, Arena-Hard and MT-Bench read.
+"""Read prompt files, and write the answer files that AlpacaEval, Arena-Hard and MT-Bench read.
 
 What each tool reads, by its own source:
 
@@ -48,7 +48,7 @@ class Question(NamedTuple):
 
     @property
     def asked(self) -> str:
-        """What the first answer replies to."""
+        """Return the text or messages that the first answer replies to."""
         return self.text if self.text is not None else str(self.turns[0][-1]["content"])
 
 
@@ -99,7 +99,7 @@ def _turn(value: Any, name: str, origin: str) -> Messages:
     if messages is None:
         raise InputError(f"{origin}: {name!r} must hold text or messages; each message needs a role and a content")
     if messages[-1]["role"] == "assistant":
-        raise InputError(f"{origin}: {name!r} ends with a message of the assistant; end it with what is to be answered")
+        raise InputError(f"{origin}: {name!r} ends with an assistant message; end it with the message to answer")
     for message in messages:
         check_text(message["content"], origin)
     return messages

@@ -65,17 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", help="answer file")
     add("--format", choices=exports.FORMATS, default=form, help=f"format of --out [{form}]")
     add("--name", help="the model's name in --out [--model]")
-    add("--chat", action="store_true", help="make each prompt a user's message of the chat template")
-    add("--max_new_tokens", type=int, help="most tokens of an answer [1024, or what the model's positions leave]")
+    add("--chat", action="store_true", help="turn each prompt into a user message of the chat template")
+    add("--max_new_tokens", type=int, help="maximum tokens of an answer [1024, or what fits the model's positions]")
     add("--temperature", type=float, help="0: greedy [0; mt_bench: by category, as in FastChat]")
     add("--seed", type=int, default=0, help="seed of the sampling [0]")
     add("--batch_size", type=int, default=16, help="prompts answered together [16]")
-    add("--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on a GPU, float32 on a CPU]")
-    add("--reflect", action="store_true", help="experimental: answer, then answer again given that draft")
+    add("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights [bfloat16 on a GPU, float32 on a CPU]")
+    add("--reflect", action="store_true", help="experimental: write a draft, then an answer given the draft")
     alternatives = ("plain", "chat")
-    add("--alternative", choices=alternatives, default="plain", help="--reflect: what precedes the answer [plain]")
+    add("--alternative", choices=alternatives, default="plain", help="--reflect: what follows the draft [plain]")
     instruction = DataOptions.alternative_instruction
-    add("--alternative_instruction", default=instruction, help="--alternative chat: what the user says in that turn")
+    add("--alternative_instruction", default=instruction, help="--alternative chat: text of that user turn")
     return parser
 
 

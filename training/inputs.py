@@ -1,4 +1,4 @@
-"""What a run works on: the model with its tokenizer, and the pairs that it trains on and is evaluated on."""
+"""Load what a run works on: model, tokenizer, training pairs and held-out pairs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Given:
-    """What the caller of ``train`` has in memory; None is read as the options say."""
+    """Hold what the caller of ``train`` passes in memory; the rest is read as the options say."""
 
     pairs: TokenPairs | None = None
     eval_pairs: TokenPairs | None = None

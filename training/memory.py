@@ -1,4 +1,4 @@
-"""Estimates of the memory and disk space a run needs, and the updates that bfloat16 weights would lose."""
+"""Estimate the memory and disk space that a run needs, and the updates that bfloat16 weights would lose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat messages in the forms that data sets have, and what they say, whatever a template makes of it."""
+"""Read chat messages in the forms that data sets have, and check that a template keeps their text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _part(part: Any, name: str, origin: str) -> str:
 
 
 def given_texts(message: dict[str, Any]) -> Iterator[str]:
-    """What a message says: its content, its thoughts, and names and arguments of the tools that it calls."""
+    """Return what a message says: content, thoughts, and names and arguments of the tools that it calls."""
     thoughts = {message[key] for key in _THOUGHTS if isinstance(message.get(key), str)}
     yield from filter(None, [message.get("content"), *thoughts])
     for name, arguments in _calls(message):
@@ -58,7 +58,7 @@ def given_texts(message: dict[str, Any]) -> Iterator[str]:
 
 
 def kept_texts(message: dict[str, Any]) -> Iterator[str]:
-    """What a template must write of an earlier message: all, but an assistant's thoughts, which many take out."""
+    """Return what a template must write of an earlier message: all but thoughts, which many templates drop."""
     if message["role"] == "assistant":
         said = message["content"].rpartition("</think>")[2]
         message = {"content": said, **{key: message.get(key) for key in ("tool_calls", "function_call")}}
@@ -82,7 +82,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def holds_all(rendered: str, texts: Iterable[str]) -> bool:
-    """Whether ``rendered`` has each of ``texts`` in a place of its own, as it stands or escaped as in JSON.
+    """Return whether ``rendered`` has each of ``texts`` in a different place, unchanged or escaped as in JSON.
 
     White space does not count. Templates may write the texts in any order.
     """
@@ -126,5 +126,5 @@ def check_text(text: str, origin: str) -> None:
     except UnicodeEncodeError as error:
         raise InputError(
             f"{origin}: holds half a character ({text[error.start]!r}, a lone surrogate, after "
-            f"{text[max(0, error.start - 20) : error.start]!r}), which no tokenizer reads; write the whole one"
+            f"{text[max(0, error.start - 20) : error.start]!r}), which no tokenizer reads; write the whole character"
         ) from None

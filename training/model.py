@@ -1,4 +1,4 @@
-"""The model and tokenizer that a run starts from."""
+"""Load the model and tokenizer that a run starts from."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
     if missing:
         found = sorted(info["unexpected_keys"])
         raise InputError(
-            f"model {name!r}: its weights lack {len(missing)} tensors, which would be random: "
+            f"model {name!r}: its weights lack {len(missing)} tensors, which would be initialised at random: "
             + first_of(sorted(missing))
             + (f"; they hold {first_of(found)} instead. Rename these, or save the model again" if found else "")
         )

@@ -1,4 +1,4 @@
-"""Options from YAML files and the command line for a ``TrainConfig``; each error names the right option."""
+"""Read the options of a ``TrainConfig`` from YAML files and the command line; each error names the right option."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def help_text() -> str:
         lines += textwrap.wrap(text, 118, subsequent_indent=" " * 28)
     more = (
         "and each option of transformers.TrainingArguments, such as learning_rate [5e-7; adapter 1e-5], "
-        "per_device_train_batch_size [32], num_train_epochs [1], max_steps, eval_steps, save_steps, bf16, optim, "
-        "resume_from_checkpoint (auto: the newest in output_dir), report_to, deepspeed:"
+        "output_dir, per_device_train_batch_size [32], num_train_epochs [1], max_steps, eval_steps, save_steps, bf16, "
+        "optim, resume_from_checkpoint (auto: the newest in output_dir), report_to, deepspeed:"
     )
     return "\n".join([*lines, *textwrap.wrap(more, 118), DOCS])
 

@@ -1,4 +1,4 @@
-"""Options of other trainers: what they are called here, and which options of transformers are refused."""
+"""Translate option names of other trainers, and list the options of transformers that are refused."""
 
 from __future__ import annotations
 

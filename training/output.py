@@ -1,4 +1,4 @@
-"""Output of a run: lines on the screen and in log.txt, metrics.jsonl, samples.jsonl and curves.png."""
+"""Write a run's output: lines on the screen and in log.txt, metrics.jsonl, samples.jsonl and curves.png."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def locked(folder: Path | None) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
-        raise InputError(f"output_dir {folder}: another run is writing there; choose another one") from None
+        raise InputError(f"output_dir {folder}: another run is writing there; choose another folder") from None
     except OSError as error:
-        raise InputError(f"output_dir {folder}: cannot be written to ({error}); choose another one") from None
+        raise InputError(f"output_dir {folder}: cannot be written to ({error}); choose another folder") from None
     try:
         yield
     finally:
@@ -58,7 +58,7 @@ def check_folder(folder: Path) -> None:
     place = existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problem = "no permission in" if place.is_dir() else "not a folder:"
-        raise InputError(f"output_dir {folder}: cannot be written to ({problem} {place}); choose another one")
+        raise InputError(f"output_dir {folder}: cannot be written to ({problem} {place}); choose another folder")
 
 
 def existing(folder: Path) -> Path:

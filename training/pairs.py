@@ -1,4 +1,4 @@
-"""A pair as token ids, and many of them in one Arrow table, which may be a file that several processes share."""
+"""Hold pairs as token ids in an Arrow table, which may be a file that several processes share."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Pairs(Sequence[Pair]):
     __hash__ = None  # type: ignore[assignment]  # as a list
 
     def origin(self, index: int) -> str:
-        """What messages call a pair."""
+        """Return the name of a pair in messages."""
         return str(self._table.column("origin")[int(self._where[index])])
 
     def arrays(self, index: int) -> list[NDArray[np.int32]]:
@@ -102,7 +102,7 @@ class Pairs(Sequence[Pair]):
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with each pair."""
+        """Return what is wrong with each pair."""
         return self._table.column("problem").take(pa.array(self._where)).to_pylist()  # type: ignore[no-any-return]
 
     def cut(self, cuts: dict[int, int], bos: int | None) -> Pairs:

@@ -1,4 +1,4 @@
-"""One record of a data source to the token ids of a pair, with what is wrong with it."""
+"""Turn a record of a data source into the token ids of a pair, and name what is wrong with it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Draft(NamedTuple):
 
     @property
     def texts(self) -> list[str]:
-        """What is tokenised: the prompt, and the prompt with each response."""
+        """Return what is tokenised: the prompt, and the prompt with each response."""
         return [self.prompt, *(self.prompt + response for response in self.responses if response.strip())]
 
 
@@ -61,7 +61,7 @@ def draft(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_on
         record = record | {"prompt": record["conversations"]}
     for name in _NO_TEXT:
         if record.get(name):
-            raise InputError(f"{origin}: has {name!r}, which is not read; use pairs of text, or take the column out")
+            raise InputError(f"{origin}: has {name!r}, which is not read; use pairs of text, or remove the column")
     prompt, chosen, rejected = (_field(record, name, origin) for name in _COLUMNS)
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _draft_chat(record, prompt, chosen, rejected, encoder, origin)
@@ -70,7 +70,7 @@ def draft(record: dict[str, Any], encoder: TextEncoder, origin: str, messages_on
     if isinstance(prompt, list):
         raise InputError(f"{origin}: 'prompt' is a list of messages, so 'chosen' and 'rejected' must be, too")
     if messages_only:
-        raise InputError(f"{origin}: holds strings; alternative=chat needs messages. Use those, or alternative=plain")
+        raise InputError(f"{origin}: holds strings; use messages, which alternative=chat needs, or alternative=plain")
     if _from_json(record.get("tools"), "tools", list, origin):
         raise InputError(f"{origin}: 'tools' are read by a chat template, which needs messages instead of strings")
     for name in _COLUMNS:
@@ -108,8 +108,8 @@ def _draft_chat(
     answers = [_answer(r, name, origin) for r, name in zip(responses, _COLUMNS[1:])]
     if prompt[-1]["role"] == "assistant":
         raise InputError(
-            f"{origin}: the prompt ends with a message of the assistant, so an answer would be a second one; end the "
-            "prompt with the message that is answered, and put what the assistant began to say into both answers"
+            f"{origin}: the prompt ends with an assistant message, so the answer would be a second message; end the "
+            "prompt with the message to answer, and put the assistant's beginning into both answers"
         )
     problem = CUT_TURNS if any(len(a) < len(r) for a, r in zip(answers, responses)) else ""
     y_w, y_l = (answer[0]["content"] for answer in answers)
@@ -220,7 +220,7 @@ def _found(record: dict[str, Any]) -> str:
 
 
 def _repeats(prompt: str, chosen: str, rejected: str, origin: str) -> str:
-    """The remark that responses begin with the prompt. Raises InputError if both do, unless it is a greeting."""
+    """Return the remark that responses begin with the prompt. Raises InputError if both do, unless it is a greeting."""
     words = prompt.strip()
     if not words:
         return ""
@@ -228,7 +228,7 @@ def _repeats(prompt: str, chosen: str, rejected: str, origin: str) -> str:
     if all(begin) and len(words.split()) > 2:
         raise InputError(
             f"{origin}: 'chosen' begins with the prompt, and so does 'rejected': it would be read twice, and scored. "
-            "Take it out of both"
+            "Remove it from both"
         )
     return REPEATS_PROMPT if all(begin) else ONE_REPEATS if any(begin) else ""
 
@@ -251,5 +251,5 @@ def _split_strings(record: dict[str, Any], chosen: str, rejected: str, encoder: 
 
 
 def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items two sequences begin with in common."""
+    """Return how many items two sequences have in common at their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""The reference's log-probs: computed once, before anything is trained or resumed, and kept between runs."""
+"""Compute the reference's log-probs once, before anything is trained or resumed, and keep them between runs."""
 
 from __future__ import annotations
 

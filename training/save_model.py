@@ -1,4 +1,4 @@
-"""The folder of the trained model, as transformers or peft loads it, with its card."""
+"""Save the trained model as transformers or peft loads it, with its card."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def model_card(
         tags=["preference-optimization", "inspo"],
     )
     method = (
-        "Each response of a pair was scored given the other one (InSPO, "
+        "Each response of a pair was scored given the other response (InSPO, "
         "[arXiv 2512.23126](https://arxiv.org/abs/2512.23126)); at inference the model sees the prompt alone."
         if config.sees_alternative
         else "Each response was scored given the prompt alone."

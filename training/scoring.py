@@ -1,4 +1,4 @@
-"""Model and loss as one module, and log-probs of many pairs: one path for policy, reference and evaluation."""
+"""Wrap model and loss in one module, and score many pairs: one path for policy, reference and evaluation."""
 
 from __future__ import annotations
 

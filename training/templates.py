@@ -1,4 +1,4 @@
-"""What the chat template of a tokenizer writes: before an answer, behind it, and from which columns of the data."""
+"""Find out what a tokenizer's chat template writes before and after an answer, and which data columns it reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipytho
 
 
 class Turn(NamedTuple):
-    """What a chat template writes after an assistant's content at the end of a conversation."""
+    """Hold what a chat template writes after an assistant's content at the end of a conversation."""
 
     closing: str  # belongs to the response: "<|im_end|>"
     after: str  # belongs to the next turn: "\n"
@@ -129,7 +129,7 @@ class ChatTemplate:
 
     @cached_property
     def _opening(self) -> tuple[str, str]:
-        """What the template writes before each answer: as its generation prompt, and without having one.
+        """Return what the template writes before each answer: as its generation prompt, and without it.
 
         It belongs to the prompt. Blanks alone stay with the answer: the model writes them.
         """
@@ -155,12 +155,12 @@ class ChatTemplate:
 
     @property
     def header(self) -> str:
-        """What the template writes before each answer although it has no generation prompt."""
+        """Return what the template writes before each answer although it has no generation prompt."""
         return self._opening[1]
 
     @property
     def answer_opening(self) -> str:
-        """What precedes each answer, by the generation prompt or without one."""
+        """Return what precedes each answer, with or without a generation prompt."""
         return "".join(self._opening)
 
     @cached_property
@@ -171,7 +171,7 @@ class ChatTemplate:
 
     @cached_property
     def turn(self) -> Turn:
-        """How the chat template closes an assistant's turn."""
+        """Return how the chat template closes an assistant's turn."""
         conversation = [*self.start, *ANSWERED]
         tail = self.after_answer(self.render(conversation, answer_next=False, origin="chat template"))
         known = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items()} | self.special
@@ -180,7 +180,7 @@ class ChatTemplate:
         return Turn(closing, tail[len(closing) :], None if first is None else known[first])
 
     def after_answer(self, text: str) -> str:
-        """What follows the answer of ``ANSWERED`` in ``text``."""
+        """Return what follows the answer of ``ANSWERED`` in ``text``."""
         _, found, tail = text.rpartition(_ANSWER)
         if not found:
             raise InputError("the tokenizer's chat template leaves out what an assistant says; use another template")
@@ -188,7 +188,7 @@ class ChatTemplate:
 
     @cached_property
     def reads_clock(self) -> bool:
-        """Whether the chat template writes the time at which it is rendered."""
+        """Return whether the chat template writes the time at which it is rendered."""
         try:
             template = self.tokenizer.get_chat_template()
             clocks = [f"{{%- macro strftime_now(form) %}}{hour}{{%- endmacro %}}" + template for hour in (1, 2)]

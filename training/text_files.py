@@ -1,4 +1,4 @@
-"""Records of JSON lines, JSON lists and CSV, each with the line where it begins, compressed or not."""
+"""Read records of JSON lines, JSON lists and CSV, compressed or not, each with the line where it begins."""
 
 from __future__ import annotations
 

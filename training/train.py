@@ -1,4 +1,4 @@
-"""Fine-tunes a causal language model on preference pairs: ``python -m training.train --config FILE.yaml``.
+"""Fine-tune a causal language model on preference pairs: ``python -m training.train --config FILE.yaml``.
 
 ``train`` shows the order of a run. A step is in ``trainer.py``, an evaluation in ``reporting.py``.
 """

@@ -97,7 +97,7 @@ class Arm:
 
     @property
     def uses_marginals(self) -> bool:
-        """Whether the loss depends on the marginals. Otherwise training need not score them."""
+        """Return whether the loss depends on the marginals. Otherwise training need not score them."""
         return bool(self.marginal_weight) or (self.objective == "orpo" and self.conditioned)
 
     def drops_alternative(self, seed: int, number: int, pair: int) -> bool:

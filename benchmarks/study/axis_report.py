@@ -36,6 +36,27 @@ def finding(result: Mapping[str, Any]) -> str:
     return " ".join(sentences(result))
 
 
+def short_finding(result: Mapping[str, Any]) -> str:
+    """Return one sentence on the outcome of H1."""
+    plan, test = result["plan"], result["hypotheses"]["H1"]
+    updates, pairs = plan["tested_updates"], plan["pairs"][0]
+    found = {
+        "supported": "InSPO-DPO scored higher than plain DPO",
+        "contradicted": "InSPO-DPO scored lower than plain DPO",
+        "neither": "InSPO-DPO did not differ significantly from plain DPO",
+    }[test["verdict"]]
+    fallen = "; both scored lower than their base" if _both_fell(result) else ""
+    passes = updates * plan["size"]["update_pairs"] // pairs
+    return f"After {passes} passes over {pairs} pairs, {found} ({_interval(test)}){fallen}."
+
+
+def _both_fell(result: Mapping[str, Any]) -> bool:
+    """Return whether InSPO and plain DPO are below their base after the tested updates, by their 95% intervals."""
+    plan = result["plan"]
+    arms, updates = result["cells"][str(plan["pairs"][0])], str(plan["tested_updates"])
+    return all(arms[arm]["updates"][updates]["greedy"][f"minus {BASE}"]["high"] < 0 for arm in ("plain", "inspo"))
+
+
 def sentences(result: Mapping[str, Any]) -> tuple[str, str, str]:
     """Return the sentences on H1, H2 and H3."""
     plan, tests = result["plan"], result["hypotheses"]
@@ -63,9 +84,7 @@ def sentences(result: Mapping[str, Any]) -> tuple[str, str, str]:
         "but could not show them equally good either",
     }
     verdicts = [tests[name]["verdict"] for name in HYPOTHESES]
-    arms = result["cells"][str(pairs)]
-    gains = [arms[arm]["updates"][str(updates)]["greedy"][f"minus {BASE}"] for arm in ("plain", "inspo")]
-    fallen = ", both below the base that they started from" if max(gain["high"] for gain in gains) < 0 else ""
+    fallen = ", both below the base that they started from" if _both_fell(result) else ""
     return (
         f"In a world of tiny models with exact grades, after {passes} passes over {pairs} pairs "
         f"({tests['H1']['n']} seeds), {first[verdicts[0]]}{fallen}.",

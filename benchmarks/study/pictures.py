@@ -10,6 +10,13 @@ from .arms import OBJECTIVES, VARIANTS
 from .runs import base_name
 
 NAMES = {"plain": "plain", "inspo": "InSPO", "anchored": "anchored InSPO"}
+AXIS_LABELS = {
+    "label noise": "share of flipped labels",
+    "own alternative": "probability of the pair's own alternative",
+    "learning rate": "factor of the tuned value",
+    "beta": "factor of the tuned value",
+    "marginal weight": "weight of the loss on the marginals",
+}
 COLORS = {"plain": "tab:orange", "inspo": "tab:blue", "anchored": "tab:green"}
 
 
@@ -62,15 +69,17 @@ def draw_curves(result: Mapping[str, Any], file: Path) -> None:
                 for axes, what in zip(column, ("accuracy", "chosen")):
                     # Before training, margins relative to the reference are all 0, so there is no accuracy yet.
                     values = [p[f"{layout} {what}"] if p["step"] or what == "chosen" else float("nan") for p in curve]
-                    label = f"{NAMES[variant]}, {'given the other' if layout == 'conditioned' else 'prompt alone'}"
+                    label = (
+                        f"{NAMES[variant]}, {'given the other response' if layout == 'conditioned' else 'prompt alone'}"
+                    )
                     axes.plot(steps, values, style, color=COLORS[variant], label=label)
         column[0].set(title=title)
         column[1].set(xlabel="update")
         for axes in column:
             axes.grid(alpha=0.3)
     grid[0, 0].set(ylabel="reward accuracy")
-    grid[1, 0].set(ylabel="log-prob of chosen, nats a token")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), fontsize=8, ncols=6, loc="outside lower center")
+    grid[1, 0].set(ylabel="log-prob of chosen,\nnats per token")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     figure.savefig(file, dpi=100, metadata={"Software": None})
 
 
@@ -95,10 +104,15 @@ def draw_ablations(result: Mapping[str, Any], file: Path) -> None:
                 axes.set_xticks(list(xs), [str(row["level"]).replace(" ", "\n") for row in points], fontsize=7)
         if group in ("learning rate", "beta"):
             axes.set_xscale("log")
+            levels = sorted({row["level"] for row in rows})
+            axes.set_xticks(levels, [f"{level:g}" for level in levels])
+            axes.minorticks_off()
         axes.axhline(0, color="gray", lw=1)
-        axes.set(title=group)
+        axes.set(title=group, xlabel=AXIS_LABELS.get(group, ""))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.2 * (high - low))  # the legend stands above the points
+        axes.legend(fontsize=7, loc="upper right", ncols=3)
         if place % 3 == 0:
             axes.set(ylabel="gain in quality over base")
     figure.savefig(file, dpi=100, metadata={"Software": None})

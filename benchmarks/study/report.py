@@ -62,8 +62,16 @@ def finding(result: Mapping[str, Any]) -> str:
 
 
 def against_plain(result: Mapping[str, Any]) -> str:
-    """Return for which objectives InSPO was better or worse than the plain objective, after Holm's adjustment."""
-    return _in_words(_verdicts(_contrasts(result, "inspo - plain"), "quality", "holm_p"))
+    """Say for which objectives InSPO scored higher or lower than the plain objective, after Holm's adjustment."""
+    found = _verdicts(_contrasts(result, "inspo - plain"), "quality", "holm_p")
+    said = [
+        f"scored {how} than the plain objective for {listed(found[verdict])}"
+        for verdict, how in (("better", "higher"), ("worse", "lower"))
+        if found[verdict]
+    ]
+    if found[NO_DIFFERENCE]:
+        said.append(f"did not differ significantly for {listed(found[NO_DIFFERENCE])}")
+    return f"InSPO {' and '.join(said)}" if said else "InSPO was not compared"
 
 
 def _verdicts(contrasts: Sequence[Mapping[str, Any]], measure: str, p: str) -> dict[str, list[str]]:

@@ -1,22 +1,22 @@
-"""The head in plain torch on any device. Logits exist only as tiles of rows x words that fit the last-level cache.
+"""Run the head in plain torch on any device. Logits exist only as tiles of rows x words that fit the last-level cache.
 
-Each tile is multiplied, turned into E and used while it is still in the cache. With z' in units of log 2 (exp2 is three
-times as fast as exp on a CPU), o an offset within 2^40 of the row's maximum over the tiles so far, y the label:
+Each tile of logits is computed, turned into E and used while it is still in the cache. z' is in units of log 2, because
+exp2 is three times as fast as exp on a CPU. o is an offset within 2^40 of the row's maximum so far, y is the label:
 
     E_v = 2^(z'_v - o), 0 at the label        rest = sum of E_v        S = rest + 2^(z'_y - o)
 
-o is 0 where that is near enough, and then costs nothing: 2^40 V and its inverse are far from float32's limits. When a
-later tile raises o, what has been summed is multiplied by 2^(old o - new o): exactly what it would have been.
-The label's share of every gradient is apart, because it needs S' = rest over all tiles, with D = dz'/dz of the soft-cap
-(1 without one), slope s and coefficients c:
+o is 0 if that is near enough, because 0 costs nothing: 2^40 V and its inverse are far from float32's limits. When a
+later tile raises o, the earlier sums are multiplied by 2^(old o - new o), which is exact. The label's part of every
+gradient is computed separately, because it needs S' = rest over all tiles. With D = dz'/dz of the soft-cap (1 without a
+soft-cap), slope s and coefficients c:
 
     dlogp/dx = -(s / S) (sum of D_v E_v W_v - rest D_y W_y)
     dW = -E^T (X * c s / S)        db = -E^T (c s / S)        with D E for E, and -rest D_y at the label
 
-so 1 - p never cancels and probabilities are never formed. dlogp/dx is summed up tile by tile, like attention whose keys
-and values are the head; only dW and db need E of all words at once, because c depends on whole sequences. For these the
-tiles are kept, each k words x n rows contiguous. A tile whose offset was below the final one, which is rare unless
-ranks share the words, is multiplied by 2^(o_tile - o) once o is known.
+So 1 - p never cancels, and probabilities are never formed. dlogp/dx is accumulated tile by tile, as in attention whose
+keys and values are the head. Only dW and db need E of all words at once, because c depends on whole sequences. For them
+the tiles are kept, each as k words x n rows, contiguous. If a tile's offset was below the final offset, the tile is
+multiplied by 2^(o_tile - o) once o is known. This is rare unless ranks share the words.
 
 Reduced-precision operands are widened tile by tile, so matmuls, sums and accumulators are float32 (float64 for
 float64) and dW is never rounded between groups.

@@ -1,4 +1,4 @@
-"""The head on CUDA and ROCm: matmuls, and Triton kernels for everything between them.
+"""Run the head on CUDA and ROCm: matmuls, and Triton kernels for everything between them.
 
 The algorithm is that of ``torch_backend``. A pass over the logits returns sums per row. If gradients follow, it also
 returns E in the compute dtype, which the two gradient matmuls read:
@@ -11,17 +11,17 @@ chip's last-level cache, and ``kernels.row_pass`` reads it there. Both forms tak
 logit (E is written once and read twice), and none for scoring. Float32 logits in place would take 16 bytes. Each
 gradient matmul is a single library call over all kept rows.
 
-Accuracy. Log-probs never see a logit in the compute dtype: operands are multiplied exactly, and sums, logits, S and
-log-probs are float32 throughout; labels get logits of their own (``kernels.label_logits``). The gradients see E rounded
-to the compute dtype once, and X * c s / S likewise: two independent relative errors of half an ulp per factor, where
-plain torch rounds the logits first (an error of |z| half-ulps in every probability) and then dlogits. The label's entry
-is -S' itself, summed before any rounding, so nothing cancels where the label is almost certain. dX, dW and db are
-accumulated in float32; dW is never rounded between tiles. float32 and float64 heads keep E in the logits' own memory,
-at full precision.
+Accuracy. Log-probs never depend on a logit in the compute dtype. Operands are multiplied exactly. Sums, logits, S and
+log-probs are float32 throughout. Labels get logits of their own (``kernels.label_logits``). The gradients read E and
+X * c s / S, each rounded once to the compute dtype: two independent relative errors of half an ulp. Plain torch rounds
+the logits first, which is an error of |z| half-ulps in every probability, and then dlogits. The label's entry is -S',
+summed before any rounding, so nothing cancels if the label is almost certain. dX, dW and db are accumulated in
+float32, and dW is never rounded between tiles. float32 and float64 heads keep E in the logits' memory, at full
+precision.
 
-float16 has no room for c s / S, which shrinks like 1 / (V N): the rows of X * c s / S are multiplied by a power of two
-2^k that makes their largest entry about 2^14 (k is found on the device), and dW is carried in units of 2^-k during the
-product: exact, at the price of two passes over dW.
+float16's range is too small for c s / S, which shrinks like 1 / (V N). So the rows of X * c s / S are multiplied by a
+power of two, 2^k, that makes their largest entry about 2^14; k is found on the device. During the matmul, dW is in
+units of 2^-k. This is exact, and costs two passes over dW.
 """
 
 from __future__ import annotations

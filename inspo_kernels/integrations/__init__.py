@@ -1,1 +1,1 @@
-"""Trainers of other libraries that use this package's loss: ``inspo_kernels.integrations.trl``."""
+"""Use this package's loss in trainers of other libraries: ``inspo_kernels.integrations.trl``."""

@@ -1,4 +1,4 @@
-"""InSPO (arXiv 2512.23126) in TRL: a ``DPOTrainer`` that scores each response given the other one, on the fused loss.
+"""Train InSPO (arXiv 2512.23126) in TRL: ``DPOTrainer`` on the fused loss, each response given the other response.
 
     from inspo_kernels.integrations.trl import InSPOConfig, InSPOTrainer
 
@@ -73,7 +73,7 @@ class InSPOConfig(DPOConfig):
     """``DPOConfig`` with InSPO's options. With a plain ``DPOConfig`` their defaults apply.
 
     Args:
-        conditioned: score each response given the other one; False is ``DPOTrainer`` on the fused loss.
+        conditioned: score each response given the other response; False is ``DPOTrainer`` on the fused loss.
         separator: text between the two responses, such as a turn boundary. It is never scored.
         marginal_weight: weight of the same loss on log pi(y | x), which inference uses.
         layout: how conditioned pairs are laid out. "rows" (padded); "packed" (one row without padding); "tree" and
@@ -83,7 +83,7 @@ class InSPOConfig(DPOConfig):
             InSPO and 1 the plain baseline. Evaluation conditions every pair.
     """
 
-    conditioned: bool = field(default=True, metadata={"help": "Score each response given the other one (InSPO)."})
+    conditioned: bool = field(default=True, metadata={"help": "Score each response given the other (InSPO)."})
     separator: str = field(default="", metadata={"help": "Text between the two responses; never scored."})
     marginal_weight: float = field(default=0.0, metadata={"help": "Weight of the same loss on log pi(y | x)."})
     layout: str = field(
@@ -112,10 +112,10 @@ def _option(args: Any, name: str) -> Any:
 
 
 class InSPOTrainer(DPOTrainer):
-    """``DPOTrainer`` in which the policy scores each response given the other one.
+    """``DPOTrainer`` whose policy scores each response given the other response.
 
-    It takes the arguments of ``DPOTrainer``; ``args`` is an ``InSPOConfig`` or a ``DPOConfig``. The reference sees no
-    alternative: its log-probs come from TRL's own batch. A pair is dropped if its prompt and both responses exceed
+    It takes the arguments of ``DPOTrainer``; ``args`` is an ``InSPOConfig`` or a ``DPOConfig``. The reference sees the
+    prompt alone: its log-probs come from TRL's own batch. A pair is dropped if its prompt and both responses exceed
     ``max_length``; ``dropped_pairs`` holds the counts by dataset.
 
     It logs the metrics of ``DPOTrainer``. With ``conditioned=True`` it also logs ``marginal/rewards/...`` and
@@ -173,8 +173,8 @@ class InSPOTrainer(DPOTrainer):
         if self._needs_marginals:
             cause = "marginal_weight" if self._marginal_weight else 'loss_type "sft"'
             raise ValueError(
-                f"alternative_dropout: {cause} needs the log-probs given the prompt alone beside the conditioned ones, "
-                "and a dropped pair has no conditioned ones; use another loss or alternative_dropout=0"
+                f"alternative_dropout: {cause} needs log-probs with and without the other response, and a dropped pair "
+                "has none with it; use another loss or alternative_dropout=0"
             )
         self._coins = AlternativeCoins(dropout, self.args.seed)
         self.add_callback(self._coins)
@@ -332,10 +332,10 @@ class InSPOTrainer(DPOTrainer):
         self._gap_seen = True
         if min(gaps) < _GAP_WARNING:
             logger.warning(
-                "the model finds a response less likely after the other one than right after the prompt "
-                "(%+.2f nats per token). Conditioned training may then not improve answers from the prompt alone, or "
-                "may harm them: watch the marginal/ metrics, set marginal_weight, or first fit the model to sequences "
-                "of the form prompt + draft + answer",
+                "the model finds a response less likely after the other response than right after the prompt "
+                "(%+.2f nats per token). Conditioned training may then fail to improve answers from the prompt alone, "
+                "or make them worse. Watch the marginal/ metrics. Set marginal_weight, or first fit the model to "
+                "sequences of the form prompt + draft + answer",
                 min(gaps),
             )
 

@@ -1,7 +1,7 @@
-"""db_v = sum over rows of scale_n * E[n, v]: the one gradient that is no matrix product worth the name.
+"""Compute db_v = sum over rows of scale_n * E[n, v], the only gradient that is a matrix-vector product.
 
-A product would need E's narrow dtype for the scales too; here they stay float32, E is read once, and each column is
-summed in an order that never varies: rows in steps of BLOCK_ROWS, then the BLOCK_ROWS partial sums as a tree.
+A matmul would need the scales in E's narrow dtype. Here they stay float32, and E is read once. Each column is summed in
+a fixed order: rows in steps of BLOCK_ROWS, then the BLOCK_ROWS partial sums as a tree.
 
 Launch invariants: E's row stride is a multiple of 64 elements; columns V..stride may hold anything and are not stored.
 """

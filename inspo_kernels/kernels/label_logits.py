@@ -1,14 +1,14 @@
-"""The raw logit of each row's label, z_n = x_n . W[y_n], by ordinary multiply-adds.
+"""Compute the raw logit of each row's label, z_n = x_n . W[y_n], by ordinary multiply-adds.
 
-Tensor cores round the sums that they accumulate toward zero (Fasi et al. 2021, arXiv 2512.07004), so every logit of a
-product lies a little too close to 0, those far from 0 by more, and labels are the logits that stand out. Unlike other
-rounding errors this one has a sign, and grows with the number of tokens that are summed. Simulated for H = 4096, V =
-128256 and sums rounded after every 16 products, 512 log-probs are off by 9e-3 nat. With the label's logit from here and
-only the sum over all other words from the product, 2e-3 are left.
+Tensor cores round the sums that they accumulate toward zero (Fasi et al. 2021, arXiv 2512.07004). So every logit of a
+matmul is slightly too close to 0, and logits far from 0, such as the label's, are off by more. These errors all have
+the same sign, so they grow with the number of tokens that are summed. In a simulation with H = 4096, V = 128256 and
+sums rounded after every 16 terms, the sum of 512 log-probs was off by 9e-3 nat. With the label's logit from this kernel
+and all other words from the matmul, the error was 2e-3 nat.
 
 Launch invariants:
 - x has unit stride along H; one program per row;
-- a label outside 0..V-1 is not read at, and its logit is NaN.
+- no weight is read for a label outside 0..V-1; its logit is NaN.
 """
 
 # Arguments of kernels are typed by Triton at launch.

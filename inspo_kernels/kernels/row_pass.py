@@ -4,20 +4,20 @@ With z = scale * (raw + bias) and z' = outer * tanh(z / softcap) (z' = z without
 
     E_v = exp(z'_v - o), 0 at y        rest = sum of E_v        stored: D_v E_v, with D = 1 - tanh(z / softcap)^2
 
-(D = 1 without a soft-cap). The tile lies in the cache when this pass reads it, and the next tile takes its place, so
-logits never travel to memory. ``p_offset`` and ``p_rest`` carry each row's o and rest from one tile to the next. Sums
-are float32 (float64 for float64), taken before E is rounded for storage, each lane adding its columns of a block before
-the lanes are added as a tree. The label is left to its own dot product (``label_logits``, for the reason given there)
-and to whoever combines the sums: nothing cancels where the label is almost certain.
+(D = 1 without a soft-cap). The tile is in the cache when this pass reads it, and the next tile takes its place, so
+logits never reach memory. ``p_offset`` and ``p_rest`` carry each row's o and rest from one tile to the next. Sums are
+float32 (float64 for float64), taken before E is rounded for storage. Each lane adds its columns of a block, then the
+lanes are added as a tree. The label is left out: ``label_logits`` computes its logit, for the reason given there,
+and it is added when the sums are combined. So nothing cancels if the label is almost certain.
 
-The offset. float32's and bfloat16's exponents forgive any o with max - 57 ln 2 <= o <= max, so a row's first offset is
-the maximum of the label and of the first BLOCK columns, and tiles are read once. rest <= 2^57 says afterwards whether
-that was near enough. If not (or not finite: a first block of -inf), the row's program takes the tile's maximum, raises
-o by a whole number k of powers of two, multiplies what the row has summed and stored by 2^-k, exactly, and reads the
-tile again; ``p_raised`` counts that. float16 forgives nothing, and E in place of the logits (float32, float64) destroys
-what a second reading would need: both come as one tile of the whole vocabulary and take its maximum first
-(EXACT_OFFSET). In float16 the label's later entry, -rest, must stay below 65504, too, so o is then raised by SHIFT >=
-log(V) - log(32768).
+The offset. In float32 and bfloat16 any o with max - 57 ln 2 <= o <= max will do. So a row's first offset is the maximum
+of the label and of the first BLOCK columns, and tiles are read once. Afterwards, rest <= 2^57 tells whether o was near
+enough. If it was not, or if rest is not finite because the first block was -inf, the row's program takes the tile's
+maximum and raises o by a whole number k of powers of two. It multiplies what the row has summed and stored by 2^-k,
+which is exact, and reads the tile again. ``p_raised`` counts these repeats. float16 has no such slack. And where E
+replaces the logits (float32, float64), the tile cannot be read again. Both come as a tile of the whole vocabulary and
+take its maximum first (EXACT_OFFSET). In float16 the label's later entry, -rest, must also stay below 65504, so o is
+then raised by SHIFT >= log(V) - log(32768).
 
 Statistics, where WANTED: moment adds sum of E_v (z'_v - o), squares sum of E_v^2, logits sum of z'_v (y included), tops
 the largest z' before and after y.

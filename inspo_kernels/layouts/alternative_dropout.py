@@ -1,7 +1,7 @@
-"""Alternative dropout: a coin decides for each pair whether its responses are scored given each other, or plain.
+"""Decide at random for each pair whether its responses are scored given each other, or plain (alternative dropout).
 
-A dropped pair is laid out as the plain baseline has it, in both of its sequences, and has no marginals. Without
-dropout every pair is InSPO's (arXiv 2512.23126); with dropout 1 every pair is the baseline's.
+Both sequences of a dropped pair are laid out as in the plain baseline, and the pair has no marginals. Dropout 0 is
+InSPO (arXiv 2512.23126), and dropout 1 is the baseline.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Attention of a tree, computed path by path: what ``scaled_dot_product_attention`` does where it is given a mask.
+"""Compute the attention of a tree path by path, when ``scaled_dot_product_attention`` gets a ``PathMask``.
 
-A dense mask over a tree hides most of a square that attention kernels compute nevertheless. The paths from the root to
-the leaves are ordinary causal sequences, and together much less than that square. So queries, keys and values of each
-path are gathered into a padded batch of sequences, which need no mask at all (padding is on the right, where causal
-attention does not look), and the outputs are gathered back. Everything else of the model sees each token once.
+Attention kernels compute the whole square of a dense mask, most of which a tree hides. The paths from the root to the
+leaves are ordinary causal sequences and need far less work. So queries, keys and values of each path are gathered into
+a padded batch of sequences, and the outputs are gathered back. This batch needs no mask: padding is on the right, where
+causal attention does not look. All other parts of the model see each token once.
 """
 
 from __future__ import annotations

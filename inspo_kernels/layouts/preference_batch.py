@@ -123,7 +123,7 @@ def pair_positions(batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Tenso
         if not torch.equal(ids.flatten()[chosen_prompt], ids.flatten()[rejected_prompt]):
             raise ValueError(
                 f"rows {b} and {pairs + b} are one pair, but their prompts differ: the rows must be chosen responses, "
-                "then rejected ones, with prompts that no truncation has cut"
+                "then rejected responses, with prompts that no truncation has cut"
             )
         found.append((chosen_prompt, at[b][scored[b]], at[pairs + b][scored[pairs + b]]))
     return found

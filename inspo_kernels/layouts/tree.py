@@ -1,4 +1,4 @@
-"""A pair as a tree: the prompt once, and behind it one branch for each order of the two responses.
+"""Lay a pair out as a tree: the prompt once, followed by a branch for each order of the two responses.
 
     x ── y_l ── y_w     scores y_w given y_l (and y_l given the prompt alone)
     └─── y_w ── y_l     scores y_l given y_w (and y_w given the prompt alone)
@@ -11,7 +11,8 @@ one integer per token says who its descendants are. Within a row of tokens, writ
 second branch, the descendants of token k are the tokens k + 1 .. tree_ends[k] - 1: up to the end of the pair for a
 token of the prompt, up to the end of its branch for any other. So token q attends to token k if and only if
 ``k <= q < tree_ends[k]``. A padding token k has ``tree_ends[k] = k + 1``: it sees itself (so that no softmax is empty)
-and nobody sees it. The pairs of a packed row cannot see each other, since each one's prompt ends with its pair.
+and no token sees it. The pairs of a packed row cannot see each other, because the prompt's descendants end with its
+pair.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def fit_tail(
     """Return (softcap, logit_scale, words) that make ``logits`` of ``output``, or raise HeadError."""
     words = logits.shape[1]
     if words > output.shape[1]:
-        raise HeadError(f"its head knows {output.shape[1]} words, and its logits are of {words}")
+        raise HeadError(f"its head has {output.shape[1]} words, but its logits have {words}")
     hidden_words = (logits < -1e20).all(0)  # padding of the vocabulary, which no softmax sees
     if hidden_words.any():
         words = int((~hidden_words).sum())
@@ -54,7 +54,7 @@ def fit_tail(
             raise HeadError("its logits leave out words in the middle of the vocabulary")
     output, logits = output[:, :words], logits[:, :words]
     if not output.any():  # any scale would fit
-        raise HeadError("its head gives nothing but zeros, as a weight of zeros does; initialise the weight first")
+        raise HeadError("its head returns only zeros, as with a weight of zeros; initialise the weight first")
     best: tuple[float, float | None, float] = (float("inf"), None, 1.0)
     for softcap in (None, *_softcaps(logits, named)):
         bent = logits

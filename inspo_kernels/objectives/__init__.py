@@ -1,8 +1,8 @@
-"""Objectives: they turn the summed log-probs of a pair into its loss.
+"""Turn the summed log-probs of a pair into its loss.
 
-An objective is plain torch on the float64 vectors of a :class:`PairSums`. It does not know where the log-probs come
-from: the same object serves conditioned pairs, plain pairs and marginals, on every backend. To add an objective,
-subclass :class:`Objective`. To give it a name, add the class to ``OBJECTIVES``.
+An objective is plain torch on the float64 vectors of ``PairSums``. It does not know where the log-probs come from: the
+same object serves conditioned pairs, plain pairs and marginals, on every backend. To add an objective, subclass
+``Objective``. To give it a name, add the class to ``OBJECTIVES``.
 
 Notation: L = log pi(y | x, other response) summed over the tokens of y, R = log pi_ref(y | x), |y| = scored tokens,
 a = L - R, and the margin m = beta (a_chosen - a_rejected).

@@ -16,7 +16,7 @@ from ..arguments import finite, positive
 
 @dataclass(frozen=True)
 class PairSums:
-    """Per-pair sums that an objective reads: every field has shape (pairs,) and is float64, all on one device.
+    """Hold the per-pair sums that an objective reads. Every field has shape (pairs,), float64, on the same device.
 
     - ``chosen``, ``rejected``: summed log-probs in nats, each conditioned on the other response.
     - ``ref_*``: the reference model's sums; None without ``ref_logps``.

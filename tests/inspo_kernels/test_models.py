@@ -227,7 +227,7 @@ def test_scale_cap_and_padding_are_detected(change, rows):
 )
 def test_other_logits_are_refused_with_the_difference(change, rows):
     with pytest.raises(
-        ValueError, match=r"'llama': its (logits differ .* by \d|head knows 83 words).*fused_inspo_loss"
+        ValueError, match=r"'llama': its (logits differ .* by \d|head has 83 words).*fused_inspo_loss"
     ):
         hidden_and_head(tailed(change), **model_inputs(rows))
 

@@ -356,7 +356,7 @@ def test_layouts_that_the_model_cannot_read_are_refused(tmp_path):
 def test_a_gap_is_warned_of_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run(InSPOTrainer, InSPOConfig, tmp_path, policy=model(), reference=model(seed=5))
-    gaps = [record for record in caplog.records if "less likely after the other one" in record.message]
+    gaps = [record for record in caplog.records if "less likely after the other response" in record.message]
     assert len(gaps) <= 1
 
 

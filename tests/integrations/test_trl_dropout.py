@@ -141,8 +141,8 @@ def test_a_fully_dropped_batch_logs_every_metric(tmp_path):
     [
         ({"alternative_dropout": 1.5}, "alternative_dropout must be in 0..1, got 1.5"),
         ({"alternative_dropout": 0.5, "conditioned": False}, "alternative_dropout needs conditioned=True"),
-        ({"alternative_dropout": 0.5, "marginal_weight": 0.5}, "marginal_weight needs the log-probs given the prompt"),
-        ({"alternative_dropout": 0.5, "loss_type": ["sigmoid", "sft"]}, 'loss_type "sft" needs the log-probs'),
+        ({"alternative_dropout": 0.5, "marginal_weight": 0.5}, "marginal_weight needs log-probs with and without"),
+        ({"alternative_dropout": 0.5, "loss_type": ["sigmoid", "sft"]}, 'loss_type "sft" needs log-probs'),
     ],
 )
 def test_unsupported_dropout_options_are_refused(tmp_path, options, message):

@@ -84,7 +84,7 @@ def texts(pair, tokenizer):
 def test_responses_that_begin_with_the_prompt_are_refused(tmp_path, prompt, chosen, rejected):
     record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     good = {"prompt": "What is it? ", "chosen": "That.", "rejected": "This."}
-    with pytest.raises(InputError, match=r"d\.jsonl:2: 'chosen' begins with the prompt.*Take it out of both"):
+    with pytest.raises(InputError, match=r"d\.jsonl:2: 'chosen' begins with the prompt.*Remove it from both"):
         load(tmp_path, [good, record], tokenizer_with(CHATML))
 
 

@@ -403,7 +403,7 @@ def test_unsupported_chat_turns_are_reported(tmp_path, capsys):
         main(
             ["--model", model, "--train_data", str(PAIRS), "--alternative", "chat", "--output_dir", str(tmp_path / "o")]
         )
-    assert "pairs.jsonl:1: holds strings; alternative=chat needs messages" in capsys.readouterr().err
+    assert "pairs.jsonl:1: holds strings; use messages, which alternative=chat needs" in capsys.readouterr().err
 
 
 def test_template_switches_reach_data_and_saved_model(tmp_path):

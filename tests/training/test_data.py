@@ -68,7 +68,7 @@ def test_a_second_bos_is_an_error(tmp_path, name, record):
 
 def test_only_messages_can_be_asked_for(tmp_path):
     file = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(InputError, match=r"d\.jsonl:1: holds strings; alternative=chat needs messages"):
+    with pytest.raises(InputError, match=r"d\.jsonl:1: holds strings; use messages, which alternative=chat needs"):
         load_pairs(file, TOKENIZER, TrainConfig(alternative="chat"))
 
 

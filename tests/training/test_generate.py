@@ -297,7 +297,7 @@ def test_conversations_of_every_form_are_answered(saved, tmp_path, record):
         ({"prompt": "a"}, "arena_hard", "'uid' is missing"),
         ({"prompt": 3}, "alpaca_eval", "'prompt' must hold text or messages"),
         ({"messages": "a"}, "alpaca_eval", "each message needs a role and a content"),
-        ({"messages": [USER, ANSWER]}, "alpaca_eval", "ends with a message of the assistant"),
+        ({"messages": [USER, ANSWER]}, "alpaca_eval", "ends with an assistant message"),
         ({"messages": [USER | {"role": "human"}]}, "alpaca_eval", "p.jsonl:1: the role 'human' is not one of"),
         ({"messages": [USER], "tools": [{"name": "f"}]}, "alpaca_eval", "p.jsonl:1: has 'tools', which the"),
         ({"messages": [USER | {"content": [{"type": "image"}]}]}, "alpaca_eval", "has a part of type 'image'"),

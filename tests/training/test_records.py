@@ -108,7 +108,7 @@ def test_a_role_that_no_template_knows_is_refused(tmp_path, role):
     ],
 )
 def test_a_prompt_that_the_assistant_ends_is_refused(tmp_path, record):
-    refused(tmp_path, record, "the prompt ends with a message of the assistant")
+    refused(tmp_path, record, "the prompt ends with an assistant message")
 
 
 @pytest.mark.parametrize(

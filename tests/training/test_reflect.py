@@ -130,7 +130,7 @@ def test_reflect_refuses_several_turns(saved, tmp_path, capsys):  # noqa: F811
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"turns": ["Why?", "And then?"]}])
     with pytest.raises(SystemExit, match="2"):
         main(["--model", saved[1], "--prompts", prompts, "--out", str(tmp_path / "o"), "--reflect"])
-    assert "p.jsonl:1: 2 turns, but --reflect answers one" in capsys.readouterr().err
+    assert "p.jsonl:1: 2 turns, but --reflect answers a single turn" in capsys.readouterr().err
 
 
 def test_draft_and_answer_must_fit_the_models_positions(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""``python -m training.demo``: from nothing to a model that InSPO has made better, beside the alternatives."""
+"""Run ``python -m training.demo``: fine-tune a tiny model with SFT, DPO and InSPO, and compare their answers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from .world import ECHO, RIGHT
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit with 2 on bad input, 1 if the disk is full, 130 on Ctrl-C, 143 on SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("--seed", type=int, default=0, help="of everything: world, models, sampling [0]")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="replaced if a demo's [runs/demo]")
-    parser.add_argument("--quick", action="store_true", help="the whole path in seconds; the models learn little")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world, the models and the sampling [0]")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/demo"), help="an earlier demo there is replaced [runs/demo]"
+    )
+    parser.add_argument("--quick", action="store_true", help="run everything in seconds; the models learn little")
     options = parser.parse_args(arguments)
     settings = Settings.quick(options.seed) if options.quick else Settings(seed=options.seed)
 

@@ -1,4 +1,4 @@
-"""The demo's answers: sampled, made into pairs, judged on unseen prompts."""
+"""Sample the demo's answers, turn them into pairs, and judge answers to unseen prompts."""
 
 from __future__ import annotations
 

@@ -152,6 +152,7 @@ def _draw_over_training(axes: Any, results: dict[str, Any]) -> None:
     pairs, size = settings["long_pairs"], settings["long_step_pairs"]
     axes.set(
         title=f"Trained too long on {pairs} pairs",
-        ylabel="right answers, greedy",
+        ylabel="share of right answers, greedy",
+        ylim=(0, None),
         xlabel=f"step of {size} pairs, constant learning rate",
     )

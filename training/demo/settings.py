@@ -1,4 +1,4 @@
-"""Sizes and rates of the demo, and the configuration of each of its training runs."""
+"""Set the sizes and rates of the demo, and configure each of its training runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's work: fit a base model, sample and judge its answers, fine-tune on the pairs, evaluate on unseen prompts.
+"""Run the demo: fit a base model, sample and judge its answers, fine-tune on the pairs, evaluate on unseen prompts.
 
 The fine-tuning is the main job: ``training.train`` on a folder with the base and a JSONL of pairs, which stay on disk.
 """
