@@ -147,7 +147,7 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
             raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
         if found != written:
             sizes = f"has {found['bytes']} bytes, {written['bytes']} were written"
-            problem = sizes if found["bytes"] != written["bytes"] else "is not what was written (SHA-256)"
+            problem = sizes if found["bytes"] != written["bytes"] else "differs from what was written (SHA-256)"
             raise DamagedError(f"{name} {problem}")
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     number = path.name.removeprefix("checkpoint-")
@@ -265,8 +265,8 @@ def check_resumed(found: Resumed, inputs: dict[str, str], total_steps: int, conf
 def _refuse(differences: list[str], path: Path, config: TrainConfig, log: Log) -> None:
     if differences and not config.resume_changed:
         raise InputError(
-            f"{path} belongs to a run with other settings ({'; '.join(differences)}); resume with the old ones, start "
-            "a new run in another output_dir, or mix them knowingly with --resume_changed true"
+            f"{path} belongs to a run with other settings ({'; '.join(differences)}); resume with the old settings, "
+            "start a new run in another output_dir, or mix them knowingly with --resume_changed true"
         )
     if differences:
         log(f"WARNING: {path} is resumed with other settings: {'; '.join(differences)}")

@@ -1,4 +1,4 @@
-"""Every option of a run: transformers' ``TrainingArguments``, plus the options for preference pairs."""
+"""Define every option of a run: transformers' ``TrainingArguments``, plus the options for preference pairs."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class TrainConfig(DataOptions, TrainingArguments):
     """
 
     objective: Annotated[str, ", ".join(OBJECTIVES)] = "dpo"
-    conditioned: Annotated[bool, "score each response given the other one; false: the plain baseline"] = True
-    marginal_weight: Annotated[float, "weight of the same objective given the prompt alone, added to the loss"] = 0.0
+    conditioned: Annotated[bool, "score each response given the other; false: the plain baseline"] = True
+    marginal_weight: Annotated[float, "weight of the same objective given the prompt alone, in the loss"] = 0.0
     reference_conditioned: Annotated[bool, "also condition the reference (not the paper's method)"] = False
-    alternative_dropout: Annotated[float, "probability that a pair is scored plain, drawn each epoch"] = 0.0
+    alternative_dropout: Annotated[float, "probability that a pair loses the other response, in each epoch"] = 0.0
     beta: Annotated[float | None, "scale of the rewards"] = None
     label_smoothing: Annotated[float | None, "dpo, robust, exo_pair: assumed share of flipped labels"] = None
     tau: Annotated[float | None, "ipo: the target margin is 1/(2 tau); discopop: temperature"] = None
@@ -59,11 +59,11 @@ class TrainConfig(DataOptions, TrainingArguments):
     sft: Annotated[Literal["marginal", "chosen"] | None, "marginal|chosen: the log-prob that orpo and sft fit"] = None
     divergence: Annotated[str | None, "dpo and its relatives: reverse_kl, forward_kl, js or alpha"] = None
     divergence_alpha: Annotated[float | None, "divergence=alpha: its exponent"] = None
-    max_batch_tokens: Annotated[int, "most tokens, padding included, in one forward pass of one process"] = 16384
+    max_batch_tokens: Annotated[int, "maximum tokens, with padding, in a process's forward pass"] = 16384
     layout: Annotated[Literal["auto", "tree", "rows"], "auto|tree|rows: tree reads a pair's prompt once"] = "auto"
-    keep_best: Annotated[bool, "save the best model on eval_data, from the prompt alone, to best/"] = True
+    keep_best: Annotated[bool, "save the model with the best prompt-only accuracy to best/"] = True
     sample_prompts: Annotated[int, "prompts of eval_data answered at each evaluation, in samples.jsonl"] = 4
-    sample_tokens: Annotated[int, "most tokens of these answers"] = 128
+    sample_tokens: Annotated[int, "maximum tokens of these answers"] = 128
     resume_changed: Annotated[bool, "resume even if settings, model or data have changed"] = False
     reference_cache: Annotated[str | None, "folder for reference log-probs that runs share [output_dir]"] = None
     dry_run: Annotated[bool, "print what the run would do, without loading weights or writing anything"] = False
@@ -219,7 +219,7 @@ class TrainConfig(DataOptions, TrainingArguments):
 
     @property
     def sees_alternative(self) -> bool:
-        """Return whether any response is scored given the other one: conditioned, and not always dropped."""
+        """Return whether any response is scored given the other response: conditioned, not always dropped."""
         return self.conditioned and self.alternative_dropout < 1
 
     @property
@@ -230,7 +230,7 @@ class TrainConfig(DataOptions, TrainingArguments):
     @property
     def title(self) -> str:
         """Return the objective and the context in which each response is scored."""
-        layout = "each response given the other one" if self.sees_alternative else "plain"
+        layout = "each response given the other" if self.sees_alternative else "plain"
         if 0 < self.alternative_dropout < 1:
             layout += f", {self.alternative_dropout:.0%} of the pairs plain"
         return f"{self.make_objective()}, {layout}"

@@ -27,7 +27,7 @@ class DataOptions:
     ] = None
     eval_data: Annotated[DataSources | None, "held-out pairs, likewise; keep their prompts out of train_data"] = None
     columns: Annotated[dict[str, str] | None, "fields prompt, chosen, rejected: their column names in the data"] = None
-    max_length: Annotated[int, "most tokens of prompt + chosen + rejected together"] = 2048
+    max_length: Annotated[int, "maximum tokens of prompt + chosen + rejected"] = 2048
     truncation: Annotated[Literal["error", "prompt_left", "drop"], "longer pairs: error|prompt_left|drop"] = "error"
     invalid_pairs: Annotated[Literal["drop", "error"], "pairs with an empty or equal response: drop|error"] = "drop"
     alternative: Annotated[Literal["plain", "chat"], "plain|chat: nothing or a user turn between responses"] = "plain"

@@ -23,7 +23,7 @@ from .pairs import Pair
 from .scoring import TIE, PairModel, Scores, correct, pair_metrics
 
 Z95 = 1.959964
-# Nats per token: below it, the model takes responses noticeably worse after the other one than right after the prompt.
+# Nats per token: below it, responses are clearly less likely after the other response than after the prompt.
 CONDITIONING_GAP_WARNING = -0.25
 FALL = -0.1  # nats per token that both responses lose
 TOGETHER = 0.5  # share of the rejected responses' fall by which the chosen ones fall, too
@@ -196,12 +196,12 @@ def starting_report(
     chosen, rejected = conditioning_gap(scores)
     log(f"before step 1, log pi(y|x,other) - log pi(y|x) per token: chosen {chosen:+.3f}, rejected {rejected:+.3f}")
     if ref_logps is not None and not config.reference_sees_alternative:
-        log("the reference does not see the other response, so the first loss is not that of equal models")
+        log("the reference does not see the other response, so the first loss is not that of identical models")
     if min(chosen, rejected) < CONDITIONING_GAP_WARNING:
         log(
-            "WARNING: the model finds a response less likely after the other one than right after the prompt. What it\n"
-            "learns there may not carry over to answering from the prompt alone, or hurt it: watch the prompt-alone\n"
-            "metrics, fit the model to sequences of the form prompt + draft + answer first, or set marginal_weight."
+            "WARNING: the model finds a response less likely after the other response than right after the prompt.\n"
+            "What it learns there may fail to improve answers from the prompt alone, or make them worse. Watch the\n"
+            "metrics of the prompt alone. Set marginal_weight, or first fit the model to prompt + draft + answer."
         )
 
 

@@ -1,4 +1,4 @@
-"""Records of a data source: local files, folders and datasets of the hub, each record with what messages call it."""
+"""Read the records of local files, folders and datasets of the hub, each with the name that messages give it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def check_source(source: Source) -> None:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether ``folder`` was written by save_to_disk."""
+    """Return whether ``folder`` was written by save_to_disk."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 

@@ -1,9 +1,9 @@
 """Find and verify, once per model, how a causal LM turns the states given to its output head into logits.
 
-A model runs its own forward, so that whatever it does before its head is done here, too. Hooks on the head keep the
-states that it is given and hand it no rows in their place, so that no logits are computed. On the first call they hand
-it a few rows instead, of growing size: the model's own logits of those rows show scale, soft-cap and vocabulary, and
-whether the logits follow from the states at all.
+The model's own forward runs, so everything that it does before the head happens here, too. Hooks on the head keep the
+states that it gets and pass it no rows instead, so no logits are computed. On the first call they pass it a few rows
+of growing size. The model's own logits of these rows show scale, soft-cap and vocabulary, and whether the logits follow
+from the states at all.
 """
 
 from __future__ import annotations
@@ -252,14 +252,14 @@ def _verified(model: Any, call: HeadCall) -> Tail:
     output, expected, logits_ = (rows_of(t) for t in (call.output, call.expected, logits))
     if (error := row_difference(output, expected)) > 10 * tolerance:
         raise HeadError(
-            f"its output head, {qualified_name(model.get_output_embeddings())}, is no linear map by its weight: its "
+            f"its output head, {qualified_name(model.get_output_embeddings())}, is not a linear map by its weight: its "
             f"output differs from hidden @ weight.T + bias by {error:.1e} of the largest logit"
         )
     softcap, scale, words = fit_tail(output, logits_, named_numbers(model), tolerance)
     # A parameter outside the head that affects the logits would get no gradient.
     if missing := graph_leaves(logits).keys() - graph_leaves(call.expected).keys():
         names = [name for name, parameter in model.named_parameters() if id(parameter) in missing]
-        raise HeadError(f"its logits depend on {', '.join(names[:3]) or 'a parameter'} beside its output head's weight")
+        raise HeadError(f"its logits depend on {', '.join(names[:3]) or 'a parameter'} besides its output head")
     return Tail(softcap, scale, None if words == output.shape[1] else words, from_base)
 
 
@@ -275,7 +275,7 @@ def _check_adapters(module: nn.Module, rows: Tensor) -> None:
         output, expected = torch.func.functional_call(_WithParts(module), other, (rows,))
     error = row_difference(rows_of(output), rows_of(expected))
     if error > 10 * tolerance_of(output, expected):
-        raise HeadError(f"its head's adapter is no plain LoRA: its output differs by {error:.1e} of the largest logit")
+        raise HeadError(f"its head's adapter is not plain LoRA: its output differs by {error:.1e} of the largest logit")
 
 
 class _WithParts(nn.Module):

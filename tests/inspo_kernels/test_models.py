@@ -226,9 +226,7 @@ def test_scale_cap_and_padding_are_detected(change, rows):
     ],
 )
 def test_other_logits_are_refused_with_the_difference(change, rows):
-    with pytest.raises(
-        ValueError, match=r"'llama': its (logits differ .* by \d|head has 83 words).*fused_inspo_loss"
-    ):
+    with pytest.raises(ValueError, match=r"'llama': its (logits differ .* by \d|head has 83 words).*fused_inspo_loss"):
         hidden_and_head(tailed(change), **model_inputs(rows))
 
 
@@ -274,7 +272,7 @@ def test_a_head_without_parameters_gives_its_logits(rows):
     [
         (FrozenLinear(torch.int8), r"FrozenLinear, which has a weight of torch.int8 \(83, 32\) instead of a float"),
         (nn.Sequential(nn.Linear(32, VOCAB)), r"output head is .*Sequential, which has no weight"),
-        (ScaledLinear(32, VOCAB), r"ScaledLinear, is no linear map .* differs from .* by \d\.\de"),
+        (ScaledLinear(32, VOCAB), r"ScaledLinear, is not a linear map .* differs from .* by \d\.\de"),
         (None, "has no single output head"),
     ],
 )

@@ -99,8 +99,8 @@ def flip(file):
 
 DAMAGES = [
     (lambda path: truncate(path / "optimizer.pt"), r"optimizer.pt has \d+ bytes, \d+ were written"),
-    (lambda path: flip(path / "model.safetensors"), r"model.safetensors is not what was written"),
-    (lambda path: flip(path / "rng_state.pth"), r"rng_state.pth is not what was written"),
+    (lambda path: flip(path / "model.safetensors"), r"model.safetensors differs from what was written"),
+    (lambda path: flip(path / "rng_state.pth"), r"rng_state.pth differs from what was written"),
     (lambda path: (path / "optimizer.pt").unlink(), r"optimizer.pt cannot be read"),
     (lambda path: (path / "state.json").unlink(), r"state.json cannot be read"),
     (lambda path: (path / "manifest.json").unlink(), r"it has no manifest.json"),

@@ -232,7 +232,7 @@ def test_quick_demo_prints_what_it_measured(demo: tuple[Path, str]) -> None:
             assert f"{row['accuracy']:.3f}  [{row['accuracy_ci'][0]:.3f}, {row['accuracy_ci'][1]:.3f}]" in line
             assert f"{row['mean_length']:.2f}" in line
             assert name == "base" or f"{row['gain']:+.3f}  [{row['gain_ci'][0]:+.3f}, {row['gain_ci'][1]:+.3f}]" in line
-    assert f"{results['conditioning_gap']['chosen']:+.3f} nats a token" in text
+    assert f"{results['conditioning_gap']['chosen']:+.3f} nats per token" in text
     for example in results["examples"]:
         assert any(line.startswith(example["prompt"]) and example["inspo"] in line for line in text.splitlines())
     assert str(folder / "picture.png") in text

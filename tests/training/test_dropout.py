@@ -188,6 +188,6 @@ def test_orpo_that_fits_the_chosen_response_takes_dropout():
             "0.25",
         ]
     )
-    assert config.title.endswith("each response given the other one, 25% of the pairs plain")
+    assert config.title.endswith("each response given the other, 25% of the pairs plain")
     result = run(objective="orpo", sft="chosen", alternative_dropout=0.5, max_steps=2)
     assert all(math.isfinite(row["marginal/rewards/margins"]) for row in result.metrics if "loss" in row)

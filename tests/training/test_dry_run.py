@@ -99,7 +99,7 @@ def test_configurations_of_real_models_hold_without_their_weights(name, tmp_path
     assert f"output head of {architecture.vocab_size} x {architecture.hidden_size}" in said
     assert ("(tied)" in said) == (name == "gemma-2-9b")
     assert "has no weights; a run needs them" in said and "24 pairs read, 24 kept" in said
-    assert "DPO(beta=0.1" in said and "each response given the other one" in said
+    assert "DPO(beta=0.1" in said and "each response given the other" in said
     assert f"parameters {4 * count / 2**30:.2f}" in said and f"parameters {4 * count / 2**30 / 8:.2f}" in said
     assert (config.per_device_train_batch_size, config.num_train_epochs, config.learning_rate, config.warmup_steps) == (
         16,

@@ -1,4 +1,4 @@
-"""What the demo shows: a table with intervals, examples, what InSPO assumes, and a picture."""
+"""Report the demo: a table with intervals, examples, what InSPO assumes, and a picture."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _row(title: str, row: dict[str, Any]) -> str:
 
 
 def examples(results: dict[str, Any]) -> str:
-    """Greedy answers of the four models; what is right has a star."""
+    """Return greedy answers of the four models; a star marks right answers."""
     rows = results["examples"]
     lines = [f"{'unseen prompt':<16}{'right':<8}" + "".join(f"{name:<19}" for name in NAMES.values())]
     for row in rows:
@@ -42,20 +42,20 @@ def examples(results: dict[str, Any]) -> str:
 
 
 def ranking(results: dict[str, Any]) -> str:
-    """Who is first, in words, and what this world has to do with it."""
+    """Rank the models in words, and say why this world favours SFT."""
     sampled = {name: models["sampled"]["accuracy"] for name, models in results["models"].items()}
     order = sorted(sampled, key=sampled.__getitem__, reverse=True)
     text = "Sampled, from best to worst: " + ", ".join(f"{NAMES[name]} {sampled[name]:.3f}" for name in order) + "."
     if order[0] == "sft":
         text += (
-            "\nEach prompt here has one right answer, the chosen one: imitating such answers is hard to beat. "
-            "Preferences\nare for data whose chosen answers are only better than the rejected ones."
+            "\nEach prompt here has a single right answer, the chosen answer. Imitating such answers is hard to beat.\n"
+            "Preferences are for data whose chosen answers are only better than the rejected answers."
         )
     return text
 
 
 def over_training(results: dict[str, Any]) -> str:
-    """Greedy accuracy of the over-long runs by step, beside the base."""
+    """Tabulate the greedy accuracy of the over-long runs by step, next to the base's."""
     settings, runs = results["settings"], results["over_trained"]
     steps = "".join(f"{step:>8}" for step in settings["long_steps"])
     passes = "".join(
@@ -73,7 +73,7 @@ def over_training(results: dict[str, Any]) -> str:
 
 
 def reflection(results: dict[str, Any]) -> str:
-    """InSPO's model with two generations an answer: given its draft, and the likelier of two drafts."""
+    """Tabulate InSPO's answers from two generations each: given its draft, and the likelier of two drafts."""
     rows = results["reflection"]
     titles = {"draft": "one draft", "reflected": "given the draft", "best_of_two": "likelier of two"}
     lines = [f"{'InSPO, sampled':<22}{'right':>6}  {'95% interval':<16}{'gain over draft':>15}  95% interval"]
@@ -82,7 +82,7 @@ def reflection(results: dict[str, Any]) -> str:
 
 
 def assumption(results: dict[str, Any]) -> str:
-    """What InSPO needs of a base, and whether this one has it."""
+    """Say what InSPO needs of a base, and whether this base has it."""
     gap, share = results["conditioning_gap"], results["settings"]["draft_share"]
     verdict = (
         "This base does not: what InSPO teaches it there may not reach the prompt alone."
@@ -90,15 +90,15 @@ def assumption(results: dict[str, Any]) -> str:
         else f"This base does: {share:.0%} of the rows it was fitted to are prompt + draft + answer."
     )
     return (
-        "InSPO trains pi(answer | prompt, other answer) and is used as pi(answer | prompt), so the base must take an\n"
-        "answer after another one about as well as right after the prompt. Before training, its\n"
-        f"log pi(y|x,other) - log pi(y|x) is {gap['chosen']:+.3f} nats a token for the chosen answers and "
-        f"{gap['rejected']:+.3f} for the\nrejected ones. {verdict}"
+        "InSPO trains pi(answer | prompt, other answer) and is used as pi(answer | prompt). So the base must find an\n"
+        "answer about as likely after another answer as right after the prompt. Before training, its\n"
+        f"log pi(y|x,other) - log pi(y|x) is {gap['chosen']:+.3f} nats per token for the chosen answers and "
+        f"{gap['rejected']:+.3f} for the\nrejected answers. {verdict}"
     )
 
 
 def draw_picture(results: dict[str, Any], inspo_metrics: list[dict[str, Any]], file: Path) -> None:
-    """Accuracy of the four models and of the over-long runs, and what InSPO trains beside what inference uses."""
+    """Draw the accuracy of the four models and the over-long runs, and InSPO's log-probs in both contexts."""
     from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display and no global state
 
     figure = Figure(figsize=(18, 4.6), layout="constrained")
@@ -139,7 +139,7 @@ def draw_picture(results: dict[str, Any], inspo_metrics: list[dict[str, Any]], f
 
 
 def _draw_over_training(axes: Any, results: dict[str, Any]) -> None:
-    """Greedy accuracy by step of the runs that are too long for their few pairs."""
+    """Draw the greedy accuracy by step of the runs that are too long for their few pairs."""
     settings = results["settings"]
     for name, points in results["over_trained"].items():
         steps, middle = [point["step"] for point in points], [point["accuracy"] for point in points]
