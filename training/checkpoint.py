@@ -67,9 +67,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """Yield a temporary file to write to, and rename it to ``file`` at the end. ``file`` is never incomplete."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+def whole_file(file: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary file to write to, and rename it to ``file`` at the end. ``file`` is never incomplete.
+
+    With ``shared``, several processes may write ``file``.
+    """
+    partial = file.with_name(f"{file.name}{f'.{os.getpid()}' if shared else ''}.tmp")
     try:
         yield partial
         partial.replace(file)

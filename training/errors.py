@@ -75,7 +75,10 @@ def reading(path: str, what: str) -> Iterator[None]:
 
 
 def damaged_file(folder: Path) -> Path | None:
-    """Return the first file of a model or a data set in ``folder`` that is not what its name says."""
+    """Return the first file of a model or a data set in ``folder`` that is not what its name says.
+
+    A file .json may hold JSON lines.
+    """
     kinds = ("*.json", "*.safetensors", "**/*.parquet", "**/*.arrow")
     for file in sorted(file for kind in kinds for file in folder.glob(kind)):
         try:
@@ -88,8 +91,9 @@ def damaged_file(folder: Path) -> Path | None:
                 pq.read_metadata(file)
             if file.suffix == ".arrow":
                 pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-        except (OSError, ValueError, SafetensorError):  # pyarrow's errors are of these classes, too
-            return file
+        except (OSError, ValueError, SafetensorError) as error:  # pyarrow's errors are of these classes, too
+            if not (isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"):
+                return file
     return None
 
 

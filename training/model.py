@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from .adapters import continue_adapter, has_adapter, read_adapter
+from .checkpoint import MANIFEST, STATE, checkpoints
 from .errors import InputError, Log, as_input_error, check_names, first_of, reading
 from .sources import local_path
 
@@ -47,6 +49,11 @@ def load_model(
     that lack a tensor.
     """
     settings = load_settings(options, training=training)
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = "an encoder-decoder" if settings.is_encoder_decoder else "not a causal language model"
+        raise InputError(
+            f"model {options.model!r}: {settings.model_type} is {kind}; choose a causal language model (decoder only)"
+        )
     if isinstance(options.model, dict):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
@@ -155,6 +162,7 @@ def load_settings(options: Any, *, training: bool = True) -> PretrainedConfig:
     name = local_path(options.model)
     base, file = _base_of(name), Path(name, "adapter_config.json")
     _refuse_missing(base, f"model {name!r}: {file.name} names the base {base!r}" if base != name else f"model {name!r}")
+    _refuse_run(Path(base))
     with reading(base, f"model {base!r}: its config.json"):
         settings = AutoConfig.from_pretrained(base)
     read_generation_config(name)
@@ -180,6 +188,17 @@ def _refuse_missing(name: str, what: str) -> None:
         return
     if name.startswith((".", "/", "~")) or "/" in rest or (rest and Path(first).is_dir()):
         raise InputError(f"{what}: no such folder (working directory: {Path.cwd()})")
+
+
+def _refuse_run(folder: Path) -> None:
+    """Raise InputError for the folder of a run or of its checkpoint, from which no model can be loaded."""
+    is_checkpoint = all((folder / name).is_file() for name in (MANIFEST, STATE))
+    run = folder.parent if is_checkpoint else folder
+    found = " or ".join(str(run / name) for name in ("final", "best") if (run / name).is_dir())
+    if not (folder / "config.json").is_file() and (is_checkpoint or found or checkpoints(run)):
+        remedy = f"give {found}" if found else "resume the run, which writes its model to final/ at the end"
+        kind = "checkpoint" if is_checkpoint else "run"
+        raise InputError(f"model {str(folder)!r} is the folder of a {kind}; {remedy}")
 
 
 def _base_of(name: str) -> str:

@@ -122,7 +122,7 @@ _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 # It reads 012 as 10 and 20:48 as 1248; here numbers are decimal, and the rest is text.
-_Loader.add_implicit_resolver(_INTEGER, re.compile(r"^[-+]?\d[\d_]*$"), list("-+0123456789"))  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(_INTEGER, re.compile(r"^[-+]?\d+(?:_\d+)*$"), list("-+0123456789"))  # type: ignore[no-untyped-call]
 _Loader.add_constructor(_INTEGER, lambda loader, node: int(node.value))  # type: ignore[no-untyped-call]
 _Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|false)$", re.I), list("tTfF"))  # type: ignore[no-untyped-call]
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .errors import Log
 
 _IDS = ("prompt", "chosen", "rejected")
+_ROWS = 1000  # made together: as Python objects they take much more memory than in a table
 SCHEMA = pa.schema(
     {name: pa.list_(pa.int32()) for name in _IDS} | {"origin": pa.string(), "problem": pa.string(), "chat": pa.bool_()}
 )
@@ -36,11 +37,17 @@ class Pair(NamedTuple):
 
 
 class Pairs(Sequence[Pair]):
-    """The rows ``where`` of ``table``, 4 bytes a token. An index makes a ``Pair``, a slice another such sequence."""
+    """The rows ``where`` of ``table``, 4 bytes a token. An index makes a ``Pair``, a slice another such sequence.
 
-    def __init__(self, table: pa.Table, where: NDArray[np.int64] | None = None) -> None:
+    The rows ``uncut`` hold the prompts as they were before they were cut.
+    """
+
+    def __init__(
+        self, table: pa.Table, where: NDArray[np.int64] | None = None, uncut: NDArray[np.int64] | None = None
+    ) -> None:
         self._table, self._ids = table, [table.column(name) for name in _IDS]
         self._where = np.arange(len(table)) if where is None else where
+        self._uncut = self._where if uncut is None else uncut
 
     @classmethod
     def of_lists(cls, pairs: Iterable[Pair | Sequence[Sequence[int]]], name: str) -> Pairs:
@@ -62,7 +69,7 @@ class Pairs(Sequence[Pair]):
     def __getitem__(self, index: slice | NDArray[np.int64]) -> Pairs: ...
     def __getitem__(self, index: int | slice | NDArray[np.int64]) -> Pair | Pairs:
         if isinstance(index, slice | np.ndarray):
-            return Pairs(self._table, self._where[index])
+            return Pairs(self._table, self._where[index], self._uncut[index])
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         prompt, chosen, rejected = (part.tolist() for part in self.arrays(index))
@@ -80,6 +87,11 @@ class Pairs(Sequence[Pair]):
     def arrays(self, index: int) -> list[NDArray[np.int32]]:
         """Return the token ids of prompt, chosen and rejected, without copies."""
         return [ids[int(self._where[index])].values.to_numpy() for ids in self._ids]
+
+    @property
+    def prompt_hashes(self) -> list[int]:
+        """Hashes of the prompts, with what is cut."""
+        return [hash(self._ids[0][int(row)].values.to_numpy().tobytes()) for row in self._uncut]
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -107,15 +119,18 @@ class Pairs(Sequence[Pair]):
 
     def cut(self, cuts: dict[int, int], bos: int | None) -> Pairs:
         """Return the pairs ``cuts``, each without that number of tokens of its prompt, behind the BOS."""
-        rows: list[dict[str, Any]] = []
-        where = self._where[[*cuts]]
-        for at, (index, count) in enumerate(cuts.items()):
-            if count:  # a row of its own, behind those of the table
+        uncut = self._where[[*cuts]]
+        where, changed = uncut.copy(), [(at, index) for at, (index, count) in enumerate(cuts.items()) if count]
+        tables = [self._table]
+        for start in range(0, len(changed), _ROWS):  # rows of their own, behind those of the table
+            rows = []
+            for at, index in changed[start : start + _ROWS]:
                 pair = self[index]
                 head = 1 if pair.prompt[0] == bos else 0
-                where[at] = len(self._table) + len(rows)
-                rows.append(pair._replace(prompt=pair.prompt[:head] + pair.prompt[head + count :]).row())
-        return Pairs(pa.concat_tables([self._table, pa.Table.from_pylist(rows, SCHEMA)]), where)
+                where[at] = len(self._table) + start + len(rows)
+                rows.append(pair._replace(prompt=pair.prompt[:head] + pair.prompt[head + cuts[index] :]).row())
+            tables.append(pa.Table.from_pylist(rows, SCHEMA))
+        return Pairs(pa.concat_tables(tables), where, uncut)
 
 
 def lengths_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:

@@ -157,7 +157,7 @@ def _write(table: Tensor, file: Path | None, log: Log) -> bool:
     if process_index() == 0:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(file) as to:
+            with whole_file(file, shared=True) as to:
                 save_file({"logps": table.contiguous()}, to)
         except (OSError, SafetensorError) as error:
             problem = str(error)

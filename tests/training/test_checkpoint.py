@@ -3,6 +3,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from training.checkpoint import (
     newest_valid,
     rotate,
     save_checkpoint,
+    whole_file,
     whole_folder,
 )
 from training.config import TrainConfig
@@ -44,6 +48,22 @@ def run(folder, frozen=(), **given):
     settings = {"max_steps": 2, "learning_rate": 1e-2, "save_steps": 1, "output_dir": str(folder), **given}
     train(TrainConfig(**settings), token_pairs(), model=model, quiet=True)
     return model
+
+
+def test_killed_writers_leave_at_most_one_file(tmp_path):
+    program = f"""
+import os, signal, pathlib
+from training.checkpoint import whole_file
+with whole_file(pathlib.Path({str(tmp_path / "curves.png")!r})) as to:
+    to.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    with whole_file(tmp_path / "curves.png") as to:
+        to.write_text("whole")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["whole"]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -179,9 +179,10 @@ def test_yaml_means_what_it_says(tmp_path, monkeypatch):
     assert (config.save_strategy, config.learning_rate, config.model) == ("no", 1e-4, "7")
     with pytest.raises(InputError, match=r"\$RUMS/x: the environment has no variable \$RUMS"):
         parse_config(["--config", str(file), "--output_dir", "$RUMS/x"])
-    file.write_text(f"model: m\ntrain_data: d\noutput_dir: {tmp_path}\nseed: 042\nsave_steps: 1_000\nlora: {{r: 08}}\n")
+    start = f"model: m\ntrain_data: d\noutput_dir: {tmp_path}\n"
+    file.write_text(start + "seed: 042\nsave_steps: 1_000\nlora: {r: 08}\nrun_name: 7_\n")
     config = parse_config(["--config", str(file)])
-    assert (config.seed, config.save_steps, config.lora) == (42, 1000, {"r": 8})
+    assert (config.seed, config.save_steps, config.lora, config.run_name) == (42, 1000, {"r": 8}, "7_")
     file.write_text("max_length: 20:48\n")
     with pytest.raises(InputError, match="max_length='20:48': must be a valid integer"):
         parse_config(["--config", str(file)])

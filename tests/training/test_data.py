@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import datasets
 import pytest
@@ -12,6 +13,7 @@ from training.config import TrainConfig
 from training.data import Pair, check_pairs, load_pairs, select_pairs
 from training.errors import InputError
 from training.model import byte_tokenizer
+from training.pairs import Pairs
 
 BOS, EOS = 1, 2
 TOKENIZER = byte_tokenizer()
@@ -230,6 +232,25 @@ def test_held_out_prompts_that_are_trained_on_are_counted():
     said = []
     check_pairs([train], [held_out], tiny_model(), said.append)
     assert said == ["note: 1 of 1 eval_data pairs have a prompt of train_data; they are not held out"]
+
+
+def test_held_out_prompts_are_compared_as_they_were_before_cuts():
+    train, held_out = Pair([BOS, 5, 8, 9], [6, 6, EOS], [7, EOS]), Pair([BOS, 5, 8, 9], [6, EOS], [7, EOS])
+    cut = [select([pair], max_length=7, truncation="prompt_left")[:] for pair in (train, held_out)]
+    said = []
+    assert cut[0][0].prompt != cut[1][0].prompt
+    check_pairs(*cut, tiny_model(), said.append)
+    assert said == ["note: 1 of 1 eval_data pairs have a prompt of train_data; they are not held out"]
+
+
+def test_many_cut_prompts_take_little_memory():
+    pairs = Pairs.of_lists([Pair([BOS, *range(300, 2300)], [4, EOS], [5, EOS])] * 8000, "train_data")
+    tracemalloc.start()
+    cut = pairs.cut(dict.fromkeys(range(8000), 1000), BOS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert cut.lengths[:, 0].tolist() == [1001] * 8000 and cut[-1].prompt == [BOS, *range(1300, 2300)]
+    assert peak < 16e6  # half of the ids
 
 
 @pytest.mark.parametrize("token", [300, -100])

@@ -326,6 +326,17 @@ def test_an_adapter_that_is_not_whole_is_refused(tmp_path, capsys):
         assert "adapter_config.json names no base_model_name_or_path" in said
 
 
+def test_folders_of_runs_name_their_models(tmp_path, capsys):
+    run(base(tmp_path / "m"), tmp_path / "out")
+    for name, kind in (("out", "run"), ("out/checkpoint-1", "checkpoint")):
+        for said in refused(tmp_path / name, tmp_path, capsys):
+            assert f"is the folder of a {kind}; give {tmp_path}/out/final\n" in said
+    shutil.rmtree(tmp_path / "out/final")
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(["--model", str(tmp_path / "out/checkpoint-1"), "--prompt", "Why?"])
+    assert "resume the run, which writes its model to final/" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", [("--lora.r", "2"), ("--quantization", "4bit")])
 def test_adapters_and_quantisation_need_a_saved_base(tmp_path, capsys, option):
     """The adapter of a built base would be saved alone, and no folder would hold its base."""
@@ -626,7 +637,7 @@ NOT_CAUSAL = {
     "bert": (BertLMHeadModel(BertConfig(num_attention_heads=2, **ENCODER)), "a token sees the tokens after it"),
     "t5": (
         T5ForConditionalGeneration(T5Config(vocab_size=259, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)),
-        "T5Config'> for this kind of AutoModel: AutoModelForCausalLM",
+        "t5 is an encoder-decoder; choose a causal language model (decoder only)",
     ),
 }
 

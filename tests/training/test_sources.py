@@ -269,6 +269,14 @@ def test_a_corrupted_file_of_a_folder_is_named(tmp_path):
             load_pairs(str(tmp_path / folder), TOKENIZER)
 
 
+def test_json_lines_are_not_called_damaged(tmp_path):
+    (tmp_path / "d").mkdir()
+    write_jsonl(tmp_path / "d/train.json", RECORDS)
+    with pytest.raises(InputError, match=r"could not be loaded \(ValueError: BuilderConfig 'x' not found") as refused:
+        load_pairs({"path": str(tmp_path / "d"), "subset": "x"}, TOKENIZER)
+    assert "damaged" not in str(refused.value)
+
+
 def test_an_empty_source_among_others_is_refused(tmp_path):
     full = write_jsonl(tmp_path / "full.jsonl", RECORDS)
     (tmp_path / "empty.jsonl").write_text("\n")
