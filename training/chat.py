@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError, Log
 from .messages import check_text
-from .templates import ANSWERED, ASKED, ChatTemplate
+from .templates import ANSWERED, ASKED, SYSTEM, ChatTemplate
 
 
 class TextEncoder(ChatTemplate):
@@ -60,10 +60,12 @@ class TextEncoder(ChatTemplate):
 
     @cached_property
     def lacks_bos(self) -> bool:
-        """Whether the tokenizer begins text with a BOS, but the chat template writes none."""
-        with suppress(InputError):  # no template, or one that reads other conversations
-            return self._bos is not None and self._encode(self._render([*self.start, *ASKED], True))[:1] != [self._bos]
-        return False
+        """Whether the tokenizer begins text with a BOS, but the chat template writes none, with a system or without."""
+        first = set()
+        for start in ([], SYSTEM) if self._bos is not None else []:
+            with suppress(InputError):  # no template, or one that reads other conversations
+                first.update(self._encode(self._render([*start, *ASKED], True))[:1])
+        return bool(first) and self._bos not in first
 
     @cached_property
     def ends(self) -> set[int]:

@@ -121,6 +121,8 @@ def _belongs(key: str, model: PreTrainedModel) -> bool:
         return True
     if getattr(model, "is_quantized", False) or (has_adapter(model) and "lora_" in key):  # peft has read the adapter
         return False
+    if key.endswith("._extra_state"):  # TransformerEngine's, of training in float8
+        return False
     modules, parent = dict(model.named_modules()), key
     while parent and parent not in modules:
         parent = parent.rpartition(".")[0]

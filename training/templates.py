@@ -17,7 +17,7 @@ from .messages import Messages, check_text, given_texts
 _QUESTION, _ANSWER = "Quaestio", "Responsum"
 ASKED: Messages = [{"role": "user", "content": _QUESTION}]
 ANSWERED: Messages = [*ASKED, {"role": "assistant", "content": _ANSWER}]
-_SYSTEM: Messages = [{"role": "system", "content": "Iussum"}]
+SYSTEM: Messages = [{"role": "system", "content": "Iussum"}]
 # Variables of a template that are no columns of the data: transformers sets them.
 _OWN = {"messages", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "raise_exception"}
 _OWN |= {"prompt", "chosen", "rejected"}
@@ -121,7 +121,7 @@ class ChatTemplate:
     @cached_property
     def start(self) -> Messages:
         """The messages without which the template renders no question: none, or one of the system."""
-        for start in ([], _SYSTEM):
+        for start in ([], SYSTEM):
             with suppress(InputError):
                 self._render([*start, *ASKED], True)
                 return start

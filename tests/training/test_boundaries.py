@@ -295,6 +295,14 @@ def test_text_the_template_begins_answers_with_is_named(tmp_path):
     assert len(said) == 1 and texts(pairs[0], tokenizer)[1] == "A<|im_end|>"
 
 
+def test_a_bos_before_a_system_message_is_not_doubled(tmp_path):
+    template = "{% if messages[0]['role'] == 'system' %}{{ bos_token }}{% endif %}" + CHATML
+    prepared = prepare_tokenizer(tokenizer_with(template), DataOptions(), lambda line: None)
+    record = {"prompt": [{"role": "system", "content": "Be brief."}, USER], "chosen": says("A"), "rejected": says("B")}
+    (pair,) = load(tmp_path, [record], prepared)
+    assert prepared.decode(pair.prompt).count("<bos>") == 1
+
+
 def test_a_server_writes_the_bos_of_training(tmp_path):
     """Servers add nothing to what a chat template writes."""
     said, file = [], write_jsonl(tmp_path / "d.jsonl", [{"prompt": [USER], "chosen": says("A"), "rejected": says("B")}])

@@ -131,7 +131,8 @@ def test_tensors_that_a_layer_ignores_are_refused(tmp_path, capsys, name):
 def test_tensors_of_no_layer_are_ignored(tmp_path):
     folder = base(tmp_path / "m")
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "v_head.weight": torch.ones(16)}
-    change_weights(folder, lambda w: w | old)
+    of_float8 = {"model.layers.0.input_layernorm._extra_state": torch.ones(1)}
+    change_weights(folder, lambda w: w | old | of_float8)
     run(folder, tmp_path / "out")
 
 
