@@ -63,6 +63,8 @@ def parse_sources(given: Any, columns: dict[str, str] | None = None) -> list[Sou
 
     ``columns`` are those of a source without its own. Raises InputError for anything else.
     """
+    if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):  # a well-formed value would be parsed already
+        raise InputError(f"data source {given[:80]!r}: not a well-formed list or section; in YAML, write it unquoted")
     if isinstance(given, list | tuple):
         if not given:
             raise InputError("a list of data sources must name at least one")

@@ -393,6 +393,7 @@ def test_columns_have_the_names_that_the_user_gives(tmp_path):
     ("given", "message"),
     [
         ([], "at least one"),
+        ('[{"path": ', "not a well-formed list or section"),
         ({"split": "train"}, "section with path"),
         ({"path": "d", "spilt": "train"}, "of the data source d: spilt; did you mean 'split'"),
         ({"path": ["a", "b"]}, "must be a string, or a section"),
