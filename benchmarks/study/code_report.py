@@ -54,9 +54,12 @@ def finding(result: Mapping[str, Any]) -> str:
     """Return the protocol's conclusions in words."""
     epochs = result["arms"]["plain"][-1]["epoch"]
     claims = [CLAIMS[name, test["decision"]] for name, test in result["hypotheses"].items()]
-    for name, test in _tests_again(result):
+    for place, (name, test) in zip(("first", "second", "third"), _tests_again(result)):
         if test["decision"] != result["hypotheses"][name]["decision"]:
-            claims.append(f"A repeat with a newly fitted base decided {name} differently: {test['decision']}.")
+            claims.append(
+                f"A repeat with a newly fitted base did not confirm the {place} of these findings: it decided "
+                f'"{test["decision"]}".'
+            )
     return " ".join(claim.format(epochs=epochs) for claim in claims)
 
 
@@ -180,8 +183,9 @@ def _repeat(result: Mapping[str, Any]) -> list[str]:
     repeat = result["repeat"]
     now, then = (which["base"]["fit_loss"] for which in (repeat, result["started"]))
     note = f"""
-        All runs were repeated on {repeat["date"]} with commit {repeat["package"]["commit"]} and the same seeds. The base
-        was fitted anew ({now:.4f} nats per token, {then:.4f} before), so the pairs differ, too. The conclusions above rest on the first runs. The repeat decides:"""
+        All runs were repeated on {repeat["date"]} with commit {repeat["package"]["commit"]} and the same seeds. The
+        base was fitted anew ({now:.4f} nats per token, {then:.4f} before), so the pairs differ, too. The conclusions
+        above rest on the first runs. The repeat decides:"""
     rows = [_test_row(*test) for test in tests]
     lines = "Its runs are in [repeat.jsonl](../benchmarks/results/study_code/repeat.jsonl)."
     return ["\n".join(["## A repeat", "", filled(note), "", *table(COLUMNS, rows), "", lines])]
