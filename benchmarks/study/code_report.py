@@ -54,7 +54,18 @@ def finding(result: Mapping[str, Any]) -> str:
     """Return the protocol's conclusions in words."""
     epochs = result["arms"]["plain"][-1]["epoch"]
     claims = [CLAIMS[name, test["decision"]] for name, test in result["hypotheses"].items()]
+    for place, (name, test) in zip(("first", "second", "third"), _tests_again(result)):
+        if test["decision"] != result["hypotheses"][name]["decision"]:
+            claims.append(
+                f"A repeat with a newly fitted base did not confirm the {place} of these findings: it decided "
+                f'"{test["decision"]}".'
+            )
     return " ".join(claim.format(epochs=epochs) for claim in claims)
+
+
+def _tests_again(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    repeat = result.get("repeat")
+    return list(repeat["hypotheses"].items()) if repeat else []
 
 
 def text(result: Mapping[str, Any]) -> str:
@@ -67,6 +78,7 @@ def text(result: Mapping[str, Any]) -> str:
         "![quality over epochs](study_code.png)",
         _world(result),
         _hypotheses(result),
+        *_repeat(result),
         _arms(result),
         _others(result),
         _limits(result),
@@ -150,28 +162,46 @@ def _world(result: Mapping[str, Any]) -> str:
     return "\n\n".join(["## The world", grading, data, model, reward])
 
 
-def _hypotheses(result: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            f"{name}: {test['claim']}",
-            signed(test["quality"]),
-            p_value(test["quality"]["p"]),
-            p_value(test["holm_p"]),
-            f"{test['narrow']['low']:+.3f} to {test['narrow']['high']:+.3f}",
-            test["decision"],
-        ]
-        for name, test in result["hypotheses"].items()
+COLUMNS = ["hypothesis", "difference (95%)", "p", "Holm p", "90% interval", "decision"]
+
+
+def _test_row(name: str, test: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: {test['claim']}",
+        signed(test["quality"]),
+        p_value(test["quality"]["p"]),
+        p_value(test["holm_p"]),
+        f"{test['narrow']['low']:+.3f} to {test['narrow']['high']:+.3f}",
+        test["decision"],
     ]
+
+
+def _repeat(result: Mapping[str, Any]) -> list[str]:
+    """Return the section on a repeat of the study, if there is one."""
+    if not (tests := _tests_again(result)):
+        return []
+    repeat = result["repeat"]
+    now, then = (which["base"]["fit_loss"] for which in (repeat, result["started"]))
+    note = f"""
+        All runs were repeated on {repeat["date"]} with commit {repeat["package"]["commit"]} and the same seeds. The
+        base was fitted anew ({now:.4f} nats per token, {then:.4f} before), so the pairs differ, too. The conclusions
+        above rest on the first runs. The repeat decides:"""
+    rows = [_test_row(*test) for test in tests]
+    lines = "Its runs are in [repeat.jsonl](../benchmarks/results/study_code/repeat.jsonl)."
+    return ["\n".join(["## A repeat", "", filled(note), "", *table(COLUMNS, rows), "", lines])]
+
+
+def _hypotheses(result: Mapping[str, Any]) -> str:
+    rows = [_test_row(*test) for test in result["hypotheses"].items()]
     chosen = "; ".join(
         f"{ARMS[arm].title} {', '.join(map(str, found['epochs']))}" for arm, found in result["chosen"].items()
     )
-    columns = ["hypothesis", "difference (95%)", "p", "Holm p", "90% interval", "decision"]
     note = f"""
         These are differences in quality of sampled answers to test prompts, paired by seed, with t intervals over
         {len(result["seeds"])} seeds. Better or worse means Holm p < 0.05. Equivalent means that the 90% interval lies
         within ±{result["margin"]:g}. Undecided means neither. Epochs chosen on validation prompts, in order of the
         seeds: {chosen}."""
-    return "\n".join(["## The hypotheses", "", *table(columns, rows), "", filled(note)])
+    return "\n".join(["## The hypotheses", "", *table(COLUMNS, rows), "", filled(note)])
 
 
 def _arms(result: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Run the study of conditioning on real text: ``python -m benchmarks.study.code_study --json FILE``.
 
 It follows ``docs/study_protocol_code.md``. Every finished run is a line of ``runs.jsonl`` next to FILE. After an
-interruption, the same command runs the rest. At the end it writes FILE, ``study_code.md`` and its picture.
+interruption, the same command runs the rest. At the end it writes FILE, ``study_code.md`` and its picture. To repeat
+the study, run it with another FILE; a copy of its ``runs.jsonl``, named ``repeat.jsonl``, is reported beside the first.
 """
 
 from __future__ import annotations
@@ -267,6 +268,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_study(options.json, quick=options.quick, call=command("benchmarks.study.code_study", words, options.json))
 
 
+def repeated(size: Size, records: Records) -> dict[str, Any] | None:
+    """Compute the hypotheses again from a repeat of all runs on a base that was fitted anew; None without one."""
+    if not records.head:
+        return None
+    about = {name: records.head[name] for name in ("date", "package", "base")}
+    return about | {name: summarize(size, records)[name] for name in ("seeds", "hypotheses")}
+
+
 def run_study(file: Path, *, quick: bool, call: str) -> None:
     """Run the rest of the study, then write ``file`` and the report."""
     torch.set_num_threads(1)
@@ -281,6 +290,7 @@ def run_study(file: Path, *, quick: bool, call: str) -> None:
             "started": records.head,
             "margin": MARGIN,
             **summarize(size, records),
+            "repeat": repeated(size, Records(file.parent / "repeat.jsonl", settings)),
         }
     except KeyboardInterrupt:
         print("interrupted; the same command runs the rest", file=sys.stderr)
