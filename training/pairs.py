@@ -123,7 +123,7 @@ class Pairs(Sequence[Pair]):
         where, changed = uncut.copy(), [(at, index) for at, (index, count) in enumerate(cuts.items()) if count]
         tables = [self._table]
         for start in range(0, len(changed), _ROWS):  # rows of their own, behind those of the table
-            rows = []
+            rows: list[dict[str, Any]] = []
             for at, index in changed[start : start + _ROWS]:
                 pair = self[index]
                 head = 1 if pair.prompt[0] == bos else 0
