@@ -332,7 +332,7 @@ def test_no_pair_that_fits_is_an_error(tmp_path, max_length):
         ({"layout": "trees"}, "layout='trees': must be one of auto, rows"),
         ({"marginal_weight": -1.0}, "marginal_weight must be zero or positive"),
         ({"marginal_weight": 0.1, "conditioned": False}, "needs conditioned=True"),
-        ({"loss_type": ["simpo"]}, "'simpo' has no fused objective; choose from sigmoid, hinge"),
+        ({"loss_type": ["simpo"]}, "'simpo' has no fused objective; choose from sigmoid, ipo"),
         ({"loss_type": ["sigmoid", "hinge"], "loss_weights": [1.0]}, "same length as `loss_type`"),
     ],
     ids=str,

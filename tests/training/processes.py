@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-import training.model
+import training.architecture
 import training.output
 import training.train
 from training.adapters import add_lora
@@ -144,7 +144,7 @@ def nan(folder: Path) -> dict[str, Any]:
     """Make the loss NaN with a pair that only one process has in its forward pass."""
     pairs, model = token_pairs(6), tiny_model()
     pairs[4][1].insert(0, 200)  # a token that only this pair has
-    training.model.check_finite = lambda model: None  # as if the weights became so in training
+    training.architecture.check_finite = lambda model: None  # as if training did it
     with torch.no_grad():
         model.model.embed_tokens.weight[200] = float("nan")
     config = TrainConfig(objective="simpo", per_device_train_batch_size=3, max_batch_tokens=60, max_steps=1)

@@ -277,7 +277,7 @@ def test_output_folders_of_other_runs_are_refused(tmp_path, capsys):
 
 
 def test_a_nonfinite_loss_stops_and_names_the_pair(monkeypatch):
-    monkeypatch.setattr("training.model.check_finite", lambda model: None)  # as if the weights became so in training
+    monkeypatch.setattr("training.architecture.check_finite", lambda model: None)  # as if training did it
     pairs, model = token_pairs(6), tiny_model()
     pairs[4][1].insert(0, 200)  # a token of this pair alone
     with torch.no_grad():
@@ -300,7 +300,7 @@ def test_a_nonfinite_gradient_stops_before_the_update():
 
 
 def test_divergence_exits_with_1_and_no_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("training.model.check_finite", lambda model: None)  # as if the weights became so in training
+    monkeypatch.setattr("training.architecture.check_finite", lambda model: None)  # as if training did it
     model = tiny_model()
     with torch.no_grad():
         model.model.embed_tokens.weight[3 + 68] = float("inf")  # some byte of the fixture
