@@ -85,7 +85,7 @@ def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     if "rows" in batch:  # a tree also scores the marginals
         same = batch["segment_ids"] < 2 * batch["num_pairs"]
         batch = batch | {name: batch[name][same] for name in ("rows", "labels", "segment_ids")}
-    names = ("input_ids", "attention_mask", "position_ids", "tree_ends", "rows")
+    names = ("input_ids", "attention_mask", "position_ids", "tree_ends", "paths", "path_of", "rows")
     return batch | {name: batch[name].to(device) for name in names if isinstance(batch.get(name), Tensor)}
 
 

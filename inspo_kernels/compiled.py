@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -308,7 +309,8 @@ def _in_worker(run: Callable[[], _T], device: torch.device) -> _T:
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def on_stream() -> _T:
-        with torch.cuda.stream(stream):  # None: does nothing
+        # On the CPU not torch.cuda.stream(None), which would ask for the current GPU.
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
             return run()
 
     with ThreadPoolExecutor(1, thread_name_prefix="inspo_kernels") as worker:

@@ -396,11 +396,13 @@ class TorchTile(HeadTile):
         self, x: Tensor, targets: Tensor, sums: RowSums, coefficients: Tensor, out: Gradients, accumulate: bool = False
     ) -> None:
         self._open(x, targets, out.x)
-        self._take(sums)
+        # E needs offsets in its dtype. The sums get the same: ranks combine offsets in nats, which this would round.
+        offsets = (sums.offset / LOG2).to(self.dtype)
+        self._take(sums.rebased(offsets.double() * LOG2))
         self.is_graded = True
         scales = (coefficients * self.unit).to(self.dtype)
         for rows in chunks(0, len(x), self.block):
-            own_x, offset = cut(self.x, rows), (cut(self.offset, rows) / LOG2).to(self.dtype).unsqueeze(1)
+            own_x, offset = cut(self.x, rows), cut(offsets, rows).unsqueeze(1)
             labels, scale = self._labels_of(rows), cut(scales, rows)
             inner_x = self._multiply(own_x, self.inner)
             scaled = None if out.weight is None else own_x * scale.unsqueeze(1)

@@ -39,8 +39,8 @@ try:
     from trl.trainer.utils import use_adapter
 
     from .conditioning_collator import PARTS, AlternativeCoins, ConditioningCollator, CountingFits, Fits, KeepsAll
-except ImportError as error:
-    raise ImportError(f"{_NEEDS} ({error})") from error
+except (ImportError, RuntimeError) as error:  # TRL imports its parts when first used, and raises RuntimeError then
+    raise ImportError(f"{_NEEDS} ({error.__cause__ or error})") from error
 
 _FIELDS = (
     "beta",

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import inspo_kernels as ik
 from benchmarks import harness, speed_tables, step, step_contenders, step_jobs
 from benchmarks.step_contenders import STEP_CONTENDERS, StepContender
 
@@ -29,6 +30,14 @@ def test_every_contender_makes_the_same_updates():
     assert within == dict.fromkeys(("trl", "trl_compact", "trainer_rows", "trainer"), 1e-4)
     losses = rows["rows"]["losses"]
     assert len(losses) == 3 and len(set(losses)) == 3 and all(abs(loss - 0.69) < 0.1 for loss in losses)
+
+
+@pytest.mark.parametrize("layout", ["rows", "tree", "packed_tree"])
+def test_all_but_the_labels_moves_to_the_device(layout):
+    batch = ik.condition_pairs([([1, 2], [3], [4, 5])], pad_token_id=0, layout=layout)
+    moved = step_jobs.moved(batch, torch.device("meta"))
+    stays = {name for name, value in moved.items() if isinstance(value, torch.Tensor) and not value.is_meta}
+    assert stays <= {"labels", "marginal_labels", "segment_ids"}
 
 
 def test_other_work_is_detected(monkeypatch):

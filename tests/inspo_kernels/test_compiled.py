@@ -240,6 +240,20 @@ def test_a_forked_process_can_go_on():
         torch.set_num_threads(threads)
 
 
+def test_a_call_on_the_cpu_leaves_gpus_alone(monkeypatch):
+    """The first use of CUDA would take memory of a GPU, and raise in a forked process."""
+    arguments = RAGGED.hidden, RAGGED.weight, RAGGED.labels
+    compiled, _ = compile_(lambda *given: ik.fused_inspo_loss(*given, ref_logps=RAGGED.ref_logps).loss)
+    expected = compiled(*arguments)
+
+    def fails():
+        raise AssertionError("CUDA was used")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", fails)
+    assert torch.equal(compiled(*arguments), expected)
+
+
 def test_the_reference_says_that_it_does_not_compile():
     compiled, _ = compile_(lambda h: ik.linear_logps(h, RAGGED.weight, RAGGED.labels, backend="reference"))
     with pytest.raises(ValueError, match=r"outside torch\.compile"):
