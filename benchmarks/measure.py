@@ -224,8 +224,13 @@ def measure(
         if with_errors and isinstance(contender, Contender):
             check(row, got, batch, what, contender.knows_reference, truths)
 
+    def free_and_save() -> None:
+        truths.clear()  # gigabytes on a GPU, and read only in first calls
+        save()
+
     options: dict[str, Any] = {"clock": seconds_behind_work, "seconds": 0.75 * seconds} if on_gpu else {}
-    compared(runs, "floor", device, rounds, first=first, rows=rows, save=save, **{"seconds": seconds} | options)
+    options = {"seconds": seconds, "first": first, "save": free_and_save} | options
+    compared(runs, "floor", device, rounds, rows=rows, **options)
     if on_gpu:
         alive = {name: run for name, run in runs.items() if rows[name]["status"] == "measured"}
         idle = compared(alive, "floor", device, min(rounds, 5), seconds=0.25 * seconds, memory=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import passes
 from .arguments import finite
-from .gradients import Needs, dtypes_of, first_order_only
+from .gradients import GradMask, dtypes_of, first_order_only
 from .head import LMHead, checked_head
 from .objectives.registry import find_objective
 from .options import PairOptions, PairTensors, TokenOptions, arguments_of
@@ -48,7 +48,7 @@ def fused_inspo_loss(tensors: PairTensors, options: PairOptions) -> InSPOOutput:
             num_pairs = (hidden.shape[0] if tensors.cu_seqlens is None else tensors.cu_seqlens.shape[0] - 1) // 2
         elif tensors.ref_logps is not None:
             num_pairs = tensors.ref_logps.shape[0] // 2
-    needs = Needs.of(hidden, head)
+    needs = GradMask.of(hidden, head)
     given = _flatten(options) | {
         "num_pairs": num_pairs,
         "objective": objective if isinstance(objective, str) else f"{id(objective)}",
@@ -129,7 +129,9 @@ def _pair_loss(needs: list[bool], autocast: bool, compute_dtype: torch.dtype, *f
             raise ValueError(_NO_REFERENCE)
         with torch.no_grad():
             rows = p.plan.take(hidden)
-            losses, sums, gradients = passes.pair_losses(p.run, p.plan, p.terms, p.pair_capacity, rows, Needs(*needs))
+            losses, sums, gradients = passes.pair_losses(
+                p.run, p.plan, p.terms, p.pair_capacity, rows, GradMask(*needs)
+            )
             x, dweight, dbias = gradients.scaled(None, *(p.run.head.accumulate_dtype,) * 3, reads_last=True)
             loss = p.terms.reduce(losses).to(p.run.head.accumulate_dtype)
             out = InSPOOutput.build(loss, losses, sums.table, p.plan.lengths, p.terms, sums.statistics)
@@ -205,7 +207,7 @@ def linear_logps(
     hidden: Tensor, head: LMHead, targets: Tensor, options: TokenOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the traced log-probs. A trainable head keeps no rows here: 8NHV."""
-    needs = Needs.of(hidden, head)
+    needs = GradMask.of(hidden, head)
     flat = (hidden, head.weight, head.bias, targets, *_flatten(options).values())
     logps, _, *found = _linear_logps([needs.x, needs.weight, needs.bias], head.compute_dtype, *flat)
     return logps, {name: value.detach() for name, value in zip(options.statistics, found)}
@@ -235,7 +237,7 @@ def _linear_logps(needs: list[bool], compute_dtype: torch.dtype, *arguments: Any
     """Return log-probs; for a frozen head the gradient of each in its own row of hidden, else empty; statistics."""
     hidden, _, _, targets, *_ = arguments
     scored = _scored_tokens(compute_dtype, *arguments)
-    scores, dx = scored.forward(Needs(*needs), may_keep=False)
+    scores, dx = scored.forward(GradMask(*needs), may_keep=False)
     return [
         scored.scatter(scores.logps, targets.shape),
         scored.scatter(dx, hidden.shape) if isinstance(dx, Tensor) else hidden.new_empty(0),
@@ -267,9 +269,9 @@ def _linear_logps_backward(
     """Return the gradients of hidden, weight and bias in the dtypes of these tensors; empty if not needed."""
     hidden, weight, bias, *_ = arguments
     scored = _scored_tokens(compute_dtype, *arguments)
-    _, kept = scored.forward(Needs(*needs))
+    _, kept = scored.forward(GradMask(*needs))
     assert isinstance(kept, KeptTokens)
-    gradients = scored.backward(upstream.flatten()[scored.index], kept, Needs(*needs), reads_last=True)
+    gradients = scored.backward(upstream.flatten()[scored.index], kept, GradMask(*needs), reads_last=True)
     x, dweight, dbias = gradients.scaled(None, *dtypes_of(hidden, weight, bias))
     dhidden = None if x is None else scored.scatter(x, hidden.shape)
     return _no_none(hidden, dhidden, dweight, dbias)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Needs:
+class GradMask:
     """The gradients that a call needs; no others are computed."""
 
     x: bool
@@ -37,7 +37,7 @@ class Needs:
         return self.x or self.head
 
     @classmethod
-    def of(cls, hidden: Tensor, head: LMHead) -> Needs:
+    def of(cls, hidden: Tensor, head: LMHead) -> GradMask:
         """Return what autograd will need. An op cannot see grad mode, so the public functions read it here."""
         enabled = torch.is_grad_enabled()
         bias = head.bias is not None and head.bias.requires_grad
@@ -53,7 +53,7 @@ class Gradients:
     bias: Tensor | None
 
     @classmethod
-    def empty(cls, head: LMHead, num_rows: int, needs: Needs, weight_dtype: torch.dtype | None = None) -> Gradients:
+    def empty(cls, head: LMHead, num_rows: int, needs: GradMask, weight_dtype: torch.dtype | None = None) -> Gradients:
         """Return uninitialised gradients in the accumulate dtype, or that of the weight in ``weight_dtype``."""
 
         def new(needed: bool, *shape: int, dtype: torch.dtype = head.accumulate_dtype) -> Tensor | None:
@@ -64,7 +64,7 @@ class Gradients:
         return cls(new(needs.x, num_rows, head.hidden_size), weight, new(needs.bias, head.vocab_size))
 
     @classmethod
-    def zeros(cls, head: LMHead, num_rows: int, needs: Needs) -> Gradients:
+    def zeros(cls, head: LMHead, num_rows: int, needs: GradMask) -> Gradients:
         """Return the gradients of a loss that depends on no row."""
         return cls(*(None if g is None else g.zero_() for g in cls.empty(head, num_rows, needs).tensors))
 
@@ -111,14 +111,14 @@ class DeferredGradients:
     """
 
     run: HeadPass
-    needs: Needs
+    needs: GradMask
     num_rows: int
     x: Tensor | None
     coefficients: Tensor
     kept: tuple[Tensor, ...] = ()
 
     @staticmethod
-    def worth_deferring(backend: Backend, head: LMHead, rows: int, needs: Needs) -> bool:
+    def worth_deferring(backend: Backend, head: LMHead, rows: int, needs: GradMask) -> bool:
         """Return whether to keep ``rows`` rows: only if they take no more memory than the dW that they replace."""
         dweight_bytes = head.vocab_size * head.hidden_size * head.accumulate_dtype.itemsize
         return needs.weight and backend.kept_bytes(head, rows) <= dweight_bytes

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import compiled, reference
 from .agreement import Split, errors_shared, splits_words
-from .gradients import Needs, dtypes_of, first_order_only, graph_is_freed, hooks_see_saved_tensors, refuse_transforms
+from .gradients import GradMask, dtypes_of, first_order_only, graph_is_freed, hooks_see_saved_tensors, refuse_transforms
 from .groups import local_shard
 from .head import checked_head
 from .options import PairOptions, PairTensors, TokenOptions, arguments_of
@@ -88,7 +88,7 @@ def linear_logps(
         if torch.compiler.is_compiling():
             logps, found = compiled.linear_logps(hidden, head, targets, options)
             return (logps, found) if names else logps
-        needs = Needs.of(hidden, head)
+        needs = GradMask.of(hidden, head)
         scored = ScoredTokens.find(hidden, targets, head, options, split)
     if scored is None:
         given = arguments_of(options, without=("max_workspace_bytes", "backend"))
@@ -163,7 +163,7 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scored: ScoredTokens, needs: Needs
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scored: ScoredTokens, needs: GradMask
     ) -> tuple[Tensor, ...]:
         scores, state = scored.forward(needs)
         run = scored.run

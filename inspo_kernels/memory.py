@@ -6,7 +6,7 @@ import torch
 
 from .arguments import integer
 from .backends import resolve_backend
-from .gradients import DeferredGradients, Needs
+from .gradients import DeferredGradients, GradMask
 from .head import FLOATS, LMHead
 from .options import TokenOptions
 from .prepare import PAIR_GROWTH, head_pass
@@ -77,7 +77,7 @@ def workspace_bytes(
     kept = min(group, run.capacity * growth)
     workspace = max(resolved.kept_bytes(head, kept), 0 if kept == group else run.workspace_bytes)
     workspace += resolved.logits_bytes(head, device, run.workspace_bytes)
-    needs = Needs(True, True, False)
+    needs = GradMask(True, True, False)
     # The labels' rows of the weight, and x with its coefficients; rows that are not kept need no such x.
     labels = max(2 * kept, group - kept) * hidden_size * wide
     if group == rows and kept == group and DeferredGradients.worth_deferring(resolved, head, rows, needs):

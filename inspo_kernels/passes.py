@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .backends import Backend, HeadTile, open_tile
 from .backends.base import chunks, cut
-from .gradients import DeferredGradients, Gradients, Needs
+from .gradients import DeferredGradients, Gradients, GradMask
 from .groups import VocabGroup, sequence_totals
 from .head import LMHead, plain_arithmetic
 from .pair_loss import PairTerms, columns
@@ -117,7 +117,7 @@ class KeptTokens:
     kept: tuple[Tensor, ...]
 
 
-def token_logps(run: HeadPass, x: Tensor, targets: Tensor, needs: Needs) -> tuple[TokenScores, KeptTokens]:
+def token_logps(run: HeadPass, x: Tensor, targets: Tensor, needs: GradMask) -> tuple[TokenScores, KeptTokens]:
     """Return log-probs of x (N, H) with a trainable head, and the state that their gradients need."""
     first = max(0, len(x) - run.capacity)
     parts, early = [], None
@@ -137,7 +137,14 @@ def token_logps(run: HeadPass, x: Tensor, targets: Tensor, needs: Needs) -> tupl
 
 
 def token_gradients(
-    run: HeadPass, x: Tensor, targets: Tensor, kept: KeptTokens, coefficients: Tensor, needs: Needs, *, reads_last: bool
+    run: HeadPass,
+    x: Tensor,
+    targets: Tensor,
+    kept: KeptTokens,
+    coefficients: Tensor,
+    needs: GradMask,
+    *,
+    reads_last: bool,
 ) -> Gradients:
     """Return gradients of sum(coefficients * log-probs), from the state ``kept`` that ``token_logps`` returned.
 
@@ -176,7 +183,7 @@ def pair_sums(run: HeadPass, plan: ScoredRows, x: Tensor) -> SegmentSums:
 
 
 def pair_losses(
-    run: HeadPass, plan: ScoredRows, terms: PairTerms, pair_capacity: int, x: Tensor, needs: Needs
+    run: HeadPass, plan: ScoredRows, terms: PairTerms, pair_capacity: int, x: Tensor, needs: GradMask
 ) -> tuple[Tensor, SegmentSums, Gradients | DeferredGradients]:
     """Return losses (B,) in float64, the segments' sums, and the gradients in ``needs`` of the reduced loss.
 
@@ -211,7 +218,7 @@ def pair_losses(
 
 
 def _one_pass(
-    run: HeadPass, plan: ScoredRows, terms: PairTerms, pair_capacity: int, x: Tensor, sums: SegmentSums, needs: Needs
+    run: HeadPass, plan: ScoredRows, terms: PairTerms, pair_capacity: int, x: Tensor, sums: SegmentSums, needs: GradMask
 ) -> tuple[Tensor, Gradients | DeferredGradients]:
     """Return losses (B,) and gradients, computed group by group."""
     targets = plan.targets

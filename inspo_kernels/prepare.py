@@ -15,7 +15,7 @@ from . import passes, scored_rows
 from .agreement import Split, splits_words
 from .arguments import integer
 from .backends import Backend, resolve_backend
-from .gradients import Gradients, Needs
+from .gradients import Gradients, GradMask
 from .groups import VocabGroup
 from .head import LMHead, checked_head, plain_arithmetic
 from .objectives import make_objective
@@ -40,7 +40,7 @@ class Prepared:
     run: HeadPass | None
     plan: scored_rows.ScoredRows
     terms: PairTerms
-    needs: Needs
+    needs: GradMask
     pair_capacity: int
 
 
@@ -80,7 +80,7 @@ def prepare(
     plan = scored_rows.plan(candidates, graded, head.vocab_size, hidden.device, split, same)
     run = None if backend is None else head_pass(backend, head, o, split)
     growth = PAIR_GROWTH if o.max_workspace_bytes is None else 1
-    return Prepared(run, plan, terms, Needs.of(hidden, head), 0 if run is None else run.capacity * growth)
+    return Prepared(run, plan, terms, GradMask.of(hidden, head), 0 if run is None else run.capacity * growth)
 
 
 def _common_arguments(
@@ -112,7 +112,7 @@ def _common_arguments(
         "statistics": options.statistics,
         "max_workspace_bytes": options.max_workspace_bytes,
         "backend": backend.name,
-        "requires_grad": Needs.of(hidden, head),
+        "requires_grad": GradMask.of(hidden, head),
     }
 
 
@@ -231,7 +231,7 @@ class ScoredTokens:
             flat = flat - run.group.first
         return cls(run, index, hidden.reshape(-1, head.hidden_size).index_select(0, index), flat)
 
-    def forward(self, needs: Needs, *, may_keep: bool = True) -> tuple[TokenScores, Tensor | KeptTokens | None]:
+    def forward(self, needs: GradMask, *, may_keep: bool = True) -> tuple[TokenScores, Tensor | KeptTokens | None]:
         """Return the scores of the tokens, and what their gradients need.
 
         A frozen head needs the gradient (N, H) of each log-prob with respect to its own row. A trainable head needs
@@ -247,7 +247,7 @@ class ScoredTokens:
                 return passes.token_logps(self.run, self.x, self.targets, needs)
             return self.run.score(self.x, self.targets), None
 
-    def backward(self, upstream: Tensor, kept: KeptTokens, needs: Needs, *, reads_last: bool) -> Gradients:
+    def backward(self, upstream: Tensor, kept: KeptTokens, needs: GradMask, *, reads_last: bool) -> Gradients:
         """Return the gradients of sum(upstream * log-probs), upstream (N,).
 
         ``reads_last``: whether nobody reads ``kept`` again, so that its memory may be reused.

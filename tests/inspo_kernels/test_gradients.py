@@ -26,7 +26,7 @@ from test_fused_loss import (
 
 import inspo_kernels as ik
 from inspo_kernels.backends import BACKENDS
-from inspo_kernels.gradients import DeferredGradients, Needs
+from inspo_kernels.gradients import DeferredGradients, GradMask
 from inspo_kernels.head import checked_head
 
 pytestmark = triton_setup.quiet
@@ -84,7 +84,7 @@ def test_gradients_are_deferred_if_one_group_suffices(only_where_they_pay, rows,
 def test_deferred_gradients_take_no_extra_memory(backend, dtype, most):
     weight = torch.zeros(128, 64, dtype=dtype)
     head = checked_head(weight, weight, None, None, 1.0)
-    trainable, frozen = Needs(True, True, False), Needs(True, False, True)
+    trainable, frozen = GradMask(True, True, False), GradMask(True, False, True)
     assert pays(BACKENDS[backend], head, most, trainable)
     assert not pays(BACKENDS[backend], head, most + 1, trainable)
     assert not pays(BACKENDS[backend], head, 1, frozen)

@@ -74,5 +74,5 @@ def test_a_full_disk_reaches_every_rank(folder):
     assert not list((folder / "full").glob("checkpoint-*")) and (folder / "full" / "final").is_dir()
     seen = [json.loads((folder / f"{rank}.json").read_text())["full"] for rank in (0, 1)]
     assert "no space in the first process" in seen[0]
-    assert seen[1] == seen[0].replace("written: ", "written: in process 0: OSError: ")
+    assert seen[1] == seen[0].replace("written: ", "written: in process 0: ")
     assert not (folder / "fuller" / "final").exists()
