@@ -228,8 +228,9 @@ def measure(
         truths.clear()  # gigabytes on a GPU, and read only in first calls
         save()
 
-    options: dict[str, Any] = {"clock": seconds_behind_work, "seconds": 0.75 * seconds} if on_gpu else {}
-    options = {"seconds": seconds, "first": first, "save": free_and_save} | options
+    options: dict[str, Any] = {"seconds": seconds, "first": first, "save": free_and_save}
+    if on_gpu:
+        options |= {"clock": seconds_behind_work, "seconds": 0.75 * seconds}
     compared(runs, "floor", device, rounds, rows=rows, **options)
     if on_gpu:
         alive = {name: run for name, run in runs.items() if rows[name]["status"] == "measured"}
