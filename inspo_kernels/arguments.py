@@ -35,10 +35,10 @@ def integer(name: str, value: Any, *, minimum: int | None = None, hint: str = ""
     ``hint`` ends the error message.
     """
     number = None
-    if not isinstance(value, bool) and hasattr(value, "__index__"):
+    if not isinstance(value, bool | None):
         try:
             number = value if isinstance(value, int) else operator.index(value)  # an int may be symbolic
-        except TypeError:  # a tensor that does not hold a single integer
+        except TypeError:  # a tensor that does not hold a single integer, or no number at all
             pass
     if number is None or (minimum is not None and number < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
