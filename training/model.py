@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
             + first_of(sorted(missing))
             + (f"; they hold {first_of(found)} instead. Rename these, or save the model again" if found else "")
         )
-    if extra := sorted(key for key in info["unexpected_keys"] if _belongs(key, model)):
+    if extra := _ignored(info["unexpected_keys"], model):
         raise InputError(
             f"model {name!r}: by its config.json the model has no {first_of(extra)}, but its weights do. Correct "
             "config.json, or save the model again (adapters merged)"
@@ -112,21 +113,23 @@ def _from_pretrained(options: Any, name: str, **more: Any) -> PreTrainedModel:
     return model
 
 
-def _belongs(key: str, model: PreTrainedModel) -> bool:
-    """Return whether a tensor that ``model`` ignores is of one more layer, or of a layer that has a weight.
+def _ignored(unexpected: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """Return the ``unexpected`` tensors of weights that belong to one more layer, or to a layer that has a weight.
 
     Such are biases, scales and unmerged adapters. Others, such as old buffers or a value head, change no log-prob.
     """
-    if re.sub(r"\d+", "#", key) in {re.sub(r"\d+", "#", known) for known in model.state_dict()}:
-        return True
-    if getattr(model, "is_quantized", False) or (has_adapter(model) and "lora_" in key):  # peft has read the adapter
-        return False
-    if key.endswith("._extra_state"):  # TransformerEngine's, of training in float8
-        return False
-    modules, parent = dict(model.named_modules()), key
-    while parent and parent not in modules:
-        parent = parent.rpartition(".")[0]
-    return hasattr(modules[parent], "weight")
+    kinds = {re.sub(r"\d+", "#", known) for known in model.state_dict()}
+    modules = dict(model.named_modules())
+    quantized, adapted, ignored = getattr(model, "is_quantized", False), has_adapter(model), []
+    for key in sorted(unexpected):
+        parent = key
+        while parent and parent not in modules:
+            parent = parent.rpartition(".")[0]
+        read = quantized or (adapted and "lora_" in key)  # by the quantiser, or by peft
+        state = key.endswith("._extra_state")  # TransformerEngine's, of training in float8
+        if re.sub(r"\d+", "#", key) in kinds or (hasattr(modules[parent], "weight") and not read and not state):
+            ignored.append(key)
+    return ignored
 
 
 def dtype_of(options: Any) -> torch.dtype:

@@ -172,10 +172,8 @@ def trained_tensors(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, 
 
 def load_trained(module: nn.Module, path: Path) -> None:
     """Load the model of checkpoint ``path`` into ``module``. Raises InputError if it does not fit."""
-    tensors, misfit = (
-        load_file(path / "model.safetensors"),
-        f"{path} does not fit the model, or what is trained of it: ",
-    )
+    tensors = load_file(path / "model.safetensors")
+    misfit = f"{path} does not fit the model, or the part of it that is trained: "
     if differing := sorted(tensors.keys() ^ trained_tensors(module, module.state_dict()).keys()):
         raise InputError(misfit + f"only one of them has {first_of(differing)}")
     with as_input_error(misfit):

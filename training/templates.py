@@ -145,7 +145,7 @@ class ChatTemplate:
 
     @cached_property
     def written_first(self) -> str:
-        """What the template writes between its generation prompt and an answer, such as an empty thought."""
+        """Text that the template writes between its generation prompt and an answer, such as an empty thought."""
         with suppress(InputError):
             prompted = self.render([*self.start, *ASKED], answer_next=True, origin="")
             whole = self._render([*self.start, *ANSWERED], False)

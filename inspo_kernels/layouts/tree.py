@@ -45,7 +45,7 @@ def tree_batch(
     """
     trees = [_tree(*pair, separator, given) for pair, given in zip(pairs, conditioned, strict=True)]
     lengths = torch.tensor([len(tree["input_ids"]) for tree in trees], device="cpu")
-    # Where each pair begins among all tokens.
+    # The index of each pair's first token among the tokens of all pairs.
     offsets = lengths.cumsum(0) - lengths if packed else torch.arange(len(trees), device="cpu") * lengths.max()
     columns = [{name: tree[name] for name in ("input_ids", "position_ids", "tree_ends")} for tree in trees]
     for pair, (column, tree, offset) in enumerate(zip(columns, trees, offsets)):
